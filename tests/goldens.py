@@ -1,0 +1,80 @@
+"""The golden vectors as the tests read them. `GOLDEN_DIR` points at another set of the same format."""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from twotower.core import DecodingParams, Mode, Request, RequestId
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.loading import load_context_tower, load_denoiser_tower
+from twotower.model.tower import ContextTower, DenoiserTower
+
+GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+CPU = torch.device("cpu")
+MODELS = sorted(path.parent.name for path in GOLDEN_DIR.glob("*/vectors.json"))
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One checkpoint with its vectors and its loaded towers."""
+
+    name: str
+    checkpoint: Checkpoint
+    context: ContextTower
+    denoiser: DenoiserTower
+    prompts: list[dict[str, Any]]
+    tensors: dict[str, torch.Tensor]
+    mask_token_id: int
+
+
+@cache
+def golden(name: str) -> Golden:
+    directory = GOLDEN_DIR / name
+    checkpoint = Checkpoint.open(directory)
+    vectors = json.loads((directory / "vectors.json").read_text())
+    return Golden(
+        name,
+        checkpoint,
+        load_context_tower(checkpoint, CPU, torch.float32),
+        load_denoiser_tower(checkpoint, CPU, torch.float32),
+        vectors["prompts"],
+        load_file(directory / "vectors.safetensors"),
+        vectors["mask_token_id"],
+    )
+
+
+def prompt_ids() -> list[tuple[str, int]]:
+    """(model, prompt number) of every golden prompt."""
+    return [(name, i) for name in MODELS for i in range(len(_vectors(name)["prompts"]))]
+
+
+@cache
+def _vectors(name: str) -> dict[str, Any]:
+    vectors: dict[str, Any] = json.loads((GOLDEN_DIR / name / "vectors.json").read_text())
+    return vectors
+
+
+def diffusion_request(prompt: dict[str, Any], case: dict[str, Any]) -> Request:
+    """A golden diffusion case as a request. The reference returns whole blocks, past an EOS too."""
+    params = DecodingParams(
+        mode=Mode.DIFFUSION,
+        max_new_tokens=len(case["output"]),
+        block_size=case["block_size"],
+        steps_per_block=case["steps_per_block"],
+        confidence_threshold=case["confidence_threshold"],
+        ignore_eos=True,
+    )
+    return Request(RequestId(case["id"]), tuple(prompt["tokens"]), params)
+
+
+def causal_request(prompt: dict[str, Any], mode: Mode) -> Request:
+    """A golden `ar` or `mock_ar` run as a request."""
+    tokens = prompt[str(mode)]["tokens"]
+    params = DecodingParams(mode=mode, max_new_tokens=len(tokens), ignore_eos=True)
+    return Request(RequestId(f"{prompt['id']}.{mode}"), tuple(prompt["tokens"]), params)

@@ -1,0 +1,174 @@
+"""The architecture of a checkpoint, read from its config.json."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from twotower.errors import CheckpointError
+
+LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "MLP"}
+_LAYER_WORDS = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
+_ALIASES = {
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_chunk_size": "chunk_size",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_dt_limit": "time_step_limit",
+}
+_DENSE_52 = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Architecture fields that change inference, under the names of the released config.json.
+
+    Defaults are the released class's. Fields the released code ignores (RoPE, sliding window, …) are ignored here.
+    """
+
+    hybrid_override_pattern: str = _DENSE_52
+    vocab_size: int = 131072
+    hidden_size: int = 4096
+    layer_norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = False
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    attention_bias: bool = False
+    mamba_num_heads: int = 128
+    mamba_head_dim: int = 64
+    n_groups: int = 8
+    ssm_state_size: int = 128
+    conv_kernel: int = 4
+    use_conv_bias: bool = True
+    use_bias: bool = False
+    chunk_size: int = 128
+    time_step_limit: tuple[float, float] = (0.0, math.inf)
+    mamba_hidden_act: str = "silu"
+    intermediate_size: int = 21504
+    mlp_bias: bool = False
+    mlp_hidden_act: str = "relu2"
+    n_routed_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 7688
+    moe_shared_expert_intermediate_size: int = 7688
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = True
+    n_group: int = 1
+    topk_group: int = 1
+    max_position_embeddings: int = 4096
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.hybrid_override_pattern)
+
+    @property
+    def mamba_width(self) -> int:
+        """d_inner: channels of a Mamba mixer. The config's `expand` plays no part."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels that pass the causal convolution: x, B and C."""
+        return self.mamba_width + 2 * self.n_groups * self.ssm_state_size
+
+    def layers_of(self, kind: str) -> list[int]:
+        return [i for i, k in enumerate(self.hybrid_override_pattern) if k == kind]
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read `config.json`, which need not be strict JSON: a bare Infinity is allowed. Raises CheckpointError."""
+        path = directory / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: no such file; a checkpoint directory holds a config.json") from error
+        except (ValueError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: got a {type(values).__name__}, wanted a JSON object")
+        try:
+            return cls.from_dict(values)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        known = {f.name: f for f in fields(cls)}
+        given = {_ALIASES.get(key, key): value for key, value in values.items()}
+        chosen = {name: given[name] for name in known if given.get(name) is not None}
+        if "layers_block_type" in given and "hybrid_override_pattern" not in chosen:
+            chosen["hybrid_override_pattern"] = _pattern_of_words(given["layers_block_type"])
+        if "time_step_limit" in chosen:
+            chosen["time_step_limit"] = tuple(_number(x) for x in chosen["time_step_limit"])
+        for name, value in chosen.items():
+            _check_type(name, value, known[name].type)
+        config = cls(**chosen)
+        config._check(given.get("num_hidden_layers"))
+        return config
+
+    def _check(self, num_hidden_layers: int | None) -> None:
+        unknown = sorted(set(self.hybrid_override_pattern) - set(LAYER_KINDS))
+        if unknown:
+            raise CheckpointError(f"hybrid_override_pattern: unknown layer kinds {unknown}, wanted {list(LAYER_KINDS)}")
+        if not self.hybrid_override_pattern:
+            raise CheckpointError("hybrid_override_pattern: got no layers, wanted at least one")
+        if num_hidden_layers is not None and num_hidden_layers != self.num_layers:
+            raise CheckpointError(
+                f"num_hidden_layers: got {num_hidden_layers}, but the pattern has {self.num_layers} layers"
+            )
+        if self.mamba_hidden_act not in ("silu", "swish"):
+            raise CheckpointError(f"mamba_hidden_act: got {self.mamba_hidden_act!r}, wanted 'silu'")
+        self._check_divides("num_attention_heads", "num_key_value_heads")
+        self._check_divides("mamba_num_heads", "n_groups")
+        if "E" in self.hybrid_override_pattern:
+            self._check_divides("n_routed_experts", "n_group")
+            if not 0 < self.num_experts_per_tok <= self.n_routed_experts:
+                raise CheckpointError(
+                    f"num_experts_per_tok: got {self.num_experts_per_tok}, wanted 1 to {self.n_routed_experts}"
+                )
+
+    def _check_divides(self, many: str, few: str) -> None:
+        whole, part = getattr(self, many), getattr(self, few)
+        if part < 1 or whole < 1 or whole % part:
+            raise CheckpointError(f"{many}: got {whole}, wanted a positive multiple of {few} ({part})")
+
+
+def _pattern_of_words(words: object) -> str:
+    if not isinstance(words, list):
+        raise CheckpointError(f"layers_block_type: got a {type(words).__name__}, wanted a list of layer kinds")
+    unknown = sorted({str(word) for word in words} - set(_LAYER_WORDS))
+    if unknown:
+        raise CheckpointError(f"layers_block_type: unknown layer kinds {unknown}, wanted {sorted(_LAYER_WORDS)}")
+    return "".join(_LAYER_WORDS[word] for word in words)
+
+
+def _number(value: object) -> float:
+    """A float, or transformers 5's spelling of one that JSON lacks: {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        value = value.get("__float__")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"time_step_limit: got {value!r}, wanted two numbers") from error
+
+
+def _check_type(name: str, value: object, wanted: object) -> None:
+    kinds: dict[object, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+    allowed = kinds.get(wanted)
+    if allowed is None:
+        return
+    if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
+        raise CheckpointError(f"{name}: got {value!r}, wanted {'/'.join(k.__name__ for k in allowed)}")

@@ -1,0 +1,98 @@
+"""The nouns everything else speaks in: request, parameters, events.
+
+Plain data without torch. The engine knows token ids only; text is the business of whoever holds the tokenizer.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+from twotower.errors import TwoTowerError
+
+RequestId = NewType("RequestId", str)
+
+
+class Mode(StrEnum):
+    """How a request is decoded."""
+
+    DIFFUSION = "diffusion"
+    MOCK_AR = "mock_ar"
+    AR = "ar"
+
+
+class FinishReason(StrEnum):
+    """Why a request ended without an error."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingParams:
+    """How to decode one request. Names and meaning are the released script's; `docs/parameters.md` lists them.
+
+    `top_k` 0 and `top_p` 1.0 mean "off". `seed` decides every random number of the request, together with
+    block, step and position. Values are checked by `twotower.validation`, not here.
+    """
+
+    mode: Mode = Mode.DIFFUSION
+    max_new_tokens: int = 128
+    block_size: int = 16
+    steps_per_block: int = 16
+    confidence_threshold: float = 0.8
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for, as token ids. Immutable; the decoding state of it is a *sequence*."""
+
+    id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    params: DecodingParams = field(default_factory=DecodingParams)
+
+    @property
+    def positions(self) -> int:
+        """Cache positions this request may fill at most: the prompt and every whole block it may commit."""
+        width = self.params.block_size if self.params.mode is Mode.DIFFUSION else 1
+        blocks = -(-self.params.max_new_tokens // width)
+        return len(self.prompt_token_ids) + blocks * width
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEvent:
+    """Committed tokens of one request: a block in `diffusion`, a token (or several, merged) in `ar` and `mock_ar`.
+
+    `start` is the index of the first of them among the request's new tokens. `num_steps` counts denoiser steps.
+    The last event of a request carries a `finish_reason`; it may hold no tokens.
+    """
+
+    request_id: RequestId
+    start: int
+    token_ids: tuple[int, ...]
+    num_steps: int
+    num_blocks: int
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FailureEvent:
+    """The request ended with an error. Nothing follows."""
+
+    request_id: RequestId
+    error: TwoTowerError
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedEvent:
+    """The engine has given back every slot and page of this request; the ledger may count them as free."""
+
+    request_id: RequestId
+
+
+Event = BlockEvent | FailureEvent | ReleasedEvent

@@ -1,0 +1,88 @@
+"""One diffusion step's decision: what each masked position would become, and which of them are fixed now.
+
+Follows the released script (semantics §7.4) with every parameter per row: a row's result depends on that row alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower.decoding.randomness import uniform
+
+MASK_TOKEN_ID = 3
+_BANNED = -1e12
+
+
+@dataclass(frozen=True, slots=True)
+class StepParams:
+    """What one row brings to a step. `steps_left` counts this one; `key` names the step's random numbers."""
+
+    confidence_threshold: float
+    steps_left: int
+    temperature: float = 0.0
+    key: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unmasked:
+    """A step's outcome, [R,L] each; `predicted` and `confidence` mean something at masked positions only.
+
+    `finite_R` is False for a row whose logits hold a NaN or an infinity; nothing else of that row counts.
+    """
+
+    tokens_RL: Tensor
+    committed_RL: Tensor
+    predicted_RL: Tensor
+    confidence_RL: Tensor
+    finite_R: Tensor
+
+
+def unmask(
+    logits_RLV: Tensor,
+    tokens_RL: Tensor,
+    masked_RL: Tensor,
+    rows: list[StepParams],
+    mask_token_id: int = MASK_TOKEN_ID,
+    noise: Tensor | None = None,
+) -> Unmasked:
+    """Fix the positions of this step.
+
+    `masked_RL` is True at the row's real, still masked positions. `noise` [R,L,V] replaces the uniform numbers of
+    sampled rows (for the golden vectors). A row fixes all positions whose confidence is strictly above its threshold,
+    at least one, at least enough to finish in time, the most confident first and among equals the later one first.
+    """
+    finite_R = torch.isfinite(logits_RLV).flatten(1).all(1)
+    logits_RLV = logits_RLV.index_fill(2, torch.tensor([mask_token_id], device=logits_RLV.device), _BANNED)
+    probabilities_RLV = logits_RLV.softmax(-1)
+    predicted_RL = probabilities_RLV.argmax(-1)
+    sampled = [r for r, row in enumerate(rows) if row.temperature > 0]
+    if sampled:
+        predicted_RL[sampled] = _gumbel_argmax(logits_RLV[sampled], [rows[r] for r in sampled], noise, sampled)
+    confidence_RL = probabilities_RLV.gather(2, predicted_RL[..., None])[..., 0]
+    committed_RL = _choose(confidence_RL, masked_RL, rows)
+    out_RL = torch.where(committed_RL, predicted_RL, tokens_RL)
+    return Unmasked(out_RL, committed_RL, predicted_RL, confidence_RL, finite_R)
+
+
+def _gumbel_argmax(logits: Tensor, rows: list[StepParams], noise: Tensor | None, sampled: list[int]) -> Tensor:
+    temperatures = torch.tensor([row.temperature for row in rows], device=logits.device)
+    if noise is None:
+        u = uniform([row.key for row in rows], logits.shape[1], logits.shape[2], logits.device)
+    else:
+        u = noise[sampled]
+    gumbel = -torch.log(-torch.log(u.clamp(min=1e-10)))
+    return ((logits / temperatures[:, None, None]).log_softmax(-1) + gumbel).argmax(-1)
+
+
+def _choose(confidence_RL: Tensor, masked_RL: Tensor, rows: list[StepParams]) -> Tensor:
+    device, width = confidence_RL.device, confidence_RL.shape[1]
+    thresholds_R1 = torch.tensor([row.confidence_threshold for row in rows], device=device)[:, None]
+    steps_left_R = torch.tensor([row.steps_left for row in rows], device=device)
+    masked_R = masked_RL.sum(1)
+    above_R = ((confidence_RL > thresholds_R1) & masked_RL).sum(1)
+    in_time_R = (masked_R + steps_left_R - 1) // steps_left_R
+    count_R = torch.minimum(torch.maximum(above_R.clamp(min=1), in_time_R), masked_R)
+    order_RL = confidence_RL.masked_fill(~masked_RL, -1.0).argsort(dim=1, stable=True)
+    rank_RL = torch.empty_like(order_RL).scatter_(1, order_RL, torch.arange(width, device=device).expand_as(order_RL))
+    return (rank_RL >= width - count_R[:, None]) & masked_RL

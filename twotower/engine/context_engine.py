@@ -1,0 +1,291 @@
+"""The context tower's engine: reads prompts and committed blocks for its denoisers, decodes `ar` requests itself.
+
+Owns the tower and the cache. One thread calls it; `tick` runs at most one forward.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
+from twotower.decoding.randomness import step_key
+from twotower.decoding.sampling import TokenParams, sample
+from twotower.decoding.stopping import cut
+from twotower.engine.handle import EngineStats
+from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, PrefillBatch, PrefillChunk
+from twotower.engine.settings import EngineSettings
+from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
+from twotower.exchange.protocol import Attach, Command, Commit, Delta, Failed, Port, Prefill, Release, Released, Reply
+from twotower.model.cache import TowerCache
+from twotower.model.tower import ContextTower
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A sequence the context tower knows: what it has read and what it still has to.
+
+    `request` is set for an `ar` sequence, `link` and `number` for one that a denoiser leads.
+    """
+
+    slot: int
+    to_read: list[int]
+    read: list[int] = field(default_factory=list)
+    link: int = -1
+    number: int = -1
+    attach_known: int | None = None
+    request: Request | None = None
+    generated: int = 0
+
+
+_Key = tuple[int, int] | RequestId
+
+
+class ContextEngine:
+    """Serves any number of ports and its own `ar` requests."""
+
+    modes = (Mode.AR,)
+
+    def __init__(
+        self, tower: ContextTower, settings: EngineSettings, emit: Callable[[Event], None]
+    ) -> None:
+        self.tower, self.settings, self._emit = tower, settings, emit
+        self.cache = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
+        self._ports: dict[int, Port] = {}
+        self._next_port = 0
+        self._sequences: dict[_Key, _Sequence] = {}
+        self._scheduler = ContextScheduler(settings.prefill_chunk_tokens)
+        self._replies: dict[int, list[Reply]] = {}
+        self._inbox: deque[Request | RequestId] = deque()
+        self.ticks = self.rows = 0
+
+    def stats(self, busy_s: float) -> EngineStats:
+        cache, settings = self.cache, self.settings
+        return EngineStats(
+            "context", self.ticks, self.rows, busy_s, len(self._sequences),
+            cache.free_slots, cache.free_pages, settings.max_sequences, settings.pages,
+        )  # fmt: skip
+
+    def connect(self, port: Port) -> None:
+        """Serve one more denoiser."""
+        self._ports[self._next_port] = port
+        self._next_port += 1
+
+    def add(self, request: Request) -> None:
+        self._inbox.append(request)
+
+    def cancel(self, request_id: RequestId) -> None:
+        self._inbox.append(request_id)
+
+    def close(self) -> None:
+        """End every link."""
+        for port in self._ports.values():
+            port.close()
+
+    def tick(self) -> bool:
+        """Take what has arrived, run one forward, send what came of it. False where there was nothing to do."""
+        self._take_inbox()
+        for index in list(self._ports):
+            self._take_commands(index)
+        work = self._scheduler.next()
+        if isinstance(work, CommitBatch):
+            self._commit([self._sequences[key] for key in work.keys])  # type: ignore[index]
+        elif isinstance(work, DecodeBatch):
+            self._decode([self._sequences[key] for key in work.keys])  # type: ignore[index]
+        elif isinstance(work, PrefillBatch):
+            self._prefill(work.chunks)
+        for index, replies in self._replies.items():
+            if index in self._ports:
+                self._ports[index].send(replies)
+        self._replies.clear()
+        if work is not None:
+            self.ticks += 1
+        return work is not None
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, Request):
+                self._open_ar(message)
+            elif message in self._sequences:
+                self._close_ar(message)
+
+    def _open_ar(self, request: Request) -> None:
+        try:
+            slot = self.cache.allocate(request.positions)
+        except TwoTowerError as error:
+            self._emit(FailureEvent(request.id, error))
+            self._emit(ReleasedEvent(request.id))
+            return
+        self._sequences[request.id] = _Sequence(slot, list(request.prompt_token_ids), request=request)
+        self._scheduler.add_prompt(request.id, 0, len(request.prompt_token_ids))
+
+    def _close_ar(self, request_id: RequestId) -> None:
+        self._forget(request_id)
+        self._emit(ReleasedEvent(request_id))
+
+    def _forget(self, key: _Key) -> None:
+        sequence = self._sequences.pop(key)
+        self._scheduler.drop(key)
+        self.cache.free(sequence.slot)
+
+    def _take_commands(self, index: int) -> None:
+        port = self._ports[index]
+        for command in port.receive():
+            try:
+                self._take(index, command)
+            except TwoTowerError as error:
+                self._reply(index, Failed(command.sequence, error))
+        if port.lost is not None:
+            for key in [key for key in self._sequences if isinstance(key, tuple) and key[0] == index]:
+                self._forget(key)
+            port.close()
+            del self._ports[index]
+
+    def _take(self, index: int, command: Command) -> None:
+        key = (index, command.sequence)
+        if isinstance(command, Prefill):
+            self._open(key, command.reserve, command.token_ids)
+        elif isinstance(command, Attach):
+            self._attach(key, command)
+        elif isinstance(command, Commit):
+            self._queue_commit(key, command)
+        elif isinstance(command, Release):
+            if key in self._sequences:
+                self._forget(key)
+            self._reply(index, Released(command.sequence))
+
+    def _open(self, key: tuple[int, int], reserve: int, token_ids: Sequence[int]) -> _Sequence:
+        if key in self._sequences:
+            raise InvalidRequest.of("sequence", f"got {key[1]}, which is already open on this link")
+        sequence = _Sequence(self.cache.allocate(reserve), list(token_ids), link=key[0], number=key[1])
+        self._sequences[key] = sequence
+        if token_ids:
+            self._scheduler.add_prompt(key, 0, len(token_ids))
+        else:
+            self._reply(key[0], Delta(key[1], 0, 0, sequence.slot))
+        return sequence
+
+    def _attach(self, key: tuple[int, int], command: Attach) -> None:
+        """Bring both sides to the longer of two histories, then send the whole cache."""
+        sequence = self._sequences.get(key)
+        if sequence is None:
+            self._open(key, command.reserve, command.token_ids).attach_known = len(command.token_ids)
+            return
+        if sequence.to_read:
+            raise InvalidRequest.of("sequence", f"got an attach to {command.sequence} while it is being read")
+        known, told = sequence.read, list(command.token_ids)
+        shared = min(len(known), len(told))
+        if known[:shared] != told[:shared]:
+            place = next(i for i in range(shared) if known[i] != told[i])
+            raise InvalidRequest.of(
+                "token_ids", f"got {told[place]} at position {place}, but the context tower has read {known[place]}"
+            )
+        sequence.attach_known = len(told)
+        sequence.to_read = told[shared:]
+        if sequence.to_read:
+            self._scheduler.add_commit(key)
+        else:
+            self._tell(sequence, 0, complete=True)
+
+    def _queue_commit(self, key: tuple[int, int], command: Commit) -> None:
+        sequence = self._sequences.get(key)
+        if sequence is None:
+            raise InvalidRequest.of("sequence", f"got a commit to {command.sequence}, which is not open on this link")
+        expected = len(sequence.read) + len(sequence.to_read)
+        if command.start != expected:
+            raise InvalidRequest.of("start", f"got a commit at position {command.start}, wanted {expected}")
+        if sequence.to_read:
+            raise InvalidRequest.of("sequence", f"got a second commit to {command.sequence} before the first was read")
+        sequence.to_read = list(command.token_ids)
+        self._scheduler.add_commit(key)
+
+    def _commit(self, sequences: list[_Sequence]) -> None:
+        self._read(sequences, [sequence.to_read for sequence in sequences])
+        for sequence in sequences:
+            start = len(sequence.read)
+            self._has_read(sequence, len(sequence.to_read))
+            self._tell(sequence, start, complete=True)
+
+    def _prefill(self, chunks: Sequence[PrefillChunk]) -> None:
+        sequences = [self._sequences[chunk.key] for chunk in chunks]  # type: ignore[index]
+        tokens = [s.to_read[: c.end - c.start] for s, c in zip(sequences, chunks, strict=True)]
+        hidden_RLD = self._read(sequences, tokens)
+        finished = []
+        for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
+            self._has_read(sequence, chunk.end - chunk.start)
+            if sequence.request is None:
+                self._tell(sequence, chunk.start, complete=not sequence.to_read)
+            elif not sequence.to_read:
+                finished.append((sequence, hidden_RLD[row, chunk.end - chunk.start - 1]))
+        if finished:
+            self._next_tokens([sequence for sequence, _ in finished], torch.stack([last for _, last in finished]))
+
+    def _has_read(self, sequence: _Sequence, count: int) -> None:
+        sequence.read.extend(sequence.to_read[:count])
+        del sequence.to_read[:count]
+
+    def _tell(self, sequence: _Sequence, start: int, complete: bool) -> None:
+        """Send the delta from `start` on; to one that attaches, everything at once when all of it is read."""
+        missing: tuple[int, ...] = ()
+        if sequence.attach_known is not None:
+            if not complete:
+                return
+            start, missing, sequence.attach_known = 0, tuple(sequence.read[sequence.attach_known :]), None
+        delta = Delta(sequence.number, start, len(sequence.read), sequence.slot, complete, missing)
+        self._reply(sequence.link, delta)
+
+    def _decode(self, sequences: list[_Sequence]) -> None:
+        hidden_RLD = self._read(sequences, [[sequence.to_read[0]] for sequence in sequences])
+        for sequence in sequences:
+            self._has_read(sequence, 1)
+        self._next_tokens(sequences, hidden_RLD[:, 0])
+
+    def _read(self, sequences: Sequence[_Sequence], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """One causal forward that extends each sequence by its tokens. Returns hidden states [R, widest, D]."""
+        lengths = [len(ids) for ids in tokens]
+        width = max(lengths)
+        padded = [list(ids) + [0] * (width - len(ids)) for ids in tokens]
+        slots = [sequence.slot for sequence in sequences]
+        states = self.cache.extending(slots, lengths, width)
+        hidden: Tensor = self.tower(torch.tensor(padded, device=self.tower.device), states)
+        for slot, length in zip(slots, lengths, strict=True):
+            self.cache.advance(slot, length)
+        self.rows += len(sequences)
+        return hidden
+
+    def _next_tokens(self, sequences: list[_Sequence], hidden_RD: Tensor) -> None:
+        logits_RV = self.tower.logits(hidden_RD)
+        finite = torch.isfinite(logits_RV).all(1).tolist()
+        tokens = sample(logits_RV, [_token_params(sequence) for sequence in sequences]).tolist()
+        for sequence, token, fine in zip(sequences, tokens, finite, strict=True):
+            self._emit_token(sequence, token, fine)
+
+    def _emit_token(self, sequence: _Sequence, token: int, finite: bool) -> None:
+        request = sequence.request
+        assert request is not None
+        if not finite:
+            error = NumericalError(f"request {request.id}: the context tower's logits hold a NaN or an infinity")
+            self._emit(FailureEvent(request.id, error))
+            self._close_ar(request.id)
+            return
+        kept, reason = cut([token], sequence.generated, request.params, self.tower.config.eos_token_id)
+        self._emit(BlockEvent(request.id, sequence.generated, kept, 0, len(kept), reason))
+        sequence.generated += 1
+        if reason is not None:
+            self._close_ar(request.id)
+            return
+        sequence.to_read = [token]
+        self._scheduler.add_decoding(request.id)
+
+    def _reply(self, index: int, reply: Reply) -> None:
+        self._replies.setdefault(index, []).append(reply)
+
+
+def _token_params(sequence: _Sequence) -> TokenParams:
+    assert sequence.request is not None
+    params = sequence.request.params
+    key = step_key(params.seed, sequence.generated, 0)
+    return TokenParams(params.temperature, params.top_k, params.top_p, key)

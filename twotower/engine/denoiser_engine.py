@@ -1,0 +1,295 @@
+"""The denoiser tower's engine: refines blocks against the mirror, commits full ones through its link.
+
+Owns the tower and the link. One thread calls it; a tick steps every row that is ready and never waits for those that
+are not: while some blocks are being committed, others go on.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
+from twotower.decoding.randomness import step_key
+from twotower.decoding.sampling import TokenParams, sample
+from twotower.decoding.stopping import cut
+from twotower.decoding.unmasking import MASK_TOKEN_ID, StepParams, Unmasked, unmask
+from twotower.engine.handle import EngineStats
+from twotower.engine.settings import EngineSettings
+from twotower.errors import LinkDown, NumericalError, TwoTowerError
+from twotower.exchange.protocol import Commit, Delta, Failed, Link, LinkLost, Prefill, Release, Released
+from twotower.model.tower import DenoiserTower
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """What one step saw and did, for whoever wants to watch: tokens before it and positions it fixed."""
+
+    request_id: RequestId
+    block: int
+    step: int
+    t: float
+    tokens: tuple[int, ...]
+    predicted: tuple[int, ...]
+    confidence: tuple[float, ...]
+    committed: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A request being decoded here. `ready`: the mirror holds all that has been committed, so it can step."""
+
+    request: Request
+    number: int
+    slot: int = -1
+    ready: bool = False
+    closing: bool = False
+    length: int = 0
+    tokens: list[int] = field(default_factory=list)
+    masked: list[bool] = field(default_factory=list)
+    step: int = 0
+    block: int = 0
+    generated: int = 0
+
+    def fresh_block(self) -> None:
+        size = self.request.params.block_size
+        self.tokens, self.masked, self.step = [MASK_TOKEN_ID] * size, [True] * size, 0
+
+
+class DenoiserEngine:
+    """Decodes `diffusion` and `mock_ar` requests, many at a time, each row at its own step of its own block."""
+
+    modes = (Mode.DIFFUSION, Mode.MOCK_AR)
+
+    def __init__(
+        self,
+        tower: DenoiserTower,
+        link: Link,
+        settings: EngineSettings,
+        emit: Callable[[Event], None],
+        trace: Callable[[StepTrace], None] | None = None,
+    ) -> None:
+        self.tower, self.link, self.settings = tower, link, settings
+        self._emit, self._trace = emit, trace
+        self._sequences: dict[int, _Sequence] = {}
+        self._numbers: dict[RequestId, int] = {}
+        self._next_number = 0
+        self._inbox: deque[Request | RequestId] = deque()
+        self._link_error: LinkDown | None = None
+        self.ticks = self.rows = 0
+
+    def stats(self, busy_s: float) -> EngineStats:
+        cache, settings = self.link.cache, self.settings
+        return EngineStats(
+            "denoiser", self.ticks, self.rows, busy_s, len(self._sequences),
+            cache.free_slots, cache.free_pages, settings.max_sequences, settings.pages,
+        )  # fmt: skip
+
+    def add(self, request: Request) -> None:
+        self._inbox.append(request)
+
+    def cancel(self, request_id: RequestId) -> None:
+        self._inbox.append(request_id)
+
+    def close(self) -> None:
+        self.link.close()
+
+    def tick(self) -> bool:
+        """Take what has arrived, step all ready rows, submit what is full. False where nothing was ready."""
+        self._take_inbox()
+        self._take_replies()
+        ready = [s for s in self._sequences.values() if s.ready and not s.closing]
+        blocks = [s for s in ready if s.request.params.mode is Mode.DIFFUSION]
+        tokens = [s for s in ready if s.request.params.mode is Mode.MOCK_AR]
+        if blocks:
+            self._step_blocks(blocks)
+        if tokens:
+            self._step_tokens(tokens)
+        if ready:
+            self.ticks += 1
+            self.rows += len(ready)
+        return bool(ready)
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, Request):
+                self._open(message)
+            elif message in self._numbers:
+                self._release(self._sequences[self._numbers[message]])
+
+    def _open(self, request: Request) -> None:
+        prompt = request.prompt_token_ids
+        # Mock-AR steps on the last token itself, so its mirror stays one token behind.
+        read = prompt[:-1] if request.params.mode is Mode.MOCK_AR else prompt
+        number = self._next_number
+        self._next_number += 1
+        try:
+            if self._link_error is not None:
+                raise self._link_error
+            self.link.submit([Prefill(number, read, request.positions)])
+        except TwoTowerError as error:
+            self._emit(FailureEvent(request.id, error))
+            self._emit(ReleasedEvent(request.id))
+            return
+        sequence = _Sequence(request, number)
+        if request.params.mode is Mode.MOCK_AR:
+            sequence.tokens = [prompt[-1]]
+        else:
+            sequence.fresh_block()
+        self._sequences[number] = sequence
+        self._numbers[request.id] = number
+
+    def _take_replies(self) -> None:
+        for reply in self.link.poll():
+            if isinstance(reply, LinkLost):
+                self._lose_link(reply.reason)
+                return
+            sequence = self._sequences.get(reply.sequence)
+            if sequence is None:
+                continue
+            if isinstance(reply, Delta):
+                self._has_grown(sequence, reply)
+            elif isinstance(reply, Failed):
+                self._fail(sequence, reply.error)
+            elif isinstance(reply, Released):
+                self._forget(sequence)
+
+    def _has_grown(self, sequence: _Sequence, delta: Delta) -> None:
+        sequence.slot, sequence.length = delta.slot, delta.end
+        sequence.ready = delta.complete
+
+    def _forget(self, sequence: _Sequence) -> None:
+        del self._sequences[sequence.number]
+        del self._numbers[sequence.request.id]
+        self._emit(ReleasedEvent(sequence.request.id))
+
+    def _release(self, sequence: _Sequence) -> None:
+        """Stop stepping; the slots are back when the context side has answered."""
+        if not sequence.closing:
+            sequence.closing = True
+            self.link.submit([Release(sequence.number)])
+
+    def _fail(self, sequence: _Sequence, error: TwoTowerError) -> None:
+        if not sequence.closing:
+            self._emit(FailureEvent(sequence.request.id, error))
+            self._release(sequence)
+
+    def _lose_link(self, reason: str) -> None:
+        self._link_error = LinkDown(reason)
+        for sequence in list(self._sequences.values()):
+            if not sequence.closing:
+                self._emit(FailureEvent(sequence.request.id, self._link_error))
+            self._forget(sequence)
+
+    def _step_blocks(self, sequences: list[_Sequence]) -> None:
+        lengths = [len(s.tokens) for s in sequences]
+        width = max(lengths)
+        tokens_RL = self._tensor([_padded(s.tokens, width, 0) for s in sequences])
+        masked_RL = self._tensor([_padded(s.masked, width, False) for s in sequences])
+        t = [sum(s.masked) / len(s.masked) for s in sequences]
+        states = self.link.cache.reading([s.slot for s in sequences], lengths, width)
+        hidden_RLD = self.tower(tokens_RL, states, self._tensor(t))
+        rows = [_step_params(s) for s in sequences]
+        result = unmask(self.tower.logits(hidden_RLD), tokens_RL, masked_RL, rows)
+        if self._trace is not None:
+            self._report(sequences, t, result)
+        finite = result.finite_R.tolist()
+        rows_of_tokens = result.tokens_RL.tolist()
+        rows_of_committed = result.committed_RL.tolist()
+        for row, sequence in enumerate(sequences):
+            if not finite[row]:
+                self._fail(sequence, self._not_finite(sequence))
+                continue
+            size = lengths[row]
+            sequence.tokens = rows_of_tokens[row][:size]
+            now = rows_of_committed[row]
+            sequence.masked = [masked and not now[i] for i, masked in enumerate(sequence.masked)]
+            sequence.step += 1
+            if not any(sequence.masked):
+                self._block_is_full(sequence)
+
+    def _block_is_full(self, sequence: _Sequence) -> None:
+        params = sequence.request.params
+        kept, reason = cut(sequence.tokens, sequence.generated, params, self.tower.config.eos_token_id)
+        self._emit(BlockEvent(sequence.request.id, sequence.generated, kept, sequence.step, 1, reason))
+        sequence.generated += len(kept)
+        if reason is None:
+            self.link.submit([Commit(sequence.number, sequence.length, tuple(sequence.tokens))])
+            sequence.block += 1
+            sequence.ready = False
+            sequence.fresh_block()
+        else:
+            self._release(sequence)
+
+    def _step_tokens(self, sequences: list[_Sequence]) -> None:
+        """Mock-AR: step on the newest token while the context tower reads it."""
+        self.link.submit([Commit(s.number, s.length, tuple(s.tokens)) for s in sequences])
+        tokens_R1 = self._tensor([s.tokens for s in sequences])
+        states = self.link.cache.reading([s.slot for s in sequences], [1] * len(sequences), 1)
+        hidden_R1D = self.tower(tokens_R1, states, None)
+        logits_RV = self.tower.logits(hidden_R1D[:, 0])
+        finite = torch.isfinite(logits_RV).all(1).tolist()
+        chosen = sample(logits_RV, [_token_params(s) for s in sequences]).tolist()
+        for sequence, token, fine in zip(sequences, chosen, finite, strict=True):
+            if not fine:
+                self._fail(sequence, self._not_finite(sequence))
+            else:
+                self._has_token(sequence, token)
+
+    def _has_token(self, sequence: _Sequence, token: int) -> None:
+        kept, reason = cut([token], sequence.generated, sequence.request.params, self.tower.config.eos_token_id)
+        self._emit(BlockEvent(sequence.request.id, sequence.generated, kept, 1, len(kept), reason))
+        sequence.generated += 1
+        if reason is None:
+            sequence.tokens, sequence.ready = [token], False
+        else:
+            self._release(sequence)
+
+    def _not_finite(self, sequence: _Sequence) -> NumericalError:
+        return NumericalError(
+            f"request {sequence.request.id}: the denoiser tower's logits hold a NaN or an infinity "
+            f"(block {sequence.block}, step {sequence.step})"
+        )
+
+    def _report(self, sequences: list[_Sequence], t: list[float], result: Unmasked) -> None:
+        assert self._trace is not None
+        for row, sequence in enumerate(sequences):
+            size = len(sequence.tokens)
+            committed = [i for i, now in enumerate(result.committed_RL[row].tolist()) if now]
+            self._trace(
+                StepTrace(
+                    sequence.request.id,
+                    sequence.block,
+                    sequence.step,
+                    t[row],
+                    tuple(sequence.tokens),
+                    tuple(result.predicted_RL[row, :size].tolist()),
+                    tuple(result.confidence_RL[row, :size].tolist()),
+                    tuple(committed),
+                )
+            )
+
+    def _tensor(self, rows: Sequence[object]) -> Tensor:
+        return torch.tensor(rows, device=self.tower.device)
+
+
+def _padded(values: Sequence[int], width: int, fill: int) -> list[int]:
+    return [*values, *[fill] * (width - len(values))]
+
+
+def _step_params(sequence: _Sequence) -> StepParams:
+    params = sequence.request.params
+    key = step_key(params.seed, sequence.block, sequence.step)
+    # With steps_per_block 1 (or on the last step) everything still masked is fixed.
+    steps_left = max(params.steps_per_block - sequence.step, 1)
+    return StepParams(params.confidence_threshold, steps_left, params.temperature, key)
+
+
+def _token_params(sequence: _Sequence) -> TokenParams:
+    params = sequence.request.params
+    return TokenParams(params.temperature, params.top_k, params.top_p, step_key(params.seed, sequence.generated, 0))
+
+

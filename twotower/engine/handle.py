@@ -1,0 +1,42 @@
+"""What the pair needs of an engine, wherever that engine runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from twotower.core import Event, Request, RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters of one engine process since it started. Times in seconds."""
+
+    tower: str
+    ticks: int = 0
+    rows: int = 0
+    busy_s: float = 0.0
+    sequences: int = 0
+    free_slots: int = 0
+    free_pages: int = 0
+    total_slots: int = 0
+    total_pages: int = 0
+
+
+class EngineHandle(Protocol):
+    """A running engine process (or thread). Every method may raise Unavailable when it is gone."""
+
+    async def add(self, requests: Sequence[Request]) -> None:
+        """Start decoding these. The caller's ledger has made sure that there is room."""
+        ...
+
+    async def cancel(self, request_ids: Sequence[RequestId]) -> None:
+        """Free these sequences at the next tick; unknown ids are ignored. Each is answered by a ReleasedEvent."""
+        ...
+
+    async def events(self) -> list[Event]:
+        """Wait for what has happened: at least one event, or an empty list after a second of quiet."""
+        ...
+
+    async def stats(self) -> list[EngineStats]:
+        """One entry per tower the process hosts."""
+        ...

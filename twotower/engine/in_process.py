@@ -1,0 +1,97 @@
+"""A whole pair in this process: both towers on one device, one thread, local exchange. No Ray."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+
+from twotower.engine.context_engine import ContextEngine
+from twotower.engine.denoiser_engine import DenoiserEngine, StepTrace
+from twotower.engine.ledger import Ledger, Room
+from twotower.engine.pair import Pair
+from twotower.engine.runner import Engine, EngineRunner
+from twotower.engine.settings import EngineSettings
+from twotower.errors import ConfigError
+from twotower.exchange.local import LocalExchange
+from twotower.model.checkpoint import Checkpoint, Layout
+from twotower.model.loading import load_context_tower, load_denoiser_tower
+from twotower.model.tower import ContextTower, DenoiserTower
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a setting names; `auto` is CUDA where there is one. Raises ConfigError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: got {name!r}, wanted auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: got {name!r}, but this process sees no CUDA device")
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """The dtype a setting names. Raises ConfigError."""
+    try:
+        return DTYPES[name]
+    except KeyError:
+        raise ConfigError(f"dtype: got {name!r}, wanted one of {', '.join(DTYPES)}") from None
+
+
+def colocated_runner(
+    context: ContextTower,
+    denoiser: DenoiserTower | None,
+    settings: EngineSettings,
+    trace: Callable[[StepTrace], None] | None = None,
+) -> EngineRunner:
+    """A started runner with both engines (or the context engine alone) over one cache."""
+    runner = EngineRunner()
+    context_engine = ContextEngine(context, settings, runner.emit)
+    engines: list[Engine] = [context_engine]
+    if denoiser is not None:
+        exchange = LocalExchange(context_engine.cache, runner.wake)
+        context_engine.connect(exchange.port)
+        engines.append(DenoiserEngine(denoiser, exchange.link, settings, runner.emit, trace))
+    runner.start(engines)
+    return runner
+
+
+@asynccontextmanager
+async def pair_of(
+    context: ContextTower,
+    denoiser: DenoiserTower | None,
+    settings: EngineSettings,
+    trace: Callable[[StepTrace], None] | None = None,
+) -> AsyncIterator[Pair]:
+    """A running pair over towers that are already loaded."""
+    runner = colocated_runner(context, denoiser, settings, trace)
+    room = Room(settings.max_sequences, settings.pages)
+    ledger = Ledger(room, [], settings.max_queued_requests)
+    try:
+        async with Pair(runner, [runner] if denoiser is not None else [], ledger) as pair:
+            yield pair
+    finally:
+        runner.stop()
+
+
+@asynccontextmanager
+async def open_pair(
+    checkpoint: Path | str,
+    settings: EngineSettings,
+    device: str = "auto",
+    dtype: str = "float32",
+    progress: bool = False,
+) -> AsyncIterator[Pair]:
+    """Load a checkpoint and run a pair on it. A base checkpoint gives a pair that serves `ar` only."""
+    opened = Checkpoint.open(checkpoint)
+    where, kind = pick_device(device), pick_dtype(dtype)
+    context = load_context_tower(opened, where, kind, progress)
+    denoiser = None
+    if opened.layout is Layout.TWO_TOWER:
+        denoiser = load_denoiser_tower(opened, where, kind, progress)
+    async with pair_of(context, denoiser, settings) as pair:
+        yield pair

@@ -1,0 +1,130 @@
+"""The cell's admission ledger: who may start, decided before any tower is touched.
+
+Counts slots and pages of both towers' caches. A request gets all it may ever need or nothing, so an admitted request
+never fails for want of room. Pure Python.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from twotower.core import Mode, Request, RequestId
+from twotower.errors import InvalidRequest, Overloaded
+from twotower.model.pages import pages_for
+
+
+@dataclass(slots=True)
+class Room:
+    """Free slots and pages of one tower's cache."""
+
+    slots: int
+    pages: int
+
+    def fits(self, pages: int) -> bool:
+        return self.slots >= 1 and self.pages >= pages
+
+    def take(self, pages: int) -> None:
+        self.slots -= 1
+        self.pages -= pages
+
+    def give(self, pages: int) -> None:
+        self.slots += 1
+        self.pages += pages
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What one admitted request holds: its pages on the context tower and, with `denoiser`, on that mirror."""
+
+    pages: int
+    denoiser: int | None
+
+
+class Ledger:
+    """Admits requests first come, first served, while both caches have room for the whole of them.
+
+    `mirrors` has one entry per denoiser; empty where the denoiser reads the context tower's own cache (local
+    exchange) or where there is none.
+    """
+
+    def __init__(self, context: Room, mirrors: list[Room], max_queued: int) -> None:
+        self._context, self._mirrors = context, mirrors
+        self._whole = Room(context.slots, context.pages)
+        self._max_queued = max_queued
+        self._queue: deque[Request] = deque()
+        self._places: dict[RequestId, Place] = {}
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        return len(self._places)
+
+    @property
+    def context(self) -> Room:
+        return self._context
+
+    @property
+    def mirrors(self) -> list[Room]:
+        return self._mirrors
+
+    def enqueue(self, request: Request) -> None:
+        """Put a request at the end of the queue. Raises Overloaded when it is full, InvalidRequest if it can never fit."""
+        wanted = pages_for(request.positions)
+        if wanted > self._whole.pages:
+            raise InvalidRequest.of(
+                "max_new_tokens",
+                f"got a request of {request.positions} positions ({wanted} pages), "
+                f"wanted at most {self._whole.pages} pages, which is this cell's whole cache",
+            )
+        if len(self._queue) >= self._max_queued and not self._could_start(request):
+            raise Overloaded(
+                f"{len(self._queue)} requests are waiting and {len(self._places)} running; wanted fewer than "
+                f"{self._max_queued} waiting"
+            )
+        self._queue.append(request)
+
+    def admit(self) -> list[tuple[Request, Place]]:
+        """Requests that may start now, in order. The first that does not fit holds up all behind it: no starvation."""
+        admitted = []
+        while self._queue:
+            place = self._place_for(self._queue[0])
+            if place is None:
+                break
+            request = self._queue.popleft()
+            self._context.take(place.pages)
+            if place.denoiser is not None and self._mirrors:
+                self._mirrors[place.denoiser].take(place.pages)
+            self._places[request.id] = place
+            admitted.append((request, place))
+        return admitted
+
+    def withdraw(self, request_id: RequestId) -> bool:
+        """Take a request out of the queue; False if it is not waiting there."""
+        for request in self._queue:
+            if request.id == request_id:
+                self._queue.remove(request)
+                return True
+        return False
+
+    def release(self, request_id: RequestId) -> None:
+        """Count a finished request's room as free."""
+        place = self._places.pop(request_id)
+        self._context.give(place.pages)
+        if place.denoiser is not None and self._mirrors:
+            self._mirrors[place.denoiser].give(place.pages)
+
+    def _could_start(self, request: Request) -> bool:
+        return not self._queue and self._place_for(request) is not None
+
+    def _place_for(self, request: Request) -> Place | None:
+        pages = pages_for(request.positions)
+        if not self._context.fits(pages):
+            return None
+        if request.params.mode is Mode.AR:
+            return Place(pages, None)
+        if not self._mirrors:
+            return Place(pages, 0)
+        roomiest = max(range(len(self._mirrors)), key=lambda i: (self._mirrors[i].slots, self._mirrors[i].pages))
+        return Place(pages, roomiest) if self._mirrors[roomiest].fits(pages) else None

@@ -1,0 +1,185 @@
+"""A pair: one context engine, its denoiser engines, the ledger. The asynchronous face of decoding.
+
+Knows requests and events; does not know where the engines run (a thread here, an actor elsewhere), what text is, or
+who asks.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import replace
+
+from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
+from twotower.engine.handle import EngineHandle
+from twotower.engine.ledger import Ledger, Place
+from twotower.errors import DeadlineExceeded, InvalidRequest, TwoTowerError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+
+class Pair:
+    """Decodes requests, many at a time. Use as an async context manager, or `start` and `close` it.
+
+    `denoisers` may be empty (`ar_only`), and may hold the context handle itself (both towers in one process).
+    """
+
+    def __init__(self, context: EngineHandle, denoisers: Sequence[EngineHandle], ledger: Ledger) -> None:
+        self.context, self.denoisers, self.ledger = context, list(denoisers), ledger
+        self.failure: TwoTowerError | None = None
+        self._queues: dict[RequestId, asyncio.Queue[BlockEvent | FailureEvent]] = {}
+        self._places: dict[RequestId, Place | None] = {}
+        self._modes: dict[RequestId, Mode] = {}
+        self._pumps: list[asyncio.Task[None]] = []
+        self._sends: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> "Pair":
+        self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    def start(self) -> None:
+        """Begin listening to the engines. Needs a running event loop."""
+        handles = {id(handle): handle for handle in [self.context, *self.denoisers]}
+        self._pumps = [asyncio.create_task(self._pump(handle)) for handle in handles.values()]
+
+    async def close(self) -> None:
+        """Stop listening and fail what is still running."""
+        for task in [*self._pumps, *self._sends]:
+            task.cancel()
+        await asyncio.gather(*self._pumps, *self._sends, return_exceptions=True)
+        self._fail_all(Unavailable("the cell is shutting down"))
+
+    async def generate(self, request: Request, timeout_s: float | None = None) -> AsyncIterator[BlockEvent]:
+        """Events of one request until its finish. Leaving the iterator early frees the sequence on both towers.
+
+        Raises Overloaded or Unavailable before the first event, DeadlineExceeded after `timeout_s` seconds, and
+        whatever error ended the sequence.
+        """
+        self._admissible(request)
+        queue: asyncio.Queue[BlockEvent | FailureEvent] = asyncio.Queue()
+        self.ledger.enqueue(request)
+        self._queues[request.id] = queue
+        self._places[request.id] = None
+        self._modes[request.id] = request.params.mode
+        self._admit()
+        done = False
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not done:
+                    event = await queue.get()
+                    if request.params.mode is not Mode.DIFFUSION:
+                        event = _merged(event, queue)
+                    if isinstance(event, FailureEvent):
+                        done = True
+                        raise event.error
+                    done = event.finish_reason is not None
+                    yield event
+        except TimeoutError:
+            raise DeadlineExceeded(f"request {request.id}: not finished within {timeout_s:g} s") from None
+        finally:
+            self._leave(request.id, done)
+
+    def _admissible(self, request: Request) -> None:
+        if self.failure is not None:
+            raise Unavailable(f"this cell cannot serve: {self.failure}")
+        if request.id in self._queues or request.id in self._places:
+            raise InvalidRequest.of("request_id", f"got {request.id!r}, which is already running here")
+        if request.params.mode is not Mode.AR and not self.denoisers:
+            raise InvalidRequest.of("mode", f"got {request.params.mode}, wanted ar: this cell has no denoiser tower")
+
+    def _handle_for(self, mode: Mode, place: Place) -> EngineHandle:
+        if mode is Mode.AR or place.denoiser is None:
+            return self.context
+        return self.denoisers[place.denoiser]
+
+    def _admit(self) -> None:
+        """Start everything the ledger lets in, one message per engine."""
+        batches: dict[int, tuple[EngineHandle, list[Request]]] = {}
+        for request, place in self.ledger.admit():
+            self._places[request.id] = place
+            handle = self._handle_for(request.params.mode, place)
+            batches.setdefault(id(handle), (handle, []))[1].append(request)
+        for handle, requests in batches.values():
+            self._send(handle.add(requests), [request.id for request in requests])
+
+    def _send(self, call: Coroutine[None, None, None], request_ids: Sequence[RequestId]) -> None:
+        task = asyncio.create_task(self._sent(call, request_ids))
+        self._sends.add(task)
+        task.add_done_callback(self._sends.discard)
+
+    async def _sent(self, call: Coroutine[None, None, None], request_ids: Sequence[RequestId]) -> None:
+        try:
+            await call
+        except TwoTowerError as error:
+            self._break(error)
+
+    def _leave(self, request_id: RequestId, done: bool) -> None:
+        """The consumer is gone: finished (`done`), or walking away from a request that still waits or runs."""
+        self._queues.pop(request_id, None)
+        if done:
+            return
+        if self.ledger.withdraw(request_id):
+            self._forget(request_id)
+            return
+        place = self._places.get(request_id)
+        if place is not None and self.failure is None:
+            self._send(self._handle_for(self._modes[request_id], place).cancel([request_id]), [])
+
+    def _forget(self, request_id: RequestId) -> None:
+        self._places.pop(request_id, None)
+        self._modes.pop(request_id, None)
+
+    async def _pump(self, handle: EngineHandle) -> None:
+        try:
+            while True:
+                for event in await handle.events():
+                    self._dispatch(event)
+        except TwoTowerError as error:
+            self._break(error)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            logger.exception("an engine's event stream broke")
+            self._break(Unavailable(f"an engine's event stream broke: {type(error).__name__}"))
+
+    def _dispatch(self, event: Event) -> None:
+        if isinstance(event, ReleasedEvent):
+            if event.request_id in self._places:
+                self._forget(event.request_id)
+                self.ledger.release(event.request_id)
+                self._admit()
+            return
+        queue = self._queues.get(event.request_id)
+        if queue is not None:
+            queue.put_nowait(event)
+
+    def _break(self, error: TwoTowerError) -> None:
+        """An engine is gone: nothing that runs here can go on."""
+        if self.failure is None:
+            logger.error("pair cannot serve any more: %s", error)
+            self.failure = error
+        self._fail_all(error)
+
+    def _fail_all(self, error: TwoTowerError) -> None:
+        for request_id, queue in list(self._queues.items()):
+            queue.put_nowait(FailureEvent(request_id, error))
+
+
+def _merged(first: BlockEvent | FailureEvent, queue: asyncio.Queue[BlockEvent | FailureEvent]) -> BlockEvent | FailureEvent:
+    """`first`, joined with the tokens that a slow consumer has let pile up behind it."""
+    event = first
+    while isinstance(event, BlockEvent) and event.finish_reason is None and not queue.empty():
+        following = queue.get_nowait()
+        if isinstance(following, FailureEvent):
+            queue.put_nowait(following)
+            break
+        event = replace(
+            event,
+            token_ids=event.token_ids + following.token_ids,
+            num_steps=event.num_steps + following.num_steps,
+            num_blocks=event.num_blocks + following.num_blocks,
+            finish_reason=following.finish_reason,
+        )
+    return event

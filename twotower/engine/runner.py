@@ -1,0 +1,168 @@
+"""The thread that owns a device: ticks its engines, sleeps when they have nothing, carries their events out.
+
+The only place where a thread and an event loop meet. Implements EngineHandle for the process it lives in.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from twotower.core import Event, Mode, Request, RequestId
+from twotower.engine.handle import EngineStats
+from twotower.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+
+_QUIET_S = 1.0  # how long `events` waits before it answers with nothing: shows its caller that the process lives
+
+
+class Engine(Protocol):
+    """What a runner drives. All but `modes` is called from the runner's thread, `add` and `cancel` from any."""
+
+    modes: tuple[Mode, ...]
+
+    def add(self, request: Request) -> None: ...
+    def cancel(self, request_id: RequestId) -> None: ...
+    def tick(self) -> bool: ...
+    def close(self) -> None: ...
+    def stats(self, busy_s: float) -> EngineStats: ...
+
+
+class EngineRunner:
+    """Runs engines on one thread. Give engines `runner.emit`, links and ports `runner.wake`; then `start`.
+
+    An exception out of a tick is a bug or a broken device: the runner stops, and every later call raises Unavailable
+    with the reason. So does a tick that takes longer than `stall_timeout_s`.
+    """
+
+    def __init__(self, stall_timeout_s: float = 60.0) -> None:
+        self.engines: list[Engine] = []
+        self._stall_timeout_s = stall_timeout_s
+        self._wake = threading.Event()
+        self._stopping = False
+        self._failure: str | None = None
+        self._events: list[Event] = []
+        self._lock = threading.Lock()
+        self._ring: Callable[[], None] | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._busy_s = 0.0
+        self._tick_started: float | None = None
+        self.ticks = 0
+
+    def start(self, engines: Sequence[Engine]) -> None:
+        self.engines = list(engines)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Something may have arrived: look again. From any thread."""
+        self._wake.set()
+
+    def emit(self, event: Event) -> None:
+        """Hand an event to whoever awaits `events`. From the runner's thread."""
+        with self._lock:
+            self._events.append(event)
+
+    def progress(self) -> int:
+        """A number that grows while the engines live, busy or idle; stands still when a tick hangs."""
+        return self.ticks
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the thread after its current tick and close the engines."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    async def add(self, requests: Sequence[Request]) -> None:
+        self._check()
+        for request in requests:
+            self._engine_for(request.params.mode).add(request)
+        self._wake.set()
+
+    async def cancel(self, request_ids: Sequence[RequestId]) -> None:
+        self._check()
+        for request_id in request_ids:
+            for engine in self.engines:
+                engine.cancel(request_id)
+        self._wake.set()
+
+    async def events(self) -> list[Event]:
+        arrived = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self._ring = lambda: loop.call_soon_threadsafe(arrived.set)
+            if self._events:
+                arrived.set()
+        try:
+            async with asyncio.timeout(_QUIET_S):
+                await arrived.wait()
+        except TimeoutError:
+            pass
+        with self._lock:
+            events, self._events, self._ring = self._events, [], None
+        if not events:
+            self._check()
+        return events
+
+    async def stats(self) -> list[EngineStats]:
+        self._check()
+        return [engine.stats(self._busy_s) for engine in self.engines]
+
+    def _engine_for(self, mode: Mode) -> Engine:
+        for engine in self.engines:
+            if mode in engine.modes:
+                return engine
+        raise Unavailable(f"no engine here decodes {mode}")
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise Unavailable(self._failure)
+        started = self._tick_started
+        if started is not None and time.monotonic() - started > self._stall_timeout_s:
+            raise Unavailable(f"the engine has been in one tick for more than {self._stall_timeout_s:g} s")
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._turn()
+        except Exception as error:
+            logger.exception("engine thread ended")
+            self._failure = f"the engine stopped: {type(error).__name__}: {error}"
+        finally:
+            if self._failure is None:
+                self._failure = "the engine was stopped"
+            for engine in self.engines:
+                engine.close()
+            self._deliver()
+
+    def _turn(self) -> None:
+        self._wake.clear()
+        started = self._tick_started = time.monotonic()
+        worked = False
+        for engine in self.engines:
+            worked = engine.tick() or worked
+        self._tick_started = None
+        self.ticks += 1
+        self._deliver()
+        if worked:
+            self._busy_s += time.monotonic() - started
+        else:
+            self._wake.wait(_QUIET_S)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            ring = self._ring if self._events or self._failure else None
+            if ring is not None:
+                self._ring = None
+        if ring is not None:
+            try:
+                ring()
+            except RuntimeError:
+                # The event loop that waited is closed: nobody is left to tell.
+                logger.debug("events for a closed event loop")

@@ -1,0 +1,25 @@
+"""How big a pair's engines are and how patient. Chosen by whoever deploys, never changed while running."""
+
+from dataclasses import dataclass
+
+from twotower.model.pages import pages_for
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Sizes in sequences and tokens, times in seconds.
+
+    `cache_tokens` 0 means: room for `max_sequences` sequences of the longest length.
+    """
+
+    max_sequences: int = 32
+    max_sequence_length: int = 4096
+    cache_tokens: int = 0
+    prefill_chunk_tokens: int = 512
+    link_timeout_s: float = 10.0
+    max_queued_requests: int = 64
+
+    @property
+    def pages(self) -> int:
+        """KV pages of each tower's cache."""
+        return pages_for(self.cache_tokens or self.max_sequences * self.max_sequence_length)

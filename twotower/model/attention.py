@@ -1,0 +1,39 @@
+"""Grouped-query attention without any positional encoding (the released model has none)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twotower.config import ModelConfig
+from twotower.model.states import LayerStates
+
+
+class Attention(nn.Module):
+    """Query head i reads key/value head i // (heads / kv heads). Keys and values are cached as projected."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=bias)
+
+    def forward(self, x_RLD: Tensor, layer: int, states: LayerStates) -> Tensor:
+        queries_RLHE = self.q_proj(x_RLD).unflatten(-1, (self.heads, self.head_dim))
+        keys_RLSE = self.k_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
+        values_RLSE = self.v_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
+        keys_RTSE, values_RTSE = states.keys_values(layer, keys_RLSE, values_RLSE)
+        out_RHLE = F.scaled_dot_product_attention(
+            queries_RLHE.transpose(1, 2),
+            keys_RTSE.transpose(1, 2),
+            values_RTSE.transpose(1, 2),
+            attn_mask=states.mask_RLT.unsqueeze(1),
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        out: Tensor = self.o_proj(out_RHLE.transpose(1, 2).flatten(2))
+        return out

@@ -1,0 +1,224 @@
+"""The state of many sequences, preallocated: a slot each for the Mamba layers, pages of 16 tokens for attention.
+
+The context tower extends it; the denoiser's mirror is the same thing, written by cache deltas only.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower.config import ModelConfig
+from twotower.errors import Overloaded
+from twotower.model.pages import PAGE_TOKENS, pages_for
+
+_ZERO_PAGE = 0  # read where a row has no page: always zero, so that a masked weight of 0 never meets a NaN
+_WASTE_PAGE = 1  # written where a row has padding, never read
+_RESERVED_PAGES = 2
+
+
+@dataclass(slots=True)
+class _Sequence:
+    length: int
+    pages: list[int]
+
+
+class TowerCache:
+    """Conv windows, SSM states (fp32) and key/value pages of up to `slots` sequences with `pages` pages together."""
+
+    def __init__(
+        self, config: ModelConfig, slots: int, pages: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.config, self.device = config, device
+        mamba, attention = config.layers_of("M"), config.layers_of("*")
+        self._mamba_row = {layer: i for i, layer in enumerate(mamba)}
+        self._attention_row = {layer: i for i, layer in enumerate(attention)}
+        window, channels = config.conv_kernel, config.conv_channels
+        state = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        page = (PAGE_TOKENS, config.num_key_value_heads, config.head_dim)
+        all_pages = pages + _RESERVED_PAGES
+        self.conv = torch.zeros(len(mamba), slots, window, channels, device=device, dtype=dtype)
+        self.ssm = torch.zeros(len(mamba), slots, *state, device=device)
+        self.keys = torch.zeros(len(attention), all_pages, *page, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._free_pages = list(range(all_pages - 1, _RESERVED_PAGES - 1, -1))
+        self._sequences: dict[int, _Sequence] = {}
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free_pages)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.conv, self.ssm, self.keys, self.values))
+
+    def length(self, slot: int) -> int:
+        """Tokens this sequence's state has read."""
+        return self._sequences[slot].length
+
+    def allocate(self, tokens: int) -> int:
+        """A slot with zero state and room for `tokens` positions. Raises Overloaded where there is none."""
+        wanted = pages_for(tokens)
+        if not self._free_slots or wanted > len(self._free_pages):
+            raise Overloaded(
+                f"cache full: wanted 1 slot and {wanted} pages, got {self.free_slots} slots and {self.free_pages} pages free"
+            )
+        slot = self._free_slots.pop()
+        pages = [self._free_pages.pop() for _ in range(wanted)]
+        self._sequences[slot] = _Sequence(0, pages)
+        self.conv[:, slot] = 0
+        self.ssm[:, slot] = 0
+        self.keys[:, pages] = 0
+        self.values[:, pages] = 0
+        return slot
+
+    def free(self, slot: int) -> None:
+        sequence = self._sequences.pop(slot)
+        self._free_pages.extend(reversed(sequence.pages))
+        self._free_slots.append(slot)
+
+    def advance(self, slot: int, tokens: int) -> None:
+        """Count `tokens` positions as read. Room for them was reserved by `allocate`."""
+        sequence = self._sequences[slot]
+        sequence.length += tokens
+        assert sequence.length <= len(sequence.pages) * PAGE_TOKENS, "a sequence outgrew its reservation"
+
+    def extending(self, slots: Sequence[int], lengths: Sequence[int], width: int) -> "ExtendStates":
+        """States for a causal pass that appends `lengths[r]` of `width` positions to each row.
+
+        The caller advances the slots after the pass.
+        """
+        return ExtendStates(self, slots, lengths, width)
+
+    def reading(self, slots: Sequence[int], lengths: Sequence[int], width: int) -> "ReadStates":
+        """States for a denoiser pass over blocks of `lengths[r]` of `width` positions; nothing is written."""
+        return ReadStates(self, slots, lengths, width)
+
+    def delta(self, slot: int, start: int, end: int, with_states: bool = True) -> Iterator[Tensor]:
+        """The tensors that carry positions [start, end) to a mirror: keys, values, and the Mamba states after them.
+
+        The keys and values are copies [layers, end-start, S, E]; the Mamba states are views of the live cache.
+        """
+        where = self.flat_positions(slot, start, end)
+        yield self.keys.flatten(1, 2)[:, where]
+        yield self.values.flatten(1, 2)[:, where]
+        if with_states:
+            yield self.conv[:, slot]
+            yield self.ssm[:, slot]
+
+    def apply(self, slot: int, end: int, tensors: Sequence[Tensor]) -> None:
+        """Write what `delta` of another cache of the same shape yielded, and count up to `end` positions as read."""
+        start = self.length(slot)
+        where = self.flat_positions(slot, start, end)
+        self.keys.flatten(1, 2)[:, where] = tensors[0]
+        self.values.flatten(1, 2)[:, where] = tensors[1]
+        if len(tensors) > 2:
+            self.conv[:, slot] = tensors[2]
+            self.ssm[:, slot] = tensors[3]
+        self.advance(slot, end - start)
+
+    def delta_shapes(self, tokens: int, with_states: bool = True) -> list[tuple[torch.Size, torch.dtype]]:
+        """Shapes and dtypes of the tensors of a delta of `tokens` positions."""
+        page = (self.keys.shape[0], tokens, *self.keys.shape[3:])
+        shapes = [(torch.Size(page), self.keys.dtype)] * 2
+        if with_states:
+            shapes.append((self.conv[:, 0].shape, self.conv.dtype))
+            shapes.append((self.ssm[:, 0].shape, self.ssm.dtype))
+        return shapes
+
+    def flat_positions(self, slot: int, start: int, end: int) -> Tensor:
+        """Indices of positions [start, end) of a sequence in the flattened page memory."""
+        pages = self._sequences[slot].pages
+        flat = [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in range(start, end)]
+        return torch.tensor(flat, dtype=torch.long, device=self.device)
+
+    def page_table(self, slots: Sequence[int], tokens: int) -> Tensor:
+        """Pages [R, pages] of each row's first `tokens` positions; the zero page where a row has fewer."""
+        wide = pages_for(tokens)
+        rows = [self._sequences[slot].pages[:wide] for slot in slots]
+        rows = [pages + [_ZERO_PAGE] * (wide - len(pages)) for pages in rows]
+        return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(slots), wide)
+
+    def mamba_row(self, layer: int) -> int:
+        return self._mamba_row[layer]
+
+    def attention_row(self, layer: int) -> int:
+        return self._attention_row[layer]
+
+
+class _RowStates:
+    """What both kinds of pass share: the rows' slots and their Mamba seeds. Implements LayerStates with its children."""
+
+    updates: bool
+
+    def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
+        self.cache = cache
+        self.starts = [cache.length(slot) for slot in slots]
+        self.slots_R = torch.tensor(list(slots), dtype=torch.long, device=cache.device)
+        ragged = any(length != width for length in lengths)
+        self.lengths_R = torch.tensor(list(lengths), device=cache.device) if ragged else None
+
+    def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
+        row = self.cache.mamba_row(layer)
+        return self.cache.conv[row, self.slots_R], self.cache.ssm[row, self.slots_R]
+
+    def put_mamba(self, layer: int, conv_RKC: Tensor, ssm_RHPN: Tensor) -> None:
+        row = self.cache.mamba_row(layer)
+        self.cache.conv[row, self.slots_R] = conv_RKC
+        self.cache.ssm[row, self.slots_R] = ssm_RHPN
+
+
+class ExtendStates(_RowStates):
+    """A causal pass of the context tower: new keys and values go into the pages, then all are read from there."""
+
+    updates = True
+
+    def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
+        super().__init__(cache, slots, lengths, width)
+        device = cache.device
+        self._table_RZ = cache.page_table(slots, max(s + n for s, n in zip(self.starts, lengths, strict=True)))
+        starts_R1 = torch.tensor(self.starts, device=device)[:, None]
+        lengths_R1 = torch.tensor(list(lengths), device=device)[:, None]
+        offsets_L = torch.arange(width, device=device)
+        position_RL = starts_R1 + offsets_L
+        pages_RL = self._table_RZ.gather(1, (position_RL // PAGE_TOKENS).clamp(max=self._table_RZ.shape[1] - 1))
+        pages_RL = torch.where(offsets_L < lengths_R1, pages_RL, _WASTE_PAGE)
+        self._write_RL = pages_RL * PAGE_TOKENS + position_RL % PAGE_TOKENS
+        last_RL = torch.minimum(position_RL, starts_R1 + lengths_R1 - 1)
+        keys_T = torch.arange(self._table_RZ.shape[1] * PAGE_TOKENS, device=device)
+        self.mask_RLT = keys_T <= last_RL[..., None]
+
+    def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
+        row = self.cache.attention_row(layer)
+        keys, values = self.cache.keys[row], self.cache.values[row]
+        keys.flatten(0, 1)[self._write_RL] = keys_RLSE
+        values.flatten(0, 1)[self._write_RL] = values_RLSE
+        return keys[self._table_RZ].flatten(1, 2), values[self._table_RZ].flatten(1, 2)
+
+
+class ReadStates(_RowStates):
+    """A denoiser pass: the mirror's keys and values, then the block's own; every block position sees them all."""
+
+    updates = False
+
+    def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
+        super().__init__(cache, slots, lengths, width)
+        device = cache.device
+        self._table_RZ = cache.page_table(slots, max(self.starts))
+        starts_R1 = torch.tensor(self.starts, device=device)[:, None]
+        lengths_R1 = torch.tensor(list(lengths), device=device)[:, None]
+        cached_T = torch.arange(self._table_RZ.shape[1] * PAGE_TOKENS, device=device) < starts_R1
+        own_T = torch.arange(width, device=device) < lengths_R1
+        self.mask_RLT = torch.cat([cached_T, own_T], dim=1)[:, None].expand(-1, width, -1)
+
+    def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
+        row = self.cache.attention_row(layer)
+        cached_keys = self.cache.keys[row][self._table_RZ].flatten(1, 2)
+        cached_values = self.cache.values[row][self._table_RZ].flatten(1, 2)
+        return torch.cat([cached_keys, keys_RLSE], dim=1), torch.cat([cached_values, values_RLSE], dim=1)

@@ -1,0 +1,124 @@
+"""The released checkpoint layout on disk: which tensor lies in which file, read one at a time.
+
+Knows names and files; `loading.py` turns them into towers.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from twotower.config import ModelConfig
+from twotower.core import Mode
+from twotower.errors import CheckpointError
+
+CONTEXT_PREFIX, DENOISER_PREFIX, BASE_PREFIX = "context_tower.", "denoiser_tower.", "backbone."
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Layout(StrEnum):
+    """What a checkpoint holds; told by its tensor names, since both kinds call themselves `nemotron_h`."""
+
+    TWO_TOWER = "two-tower"
+    BASE = "single-tower base"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint directory: its config and the file of every tensor. No tensor is read yet."""
+
+    directory: Path
+    config: ModelConfig
+    layout: Layout
+    files: Mapping[str, Path]
+
+    @classmethod
+    def open(cls, directory: Path | str) -> Self:
+        """Raises CheckpointError where the directory, its config, its index or a shard is missing or damaged."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory")
+        config = ModelConfig.load(directory)
+        files = _tensor_files(directory)
+        return cls(directory, config, _layout(directory, files), files)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Modes these weights can serve."""
+        return tuple(Mode) if self.layout is Layout.TWO_TOWER else (Mode.AR,)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, read now, on the CPU, in its stored dtype."""
+        path = self.files.get(name)
+        if path is None:
+            raise CheckpointError(f"{self.directory}: no tensor {name!r}")
+        with _opened(path) as file:
+            try:
+                return file.get_tensor(name)
+            except SafetensorError as error:
+                raise CheckpointError(f"{path}: tensor {name!r}: {error}") from error
+
+    def shape(self, name: str) -> list[int]:
+        """A tensor's shape from its file's header, without reading it."""
+        with _opened(self.files[name]) as file:
+            return list(file.get_slice(name).get_shape())
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    index = directory / _INDEX
+    if not index.exists():
+        path = directory / _SINGLE
+        if not path.exists():
+            raise CheckpointError(f"{directory}: neither {_INDEX} nor {_SINGLE} is there")
+        return dict.fromkeys(_names_in(path), path)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): directory / str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index with a weight_map: {error!r}") from error
+    for path in sorted(set(files.values())):
+        present = set(_names_in(path))
+        absent = sorted(name for name, file in files.items() if file == path and name not in present)
+        if absent:
+            raise CheckpointError(f"{path}: no tensor {absent[0]!r}, which {_INDEX} places there")
+    return files
+
+
+def _names_in(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+class _opened:
+    """`safe_open` whose failures name the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> "safe_open":
+        try:
+            self._file = safe_open(self._path, framework="pt")
+            return self._file.__enter__()
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self._path}: no such file") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._path}: not a whole safetensors file: {error}") from error
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.__exit__(*exc)
+
+
+def _layout(directory: Path, names: Mapping[str, Path]) -> Layout:
+    if any(name.startswith(DENOISER_PREFIX) for name in names):
+        return Layout.TWO_TOWER
+    if any(name.startswith((BASE_PREFIX, CONTEXT_PREFIX)) for name in names):
+        return Layout.BASE
+    raise CheckpointError(
+        f"{directory}: no tensor starts with {CONTEXT_PREFIX!r}, {DENOISER_PREFIX!r} or {BASE_PREFIX!r}"
+    )
+

@@ -1,0 +1,160 @@
+"""Checkpoint tensors into towers, and towers into checkpoint tensors.
+
+A process that hosts one tower reads only that tower's tensors, one after the other, straight to its device and
+dtype: host memory never holds more than the tower and one tensor.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from twotower.config import ModelConfig
+from twotower.errors import CheckpointError
+from twotower.model.checkpoint import (
+    BASE_PREFIX,
+    CONTEXT_PREFIX,
+    DENOISER_PREFIX,
+    Checkpoint,
+    Layout,
+)
+from twotower.model.tower import ContextTower, DenoiserTower, Tower
+
+# Kept in fp32 in a model of any dtype: they are few, and the scan and the router are sensitive to them.
+_ALWAYS_FP32 = ("A_log", "D", "dt_bias", "gate.weight", "e_score_correction_bias")
+_IGNORED_PREFIXES = ("mtp.",)
+_DENOISER_OWN = ("lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
+
+
+def load_context_tower(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: bool = False
+) -> ContextTower:
+    """The context tower, ready to read. Raises CheckpointError naming the first wrong tensor and its file."""
+    with torch.device("meta"):
+        tower = ContextTower(checkpoint.config)
+    _load(checkpoint, tower, device, dtype, progress, "context tower")
+    return tower
+
+
+def load_denoiser_tower(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: bool = False
+) -> DenoiserTower:
+    """The denoiser tower, ready to step. Raises CheckpointError as above, and for a base checkpoint, which has none."""
+    if checkpoint.layout is not Layout.TWO_TOWER:
+        raise CheckpointError(f"{checkpoint.directory}: a {checkpoint.layout} checkpoint has no denoiser tower")
+    with torch.device("meta"):
+        tower = DenoiserTower(checkpoint.config)
+    _load(checkpoint, tower, device, dtype, progress, "denoiser tower")
+    return tower
+
+
+def save_checkpoint(
+    directory: Path, config: ModelConfig, context: ContextTower, denoiser: DenoiserTower
+) -> None:
+    """Write config.json and model.safetensors in the released layout."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for tower in (context, denoiser):
+        for name, tensor in stored_tensors(tower, Layout.TWO_TOWER):
+            tensors[name] = tensor.detach().cpu().clone()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    values = {
+        "architectures": ["NemotronHTwoTowerForCausalLM"],
+        "model_type": "nemotron_h",
+        **asdict(config),
+        "num_hidden_layers": config.num_layers,
+    }
+    (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def stored_tensors(tower: Tower, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a tower under its name in the files, as a view of the (sometimes fused) parameter."""
+    for name, tensor in tower.state_dict(keep_vars=False).items():
+        prefix, _, leaf = name.rpartition(".")
+        if prefix.endswith("mixer.experts"):
+            part, _, kind = leaf.partition("_")
+            stored = "weight" if kind == "proj" else kind
+            for expert, view in enumerate(tensor):
+                yield _file_name(tower, layout, f"{prefix}.{expert}.{part}_proj.{stored}"), view
+        elif name == "scale_shift_tables":
+            for layer, view in enumerate(tensor):
+                yield f"scale_shift_tables.{layer}", view
+        else:
+            yield _file_name(tower, layout, name), tensor
+
+
+def _file_name(tower: Tower, layout: Layout, name: str) -> str:
+    context = isinstance(tower, ContextTower)
+    if name.startswith("head."):
+        leaf = name.removeprefix("head.")
+        return f"context_lm_head.{leaf}" if context and layout is Layout.TWO_TOWER else f"lm_head.{leaf}"
+    if name.startswith("time."):
+        return name.removeprefix("time.")
+    if not context:
+        return DENOISER_PREFIX + name
+    return (BASE_PREFIX if layout is Layout.BASE else CONTEXT_PREFIX) + name
+
+
+def _load(
+    checkpoint: Checkpoint, tower: Tower, device: torch.device, dtype: torch.dtype, progress: bool, what: str
+) -> None:
+    wanted = {_spelling(checkpoint, name): list(view.shape) for name, view in stored_tensors(tower, checkpoint.layout)}
+    _check_names(checkpoint, tower, wanted)
+    for name, shape in wanted.items():
+        if checkpoint.shape(name) != shape:
+            raise CheckpointError(
+                f"{checkpoint.files[name]}: tensor {name!r}: got shape {checkpoint.shape(name)}, wanted {shape}"
+            )
+    _materialise(tower, device, dtype)
+    views = {_spelling(checkpoint, name): view for name, view in stored_tensors(tower, checkpoint.layout)}
+    in_file_order = sorted(views, key=lambda name: str(checkpoint.files[name]))
+    for name in tqdm(in_file_order, desc=f"loading {what}", unit="tensor", disable=not progress):
+        views[name].copy_(checkpoint.read(name))
+    tower.requires_grad_(False).eval()
+
+
+def _spelling(checkpoint: Checkpoint, name: str) -> str:
+    """The name, or the old spelling of it that some files use."""
+    old = name.replace(".embeddings.weight", ".embedding.weight")
+    return old if name not in checkpoint.files and old in checkpoint.files else name
+
+
+def _check_names(checkpoint: Checkpoint, tower: Tower, wanted: Iterable[str]) -> None:
+    expected = set(wanted)
+    missing = sorted(expected - set(checkpoint.files))
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(f"{checkpoint.directory}: tensor {missing[0]!r} is missing{more}")
+    extra = sorted(n for n in checkpoint.files if n not in expected and not _belongs_elsewhere(checkpoint, tower, n))
+    if extra:
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        raise CheckpointError(f"{checkpoint.files[extra[0]]}: unexpected tensor {extra[0]!r}{more}")
+
+
+def _belongs_elsewhere(checkpoint: Checkpoint, tower: Tower, name: str) -> bool:
+    """Whether a tensor this tower does not read has its place in the checkpoint all the same."""
+    if name.startswith(_IGNORED_PREFIXES):
+        return True
+    if checkpoint.layout is Layout.BASE:
+        return False
+    if isinstance(tower, ContextTower):
+        return name.startswith((DENOISER_PREFIX, *_DENOISER_OWN))
+    return name.startswith((CONTEXT_PREFIX, "context_lm_head."))
+
+
+def _materialise(tower: Tower, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a tower that was built on the meta device memory of its own, uninitialised."""
+    small = {name for name, _ in tower.state_dict().items() if name.endswith(_ALWAYS_FP32)}
+    for module_name, module in tower.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            kind = torch.float32 if prefix + name in small else dtype
+            memory = torch.empty(parameter.shape, device=device, dtype=kind)
+            setattr(module, name, torch.nn.Parameter(memory, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, device=device, dtype=torch.float32))

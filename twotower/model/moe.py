@@ -1,0 +1,98 @@
+"""The mixture of experts: sigmoid router in fp64, non-gated experts, one shared expert."""
+
+import torch
+from torch import Tensor, nn
+
+from twotower.config import ModelConfig
+from twotower.model.layers import Mlp, activation
+
+
+class Router(nn.Module):
+    """Scores experts and picks `num_experts_per_tok` for each token. Scores in fp64, as the released code does.
+
+    `e_score_correction_bias` moves the choice, never the weight of the chosen.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x_MD: Tensor) -> tuple[Tensor, Tensor]:
+        """For M tokens: chosen experts [M,k] and their weights [M,k] in fp32."""
+        scores_ME = torch.sigmoid(x_MD.double() @ self.weight.double().T)
+        corrected_ME = self._within_groups(scores_ME + self.e_score_correction_bias.double())
+        chosen_Mk = corrected_ME.topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
+        weights_Mk = scores_ME.gather(1, chosen_Mk)
+        if self.config.norm_topk_prob:
+            weights_Mk = weights_Mk / (weights_Mk.sum(-1, keepdim=True) + 1e-20)
+        return chosen_Mk, (weights_Mk * self.config.routed_scaling_factor).float()
+
+    def _within_groups(self, corrected_ME: Tensor) -> Tensor:
+        """Keep the experts of the best groups. The others' scores become 0.0, not -inf, as in the released code."""
+        groups = self.config.n_group
+        if groups == 1:
+            return corrected_ME
+        grouped = corrected_ME.unflatten(1, (groups, -1))
+        best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        kept = best_two.topk(self.config.topk_group, dim=-1, sorted=False).indices
+        keep_MG = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, kept, True)
+        return grouped.masked_fill(~keep_MG[..., None], 0.0).flatten(1)
+
+
+class Experts(nn.Module):
+    """The routed experts, fused: up_proj [E,I,D], down_proj [E,D,I] (the files hold one matrix an expert)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.up_proj = nn.Parameter(torch.zeros(experts, inner, hidden))
+        self.down_proj = nn.Parameter(torch.zeros(experts, hidden, inner))
+        self.up_bias = nn.Parameter(torch.zeros(experts, inner)) if config.mlp_bias else None
+        self.down_bias = nn.Parameter(torch.zeros(experts, hidden)) if config.mlp_bias else None
+        self.act = activation(config.mlp_hidden_act)
+
+    def forward(self, x_MD: Tensor, chosen_Mk: Tensor, weights_Mk: Tensor) -> Tensor:
+        """Weighted sum over each token's experts, in fp32: tokens sorted by expert, one product per expert in use."""
+        per_token = chosen_Mk.shape[1]
+        order = chosen_Mk.flatten().argsort(stable=True)
+        tokens = order // per_token
+        counts = torch.bincount(chosen_Mk.flatten(), minlength=self.up_proj.shape[0]).tolist()
+        outputs, parts = [], x_MD[tokens].split(counts)
+        for expert, part in enumerate(parts):
+            if counts[expert]:
+                outputs.append(self._expert(expert, part))
+        weighted = torch.cat(outputs).float() * weights_Mk.flatten()[order, None]
+        out = torch.zeros(x_MD.shape, dtype=torch.float32, device=x_MD.device)
+        return out.index_add(0, tokens, weighted)
+
+    def _expert(self, expert: int, x: Tensor) -> Tensor:
+        up_bias = None if self.up_bias is None else self.up_bias[expert]
+        down_bias = None if self.down_bias is None else self.down_bias[expert]
+        inner = self.act(nn.functional.linear(x, self.up_proj[expert], up_bias))
+        return nn.functional.linear(inner, self.down_proj[expert], down_bias)
+
+
+class MixtureOfExperts(nn.Module):
+    """One `E` layer: routed experts, plus exactly one shared expert that is neither gated nor scaled."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = Mlp(
+            config.hidden_size,
+            config.moe_shared_expert_intermediate_size,
+            config.mlp_bias,
+            config.mlp_hidden_act,
+        )
+
+    def forward(self, x_RLD: Tensor) -> Tensor:
+        x_MD = x_RLD.flatten(0, 1)
+        chosen_Mk, weights_Mk = self.gate(x_MD)
+        routed = self.experts(x_MD, chosen_Mk, weights_Mk).to(x_RLD.dtype)
+        shared: Tensor = self.shared_experts(x_RLD)
+        return routed.view_as(x_RLD) + shared

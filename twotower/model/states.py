@@ -1,0 +1,36 @@
+"""What a tower asks of whoever holds the sequences' state while it reads new tokens.
+
+Shape suffixes, here and in the whole package: R rows (sequences), L new positions, T cached + new positions,
+D hidden, C conv channels, K conv window, H heads, S key/value heads, E head width, P Mamba head width,
+N SSM state, G Mamba groups, V vocabulary.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class LayerStates(Protocol):
+    """The state of R sequences, layer by layer, as one forward pass sees and changes it.
+
+    `lengths_R` holds how many of the L positions of each row are real; the rest, on the right, are padding whose
+    output means nothing and which leaves no trace in any state. None: every position is real.
+    `mask_RLT` is True where a new position may attend to a key.
+    `updates` is False for passes that only read (the denoiser's).
+    """
+
+    lengths_R: Tensor | None
+    mask_RLT: Tensor
+    updates: bool
+
+    def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Conv window [R,K,C] (newest last) and SSM state [R,H,P,N] (fp32) that seed this Mamba layer."""
+        ...
+
+    def put_mamba(self, layer: int, conv_RKC: Tensor, ssm_RHPN: Tensor) -> None:
+        """Keep the state after the new positions. Called only where `updates`."""
+        ...
+
+    def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values [R,T,S,E] this attention layer may look at, the new ones included."""
+        ...

@@ -1,0 +1,103 @@
+"""The towers: a stack of one-mixer layers with an embedding and a head; the denoiser's is time-conditioned."""
+
+import torch
+from torch import Tensor, nn
+
+from twotower.config import ModelConfig
+from twotower.model.attention import Attention
+from twotower.model.conditioning import TimeConditioning, gated, modulate
+from twotower.model.layers import Mlp, RmsNorm
+from twotower.model.mamba import MambaMixer
+from twotower.model.moe import MixtureOfExperts
+from twotower.model.states import LayerStates
+
+
+class Layer(nn.Module):
+    """`x + mixer(norm(x))`, one mixer of one kind; or the modulated form of it."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.kind = config.hybrid_override_pattern[index]
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = RmsNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = _mixer(config, self.kind)
+
+    def forward(self, x_RLD: Tensor, states: LayerStates, modulation_R3D: Tensor | None) -> Tensor:
+        residual = x_RLD.float() if self.residual_in_fp32 else x_RLD
+        if modulation_R3D is None:
+            return residual + self._mix(self.norm(x_RLD), states)
+        # Sequence mixers are modulated before their norm, position-wise ones after it.
+        if self.kind in "M*":
+            hidden = self.norm(modulate(x_RLD, modulation_R3D))
+        else:
+            hidden = modulate(self.norm(x_RLD), modulation_R3D)
+        return residual + gated(self._mix(hidden, states), modulation_R3D)
+
+    def _mix(self, hidden: Tensor, states: LayerStates) -> Tensor:
+        out: Tensor = self.mixer(hidden, self.index, states) if self.kind in "M*" else self.mixer(hidden)
+        return out
+
+
+def _mixer(config: ModelConfig, kind: str) -> nn.Module:
+    if kind == "M":
+        return MambaMixer(config)
+    if kind == "*":
+        return Attention(config)
+    if kind == "E":
+        return MixtureOfExperts(config)
+    return Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, config.mlp_hidden_act)
+
+
+class Tower(nn.Module):
+    """What both towers share. Parameter names are the files' names without the tower's prefix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.norm_f = RmsNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embeddings.weight.dtype
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits [..., V] of any hidden states [..., D] that `forward` returned."""
+        out: Tensor = self.head(self.norm_f(hidden))
+        return out.float()
+
+
+class ContextTower(Tower):
+    """The causal tower. What it has read lives in `states`, which the pass extends."""
+
+    def forward(self, tokens_RL: Tensor, states: LayerStates) -> Tensor:
+        """Hidden states [R,L,D] after the last layer, before the final norm."""
+        x_RLD: Tensor = self.embeddings(tokens_RL)
+        for layer in self.layers:
+            x_RLD = layer(x_RLD, states, None)
+        return x_RLD
+
+
+class DenoiserTower(Tower):
+    """The tower that fills a block, seeing it both ways in attention, seeded by the context tower's states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.time = TimeConditioning(config.hidden_size)
+        self.scale_shift_tables = nn.Parameter(torch.zeros(config.num_layers, 3, config.hidden_size))
+
+    def forward(self, tokens_RL: Tensor, states: LayerStates, t_R: Tensor | None) -> Tensor:
+        """Hidden states [R,L,D] of one step. `t_R`: mask fraction of each row; None: no conditioning (mock-AR)."""
+        x_RLD: Tensor = self.embeddings(tokens_RL)
+        shared_R3D = None if t_R is None else self.time(t_R)
+        for index, layer in enumerate(self.layers):
+            modulation = None if shared_R3D is None else shared_R3D + self.scale_shift_tables[index]
+            x_RLD = layer(x_RLD, states, modulation)
+        return x_RLD
