@@ -58,7 +58,7 @@ class ContextEngine:
         self._sequences: dict[_Key, _Sequence] = {}
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens)
         self._replies: dict[int, list[Reply]] = {}
-        self._inbox: deque[Request | RequestId] = deque()
+        self._inbox: deque[Request | RequestId | Port] = deque()
         self.ticks = self.rows = 0
 
     def stats(self, busy_s: float) -> EngineStats:
@@ -69,11 +69,11 @@ class ContextEngine:
         )  # fmt: skip
 
     def connect(self, port: Port) -> None:
-        """Serve one more denoiser."""
-        self._ports[self._next_port] = port
-        self._next_port += 1
+        """Serve one more denoiser. From any thread."""
+        self._inbox.append(port)
 
     def add(self, request: Request) -> None:
+        """Decode an `ar` request. From any thread."""
         self._inbox.append(request)
 
     def cancel(self, request_id: RequestId) -> None:
@@ -109,6 +109,9 @@ class ContextEngine:
             message = self._inbox.popleft()
             if isinstance(message, Request):
                 self._open_ar(message)
+            elif not isinstance(message, str):
+                self._ports[self._next_port] = message
+                self._next_port += 1
             elif message in self._sequences:
                 self._close_ar(message)
 

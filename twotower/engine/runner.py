@@ -51,8 +51,8 @@ class EngineRunner:
         self._ring: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._busy_s = 0.0
-        self._tick_started: float | None = None
-        self.ticks = 0
+        self._turn_started: float | None = None
+        self.turns = 0
 
     def start(self, engines: Sequence[Engine]) -> None:
         self.engines = list(engines)
@@ -68,8 +68,8 @@ class EngineRunner:
             self._events.append(event)
 
     def progress(self) -> int:
-        """A number that grows while the engines live, busy or idle; stands still when a tick hangs."""
-        return self.ticks
+        """Turns made so far: grows at least once a second while the engines live, stands still while a tick hangs."""
+        return self.turns
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread after its current tick and close the engines."""
@@ -122,7 +122,7 @@ class EngineRunner:
     def _check(self) -> None:
         if self._failure is not None:
             raise Unavailable(self._failure)
-        started = self._tick_started
+        started = self._turn_started
         if started is not None and time.monotonic() - started > self._stall_timeout_s:
             raise Unavailable(f"the engine has been in one tick for more than {self._stall_timeout_s:g} s")
 
@@ -143,12 +143,12 @@ class EngineRunner:
 
     def _turn(self) -> None:
         self._wake.clear()
-        started = self._tick_started = time.monotonic()
+        started = self._turn_started = time.monotonic()
         worked = False
         for engine in self.engines:
             worked = engine.tick() or worked
-        self._tick_started = None
-        self.ticks += 1
+        self._turn_started = None
+        self.turns += 1
         self._deliver()
         if worked:
             self._busy_s += time.monotonic() - started

@@ -9,7 +9,8 @@ from twotower.model.pages import pages_for
 class EngineSettings:
     """Sizes in sequences and tokens, times in seconds.
 
-    `cache_tokens` 0 means: room for `max_sequences` sequences of the longest length.
+    `cache_tokens` 0 means: room for `max_sequences` sequences of the longest length. `link_timeout_s` is how long a
+    tower process may be silent, `stall_timeout_s` how long one tick may take, `start_timeout_s` how long loading may.
     """
 
     max_sequences: int = 32
@@ -17,6 +18,8 @@ class EngineSettings:
     cache_tokens: int = 0
     prefill_chunk_tokens: int = 512
     link_timeout_s: float = 10.0
+    stall_timeout_s: float = 60.0
+    start_timeout_s: float = 600.0
     max_queued_requests: int = 64
 
     @property

@@ -1,0 +1,95 @@
+"""Everything that speaks to Ray: starting tower actors in their bundles, calling them, ending them.
+
+A call to an actor waits no longer than its deadline, and whatever goes wrong comes back as one of our own errors.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.settings import CellSettings, bundles
+from actors.towers import TowerProcess
+from twotower.core import Event, Request, RequestId
+from twotower.engine.handle import EngineStats
+from twotower.errors import TwoTowerError, Unavailable
+
+
+class RemoteEngine:
+    """A tower actor as an EngineHandle. `name` is what it is called in errors."""
+
+    def __init__(self, actor: Any, name: str, timeout_s: float) -> None:
+        self._actor, self.name, self._timeout_s = actor, name, timeout_s
+
+    async def add(self, requests: Sequence[Request]) -> None:
+        await self.call("add", requests)
+
+    async def cancel(self, request_ids: Sequence[RequestId]) -> None:
+        await self.call("cancel", request_ids)
+
+    async def events(self) -> list[Event]:
+        events: list[Event] = await self.call("events")
+        return events
+
+    async def stats(self) -> list[EngineStats]:
+        stats: list[EngineStats] = await self.call("stats")
+        return stats
+
+    async def call(self, method: str, *args: object, timeout_s: float | None = None) -> Any:
+        """The method's answer. Raises the TwoTowerError it raised, or Unavailable when the process is gone or mute."""
+        patience = self._timeout_s if timeout_s is None else timeout_s
+        try:
+            return await asyncio.wait_for(getattr(self._actor, method).remote(*args), patience)
+        except TimeoutError:
+            raise Unavailable(f"the {self.name} process did not answer {method!r} within {patience:g} s") from None
+        except RayError as error:
+            raise plain_error(error, self.name) from error
+
+    def kill(self) -> None:
+        """End the process now, whatever it is doing."""
+        ray.kill(self._actor, no_restart=True)
+
+
+def plain_error(error: BaseException, name: str) -> TwoTowerError:
+    """Our error for one that came through Ray."""
+    if isinstance(error, RayActorError):
+        cause = getattr(error, "cause", None) or error.__cause__
+        if isinstance(cause, TwoTowerError):
+            return cause
+        return Unavailable(f"the {name} process is gone: {_first_line(error)}")
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        if isinstance(cause, TwoTowerError):
+            return cause
+        return Unavailable(f"the {name} process failed: {type(cause).__name__}: {_first_line(cause)}")
+    if isinstance(error, GetTimeoutError):
+        return Unavailable(f"the {name} process did not answer in time")
+    return Unavailable(f"the {name} process cannot be reached: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def start_tower(
+    kind: type[TowerProcess], settings: CellSettings, group: PlacementGroup, bundle: int, name: str
+) -> RemoteEngine:
+    """A tower process in its bundle of the cell's placement group. Returns before it has loaded its weights."""
+    resources = bundles(settings)[bundle]
+    strategy = PlacementGroupSchedulingStrategy(
+        placement_group=group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=False
+    )
+    actor_class = ray.remote(kind)
+    actor = actor_class.options(
+        num_cpus=resources["CPU"],
+        num_gpus=resources.get("GPU", 0),
+        scheduling_strategy=strategy,
+        max_restarts=0,
+        max_concurrency=100,
+    ).remote(settings)
+    return RemoteEngine(actor, name, settings.engine.link_timeout_s)

@@ -1,0 +1,65 @@
+"""What a cell is made of, and the bundles of resources it asks Ray for."""
+
+import os
+from dataclasses import dataclass, field
+
+from twotower.engine.settings import EngineSettings
+from twotower.errors import ConfigError
+
+PLACEMENTS = ("split", "colocated", "ar_only")
+STRATEGY = "STRICT_PACK"
+# A CPU cell has to fit on any laptop: Ray's CPUs are only bookkeeping, so each process asks for a sliver.
+_REPLICA_CPUS, _TOWER_CPUS = 0.1, 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class CellSettings:
+    """A cell. `gpus_per_tower` None: one where the towers run on CUDA, none where they run on the CPU."""
+
+    checkpoint: str
+    dtype: str = "float32"
+    device: str = "auto"
+    placement: str = "split"
+    denoisers_per_context: int = 1
+    gpus_per_tower: float | None = None
+    engine: EngineSettings = field(default_factory=EngineSettings)
+
+    def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise ConfigError(f"placement: got {self.placement!r}, wanted one of {', '.join(PLACEMENTS)}")
+        if self.denoisers_per_context < 1:
+            raise ConfigError(f"denoisers_per_context: got {self.denoisers_per_context}, wanted at least 1")
+        if self.device == "auto" and self.gpus_per_tower is None:
+            raise ConfigError("device: got 'auto', which must be resolved by `resolve_device` before a cell is built")
+
+    @property
+    def processes(self) -> int:
+        """Tower processes of one cell."""
+        return 1 + self.denoisers_per_context if self.placement == "split" else 1
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of one tower process."""
+        if self.gpus_per_tower is not None:
+            return self.gpus_per_tower
+        return 1.0 if self.device.startswith("cuda") else 0.0
+
+    @property
+    def threads(self) -> int:
+        """Compute threads of one tower process: its share of this machine's cores, so that towers do not fight."""
+        return max(1, len(os.sched_getaffinity(0)) // self.processes)
+
+
+def resolve_device(device: str, gpus_in_cluster: float) -> str:
+    """`auto` is CUDA where the cluster has any GPU, else the CPU. Every other name is taken at its word."""
+    if device != "auto":
+        return device
+    return "cuda" if gpus_in_cluster >= 1 else "cpu"
+
+
+def bundles(settings: CellSettings) -> list[dict[str, float]]:
+    """One bundle for the replica itself, then one for each tower process, the context tower's first."""
+    tower = {"CPU": _TOWER_CPUS}
+    if settings.gpus:
+        tower["GPU"] = settings.gpus
+    return [{"CPU": _REPLICA_CPUS}, *(dict(tower) for _ in range(settings.processes))]

@@ -1,0 +1,108 @@
+"""The tower processes: plain classes that load a tower, give it an engine and a thread, and answer for them.
+
+Decorated as Ray actors in `remote.py`, so that tests can construct them directly. Their `add`, `cancel`, `events` and
+`stats` are the EngineHandle's; everything else happens once, when the cell is put together.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from actors.settings import CellSettings
+from twotower.core import Event, Request, RequestId
+from twotower.engine.context_engine import ContextEngine
+from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.handle import EngineStats
+from twotower.engine.in_process import colocated_runner, pick_device, pick_dtype
+from twotower.engine.runner import EngineRunner
+from twotower.exchange.distributed import connect, open_port
+from twotower.exchange.settings import EngineHooks, LinkAddress, LinkSettings
+from twotower.model.cache import TowerCache
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.loading import load_context_tower, load_denoiser_tower
+
+
+class TowerProcess:
+    """What every tower process can do: run its engines and say where it lives."""
+
+    def __init__(self, settings: CellSettings) -> None:
+        torch.set_num_threads(settings.threads)
+        self.settings = settings
+        self.checkpoint = Checkpoint.open(settings.checkpoint)
+        self.device = pick_device(settings.device)
+        self.dtype = pick_dtype(settings.dtype)
+        self.runner = EngineRunner(settings.engine.stall_timeout_s)
+
+    async def ready(self) -> dict[str, str]:
+        """Where this process lives, once its weights are loaded."""
+        import twotower
+
+        return {
+            "tower": type(self).__name__,
+            "pid": str(os.getpid()),
+            "device": str(self.device),
+            "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+            "threads": str(torch.get_num_threads()),
+            "library": os.path.dirname(os.path.abspath(twotower.__file__)),
+        }
+
+    async def add(self, requests: Sequence[Request]) -> None:
+        await self.runner.add(requests)
+
+    async def cancel(self, request_ids: Sequence[RequestId]) -> None:
+        await self.runner.cancel(request_ids)
+
+    async def events(self) -> list[Event]:
+        return await self.runner.events()
+
+    async def stats(self) -> list[EngineStats]:
+        return await self.runner.stats()
+
+    def _hooks(self) -> EngineHooks:
+        return EngineHooks(self.runner.progress, self.runner.wake)
+
+
+class ContextActor(TowerProcess):
+    """Hosts the context tower; opens a port for each denoiser that is to connect."""
+
+    def __init__(self, settings: CellSettings) -> None:
+        super().__init__(settings)
+        tower = load_context_tower(self.checkpoint, self.device, self.dtype)
+        self._engine = ContextEngine(tower, settings.engine, self.runner.emit)
+        self.runner.start([self._engine])
+
+    async def open_link(self, link: int, epoch: int) -> LinkAddress:
+        """Listen for one denoiser; returns at once with the address to connect to."""
+        patience = LinkSettings(link_timeout_s=self.settings.engine.link_timeout_s)
+        port, address = open_port(self._engine.cache, link, epoch, patience, self._hooks())
+        self._engine.connect(port)
+        self.runner.wake()
+        return address
+
+
+class DenoiserActor(TowerProcess):
+    """Hosts the denoiser tower and its mirror; decodes nothing before it is connected."""
+
+    def __init__(self, settings: CellSettings) -> None:
+        super().__init__(settings)
+        self._tower = load_denoiser_tower(self.checkpoint, self.device, self.dtype)
+
+    async def connect(self, address: LinkAddress) -> None:
+        """Join the context tower's port and start decoding. Raises LinkDown."""
+        engine = self.settings.engine
+        mirror = TowerCache(self.checkpoint.config, engine.max_sequences, engine.pages, self.device, self.dtype)
+        link = connect(address, mirror, self._hooks())
+        self.runner.start([DenoiserEngine(self._tower, link, engine, self.runner.emit)])
+
+
+class ColocatedActor(TowerProcess):
+    """Hosts both towers on one device (`colocated`), or the context tower alone (`ar_only`)."""
+
+    def __init__(self, settings: CellSettings) -> None:
+        super().__init__(settings)
+        context = load_context_tower(self.checkpoint, self.device, self.dtype)
+        denoiser = None
+        if settings.placement == "colocated":
+            denoiser = load_denoiser_tower(self.checkpoint, self.device, self.dtype)
+        self.runner = colocated_runner(context, denoiser, settings.engine)
