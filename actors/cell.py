@@ -72,7 +72,7 @@ async def start_pair(settings: CellSettings, group: PlacementGroup) -> RunningPa
     engines = _start_towers(settings, group)
     async with _ended_on_failure(engines):
         patience = settings.engine.start_timeout_s
-        places = await asyncio.gather(*(engine.call("ready", timeout_s=patience) for engine in engines))
+        places = await asyncio.gather(*(engine.load(patience) for engine in engines))
         for engine, place in zip(engines, places, strict=True):
             logger.info("%s is ready: %s", engine.name, place)
         context, *denoisers = engines

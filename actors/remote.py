@@ -4,6 +4,9 @@ A call to an actor waits no longer than its deadline, and whatever goes wrong co
 """
 
 import asyncio
+import contextlib
+import os
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +27,7 @@ class RemoteEngine:
 
     def __init__(self, actor: Any, name: str, timeout_s: float) -> None:
         self._actor, self.name, self._timeout_s = actor, name, timeout_s
+        self._pid: int | None = None
 
     async def add(self, requests: Sequence[Request]) -> None:
         await self.call("add", requests)
@@ -49,17 +53,27 @@ class RemoteEngine:
         except RayError as error:
             raise plain_error(error, self.name) from error
 
+    async def load(self, timeout_s: float) -> dict[str, str]:
+        """Have the process read its weights; then where it lives. Raises what loading raised."""
+        place: dict[str, str] = await self.call("load", timeout_s=timeout_s)
+        self._pid = int(place["pid"])
+        return place
+
     def kill(self) -> None:
-        """End the process now, whatever it is doing."""
+        """End the process now, whatever it is doing.
+
+        Ray's own kill asks the process, which a hung one never hears; a cell's processes share its node, so the
+        signal reaches them.
+        """
         ray.kill(self._actor, no_restart=True)
+        if self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
 
 
 def plain_error(error: BaseException, name: str) -> TwoTowerError:
     """Our error for one that came through Ray."""
     if isinstance(error, RayActorError):
-        cause = getattr(error, "cause", None) or error.__cause__
-        if isinstance(cause, TwoTowerError):
-            return cause
         return Unavailable(f"the {name} process is gone: {_first_line(error)}")
     if isinstance(error, RayTaskError):
         cause = error.cause

@@ -4,11 +4,13 @@ Decorated as Ray actors in `remote.py`, so that tests can construct them directl
 `stats` are the EngineHandle's; everything else happens once, when the cell is put together.
 """
 
+import asyncio
 import os
 from collections.abc import Sequence
 
 import torch
 
+import twotower
 from actors.settings import CellSettings
 from twotower.core import Event, Request, RequestId
 from twotower.engine.context_engine import ContextEngine
@@ -24,20 +26,23 @@ from twotower.model.loading import load_context_tower, load_denoiser_tower
 
 
 class TowerProcess:
-    """What every tower process can do: run its engines and say where it lives."""
+    """What every tower process can do: load, run its engines, and say where it lives.
+
+    Loading is a call of its own and not the constructor's work, so that what goes wrong in it comes back as the error
+    it is and not as an actor that could not be made.
+    """
 
     def __init__(self, settings: CellSettings) -> None:
-        torch.set_num_threads(settings.threads)
         self.settings = settings
-        self.checkpoint = Checkpoint.open(settings.checkpoint)
-        self.device = pick_device(settings.device)
-        self.dtype = pick_dtype(settings.dtype)
         self.runner = EngineRunner(settings.engine.stall_timeout_s)
 
-    async def ready(self) -> dict[str, str]:
-        """Where this process lives, once its weights are loaded."""
-        import twotower
-
+    async def load(self) -> dict[str, str]:
+        """Read the weights; then where this process lives. Raises CheckpointError or ConfigError."""
+        torch.set_num_threads(self.settings.threads)
+        self.checkpoint = Checkpoint.open(self.settings.checkpoint)
+        self.device = pick_device(self.settings.device)
+        self.dtype = pick_dtype(self.settings.dtype)
+        await asyncio.to_thread(self._load)
         return {
             "tower": type(self).__name__,
             "pid": str(os.getpid()),
@@ -46,6 +51,9 @@ class TowerProcess:
             "threads": str(torch.get_num_threads()),
             "library": os.path.dirname(os.path.abspath(twotower.__file__)),
         }
+
+    def _load(self) -> None:
+        raise NotImplementedError
 
     async def add(self, requests: Sequence[Request]) -> None:
         await self.runner.add(requests)
@@ -66,10 +74,9 @@ class TowerProcess:
 class ContextActor(TowerProcess):
     """Hosts the context tower; opens a port for each denoiser that is to connect."""
 
-    def __init__(self, settings: CellSettings) -> None:
-        super().__init__(settings)
+    def _load(self) -> None:
         tower = load_context_tower(self.checkpoint, self.device, self.dtype)
-        self._engine = ContextEngine(tower, settings.engine, self.runner.emit)
+        self._engine = ContextEngine(tower, self.settings.engine, self.runner.emit)
         self.runner.start([self._engine])
 
     async def open_link(self, link: int, epoch: int) -> LinkAddress:
@@ -84,12 +91,14 @@ class ContextActor(TowerProcess):
 class DenoiserActor(TowerProcess):
     """Hosts the denoiser tower and its mirror; decodes nothing before it is connected."""
 
-    def __init__(self, settings: CellSettings) -> None:
-        super().__init__(settings)
+    def _load(self) -> None:
         self._tower = load_denoiser_tower(self.checkpoint, self.device, self.dtype)
 
     async def connect(self, address: LinkAddress) -> None:
         """Join the context tower's port and start decoding. Raises LinkDown."""
+        await asyncio.to_thread(self._connect, address)
+
+    def _connect(self, address: LinkAddress) -> None:
         engine = self.settings.engine
         mirror = TowerCache(self.checkpoint.config, engine.max_sequences, engine.pages, self.device, self.dtype)
         link = connect(address, mirror, self._hooks())
@@ -99,10 +108,9 @@ class DenoiserActor(TowerProcess):
 class ColocatedActor(TowerProcess):
     """Hosts both towers on one device (`colocated`), or the context tower alone (`ar_only`)."""
 
-    def __init__(self, settings: CellSettings) -> None:
-        super().__init__(settings)
+    def _load(self) -> None:
         context = load_context_tower(self.checkpoint, self.device, self.dtype)
         denoiser = None
-        if settings.placement == "colocated":
+        if self.settings.placement == "colocated":
             denoiser = load_denoiser_tower(self.checkpoint, self.device, self.dtype)
-        self.runner = colocated_runner(context, denoiser, settings.engine)
+        self.runner = colocated_runner(context, denoiser, self.settings.engine)

@@ -27,10 +27,13 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: got {name!r}, wanted auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: got {name!r}, but this process sees no CUDA device")
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: got {name!r}, wanted auto, cpu, cuda or cuda:N")
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and not 0 <= (device.index or 0) < devices:
+        raise ConfigError(f"device: got {name!r}, but this process sees {devices} CUDA devices")
     return device
 
 

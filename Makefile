@@ -1,0 +1,61 @@
+# Every target first makes .venv where it is missing or stale; nothing else has to be prepared.
+SHELL := /bin/sh
+PY := .venv/bin/python
+PYTEST_ARGS ?=
+export PYTHON
+
+# Only while the tree is being built: import contracts need every module they name.
+LAYERS := cluster actors $(addprefix twotower/,demo testing engine engine/ledger engine/scheduler decoding exchange \
+	model validation core config errors pb)
+
+.PHONY: help env serve test check check-format check-lint check-types check-imports check-proto format proto
+
+help:
+	@echo "make serve    start the service on this machine; Ctrl-C stops it"
+	@echo "make test     run the tests (PYTEST_ARGS='-m \"not ray\"' for a part of them)"
+	@echo "make check    formatting, lint, types, import contracts, proto drift"
+	@echo "make format   format the code and mend what lint can mend"
+	@echo "make proto    regenerate twotower/pb from protos/"
+	@echo "make env      only make the environment"
+
+env:
+	@sh scripts/bootstrap.sh
+
+serve: env
+	@echo "Starting the service; Ctrl-C stops it"
+	@exec $(PY) -m cluster up
+
+test: env
+	@echo "Running the tests"
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+check: check-format check-lint check-types check-imports check-proto
+
+check-format: env
+	@echo "Format"
+	@$(PY) -m ruff format --check --quiet .
+
+check-lint: env
+	@echo "Lint"
+	@$(PY) -m ruff check --quiet .
+
+check-types: env
+	@echo "Types"
+	@$(PY) -m mypy --no-error-summary
+
+check-imports: env
+	@echo "Import contracts"
+	@for module in $(LAYERS); do [ -e $$module.py ] || [ -e $$module/__init__.py ] || \
+		{ echo "      not checked yet: no $$module"; exit 0; }; done; \
+	.venv/bin/lint-imports --no-logo
+
+check-proto: env
+	@echo "Generated stubs"
+	@$(PY) scripts/proto.py --check
+
+format: env
+	@$(PY) -m ruff check --fix --quiet . || true
+	@$(PY) -m ruff format .
+
+proto: env
+	@$(PY) scripts/proto.py

@@ -1,0 +1,175 @@
+"""Cells of real Ray actors: the same tokens as in process, pinned GPUs, and a clear end when a process dies."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from actors.cell import STRATEGY, CellSettings, RunningPair, bundles, start_pair
+from tests.engine.decode import Decoded, collect
+from tests.goldens import GOLDEN_DIR, causal_request, diffusion_request, golden
+from twotower.core import DecodingParams, Mode, Request, RequestId
+from twotower.engine.settings import EngineSettings
+from twotower.errors import CheckpointError, ConfigError, TwoTowerError, Unavailable
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+ENGINE = EngineSettings(max_sequences=16, max_sequence_length=256, prefill_chunk_tokens=16, link_timeout_s=4)
+
+
+@asynccontextmanager
+async def cell(name: str, placement: str = "split", **changes: Any) -> AsyncIterator[RunningPair]:
+    directory = str((GOLDEN_DIR / name).resolve())
+    settings = CellSettings(
+        directory, device="cpu", placement=placement, gpus_per_tower=1, engine=changes.pop("engine", ENGINE), **changes
+    )
+    group = placement_group(bundles(settings), strategy=STRATEGY)
+    await group.ready()
+    try:
+        running = await start_pair(settings, group)
+        try:
+            yield running
+        finally:
+            await running.close()
+    finally:
+        remove_placement_group(group)
+
+
+def _golden_requests(name: str, modes: tuple[Mode, ...]) -> list[tuple[Request, list[int]]]:
+    wanted = []
+    for number, prompt in enumerate(golden(name).prompts):
+        for mode in (Mode.AR, Mode.MOCK_AR):
+            wanted.append((causal_request(prompt, mode), prompt[str(mode)]["tokens"]))
+        for case in prompt["cases"]:
+            if case["eos_token_id"] is None:
+                wanted.append((diffusion_request(prompt, case), case["output"]))
+        assert wanted, number
+    return [(request, tokens) for request, tokens in wanted if request.params.mode in modes]
+
+
+async def _all_free(running: RunningPair, within_s: float = 3.0) -> None:
+    deadline = time.monotonic() + within_s
+    while True:
+        stats = await running.stats()
+        if all((s.sequences, s.free_slots, s.free_pages) == (0, s.total_slots, s.total_pages) for s in stats):
+            return
+        assert time.monotonic() < deadline, f"not everything was given back: {stats}"
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "placement", "denoisers"),
+    [("tt_dense", "split", 1), ("tt_moe", "split", 2), ("tt_moe", "colocated", 1), ("tt_moe", "ar_only", 1)],
+)
+async def test_golden_tokens_in_every_placement(name: str, placement: str, denoisers: int) -> None:
+    modes = (Mode.AR,) if placement == "ar_only" else tuple(Mode)
+    wanted = _golden_requests(name, modes)
+    async with cell(name, placement, denoisers_per_context=denoisers) as running:
+        results = await asyncio.gather(*(collect(running.pair, request) for request, _ in wanted))
+        assert [result.token_ids for result in results] == [tokens for _, tokens in wanted]
+        await _all_free(running)
+        _each_process_has_a_gpu_of_its_own(running, 1 + denoisers if placement == "split" else 1)
+
+
+def _each_process_has_a_gpu_of_its_own(running: RunningPair, processes: int) -> None:
+    seen = [place["cuda_visible_devices"] for place in running.places]
+    assert len(set(seen)) == processes
+    assert all(devices and "," not in devices for devices in seen)
+    assert len({place["pid"] for place in running.places}) == processes
+
+
+def _long_request(mode: Mode) -> Request:
+    params = DecodingParams(mode=mode, max_new_tokens=200, ignore_eos=True, confidence_threshold=1.0) if (
+        mode is Mode.DIFFUSION
+    ) else DecodingParams(mode=mode, max_new_tokens=200, ignore_eos=True)
+    return Request(RequestId(f"long-{mode}"), (1, 5, 9), params)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_dead_or_hung_process_ends_every_request_with_a_clear_error(victim: int, blow: signal.Signals) -> None:
+    async with cell("tt_moe") as running:
+        tasks = [asyncio.create_task(collect(running.pair, _long_request(mode))) for mode in Mode]
+        await asyncio.sleep(0.05)
+        struck = time.monotonic()
+        os.kill(int(running.places[victim]["pid"]), blow)
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+        ended = time.monotonic() - struck
+        failures = [o for o in outcomes if isinstance(o, BaseException)]
+        assert failures, "the requests finished before the blow fell"
+        assert all(isinstance(o, Unavailable) for o in failures), failures
+        assert all("\n" not in str(o) for o in failures)
+        assert ended < (2 if blow is signal.SIGKILL else ENGINE.link_timeout_s + 2)
+        assert await _eventually_failed(running)
+        with pytest.raises(Unavailable):
+            await collect(running.pair, _long_request(Mode.AR))
+        pids = [int(place["pid"]) for place in running.places]
+    assert await _gone(pids), "a tower process outlived its cell"
+
+
+async def _eventually_failed(running: RunningPair) -> bool:
+    for _ in range(int(ENGINE.link_timeout_s * 10) + 20):
+        if running.failure() is not None:
+            return True
+        await asyncio.sleep(0.1)
+    return False
+
+
+async def _gone(pids: list[int]) -> bool:
+    for _ in range(50):
+        if not any(_alive(pid) for pid in pids):
+            return True
+        await asyncio.sleep(0.1)
+    return False
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_leaving_a_stream_frees_both_towers() -> None:
+    async with cell("tt_moe") as running:
+        for mode in Mode:
+            stream = running.pair.generate(_long_request(mode))
+            assert (await anext(stream)).token_ids
+            await stream.aclose()  # type: ignore[attr-defined]
+        await _all_free(running)
+        again: Decoded = await collect(running.pair, _long_request(Mode.AR))
+        assert len(again.token_ids) == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"checkpoint": "/nowhere"}, CheckpointError, "/nowhere: no such directory"),
+        ({"dtype": "float8"}, ConfigError, "dtype: got 'float8'"),
+        ({"device": "cuda"}, ConfigError, "device: got 'cuda'"),
+    ],
+)
+async def test_a_cell_that_cannot_start_says_why(
+    changes: dict[str, str], error: type[TwoTowerError], said: str
+) -> None:
+    directory = str((GOLDEN_DIR / "tt_moe").resolve())
+    settings = CellSettings(**{"checkpoint": directory, "device": "cpu", "gpus_per_tower": 1, **changes})  # type: ignore[arg-type]
+    group = placement_group(bundles(settings), strategy=STRATEGY)
+    await group.ready()
+    try:
+        with pytest.raises(error, match=said):
+            await start_pair(settings, group)
+    finally:
+        remove_placement_group(group)
+    deadline = time.monotonic() + 5
+    while ray.available_resources().get("GPU") != ray.cluster_resources()["GPU"]:
+        assert time.monotonic() < deadline, "GPUs were not given back"
+        await asyncio.sleep(0.1)

@@ -1,0 +1,29 @@
+"""What all tests share: one Ray cluster for the whole run, started when the first test asks for it."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Before Ray is imported anywhere: it must contact nothing beyond loopback.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_USAGE_STATS_REPORT_URL"] = "http://127.0.0.1:9/"
+os.environ["RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
+
+FAKE_GPUS = 8
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray with made-up GPUs: nothing computes on them, but placement and pinning are real."""
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        num_gpus=FAKE_GPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.2",
+    )
+    yield
+    ray.shutdown()
