@@ -46,11 +46,9 @@ _Key = tuple[int, int] | RequestId
 class ContextEngine:
     """Serves any number of ports and its own `ar` requests."""
 
-    modes = (Mode.AR,)
+    modes: tuple[Mode, ...] = (Mode.AR,)
 
-    def __init__(
-        self, tower: ContextTower, settings: EngineSettings, emit: Callable[[Event], None]
-    ) -> None:
+    def __init__(self, tower: ContextTower, settings: EngineSettings, emit: Callable[[Event], None]) -> None:
         self.tower, self.settings, self._emit = tower, settings, emit
         self.cache = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
         self._ports: dict[int, Port] = {}

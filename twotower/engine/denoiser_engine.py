@@ -61,7 +61,7 @@ class _Sequence:
 class DenoiserEngine:
     """Decodes `diffusion` and `mock_ar` requests, many at a time, each row at its own step of its own block."""
 
-    modes = (Mode.DIFFUSION, Mode.MOCK_AR)
+    modes: tuple[Mode, ...] = (Mode.DIFFUSION, Mode.MOCK_AR)
 
     def __init__(
         self,
@@ -291,5 +291,3 @@ def _step_params(sequence: _Sequence) -> StepParams:
 def _token_params(sequence: _Sequence) -> TokenParams:
     params = sequence.request.params
     return TokenParams(params.temperature, params.top_k, params.top_p, step_key(params.seed, sequence.generated, 0))
-
-

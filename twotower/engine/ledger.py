@@ -70,7 +70,7 @@ class Ledger:
         return self._mirrors
 
     def enqueue(self, request: Request) -> None:
-        """Put a request at the end of the queue. Raises Overloaded when it is full, InvalidRequest if it can never fit."""
+        """Queue a request. Raises Overloaded when the queue is full, InvalidRequest if the request can never fit."""
         wanted = pages_for(request.positions)
         if wanted > self._whole.pages:
             raise InvalidRequest.of(

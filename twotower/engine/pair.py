@@ -6,7 +6,8 @@ who asks.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import replace
 
 from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
@@ -26,7 +27,7 @@ class Pair:
     def __init__(self, context: EngineHandle, denoisers: Sequence[EngineHandle], ledger: Ledger) -> None:
         self.context, self.denoisers, self.ledger = context, list(denoisers), ledger
         self.failure: TwoTowerError | None = None
-        self._queues: dict[RequestId, asyncio.Queue[BlockEvent | FailureEvent]] = {}
+        self._queues: dict[RequestId, _Inbox] = {}
         self._places: dict[RequestId, Place | None] = {}
         self._modes: dict[RequestId, Mode] = {}
         self._pumps: list[asyncio.Task[None]] = []
@@ -49,37 +50,41 @@ class Pair:
         for task in [*self._pumps, *self._sends]:
             task.cancel()
         await asyncio.gather(*self._pumps, *self._sends, return_exceptions=True)
+        self.failure = self.failure or Unavailable("it is shutting down")
         self._fail_all(Unavailable("the cell is shutting down"))
 
-    async def generate(self, request: Request, timeout_s: float | None = None) -> AsyncIterator[BlockEvent]:
+    async def generate(self, request: Request, timeout_s: float | None = None) -> AsyncGenerator[BlockEvent, None]:
         """Events of one request until its finish. Leaving the iterator early frees the sequence on both towers.
 
         Raises Overloaded or Unavailable before the first event, DeadlineExceeded after `timeout_s` seconds, and
         whatever error ended the sequence.
         """
         self._admissible(request)
-        queue: asyncio.Queue[BlockEvent | FailureEvent] = asyncio.Queue()
+        inbox = _Inbox(merging=request.params.mode is not Mode.DIFFUSION)
         self.ledger.enqueue(request)
-        self._queues[request.id] = queue
+        self._queues[request.id] = inbox
         self._places[request.id] = None
         self._modes[request.id] = request.params.mode
         self._admit()
+        # The deadline belongs to the request, not to its reader, who may be busy elsewhere when it passes.
+        timer = None
+        if timeout_s is not None:
+            timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, request.id, timeout_s)
         done = False
         try:
-            async with asyncio.timeout(timeout_s):
-                while not done:
-                    event = await queue.get()
-                    if request.params.mode is not Mode.DIFFUSION:
-                        event = _merged(event, queue)
-                    if isinstance(event, FailureEvent):
-                        done = True
-                        raise event.error
-                    done = event.finish_reason is not None
-                    yield event
-        except TimeoutError:
-            raise DeadlineExceeded(f"request {request.id}: not finished within {timeout_s:g} s") from None
+            while not done:
+                event = await inbox.get()
+                if isinstance(event, FailureEvent):
+                    done = True
+                    raise event.error
+                done = event.finish_reason is not None
+                yield event
         finally:
-            self._leave(request.id, done)
+            if timer is not None:
+                timer.cancel()
+            self._queues.pop(request.id, None)
+            if not done:
+                self._abandon(request.id)
 
     def _admissible(self, request: Request) -> None:
         if self.failure is not None:
@@ -115,13 +120,16 @@ class Pair:
         except TwoTowerError as error:
             self._break(error)
 
-    def _leave(self, request_id: RequestId, done: bool) -> None:
-        """The consumer is gone: finished (`done`), or walking away from a request that still waits or runs."""
-        self._queues.pop(request_id, None)
-        if done:
-            return
+    def _expire(self, request_id: RequestId, timeout_s: float) -> None:
+        error = DeadlineExceeded(f"request {request_id}: not finished within {timeout_s:g} s")
+        self._queues[request_id].put(FailureEvent(request_id, error))
+        self._abandon(request_id)
+
+    def _abandon(self, request_id: RequestId) -> None:
+        """Nobody wants this request any more, whether it waits, runs or has just ended."""
         if self.ledger.withdraw(request_id):
             self._forget(request_id)
+            self._admit()  # it may have held up those behind it
             return
         place = self._places.get(request_id)
         if place is not None and self.failure is None:
@@ -151,9 +159,9 @@ class Pair:
                 self.ledger.release(event.request_id)
                 self._admit()
             return
-        queue = self._queues.get(event.request_id)
-        if queue is not None:
-            queue.put_nowait(event)
+        inbox = self._queues.get(event.request_id)
+        if inbox is not None:
+            inbox.put(event)
 
     def _break(self, error: TwoTowerError) -> None:
         """An engine is gone: nothing that runs here can go on."""
@@ -163,23 +171,45 @@ class Pair:
         self._fail_all(error)
 
     def _fail_all(self, error: TwoTowerError) -> None:
-        for request_id, queue in list(self._queues.items()):
-            queue.put_nowait(FailureEvent(request_id, error))
+        for request_id, inbox in self._queues.items():
+            inbox.put(FailureEvent(request_id, error))
 
 
-def _merged(first: BlockEvent | FailureEvent, queue: asyncio.Queue[BlockEvent | FailureEvent]) -> BlockEvent | FailureEvent:
-    """`first`, joined with the tokens that a slow consumer has let pile up behind it."""
-    event = first
-    while isinstance(event, BlockEvent) and event.finish_reason is None and not queue.empty():
-        following = queue.get_nowait()
-        if isinstance(following, FailureEvent):
-            queue.put_nowait(following)
-            break
-        event = replace(
-            event,
-            token_ids=event.token_ids + following.token_ids,
-            num_steps=event.num_steps + following.num_steps,
-            num_blocks=event.num_blocks + following.num_blocks,
-            finish_reason=following.finish_reason,
-        )
-    return event
+class _Inbox:
+    """Events of one request that its reader has not taken yet. Nothing follows a failure."""
+
+    def __init__(self, merging: bool) -> None:
+        self._events: deque[BlockEvent | FailureEvent] = deque()
+        self._arrived = asyncio.Event()
+        self._merging = merging
+        self._failed = False
+
+    def put(self, event: BlockEvent | FailureEvent) -> None:
+        if not self._failed:
+            self._failed = isinstance(event, FailureEvent)
+            self._events.append(event)
+            self._arrived.set()
+
+    async def get(self) -> BlockEvent | FailureEvent:
+        """The next event; where `merging`, joined with the blocks that a slow reader has let pile up behind it."""
+        await self._arrived.wait()
+        event = self._events.popleft()
+        while self._merging and isinstance(event, BlockEvent) and self._events:
+            following = self._events[0]
+            if isinstance(following, FailureEvent):
+                break
+            self._events.popleft()
+            event = _joined(event, following)
+        if not self._events:
+            self._arrived.clear()
+        return event
+
+
+def _joined(event: BlockEvent, following: BlockEvent) -> BlockEvent:
+    return replace(
+        event,
+        token_ids=event.token_ids + following.token_ids,
+        num_steps=event.num_steps + following.num_steps,
+        num_blocks=event.num_blocks + following.num_blocks,
+        finish_reason=following.finish_reason,
+    )

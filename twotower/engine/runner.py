@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -48,7 +49,7 @@ class EngineRunner:
         self._failure: str | None = None
         self._events: list[Event] = []
         self._lock = threading.Lock()
-        self._ring: Callable[[], None] | None = None
+        self._ring: Callable[[], object] | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._busy_s = 0.0
         self._turn_started: float | None = None
@@ -95,7 +96,7 @@ class EngineRunner:
         arrived = asyncio.Event()
         loop = asyncio.get_running_loop()
         with self._lock:
-            self._ring = lambda: loop.call_soon_threadsafe(arrived.set)
+            self._ring = partial(loop.call_soon_threadsafe, arrived.set)
             if self._events:
                 arrived.set()
         try:

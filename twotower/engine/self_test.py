@@ -16,7 +16,9 @@ _PROMPT_TOKENS = 5
 async def self_test(pair: Pair, modes: Sequence[Mode], timeout_s: float) -> None:
     """Decode a short known prompt in each mode, all at once. Raises Unavailable with the mode and the reason."""
     for mode, outcome in zip(
-        modes, await asyncio.gather(*(_decode(pair, mode, timeout_s) for mode in modes), return_exceptions=True), strict=True
+        modes,
+        await asyncio.gather(*(_decode(pair, mode, timeout_s) for mode in modes), return_exceptions=True),
+        strict=True,
     ):
         if isinstance(outcome, TwoTowerError):
             raise Unavailable(f"self-test in {mode} mode failed: {outcome}") from outcome

@@ -27,9 +27,7 @@ class _Sequence:
 class TowerCache:
     """Conv windows, SSM states (fp32) and key/value pages of up to `slots` sequences with `pages` pages together."""
 
-    def __init__(
-        self, config: ModelConfig, slots: int, pages: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: ModelConfig, slots: int, pages: int, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device = config, device
         mamba, attention = config.layers_of("M"), config.layers_of("*")
         self._mamba_row = {layer: i for i, layer in enumerate(mamba)}
@@ -67,7 +65,8 @@ class TowerCache:
         wanted = pages_for(tokens)
         if not self._free_slots or wanted > len(self._free_pages):
             raise Overloaded(
-                f"cache full: wanted 1 slot and {wanted} pages, got {self.free_slots} slots and {self.free_pages} pages free"
+                f"cache full: wanted 1 slot and {wanted} pages, "
+                f"got {self.free_slots} slots and {self.free_pages} pages free"
             )
         slot = self._free_slots.pop()
         pages = [self._free_pages.pop() for _ in range(wanted)]
@@ -153,7 +152,7 @@ class TowerCache:
 
 
 class _RowStates:
-    """What both kinds of pass share: the rows' slots and their Mamba seeds. Implements LayerStates with its children."""
+    """What both kinds of pass share: the rows' slots and their Mamba seeds. Its children are LayerStates."""
 
     updates: bool
 

@@ -79,7 +79,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): directory / str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a safetensors index with a weight_map: {error!r}") from error
     for path in sorted(set(files.values())):
         present = set(_names_in(path))
@@ -121,4 +121,3 @@ def _layout(directory: Path, names: Mapping[str, Path]) -> Layout:
     raise CheckpointError(
         f"{directory}: no tensor starts with {CONTEXT_PREFIX!r}, {DENOISER_PREFIX!r} or {BASE_PREFIX!r}"
     )
-

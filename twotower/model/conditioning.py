@@ -1,6 +1,7 @@
 """adaLN-single: how the denoiser is told the mask fraction t of its block."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,18 +42,25 @@ class TimeConditioning(nn.Module):
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 3 * hidden))
 
     def forward(self, t_R: Tensor) -> Tensor:
-        dtype = self.t_block[1].weight.dtype
+        dtype = next(self.t_block.parameters()).dtype
         out: Tensor = self.t_block(self.t_embedder(sinusoid(t_R, dtype)))
         return out.unflatten(-1, (3, -1))
 
 
-def modulate(x_RLD: Tensor, modulation_R3D: Tensor) -> Tensor:
-    """`x ⊙ (1 + scale) + shift`."""
-    shift, scale = modulation_R3D[:, 0, None], modulation_R3D[:, 1, None]
-    return x_RLD * (1 + scale) + shift
+class Modulation(NamedTuple):
+    """What adaLN does to one layer, [R,1,D] each: `shift` and `scale` (1 already added) of its input, `gate` of its
+    output."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def __call__(self, x_RLD: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x_RLD, self.scale)
 
 
-def gated(x_RLD: Tensor, modulation_R3D: Tensor) -> Tensor:
-    return x_RLD * modulation_R3D[:, 2, None]
-
-
+def modulations(shared_R3D: Tensor, tables_N3D: Tensor) -> list[Modulation]:
+    """One for each of N layers, from what all share and each layer's own table."""
+    all_NR3D = shared_R3D + tables_N3D[:, None]
+    shift, scale, gate = all_NR3D[:, :, None].unbind(3)
+    return [Modulation(*parts) for parts in zip(shift, 1 + scale, gate, strict=True)]

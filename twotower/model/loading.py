@@ -53,9 +53,7 @@ def load_denoiser_tower(
     return tower
 
 
-def save_checkpoint(
-    directory: Path, config: ModelConfig, context: ContextTower, denoiser: DenoiserTower
-) -> None:
+def save_checkpoint(directory: Path, config: ModelConfig, context: ContextTower, denoiser: DenoiserTower) -> None:
     """Write config.json and model.safetensors in the released layout."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}

@@ -5,6 +5,7 @@ contexts (the released code's own remark). Several positions go through the chun
 position through the bare recurrence; both compute `h_t = exp(dt_t·A)·h_{t-1} + dt_t·x_t ⊗ B_t`, `y_t = h_t·C_t`.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -49,9 +50,7 @@ class MambaMixer(nn.Module):
         self.heads, self.head_dim, self.groups = config.mamba_num_heads, config.mamba_head_dim, config.n_groups
         width, channels = config.mamba_width, config.conv_channels
         self.in_proj = nn.Linear(config.hidden_size, width + channels + self.heads, bias=config.use_bias)
-        self.conv1d = nn.Conv1d(
-            channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias
-        )
+        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias)
         self.dt_bias = nn.Parameter(torch.zeros(self.heads))
         self.A_log = nn.Parameter(torch.zeros(self.heads))
         self.D = nn.Parameter(torch.ones(self.heads))
@@ -67,12 +66,12 @@ class MambaMixer(nn.Module):
         if x_RLD.shape[1] == 1:
             y_RLHP, ssm_RHPN = step(inputs, ssm_RHPN)
         else:
-            y_RLHP, ssm_RHPN, _ = scan(inputs, ssm_RHPN, self.config.chunk_size)
+            y_RLHP, entries = scan(inputs, ssm_RHPN, self.config.chunk_size, states.updates)
+            ssm_RHPN = entries[-1]
         if states.updates:
             states.put_mamba(layer, _newest(stream_RTC, self.config.conv_kernel, states.lengths_R), ssm_RHPN)
-        y_RLHP = y_RLHP + self.D.float()[:, None] * inputs.x
-        out: Tensor = self.out_proj(self.norm(y_RLHP.flatten(2).to(x_RLD.dtype), gate))
-        return out
+        y_RLHP = torch.addcmul(y_RLHP, inputs.x, self.D.float()[:, None])
+        return self.out_proj(self.norm(y_RLHP.flatten(2).to(x_RLD.dtype), gate))
 
     def _convolve(self, stream_RTC: Tensor) -> Tensor:
         """Causal depthwise convolution and silu over the K-1 newest cached vectors and the new ones, newest tap last.
@@ -114,52 +113,68 @@ def _newest(stream_RTC: Tensor, window: int, lengths_R: Tensor | None) -> Tensor
 def step(inputs: ScanInputs, ssm_RHPN: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence for one position. Returns y [R,1,H,P] and the state after it."""
     x_RHP, dt_RH = inputs.x[:, 0], inputs.dt[:, 0]
-    per_group = x_RHP.shape[1] // inputs.b.shape[2]
-    b_RHN = inputs.b[:, 0].repeat_interleave(per_group, dim=1)
-    c_RHN = inputs.c[:, 0].repeat_interleave(per_group, dim=1)
+    groups = inputs.b.shape[2]
     decay_RH = torch.exp(dt_RH * inputs.a)
-    ssm_RHPN = ssm_RHPN * decay_RH[..., None, None] + (dt_RH[..., None] * x_RHP)[..., None] * b_RHN[:, :, None]
-    y_RHP = (ssm_RHPN @ c_RHN[..., None])[..., 0]
-    return y_RHP[:, None], ssm_RHPN
+    gained = _by_group(dt_RH[..., None] * x_RHP, groups) @ inputs.b[:, 0, :, None]  # R,G,(H/G P),N
+    ssm_RHPN = torch.addcmul(gained.view(ssm_RHPN.shape), ssm_RHPN, decay_RH[..., None, None])
+    y = ssm_RHPN.view(gained.shape) @ inputs.c[:, 0, :, :, None]
+    return y.view(x_RHP.shape)[:, None], ssm_RHPN
 
 
-def scan(inputs: ScanInputs, ssm_RHPN: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _by_group(x_RHP: Tensor, groups: int) -> Tensor:
+    """[R,H,P] → [R,G,(H/G P),1]: heads of one group lie side by side."""
+    return x_RHP.reshape(x_RHP.shape[0], groups, -1, 1)
+
+
+def scan(inputs: ScanInputs, ssm_RHPN: Tensor, chunk: int, with_end: bool = True) -> tuple[Tensor, list[Tensor]]:
     """The recurrence over L positions, in chunks (Mamba-2 paper, §6: the block decomposition of the SSD matrix).
 
-    Returns y [R,L,H,P], the state after the last position, and the states each chunk started from [R,chunks,H,P,N].
+    Returns y [R,L,H,P] and the states [R,H,P,N] each chunk started from, then the state after the last position;
+    without `with_end` (a pass that only reads) that last state is not computed.
     The chunk never exceeds L: a longer one together with an initial state is a known trap of the fused kernels.
     """
-    length = inputs.x.shape[1]
+    length, heads, groups = inputs.x.shape[1], inputs.x.shape[2], inputs.b.shape[2]
     chunk = min(chunk, length)
-    x, dt, b, c = (_in_chunks(t, chunk) for t in (inputs.x, inputs.dt, inputs.b, inputs.c))
-    per_group = x.shape[3] // b.shape[3]
-    # Axes from here on: R, Z chunks, H heads (or G groups), then Q query and K key position inside the chunk.
-    total_RZHQ = (dt * inputs.a).cumsum(2).transpose(2, 3)
-    inside = total_RZHQ[..., :, None] - total_RZHQ[..., None, :]
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    decay_RZHQK = torch.exp(inside.masked_fill(~causal, -torch.inf))
-    scores_RZGQK = torch.einsum("rzqgn,rzkgn->rzgqk", c, b)
-    weights = scores_RZGQK.repeat_interleave(per_group, dim=2) * decay_RZHQK
-    dtx = (dt[..., None] * x).transpose(2, 3)  # R,Z,H,K,P
-    y = weights @ dtx
-    b_heads = b.transpose(2, 3).repeat_interleave(per_group, dim=2)  # R,Z,H,K,N
-    c_heads = c.transpose(2, 3).repeat_interleave(per_group, dim=2)
-    to_end = torch.exp(total_RZHQ[..., -1:] - total_RZHQ)
-    gained = (dtx * to_end[..., None]).transpose(3, 4) @ b_heads  # R,Z,H,P,N
-    kept = torch.exp(total_RZHQ[..., -1])
-    entries = []
-    for z in range(x.shape[1]):
-        entries.append(ssm_RHPN)
-        ssm_RHPN = ssm_RHPN * kept[:, z, :, None, None] + gained[:, z]
-    entries_RZHPN = torch.stack(entries, dim=1)
-    carried = torch.exp(total_RZHQ)[..., None] * (c_heads @ entries_RZHPN.transpose(3, 4))
-    y_RLHP = (y + carried).transpose(2, 3).flatten(1, 2)[:, :length]
-    return y_RLHP, ssm_RHPN, entries_RZHPN
+    states, outputs = [ssm_RHPN], []
+    for start in range(0, length, chunk):
+        part = ScanInputs(*(t if t.dim() == 1 else t[:, start : start + chunk] for t in inputs))
+        end_needed = with_end or start + chunk < length
+        y, ssm_RHPN = _scan_chunk(part, states[-1], heads, groups, end_needed)
+        outputs.append(y)
+        states.append(ssm_RHPN)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), states
 
 
-def _in_chunks(t: Tensor, chunk: int) -> Tensor:
-    """[R,L,...] → [R,chunks,chunk,...], padded with zeros on the right (dt = 0 there: no effect on the state)."""
-    missing = -t.shape[1] % chunk
-    if missing:
-        t = torch.cat([t, t.new_zeros(t.shape[0], missing, *t.shape[2:])], dim=1)
-    return t.unflatten(1, (-1, chunk))
+def _scan_chunk(part: ScanInputs, ssm_RHPN: Tensor, heads: int, groups: int, with_end: bool) -> tuple[Tensor, Tensor]:
+    """One chunk: attention-like inside, the entry state carried in, the end state carried out.
+
+    Axes: R rows, G groups, J heads of a group, Q and K positions (as query and as key), P head width, N state.
+    """
+    rows, length = part.dt.shape[:2]
+    split = (groups, heads // groups)
+    total_RGJQ = (part.dt * part.a).cumsum(1).transpose(1, 2).unflatten(1, split)
+    future_QK = _future(length, part.dt.device)
+    decay_RGJQK = torch.exp((total_RGJQ[..., :, None] - total_RGJQ[..., None, :]).masked_fill_(future_QK, -torch.inf))
+    b_RGKN, c_RGQN = part.b.transpose(1, 2), part.c.transpose(1, 2)
+    scores_RG1QK = (c_RGQN @ b_RGKN.transpose(2, 3))[:, :, None]
+    dtx_RGJKP = (part.dt[..., None] * part.x).transpose(1, 2).unflatten(1, split)
+    y_RGJQP = (decay_RGJQK * scores_RG1QK) @ dtx_RGJKP
+    grown_RGJQ = torch.exp(total_RGJQ)
+    # Heads of one group read the same C: their states side by side make one product.
+    state_RGMN = ssm_RHPN.reshape(rows, groups, -1, ssm_RHPN.shape[3])
+    carried = (c_RGQN @ state_RGMN.transpose(2, 3)).unflatten(3, (split[1], -1)).transpose(2, 3)
+    y_RGJQP = torch.addcmul(y_RGJQP, carried, grown_RGJQ[..., None])
+    y_RQHP = y_RGJQP.flatten(1, 2).transpose(1, 2)
+    if not with_end:
+        return y_RQHP, ssm_RHPN
+    to_end_RGJK = torch.exp(total_RGJQ[..., -1:] - total_RGJQ)
+    gained_RGMN = (dtx_RGJKP * to_end_RGJK[..., None]).transpose(3, 4).flatten(2, 3) @ b_RGKN
+    kept_RH = grown_RGJQ[..., -1].flatten(1, 2)
+    return y_RQHP, torch.addcmul(gained_RGMN.view(ssm_RHPN.shape), ssm_RHPN, kept_RH[..., None, None])
+
+
+@lru_cache(maxsize=64)
+def _future(length: int, device: torch.device) -> Tensor:
+    """True where a key lies after its query [Q,K]."""
+    with torch.inference_mode(False):
+        return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)

@@ -1,11 +1,13 @@
 """The towers: a stack of one-mixer layers with an embedding and a head; the denoiser's is time-conditioned."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from twotower.config import ModelConfig
 from twotower.model.attention import Attention
-from twotower.model.conditioning import TimeConditioning, gated, modulate
+from twotower.model.conditioning import Modulation, TimeConditioning, modulations
 from twotower.model.layers import Mlp, RmsNorm
 from twotower.model.mamba import MambaMixer
 from twotower.model.moe import MixtureOfExperts
@@ -23,16 +25,16 @@ class Layer(nn.Module):
         self.norm = RmsNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = _mixer(config, self.kind)
 
-    def forward(self, x_RLD: Tensor, states: LayerStates, modulation_R3D: Tensor | None) -> Tensor:
+    def forward(self, x_RLD: Tensor, states: LayerStates, modulation: Modulation | None) -> Tensor:
         residual = x_RLD.float() if self.residual_in_fp32 else x_RLD
-        if modulation_R3D is None:
+        if modulation is None:
             return residual + self._mix(self.norm(x_RLD), states)
         # Sequence mixers are modulated before their norm, position-wise ones after it.
         if self.kind in "M*":
-            hidden = self.norm(modulate(x_RLD, modulation_R3D))
+            hidden = self.norm(modulation(x_RLD))
         else:
-            hidden = modulate(self.norm(x_RLD), modulation_R3D)
-        return residual + gated(self._mix(hidden, states), modulation_R3D)
+            hidden = modulation(self.norm(x_RLD))
+        return torch.addcmul(residual, self._mix(hidden, states), modulation.gate)
 
     def _mix(self, hidden: Tensor, states: LayerStates) -> Tensor:
         out: Tensor = self.mixer(hidden, self.index, states) if self.kind in "M*" else self.mixer(hidden)
@@ -96,8 +98,9 @@ class DenoiserTower(Tower):
     def forward(self, tokens_RL: Tensor, states: LayerStates, t_R: Tensor | None) -> Tensor:
         """Hidden states [R,L,D] of one step. `t_R`: mask fraction of each row; None: no conditioning (mock-AR)."""
         x_RLD: Tensor = self.embeddings(tokens_RL)
-        shared_R3D = None if t_R is None else self.time(t_R)
-        for index, layer in enumerate(self.layers):
-            modulation = None if shared_R3D is None else shared_R3D + self.scale_shift_tables[index]
+        per_layer: Sequence[Modulation | None] = [None] * len(self.layers)
+        if t_R is not None:
+            per_layer = modulations(self.time(t_R), self.scale_shift_tables)
+        for layer, modulation in zip(self.layers, per_layer, strict=True):
             x_RLD = layer(x_RLD, states, modulation)
         return x_RLD
