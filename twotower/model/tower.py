@@ -30,10 +30,7 @@ class Layer(nn.Module):
         if modulation is None:
             return residual + self._mix(self.norm(x_RLD), states)
         # Sequence mixers are modulated before their norm, position-wise ones after it.
-        if self.kind in "M*":
-            hidden = self.norm(modulation(x_RLD))
-        else:
-            hidden = modulation(self.norm(x_RLD))
+        hidden = self.norm(modulation(x_RLD)) if self.kind in "M*" else modulation(self.norm(x_RLD))
         return torch.addcmul(residual, self._mix(hidden, states), modulation.gate)
 
     def _mix(self, hidden: Tensor, states: LayerStates) -> Tensor:
