@@ -1,0 +1,292 @@
+"""What only the exchange between processes does: wire dtypes, the mirror's guard, introductions, resources."""
+
+import dataclasses
+import gc
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import psutil
+import pytest
+import torch
+
+from tests.exchange.rig import QUICK, Rig, distributed_rig, wait_until
+from tests.exchange.scripted import CONFIG, ScriptedContext, mirrored, new_cache, same, state_after
+from twotower.errors import ConfigError, LinkDown, Overloaded
+from twotower.exchange.data_group import choose_backend
+from twotower.exchange.distributed import connect, open_port
+from twotower.exchange.protocol import Attach, Commit, Delta, Failed, Prefill, Release, Released
+from twotower.exchange.settings import EngineHooks, LinkSettings
+
+
+def _tokens(count: int) -> tuple[int, ...]:
+    return tuple(range(4, 4 + count))
+
+
+def test_bfloat16_on_the_wire_rounds_the_ssm_states_and_nothing_else() -> None:
+    rig = distributed_rig(dataclasses.replace(QUICK, ssm_wire_dtype="bfloat16"))
+    delta = rig.delta(Prefill(1, _tokens(9), 16))
+    got, sent = mirrored(rig.link.cache, delta.slot), state_after(rig.link.cache, 1, 9)
+    assert same(got[:3], sent[:3])
+    assert torch.equal(got[3], sent[3].to(torch.bfloat16).float())
+    assert got[3].dtype == torch.float32
+    torch.testing.assert_close(got[3], sent[3], rtol=2**-8, atol=0)
+    rig.close()
+
+
+def test_the_mirror_is_untouched_by_a_mamba_state_until_the_prompt_is_read() -> None:
+    rig = distributed_rig()
+    rig.link.submit([Prefill(1, _tokens(20), 20)])
+    seen = rig.run(lambda seen: bool(seen))
+    if len(seen) == 1 and isinstance(seen[0], Delta):
+        assert not rig.link.cache.ssm[:, seen[0].slot].any()
+        rig.run(lambda seen: bool(seen))
+    rig.close()
+
+
+def test_a_full_mirror_raises_overloaded_and_submits_nothing() -> None:
+    rig = distributed_rig(mirror=new_cache(slots=2, pages=8))
+    with pytest.raises(Overloaded):
+        rig.link.submit([Prefill(1, (), 8), Attach(2, (), 8), Prefill(3, (), 8)])
+    assert rig.link.cache.free_slots == 2
+    assert [event.sequence for event in rig.call(Prefill(4, (), 8)) if isinstance(event, Delta)] == [4]
+    assert list(rig.engine.histories) == [4]
+    rig.close()
+
+
+def test_a_mirror_slot_is_reused_only_after_both_sides_released_it() -> None:
+    rig = distributed_rig(mirror=new_cache(slots=1, pages=4))
+    rig.delta(Prefill(1, _tokens(3), 8))
+    rig.link.submit([Release(1)])
+    with pytest.raises(Overloaded):
+        rig.link.submit([Prefill(2, (), 8)])
+    assert rig.run(lambda seen: bool(seen)) == [Released(1)]
+    assert rig.mirrors(rig.delta(Prefill(2, _tokens(4), 8)))
+    rig.close()
+
+
+def test_a_delta_on_its_way_when_its_sequence_is_released_is_discarded() -> None:
+    rig = distributed_rig(mirror=new_cache(slots=1, pages=4))
+    rig.delta(Prefill(1, _tokens(3), 16))
+    before = mirrored(rig.link.cache, 0)
+    rig.link.submit([Commit(1, 3, _tokens(5))])
+    rig.tick_until(lambda: len(rig.engine.histories[1]) == 8)
+    wait_until(lambda: rig.link._inbox)  # type: ignore[attr-defined]
+    rig.link.submit([Release(1)])
+    assert rig.link.poll() == []
+    assert same(mirrored(rig.link.cache, 0), before)
+    assert rig.run(lambda seen: bool(seen)) == [Released(1)]
+    rig.close()
+
+
+def _started(settings: LinkSettings = QUICK) -> tuple[Rig, int]:
+    rig = distributed_rig(settings)
+    rig.delta(Prefill(1, _tokens(8), 16))
+    return rig, rig.engine.slots[1]
+
+
+@pytest.mark.parametrize(("start", "end"), [(9, 10), (7, 9), (8, 33)], ids=["gap", "overlap", "beyond its room"])
+def test_a_delta_that_does_not_fit_fails_its_sequence_only(start: int, end: int) -> None:
+    rig, slot = _started()
+    rig.engine.cache.free(slot)
+    assert rig.engine.cache.allocate(48) == slot
+    rig.port.send([Delta(1, start, end, slot, complete=False)])
+    (failed,) = rig.run(lambda seen: bool(seen))
+    assert isinstance(failed, Failed)
+    assert f"got a delta [{start}, {end}), wanted [8, …) within 16" in str(failed.error)
+    assert rig.mirrors(rig.delta(Prefill(2, _tokens(4), 8)))
+    assert rig.call(Release(1)) == [Released(1)]
+    rig.close()
+
+
+def test_a_delta_that_comes_twice_is_dropped() -> None:
+    rig, slot = _started()
+    rig.port.send([Delta(1, 0, 8, slot), Delta(1, 4, 8, slot)])
+    delta = rig.delta(Commit(1, 8, _tokens(3)))
+    assert [event for event in rig.events if isinstance(event, Delta)][1:] == [delta]
+    assert rig.mirrors(delta)
+    rig.close()
+
+
+def test_a_delta_overtaken_by_its_sequence_fails_instead_of_lying() -> None:
+    rig = distributed_rig(dataclasses.replace(QUICK, staging_buffers=1))
+    rig.engine.open(1, 16)
+    rig.link.submit([Attach(1, (), 16)])
+    first, second = rig.engine.read(1, _tokens(3)), rig.engine.read(1, _tokens(2))
+    rig.port.send([first, second])
+    seen = rig.run(lambda seen: bool(seen))
+    assert isinstance(seen[0], Failed)
+    assert "moved on before its delta [0, 3) was sent" in str(seen[0].error)
+    rig.close()
+
+
+def test_released_drops_what_waits_for_a_buffer() -> None:
+    rig = distributed_rig(dataclasses.replace(QUICK, staging_buffers=1, staging_bytes=64))
+    rig.link.submit([Prefill(n, _tokens(40), 40) for n in (1, 2)])
+    rig.tick_until(lambda: len(rig.engine.histories) == 2)
+    rig.engine.cache.free(rig.engine.slots.pop(1))
+    rig.port.send([Released(1)])
+    seen = rig.run(lambda seen: Released(1) in seen and any(e.sequence == 2 and e.complete for e in _deltas(seen)))
+    assert len([delta for delta in _deltas(seen) if delta.sequence == 1]) <= 1
+    rig.close()
+
+
+def _deltas(events: Sequence[object]) -> list[Delta]:
+    return [event for event in events if isinstance(event, Delta)]
+
+
+def test_both_engines_are_woken_when_something_came() -> None:
+    woken = {"context": threading.Event(), "denoiser": threading.Event()}
+    port, address = open_port(new_cache(), 0, 0, QUICK, EngineHooks(on_activity=woken["context"].set))
+    link = connect(address, new_cache(), EngineHooks(on_activity=woken["denoiser"].set))
+    engine = ScriptedContext(port, new_cache())
+    engine.cache = port._cache
+    link.submit([Prefill(1, _tokens(3), 8)])
+    assert woken["context"].wait(5)
+    engine.tick()
+    assert woken["denoiser"].wait(5)
+    assert len(link.poll()) == 1
+    woken["denoiser"].clear()
+    port.close()
+    assert woken["denoiser"].wait(5)
+    link.close()
+
+
+def test_engines_that_only_work_when_woken_miss_nothing_under_back_pressure() -> None:
+    woken = threading.Event()
+    settings = dataclasses.replace(QUICK, staging_buffers=1, staging_bytes=64)
+    cache, hooks = new_cache(), EngineHooks(on_activity=woken.set)
+    port, address = open_port(cache, 0, 0, settings, hooks)
+    link = connect(address, new_cache(), hooks)
+    engine = ScriptedContext(port, cache, chunk=2)
+    link.submit([Prefill(1, _tokens(100), 100)])
+    seen = 0
+    while seen < 50:
+        assert woken.wait(5)
+        woken.clear()
+        engine.tick()
+        seen += len(link.poll())
+    link.close()
+    port.close()
+
+
+def test_replies_sent_before_the_denoiser_connects_wait_for_it() -> None:
+    cache = new_cache()
+    port, address = open_port(cache, 0, 0, QUICK)
+    port.send([Failed(1, Overloaded("nothing yet"))])
+    link = connect(pickle.loads(pickle.dumps(address)), new_cache())
+    link.submit([Attach(1, (), 8)])
+    rig = Rig(link, port, ScriptedContext(port, cache))
+    rig.run(lambda seen: bool(seen))
+    rig.close()
+
+
+@pytest.mark.parametrize(("field", "value"), [("epoch", 2), ("link", 1)])
+def test_another_epoch_or_link_is_refused_and_the_right_one_still_let_in(field: str, value: int) -> None:
+    port, address = open_port(new_cache(), 0, 3, QUICK)
+    stale = dataclasses.replace(address, **{field: value})  # type: ignore[arg-type]
+    with pytest.raises(LinkDown, match=f"refused by the context side: {field}: got {value}, wanted"):
+        connect(stale, new_cache())
+    link = connect(address, new_cache())
+    assert port.lost is None
+    link.close()
+    port.close()
+
+
+def test_a_mirror_of_another_shape_is_refused() -> None:
+    port, address = open_port(new_cache(), 0, 0, QUICK)
+    with pytest.raises(LinkDown, match="layout: got"):
+        connect(address, new_cache(config=dataclasses.replace(CONFIG, head_dim=4)))
+    port.close()
+
+
+def test_whoever_lacks_the_key_is_not_let_in() -> None:
+    port, address = open_port(new_cache(), 0, 0, QUICK)
+    with pytest.raises(LinkDown, match="could not connect"):
+        connect(dataclasses.replace(address, authkey=b"guess"), new_cache())
+    with socket.create_connection((address.host, address.control_port)) as silent:
+        silent.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        link = connect(address, new_cache())
+    link.close()
+    port.close()
+    assert "authkey" not in repr(address)
+
+
+def test_a_port_that_nobody_connects_to_is_lost() -> None:
+    port, _ = open_port(new_cache(), 4, 1, LinkSettings(setup_timeout_s=0.2))
+    wait_until(lambda: port.lost)
+    assert port.lost == "link 4 epoch 1: the denoiser side did not connect within 0.2 s"
+    port.close()
+
+
+def test_connecting_to_a_closed_port_fails_at_once() -> None:
+    port, address = open_port(new_cache(), 4, 1, QUICK)
+    started = time.monotonic()
+    port.close()
+    with pytest.raises(LinkDown, match="link 4 epoch 1: could not connect"):
+        connect(address, new_cache())
+    assert time.monotonic() - started < 2
+
+
+def test_settings_name_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match="data_backend: got 'mpi'"):
+        LinkSettings(data_backend="mpi")
+    with pytest.raises(ConfigError, match="staging_buffers: got 0"):
+        LinkSettings(staging_buffers=0)
+
+
+def test_nccl_is_taken_between_two_gpus_only() -> None:
+    assert choose_backend("auto", "cpu", "cpu") == "gloo"
+    assert choose_backend("auto", "cuda A", "cuda B") == "nccl"
+    assert choose_backend("auto", "cuda A", "cuda A") == "gloo"
+    assert choose_backend("gloo", "cuda A", "cuda B") == "gloo"
+    for pair in (("cpu", "cpu"), ("cuda A", "cuda A"), ("cuda A", "cpu")):
+        with pytest.raises(ConfigError, match="wanted two GPUs"):
+            choose_backend("nccl", *pair)
+
+
+def test_all_sockets_are_on_the_loopback_address() -> None:
+    mine = psutil.Process()
+    before = {c.laddr for c in mine.net_connections() if c.status == psutil.CONN_LISTEN}
+    rig = distributed_rig()
+    listening = {c.laddr for c in mine.net_connections() if c.status == psutil.CONN_LISTEN} - before
+    assert listening
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+    rig.close()
+
+
+def _resources() -> tuple[int, int, int]:
+    mine = psutil.Process()
+    return mine.num_fds(), threading.active_count(), mine.num_threads()
+
+
+def _at_most(before: tuple[int, int, int]) -> bool:
+    return all(now <= then for now, then in zip(_resources(), before, strict=True))
+
+
+def test_closing_leaves_no_thread_and_no_descriptor() -> None:
+    for first_end in ("link", "port"):
+        distributed_rig().close()  # what torch keeps for the process's life is there now
+        gc.collect()
+        before = _resources()
+        for _ in range(3):
+            rig = distributed_rig()
+            rig.mirrors(rig.delta(Prefill(1, _tokens(8), 16)))
+            getattr(rig, first_end).close()
+            rig.close()
+        del rig
+        gc.collect()
+        wait_until(partial(_at_most, before))
+
+
+def test_a_mirror_slot_of_a_lost_link_is_free_again() -> None:
+    mirror = new_cache()
+    rig = distributed_rig(mirror=mirror)
+    rig.delta(Prefill(1, _tokens(8), 16))
+    rig.port.close()
+    rig.run(lambda seen: bool(seen))
+    assert mirror.free_slots == 8
+    rig.close()

@@ -1,0 +1,166 @@
+"""The denoiser engine's end of a link to another process.
+
+Owns the mirror's slots of the link's sequences and the order in which deltas enter them. Knows nothing of how the
+two ends found each other.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from twotower.errors import LinkDown, TwoTowerError
+from twotower.exchange.codec import Message, Payload, Taken
+from twotower.exchange.data_group import DataGroup
+from twotower.exchange.endpoint import Endpoint, MessageStream
+from twotower.exchange.protocol import (
+    Attach,
+    Command,
+    Delta,
+    Failed,
+    LinkEvent,
+    LinkLost,
+    Prefill,
+    Release,
+    Released,
+)
+from twotower.exchange.staging import DeltaLayout, StagingBuffer, StagingPool
+from twotower.model.cache import TowerCache
+
+
+@dataclass(slots=True)
+class _Mirror:
+    """A sequence's place in the mirror. `deaf`: it has failed or is being released, no delta changes it any more."""
+
+    slot: int
+    reserve: int
+    deaf: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    deltas: tuple[Delta, ...]
+    buffer: StagingBuffer
+
+
+class DistributedLink:
+    """A mirror slot is taken with `Prefill` or `Attach` and given back when the context side's `Released` has come."""
+
+    def __init__(self, cache: TowerCache, endpoint: Endpoint, layout: DeltaLayout, pool: StagingPool) -> None:
+        self.cache = cache
+        self._endpoint, self._layout, self._pool = endpoint, layout, pool
+        self._mirrors: dict[int, _Mirror] = {}
+        self._inbox: deque[_Arrived | Failed | Released] = deque()
+        self._ended = False
+
+    def submit(self, commands: Sequence[Command]) -> None:
+        if self._endpoint.lost is not None:
+            return
+        self._allocate([c for c in commands if isinstance(c, Prefill | Attach)])
+        for command in commands:
+            if isinstance(command, Release) and command.sequence in self._mirrors:
+                self._mirrors[command.sequence].deaf = True
+        if commands:
+            self._endpoint.post(tuple(commands))
+
+    def poll(self) -> list[LinkEvent]:
+        if self._ended:
+            return []
+        lost = self._endpoint.lost  # before the inbox: what came before the end is still delivered
+        events = [event for _ in range(len(self._inbox)) for event in self._take(self._inbox.popleft())]
+        if lost is not None:
+            self._end()
+            events.append(LinkLost(lost))
+        return events
+
+    def close(self) -> None:
+        self._endpoint.close("closed by the denoiser side")
+        self._end()
+
+    def run(self, stream: MessageStream, group: DataGroup) -> None:
+        """The link stands: start to carry messages."""
+        send = partial(self._endpoint.run_sender, stream, group, self._pool.give)
+        receive = partial(self._endpoint.run_receiver, stream, partial(self._handle, group))
+        self._endpoint.spawn("sender", send)
+        self._endpoint.spawn("receiver", receive)
+
+    def _allocate(self, openings: Sequence[Prefill | Attach]) -> None:
+        """A mirror slot for each or, raising Overloaded, for none."""
+        taken: dict[int, _Mirror] = {}
+        try:
+            for command in openings:
+                known = command.sequence in self._mirrors or command.sequence in taken
+                assert not known, "a sequence number was used twice"
+                slot = self.cache.allocate(command.reserve)
+                taken[command.sequence] = _Mirror(slot, command.reserve)
+        except BaseException:
+            for mirror in taken.values():
+                self.cache.free(mirror.slot)
+            raise
+        self._mirrors.update(taken)
+
+    def _end(self) -> None:
+        """Every sequence of the link has ended."""
+        self._ended = True
+        self._inbox.clear()
+        for mirror in self._mirrors.values():
+            self.cache.free(mirror.slot)
+        self._mirrors.clear()
+
+    def _handle(self, group: DataGroup, message: Message) -> None:
+        """On the receiver thread."""
+        if isinstance(message, Payload):
+            self._inbox.append(self._fetch(group, message))
+        elif isinstance(message, Failed | Released):
+            self._inbox.append(message)
+        else:
+            raise LinkDown(f"the context side sent a {type(message).__name__}, wanted a reply")
+        self._endpoint.hooks.on_activity()
+
+    def _fetch(self, group: DataGroup, payload: Payload) -> _Arrived:
+        wanted = self._layout.nbytes(payload.deltas)
+        if payload.nbytes != wanted:
+            raise LinkDown(f"payload {payload.number} announced {payload.nbytes} bytes, its deltas need {wanted}")
+        buffer = self._pool.take()
+        if buffer is None:
+            raise LinkDown(f"payload {payload.number} was announced without a free staging buffer")
+        buffer.grow(payload.nbytes)
+        group.receive(buffer, payload.nbytes, payload.number, self._endpoint.settings.link_timeout_s)
+        return _Arrived(payload.deltas, buffer)
+
+    def _take(self, item: _Arrived | Failed | Released) -> list[LinkEvent]:
+        if isinstance(item, _Arrived):
+            return list(self._unpack(item))
+        mirror = self._mirrors.get(item.sequence)
+        if mirror is None:
+            return []
+        mirror.deaf = True
+        if isinstance(item, Released):
+            self.cache.free(self._mirrors.pop(item.sequence).slot)
+        return [item]
+
+    def _unpack(self, arrived: _Arrived) -> Iterator[LinkEvent]:
+        views = self._layout.views(arrived.deltas, arrived.buffer.flat)
+        for delta, tensors in zip(arrived.deltas, views, strict=True):
+            mirror = self._mirrors.get(delta.sequence)
+            if mirror is None or mirror.deaf:
+                continue
+            yield from self._apply(mirror, delta, tensors)
+        arrived.buffer.mark()
+        self._pool.give(arrived.buffer)
+        self._endpoint.post([Taken()])
+
+    def _apply(self, mirror: _Mirror, delta: Delta, tensors: Sequence[Tensor]) -> Iterator[LinkEvent]:
+        length = self.cache.length(mirror.slot)
+        if delta.end <= length and delta.start < length:
+            return  # we have it already
+        if delta.start == length and delta.end <= mirror.reserve:
+            self.cache.apply(mirror.slot, delta.end, tensors)
+            yield replace(delta, slot=mirror.slot)
+            return
+        mirror.deaf = True
+        wanted = f"[{length}, …) within {mirror.reserve}"
+        message = f"sequence {delta.sequence}: got a delta [{delta.start}, {delta.end}), wanted {wanted}"
+        yield Failed(delta.sequence, TwoTowerError(message))

@@ -1,0 +1,181 @@
+"""One end of a connected link: a sender thread, a receiver thread, heartbeats, and one verdict when it is lost.
+
+Owns the control channel and the data group once both stand. Knows nothing of caches, sequences or which side it is.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import AuthenticationError
+from queue import Empty, SimpleQueue
+
+from twotower.errors import LinkDown
+from twotower.exchange.codec import CodecError, Heartbeat, Message, decode, encode
+from twotower.exchange.control import Channel
+from twotower.exchange.data_group import DataGroup
+from twotower.exchange.settings import EngineHooks, LinkSettings
+from twotower.exchange.staging import StagingBuffer
+
+_JOIN_S = 2.0
+
+
+class MessageStream:
+    """Messages over a channel, numbered: a repeated frame is dropped, a missing or reordered one ends the link."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self._sent = self._received = 0
+
+    def send(self, messages: Sequence[Message]) -> None:
+        self.channel.send(encode(self._sent, messages))
+        self._sent += 1
+
+    def receive(self) -> list[Message]:
+        """One frame's messages, none if we had it already. Raises CodecError, LinkDown and what the channel raises."""
+        number, messages = decode(self.channel.receive())
+        if number < self._received:
+            return []
+        if number > self._received:
+            raise LinkDown(f"control message {self._received} was lost or overtaken by {number}")
+        self._received += 1
+        return messages
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """Messages to send, and the buffer whose bytes the last of them announces."""
+
+    messages: Sequence[Message]
+    buffer: StagingBuffer | None = None
+    nbytes: int = 0
+    number: int = 0
+
+
+class Endpoint:
+    """`name` is the link's, for messages; `peer` what the other side is called in them."""
+
+    def __init__(self, name: str, peer: str, settings: LinkSettings, hooks: EngineHooks) -> None:
+        self.lost: str | None = None
+        self.settings, self.hooks = settings, hooks
+        self._name, self._peer = name, peer
+        self._outbox: SimpleQueue[Outgoing | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._aborts: list[Callable[[], None]] = []
+        self._threads: list[threading.Thread] = []
+        self._pulse = _Pulse()
+        self._channel: Channel | None = None
+
+    def adopt(self, channel: Channel) -> None:
+        """Own the channel: aborted when the link is lost, closed by `close`."""
+        self._channel = channel
+        self.when_lost(channel.abort)
+
+    def post(self, messages: Sequence[Message]) -> None:
+        self._outbox.put(Outgoing(messages))
+
+    def post_payload(self, outgoing: Outgoing) -> None:
+        self._outbox.put(outgoing)
+
+    def lose(self, reason: str) -> None:
+        """The link is dead. The first reason stays; from any thread."""
+        with self._lock:
+            if self.lost is not None:
+                return
+            self.lost = f"{self._name}: {reason}"
+            aborts, self._aborts = self._aborts, []
+        for abort in aborts:
+            abort()
+        self._outbox.put(None)
+        self.hooks.on_activity()
+
+    def when_lost(self, abort: Callable[[], None]) -> None:
+        """Call this once the link is lost; at once if it is already."""
+        with self._lock:
+            if self.lost is None:
+                self._aborts.append(abort)
+                return
+        abort()
+
+    def spawn(self, task: str, body: Callable[[], None]) -> None:
+        """Run `body` on a thread of the link; an error in it is the link's end."""
+
+        def guarded() -> None:
+            try:
+                body()
+            except Exception as error:
+                self.lose(self.explain(error, self.settings.link_timeout_s))
+
+        thread = threading.Thread(target=guarded, name=f"{self._name} {task}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def close(self, reason: str) -> None:
+        """End the link and its threads. One that waits in a data transfer to a hung peer ends at its own deadline."""
+        self.lose(reason)
+        deadline = time.monotonic() + _JOIN_S
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        if self._channel is not None:
+            self._channel.close()
+
+    def run_sender(self, stream: MessageStream, group: DataGroup, sent: Callable[[StagingBuffer], None]) -> None:
+        """Send what was posted and a heartbeat in time, until the link is lost. `sent` gets each buffer back."""
+        beat_at = time.monotonic()
+        while self.lost is None:
+            if time.monotonic() >= beat_at:
+                stream.send([Heartbeat(self.hooks.progress())])
+                beat_at = time.monotonic() + self.settings.beat_s
+            try:
+                outgoing = self._outbox.get(timeout=max(beat_at - time.monotonic(), 0))
+            except Empty:
+                continue
+            if outgoing is None:
+                return
+            stream.send(outgoing.messages)
+            if outgoing.buffer is not None:
+                group.send(outgoing.buffer, outgoing.nbytes, outgoing.number, self.settings.link_timeout_s)
+                sent(outgoing.buffer)
+
+    def run_receiver(self, stream: MessageStream, handle: Callable[[Message], None]) -> None:
+        """Hand messages to `handle` until the link is lost."""
+        while self.lost is None:
+            for message in stream.receive():
+                if isinstance(message, Heartbeat):
+                    self._watch(message)
+                else:
+                    handle(message)
+
+    def _watch(self, heartbeat: Heartbeat) -> None:
+        stuck_s = self._pulse.stuck_s(heartbeat)
+        if stuck_s > self.settings.link_timeout_s:
+            raise LinkDown(f"{self._peer} is alive but its engine has made no progress for {stuck_s:.1f} s")
+
+    def explain(self, error: Exception, waited_s: float) -> str:
+        """One sentence for whatever ended the link; `waited_s` was the patience of the wait that failed."""
+        match error:
+            case EOFError() | ConnectionError():
+                return f"{self._peer} is gone (connection closed)"
+            case TimeoutError():
+                return f"nothing heard from {self._peer} for {waited_s:g} s"
+            case AuthenticationError():
+                return f"{self._peer} did not know the key"
+            case CodecError():
+                return f"{self._peer} sent a message that is none of ours: {error}"
+            case LinkDown():
+                return str(error)
+        return f"{type(error).__name__}: {error}"
+
+
+class _Pulse:
+    """How long the other side's engine has stood still."""
+
+    def __init__(self) -> None:
+        self._progress = -1
+        self._since = time.monotonic()
+
+    def stuck_s(self, heartbeat: Heartbeat) -> float:
+        now = time.monotonic()
+        if heartbeat.progress != self._progress:
+            self._progress, self._since = heartbeat.progress, now
+        return now - self._since

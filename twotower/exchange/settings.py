@@ -1,0 +1,81 @@
+"""What a link between two processes is told: its sizes and patience, where its other end listens, its engine's pulse.
+
+The context side's settings travel inside the address, so the two ends cannot disagree.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from twotower.errors import ConfigError
+
+DATA_BACKENDS = ("auto", "gloo", "nccl")
+SSM_WIRE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """Times in seconds, sizes in bytes.
+
+    `staging_buffers` messages of up to `staging_bytes` may be under way at once; one delta that is larger makes its
+    buffer grow. `data_backend` auto: NCCL between two GPUs, gloo otherwise. `ssm_wire_dtype` bfloat16 halves the SSM
+    states' bytes and rounds them.
+    """
+
+    link_timeout_s: float = 10.0
+    heartbeat_s: float = 1.0
+    setup_timeout_s: float = 60.0
+    data_backend: str = "auto"
+    ssm_wire_dtype: str = "float32"
+    staging_buffers: int = 3
+    staging_bytes: int = 8 << 20
+
+    def __post_init__(self) -> None:
+        _one_of("data_backend", self.data_backend, DATA_BACKENDS)
+        _one_of("ssm_wire_dtype", self.ssm_wire_dtype, SSM_WIRE_DTYPES)
+        for name in ("link_timeout_s", "heartbeat_s", "setup_timeout_s", "staging_buffers", "staging_bytes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
+
+    @property
+    def beat_s(self) -> float:
+        """Time between heartbeats: several fit into the link's patience."""
+        return min(self.heartbeat_s, self.link_timeout_s / 4)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAddress:
+    """All the denoiser side needs to connect. Carries a secret: hand it over privately, never log it whole."""
+
+    link: int
+    epoch: int
+    host: str
+    control_port: int
+    store_port: int
+    settings: LinkSettings
+    authkey: bytes = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"link {self.link} epoch {self.epoch}"
+
+
+def _nobody_to_wake() -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHooks:
+    """What a link asks of the engine that owns its end. All are called from the link's threads.
+
+    `progress` grows while the engine lives, busy or idle; where it stands still for `link_timeout_s`, the other side
+    takes this one for dead (unwatched engines: a clock). `on_activity`: `poll` or `receive` has something to do.
+    """
+
+    progress: Callable[[], int] = time.monotonic_ns
+    on_activity: Callable[[], None] = _nobody_to_wake
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
