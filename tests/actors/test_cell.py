@@ -86,9 +86,11 @@ def _each_process_has_a_gpu_of_its_own(running: RunningPair, processes: int) -> 
 
 
 def _long_request(mode: Mode) -> Request:
-    params = DecodingParams(mode=mode, max_new_tokens=200, ignore_eos=True, confidence_threshold=1.0) if (
-        mode is Mode.DIFFUSION
-    ) else DecodingParams(mode=mode, max_new_tokens=200, ignore_eos=True)
+    params = (
+        DecodingParams(mode=mode, max_new_tokens=200, ignore_eos=True, confidence_threshold=1.0)
+        if (mode is Mode.DIFFUSION)
+        else DecodingParams(mode=mode, max_new_tokens=200, ignore_eos=True)
+    )
     return Request(RequestId(f"long-{mode}"), (1, 5, 9), params)
 
 

@@ -1,0 +1,124 @@
+"""The Serve application: `build(args)` for `python -m cluster up`, Serve YAML files and RayService manifests alike.
+
+Plain classes become deployments here, and nowhere else.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from actors.settings import STRATEGY, CellSettings, bundles, resolve_device
+from cluster.cell import Cell
+from cluster.config import ServiceConfig
+from cluster.router import Router
+from cluster.served_paths import checkpoint_directory
+from twotower.engine.settings import EngineSettings
+
+APP_NAME = "twotower"
+# Beyond what the ledger takes, so that it is the ledger that refuses, and health checks get through.
+_HEADROOM = 16
+_ROUTER_CPUS = 0.1
+_LOAD_AVERAGED_S = 10.5  # Serve wants more than 10
+_CONSTRUCTOR_TRIES = 1
+_LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # Serve's own lines; ours go to stderr
+
+
+class CellReplica(Cell):
+    """A Cell as Serve ends it."""
+
+    async def __del__(self) -> None:
+        await self.shutdown()
+
+
+class RouterReplica(Router):
+    """A Router as Serve ends it."""
+
+    async def __del__(self) -> None:
+        await self.shutdown()
+
+
+def build(args: Mapping[str, Any] | ServiceConfig) -> Application:
+    """The application of a configuration. Raises ConfigError naming every wrong setting."""
+    config = args if isinstance(args, ServiceConfig) else ServiceConfig.parse(args)
+    cells = cell_deployment(config).bind(cell_settings(config, _gpus_in_cluster()))
+    return router_deployment(config).bind(config, cells)
+
+
+def cell_settings(config: ServiceConfig, gpus_in_cluster: float) -> CellSettings:
+    """What the actors are told of the configuration."""
+    cell = config.cell
+    engine = EngineSettings(
+        max_sequences=cell.max_sequences,
+        max_sequence_length=config.model.max_sequence_length,
+        cache_tokens=cell.cache_tokens,
+        prefill_chunk_tokens=cell.prefill_chunk_tokens,
+        link_timeout_s=cell.link_timeout_s,
+        stall_timeout_s=cell.stall_timeout_s,
+        start_timeout_s=cell.start_timeout_s,
+        max_queued_requests=config.cluster.max_queued_requests,
+    )
+    return CellSettings(
+        checkpoint=str(checkpoint_directory(config.model.checkpoint)),
+        dtype=config.model.dtype,
+        device=resolve_device(cell.device, gpus_in_cluster),
+        placement=cell.placement,
+        denoisers_per_context=cell.denoisers_per_context,
+        gpus_per_tower=cell.gpus_per_tower,
+        engine=engine,
+    )
+
+
+def cell_deployment(config: ServiceConfig) -> serve.Deployment:
+    """Cells scale as units; Serve's queues follow from the cell's own ledger."""
+    cluster = config.cluster
+    requested = bundles(cell_settings(config, _gpus_in_cluster()))
+    return _deployment(CellReplica).options(
+        name="Cell",
+        autoscaling_config={
+            "min_replicas": cluster.min_cells,
+            "max_replicas": cluster.max_cells,
+            "target_ongoing_requests": cluster.target_ongoing_requests,
+            "upscale_delay_s": cluster.upscale_delay_s,
+            "downscale_delay_s": cluster.downscale_delay_s,
+            "look_back_period_s": _LOAD_AVERAGED_S,
+        },
+        max_ongoing_requests=_ongoing_requests(config),
+        max_queued_requests=cluster.max_queued_requests,
+        max_constructor_retry_count=_CONSTRUCTOR_TRIES,
+        graceful_shutdown_timeout_s=cluster.drain_timeout_s,
+        health_check_period_s=1.0,
+        health_check_timeout_s=30.0,
+        placement_group_bundles=requested,
+        placement_group_strategy=STRATEGY,
+        ray_actor_options={"num_cpus": requested[0]["CPU"]},
+        logging_config=_LOGGING,
+    )
+
+
+def router_deployment(config: ServiceConfig) -> serve.Deployment:
+    """Routers are of fixed number: a change among ingress replicas cuts streams."""
+    replica = serve.ingress()(RouterReplica)
+    return _deployment(replica).options(
+        name="Router",
+        num_replicas=config.cluster.num_routers,
+        max_ongoing_requests=config.cluster.max_cells * _ongoing_requests(config) + _HEADROOM,
+        max_constructor_retry_count=_CONSTRUCTOR_TRIES,
+        graceful_shutdown_timeout_s=config.cluster.drain_timeout_s,
+        ray_actor_options={"num_cpus": _ROUTER_CPUS},
+        logging_config=_LOGGING,
+    )
+
+
+def _deployment(replica: Any) -> serve.Deployment:
+    return cast(serve.Deployment, serve.deployment(replica))
+
+
+def _ongoing_requests(config: ServiceConfig) -> int:
+    return config.cell.max_sequences + config.cluster.max_queued_requests + _HEADROOM
+
+
+def _gpus_in_cluster() -> float:
+    return float(ray.cluster_resources().get("GPU", 0.0))

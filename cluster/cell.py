@@ -1,0 +1,91 @@
+"""One cell of the service: a replica that holds one pair of towers and answers for it."""
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Protocol
+
+from ray.util import get_current_placement_group
+
+from actors.cell import start_pair
+from actors.settings import CellSettings
+from cluster.replica_logs import log_to_stderr
+from cluster.streams import merged
+from twotower.core import BlockEvent, FailureEvent, Request
+from twotower.engine.handle import EngineStats
+from twotower.engine.pair import Pair
+from twotower.errors import TwoTowerError
+
+logger = logging.getLogger(__name__)
+
+
+class Running(Protocol):
+    """A pair with its processes, as `actors.cell.start_pair` gives it."""
+
+    pair: Pair
+
+    def failure(self) -> str | None: ...
+
+    async def stats(self) -> list[EngineStats]: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CellStats:
+    """A moment of a cell: requests by its ledger, counters by its towers, where its processes run."""
+
+    running: int
+    waiting: int
+    towers: tuple[EngineStats, ...]
+    places: tuple[dict[str, str], ...] = ()
+
+
+async def _start(settings: CellSettings) -> Running:
+    group = get_current_placement_group()
+    assert group is not None, "a cell's replica is deployed with a placement group"
+    return await start_pair(settings, group)
+
+
+class Cell:
+    """Starts its pair when constructed (Serve awaits the constructor) and decodes on it until shut down."""
+
+    async def __init__(  # type: ignore[misc]
+        self, settings: CellSettings, start: Callable[[CellSettings], Awaitable[Running]] = _start
+    ) -> None:
+        log_to_stderr()
+        logger.info("starting %s towers from %s", settings.placement, settings.checkpoint)
+        self._running = await start(settings)
+        logger.info("the towers are ready")
+
+    async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent | FailureEvent, None]:
+        """Events of one request. An error of ours is the last event, not an exception, so that it crosses whole."""
+        try:
+            # Ray cancels a call together with every call made in its context. The towers' calls serve all requests,
+            # so they are made in a context of their own: one client's leaving must not break the others.
+            events = merged([self._running.pair.generate(request, timeout_s)], context=Context())
+            async with aclosing(events):
+                async for _, event in events:
+                    yield event
+        except TwoTowerError as error:
+            yield FailureEvent(request.id, error)
+
+    async def ready(self) -> bool:
+        return self._running.failure() is None
+
+    async def stats(self) -> CellStats:
+        ledger = self._running.pair.ledger
+        places = tuple(getattr(self._running, "places", ()))
+        return CellStats(ledger.running, ledger.waiting, tuple(await self._running.stats()), places)
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose health check raises."""
+        failure = self._running.failure()
+        if failure is not None:
+            raise RuntimeError(f"this cell cannot serve any more: {failure}")
+
+    async def shutdown(self) -> None:
+        """Ends the tower processes."""
+        await self._running.close()

@@ -1,0 +1,76 @@
+"""`python -m cluster generate`: a prompt over gRPC, its text to the terminal as blocks are committed."""
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+
+from twotower.errors import Unavailable
+from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+
+
+class Refused(Exception):
+    """The service said no; `mistake` where the request was at fault."""
+
+    def __init__(self, message: str, mistake: bool) -> None:
+        super().__init__(message)
+        self.mistake = mistake
+
+
+def generate(address: str, request: pb.GenerateRequest, timeout_s: float | None, as_json: bool) -> None:
+    """Prints the answer: text as it comes, or one JSON object. Raises Refused or Unavailable."""
+    with grpc.insecure_channel(address) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        try:
+            events = stub.GenerateStream(request, timeout=timeout_s)
+            _print_json(events) if as_json else _print_text(events)
+        except grpc.RpcError as error:
+            raise _explained(error, address) from None
+
+
+def model_info(address: str, timeout_s: float = 5.0) -> pb.GetModelInfoResponse:
+    """Raises Refused or Unavailable."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            info: pb.GetModelInfoResponse = pb_grpc.GenerationServiceStub(channel).GetModelInfo(
+                pb.GetModelInfoRequest(), timeout=timeout_s
+            )
+            return info
+        except grpc.RpcError as error:
+            raise _explained(error, address) from None
+
+
+def mode_names(modes: Iterable[int]) -> list[str]:
+    return [pb.Mode.Name(mode).removeprefix("MODE_").lower() for mode in modes]
+
+
+def _print_text(events: Iterable[pb.GenerateStreamResponse]) -> None:
+    for event in events:
+        if event.HasField("block"):
+            block = event.block
+            print(block.text or "".join(f"{token} " for token in block.token_ids), end="", flush=True)
+    print()
+
+
+def _print_json(events: Iterable[pb.GenerateStreamResponse]) -> None:
+    result: dict[str, Any] = {"token_ids": [], "text": ""}
+    for event in events:
+        if event.HasField("block"):
+            result["token_ids"] += event.block.token_ids
+            result["text"] += event.block.text
+        else:
+            done = event.finished
+            result["finish_reason"] = pb.FinishReason.Name(done.finish_reason).removeprefix("FINISH_REASON_").lower()
+            result |= {"num_steps": done.usage.num_steps, "num_blocks": done.usage.num_blocks}
+            result |= {"mode": mode_names([done.mode])[0], "seed": done.seed, "request_id": event.request_id}
+    json.dump(result, sys.stdout, ensure_ascii=False)
+    print()
+
+
+def _explained(error: Any, address: str) -> Exception:
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in error.details():
+        return Unavailable(f"no service answers on {address}; start one with: python -m cluster up")
+    return Refused(error.details(), error.code() is grpc.StatusCode.INVALID_ARGUMENT)

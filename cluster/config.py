@@ -1,0 +1,190 @@
+"""The service's settings: one model for `--config` files, `--set` overrides and the `args` of a Serve YAML.
+
+Knows names, types and ranges; does not open the checkpoint. Every setting here has an effect.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from twotower.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: strict types, no unknown names, never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """What is served. `checkpoint` is a directory or `demo`; `name` defaults to the directory's."""
+
+    checkpoint: str = "demo"
+    name: str | None = Field(default=None, min_length=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_sequence_length: Count = 4096
+
+
+class DecodeSection(Section):
+    """What a request that says nothing gets. Without a `mode`: diffusion where the cell can do it, else ar."""
+
+    mode: Literal["diffusion", "mock_ar", "ar"] | None = None
+    max_new_tokens: Count = 128
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    steps_per_block: Count = 16
+    confidence_threshold: Annotated[float, Field(ge=0, le=1)] = 0.8
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+class CellSection(Section):
+    """One cell: where its towers run and how much they hold.
+
+    `cache_tokens` 0: room for every sequence's longest. `gpus_per_tower` not given: one on CUDA, none on the CPU.
+    """
+
+    placement: Literal["split", "colocated", "ar_only"] = "split"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    denoisers_per_context: Count = 1
+    max_sequences: Count = 32
+    cache_tokens: Annotated[int, Field(ge=0)] = 0
+    prefill_chunk_tokens: Count = 512
+    gpus_per_tower: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    link_timeout_s: Seconds = 10.0
+    stall_timeout_s: Seconds = 60.0
+    start_timeout_s: Seconds = 600.0
+
+    @model_validator(mode="after")
+    def _several_denoisers_only_when_split(self) -> "CellSection":
+        if self.placement != "split" and self.denoisers_per_context != 1:
+            raise ValueError(
+                f"denoisers_per_context: got {self.denoisers_per_context} with placement {self.placement}, wanted 1"
+            )
+        return self
+
+
+class ClusterSection(Section):
+    """How many cells and routers, and when another cell starts or ends."""
+
+    min_cells: Count = 1
+    max_cells: Count = 1
+    target_ongoing_requests: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    upscale_delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    downscale_delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0
+    drain_timeout_s: Seconds = 600.0
+    num_routers: Count = 1
+    max_queued_requests: Annotated[int, Field(ge=0)] = 64
+
+    @model_validator(mode="after")
+    def _range_of_cells(self) -> "ClusterSection":
+        if self.max_cells < self.min_cells:
+            raise ValueError(f"max_cells: got {self.max_cells}, wanted at least min_cells ({self.min_cells})")
+        return self
+
+
+class IngressSection(Section):
+    """Where the service listens, how big a request may be, and how long one without its own deadline may take."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    http_port: Port = 8000
+    grpc_port: Port = 50051
+    max_request_bytes: Count = 4 * 2**20
+    request_timeout_s: Seconds = 600.0
+
+    @model_validator(mode="after")
+    def _two_ports(self) -> "IngressSection":
+        if self.http_port == self.grpc_port:
+            raise ValueError(f"grpc_port: got {self.grpc_port}, which is http_port too; wanted two ports")
+        return self
+
+
+class ServiceConfig(Section):
+    """All settings. `parse` is the way to make one."""
+
+    model: ModelSection = ModelSection()
+    decode: DecodeSection = DecodeSection()
+    cell: CellSection = CellSection()
+    cluster: ClusterSection = ClusterSection()
+    ingress: IngressSection = IngressSection()
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> "ServiceConfig":
+        """Raises ConfigError: one line naming every wrong setting, with what was got and what was wanted."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def load_config(file: Path | None, overrides: Iterable[str] = ()) -> ServiceConfig:
+    """The configuration of a YAML file (or all defaults) with `a.b=value` overrides. Raises ConfigError."""
+    values = _read(file) if file is not None else {}
+    for override in overrides:
+        _override(values, override)
+    return ServiceConfig.parse(values)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: got a {type(values).__name__}, wanted sections such as 'model:' and 'cell:'")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    section, dot, name = path.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise ConfigError(f"--set {override}: wanted section.name=value, such as cell.placement=colocated")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from None
+    inner = values.setdefault(section, {})
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{section}: got {inner!r}, wanted a mapping of settings")
+    inner[name] = value
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    got = repr(problem["input"])
+    got = got if len(got) <= 60 else got[:57] + "..."
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{where}: unknown setting{_did_you_mean(problem['loc'])}"
+        case "value_error":
+            message = str(problem["ctx"]["error"])
+            return f"{where}.{message}" if where else message
+        case "model_type":
+            return f"{where}: got {got}, wanted a mapping of settings"
+        case "literal_error":
+            return f"{where}: got {got}, wanted one of {problem['ctx']['expected']}"
+    wanted = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{where}: got {got}, wanted {wanted}"
+
+
+def _did_you_mean(location: tuple[str | int, ...]) -> str:
+    section: Any = ServiceConfig
+    for part in location[:-1]:
+        section = section.model_fields[str(part)].annotation
+    near = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f", wanted one of {', '.join(section.model_fields)}"

@@ -1,0 +1,73 @@
+"""The one table from our errors to HTTP statuses and gRPC codes, and what of an error a client may see."""
+
+import logging
+import secrets
+from dataclasses import dataclass
+
+import grpc
+
+from twotower.errors import (
+    Cancelled,
+    CheckpointError,
+    ConfigError,
+    DeadlineExceeded,
+    FieldError,
+    InvalidRequest,
+    NumericalError,
+    Overloaded,
+    TwoTowerError,
+    Unavailable,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """How one kind of error looks outside. `public`: its message was written for clients."""
+
+    http: int
+    grpc: grpc.StatusCode
+    type: str
+    retry_after_s: int | None = None
+    public: bool = True
+
+
+INTERNAL = Code(500, grpc.StatusCode.INTERNAL, "internal_error", public=False)
+
+CODES: dict[type[TwoTowerError], Code] = {
+    InvalidRequest: Code(400, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error"),
+    Overloaded: Code(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded_error", retry_after_s=1),
+    Unavailable: Code(503, grpc.StatusCode.UNAVAILABLE, "unavailable_error", retry_after_s=5),
+    DeadlineExceeded: Code(504, grpc.StatusCode.DEADLINE_EXCEEDED, "deadline_exceeded_error"),
+    Cancelled: Code(499, grpc.StatusCode.CANCELLED, "cancelled_error"),
+    NumericalError: Code(500, grpc.StatusCode.ABORTED, "numerical_error"),
+    # An operator's mistakes: their messages name files and settings that are no client's business.
+    CheckpointError: INTERNAL,
+    ConfigError: INTERNAL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as a client gets it."""
+
+    code: Code
+    message: str
+    problems: tuple[FieldError, ...] = ()
+
+
+def code_of(error: BaseException) -> Code:
+    """The row of the nearest class in the table; INTERNAL for anything that is not ours."""
+    return next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), INTERNAL)
+
+
+def describe(error: BaseException, request_id: str = "") -> Failure:
+    """What to tell the client. An internal error is logged with its traceback under an id, and only the id is told."""
+    code = code_of(error)
+    if not code.public:
+        error_id = secrets.token_hex(6)
+        logger.error("request %s: internal error %s", request_id or "?", error_id, exc_info=error)
+        return Failure(code, f"internal error; the service's log has the details under {error_id}")
+    problems = error.problems if isinstance(error, InvalidRequest) else ()
+    return Failure(code, str(error), problems)

@@ -1,0 +1,194 @@
+"""The service's one path from what a client asked to the text it gets. HTTP and gRPC are thin faces of this.
+
+Knows validation, text and usage; does not know the wire on one side, nor Ray on the other.
+"""
+
+import asyncio
+import re
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cluster.served_model import ServedModel
+from twotower.core import BlockEvent, FinishReason, Request
+from twotower.decoding.text import TextStream, Tokenizer, require_tokenizer
+from twotower.errors import InvalidRequest, Unavailable
+from twotower.validation import make_request
+
+_INLINE_CHARACTERS = 4096
+_MAX_STOPS = 16
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Cells(Protocol):
+    """Whatever decodes: cells behind a Serve handle, or a fake."""
+
+    def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
+        """Events of one request. Raises TwoTowerErrors. Closing the generator frees the sequence."""
+        ...
+
+    async def ready(self) -> bool:
+        """Whether a cell answers."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a client sent, unchecked. `params` holds only what was given, under the names of DecodingParams."""
+
+    prompt: str | Sequence[object]
+    params: Mapping[str, object] = field(default_factory=dict)
+    stop: Sequence[object] = ()
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A checked request and the strings that end its text."""
+
+    request: Request
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request has cost so far."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    num_steps: int = 0
+    num_blocks: int = 0
+
+    def plus(self, tokens: int, event: BlockEvent) -> "Usage":
+        return Usage(
+            self.prompt_tokens,
+            self.completion_tokens + tokens,
+            self.num_steps + event.num_steps,
+            self.num_blocks + event.num_blocks,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Committed tokens, the text that became certain with them, the usage so far. The last has a `finish_reason`."""
+
+    start: int
+    token_ids: tuple[int, ...]
+    text: str
+    num_steps: int
+    num_blocks: int
+    usage: Usage
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole answer, once `finish_reason` is there; before that, what of it has come."""
+
+    usage: Usage
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def to(cls, order: "Order") -> "Answer":
+        return cls(Usage(len(order.request.prompt_token_ids)))
+
+    def add(self, chunk: Chunk) -> None:
+        self.token_ids.extend(chunk.token_ids)
+        self.text += chunk.text
+        self.usage, self.finish_reason = chunk.usage, chunk.finish_reason
+
+
+class Generation:
+    """Checks requests and decodes them on the cells."""
+
+    def __init__(self, model: ServedModel, cells: Cells, default_timeout_s: float = 600.0) -> None:
+        self.model, self.cells, self.default_timeout_s = model, cells, default_timeout_s
+
+    async def order(self, ask: Ask) -> Order:
+        """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked."""
+        request_id = ask.request_id or f"req-{uuid.uuid4().hex}"
+        if not _REQUEST_ID.fullmatch(request_id):
+            raise InvalidRequest.of("request_id", "wanted 1 to 128 printable ASCII characters without spaces")
+        prompt = await self._token_ids(ask.prompt)
+        request = make_request(request_id, prompt, ask.params, self.model.limits)
+        return Order(request, self._stops(ask.stop))
+
+    async def stream(self, order: Order, timeout_s: float | None = None) -> AsyncGenerator[Chunk, None]:
+        """Chunks as blocks are committed. Raises what the cell raises; closing it frees the sequence."""
+        limit_s = self.default_timeout_s if timeout_s is None else timeout_s
+        events = self.cells.generate(order.request, limit_s)
+        async with aclosing(events), aclosing(self._chunks(order, events)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def whole(self, order: Order, timeout_s: float | None = None) -> Answer:
+        """The answer at once. Raises what the cell raises."""
+        answer = Answer.to(order)
+        async with aclosing(self.stream(order, timeout_s)) as chunks:
+            async for chunk in chunks:
+                answer.add(chunk)
+        return answer
+
+    async def _chunks(self, order: Order, events: AsyncIterator[BlockEvent]) -> AsyncGenerator[Chunk, None]:
+        answer = _GrowingText(self.model.tokenizer, order.stop)
+        usage = Usage(len(order.request.prompt_token_ids))
+        async for event in events:
+            token_ids, text = answer.push(event)
+            usage = usage.plus(len(token_ids), event)
+            reason = FinishReason.STOP if answer.stopped else event.finish_reason
+            yield Chunk(event.start, token_ids, text, event.num_steps, event.num_blocks, usage, reason)
+            if reason is not None:
+                return
+        raise Unavailable("the cell's answer ended before it was finished")
+
+    async def _token_ids(self, prompt: str | Sequence[object]) -> Sequence[object]:
+        if not isinstance(prompt, str):
+            return prompt
+        tokenizer = require_tokenizer(self.model.tokenizer, "prompt")
+        if not prompt:
+            return ()
+        if len(prompt) <= _INLINE_CHARACTERS:
+            return tokenizer.encode(prompt)
+        return await asyncio.to_thread(tokenizer.encode, prompt)
+
+    def _stops(self, stop: Sequence[object]) -> tuple[str, ...]:
+        strings = tuple(s for s in stop if isinstance(s, str) and s)
+        if len(strings) != len(stop) or len(strings) > _MAX_STOPS:
+            raise InvalidRequest.of("stop", f"wanted at most {_MAX_STOPS} strings, none of them empty")
+        if strings:
+            require_tokenizer(self.model.tokenizer, "stop")
+        return strings
+
+
+class _GrowingText:
+    """The text of a growing answer, and where a stop string cuts its tokens."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...]) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._stream = TextStream(tokenizer, stop) if tokenizer is not None else None
+        self._token_ids: list[int] = []
+
+    @property
+    def stopped(self) -> bool:
+        return self._stream is not None and self._stream.stopped
+
+    def push(self, event: BlockEvent) -> tuple[tuple[int, ...], str]:
+        """The event's tokens, up to the one that completes a stop string, and the text they make certain."""
+        if self._stream is None:
+            return event.token_ids, ""
+        text = self._stream.push(event.token_ids, last=event.finish_reason is not None)
+        token_ids = self._up_to_stop(event.token_ids) if self.stopped else event.token_ids
+        self._token_ids.extend(token_ids)
+        return token_ids, text
+
+    def _up_to_stop(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        assert self._tokenizer is not None
+        for length in range(1, len(token_ids)):
+            text = self._tokenizer.decode([*self._token_ids, *token_ids[:length]])
+            if any(stop in text for stop in self._stop):
+                return token_ids[:length]
+        return token_ids

@@ -1,0 +1,77 @@
+"""What every call of our gRPC services passes: strict parsing in, google.rpc.Status with details out."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.any_pb2 import Any as PackedAny
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from cluster.error_codes import Failure, describe
+from cluster.grpc_messages import outside_problems, parse_message
+from twotower.errors import InvalidRequest
+
+Handler = Any  # grpc.RpcMethodHandler, generic only in its stubs
+Behaviour = Any  # an async method of a servicer: (message, context) -> message, or None when it streams
+
+
+class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Hands parsed messages to a service's methods and turns their errors into statuses; no traceback leaves.
+
+    Methods are coroutines; those that stream write to their context. `messages` maps a full method name to its
+    request type; calls of other services (health, reflection) pass untouched.
+    """
+
+    def __init__(self, messages: dict[str, type[Message]]) -> None:
+        self._messages = messages
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        handler = await continuation(handler_call_details)
+        kind = self._messages.get(str(handler_call_details.method))
+        if kind is None or handler is None:
+            return handler
+        if handler.response_streaming:
+            guarded = _guarded(handler.unary_stream, kind)
+            return grpc.unary_stream_rpc_method_handler(guarded, None, handler.response_serializer)
+        guarded = _guarded(handler.unary_unary, kind)
+        return grpc.unary_unary_rpc_method_handler(guarded, None, handler.response_serializer)
+
+
+def _guarded(behaviour: Behaviour, kind: type[Message]) -> Behaviour:
+    async def call(data: bytes, context: Any) -> Any:
+        try:
+            return await behaviour(parse_message(kind, data), context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            outside = outside_problems(error) if isinstance(error, InvalidRequest) else error
+            await context.abort_with_status(rpc_status.to_status(status_of(describe(outside))))
+
+    return call
+
+
+def status_of(failure: Failure) -> status_pb2.Status:
+    """google.rpc.Status: BadRequest for fields at fault, RetryInfo where trying again makes sense."""
+    status = status_pb2.Status(code=failure.code.grpc.value[0], message=failure.message)
+    if failure.problems:
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=p.field, description=p.message) for p in failure.problems
+        ]
+        _attach(status, error_details_pb2.BadRequest(field_violations=violations))
+    if failure.code.retry_after_s is not None:
+        delay = Duration(seconds=failure.code.retry_after_s)
+        _attach(status, error_details_pb2.RetryInfo(retry_delay=delay))
+    return status
+
+
+def _attach(status: status_pb2.Status, detail: Message) -> None:
+    packed = PackedAny()
+    packed.Pack(detail)
+    status.details.append(packed)

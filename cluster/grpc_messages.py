@@ -1,0 +1,140 @@
+"""Between `twotower.v1` messages and the service's own words. Refuses what the messages cannot mean."""
+
+from collections.abc import Iterator, Sequence
+
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from cluster.generation import Answer, Ask, Chunk, Order, Usage
+from cluster.served_model import ServedModel
+from twotower.core import DecodingParams, FinishReason, Mode
+from twotower.errors import FieldError, InvalidRequest
+from twotower.pb.twotower.v1 import generation_pb2 as pb
+
+_SCALARS = (
+    "max_new_tokens block_size steps_per_block confidence_threshold temperature top_k top_p seed ignore_eos"
+).split()
+_PARAMS = {*_SCALARS, "mode", "stop_token_ids"}
+
+
+def parse_message(kind: type[Message], data: bytes) -> Message:
+    """A message, strictly: readable, valid UTF-8 in strings, no fields this server does not know."""
+    try:
+        message = kind.FromString(data)
+    except (DecodeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InvalidRequest.of("message", f"not a readable {kind.DESCRIPTOR.full_name}: {reason}") from None
+    unknown = list(_unknown_fields(message, ""))
+    if unknown:
+        raise InvalidRequest([FieldError(name, "unknown field") for name in unknown[:8]])
+    return message
+
+
+def ask_of(request: pb.GenerateRequest) -> Ask:
+    """What the client asked for; only the fields it gave."""
+    params = {name: getattr(request.params, name) for name in _SCALARS if request.params.HasField(name)}
+    if request.params.mode:
+        params["mode"] = _mode_word(request.params.mode)
+    if request.params.stop_token_ids:
+        params["stop_token_ids"] = tuple(request.params.stop_token_ids)
+    return Ask(_prompt(request), params, tuple(request.stop), request.request_id)
+
+
+def outside_problems(error: InvalidRequest) -> InvalidRequest:
+    """The same problems under the paths of GenerateRequest."""
+    return InvalidRequest([FieldError(_path(p.field), p.message) for p in error.problems])
+
+
+def answer_message(order: Order, answer: Answer) -> pb.GenerateResponse:
+    assert answer.finish_reason is not None
+    return pb.GenerateResponse(
+        request_id=order.request.id,
+        token_ids=answer.token_ids,
+        text=answer.text,
+        finished=_finished(order, answer.usage, answer.finish_reason),
+    )
+
+
+def chunk_messages(order: Order, chunk: Chunk) -> Iterator[pb.GenerateStreamResponse]:
+    """The chunk as a `block` event where it holds anything, and `finished` after the last."""
+    request_id = order.request.id
+    if chunk.token_ids or chunk.text:
+        block = pb.CommittedBlock(
+            start=chunk.start,
+            token_ids=chunk.token_ids,
+            text=chunk.text,
+            num_steps=chunk.num_steps,
+            num_blocks=chunk.num_blocks,
+        )
+        yield pb.GenerateStreamResponse(request_id=request_id, block=block)
+    if chunk.finish_reason is not None:
+        finished = _finished(order, chunk.usage, chunk.finish_reason)
+        yield pb.GenerateStreamResponse(request_id=request_id, finished=finished)
+
+
+def model_info_message(model: ServedModel) -> pb.GetModelInfoResponse:
+    return pb.GetModelInfoResponse(
+        model_name=model.name,
+        modes=[_mode_name(mode) for mode in model.limits.modes],
+        vocab_size=model.limits.vocab_size,
+        max_sequence_length=model.limits.max_sequence_length,
+        has_tokenizer=model.tokenizer is not None,
+        defaults=_defaults(model.limits.defaults),
+        checkpoint_layout=model.layout,
+        checkpoint_fingerprint=model.fingerprint,
+        version=model.version,
+    )
+
+
+def _prompt(request: pb.GenerateRequest) -> str | Sequence[object]:
+    match request.WhichOneof("prompt"):
+        case "text":
+            return request.text
+        case "token_ids":
+            return list(request.token_ids.ids)
+    raise InvalidRequest.of("prompt", "missing, wanted text or token_ids")
+
+
+def _unknown_fields(message: Message, path: str) -> Iterator[str]:
+    for field in UnknownFieldSet(message):  # type: ignore[attr-defined]
+        yield f"{path}{field.field_number}"
+    for descriptor, value in message.ListFields():
+        if isinstance(value, Message):
+            yield from _unknown_fields(value, f"{path}{descriptor.name}.")
+
+
+def _path(field: str) -> str:
+    if field.startswith("prompt_token_ids"):
+        return field.replace("prompt_token_ids", "token_ids.ids", 1)
+    return f"params.{field}" if field.partition("[")[0] in _PARAMS else field
+
+
+def _mode_word(number: int) -> str | int:
+    """The library's word for a mode; a number this server has no word for stays a number, and is refused there."""
+    name = pb.Mode.Name(number) if number in pb.Mode.values() else None
+    return number if name is None else name.removeprefix("MODE_").lower()
+
+
+def _mode_name(mode: Mode) -> str:
+    """The wire's name; messages take names for enums."""
+    return f"MODE_{mode.upper()}"
+
+
+def _finished(order: Order, usage: Usage, reason: FinishReason) -> pb.Finished:
+    return pb.Finished(
+        finish_reason=f"FINISH_REASON_{reason.upper()}",
+        usage=pb.Usage(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            num_steps=usage.num_steps,
+            num_blocks=usage.num_blocks,
+        ),
+        mode=_mode_name(order.request.params.mode),
+        seed=order.request.params.seed,
+    )
+
+
+def _defaults(params: DecodingParams) -> pb.DecodingParams:
+    """Defaults, less the seed, which is drawn for each request."""
+    scalars = {name: getattr(params, name) for name in _SCALARS if name != "seed"}
+    return pb.DecodingParams(mode=_mode_name(params.mode), stop_token_ids=params.stop_token_ids, **scalars)

@@ -1,0 +1,57 @@
+"""Ray and Serve on this machine, on loopback only. Import this before anything imports Ray."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+# 127.0.0.1 would be silently replaced by the machine's outside address.
+_NODE_IP = "127.0.0.2"
+_OBJECT_STORE_BYTES = 128 * 2**20  # tensors go around it
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung cell must give its GPUs back
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def prepare_environment() -> None:
+    """Sets what Ray reads when it is imported, and lets every worker import this checkout from any directory."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(CHECKOUT) not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, paths)])
+
+
+def start_ray(address: str | None = None, show_worker_logs: bool = False, **options: Any) -> None:
+    """A Ray of our own on loopback, or a running one at `address`."""
+    import ray
+
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    if address is not None:
+        ray.init(address=address, log_to_driver=show_worker_logs, logging_level=logging.WARNING, **options)
+        return
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=show_worker_logs,
+        logging_level=logging.WARNING,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _node_ip_address=_NODE_IP,
+        **options,
+    )
+
+
+def start_serve(host: str, port: int) -> None:
+    """Serve's controller and its HTTP proxy."""
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    serve.start(http_options={"host": host, "port": port}, logging_config=quiet)

@@ -1,0 +1,43 @@
+"""Whether a cell answers, asked again and again, so that health checks cost nothing."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from cluster.generation import Cells
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+TIMEOUT_S = 5.0
+
+
+class Readiness:
+    """Watches the cells; `on_change` hears of every change."""
+
+    def __init__(self, cells: Cells, on_change: Callable[[bool], Awaitable[None]] | None = None) -> None:
+        self._cells, self._on_change = cells, on_change
+        self._ready = False
+
+    def __call__(self) -> bool:
+        return self._ready
+
+    async def poll(self) -> None:
+        """Ask once."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                ready = await self._cells.ready()
+        except Exception as error:
+            logger.debug("no cell answers: %s", error)
+            ready = False
+        if ready != self._ready:
+            self._ready = ready
+            logger.info("the service is %s", "ready" if ready else "not ready")
+            if self._on_change is not None:
+                await self._on_change(ready)
+
+    async def watch(self) -> None:
+        """Ask for ever."""
+        while True:
+            await self.poll()
+            await asyncio.sleep(INTERVAL_S)

@@ -1,0 +1,23 @@
+"""Where a replica's own log lines go: to its stderr, which Ray keeps and shows to whoever started the service."""
+
+import logging
+import os
+import sys
+
+from cluster.local_ray import CHECKOUT
+
+_OURS = ("cluster", "actors", "twotower")
+
+
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Call once in a replica's constructor; further calls change nothing. Says where the replica's code came from."""
+    if logging.getLogger(_OURS[0]).handlers:
+        return
+    for name in _OURS:
+        logger = logging.getLogger(name)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
+    logging.getLogger(__name__).info("process %d runs the code in %s", os.getpid(), CHECKOUT)

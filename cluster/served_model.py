@@ -1,0 +1,71 @@
+"""What a router knows of the checkpoint: limits, tokenizer, names. Reads headers and the tokenizer, never weights."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import twotower
+from cluster.config import ServiceConfig
+from cluster.served_paths import checkpoint_directory
+from twotower.core import DecodingParams, Mode
+from twotower.decoding.text import Tokenizer, load_tokenizer
+from twotower.errors import ConfigError
+from twotower.model.checkpoint import Checkpoint
+from twotower.validation import ModelLimits
+
+_SAMPLE_BYTES = 4096
+_SAMPLES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The running checkpoint as clients see it."""
+
+    name: str
+    limits: ModelLimits
+    tokenizer: Tokenizer | None
+    layout: str
+    fingerprint: str
+    version: str = twotower.__version__
+
+
+def load_served_model(config: ServiceConfig) -> ServedModel:
+    """Raises CheckpointError for a damaged directory, ConfigError where its modes and the configured ones disagree."""
+    directory = checkpoint_directory(config.model.checkpoint)
+    checkpoint = Checkpoint.open(directory)
+    modes = tuple(m for m in checkpoint.modes if m is Mode.AR or config.cell.placement != "ar_only")
+    limits = ModelLimits(
+        vocab_size=checkpoint.config.vocab_size,
+        max_sequence_length=config.model.max_sequence_length,
+        modes=modes,
+        defaults=_defaults(config, modes),
+    )
+    return ServedModel(
+        name=config.model.name or ("demo" if config.model.checkpoint == "demo" else directory.name),
+        limits=limits,
+        tokenizer=load_tokenizer(directory),
+        layout=str(checkpoint.layout),
+        fingerprint=fingerprint(directory / "config.json", sorted(set(checkpoint.files.values()))),
+    )
+
+
+def _defaults(config: ServiceConfig, modes: tuple[Mode, ...]) -> DecodingParams:
+    values = config.decode.model_dump(exclude={"mode"})
+    preferred = Mode(config.decode.mode) if config.decode.mode else modes[0]
+    if preferred not in modes:
+        raise ConfigError(f"decode.mode: got {preferred}, wanted a mode this cell can serve ({', '.join(modes)})")
+    return DecodingParams(mode=preferred, **values)
+
+
+def fingerprint(config: Path, shards: Iterable[Path]) -> str:
+    """Tells checkpoints apart without reading them: config, and of every shard its size and evenly spaced samples."""
+    digest = hashlib.sha256(config.read_bytes())
+    for shard in shards:
+        size = shard.stat().st_size
+        digest.update(f"{shard.name} {size}".encode())
+        with shard.open("rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(size * sample // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

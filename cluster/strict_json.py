@@ -1,0 +1,44 @@
+"""JSON read strictly: what a lenient parser would guess at is refused, in one line."""
+
+import json
+
+from twotower.errors import InvalidRequest
+
+
+def parse_json(body: bytes) -> dict[str, object]:
+    """A JSON object, strictly: UTF-8, no repeated names, no NaN or Infinity, no half surrogates."""
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest.of("body", f"got bytes that are not UTF-8 at position {error.start}") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise InvalidRequest.of("body", "got JSON that is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise InvalidRequest.of("body", "got half a surrogate pair (a lone \\ud800 to \\udfff)") from None
+    except ValueError as error:
+        raise InvalidRequest.of("body", f"got broken JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest.of("body", f"got {kind_of(value)}, wanted a JSON object")
+    return value
+
+
+def kind_of(value: object) -> str:
+    """A JSON value's type in JSON's words."""
+    names = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
+    return names.get(type(value), "null")
+
+
+def _no_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:60]!r} is there twice")
+        found[name] = value
+    return found
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,88 @@
+"""A tokenizer of bytes and cells that play a script, so that both faces are tested without Ray and without towers."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from cluster.generation import Generation
+from cluster.grpc_service import GrpcServer
+from cluster.served_model import ServedModel
+from twotower.core import BlockEvent, FinishReason, Mode, Request
+from twotower.validation import ModelLimits
+
+BLOCK = 4
+
+
+class ByteTokenizer:
+    """A token is a byte, 4 above its value; 0 to 3 are the special ids of the released layout."""
+
+    def encode(self, text: str) -> list[int]:
+        return [1, *(byte + 4 for byte in text.encode("utf-8"))]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token - 4 for token in token_ids if token >= 4).decode("utf-8", errors="replace")
+
+
+def tokens(text: str) -> tuple[int, ...]:
+    """The text's tokens without the leading BOS."""
+    return tuple(ByteTokenizer().encode(text)[1:])
+
+
+class ScriptedCells:
+    """Cells that answer every request with the same text, in blocks of 4 tokens, until its max_new_tokens.
+
+    `fail` is called before each block with the request and the block's number and may raise. `pace_s` delays every
+    block. `open` counts the streams not yet closed.
+    """
+
+    def __init__(self, text: str = "All good things come to those who wait.") -> None:
+        self.answer = tokens(text)
+        self.fail: Callable[[Request, int], None] = lambda request, block: None
+        self.pace_s = 0.0
+        self.is_ready = True
+        self.open = 0
+        self.requests: list[Request] = []
+        self.timeouts: list[float] = []
+
+    async def ready(self) -> bool:
+        return self.is_ready
+
+    async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
+        self.requests.append(request)
+        self.timeouts.append(timeout_s)
+        self.open += 1
+        try:
+            async for event in self._events(request):
+                yield event
+        finally:
+            self.open -= 1
+
+    async def _events(self, request: Request) -> AsyncGenerator[BlockEvent, None]:
+        answer = self.answer[: request.params.max_new_tokens]
+        reason = FinishReason.STOP if len(answer) == len(self.answer) else FinishReason.LENGTH
+        for start in range(0, len(answer), BLOCK):
+            self.fail(request, start // BLOCK)
+            await asyncio.sleep(self.pace_s)
+            part = answer[start : start + BLOCK]
+            last = start + BLOCK >= len(answer)
+            yield BlockEvent(request.id, start, part, 2, 1, reason if last else None)
+
+
+def served_model(tokenizer: ByteTokenizer | None = None, modes: tuple[Mode, ...] = tuple(Mode)) -> ServedModel:
+    limits = ModelLimits(vocab_size=260, max_sequence_length=256, modes=modes)
+    return ServedModel("fake", limits, tokenizer, "two-tower", "0123456789abcdef")
+
+
+def generation(cells: ScriptedCells, with_tokenizer: bool = True) -> Generation:
+    return Generation(served_model(ByteTokenizer() if with_tokenizer else None), cells, default_timeout_s=60.0)
+
+
+@asynccontextmanager
+async def grpc_server(service: Generation, max_bytes: int = 4 * 2**20) -> AsyncGenerator[tuple[str, GrpcServer], None]:
+    """The real gRPC server on a free loopback port: its address and itself."""
+    server = GrpcServer(service, "127.0.0.1", 0, max_bytes)
+    await server.start()
+    try:
+        yield f"127.0.0.1:{server.port}", server
+    finally:
+        await server.stop(0)

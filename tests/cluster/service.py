@@ -1,0 +1,85 @@
+"""A real service for tests: Router and Cell on the session's Ray, with free ports and a golden checkpoint."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cluster import deployment, local_ray
+from cluster.app import APP_NAME
+from cluster.cell import CellStats
+from cluster.config import ServiceConfig
+from cluster.up import is_ready
+from tests.goldens import GOLDEN_DIR
+
+
+@dataclass(frozen=True)
+class Service:
+    """Where a running service listens."""
+
+    http: str
+    grpc: str
+
+    async def stats(self) -> CellStats:
+        """The cell's own view, asked past the routers."""
+        from ray import serve
+
+        handle: Any = serve.get_deployment_handle("Cell", APP_NAME)
+        stats: CellStats = await handle.stats.remote()
+        return stats
+
+    async def all_free(self, within_s: float = 3.0) -> float:
+        """Waits until the cell holds nothing, on any tower; how long that took."""
+        began = time.monotonic()
+        while True:
+            stats = await self.stats()
+            towers_free = all(
+                (t.sequences, t.free_slots, t.free_pages) == (0, t.total_slots, t.total_pages) for t in stats.towers
+            )
+            if stats.running == stats.waiting == 0 and towers_free:
+                return time.monotonic() - began
+            assert time.monotonic() - began < within_s, f"not everything was given back: {stats}"
+            await asyncio.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+        return port
+
+
+@contextmanager
+def running_service(**sections: dict[str, Any]) -> Iterator[Service]:
+    """Needs the `ray_cluster` fixture. Sections add to those of a small golden checkpoint on the CPU."""
+    from ray import serve
+
+    http_port, grpc_port = free_port(), free_port()
+    values: dict[str, dict[str, Any]] = {
+        "model": {"checkpoint": str((GOLDEN_DIR / "tt_moe").resolve()), "max_sequence_length": 1024},
+        "cell": {"device": "cpu", "max_sequences": 16},
+        "cluster": {"drain_timeout_s": 5.0},
+        "ingress": {"http_port": http_port, "grpc_port": grpc_port},
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    config = ServiceConfig.parse(values)
+    service = Service(f"127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}")
+    local_ray.start_serve("127.0.0.1", http_port)
+    try:
+        deployment.deploy(config)
+        _wait_until_ready(service)
+        yield service
+    finally:
+        serve.shutdown()
+
+
+def _wait_until_ready(service: Service, within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not is_ready(service.http):
+        failure = deployment.progress().failure
+        assert failure is None, failure
+        assert time.monotonic() < deadline, "the service never became ready"
+        time.sleep(0.2)

@@ -1,0 +1,94 @@
+"""The configuration: every mistake is one line that names it."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ServiceConfig, load_config
+from twotower.errors import ConfigError
+
+SHIPPED = sorted((Path(__file__).parents[2] / "deploy" / "serve").glob("*.yaml"))
+
+
+def test_defaults_are_designs() -> None:
+    config = load_config(None)
+    assert config.model.checkpoint == "demo" and config.cell.placement == "split"
+    assert (config.ingress.host, config.ingress.http_port, config.ingress.grpc_port) == ("127.0.0.1", 8000, 50051)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=[file.name for file in SHIPPED])
+def test_shipped_files_parse(file: Path) -> None:
+    load_config(file)
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("cell: {placement: colocated, max_sequences: 4}\n")
+    config = load_config(file, ["cell.max_sequences=8", "model.name=x", "cell.link_timeout_s=3"])
+    assert (config.cell.placement, config.cell.max_sequences, config.model.name) == ("colocated", 8, "x")
+    assert config.cell.link_timeout_s == 3.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cell.placment=split"], "cell.placment: unknown setting; did you mean placement?"),
+        (["cells.placement=split"], "cells: unknown setting; did you mean cell?"),
+        (["cell.zzz=1"], "cell.zzz: unknown setting, wanted one of placement, device"),
+        (["cell.placement=spilt"], "cell.placement: got 'spilt', wanted one of 'split', 'colocated' or 'ar_only'"),
+        (["cell.max_sequences=0"], "cell.max_sequences: got 0, wanted greater than or equal to 1"),
+        (["cell.max_sequences='8'"], "cell.max_sequences: got '8', wanted integer"),
+        (["cell.max_sequences=true"], "cell.max_sequences: got True, wanted integer"),
+        (["cell.link_timeout_s=.nan"], "cell.link_timeout_s: got nan, wanted"),
+        (["decode.confidence_threshold=1.5"], "decode.confidence_threshold: got 1.5"),
+        (["cell.placement=colocated", "cell.denoisers_per_context=2"], "cell.denoisers_per_context: got 2 with"),
+        (["cluster.min_cells=3"], "cluster.max_cells: got 1, wanted at least min_cells (3)"),
+        (["ingress.grpc_port=8000"], "ingress.grpc_port: got 8000, which is http_port too"),
+        (["ingress.http_port=70000"], "ingress.http_port: got 70000"),
+        (["cell"], "--set cell: wanted section.name=value"),
+        (["cell=1"], "--set cell=1: wanted section.name=value"),
+        (["cell.placement=["], "--set cell.placement=[: '[' is not a YAML value"),
+    ],
+)
+def test_mistakes_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_several_mistakes_are_told_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["cell.placment=split", "model.dtpye=float32"])
+    assert "placment" in str(caught.value) and "dtpye" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cell: [", "not YAML"),
+        ("- a\n", "got a list, wanted sections"),
+        ("cell: 5\n", "cell: got 5, wanted a mapping"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("# nothing\n")
+    assert load_config(file) == ServiceConfig()
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(None).cell.max_sequences = 3  # type: ignore[misc]

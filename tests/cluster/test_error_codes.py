@@ -1,0 +1,50 @@
+"""Every error of ours has a row, and only what is meant for clients reaches them."""
+
+import logging
+
+import grpc
+import pytest
+
+from cluster.error_codes import CODES, INTERNAL, code_of, describe
+from twotower import errors
+from twotower.errors import InvalidRequest, LinkDown, TwoTowerError, Unavailable
+
+
+OURS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TwoTowerError)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OURS if kind is not TwoTowerError])
+def test_every_error_is_decided(kind: type[TwoTowerError]) -> None:
+    assert any(base in CODES for base in kind.__mro__)
+
+
+def test_the_table_says_what_it_should() -> None:
+    rows = {kind.__name__: (code.http, code.grpc.name) for kind, code in CODES.items()}
+    assert rows == {
+        "InvalidRequest": (400, "INVALID_ARGUMENT"),
+        "Overloaded": (429, "RESOURCE_EXHAUSTED"),
+        "Unavailable": (503, "UNAVAILABLE"),
+        "DeadlineExceeded": (504, "DEADLINE_EXCEEDED"),
+        "Cancelled": (499, "CANCELLED"),
+        "NumericalError": (500, "ABORTED"),
+        "CheckpointError": (500, "INTERNAL"),
+        "ConfigError": (500, "INTERNAL"),
+    }
+    assert code_of(LinkDown("x")) is CODES[Unavailable]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("secret"), errors.CheckpointError("/secret"), errors.ConfigError("secret"), TwoTowerError("secret")],
+)
+def test_internal_errors_tell_only_an_id(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        failure = describe(error, "r-1")
+    assert failure.code is INTERNAL and failure.code.grpc is grpc.StatusCode.INTERNAL
+    assert "secret" not in failure.message
+    assert failure.message.split()[-1] in caplog.text and "secret" in caplog.text and "r-1" in caplog.text
+
+
+def test_a_request_error_keeps_its_fields() -> None:
+    failure = describe(InvalidRequest.of("seed", "got -1"))
+    assert failure.message == "seed: got -1" and failure.problems[0].field == "seed"

@@ -1,0 +1,191 @@
+"""The whole service on a real Ray: same tokens as the reference, nothing left behind, nothing harmed."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from tests.cluster.service import Service, running_service
+from tests.goldens import causal_request, diffusion_request, golden
+from twotower.core import Mode, Request
+from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+
+LONG: dict[str, Any] = {"max_new_tokens": 900, "ignore_eos": True}
+ROUNDS = 8
+
+
+@pytest.fixture(scope="module")
+def service(ray_cluster: None) -> Iterator[Service]:
+    with running_service() as running:
+        yield running
+
+
+def golden_requests() -> list[tuple[Request, list[int]]]:
+    wanted = []
+    for prompt in golden("tt_moe").prompts:
+        for mode in (Mode.AR, Mode.MOCK_AR):
+            wanted.append((causal_request(prompt, mode), prompt[str(mode)]["tokens"]))
+        for case in prompt["cases"]:
+            if case["eos_token_id"] is None:
+                wanted.append((diffusion_request(prompt, case), case["output"]))
+    return wanted
+
+
+def as_message(request: Request) -> pb.GenerateRequest:
+    params = request.params
+    message = pb.DecodingParams(
+        mode=f"MODE_{params.mode.upper()}", max_new_tokens=params.max_new_tokens, ignore_eos=params.ignore_eos
+    )
+    if params.mode is Mode.DIFFUSION:
+        message.block_size, message.steps_per_block = params.block_size, params.steps_per_block
+        message.confidence_threshold = params.confidence_threshold
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=request.prompt_token_ids), params=message)
+
+
+def as_json(request: Request) -> dict[str, Any]:
+    params = request.params
+    diffusion: dict[str, Any] = {"mode": params.mode}
+    if params.mode is Mode.DIFFUSION:
+        diffusion |= {"block_size": params.block_size, "steps_per_block": params.steps_per_block}
+        diffusion["confidence_threshold"] = params.confidence_threshold
+    body = {"prompt": list(request.prompt_token_ids), "max_tokens": params.max_new_tokens}
+    return body | {"ignore_eos": params.ignore_eos, "diffusion": diffusion}
+
+
+async def test_golden_tokens_over_both_faces_all_modes_at_once(service: Service) -> None:
+    wanted = golden_requests()
+    async with (
+        grpc.aio.insecure_channel(service.grpc) as channel,
+        httpx.AsyncClient(base_url=f"http://{service.http}", timeout=60) as http,
+    ):
+        stub = pb_grpc.GenerationServiceStub(channel)
+
+        async def whole(request: Request) -> list[int]:
+            return list((await stub.Generate(as_message(request))).token_ids)
+
+        async def streamed(request: Request) -> list[int]:
+            events = [event async for event in stub.GenerateStream(as_message(request))]
+            assert events[-1].HasField("finished")
+            return [token for event in events for token in event.block.token_ids]
+
+        async def posted(request: Request) -> list[int]:
+            response = await http.post("/v1/completions", json=as_json(request))
+            assert response.status_code == 200, response.text
+            tokens: list[int] = response.json()["choices"][0]["token_ids"]
+            return tokens
+
+        async def posted_stream(request: Request) -> list[int]:
+            body = (await http.post("/v1/completions", json=as_json(request) | {"stream": True})).text
+            events = [json.loads(line[6:]) for line in body.splitlines() if line and not line.endswith("[DONE]")]
+            return [token for event in events for token in event["choices"][0]["token_ids"]]
+
+        for way in (whole, streamed, posted, posted_stream):
+            results = await asyncio.gather(*(way(request) for request, _ in wanted[:40]))
+            assert results == [tokens for _, tokens in wanted[:40]], way.__name__
+    await service.all_free()
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "mock_ar", "ar"])
+async def test_a_grpc_client_that_leaves_frees_both_towers(service: Service, mode: str) -> None:
+    params = pb.DecodingParams(mode=f"MODE_{mode.upper()}", **LONG)
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6, 7]), params=params)
+    async with grpc.aio.insecure_channel(service.grpc) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        for number in range(ROUNDS):
+            call = stub.GenerateStream(request, timeout=0.3 if number % 2 else None)
+            await call.read()
+            assert (await service.stats()).running == 1
+            if number % 2 == 0:
+                call.cancel()
+            assert await call.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+            await service.all_free(within_s=2.0)
+        waiting = stub.Generate(request)
+        await asyncio.sleep(0.2)
+        waiting.cancel()
+        await service.all_free(within_s=2.0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_http_client_that_leaves_frees_both_towers(service: Service, stream: bool) -> None:
+    body = {"prompt": [[5, 6, 7], [8, 9]], "max_tokens": 900, "ignore_eos": True, "stream": stream}
+    for _ in range(ROUNDS):
+        async with httpx.AsyncClient(base_url=f"http://{service.http}") as http:
+            if stream:
+                async with http.stream("POST", "/v1/completions", json=body) as response:
+                    await anext(response.aiter_lines())
+                    assert (await service.stats()).running == 2
+            else:
+                posting = asyncio.create_task(http.post("/v1/completions", json=body))
+                while (await service.stats()).running < 2:
+                    await asyncio.sleep(0.01)
+                posting.cancel()
+                await asyncio.gather(posting, return_exceptions=True)
+        await service.all_free(within_s=2.0)
+
+
+async def test_a_deadline_over_http(service: Service) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{service.http}") as http:
+        body = {"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True}
+        response = await http.post("/v1/completions", json=body, headers={"x-request-timeout": "0.2"})
+        assert response.status_code == 504 and response.json()["error"]["type"] == "deadline_exceeded_error"
+    await service.all_free(within_s=2.0)
+
+
+async def test_bad_input_leaves_the_service_unharmed(service: Service) -> None:
+    async with (
+        grpc.aio.insecure_channel(service.grpc) as channel,
+        httpx.AsyncClient(base_url=f"http://{service.http}") as http,
+    ):
+        stub = pb_grpc.GenerationServiceStub(channel)
+        for content in (b"", b"{", b'{"prompt": "\xff"}', b'{"prompt": [5], "temperature": NaN}', b"[" * 100_000):
+            assert (await http.post("/v1/completions", content=content)).status_code == 400
+        for fields in ({"prompt": []}, {"prompt": [128]}, {"prompt": [5], "max_tokens": 5000}, {"prompt": "text"}):
+            response = await http.post("/v1/completions", json=fields)
+            assert response.status_code == 400 and response.json()["error"]["param"]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[128])))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (await http.post("/v1/completions", json={"prompt": [5]})).status_code == 200
+        assert (await http.get("/ready")).status_code == 200
+    await service.all_free()
+
+
+async def test_more_than_fits_is_queued_or_refused_and_all_end(service: Service) -> None:
+    async with grpc.aio.insecure_channel(service.grpc) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=pb.DecodingParams(max_new_tokens=16))
+        calls = [stub.Generate(request) for _ in range(140)]
+        codes = [await call.code() for call in calls]
+    assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert codes.count(grpc.StatusCode.OK) >= 80
+    await service.all_free()
+
+
+async def test_a_killed_tower_is_unavailable_and_then_replaced(service: Service) -> None:
+    params = pb.DecodingParams(**LONG)
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6, 7]), params=params)
+    victim = int((await service.stats()).places[0]["pid"])
+    async with grpc.aio.insecure_channel(service.grpc) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        call = stub.GenerateStream(request)
+        await call.read()
+        os.kill(victim, signal.SIGKILL)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async with asyncio.timeout(20):
+                while await call.read():
+                    pass
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE and "Traceback" not in caught.value.details()
+        short = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=pb.DecodingParams(max_new_tokens=3))
+        async with asyncio.timeout(60):
+            while await stub.Generate(short).code() is not grpc.StatusCode.OK:
+                await asyncio.sleep(0.5)
+    assert int((await service.stats()).places[0]["pid"]) != victim
