@@ -43,6 +43,7 @@ class TowerCache:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free_pages = list(range(all_pages - 1, _RESERVED_PAGES - 1, -1))
         self._sequences: dict[int, _Sequence] = {}
+        self._counting = torch.arange(1024, device=device)
 
     @property
     def free_slots(self) -> int:
@@ -104,7 +105,7 @@ class TowerCache:
 
         The keys and values are copies [layers, end-start, S, E]; the Mamba states are views of the live cache.
         """
-        where = self.flat_positions(slot, start, end)
+        where = torch.tensor(self.flat_positions(slot, start, end), dtype=torch.long, device=self.device)
         yield self.keys.flatten(1, 2)[:, where]
         yield self.values.flatten(1, 2)[:, where]
         if with_states:
@@ -114,7 +115,7 @@ class TowerCache:
     def apply(self, slot: int, end: int, tensors: Sequence[Tensor]) -> None:
         """Write what `delta` of another cache of the same shape yielded, and count up to `end` positions as read."""
         start = self.length(slot)
-        where = self.flat_positions(slot, start, end)
+        where = torch.tensor(self.flat_positions(slot, start, end), dtype=torch.long, device=self.device)
         self.keys.flatten(1, 2)[:, where] = tensors[0]
         self.values.flatten(1, 2)[:, where] = tensors[1]
         if len(tensors) > 2:
@@ -131,11 +132,16 @@ class TowerCache:
             shapes.append((self.ssm[:, 0].shape, self.ssm.dtype))
         return shapes
 
-    def flat_positions(self, slot: int, start: int, end: int) -> Tensor:
+    def flat_positions(self, slot: int, start: int, end: int) -> list[int]:
         """Indices of positions [start, end) of a sequence in the flattened page memory."""
         pages = self._sequences[slot].pages
-        flat = [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in range(start, end)]
-        return torch.tensor(flat, dtype=torch.long, device=self.device)
+        return [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in range(start, end)]
+
+    def positions(self, count: int) -> Tensor:
+        """0, 1, … count-1 on the cache's device, not to be written to."""
+        if count > self._counting.shape[0]:
+            self._counting = torch.arange(2 * count, device=self.device)
+        return self._counting[:count]
 
     def page_table(self, slots: Sequence[int], tokens: int) -> Tensor:
         """Pages [R, pages] of each row's first `tokens` positions; the zero page where a row has fewer."""
@@ -159,18 +165,29 @@ class _RowStates:
     def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
         self.cache = cache
         self.starts = [cache.length(slot) for slot in slots]
-        self.slots_R = torch.tensor(list(slots), dtype=torch.long, device=cache.device)
-        ragged = any(length != width for length in lengths)
-        self.lengths_R = torch.tensor(list(lengths), device=cache.device) if ragged else None
+        self.lengths_R: Tensor | None = None
+        if any(length != width for length in lengths):
+            self.lengths_R = torch.tensor(list(lengths), device=cache.device)
+        # One row is a view of the cache, several are gathered.
+        self._only = slots[0] if len(slots) == 1 else None
+        self._slots_R = torch.tensor(list(slots), dtype=torch.long, device=cache.device)
 
     def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
         row = self.cache.mamba_row(layer)
-        return self.cache.conv[row, self.slots_R], self.cache.ssm[row, self.slots_R]
+        conv, ssm = self.cache.conv[row], self.cache.ssm[row]
+        if self._only is not None:
+            return conv[self._only, None], ssm[self._only, None]
+        return conv.index_select(0, self._slots_R), ssm.index_select(0, self._slots_R)
 
     def put_mamba(self, layer: int, conv_RKC: Tensor, ssm_RHPN: Tensor) -> None:
         row = self.cache.mamba_row(layer)
-        self.cache.conv[row, self.slots_R] = conv_RKC
-        self.cache.ssm[row, self.slots_R] = ssm_RHPN
+        conv, ssm = self.cache.conv[row], self.cache.ssm[row]
+        if self._only is not None:
+            conv[self._only, None].copy_(conv_RKC)
+            ssm[self._only, None].copy_(ssm_RHPN)
+        else:
+            conv.index_copy_(0, self._slots_R, conv_RKC)
+            ssm.index_copy_(0, self._slots_R, ssm_RHPN)
 
 
 class ExtendStates(_RowStates):
@@ -180,24 +197,22 @@ class ExtendStates(_RowStates):
 
     def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
         super().__init__(cache, slots, lengths, width)
-        device = cache.device
-        self._table_RZ = cache.page_table(slots, max(s + n for s, n in zip(self.starts, lengths, strict=True)))
-        starts_R1 = torch.tensor(self.starts, device=device)[:, None]
-        lengths_R1 = torch.tensor(list(lengths), device=device)[:, None]
-        offsets_L = torch.arange(width, device=device)
-        position_RL = starts_R1 + offsets_L
-        pages_RL = self._table_RZ.gather(1, (position_RL // PAGE_TOKENS).clamp(max=self._table_RZ.shape[1] - 1))
-        pages_RL = torch.where(offsets_L < lengths_R1, pages_RL, _WASTE_PAGE)
-        self._write_RL = pages_RL * PAGE_TOKENS + position_RL % PAGE_TOKENS
-        last_RL = torch.minimum(position_RL, starts_R1 + lengths_R1 - 1)
-        keys_T = torch.arange(self._table_RZ.shape[1] * PAGE_TOKENS, device=device)
-        self.mask_RLT = keys_T <= last_RL[..., None]
+        ends = [start + length for start, length in zip(self.starts, lengths, strict=True)]
+        self._table_RZ = cache.page_table(slots, max(ends))
+        write_RL, last_RL = [], []
+        for slot, start, end in zip(slots, self.starts, ends, strict=True):
+            padding = width - (end - start)
+            write_RL.append(cache.flat_positions(slot, start, end) + [_WASTE_PAGE * PAGE_TOKENS] * padding)
+            last_RL.append([*range(start, end), *[end - 1] * padding])
+        self._write_M = torch.tensor(write_RL, device=cache.device).flatten()
+        keys_T = cache.positions(self._table_RZ.shape[1] * PAGE_TOKENS)
+        self.mask_RLT = keys_T <= torch.tensor(last_RL, device=cache.device)[..., None]
 
     def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
         row = self.cache.attention_row(layer)
         keys, values = self.cache.keys[row], self.cache.values[row]
-        keys.flatten(0, 1)[self._write_RL] = keys_RLSE
-        values.flatten(0, 1)[self._write_RL] = values_RLSE
+        keys.flatten(0, 1).index_copy_(0, self._write_M, keys_RLSE.flatten(0, 1))
+        values.flatten(0, 1).index_copy_(0, self._write_M, values_RLSE.flatten(0, 1))
         return keys[self._table_RZ].flatten(1, 2), values[self._table_RZ].flatten(1, 2)
 
 
@@ -208,13 +223,11 @@ class ReadStates(_RowStates):
 
     def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
         super().__init__(cache, slots, lengths, width)
-        device = cache.device
         self._table_RZ = cache.page_table(slots, max(self.starts))
-        starts_R1 = torch.tensor(self.starts, device=device)[:, None]
-        lengths_R1 = torch.tensor(list(lengths), device=device)[:, None]
-        cached_T = torch.arange(self._table_RZ.shape[1] * PAGE_TOKENS, device=device) < starts_R1
-        own_T = torch.arange(width, device=device) < lengths_R1
-        self.mask_RLT = torch.cat([cached_T, own_T], dim=1)[:, None].expand(-1, width, -1)
+        limits = torch.tensor([self.starts, list(lengths)], device=cache.device)[..., None]
+        cached_RT = cache.positions(self._table_RZ.shape[1] * PAGE_TOKENS) < limits[0]
+        own_RT = cache.positions(width) < limits[1]
+        self.mask_RLT = torch.cat([cached_RT, own_RT], dim=1)[:, None].expand(-1, width, -1)
 
     def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
         row = self.cache.attention_row(layer)

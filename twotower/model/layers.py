@@ -19,9 +19,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.weight.dtype
-        x = x.to(dtype).float()
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * scale * self.weight.float()).to(dtype)
+        return F.rms_norm(x.to(dtype).float(), self.weight.shape, self.weight.float(), self.eps).to(dtype)
 
 
 def relu2(x: Tensor) -> Tensor:

@@ -25,10 +25,9 @@ class GatedGroupNorm(nn.Module):
         self.groups, self.eps = groups, eps
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
-        gated = y.float() * F.silu(gate.float())
-        grouped = gated.unflatten(-1, (self.groups, -1))
-        normed = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.float() * normed.flatten(-2)).to(self.weight.dtype)
+        gated = (y.float() * F.silu(gate.float())).unflatten(-1, (self.groups, -1))
+        normed = F.rms_norm(gated, gated.shape[-1:], None, self.eps).flatten(-2)
+        return (self.weight.float() * normed).to(self.weight.dtype)
 
 
 class ScanInputs(NamedTuple):
@@ -76,17 +75,19 @@ class MambaMixer(nn.Module):
     def _convolve(self, stream_RTC: Tensor) -> Tensor:
         """Causal depthwise convolution and silu over the K-1 newest cached vectors and the new ones, newest tap last.
 
-        As K shifted products, which beats a depthwise conv1d on few positions, in fp32.
+        As K shifted products in fp32, which beats a depthwise conv1d on few positions.
         """
         taps = self.config.conv_kernel
         stream = stream_RTC[:, 1:].float()
         positions = stream.shape[1] - taps + 1
-        weight_KC = self.conv1d.weight[:, 0].float().T
-        out = stream[:, :positions] * weight_KC[0]
-        for tap in range(1, taps):
-            out = torch.addcmul(out, stream[:, tap : tap + positions], weight_KC[tap])
-        if self.conv1d.bias is not None:
-            out = out + self.conv1d.bias.float()
+        weight_KC = self.conv1d.weight[:, 0].float().T.contiguous()
+        bias_C = 0.0 if self.conv1d.bias is None else self.conv1d.bias.float()
+        if positions == 1:
+            out = (stream * weight_KC).sum(1, keepdim=True) + bias_C
+        else:
+            out = stream[:, :positions] * weight_KC[0] + bias_C
+            for tap in range(1, taps):
+                out.addcmul_(stream[:, tap : tap + positions], weight_KC[tap])
         return F.silu(out.to(stream_RTC.dtype)).float()
 
     def _scan_inputs(self, xbc_RLC: Tensor, dt_RLH: Tensor, lengths_R: Tensor | None) -> ScanInputs:

@@ -7,6 +7,10 @@ from torch import Tensor, nn
 from twotower.config import ModelConfig
 from twotower.model.layers import Mlp, activation
 
+# Up to this many experts for each one chosen, and this many tokens, computing all of them costs less than sorting.
+_FEW_EXPERTS = 4
+_FEW_TOKENS = 32
+
 
 class Router(nn.Module):
     """Scores experts and picks `num_experts_per_tok` for each token. Scores in fp64, as the released code does.
@@ -57,7 +61,23 @@ class Experts(nn.Module):
         self.act = activation(config.mlp_hidden_act)
 
     def forward(self, x_MD: Tensor, chosen_Mk: Tensor, weights_Mk: Tensor) -> Tensor:
-        """Weighted sum [M,D] over each token's experts, in fp32: tokens sorted by expert, then grouped products."""
+        """Weighted sum [M,D] over each token's experts, in fp32."""
+        experts, per_token = self.up_proj.shape[0], chosen_Mk.shape[1]
+        few = experts <= _FEW_EXPERTS * per_token and x_MD.shape[0] <= _FEW_TOKENS
+        if few and self.up_bias is None and x_MD.dtype is torch.float32:
+            return self._all_experts(x_MD, chosen_Mk, weights_Mk)
+        return self._chosen_experts(x_MD, chosen_Mk, weights_Mk)
+
+    def _all_experts(self, x_MD: Tensor, chosen_Mk: Tensor, weights_Mk: Tensor) -> Tensor:
+        """Every expert for every token, two plain products and a sum; those not chosen get the weight 0."""
+        experts, inner, _ = self.up_proj.shape
+        weights_ME = weights_Mk.new_zeros(x_MD.shape[0], experts).scatter(1, chosen_Mk, weights_Mk)
+        inner_MEI = self.act(F.linear(x_MD, self.up_proj.flatten(0, 1))).unflatten(1, (experts, inner))
+        weighted_EMI = (inner_MEI * weights_ME[..., None]).transpose(0, 1)
+        return (weighted_EMI @ self.down_proj.transpose(1, 2)).sum(0)
+
+    def _chosen_experts(self, x_MD: Tensor, chosen_Mk: Tensor, weights_Mk: Tensor) -> Tensor:
+        """Tokens sorted by expert, then grouped products."""
         per_token = chosen_Mk.shape[1]
         order = chosen_Mk.flatten().argsort(stable=True)
         tokens = order // per_token
