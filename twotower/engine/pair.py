@@ -7,8 +7,9 @@ who asks.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 
 from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
 from twotower.engine.handle import EngineHandle
@@ -107,16 +108,16 @@ class Pair:
             handle = self._handle_for(request.params.mode, place)
             batches.setdefault(id(handle), (handle, []))[1].append(request)
         for handle, requests in batches.values():
-            self._send(handle.add(requests), [request.id for request in requests])
+            self._send(partial(handle.add, requests))
 
-    def _send(self, call: Coroutine[None, None, None], request_ids: Sequence[RequestId]) -> None:
-        task = asyncio.create_task(self._sent(call, request_ids))
+    def _send(self, call: Callable[[], Coroutine[None, None, None]]) -> None:
+        task = asyncio.create_task(self._sent(call))
         self._sends.add(task)
         task.add_done_callback(self._sends.discard)
 
-    async def _sent(self, call: Coroutine[None, None, None], request_ids: Sequence[RequestId]) -> None:
+    async def _sent(self, call: Callable[[], Coroutine[None, None, None]]) -> None:
         try:
-            await call
+            await call()
         except TwoTowerError as error:
             self._break(error)
 
@@ -133,7 +134,7 @@ class Pair:
             return
         place = self._places.get(request_id)
         if place is not None and self.failure is None:
-            self._send(self._handle_for(self._modes[request_id], place).cancel([request_id]), [])
+            self._send(partial(self._handle_for(self._modes[request_id], place).cancel, [request_id]))
 
     def _forget(self, request_id: RequestId) -> None:
         self._places.pop(request_id, None)
