@@ -20,7 +20,7 @@ _EXAMPLES = """examples:
   python -m cluster up                                            the demo checkpoint on 127.0.0.1
   python -m cluster up --set model.checkpoint=/models/twotower    another checkpoint
   python -m cluster up --config deploy/serve/two_gpus.yaml        a tower per GPU
-  python -m cluster generate --prompt '3+4='                      ask it something
+  python -m cluster generate --prompt $'words: 6550\\n'             ask it something
   python -m cluster status                                        is it well?
   python -m cluster down                                          stop it
 """

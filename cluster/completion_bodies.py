@@ -4,18 +4,25 @@ from collections.abc import Sequence
 
 from cluster.completions import CompletionCall
 from cluster.error_codes import Failure
-from cluster.generation import Answer, Chunk, Usage
+from cluster.generation import Answer, Chunk, Order, Usage
 
 
-def whole_body(call: CompletionCall, model: str, created: int, answers: Sequence[Answer]) -> dict[str, object]:
+def whole_body(
+    call: CompletionCall, model: str, created: int, orders: Sequence[Order], answers: Sequence[Answer]
+) -> dict[str, object]:
     """The response of a call that does not stream."""
-    choices = [_choice(i, a.text, a.token_ids, a.finish_reason) for i, a in enumerate(answers)]
+    choices = [
+        _choice(index, order, answer.text, answer.token_ids, answer.finish_reason)
+        for index, (order, answer) in enumerate(zip(orders, answers, strict=True))
+    ]
     return _envelope(call, model, created, choices) | {"usage": usage_body([a.usage for a in answers])}
 
 
-def chunk_body(call: CompletionCall, model: str, created: int, index: int, chunk: Chunk) -> dict[str, object]:
+def chunk_body(
+    call: CompletionCall, model: str, created: int, index: int, order: Order, chunk: Chunk
+) -> dict[str, object]:
     """One event of a stream."""
-    return _envelope(call, model, created, [_choice(index, chunk.text, chunk.token_ids, chunk.finish_reason)])
+    return _envelope(call, model, created, [_choice(index, order, chunk.text, chunk.token_ids, chunk.finish_reason)])
 
 
 def usage_event(call: CompletionCall, model: str, created: int, usages: Sequence[Usage]) -> dict[str, object]:
@@ -50,11 +57,14 @@ def _envelope(call: CompletionCall, model: str, created: int, choices: Sequence[
     }
 
 
-def _choice(index: int, text: str, token_ids: Sequence[int], finish_reason: str | None) -> dict[str, object]:
+def _choice(
+    index: int, order: Order, text: str, token_ids: Sequence[int], finish_reason: str | None
+) -> dict[str, object]:
     return {
         "index": index,
         "text": text,
         "token_ids": list(token_ids),
         "logprobs": None,
         "finish_reason": finish_reason,
+        "seed": order.request.params.seed,
     }

@@ -91,7 +91,7 @@ class CompletionsFace:
             return EventStream(self._events(call, orders, first, chunks), chunks, headers)
         answers = await until_disconnect(request.receive, _collect(orders, chunks))
         name, created = self._generation.model.name, int(time.time())
-        return JSONResponse(whole_body(call, name, created, answers), headers=headers)
+        return JSONResponse(whole_body(call, name, created, orders, answers), headers=headers)
 
     async def _orders(self, call: CompletionCall) -> list[Order]:
         orders = []
@@ -115,7 +115,7 @@ class CompletionsFace:
         try:
             async for index, chunk in _with_first(first, chunks):
                 usages[index] = chunk.usage
-                yield _event(chunk_body(call, name, created, index, chunk))
+                yield _event(chunk_body(call, name, created, index, orders[index], chunk))
             if call.include_usage:
                 yield _event(usage_event(call, name, created, usages))
             yield b"data: [DONE]\n\n"

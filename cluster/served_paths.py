@@ -20,3 +20,11 @@ def check_directory(name: str) -> None:
     if not directory.is_dir():
         raise CheckpointError(f"model.checkpoint: {directory}: no such directory")
     ModelConfig.load(directory)
+
+
+def example_prompt(name: str) -> str | list[int]:
+    """Something to try a checkpoint with: text where it has a tokenizer. The demo's prompts end with a line break."""
+    if name == "demo":
+        return "words: 6550\n"
+    has_text = (checkpoint_directory(name) / "tokenizer.json").exists()
+    return "The two towers of" if has_text else [5, 9, 11]

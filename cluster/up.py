@@ -1,5 +1,6 @@
 """`python -m cluster up`: from a configuration to a service that answers, and down again without a trace."""
 
+import json
 import os
 import signal
 import socket
@@ -12,10 +13,9 @@ from types import FrameType
 
 import psutil
 
-from cluster import deployment, local_ray, run_state
+from cluster import deployment, local_ray, run_state, served_paths
 from cluster.config import ServiceConfig
 from cluster.run_state import RunState
-from cluster.served_paths import check_directory
 from twotower.errors import TwoTowerError, Unavailable
 
 _POLL_S = 0.25
@@ -32,16 +32,16 @@ class Up:
 
     def run(self) -> None:
         """Serves until SIGINT or SIGTERM. Raises a TwoTowerError if it never came up."""
-        check_directory(self._config.model.checkpoint)
+        served_paths.check_directory(self._config.model.checkpoint)
         self._check_ports()
-        signal.signal(signal.SIGTERM, _interrupt)
+        _listen_to_signals()
         port = self._config.ingress.http_port
         try:
             self._start()
             self._wait_until_ready()
             run_state.write(port, self._state)
             self._say("ready")
-            print(_what_next(self._state), flush=True)
+            print(_what_next(self._state, served_paths.example_prompt(self._config.model.checkpoint)), flush=True)
             self._watch()
         except KeyboardInterrupt:
             self._say("stopping")
@@ -54,7 +54,7 @@ class Up:
         self._say("starting Ray" if self._address is None else f"joining the Ray at {self._address}")
         local_ray.prepare_environment()
         local_ray.start_ray(self._address, show_worker_logs=self._verbose)
-        signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own there
+        _listen_to_signals()  # Ray has put its own there
         self._say("starting Serve")
         ingress = self._config.ingress
         local_ray.start_serve(ingress.host, ingress.http_port)
@@ -116,6 +116,12 @@ class PortTaken(TwoTowerError):
     """Another process listens where the service should."""
 
 
+def _listen_to_signals() -> None:
+    """Both mean: stop in good order. A script's background job would otherwise ignore SIGINT."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -129,12 +135,14 @@ def is_ready(http: str) -> bool:
         return False
 
 
-def _what_next(state: RunState) -> str:
+def _what_next(state: RunState, prompt: str | list[int]) -> str:
+    text = isinstance(prompt, str)
+    shell = f"--prompt $'{json.dumps(prompt)[1:-1]}'" if text else f"--prompt-token-ids {','.join(map(str, prompt))}"
     return f"""
 The service answers on http://{state.http} (OpenAI's API) and {state.grpc} (gRPC). In another terminal, try:
 
   curl http://{state.http}/v1/completions -H 'content-type: application/json' \\
-    -d '{{"prompt": "3+4=", "max_tokens": 16}}'
-  python -m cluster generate --prompt '3+4='
+    -d '{json.dumps({"prompt": prompt, "max_tokens": 64})}'
+  python -m cluster generate {shell}
 
 Ctrl-C stops it."""

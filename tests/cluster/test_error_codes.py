@@ -9,7 +9,6 @@ from cluster.error_codes import CODES, INTERNAL, code_of, describe
 from twotower import errors
 from twotower.errors import InvalidRequest, LinkDown, TwoTowerError, Unavailable
 
-
 OURS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TwoTowerError)]
 
 

@@ -27,14 +27,14 @@ def events_of(body: str) -> list[Any]:
 
 
 async def test_whole_answer_in_openai_shape(http: httpx.AsyncClient) -> None:
-    response = await complete(http, request_id="r-1")
+    response = await complete(http, request_id="r-1", seed=7)
     body = response.json()
     assert response.status_code == 200
     assert response.headers["x-request-id"] == body["id"] == "r-1"
     assert body["object"] == "text_completion" and body["model"] == "fake"
     [choice] = body["choices"]
     assert choice["text"] == TEXT and choice["finish_reason"] == "stop" and choice["index"] == 0
-    assert tuple(choice["token_ids"]) == tokens(TEXT)
+    assert tuple(choice["token_ids"]) == tokens(TEXT) and choice["seed"] == 7
     n = len(tokens(TEXT))
     assert body["usage"] == {
         "prompt_tokens": 3,

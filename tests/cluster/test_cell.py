@@ -1,0 +1,205 @@
+"""A cell without Ray: a real pair over a scripted engine; and what a router makes of Ray's errors."""
+
+import asyncio
+import contextvars
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
+
+from actors.settings import CellSettings
+from cluster.cell import Cell
+from cluster.readiness import Readiness
+from cluster.remote_cells import plain_error
+from cluster.streams import merged
+from tests.cluster.fakes import ScriptedCells
+from twotower.core import BlockEvent, Event, FailureEvent, FinishReason, ReleasedEvent, Request, RequestId
+from twotower.engine.handle import EngineStats
+from twotower.engine.ledger import Ledger, Room
+from twotower.engine.pair import Pair
+from twotower.errors import Cancelled, NumericalError, Overloaded, Unavailable
+
+CALLER = contextvars.ContextVar("CALLER", default="nobody")
+
+
+class ScriptedEngine:
+    """Answers each request with two blocks; holds back the second until `go` is set. Notes who called."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.happened: asyncio.Queue[Event] = asyncio.Queue()
+        self.cancelled: list[RequestId] = []
+        self.callers: list[str] = []
+        self.error: Exception | None = None
+        self.finishing: list[asyncio.Task[None]] = []
+
+    async def add(self, requests: Sequence[Request]) -> None:
+        self.callers.append(CALLER.get())
+        for request in requests:
+            self.happened.put_nowait(BlockEvent(request.id, 0, (1, 2), 3, 1))
+            self.finishing.append(asyncio.create_task(self._finish(request)))
+
+    async def _finish(self, request: Request) -> None:
+        await self.go.wait()
+        if self.error is not None:
+            self.happened.put_nowait(FailureEvent(request.id, NumericalError("NaN")))
+        else:
+            self.happened.put_nowait(BlockEvent(request.id, 2, (3,), 1, 1, FinishReason.STOP))
+        self.happened.put_nowait(ReleasedEvent(request.id))
+
+    async def cancel(self, request_ids: Sequence[RequestId]) -> None:
+        self.callers.append(CALLER.get())
+        self.cancelled.extend(request_ids)
+        for request_id in request_ids:
+            self.happened.put_nowait(ReleasedEvent(request_id))
+
+    async def events(self) -> list[Event]:
+        return [await self.happened.get()]
+
+    async def stats(self) -> list[EngineStats]:
+        return [EngineStats("context")]
+
+
+class RunningFake:
+    """What `start_pair` gives, without processes."""
+
+    def __init__(self, engine: ScriptedEngine, max_queued: int = 1) -> None:
+        self.pair = Pair(engine, [engine], Ledger(Room(1, 100), [], max_queued))
+        self.closed = False
+
+    def failure(self) -> str | None:
+        return None if self.pair.failure is None else str(self.pair.failure)
+
+    async def stats(self) -> list[EngineStats]:
+        return [EngineStats("context")]
+
+    async def close(self) -> None:
+        await self.pair.close()
+        self.closed = True
+
+
+async def started(running: RunningFake) -> Cell:
+    async def start(settings: CellSettings) -> RunningFake:
+        running.pair.start()
+        return running
+
+    cell = Cell.__new__(Cell)
+    await cell.__init__(CellSettings("x", device="cpu"), start)  # type: ignore[misc]
+    return cell
+
+
+def request(name: str) -> Request:
+    return Request(RequestId(name), (1, 2, 3))
+
+
+async def collect(cell: Cell, name: str) -> list[Any]:
+    return [event async for event in cell.generate(request(name), 5.0)]
+
+
+async def test_events_come_through_and_room_is_given_back() -> None:
+    engine = ScriptedEngine()
+    cell = await started(RunningFake(engine))
+    engine.go.set()
+    events = await collect(cell, "a")
+    assert [event.token_ids for event in events] == [(1, 2), (3,)]
+    await asyncio.sleep(0)
+    stats = await cell.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert await cell.ready()
+    await cell.shutdown()
+
+
+async def test_errors_are_the_last_event() -> None:
+    engine = ScriptedEngine()
+    cell = await started(RunningFake(engine, max_queued=0))
+    first = asyncio.create_task(collect(cell, "a"))
+    await asyncio.sleep(0.01)
+    [refused] = await collect(cell, "b")
+    assert isinstance(refused, FailureEvent) and isinstance(refused.error, Overloaded)
+    engine.error = NumericalError("NaN")
+    engine.go.set()
+    assert isinstance((await first)[-1].error, NumericalError)
+    await cell.shutdown()
+
+
+async def test_a_reader_that_leaves_frees_the_sequence() -> None:
+    engine = ScriptedEngine()
+    cell = await started(RunningFake(engine))
+    for way in ("close", "cancel"):
+        events = cell.generate(request(way), 5.0)
+        await anext(events)
+        if way == "close":
+            await events.aclose()
+        else:
+            waiting = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        await asyncio.sleep(0.01)
+        assert way in engine.cancelled and (await cell.stats()).running == 0
+    await cell.shutdown()
+
+
+async def test_tower_calls_are_not_made_in_the_requests_context() -> None:
+    """Ray cancels a call with everything called in its context: a tower's call would break the whole cell."""
+    engine = ScriptedEngine()
+    cell = await started(RunningFake(engine))
+    CALLER.set("a request")
+    events = cell.generate(request("a"), 5.0)
+    await anext(events)
+    await events.aclose()
+    await asyncio.sleep(0.01)
+    assert engine.callers == ["nobody", "nobody"]
+    await cell.shutdown()
+
+
+async def test_a_broken_pair_fails_its_health_check() -> None:
+    running = RunningFake(ScriptedEngine())
+    cell = await started(running)
+    await cell.check_health()
+    running.pair.failure = Unavailable("a tower is gone")
+    with pytest.raises(RuntimeError, match="a tower is gone"):
+        await cell.check_health()
+    assert not await cell.ready()
+    await cell.shutdown()
+    assert running.closed
+
+
+def test_rays_errors_become_ours() -> None:
+    ours = RayTaskError("f", "a long traceback", NumericalError("NaN"))
+    assert isinstance(plain_error(ours), NumericalError) and str(plain_error(ours)) == "NaN"
+    dual = ours.as_instanceof_cause()
+    assert type(plain_error(dual)) is NumericalError
+    theirs = RayTaskError("f", "a long traceback", ZeroDivisionError("x"))
+    assert isinstance(plain_error(theirs), ZeroDivisionError)
+    assert isinstance(plain_error(ActorDiedError()), Unavailable)
+    assert isinstance(plain_error(BackPressureError(1, 1)), Overloaded)
+    for cancelled in (RequestCancelledError("x"), TaskCancelledError()):
+        assert isinstance(plain_error(cancelled), Cancelled)
+
+
+async def test_merged_streams_end_together() -> None:
+    cells = ScriptedCells()
+    cells.pace_s = 0.001
+    both = merged([cells.generate(request(name), 1.0) for name in ("a", "b")])
+    assert {index for index, _ in [item async for item in both]} == {0, 1}
+    cells.fail = lambda request, block: None if request.id == "a" else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        [item async for item in merged([cells.generate(request(name), 1.0) for name in ("a", "b")])]
+    assert cells.open == 0
+
+
+async def test_readiness_tells_of_changes_only() -> None:
+    cells, told = ScriptedCells(), []
+
+    async def note(ready: bool) -> None:
+        told.append(ready)
+
+    readiness = Readiness(cells, note)
+    for is_ready in (False, True, True, False):
+        cells.is_ready = is_ready
+        await readiness.poll()
+        assert readiness() == is_ready
+    assert told == [True, False]
