@@ -1,4 +1,4 @@
-"""Stand-ins for tests: parts of the library that misbehave on purpose. Nothing in production imports this."""
+"""A control channel with faults."""
 
 import time
 from dataclasses import dataclass

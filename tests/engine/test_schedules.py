@@ -1,0 +1,194 @@
+"""Thousands of random schedules against scripted towers: nothing leaks, nobody starves, order holds, tokens are right.
+
+One simulated cell a schedule: a ledger, a context engine, one or more denoiser engines over in-place exchanges. Who
+ticks when, who arrives when, who gives up when is drawn at random.
+"""
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+import torch
+
+from twotower.core import (
+    BlockEvent,
+    DecodingParams,
+    Event,
+    FailureEvent,
+    FinishReason,
+    Mode,
+    ReleasedEvent,
+    Request,
+    RequestId,
+)
+from twotower.engine.context_engine import ContextEngine
+from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.ledger import Ledger, Place, Room
+from twotower.engine.settings import EngineSettings
+from twotower.errors import Overloaded
+from twotower.exchange.local import LocalExchange
+from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower, scripted_tokens
+from twotower.testing.towers import VOCAB
+
+SCHEDULES = 1500
+BATCHES = 15
+MAX_TICKS = 3000  # far more than any schedule needs: reaching it is starvation
+
+
+def _request(number: int, draw: random.Random) -> Request:
+    mode = draw.choice(list(Mode))
+    params = DecodingParams(
+        mode=mode,
+        max_new_tokens=draw.randint(1, 30),
+        block_size=draw.choice([1, 3, 8, 16]),
+        steps_per_block=draw.randint(1, 9),
+        confidence_threshold=draw.choice([0.0, 0.5, 0.9, 1.0]),
+        stop_token_ids=tuple(draw.sample(range(4, VOCAB), draw.choice([0, 0, 1]))),
+    )
+    prompt = tuple(draw.randrange(4, VOCAB) for _ in range(draw.randint(1, 40)))
+    return Request(RequestId(f"r{number}"), prompt, params)
+
+
+@dataclass
+class Seen:
+    """What a client of one request got."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+    released: int = 0
+
+
+class SimulatedCell:
+    """Engines, ledger and clients of one schedule."""
+
+    def __init__(self, draw: random.Random) -> None:
+        self.draw = draw
+        slots, pages = draw.randint(1, 6), draw.randint(5, 24)
+        settings = EngineSettings(
+            max_sequences=slots,
+            cache_tokens=pages * 16,
+            prefill_chunk_tokens=draw.choice([4, 16, 64]),
+            max_queued_requests=draw.choice([2, 50]),
+        )
+        self.events: list[Event] = []
+        self.context = ContextEngine(cast(Any, ScriptedContextTower()), settings, self.events.append)
+        self.denoisers = []
+        for _ in range(draw.choice([1, 1, 2, 3])):
+            exchange = LocalExchange(self.context.cache, lambda: None)
+            self.context.connect(exchange.port)
+            tower = cast(Any, ScriptedDenoiserTower())
+            self.denoisers.append(DenoiserEngine(tower, exchange.link, settings, self.events.append))
+        self.ledger = Ledger(Room(slots, pages), [], settings.max_queued_requests)
+        self.seen: dict[RequestId, Seen] = defaultdict(Seen)
+        self.home: dict[RequestId, ContextEngine | DenoiserEngine] = {}
+        self.started: list[RequestId] = []
+        self.queued: list[RequestId] = []
+        self.cancelled: set[RequestId] = set()
+
+    def arrive(self, request: Request) -> bool:
+        try:
+            self.ledger.enqueue(request)
+        except Overloaded:
+            return False
+        self.queued.append(request.id)
+        self.admit()
+        return True
+
+    def admit(self) -> None:
+        for request, place in self.ledger.admit():
+            self.started.append(request.id)
+            engine = self._engine(request, place)
+            self.home[request.id] = engine
+            engine.add(request)
+
+    def _engine(self, request: Request, place: Place) -> ContextEngine | DenoiserEngine:
+        return self.context if place.denoiser is None else self.draw.choice(self.denoisers)
+
+    def cancel(self, request_id: RequestId) -> None:
+        self.cancelled.add(request_id)
+        if not self.ledger.withdraw(request_id):
+            self.home[request_id].cancel(request_id)
+        else:
+            self.queued.remove(request_id)
+
+    def tick(self) -> None:
+        engine = self.draw.choice([self.context, self.context, *self.denoisers])
+        engine.tick()
+        for event in self.events:
+            self._take(event)
+        self.events.clear()
+        self.admit()
+
+    def _take(self, event: Event) -> None:
+        assert not isinstance(event, FailureEvent), event
+        seen = self.seen[event.request_id]
+        assert not seen.released, "an event after the release"
+        if isinstance(event, ReleasedEvent):
+            seen.released += 1
+            self.ledger.release(event.request_id)
+        elif isinstance(event, BlockEvent):
+            assert seen.finish is None, "an event after the finish"
+            assert event.start == len(seen.tokens), "out of order"
+            seen.tokens += event.token_ids
+            seen.finish = event.finish_reason
+
+    def open(self) -> list[RequestId]:
+        return [r for r in self.queued if not self.seen[r].released]
+
+
+def _play(seed: int) -> tuple[int, int]:
+    """One schedule. Returns how many requests finished and how many were cancelled in time."""
+    draw = random.Random(seed)
+    cell = SimulatedCell(draw)
+    requests = [_request(n, draw) for n in range(draw.randint(1, 12))]
+    biggest = 16 * cell.ledger.context.pages
+    waiting = [r for r in requests if r.positions <= biggest]
+    wanted = {r.id: scripted_tokens(r) for r in waiting}
+    order = [r.id for r in waiting]
+    for _ in range(MAX_TICKS):
+        if waiting and draw.random() < 0.3:
+            request = waiting.pop(0)
+            if not cell.arrive(request):
+                order.remove(request.id)
+                waiting.append(Request(RequestId(request.id + "+"), request.prompt_token_ids, request.params))
+                order.append(waiting[-1].id)
+                wanted[waiting[-1].id] = wanted[request.id]
+        elif cell.open() and draw.random() < 0.02:
+            cell.cancel(draw.choice(cell.open()))
+        cell.tick()
+        if not waiting and not cell.open():
+            break
+    else:
+        pytest.fail(f"schedule {seed}: starved: {cell.open()} of {len(requests)}")
+    _nothing_is_left(cell, seed)
+    ran = [r for r in order if r in cell.started]
+    assert cell.started == ran, f"schedule {seed}: not first come, first served"
+    for request_id in cell.started:
+        seen, tokens = cell.seen[request_id], wanted[request_id]
+        if seen.finish is None:
+            assert request_id in cell.cancelled
+            assert tokens[: len(seen.tokens)] == seen.tokens, f"schedule {seed}, {request_id}"
+        else:
+            assert seen.tokens == tokens, f"schedule {seed}, {request_id}"
+    return sum(s.finish is not None for s in cell.seen.values()), len(cell.cancelled)
+
+
+def _nothing_is_left(cell: SimulatedCell, seed: int) -> None:
+    for stats in [cell.context.stats(0.0), *(d.stats(0.0) for d in cell.denoisers)]:
+        held = (stats.sequences, stats.total_slots - stats.free_slots, stats.total_pages - stats.free_pages)
+        assert held == (0, 0, 0), f"schedule {seed}: {stats.tower} still holds {held}"
+    assert (cell.ledger.running, cell.ledger.waiting) == (0, 0), f"schedule {seed}"
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_random_schedules(batch: int) -> None:
+    finished = cancelled = 0
+    per_batch = SCHEDULES // BATCHES
+    with torch.inference_mode():
+        for seed in range(batch * per_batch, (batch + 1) * per_batch):
+            done, gone = _play(seed)
+            finished, cancelled = finished + done, cancelled + gone
+    assert finished > 2 * per_batch
+    assert cancelled > per_batch // 20, "too few cancellations to show anything"
