@@ -25,6 +25,10 @@ _ALIASES = {
     "mamba_conv_bias": "use_conv_bias",
     "mamba_dt_limit": "time_step_limit",
 }
+_SIZES = (
+    "vocab_size hidden_size head_dim mamba_head_dim ssm_state_size conv_kernel chunk_size intermediate_size "
+    "moe_intermediate_size moe_shared_expert_intermediate_size max_position_embeddings"
+).split()
 _DENSE_52 = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 
 
@@ -95,7 +99,9 @@ class ModelConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: no such file; a checkpoint directory holds a config.json") from error
-        except (ValueError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON: {error}") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: got a {type(values).__name__}, wanted a JSON object")
@@ -107,12 +113,14 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         known = {f.name: f for f in fields(cls)}
-        given = {_ALIASES.get(key, key): value for key, value in values.items()}
-        chosen = {name: given[name] for name in known if given.get(name) is not None}
+        # Where both spellings are there, the released class's own wins.
+        given = {_ALIASES[key]: value for key, value in values.items() if key in _ALIASES and value is not None}
+        given |= {key: value for key, value in values.items() if value is not None}
+        chosen = {name: given[name] for name in known if name in given}
         if "layers_block_type" in given and "hybrid_override_pattern" not in chosen:
             chosen["hybrid_override_pattern"] = _pattern_of_words(given["layers_block_type"])
         if "time_step_limit" in chosen:
-            chosen["time_step_limit"] = tuple(_number(x) for x in chosen["time_step_limit"])
+            chosen["time_step_limit"] = _limits(chosen["time_step_limit"])
         for name, value in chosen.items():
             _check_type(name, value, known[name].type)
         config = cls(**chosen)
@@ -129,6 +137,9 @@ class ModelConfig:
             raise CheckpointError(
                 f"num_hidden_layers: got {num_hidden_layers}, but the pattern has {self.num_layers} layers"
             )
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.mamba_hidden_act not in ("silu", "swish"):
             raise CheckpointError(f"mamba_hidden_act: got {self.mamba_hidden_act!r}, wanted 'silu'")
         self._check_divides("num_attention_heads", "num_key_value_heads")
@@ -139,6 +150,8 @@ class ModelConfig:
                 raise CheckpointError(
                     f"num_experts_per_tok: got {self.num_experts_per_tok}, wanted 1 to {self.n_routed_experts}"
                 )
+            if not 0 < self.topk_group <= self.n_group:
+                raise CheckpointError(f"topk_group: got {self.topk_group}, wanted 1 to {self.n_group}")
 
     def _check_divides(self, many: str, few: str) -> None:
         whole, part = getattr(self, many), getattr(self, few)
@@ -153,6 +166,12 @@ def _pattern_of_words(words: object) -> str:
     if unknown:
         raise CheckpointError(f"layers_block_type: unknown layer kinds {unknown}, wanted {sorted(_LAYER_WORDS)}")
     return "".join(_LAYER_WORDS[word] for word in words)
+
+
+def _limits(value: object) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise CheckpointError(f"time_step_limit: got {value!r}, wanted two numbers")
+    return _number(value[0]), _number(value[1])
 
 
 def _number(value: object) -> float:

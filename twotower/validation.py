@@ -12,7 +12,11 @@ from twotower.core import DecodingParams, Mode, Request, RequestId
 from twotower.errors import FieldError, InvalidRequest
 
 MAX_SEED = 2**63 - 1
-_UNSUPPORTED_IN_DIFFUSION = ("top_k", "top_p")
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
+_MAX_BLOCK = 1024
+# The mask token is held out of the choice by a logit of -1e12, which a larger temperature would let back in.
+_MAX_TEMPERATURE = 1000
+_OFF_IN_DIFFUSION = {"top_k": 0, "top_p": 1.0}
 _ONLY_DIFFUSION = ("block_size", "steps_per_block", "confidence_threshold")
 
 
@@ -51,7 +55,8 @@ _Parser = Callable[[str, object, dict[str, object], Problems], None]
 
 def draw_seed() -> int:
     """A seed for a request that brings none. It is recorded with the request."""
-    return secrets.randbelow(MAX_SEED)
+    # A double holds it, and so does every reader of JSON.
+    return secrets.randbelow(2**53)
 
 
 def parse_params(given: Mapping[str, object], limits: ModelLimits) -> DecodingParams:
@@ -62,14 +67,14 @@ def parse_params(given: Mapping[str, object], limits: ModelLimits) -> DecodingPa
     """
     problems = Problems()
     known = {f.name for f in fields(DecodingParams)}
-    for name in sorted(set(given) - known):
-        problems.say(name, f"unknown field, wanted one of {', '.join(sorted(known))}")
+    check_known(given, known, problems)
     values: dict[str, object] = {}
-    for name in known & set(given):
+    for name in sorted(known & set(given)):
         _PARSERS[name](name, given[name], values, problems)
     problems.raise_any()
     mode = values.get("mode", limits.defaults.mode)
     _check_mode(mode, values, limits, problems)
+    _check_in_vocabulary("stop_token_ids", values.get("stop_token_ids", ()), limits, problems)
     problems.raise_any()
     values.setdefault("seed", draw_seed())
     chosen = {name: values.get(name, getattr(limits.defaults, name)) for name in known}
@@ -79,22 +84,68 @@ def parse_params(given: Mapping[str, object], limits: ModelLimits) -> DecodingPa
 def check_prompt(prompt_token_ids: Sequence[object], limits: ModelLimits) -> tuple[int, ...]:
     """The prompt as a tuple of ids, every one in range. Raises InvalidRequest."""
     problems = Problems()
-    if not prompt_token_ids:
-        problems.add("prompt", "an empty prompt", "at least one token")
-    for place, token in enumerate(prompt_token_ids):
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < limits.vocab_size:
-            problems.add(f"prompt_token_ids[{place}]", token, f"a token id from 0 to {limits.vocab_size - 1}")
-            break
+    if isinstance(prompt_token_ids, str | bytes) or not isinstance(prompt_token_ids, Sequence):
+        problems.add("prompt_token_ids", prompt_token_ids, "a list of token ids")
+    elif not prompt_token_ids:
+        problems.say("prompt", "got an empty prompt, wanted at least one token")
+    else:
+        _check_in_vocabulary("prompt_token_ids", prompt_token_ids, limits, problems)
     problems.raise_any()
     return tuple(prompt_token_ids)  # type: ignore[arg-type]
+
+
+def parse_stop(stop: object) -> tuple[str, ...]:
+    """Stop strings: one, or a list of them. Raises InvalidRequest."""
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or not all(isinstance(s, str) and s for s in strings):
+        raise InvalidRequest.of("stop", f"got {_show(stop)}, wanted a string or a list of strings, none of them empty")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest.of("stop", f"got {len(strings)} strings, wanted at most {MAX_STOP_STRINGS}")
+    for text in strings:
+        check_text("stop", text)
+        if len(text) > MAX_STOP_CHARACTERS:
+            raise InvalidRequest.of(
+                "stop", f"got a string of {len(text)} characters, wanted at most {MAX_STOP_CHARACTERS}"
+            )
+    return tuple(strings)
+
+
+def check_text(name: str, text: object) -> str:
+    """`text` as it is, if it is a string of whole Unicode characters. Raises InvalidRequest."""
+    problems = Problems()
+    if not isinstance(text, str):
+        problems.add(name, text, "a string")
+    elif any("\ud800" <= character <= "\udfff" for character in text):
+        problems.say(name, "got text with half a surrogate pair or broken UTF-8 in it, wanted whole Unicode characters")
+    problems.raise_any()
+    return str(text)
+
+
+def check_known(given: Iterable[str], known: Iterable[str], problems: Problems) -> None:
+    """Adds a problem for each field that is not a known one."""
+    wanted = sorted(known)
+    for name in sorted(set(given) - set(wanted)):
+        shown = name if name.isidentifier() and len(name) <= 60 else _show(name)
+        problems.say(shown, f"unknown field, wanted one of {', '.join(wanted)}")
 
 
 def make_request(
     request_id: str, prompt_token_ids: Sequence[object], given: Mapping[str, object], limits: ModelLimits
 ) -> Request:
     """A request that fits the running model. Raises InvalidRequest naming each field that does not."""
-    prompt = check_prompt(prompt_token_ids, limits)
-    request = Request(RequestId(request_id), prompt, parse_params(given, limits))
+    problems = Problems()
+    prompt: tuple[int, ...] = ()
+    params = limits.defaults
+    try:
+        prompt = check_prompt(prompt_token_ids, limits)
+    except InvalidRequest as error:
+        problems.extend(error.problems)
+    try:
+        params = parse_params(given, limits)
+    except InvalidRequest as error:
+        problems.extend(error.problems)
+    problems.raise_any()
+    request = Request(RequestId(request_id), prompt, params)
     wanted = len(prompt) + request.params.max_new_tokens
     if wanted > limits.max_sequence_length:
         raise InvalidRequest.of(
@@ -117,8 +168,8 @@ def _check_mode(mode: object, values: Mapping[str, object], limits: ModelLimits,
         can = ", ".join(limits.modes)
         problems.add("mode", str(mode), f"a mode this checkpoint can serve ({can})")
     if mode is Mode.DIFFUSION:
-        for name in _UNSUPPORTED_IN_DIFFUSION:
-            if name in values and values[name] not in (0, 1.0):
+        for name, off in _OFF_IN_DIFFUSION.items():
+            if values.get(name, off) != off:
                 problems.say(name, f"got {_show(values[name])}, but {name} is not supported in diffusion mode")
     else:
         for name in _ONLY_DIFFUSION:
@@ -126,41 +177,53 @@ def _check_mode(mode: object, values: Mapping[str, object], limits: ModelLimits,
                 problems.say(name, f"got {_show(values[name])}, but {name} has no meaning in {mode} mode")
 
 
+def _check_in_vocabulary(name: str, token_ids: object, limits: ModelLimits, problems: Problems) -> None:
+    assert isinstance(token_ids, Sequence)
+    for place, token in enumerate(token_ids):
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < limits.vocab_size:
+            problems.add(f"{name}[{place}]", token, f"a token id from 0 to {limits.vocab_size - 1}")
+            break
+
+
 def _show(value: object) -> str:
-    text = value if isinstance(value, str) and value.startswith("an empty") else repr(value)
+    """A value on one line of bounded length, whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        # Python writes no integer of more than a few thousand digits, and no nesting deeper than its stack.
+        text = f"a very large {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _mode(name: str, value: object, out: dict[str, object], problems: Problems) -> None:
-    try:
-        out[name] = Mode(value)  # type: ignore[arg-type]
-    except ValueError:
+    if isinstance(value, str) and value in tuple(Mode):
+        out[name] = Mode(value)
+    else:
         problems.add(name, value, f"one of {', '.join(Mode)}")
 
 
 def _integer(low: int, high: int | None = None) -> _Parser:
+    top = math.inf if high is None else high
+    wanted = f"an integer at least {low}" if high is None else f"an integer from {low} to {high}"
+
     def parse(name: str, value: object, out: dict[str, object], problems: Problems) -> None:
-        within = f"at least {low}" if high is None else f"from {low} to {high}"
-        if isinstance(value, bool) or not isinstance(value, int):
-            problems.add(name, value, f"an integer {within}")
-        elif value < low or (high is not None and value > high):
-            problems.add(name, value, f"an integer {within}")
-        else:
+        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= top:
             out[name] = value
+        else:
+            problems.add(name, value, wanted)
 
     return parse
 
 
 def _number(low: float, high: float, low_open: bool = False) -> _Parser:
+    wanted = f"a number in {'(' if low_open else '['}{low:g}, {high:g}]"
+
     def parse(name: str, value: object, out: dict[str, object], problems: Problems) -> None:
-        bracket = "(" if low_open else "["
-        wanted = f"a number in {bracket}{low:g}, {high:g}]" if high < math.inf else f"a finite number >= {low:g}"
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            problems.add(name, value, wanted)
-        elif not low <= value <= high or (low_open and value == low):
-            problems.add(name, value, wanted)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and low <= value <= high and not (low_open and value == low):  # type: ignore[operator]
+            out[name] = float(value)  # type: ignore[arg-type]
         else:
-            out[name] = float(value)
+            problems.add(name, value, wanted)
 
     return parse
 
@@ -173,9 +236,8 @@ def _flag(name: str, value: object, out: dict[str, object], problems: Problems) 
 
 
 def _token_ids(name: str, value: object, out: dict[str, object], problems: Problems) -> None:
-    whole = isinstance(value, list | tuple) and all(isinstance(t, int) and not isinstance(t, bool) for t in value)
-    if whole and all(t >= 0 for t in value):  # type: ignore[attr-defined]
-        out[name] = tuple(value)  # type: ignore[arg-type]
+    if isinstance(value, list | tuple):
+        out[name] = tuple(value)
     else:
         problems.add(name, value, "a list of token ids")
 
@@ -183,10 +245,10 @@ def _token_ids(name: str, value: object, out: dict[str, object], problems: Probl
 _PARSERS: dict[str, _Parser] = {
     "mode": _mode,
     "max_new_tokens": _integer(1),
-    "block_size": _integer(1, 1024),
-    "steps_per_block": _integer(1),
+    "block_size": _integer(1, _MAX_BLOCK),
+    "steps_per_block": _integer(1, _MAX_BLOCK),
     "confidence_threshold": _number(0, 1),
-    "temperature": _number(0, math.inf),
+    "temperature": _number(0, _MAX_TEMPERATURE),
     "top_k": _integer(0),
     "top_p": _number(0, 1, low_open=True),
     "seed": _integer(0, MAX_SEED),

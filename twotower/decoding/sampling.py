@@ -7,6 +7,8 @@ from torch import Tensor
 
 from twotower.decoding.randomness import uniform
 
+GREEDY_BELOW = 1e-5  # a temperature that only fp32 overflow tells from 0
+
 
 @dataclass(frozen=True, slots=True)
 class TokenParams:
@@ -21,7 +23,7 @@ class TokenParams:
 def sample(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
     """One token id [R] per row of fp32 logits. Greedy takes the lowest index on a tie."""
     tokens_R = logits_RV.argmax(-1)
-    sampled = [r for r, row in enumerate(rows) if row.temperature > 0]
+    sampled = [r for r, row in enumerate(rows) if row.temperature >= GREEDY_BELOW]
     if sampled:
         tokens_R[sampled] = _draw(logits_RV[sampled], [rows[r] for r in sampled])
     return tokens_R

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 from twotower.errors import CheckpointError, InvalidRequest
+from twotower.validation import check_text
 
 _REPLACEMENT = "\ufffd"
+_LONGEST_CHARACTER = 4  # bytes, and so tokens, of a UTF-8 character
 
 
 class Tokenizer(Protocol):
@@ -38,13 +40,16 @@ class PretrainedTokenizer:
             else:
                 self._tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
         except Exception as error:
-            raise CheckpointError(f"{directory}: cannot load the tokenizer: {error}") from error
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{directory}: cannot load the tokenizer: {reason}") from error
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(
+            self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
@@ -57,12 +62,19 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
 def require_tokenizer(tokenizer: Tokenizer | None, field: str) -> Tokenizer:
     """The tokenizer, or InvalidRequest on the field that needs one."""
     if tokenizer is None:
-        raise InvalidRequest.of(field, "got text, but this checkpoint has no tokenizer; wanted prompt_token_ids")
+        raise InvalidRequest.of(field, "got text, but this checkpoint has no tokenizer; wanted token ids")
     return tokenizer
 
 
+def encode_prompt(tokenizer: Tokenizer | None, text: object) -> list[int]:
+    """Token ids of a prompt; none for an empty one. Raises InvalidRequest for no text, or no tokenizer."""
+    able = require_tokenizer(tokenizer, "prompt")
+    prompt = check_text("prompt", text)
+    return able.encode(prompt) if prompt else []
+
+
 class TextStream:
-    """The text of one request as its tokens arrive.
+    """The text of one request as its tokens arrive. Its cost is linear in the length of the text.
 
     `push` returns the text that has become certain: nothing that a later token may still change (half a UTF-8
     character), and nothing that may be the beginning of a stop string. After a stop string was found, `stopped` is
@@ -70,8 +82,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._token_ids: list[int] = []
+        self._growing, self._stop = _GrowingText(tokenizer), tuple(stop)
         self._sent = 0
         self.text = ""
         self.stopped = False
@@ -80,8 +91,8 @@ class TextStream:
         """New text after these tokens; `last` lets everything out that was held back."""
         if self.stopped:
             return ""
-        self._token_ids.extend(token_ids)
-        self.text = self._tokenizer.decode(self._token_ids)
+        tail = self._growing.push(token_ids)
+        self.text = self._growing.settled + tail
         self._cut_at_stop()
         certain = len(self.text) if last or self.stopped else self._certain_length()
         new = self.text[self._sent : certain]
@@ -89,18 +100,52 @@ class TextStream:
         return new
 
     def _cut_at_stop(self) -> None:
-        found = [at for at in (self.text.find(s, max(0, self._sent - len(s))) for s in self._stop) if at >= 0]
+        found = [at for at in (self.text.find(s, self._sent) for s in self._stop) if at >= 0]
         if found:
             self.text = self.text[: min(found)]
             self.stopped = True
 
     def _certain_length(self) -> int:
-        certain = len(self.text)
-        while certain and self.text[certain - 1] == _REPLACEMENT:
-            certain -= 1
-        for stop in self._stop:
-            for overlap in range(min(len(stop) - 1, certain), 0, -1):
-                if self.text.endswith(stop[:overlap], 0, certain):
-                    certain -= overlap
-                    break
-        return certain
+        whole = len(self.text.rstrip(_REPLACEMENT))
+        return whole - max((_beginning(stop, self.text, whole) for stop in self._stop), default=0)
+
+
+def _beginning(stop: str, text: str, end: int) -> int:
+    """How many characters before `end` are the beginning of `stop`."""
+    longest = min(len(stop) - 1, end)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size], 0, end)), 0)
+
+
+class _GrowingText:
+    """Text of a growing list of token ids, decoded a short window at a time.
+
+    `settled` is the text of all ids up to one that ends a character. The window begins with the ids whose text was
+    settled last, because a tokenizer may treat the first id it is given in its own way (SentencePiece drops a space).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decode = tokenizer.decode
+        self._window: list[int] = []
+        self._num_settled = 0
+        self._before = ""
+        self.settled = ""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that follows `settled`."""
+        self._window.extend(token_ids)
+        text = self._decode(self._window)
+        tail, already = text[len(self._before) :], len(self.settled)
+        self._settle(text)
+        return tail[len(self.settled) - already :]
+
+    def _settle(self, text: str) -> None:
+        """Settle as many ids as end a character; a character is cut at most inside the last few."""
+        least = max(self._num_settled, len(self._window) - _LONGEST_CHARACTER)
+        for count in range(len(self._window), least, -1):
+            text = text if count == len(self._window) else self._decode(self._window[:count])
+            if len(text) > len(self._before) and not text.endswith(_REPLACEMENT):
+                self.settled += text[len(self._before) :]
+                self._window = self._window[self._num_settled :]
+                self._num_settled = count - self._num_settled
+                self._before = self._decode(self._window[: self._num_settled])
+                return

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.decoding.randomness import uniform
+from twotower.decoding.sampling import GREEDY_BELOW
 
 MASK_TOKEN_ID = 3
 _BANNED = -1e12
@@ -56,7 +57,7 @@ def unmask(
     logits_RLV = logits_RLV.index_fill(2, torch.tensor([mask_token_id], device=logits_RLV.device), _BANNED)
     probabilities_RLV = logits_RLV.softmax(-1)
     predicted_RL = probabilities_RLV.argmax(-1)
-    sampled = [r for r, row in enumerate(rows) if row.temperature > 0]
+    sampled = [r for r, row in enumerate(rows) if row.temperature >= GREEDY_BELOW]
     if sampled:
         predicted_RL[sampled] = _gumbel_argmax(logits_RLV[sampled], [rows[r] for r in sampled], noise, sampled)
     confidence_RL = probabilities_RLV.gather(2, predicted_RL[..., None])[..., 0]

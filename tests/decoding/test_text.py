@@ -1,0 +1,157 @@
+"""Text as it grows: equal to the whole text decoded at once, never taken back, cut at stop strings, linear in cost."""
+
+import shutil
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.decoding.tokenizers_for_tests import Plain, byte_level, metaspace, save
+from tests.goldens import GOLDEN_DIR
+from twotower.decoding.text import TextStream, encode_prompt, load_tokenizer, require_tokenizer
+from twotower.errors import CheckpointError, InvalidRequest
+
+TOKENIZERS = {"byte_level": cache(byte_level), "metaspace": cache(metaspace)}
+FAST = settings(deadline=None, derandomize=True, max_examples=100)
+
+
+def _plain(name: str = "byte_level") -> Plain:
+    return Plain(TOKENIZERS[name]())
+
+
+def _split(ids: Sequence[int], cuts: Sequence[int]) -> list[list[int]]:
+    edges = [0, *sorted({cut % (len(ids) + 1) for cut in cuts}), len(ids)]
+    return [list(ids[a:b]) for a, b in pairwise(edges)]
+
+
+def _streamed(tokenizer: Plain, blocks: list[list[int]], stop: Sequence[str] = ()) -> tuple[str, TextStream]:
+    stream, out = TextStream(tokenizer, stop), ""
+    for block in blocks:
+        out += stream.push(block)
+        assert stream.text.startswith(out), "text was taken back"
+    return out + stream.push((), last=True), stream
+
+
+CUTS = st.lists(st.integers(0, 400), max_size=30)
+ANY_TEXT = st.text(st.sampled_from("ab 日本🦊é\u0301\n.Ж"), max_size=60)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@FAST
+@given(ANY_TEXT, CUTS)
+def test_of_encoded_text(name: str, text: str, cuts: list[int]) -> None:
+    tokenizer = _plain(name)
+    ids = tokenizer.encode(text)
+    out, stream = _streamed(tokenizer, _split(ids, cuts))
+    assert out == stream.text == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@FAST
+@given(st.lists(st.integers(0, 119), max_size=80), CUTS)
+def test_of_any_tokens(name: str, ids: list[int], cuts: list[int]) -> None:
+    """What a model may say: special tokens in between, and bytes that are no UTF-8."""
+    tokenizer = _plain(name)
+    out, stream = _streamed(tokenizer, _split(ids, cuts))
+    assert out == stream.text == tokenizer.decode(ids)
+
+
+@FAST
+@given(ANY_TEXT, CUTS, st.lists(st.text(st.sampled_from("ab 日."), min_size=1, max_size=4), min_size=1, max_size=3))
+def test_stop_strings(text: str, cuts: list[int], stop: list[str]) -> None:
+    tokenizer = _plain()
+    ids = tokenizer.encode(text)
+    out, stream = _streamed(tokenizer, _split(ids, cuts), stop)
+    assert out == stream.text
+    whole = tokenizer.decode(ids)
+    if not any(s in whole for s in stop):
+        assert not stream.stopped and out == whole
+        return
+    assert stream.stopped
+    assert whole.startswith(out) and any(whole.startswith(s, len(out)) for s in stop)
+    one_by_one, _ = _streamed(tokenizer, [[token] for token in ids], stop)
+    earliest = min(whole.index(s) + len(s) for s in stop if s in whole)
+    assert len(one_by_one) < earliest and whole.startswith(one_by_one)
+
+
+def test_half_a_character_is_held_back() -> None:
+    tokenizer = _plain()
+    ids = tokenizer.encode("a🐙b")
+    assert len(ids) == 5
+    stream = TextStream(tokenizer)
+    assert [stream.push([token]) for token in ids] == ["a", "", "", "🐙", "b"]
+    stream = TextStream(tokenizer)
+    assert stream.push(ids[:3]) == "a"
+    assert stream.push((), last=True) == "\ufffd"
+
+
+def test_a_stop_string_across_blocks_never_shows() -> None:
+    tokenizer = _plain()
+    stream = TextStream(tokenizer, ["Stop!"])
+    shown = [stream.push(tokenizer.encode(part)) for part in ("go. St", "o", "p", "! and on")]
+    assert shown == ["go. ", "", "", ""]
+    assert stream.stopped and stream.text == "go. "
+    assert stream.push(tokenizer.encode("more")) == "" and stream.text == "go. "
+
+
+def test_a_beginning_that_was_none_comes_out() -> None:
+    tokenizer = _plain()
+    stream = TextStream(tokenizer, ["Stop!", "p?"])
+    assert [stream.push(tokenizer.encode(part)) for part in ("St", "op", "s", "p")] == ["", "", "Stops", ""]
+    assert stream.push((), last=True) == "p"
+
+
+def test_of_several_stop_strings_the_earliest_counts() -> None:
+    tokenizer = _plain()
+    out, stream = _streamed(tokenizer, [tokenizer.encode("one two three")], ["three", "two"])
+    assert out == stream.text == "one "
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_the_cost_is_linear(block: int) -> None:
+    costs = []
+    for repeats in (20, 80):
+        tokenizer = _plain()
+        ids = tokenizer.encode("日本語 text 🦊 and so on. " * repeats)
+        tokenizer.decoded = 0
+        _streamed(tokenizer, [ids[i : i + block] for i in range(0, len(ids), block)], ["never"])
+        costs.append(tokenizer.decoded / len(ids))
+    assert costs[1] < 1.1 * costs[0] and costs[1] < 12
+
+
+def test_no_tokenizer() -> None:
+    assert load_tokenizer(GOLDEN_DIR / "tt_moe") is None
+    with pytest.raises(InvalidRequest, match=r"prompt: got text, but .* has no tokenizer; wanted token ids"):
+        require_tokenizer(None, "prompt")
+    with pytest.raises(InvalidRequest, match="has no tokenizer"):
+        encode_prompt(None, "hello")
+
+
+def test_a_directory_with_one(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN_DIR / "tt_moe" / "config.json", tmp_path)
+    inner = byte_level()
+    save(inner, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    ids = tokenizer.encode("stop. 🐙")
+    assert ids == inner.encode("stop. 🐙").ids
+    assert tokenizer.decode([1, *ids, 2]) == "stop. 🐙"
+    assert encode_prompt(tokenizer, "") == []
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", '{"model": 3}'])
+def test_a_damaged_tokenizer(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match="cannot load the tokenizer") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "caf\udce9", 7, None, ["a"]])
+def test_prompts_that_are_no_text(text: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompt: got .*, wanted"):
+        encode_prompt(_plain(), text)

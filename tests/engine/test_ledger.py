@@ -1,0 +1,161 @@
+"""Admission: first come, first served, all or nothing, never over capacity, everything given back."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from twotower.core import DecodingParams, Mode, Request, RequestId
+from twotower.engine.ledger import Ledger, Room
+from twotower.errors import InvalidRequest, Overloaded
+from twotower.model.pages import pages_for
+
+
+def _request(name: int | str, prompt: int = 16, new: int = 16, mode: Mode = Mode.AR) -> Request:
+    return Request(RequestId(str(name)), tuple(range(prompt)), DecodingParams(mode=mode, max_new_tokens=new))
+
+
+def _admitted(ledger: Ledger) -> list[str]:
+    return [request.id for request, _ in ledger.admit()]
+
+
+def test_first_come_first_served() -> None:
+    ledger = Ledger(Room(4, 6), [], 10)
+    for name, new in [("big", 64), ("huge", 80), ("small", 16)]:
+        ledger.enqueue(_request(name, new=new))
+    assert _admitted(ledger) == ["big"], "small must not overtake huge"
+    assert ledger.waiting == 2 and ledger.running == 1
+    ledger.release(RequestId("big"))
+    assert _admitted(ledger) == ["huge"]
+    assert (ledger.context.slots, ledger.context.pages) == (3, 0)
+    ledger.release(RequestId("huge"))
+    assert _admitted(ledger) == ["small"]
+
+
+def test_full_queue() -> None:
+    ledger = Ledger(Room(1, 100), [], 2)
+    ledger.enqueue(_request("a"))
+    assert _admitted(ledger) == ["a"]
+    ledger.enqueue(_request("b"))
+    ledger.enqueue(_request("c"))
+    with pytest.raises(Overloaded, match="2 requests are waiting and 1 running; wanted fewer than 2"):
+        ledger.enqueue(_request("d"))
+    assert ledger.waiting == 2
+    assert ledger.withdraw(RequestId("b")) and not ledger.withdraw(RequestId("b"))
+    ledger.enqueue(_request("d"))
+
+
+def test_without_a_queue_what_fits_still_starts() -> None:
+    ledger = Ledger(Room(1, 100), [], 0)
+    ledger.enqueue(_request("a"))
+    assert _admitted(ledger) == ["a"]
+    with pytest.raises(Overloaded):
+        ledger.enqueue(_request("b"))
+
+
+def test_what_can_never_fit_is_refused_for_good() -> None:
+    ledger = Ledger(Room(4, 6), [], 10)
+    with pytest.raises(InvalidRequest, match=r"max_new_tokens: got .*97 positions \(7 pages\), wanted at most 6"):
+        ledger.enqueue(_request("a", prompt=17, new=80))
+    ledger.enqueue(_request("b", prompt=16, new=80))
+
+
+def test_the_roomiest_mirror_is_chosen() -> None:
+    ledger = Ledger(Room(8, 100), [Room(2, 10), Room(3, 10)], 10)
+    for name in range(4):
+        ledger.enqueue(_request(name, mode=Mode.DIFFUSION))
+    assert [place.denoiser for _, place in ledger.admit()] == [1, 0, 1, 0]
+    assert [(room.slots, room.pages) for room in ledger.mirrors] == [(0, 6), (1, 6)]
+    ledger.enqueue(_request("ar"))
+    assert [place.denoiser for _, place in ledger.admit()] == [None]
+    assert [(room.slots, room.pages) for room in ledger.mirrors] == [(0, 6), (1, 6)]
+
+
+def test_both_caches_or_neither() -> None:
+    ledger = Ledger(Room(8, 100), [Room(1, 2)], 10)
+    for name in range(2):
+        ledger.enqueue(_request(name, mode=Mode.MOCK_AR))
+    assert _admitted(ledger) == ["0"]
+    assert (ledger.context.slots, ledger.context.pages) == (7, 98)
+
+
+SLOTS, PAGES, MIRROR, QUEUE = 3, 12, (2, 8), 3
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Random schedules against a model that counts everything anew."""
+
+    @initialize(mirrors=st.integers(0, 2))
+    def begin(self, mirrors: int) -> None:
+        self.ledger = Ledger(Room(SLOTS, PAGES), [Room(*MIRROR) for _ in range(mirrors)], QUEUE)
+        self.mirrors = mirrors
+        self.next = 0
+        self.waiting: list[Request] = []
+        self.running: dict[str, tuple[Request, int | None]] = {}
+        self.admitted: list[int] = []
+
+    @rule(prompt=st.integers(1, 60), new=st.integers(1, 60), mode=st.sampled_from(list(Mode)))
+    def arrive(self, prompt: int, new: int, mode: Mode) -> None:
+        request = _request(self.next, prompt, new, mode)
+        # With mirrors smaller than the context cache a request may wait for ever; the pair sizes them alike.
+        if self.mirrors and mode is not Mode.AR and pages_for(request.positions) > MIRROR[1]:
+            return
+        self.next += 1
+        try:
+            self.ledger.enqueue(request)
+        except Overloaded:
+            assert len(self.waiting) >= QUEUE
+        except InvalidRequest:
+            assert pages_for(request.positions) > PAGES
+        else:
+            self.waiting.append(request)
+
+    @rule()
+    def admit(self) -> None:
+        for request, place in self.ledger.admit():
+            assert request == self.waiting.pop(0), "out of order"
+            assert place.pages == pages_for(request.positions)
+            self.running[request.id] = (request, place.denoiser)
+            self.admitted.append(int(request.id))
+        assert self.admitted == sorted(self.admitted)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.running)))
+        self.ledger.release(RequestId(name))
+        del self.running[name]
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.waiting))
+        assert self.ledger.withdraw(request.id)
+        self.waiting.remove(request)
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        pages = sum(pages_for(request.positions) for request, _ in self.running.values())
+        assert (self.ledger.context.slots, self.ledger.context.pages) == (SLOTS - len(self.running), PAGES - pages)
+        assert self.ledger.context.slots >= 0 and self.ledger.context.pages >= 0
+        for number, room in enumerate(self.ledger.mirrors):
+            mine = [request for request, mirror in self.running.values() if mirror == number]
+            used = sum(pages_for(request.positions) for request in mine)
+            assert (room.slots, room.pages) == (MIRROR[0] - len(mine), MIRROR[1] - used)
+            assert room.slots >= 0 and room.pages >= 0
+        assert (self.ledger.waiting, self.ledger.running) == (len(self.waiting), len(self.running))
+
+    def teardown(self) -> None:
+        """When all that runs has ended, all that waits gets in."""
+        while self.waiting or self.running:
+            for name in list(self.running):
+                self.ledger.release(RequestId(name))
+                del self.running[name]
+            before = len(self.waiting)
+            self.admit()
+            assert not before or len(self.waiting) < before, "an empty cell admits nobody"
+        self.the_books_are_right()
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(deadline=None, derandomize=True, max_examples=60, stateful_step_count=30)

@@ -1,0 +1,138 @@
+"""What the context engine does next, with scripted sequences and no tower."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twotower.engine.scheduler import (
+    CommitBatch,
+    ContextScheduler,
+    DecodeBatch,
+    PrefillBatch,
+    PrefillChunk,
+    Work,
+)
+
+
+def _kinds(scheduler: ContextScheduler, count: int) -> list[str]:
+    return [type(scheduler.next()).__name__ for _ in range(count)]
+
+
+def test_nothing_to_do() -> None:
+    assert ContextScheduler(16).next() is None
+
+
+def test_commits_first_then_each_kind_once() -> None:
+    scheduler = ContextScheduler(16)
+    scheduler.add_prompt("p", 0, 100)
+    scheduler.add_decoding("a")
+    scheduler.add_commit("c")
+    scheduler.add_commit("d")
+    assert scheduler.next() == CommitBatch(("c", "d"))
+    assert scheduler.next() == DecodeBatch(("a",))
+    assert scheduler.next() == PrefillBatch((PrefillChunk("p", 0, 16),))
+    assert scheduler.next() == DecodeBatch(("a",))
+    assert scheduler.next() == PrefillBatch((PrefillChunk("p", 16, 32),))
+
+
+def test_a_commit_that_arrives_waits_at_most_for_the_rest_of_the_cycle() -> None:
+    scheduler = ContextScheduler(16)
+    scheduler.add_prompt("p", 0, 1000)
+    scheduler.add_decoding("a")
+    assert _kinds(scheduler, 1) == ["DecodeBatch"]
+    scheduler.add_commit("c")
+    assert _kinds(scheduler, 3) == ["CommitBatch", "PrefillBatch", "DecodeBatch"]
+
+
+def test_a_stream_of_commits_starves_nobody() -> None:
+    scheduler = ContextScheduler(16)
+    scheduler.add_prompt("p", 0, 10_000)
+    scheduler.add_decoding("a")
+    done: list[str] = []
+    for number in range(60):
+        scheduler.add_commit(number)
+        done += _kinds(scheduler, 1)
+    assert Counter(done) == {"CommitBatch": 20, "DecodeBatch": 20, "PrefillBatch": 20}
+    assert all(done[i] != done[i + 1] for i in range(59))
+
+
+def test_prompts_are_read_in_the_order_they_came() -> None:
+    scheduler = ContextScheduler(16)
+    scheduler.add_prompt("first", 0, 40)
+    scheduler.add_prompt("second", 0, 20)
+    chunks = [_chunks(scheduler.next()) for _ in range(4)]
+    assert chunks == [
+        [PrefillChunk("first", 0, 16)],
+        [PrefillChunk("first", 16, 32)],
+        [PrefillChunk("first", 32, 40)],
+        [PrefillChunk("second", 0, 16)],
+    ]
+
+
+def _chunks(work: Work | None) -> list[PrefillChunk]:
+    assert isinstance(work, PrefillBatch)
+    return list(work.chunks)
+
+
+def test_short_prompts_share_a_forward() -> None:
+    scheduler = ContextScheduler(16)
+    for key, length in [("a", 5), ("b", 4), ("c", 5), ("d", 2)]:
+        scheduler.add_prompt(key, 0, length)
+    assert [chunk.key for chunk in _chunks(scheduler.next())] == ["a", "b", "c"]
+    assert [chunk.key for chunk in _chunks(scheduler.next())] == ["d"]
+    assert scheduler.next() is None
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.integers(1, 40),
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 90)), min_size=1, max_size=8),
+    st.integers(0, 5),
+)
+def test_chunk_boundaries_are_absolute(chunk: int, prompts: list[tuple[int, int]], commits: int) -> None:
+    """Wherever reading starts and whatever else is going on: multiples of the chunk size, nothing left out."""
+    scheduler = ContextScheduler(chunk)
+    for key, (done, more) in enumerate(prompts):
+        scheduler.add_prompt(key, done, done + more)
+    read = {key: done for key, (done, _) in enumerate(prompts)}
+    for turn in range(1000):
+        if turn < commits:
+            scheduler.add_commit("c")
+        work = scheduler.next()
+        if work is None:
+            break
+        if not isinstance(work, PrefillBatch):
+            continue
+        widest = max(c.end - c.start for c in work.chunks)
+        assert len(work.chunks) == 1 or widest * len(work.chunks) <= chunk
+        for c in work.chunks:
+            assert c.start == read[c.key]  # type: ignore[index]
+            assert c.end == sum(prompts[c.key]) or c.end % chunk == 0  # type: ignore[index]
+            assert c.start // chunk == (c.end - 1) // chunk, "a chunk crosses a boundary"
+            read[c.key] = c.end  # type: ignore[index]
+    assert read == {key: done + more for key, (done, more) in enumerate(prompts)}
+
+
+@pytest.mark.parametrize("key", ["commit", "decode", "prompt"])
+def test_dropped_sequences_are_never_picked(key: str) -> None:
+    scheduler = ContextScheduler(16)
+    scheduler.add_commit("commit")
+    scheduler.add_decoding("decode")
+    scheduler.add_prompt("prompt", 0, 5)
+    scheduler.drop(key)
+    scheduler.drop("unknown")
+    works = [scheduler.next(), scheduler.next()]
+    picked = {k for work in works for k in (getattr(work, "keys", None) or [c.key for c in _chunks(work)])}
+    assert picked == {"commit", "decode", "prompt"} - {key}
+
+
+def test_a_decoding_sequence_goes_on_until_dropped() -> None:
+    scheduler = ContextScheduler(16)
+    scheduler.add_decoding("a")
+    scheduler.add_decoding("b")
+    scheduler.add_decoding("a")
+    assert [scheduler.next() for _ in range(3)] == [DecodeBatch(("a", "b"))] * 3
+    scheduler.drop("a")
+    assert scheduler.next() == DecodeBatch(("b",))

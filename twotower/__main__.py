@@ -1,0 +1,16 @@
+"""`python -m twotower`: generate text from a checkpoint, in this process."""
+
+import logging
+import sys
+from io import TextIOWrapper
+
+from twotower.commands import main
+
+if __name__ == "__main__":
+    # What goes wrong is said once, in one line, by the command itself.
+    logging.getLogger("twotower").addHandler(logging.NullHandler())
+    logging.getLogger("twotower").propagate = False
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""The flags of `python -m twotower`. Knows their spelling only; `twotower.validation` says which values are good."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from twotower import __version__
+
+# Flags that are fields of DecodingParams.
+PARAMS = (
+    "mode",
+    "max_new_tokens",
+    "block_size",
+    "steps_per_block",
+    "confidence_threshold",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "stop_token_ids",
+    "ignore_eos",
+)
+_EXAMPLES = """\
+examples:
+  one prompt, text on the terminal as blocks are committed:
+    python -m twotower generate --checkpoint demo --prompt $'roman: 3840\\n' --max-new-tokens 32
+
+  many prompts, one JSON object a line in and out, decoded together, order kept:
+    echo '{"id": "a", "prompt": "words: 6550\\n", "mode": "ar"}' > prompts.jsonl
+    python -m twotower generate --checkpoint demo --input prompts.jsonl --output answers.jsonl
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Exits with code 2 and one line where flags are unknown, missing or do not go together."""
+    parser = _Parser(prog="python -m twotower", description="Two-tower diffusion language models.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"twotower {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate = commands.add_parser(
+        "generate",
+        help="generate text from a checkpoint, in this process",
+        description="Generate text from a checkpoint, in this process: no service, no network.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_sources(generate)
+    _add_params(generate)
+    _add_running(generate)
+    options = parser.parse_args(arguments)
+    _check_together(generate, options)
+    return options
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="checkpoint directory, or `demo` for the one we ship"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt as text")
+    source.add_argument("--prompt-token-ids", type=_ids, metavar="IDS", help="the prompt as token ids: 5,9,11")
+    source.add_argument(
+        "--input", type=Path, metavar="FILE", help="JSON lines: `prompt` or `prompt_token_ids`, `id`, and any flag"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the answers to --input go, as JSON lines")
+    parser.add_argument("--strict", action="store_true", help="refuse the whole --input for one bad line")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _add_params(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding")
+
+    def add(flag: str, text: str, metavar: str = "N") -> None:
+        group.add_argument(flag, type=_number, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+    add("--mode", "diffusion | mock_ar | ar (default: the first of these the checkpoint can serve)", "MODE")
+    add("--max-new-tokens", "tokens to generate at most (default: 128)")
+    add("--block-size", "positions decoded together in diffusion (default: 16)")
+    add("--steps-per-block", "denoiser steps a block may take at most (default: 16)")
+    add("--confidence-threshold", "fix positions the denoiser is surer of than this, 0 to 1 (default: 0.8)", "P")
+    add("--temperature", "0 is greedy (default: 0)", "T")
+    add("--top-k", "sample among the k likeliest tokens; ar and mock_ar only (default: 0, off)")
+    add("--top-p", "sample among the likeliest tokens of this total; ar and mock_ar only (default: 1, off)", "P")
+    add("--seed", "decides every random number; drawn and reported where it is not given")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
+    group.add_argument(
+        "--stop-token-ids", type=_ids, default=argparse.SUPPRESS, metavar="IDS", help="end after any of these: 7,8"
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", default=argparse.SUPPRESS, help="go on past the end-of-sequence token"
+    )
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    group.add_argument("--dtype", default="float32", help="float32 | bfloat16 (default: float32)")
+    group.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
+
+
+def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if (options.input is None) != (options.output is None):
+        parser.error("--input FILE and --output FILE go together")
+    if options.input is None and options.strict:
+        parser.error("--strict goes with --input")
+    if options.input is not None and options.json:
+        parser.error("--json goes with one prompt; --output holds JSON lines anyway")
+
+
+def _number(text: str) -> object:
+    """The number a flag spells, or its text, so that validation says the same of it as of a JSON value."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _ids(text: str) -> list[object]:
+    return [_number(part) for part in text.split(",")] if text.strip() else []

@@ -1,0 +1,207 @@
+"""`generate`: one prompt to the terminal, or a file of prompts to a file of answers."""
+
+import asyncio
+import json
+import sys
+import time
+from argparse import Namespace
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from twotower.commands.arguments import PARAMS
+from twotower.commands.orders import BadLine, Model, Order, open_model, order_of, read_orders, with_defaults
+from twotower.commands.output import whole_file
+from twotower.commands.results import Result, decode
+from twotower.engine.in_process import open_pair, pick_device, pick_dtype
+from twotower.engine.pair import Pair
+from twotower.engine.settings import EngineSettings
+from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
+from twotower.model.pages import PAGE_TOKENS, pages_for
+
+_MAX_SEQUENCES, _MAX_QUEUED = 32, 256
+_BIG_CHECKPOINT_BYTES = 256 * 2**20
+_SMALL_WIDTH = 256  # up to here a CPU's second thread costs more than it brings
+
+_Outcome = Result | TwoTowerError
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How many orders came to an end, and how many did not."""
+
+    num_done: int
+    num_failed: int
+
+
+def generate(options: Namespace) -> Outcome:
+    """Raises InvalidRequest, CheckpointError or ConfigError before a tower is loaded, other TwoTowerErrors after."""
+    pick_device(options.device)
+    pick_dtype(options.dtype)
+    model = open_model(options.checkpoint)
+    if model.checkpoint.config.hidden_size <= _SMALL_WIDTH:
+        torch.set_num_threads(1)
+    given = {name: getattr(options, name) for name in PARAMS if hasattr(options, name)}
+    if options.input is None:
+        return _generate_one(options, model, given)
+    return _generate_many(options, model, given)
+
+
+def _generate_one(options: Namespace, model: Model, given: dict[str, object]) -> Outcome:
+    source = "prompt" if options.prompt is not None else "prompt_token_ids"
+    stop = {} if options.stop is None else {"stop": options.stop}
+    order = order_of({source: getattr(options, source), **stop, **given}, model)
+
+    def show(new: str, _: int) -> None:
+        if new and not options.json:
+            print(new, end="", flush=True)
+
+    async def run() -> Result:
+        async with _pair(options, model, [order]) as pair:
+            return await decode(pair, order, model.tokenizer, show)
+
+    result = asyncio.run(run())
+    if options.json:
+        print(_json(result.fields(order)), flush=True)
+    else:
+        print(flush=True)
+        print(_summary(result), file=sys.stderr)
+    return Outcome(1, 0)
+
+
+def _generate_many(options: Namespace, model: Model, given: dict[str, object]) -> Outcome:
+    if options.output.exists() and options.input.exists() and options.output.samefile(options.input):
+        raise InvalidRequest.of("--output", f"{options.output}: is the --input file, wanted another one")
+    orders = _good_lines(options, model, given)
+    count = _Count()
+    with whole_file(options.output) as file:
+        if orders:
+            asyncio.run(_run_many(options, model, orders, file.write, count))
+    print(
+        f"{count.done} of {len(orders)} requests done, {count.tokens} tokens in {count.seconds:.1f} s "
+        f"({count.rate:.0f} tokens/s)",
+        file=sys.stderr,
+    )
+    return Outcome(count.done, len(orders) - count.done)
+
+
+def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> list[Order]:
+    """The orders of all good lines; the bad ones are told of. Raises InvalidRequest where these are too many."""
+    stop = {} if options.stop is None else {"stop": options.stop}
+    seed = {"seed": given["seed"]} if "seed" in given else {}
+    lines = list(read_orders(options.input, with_defaults(model, given), stop | seed))
+    bad = [line for line in lines if isinstance(line, BadLine)]
+    good = [line for line in lines if isinstance(line, Order)]
+    for line in bad:
+        print(f"{options.input}:{line.number}: {' '.join(str(line.error).split())}", file=sys.stderr)
+    if bad and (options.strict or not good):
+        raise InvalidRequest.of("--input", f"{options.input}: {len(bad)} bad lines of {len(lines)}, nothing decoded")
+    if bad:
+        print(f"{options.input}: {len(bad)} bad lines of {len(lines)} skipped", file=sys.stderr)
+    return good
+
+
+@dataclass(slots=True)
+class _Count:
+    """What a run has done so far, and in which time since its towers were there."""
+
+    done: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    started: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.seconds = time.perf_counter() - self.started
+
+
+async def _run_many(
+    options: Namespace, model: Model, orders: Sequence[Order], write: Callable[[str], object], count: _Count
+) -> None:
+    """Decode all, write results in order."""
+    async with _pair(options, model, orders) as pair:
+        count.start()
+        with tqdm(total=len(orders), unit="request", disable=None) as bar:
+
+            def show(_: str, tokens: int) -> None:
+                count.add(tokens)
+                bar.set_postfix_str(f"{count.rate:.0f} tokens/s", refresh=False)
+
+            async for order, outcome in _in_order(pair, orders, model, show):
+                bar.update()
+                if isinstance(outcome, Result):
+                    write(_json(outcome.fields(order)) + "\n")
+                    count.done += 1
+                elif options.strict or isinstance(outcome, Unavailable):
+                    raise outcome
+                else:
+                    bar.write(f"{options.input}:{order.request.id}: {outcome}", file=sys.stderr)
+
+
+async def _in_order(
+    pair: Pair, orders: Iterable[Order], model: Model, show: Callable[[str, int], None]
+) -> AsyncIterator[tuple[Order, _Outcome]]:
+    """Orders with what came of them, in their order; as many at once as the pair decodes and queues."""
+    window: deque[tuple[Order, asyncio.Task[_Outcome]]] = deque()
+    try:
+        for order in orders:
+            window.append((order, asyncio.create_task(_outcome(pair, order, model, show))))
+            if len(window) >= _MAX_SEQUENCES + _MAX_QUEUED:
+                yield await _first(window)
+        while window:
+            yield await _first(window)
+    finally:
+        for _, task in window:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in window), return_exceptions=True)
+
+
+async def _first(window: deque[tuple[Order, asyncio.Task[_Outcome]]]) -> tuple[Order, _Outcome]:
+    order, task = window[0]
+    outcome = await task
+    window.popleft()
+    return order, outcome
+
+
+async def _outcome(pair: Pair, order: Order, model: Model, show: Callable[[str, int], None]) -> _Outcome:
+    try:
+        return await decode(pair, order, model.tokenizer, show)
+    except TwoTowerError as error:
+        return error
+
+
+def _pair(options: Namespace, model: Model, orders: Sequence[Order]) -> AbstractAsyncContextManager[Pair]:
+    """A running pair whose cache holds what these orders need at once, and not more."""
+    wanted = sorted((pages_for(order.request.positions) for order in orders), reverse=True)
+    settings = EngineSettings(
+        max_sequences=min(len(orders), _MAX_SEQUENCES),
+        max_sequence_length=model.limits.max_sequence_length,
+        cache_tokens=sum(wanted[:_MAX_SEQUENCES]) * PAGE_TOKENS,
+        max_queued_requests=_MAX_QUEUED,
+    )
+    big = model.nbytes > _BIG_CHECKPOINT_BYTES
+    return open_pair(model.directory, settings, options.device, options.dtype, progress=big)
+
+
+def _summary(result: Result) -> str:
+    count = len(result.token_ids)
+    return (
+        f"{count} tokens in {result.seconds:.2f} s ({count / max(result.seconds, 1e-9):.1f} tokens/s), "
+        f"{result.mode}: {result.num_blocks} blocks, {result.num_steps} steps; "
+        f"finished by {result.finish_reason}, seed {result.seed}"
+    )
+
+
+def _json(values: dict[str, object]) -> str:
+    return json.dumps(values, ensure_ascii=False, allow_nan=False)

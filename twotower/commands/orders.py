@@ -1,0 +1,131 @@
+"""From what a user wrote (flags, or a line of JSON) to a checked request. Touches headers and tokenizer, no tower."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import twotower
+from twotower.core import DecodingParams, Request
+from twotower.decoding.text import Tokenizer, encode_prompt, load_tokenizer, require_tokenizer
+from twotower.errors import InvalidRequest
+from twotower.model.checkpoint import Checkpoint
+from twotower.validation import ModelLimits, Problems, check_known, check_text, make_request, parse_params, parse_stop
+
+LONGEST_SEQUENCE = 4096
+_PARAMS = {field.name for field in fields(DecodingParams)}
+_FIELDS = {"id", "prompt", "prompt_token_ids", "stop"} | _PARAMS
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checkpoint as the command sees it before its towers are loaded."""
+
+    directory: Path
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+    limits: ModelLimits
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in set(self.checkpoint.files.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A checked request, the strings that end its text, and the user's name for it."""
+
+    request: Request
+    stop: tuple[str, ...] = ()
+    id: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A line of the input that cannot be served. Numbers begin at 1."""
+
+    number: int
+    error: InvalidRequest
+
+
+def open_model(name: str) -> Model:
+    """`demo`, or a directory. Raises CheckpointError."""
+    directory = Path(twotower.__file__).parent / "demo" / "checkpoint" if name == "demo" else Path(name)
+    checkpoint = Checkpoint.open(directory)
+    longest = min(checkpoint.config.max_position_embeddings, LONGEST_SEQUENCE)
+    defaults = DecodingParams(mode=checkpoint.modes[0])
+    limits = ModelLimits(checkpoint.config.vocab_size, longest, checkpoint.modes, defaults)
+    return Model(directory, checkpoint, load_tokenizer(directory), limits)
+
+
+def with_defaults(model: Model, given: Mapping[str, object]) -> Model:
+    """The model with these parameters where a line gives none. Raises InvalidRequest."""
+    return replace(model, limits=replace(model.limits, defaults=parse_params(given, model.limits)))
+
+
+def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Order:
+    """One checked request. Raises InvalidRequest."""
+    problems = Problems()
+    check_known(values, _FIELDS, problems)
+    problems.raise_any()
+    prompt = _prompt(values, model.tokenizer)
+    params = {name: value for name, value in values.items() if name in _PARAMS}
+    request = make_request(str(number), prompt, params, model.limits)
+    return Order(request, _stop(values, model.tokenizer), _id(values))
+
+
+def read_orders(path: Path, model: Model, given: Mapping[str, object]) -> Iterator[Order | BadLine]:
+    """Every line of a JSON lines file, in order, blank ones left out. `given` fills in what a line does not say."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _order_of_line(line.removeprefix(b"\xef\xbb\xbf"), model, given, number)
+    except OSError as error:
+        raise InvalidRequest.of("--input", f"{path}: {error.strerror or error}") from error
+
+
+def _order_of_line(line: bytes, model: Model, given: Mapping[str, object], number: int) -> Order | BadLine:
+    try:
+        return order_of({**given, **_values_of(line)}, model, number)
+    except InvalidRequest as error:
+        return BadLine(number, error)
+
+
+def _values_of(line: bytes) -> dict[str, object]:
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidRequest.of("line", f"broken UTF-8 at byte {error.start + 1}, wanted a JSON object") from error
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at column {error.colno}"
+        raise InvalidRequest.of("line", f"broken JSON ({reason}), wanted a JSON object") from error
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits, or brackets nested thousands deep.
+        raise InvalidRequest.of("line", f"unreadable JSON ({error}), wanted a JSON object") from error
+    if not isinstance(values, dict):
+        raise InvalidRequest.of("line", f"got a JSON {type(values).__name__}, wanted a JSON object")
+    return values
+
+
+def _prompt(values: Mapping[str, object], tokenizer: Tokenizer | None) -> Sequence[object]:
+    if ("prompt" in values) == ("prompt_token_ids" in values):
+        got = "both" if "prompt" in values else "neither"
+        raise InvalidRequest.of("prompt", f"got {got}, wanted either prompt (text) or prompt_token_ids")
+    if "prompt" in values:
+        return encode_prompt(tokenizer, values["prompt"])
+    return values["prompt_token_ids"]  # type: ignore[return-value]
+
+
+def _stop(values: Mapping[str, object], tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    stop = parse_stop(values.get("stop", ()))
+    if stop:
+        require_tokenizer(tokenizer, "stop")
+    return stop
+
+
+def _id(values: Mapping[str, object]) -> str | int | None:
+    name = values.get("id")
+    if isinstance(name, bool) or not isinstance(name, str | int | None):
+        raise InvalidRequest.of("id", f"got a {type(name).__name__}, wanted a string or an integer")
+    return check_text("id", name) if isinstance(name, str) else name
