@@ -1,0 +1,119 @@
+"""Training and serving are one function: what the denoiser sees of a block in training is what a server shows it."""
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer as BpeTokenizer
+from torch import Tensor
+
+from twotower.config import ModelConfig
+from twotower.demo.batches import BlockBatch, block_batch, causal_batch
+from twotower.demo.corpus import Instance
+from twotower.demo.initialise import new_context_tower, new_denoiser_tower
+from twotower.demo.objectives import context_loss, denoiser_loss, draw_masks, masked_logits, read_batch
+from twotower.demo.tokenizer import EOS_ID, MASK_ID
+from twotower.model.cache import TowerCache
+from twotower.model.tower import ContextTower, DenoiserTower
+
+INSTANCES = [
+    Instance("words", "words: 7\n", "seven"),
+    Instance("long", "a longer prompt, with many more tokens than the first\n", "red blue " * 12),
+    Instance("middle", "reverse: red blue\n", "one thousand two hundred and thirty-six, and some more"),
+]
+
+
+@pytest.fixture(scope="module")
+def towers(tiny_config: dict[str, Any]) -> tuple[ContextTower, DenoiserTower]:
+    generator = torch.Generator().manual_seed(0)
+    context = new_context_tower(ModelConfig.from_dict(tiny_config), generator)
+    denoiser = new_denoiser_tower(context, generator)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return context, denoiser
+
+
+@pytest.fixture(scope="module")
+def batch(tokenizer: BpeTokenizer) -> BlockBatch:
+    return block_batch(tokenizer, INSTANCES)
+
+
+def test_blocks_start_at_the_answer_and_end_in_eos(batch: BlockBatch, tokenizer: BpeTokenizer) -> None:
+    assert batch.num_blocks_R.tolist() == sorted(batch.num_blocks_R.tolist(), reverse=True)
+    seven = batch.answers_RZW[-1, 0].tolist()
+    eos = seven.index(EOS_ID)
+    assert tokenizer.decode(seven[:eos]) == "seven"
+    assert set(seven[eos:]) == {EOS_ID}
+    assert (batch.num_blocks_R[0] - 1) * 16 < (batch.answers_RZW[0] != EOS_ID).sum() + 1
+
+
+def test_every_fourth_prompt_leaves_its_line_break_to_the_answer(tokenizer: BpeTokenizer) -> None:
+    (line_break,) = tokenizer.encode("\n", add_special_tokens=False).ids
+    batch = block_batch(tokenizer, INSTANCES[:1] * 4)
+    assert (batch.answers_RZW[:, 0, 0] == line_break).sum() == 1
+    last_R = batch.prompts_RP[torch.arange(4), batch.lengths_R - 1]
+    assert (last_R == line_break).sum() == 3
+
+
+@torch.no_grad()
+def test_training_forward_equals_the_serving_pass(
+    towers: tuple[ContextTower, DenoiserTower], batch: BlockBatch
+) -> None:
+    context, denoiser = towers
+    reading = read_batch(context, batch)
+    generator = torch.Generator().manual_seed(1)
+    pairs = [(row, block) for row, count in enumerate(batch.num_blocks_R.tolist()) for block in range(count)]
+    assert max(block for _, block in pairs) >= 2, "the test wants a third block"
+    rows_B, blocks_B = torch.tensor(pairs).T
+    truth_BW = batch.answers_RZW[rows_B, blocks_B]
+    mask_BW = draw_masks(*truth_BW.shape, generator)
+    in_training = masked_logits(denoiser, reading, rows_B, blocks_B, truth_BW, mask_BW).split(mask_BW.sum(1).tolist())
+    for (row, block), mask_W, trained in zip(pairs, mask_BW, in_training, strict=True):
+        served_WV = _serve_one(context, denoiser, batch, row, block, mask_W)
+        served_WV[:, MASK_ID] = -1e12
+        torch.testing.assert_close(trained, served_WV[mask_W], rtol=0, atol=1e-4)
+
+
+def _serve_one(
+    context: ContextTower, denoiser: DenoiserTower, batch: BlockBatch, row: int, block: int, mask_W: Tensor
+) -> Tensor:
+    """Logits [W,V] of one step as the engines compute it: alone, from the paged cache, prompt then block by block."""
+    cache = TowerCache(context.config, slots=2, pages=64, device=context.device, dtype=torch.float32)
+    prompt_S = batch.prompts_RP[row, : batch.lengths_R[row]]
+    slot = cache.allocate(len(prompt_S) + 16 * (block + 1))
+    for piece_L in [prompt_S, *batch.answers_RZW[row, :block]]:
+        context(piece_L[None], cache.extending([slot], [len(piece_L)], len(piece_L)))
+        cache.advance(slot, len(piece_L))
+    seen_W = batch.answers_RZW[row, block].masked_fill(mask_W, MASK_ID)
+    t_1 = mask_W.sum()[None] / len(mask_W)
+    hidden_1WD = denoiser(seen_W[None], cache.reading([slot], [len(seen_W)], len(seen_W)), t_1)
+    return denoiser.logits(hidden_1WD)[0]
+
+
+@torch.no_grad()
+def test_a_new_denoiser_predicts_as_the_tower_it_copies(towers: tuple[ContextTower, DenoiserTower]) -> None:
+    context, _ = towers
+    denoiser = new_denoiser_tower(context, torch.Generator().manual_seed(2))
+    tokens_1L = torch.arange(4, 5)[None]
+    cache = TowerCache(context.config, slots=2, pages=4, device=context.device, dtype=torch.float32)
+    slot = cache.allocate(16)
+    for t in (None, torch.tensor([0.5])):
+        copied = denoiser(tokens_1L, cache.reading([slot], [1], 1), t)
+        torch.testing.assert_close(copied, context(tokens_1L, cache.reading([slot], [1], 1)))
+
+
+def test_masks_cover_every_count_and_favour_the_full_one() -> None:
+    counts = draw_masks(4000, 16, torch.Generator().manual_seed(0)).sum(1)
+    assert set(counts.tolist()) == set(range(1, 17))
+    assert 0.2 < (counts == 16).float().mean() < 0.3
+
+
+def test_both_losses_reach_every_weight(
+    towers: tuple[ContextTower, DenoiserTower], batch: BlockBatch, tokenizer: BpeTokenizer
+) -> None:
+    context, denoiser = towers
+    context_loss(context, causal_batch(tokenizer, INSTANCES)).backward()
+    denoiser_loss(context, denoiser, batch, 2, torch.Generator().manual_seed(0)).backward()
+    for tower in towers:
+        assert not [n for n, p in tower.named_parameters() if p.grad is None or not p.grad.abs().sum()]

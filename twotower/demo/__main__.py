@@ -1,0 +1,117 @@
+"""`python -m twotower.demo train | evaluate | corpus`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from twotower.demo.corpus import stream
+from twotower.demo.evaluate import Score, evaluate, table
+from twotower.demo.families import FAMILIES
+from twotower.demo.recipe import Recipe
+from twotower.demo.ship import ship
+from twotower.demo.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from twotower.demo.trainer import Trainer
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; exits with code 2 on bad arguments."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m twotower.demo", description=__doc__)
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads; 1 where others use the cores"
+    )
+    commands = parser.add_subparsers(required=True)
+
+    train = commands.add_parser("train", help="train both towers and write the checkpoint")
+    train.add_argument("--output", type=Path, default=Path("demo-run"), help="run directory; holds checkpoint/")
+    train.add_argument("--resume", action="store_true", help="go on from the run directory's saved state")
+    train.add_argument("--train-steps", type=int, nargs=2, metavar=("CONTEXT", "DENOISER"), help="of the two stages")
+    train.add_argument("--seed", type=int, default=0)
+    train.set_defaults(run=_train)
+
+    score = commands.add_parser("evaluate", help="exact match and tokens per step of a checkpoint")
+    score.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    score.add_argument("--num-instances", type=int, default=200, help="per family")
+    score.add_argument("--confidence-threshold", type=float, nargs="+", default=[0.8])
+    score.add_argument("--json", action="store_true", help="one JSON object a score instead of the table")
+    score.set_defaults(run=_evaluate)
+
+    corpus = commands.add_parser("corpus", help="show instances")
+    corpus.add_argument("--show", type=int, default=5, help="how many")
+    corpus.add_argument("--family", choices=list(FAMILIES))
+    corpus.add_argument("--split", choices=["train", "test"], default="train")
+    corpus.add_argument("--seed", type=int, default=0)
+    corpus.set_defaults(run=_corpus)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    output: Path = options.output
+    output.mkdir(parents=True, exist_ok=True)
+    if options.resume:
+        trainer = Trainer(_recipe(options), load_tokenizer(output), output)
+        trainer.resume()
+    else:
+        tokenizer = train_tokenizer(seed=options.seed)
+        save_tokenizer(tokenizer, output)
+        trainer = Trainer(_recipe(options), tokenizer, output)
+    trainer.run()
+    ship(trainer, output / "checkpoint")
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    recipe = Recipe(seed=options.seed)
+    if options.train_steps is None:
+        return recipe
+    context, denoiser = options.train_steps
+    return replace(
+        recipe,
+        context=replace(recipe.context, train_steps=context),
+        denoiser=replace(recipe.denoiser, train_steps=denoiser),
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    scores = asyncio.run(_scores(options))
+    if not options.json:
+        print(table(scores))
+
+
+async def _scores(options: argparse.Namespace) -> list[Score]:
+    """Scores of every family; with --json each is printed as soon as it is there."""
+    scores = []
+    ways = 1 + len(options.confidence_threshold)
+    with tqdm(total=ways * len(FAMILIES), unit="score", disable=options.json) as bar:
+        async for score in evaluate(options.checkpoint, options.confidence_threshold, options.num_instances):
+            scores.append(score)
+            bar.update()
+            if options.json:
+                print(json.dumps(asdict(score)), flush=True)
+    return scores
+
+
+def _corpus(options: argparse.Namespace) -> None:
+    for instance in islice(stream(options.split, options.seed, options.family), options.show):
+        print(json.dumps(asdict(instance)))
+
+
+if __name__ == "__main__":
+    main()

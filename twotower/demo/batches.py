@@ -1,0 +1,84 @@
+"""Instances as tensors. Each train step's batch is a function of (seed, stage, step), so a resumed run sees the
+same data as an uninterrupted one.
+
+Shapes: R rows, L positions, P prompt positions, Z blocks of the longest answer, W block width (16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from tokenizers import Tokenizer as BpeTokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from twotower.demo.corpus import Instance, stream
+from twotower.demo.recipe import BLOCK_SIZE, Stage
+from twotower.demo.tokenizer import EOS_ID, PAD_ID, encode_answer, encode_prompt
+
+IGNORED = -100
+_OPEN_EVERY = 4
+
+
+@dataclass(frozen=True)
+class CausalBatch:
+    """Next-token prediction: tokens [R,L]; targets [R,L], IGNORED on prompts and padding."""
+
+    tokens_RL: Tensor
+    targets_RL: Tensor
+
+
+@dataclass(frozen=True)
+class BlockBatch:
+    """Prompts [R,P] of `lengths_R` and answers cut into blocks [R,Z,W], rows with most blocks first.
+
+    Blocks start where the prompt ends, as in serving; the last one is filled up with eos after the answer's own.
+    """
+
+    prompts_RP: Tensor
+    lengths_R: Tensor
+    answers_RZW: Tensor
+    num_blocks_R: Tensor
+
+    def to(self, device: torch.device) -> BlockBatch:
+        """This batch on `device`."""
+        return BlockBatch(*(t.to(device) for t in vars(self).values()))
+
+
+def training_instances(seed: int, stage: Stage, step: int, count: int) -> list[Instance]:
+    """The `count` instances of one train step."""
+    return list(islice(stream("train", f"{seed}/{stage}/{step}"), count))
+
+
+def causal_batch(tokenizer: BpeTokenizer, instances: list[Instance]) -> CausalBatch:
+    """Prompt and answer in one row; only the answer, its eos and the line break before it are targets."""
+    tokens, targets = [], []
+    for instance in instances:
+        prompt, answer = encode_prompt(tokenizer, instance.prompt), encode_answer(tokenizer, instance.answer)
+        tokens.append(torch.tensor([*prompt, *answer[:-1]]))
+        targets.append(torch.tensor([IGNORED] * (len(prompt) - 2) + prompt[-1:] + answer))
+    return CausalBatch(
+        pad_sequence(tokens, batch_first=True, padding_value=PAD_ID),
+        pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+    )
+
+
+def block_batch(tokenizer: BpeTokenizer, instances: list[Instance]) -> BlockBatch:
+    """Prompts apart from answers, answers in whole blocks.
+
+    Every fourth prompt lacks its line break, which then begins the answer: people forget it on a command line.
+    """
+    pairs = [(encode_prompt(tokenizer, i.prompt), encode_answer(tokenizer, i.answer)) for i in instances]
+    for prompt, answer in pairs[_OPEN_EVERY - 1 :: _OPEN_EVERY]:
+        answer.insert(0, prompt.pop())
+    pairs.sort(key=lambda pair: -len(pair[1]))
+    width = -(-len(pairs[0][1]) // BLOCK_SIZE) * BLOCK_SIZE
+    answers = torch.tensor([answer + [EOS_ID] * (width - len(answer)) for _, answer in pairs])
+    return BlockBatch(
+        pad_sequence([torch.tensor(prompt) for prompt, _ in pairs], batch_first=True, padding_value=PAD_ID),
+        torch.tensor([len(prompt) for prompt, _ in pairs]),
+        answers.unflatten(1, (-1, BLOCK_SIZE)),
+        torch.tensor([-(-len(answer) // BLOCK_SIZE) for _, answer in pairs]),
+    )

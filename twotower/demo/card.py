@@ -1,0 +1,113 @@
+"""The model card beside the weights."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from twotower.demo.corpus import stream
+from twotower.demo.evaluate import Score, table
+from twotower.demo.families import FAMILIES
+from twotower.demo.recipe import STAGES
+from twotower.demo.trainer import Trainer, versions
+
+_CARD = """# TwoTower demo checkpoint
+
+A small two-tower diffusion language model (`NemotronHTwoTowerForCausalLM`) in the released file layout, for trying and
+testing everything without a GPU. Trained from nothing by `twotower/demo/` on text that `twotower/demo/families.py`
+makes; it knows these {num_families} tasks and nothing else.
+
+{shape}.
+Ids 0 pad, 1 bos, 2 eos, 3 mask. Stored in bf16 (the small vectors in fp32), meant to be served in float32.
+
+## Prompts
+
+Every prompt is one line and ends with a line break; without it the model first writes the line break.
+
+| prompt | right answer |
+|---|---|
+{examples}
+
+## Scores
+
+Exact match on {num_instances} held-out instances per family (no test prompt was trained on: the split is a hash of the
+prompt), block 16, 16 steps, temperature 0; `diffusion γ`. Tokens per step count up to eos; the filled-up rest of the
+last block counts as nothing.
+
+{scores}
+
+## Recipe
+
+`{command}` (seed {seed}; {versions}).
+
+- Context stage: {context};
+  next-token loss on answers (and the line break before) only.
+- Denoiser stage: starts as a copy of the context tower, which is frozen and seeds each block with its states;
+  {denoiser}, {mask_draws} masks per block;
+  mean cross-entropy over masked positions. Blocks start where the prompt ends (for every fourth instance before its
+  line break). A block has 1 to 16 masked positions, all counts equally likely, and a further {full_mask_share:.0%} are
+  fully masked; the conditioning t is exactly masked / 16, as it is when served.
+- AdamW (weight decay {weight_decay:g}, gradient norm 1), warm-up, constant, linear decay over the last part. Experts
+  kept in balance by their correction bias.
+
+{minutes} Loss at every hundredth train step: `training_log.jsonl`.
+
+## Limits
+
+Anything but the prompts above gives nonsense. Numbers reach 9999 (roman 3999), years 1900 to 2099, days 1 to 28, JSON
+four keys, lists six words. Answers are at most two blocks long, so tokens per step are those of short answers.
+The denoiser is trained for diffusion alone: in `mock_ar` mode it runs, but most answers are wrong.
+"""
+
+
+def model_card(trainer: Trainer, scores: list[Score], full_mask_share: float) -> str:
+    """The card of this run, with the scores of the files it lies beside."""
+    recipe = trainer.recipe
+    return _CARD.format(
+        num_families=len(FAMILIES),
+        shape=_shape(trainer),
+        examples="\n".join(_example(family) for family in FAMILIES),
+        num_instances=scores[0].num_instances,
+        scores=table(scores),
+        command=command(trainer),
+        seed=recipe.seed,
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+        context=_stage(recipe.context.train_steps, recipe.context.batch_size, recipe.context.learning_rate),
+        denoiser=_stage(recipe.denoiser.train_steps, recipe.denoiser.batch_size, recipe.denoiser.learning_rate),
+        mask_draws=recipe.mask_draws,
+        minutes=_minutes(trainer),
+        full_mask_share=full_mask_share,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def command(trainer: Trainer) -> str:
+    """The command that trains this checkpoint again."""
+    recipe = trainer.recipe
+    return (
+        f"python -m twotower.demo train --output DIR --seed {recipe.seed} "
+        f"--train-steps {recipe.context.train_steps} {recipe.denoiser.train_steps}"
+    )
+
+
+def _shape(trainer: Trainer) -> str:
+    config = trainer.context.config
+    millions = sum(p.numel() for p in trainer.context.parameters()) / 1e6
+    return (
+        f"{config.num_layers} layers `{config.hybrid_override_pattern}`, width {config.hidden_size}, "
+        f"{millions:.1f} M parameters a tower, {config.n_routed_experts} experts of which {config.num_experts_per_tok} "
+        f"and a shared one are used,\nbyte-level BPE of {config.vocab_size} tokens, no positional encoding"
+    )
+
+
+def _example(family: str) -> str:
+    instance = next(islice(stream("test", "card", family), 1, None))
+    return f"| `{instance.prompt.strip()}` | `{instance.answer}` |"
+
+
+def _minutes(trainer: Trainer) -> str:
+    spent = {stage: sum(e.seconds for e in trainer.history if e.stage == stage) / 60 for stage in STAGES}
+    return "Minutes: " + ", ".join(f"{stage} stage {minutes:.0f}" for stage, minutes in spent.items()) + "."
+
+
+def _stage(train_steps: int, batch_size: int, learning_rate: float) -> str:
+    return f"{train_steps} train steps of {batch_size} instances, learning rate {learning_rate:g}"

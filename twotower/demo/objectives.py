@@ -1,0 +1,79 @@
+"""The two training losses. Both run the very towers that serve; nothing here is a second implementation of them.
+
+The denoiser's conditioning: serving always feeds t = (masked positions of the block) / (block width), so training
+draws that count first, masks exactly as many positions and feeds exactly that t. The paper draws t ~ U[1e-3, 1] per
+sequence and masks each position with probability t, which has the same mean but feeds a t that is off by the
+binomial noise, large for a block of 16. The full mask gets an extra share, because every block starts there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.demo.batches import IGNORED, BlockBatch, CausalBatch
+from twotower.demo.states import FromNothing, Reading
+from twotower.demo.tokenizer import MASK_ID
+from twotower.model.tower import ContextTower, DenoiserTower
+
+FULL_MASK_SHARE = 0.2
+
+
+def context_loss(tower: ContextTower, batch: CausalBatch) -> Tensor:
+    """Mean cross-entropy of the answers' tokens under the causal tower."""
+    rows, length = batch.tokens_RL.shape
+    states = FromNothing(tower.config, rows, length, tower.device)
+    hidden_RLD = tower(batch.tokens_RL, states)
+    wanted_RL = batch.targets_RL != IGNORED
+    return F.cross_entropy(tower.logits(hidden_RLD[wanted_RL]), batch.targets_RL[wanted_RL])
+
+
+def read_batch(context: ContextTower, batch: BlockBatch) -> Reading:
+    """Let the frozen context tower read the prompts and every block but each row's last."""
+    reading = Reading(context.config, len(batch.lengths_R), context.device)
+    reading.read(context, batch.prompts_RP, batch.lengths_R)
+    for block in range(int(batch.num_blocks_R.max()) - 1):
+        more = int((batch.num_blocks_R > block + 1).sum())
+        reading.read(context, batch.answers_RZW[:more, block])
+    return reading
+
+
+def draw_masks(blocks: int, width: int, generator: torch.Generator) -> Tensor:
+    """Masks [B,W] with 1..W masked positions, all counts equally likely but the full one, which gets more."""
+    counts_B = torch.randint(1, width + 1, (blocks,), generator=generator)
+    full_B = torch.rand(blocks, generator=generator) < FULL_MASK_SHARE
+    counts_B = torch.where(full_B, width, counts_B)
+    ranks_BW = torch.rand(blocks, width, generator=generator).argsort(1).argsort(1)
+    return ranks_BW < counts_B[:, None]
+
+
+def denoiser_loss(
+    context: ContextTower, denoiser: DenoiserTower, batch: BlockBatch, draws: int, generator: torch.Generator
+) -> Tensor:
+    """Mean cross-entropy of the masked tokens, `draws` masks for every block. No weight 1/t, no shift."""
+    reading = read_batch(context, batch)
+    rows_B, blocks_B = _every_block(batch.num_blocks_R, draws)
+    truth_BW = batch.answers_RZW[rows_B, blocks_B]
+    mask_BW = draw_masks(len(truth_BW), truth_BW.shape[1], generator).to(truth_BW.device)
+    logits_XV = masked_logits(denoiser, reading, rows_B, blocks_B, truth_BW, mask_BW)
+    return F.cross_entropy(logits_XV, truth_BW[mask_BW])
+
+
+def masked_logits(
+    denoiser: DenoiserTower, reading: Reading, rows_B: Tensor, blocks_B: Tensor, truth_BW: Tensor, mask_BW: Tensor
+) -> Tensor:
+    """Logits [X,V] at the X masked positions of the blocks; the mask token itself is never an answer."""
+    seen_BW = truth_BW.masked_fill(mask_BW, MASK_ID)
+    t_B = mask_BW.float().mean(1)
+    hidden_BWD = denoiser(seen_BW, reading.blocks(rows_B, blocks_B, seen_BW.shape[1]), t_B)
+    logits_XV = denoiser.logits(hidden_BWD[mask_BW])
+    mask_token_V = F.one_hot(torch.tensor(MASK_ID), logits_XV.shape[1]).bool().to(logits_XV.device)
+    return logits_XV.masked_fill(mask_token_V, -1e12)
+
+
+def _every_block(num_blocks_R: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    """Row and block number of each existing block, `draws` times over."""
+    pairs = [(row, block) for row, count in enumerate(num_blocks_R.tolist()) for block in range(count)] * draws
+    rows, blocks = zip(*pairs, strict=True)
+    return torch.tensor(rows, device=num_blocks_R.device), torch.tensor(blocks, device=num_blocks_R.device)

@@ -1,0 +1,47 @@
+"""A finished training run as a checkpoint directory in the released layout: weights in bf16, the small and sensitive
+vectors in fp32, tokenizer files and a model card with the scores of exactly these files.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from twotower.config import ModelConfig
+from twotower.demo.card import model_card
+from twotower.demo.evaluate import evaluate_all
+from twotower.demo.objectives import FULL_MASK_SHARE
+from twotower.demo.tokenizer import save_tokenizer
+from twotower.demo.trainer import Trainer
+from twotower.model.loading import save_checkpoint
+from twotower.model.tower import Tower
+
+_FULL_PRECISION = ("A_log", "D", "dt_bias", "gate.weight", "e_score_correction_bias")
+AnyTower = TypeVar("AnyTower", bound=Tower)
+
+
+def ship(trainer: Trainer, directory: Path, num_instances: int = 200) -> None:
+    """Write the checkpoint, evaluate what was written, and put the scores on its card."""
+    assert trainer.denoiser is not None, "the denoiser stage has not begun"
+    directory.mkdir(parents=True, exist_ok=True)
+    config = ModelConfig.from_dict(trainer.recipe.config)
+    save_checkpoint(directory, config, rounded(trainer.context), rounded(trainer.denoiser))
+    save_tokenizer(trainer.tokenizer, directory)
+    log = "".join(json.dumps(asdict(entry)) + "\n" for entry in trainer.history)
+    (directory / "training_log.jsonl").write_text(log, encoding="utf-8")
+    scores = evaluate_all(directory, [0.8, 0.95], num_instances)
+    (directory / "README.md").write_text(model_card(trainer, scores, FULL_MASK_SHARE), encoding="utf-8")
+
+
+def rounded(tower: AnyTower) -> AnyTower:
+    """A copy of the tower whose large weights are bf16."""
+    copied = copy.deepcopy(tower)
+    for name, parameter in copied.named_parameters():
+        if not name.endswith(_FULL_PRECISION):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return copied

@@ -1,0 +1,170 @@
+"""The training loop of both stages, resumable at any train step. Knows nothing about the command line.
+
+Batches and masks are functions of (seed, stage, step), so weights, optimizer state and position are all there is to
+save; the file is replaced atomically.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer as BpeTokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from twotower.config import ModelConfig
+from twotower.demo.balance import ExpertBalance
+from twotower.demo.batches import block_batch, causal_batch, training_instances
+from twotower.demo.initialise import new_context_tower, new_denoiser_tower
+from twotower.demo.objectives import context_loss, denoiser_loss
+from twotower.demo.recipe import STAGES, Recipe, Stage
+from twotower.model.tower import DenoiserTower, Tower
+
+STATE_FILE = "training.pt"
+# The largest below 2**63: the remainder of a text depends on all of it, not only on its end.
+_PRIME = 2**63 - 25
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """The loss at one train step, and the seconds since the entry before."""
+
+    stage: Stage
+    step: int
+    loss: float
+    seconds: float
+
+
+class Trainer:
+    """Trains the context tower, freezes it, then trains the denoiser that started as its copy."""
+
+    def __init__(self, recipe: Recipe, tokenizer: BpeTokenizer, output: Path) -> None:
+        self.recipe, self.tokenizer, self.output = recipe, tokenizer, output
+        self.stage: Stage = "context"
+        self.step = 0
+        self.history: list[LogEntry] = []
+        self.context = new_context_tower(ModelConfig.from_dict(recipe.config), self._generator("init"))
+        self.denoiser: DenoiserTower | None = None
+        self._start(self.context)
+
+    def run(self, save_every: int = 500, stop_after: int | None = None) -> None:
+        """Train to the end of the recipe, or `stop_after` train steps from here; saves on the way and at the end."""
+        total = sum(self.recipe.stage(stage).train_steps for stage in STAGES)
+        with tqdm(total=total, initial=self._steps_done(), unit="step", dynamic_ncols=True) as bar:
+            while not self.finished and (stop_after is None or bar.n - bar.initial < stop_after):
+                self._advance_stage()
+                loss = self._train_step()
+                bar.set_postfix_str(f"{self.stage} loss {loss:.4f}", refresh=False)
+                bar.update()
+                self._note(loss)
+                if self.step % save_every == 0:
+                    self.save()
+        self.save()
+
+    @property
+    def finished(self) -> bool:
+        """Whether both stages are through."""
+        return self.stage == STAGES[-1] and self.step >= self.recipe.stage(self.stage).train_steps
+
+    def save(self) -> None:
+        """Write everything a resumed run needs, atomically."""
+        state = {
+            "stage": self.stage,
+            "step": self.step,
+            "history": [asdict(entry) for entry in self.history],
+            "context": self.context.state_dict(),
+            "denoiser": None if self.denoiser is None else self.denoiser.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "recipe": asdict(self.recipe),
+            "versions": versions(),
+        }
+        partial = self.output / f"{STATE_FILE}.partial"
+        torch.save(state, partial)
+        os.replace(partial, self.output / STATE_FILE)
+
+    def resume(self) -> None:
+        """Continue from the saved state of `output`. Raises FileNotFoundError where there is none."""
+        state: dict[str, Any] = torch.load(self.output / STATE_FILE, weights_only=True)
+        self.context.load_state_dict(state["context"])
+        self.stage, self.step = state["stage"], state["step"]
+        self.history = [LogEntry(**entry) for entry in state["history"]]
+        self._balance.close()
+        if state["denoiser"] is not None:
+            self.context.requires_grad_(False)
+            self.denoiser = new_denoiser_tower(self.context, self._generator("denoiser"))
+            self.denoiser.load_state_dict(state["denoiser"])
+        self._start(self._trained)
+        self._optimizer.load_state_dict(state["optimizer"])
+        _logger.info("resumed the %s stage at train step %d", self.stage, self.step)
+
+    @property
+    def _trained(self) -> Tower:
+        return self.context if self.denoiser is None else self.denoiser
+
+    def _start(self, tower: Tower) -> None:
+        self._balance = ExpertBalance(tower, self.recipe.balance_rate)
+        self._optimizer = _optimizer(tower, self.recipe.weight_decay)
+        self._since = time.monotonic()
+
+    def _advance_stage(self) -> None:
+        if self.stage == "context" and self.step >= self.recipe.context.train_steps:
+            self.stage, self.step = "denoiser", 0
+            self.context.requires_grad_(False)
+            self._balance.close()
+            self.denoiser = new_denoiser_tower(self.context, self._generator("denoiser"))
+            self._start(self.denoiser)
+
+    def _train_step(self) -> float:
+        stage = self.recipe.stage(self.stage)
+        for group in self._optimizer.param_groups:
+            group["lr"] = stage.learning_rate_at(self.step)
+        loss = self._loss(stage.batch_size)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._trained.parameters(), 1.0)
+        self._optimizer.step()
+        self._balance.update()
+        self.step += 1
+        return loss.item()
+
+    def _loss(self, batch_size: int) -> Tensor:
+        instances = training_instances(self.recipe.seed, self.stage, self.step, batch_size)
+        if self.denoiser is None:
+            return context_loss(self.context, causal_batch(self.tokenizer, instances))
+        batch = block_batch(self.tokenizer, instances)
+        masks = self._generator(f"masks/{self.step}")
+        return denoiser_loss(self.context, self.denoiser, batch, self.recipe.mask_draws, masks)
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        seed = f"{self.recipe.seed}/{purpose}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(seed, "big") % _PRIME)
+
+    def _steps_done(self) -> int:
+        return self.step + (self.recipe.context.train_steps if self.stage == "denoiser" else 0)
+
+    def _note(self, loss: float) -> None:
+        """Keep every hundredth train step's loss, and each stage's last."""
+        if self.step % 100 and self.step != self.recipe.stage(self.stage).train_steps:
+            return
+        seconds, self._since = time.monotonic() - self._since, time.monotonic()
+        self.history.append(LogEntry(self.stage, self.step, round(loss, 5), round(seconds, 1)))
+
+
+def versions() -> dict[str, str]:
+    """What the run depends on beside this code."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+
+
+def _optimizer(tower: Tower, weight_decay: float) -> torch.optim.AdamW:
+    matrices = [p for p in tower.parameters() if p.dim() >= 2]
+    vectors = [p for p in tower.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
