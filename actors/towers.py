@@ -81,7 +81,8 @@ class ContextActor(TowerProcess):
 
     async def open_link(self, link: int, epoch: int) -> LinkAddress:
         """Listen for one denoiser; returns at once with the address to connect to."""
-        patience = LinkSettings(link_timeout_s=self.settings.engine.link_timeout_s)
+        engine = self.settings.engine
+        patience = LinkSettings(link_timeout_s=engine.link_timeout_s, stall_timeout_s=engine.stall_timeout_s)
         port, address = open_port(self._engine.cache, link, epoch, patience, self._hooks())
         self._engine.connect(port)
         self.runner.wake()

@@ -142,8 +142,10 @@ class ModelConfig:
                 raise CheckpointError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.mamba_hidden_act not in ("silu", "swish"):
             raise CheckpointError(f"mamba_hidden_act: got {self.mamba_hidden_act!r}, wanted 'silu'")
-        self._check_divides("num_attention_heads", "num_key_value_heads")
-        self._check_divides("mamba_num_heads", "n_groups")
+        if "*" in self.hybrid_override_pattern:
+            self._check_divides("num_attention_heads", "num_key_value_heads")
+        if "M" in self.hybrid_override_pattern:
+            self._check_divides("mamba_num_heads", "n_groups")
         if "E" in self.hybrid_override_pattern:
             self._check_divides("n_routed_experts", "n_group")
             if not 0 < self.num_experts_per_tok <= self.n_routed_experts:

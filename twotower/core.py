@@ -58,10 +58,10 @@ class Request:
 
     @property
     def positions(self) -> int:
-        """Cache positions this request may fill at most: the prompt and every whole block it may commit."""
+        """Cache positions this request may fill at most: the prompt and every block but the last, which is not read."""
         width = self.params.block_size if self.params.mode is Mode.DIFFUSION else 1
         blocks = -(-self.params.max_new_tokens // width)
-        return len(self.prompt_token_ids) + blocks * width
+        return len(self.prompt_token_ids) + (blocks - 1) * width
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,13 +153,6 @@ def make_request(
             f"got a prompt of {len(prompt)} tokens and max_new_tokens {request.params.max_new_tokens} "
             f"({wanted} together), wanted at most {limits.max_sequence_length} together",
         )
-    if request.positions > limits.max_sequence_length:
-        raise InvalidRequest.of(
-            "max_new_tokens",
-            f"got {request.params.max_new_tokens} after a prompt of {len(prompt)} tokens, which takes "
-            f"{request.positions} positions in whole blocks of {request.params.block_size}, "
-            f"wanted at most {limits.max_sequence_length}",
-        )
     return request
 
 

@@ -56,8 +56,8 @@ def test_without_a_queue_what_fits_still_starts() -> None:
 def test_what_can_never_fit_is_refused_for_good() -> None:
     ledger = Ledger(Room(4, 6), [], 10)
     with pytest.raises(InvalidRequest, match=r"max_new_tokens: got .*97 positions \(7 pages\), wanted at most 6"):
-        ledger.enqueue(_request("a", prompt=17, new=80))
-    ledger.enqueue(_request("b", prompt=16, new=80))
+        ledger.enqueue(_request("a", prompt=18, new=80))
+    ledger.enqueue(_request("b", prompt=17, new=80))
 
 
 def test_the_roomiest_mirror_is_chosen() -> None:
@@ -65,10 +65,10 @@ def test_the_roomiest_mirror_is_chosen() -> None:
     for name in range(4):
         ledger.enqueue(_request(name, mode=Mode.DIFFUSION))
     assert [place.denoiser for _, place in ledger.admit()] == [1, 0, 1, 0]
-    assert [(room.slots, room.pages) for room in ledger.mirrors] == [(0, 6), (1, 6)]
+    assert [(room.slots, room.pages) for room in ledger.mirrors] == [(0, 8), (1, 8)]
     ledger.enqueue(_request("ar"))
     assert [place.denoiser for _, place in ledger.admit()] == [None]
-    assert [(room.slots, room.pages) for room in ledger.mirrors] == [(0, 6), (1, 6)]
+    assert [(room.slots, room.pages) for room in ledger.mirrors] == [(0, 8), (1, 8)]
 
 
 def test_both_caches_or_neither() -> None:

@@ -133,7 +133,7 @@ async def test_a_request_id_cannot_run_twice() -> None:
             await _events(pair, _request("a"))
         engine.say(_block("a", reason=FinishReason.STOP))
         assert len(await first) == 1
-        with pytest.raises(InvalidRequest, match="already running"):
+        with pytest.raises(Overloaded, match="still being released"):
             await _events(pair, _request("a"))  # its slot is not back yet
         engine.say(ReleasedEvent(Id("a")))
         await _settled()
@@ -393,10 +393,10 @@ async def test_an_engine_thread_that_dies_is_told_to_all(
         monkeypatch.setattr(type(model.context), "logits", broken)
         started = time.monotonic()
         for task in tasks:
-            with pytest.raises(Unavailable, match="the engine stopped: RuntimeError: device lost"):
+            with pytest.raises(Unavailable, match=r"the engine stopped \(RuntimeError\); its log says why"):
                 await task
         assert time.monotonic() - started < 5
-        with pytest.raises(Unavailable, match="device lost"):
+        with pytest.raises(Unavailable, match="the engine stopped"):
             await collect(pair, _request("later"))
         assert pair.failure is not None
 

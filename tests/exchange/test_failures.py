@@ -19,7 +19,7 @@ from twotower.exchange.settings import EngineHooks, LinkSettings
 from twotower.testing import ChannelFaults
 
 PATIENCE_S = 1.2
-IMPATIENT = replace(QUICK, link_timeout_s=PATIENCE_S)
+IMPATIENT = replace(QUICK, link_timeout_s=PATIENCE_S, stall_timeout_s=PATIENCE_S)
 
 
 def _tokens(count: int) -> tuple[int, ...]:

@@ -277,7 +277,7 @@ def test_wrong_configs_are_named(change: dict[str, Any], words: list[str], tmp_p
 
 
 def _headless(directory: Path) -> Checkpoint:
-    save_file({"context_tower.norm_f.weight": torch.zeros(1)}, directory / SINGLE)
+    save_file({"backbone.norm_f.weight": torch.zeros(1)}, directory / SINGLE)
     return Checkpoint.open(directory)
 
 

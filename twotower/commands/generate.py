@@ -23,7 +23,10 @@ from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
 from twotower.model.pages import PAGE_TOKENS, pages_for
 
-_MAX_SEQUENCES, _MAX_QUEUED = 32, 256
+_MAX_SEQUENCES = 32
+# Orders given to the pair at a time, and the length of its queue: an order may have ended before its room is free, so
+# the rooms themselves do not count.
+_IN_FLIGHT = 288
 _BIG_CHECKPOINT_BYTES = 256 * 2**20
 _SMALL_WIDTH = 256  # up to here a CPU's second thread costs more than it brings
 
@@ -152,12 +155,12 @@ async def _run_many(
 async def _in_order(
     pair: Pair, orders: Iterable[Order], model: Model, show: Callable[[str, int], None]
 ) -> AsyncIterator[tuple[Order, _Outcome]]:
-    """Orders with what came of them, in their order; as many at once as the pair decodes and queues."""
+    """Orders with what came of them, in their order; as many at once as the pair's queue holds."""
     window: deque[tuple[Order, asyncio.Task[_Outcome]]] = deque()
     try:
         for order in orders:
             window.append((order, asyncio.create_task(_outcome(pair, order, model, show))))
-            if len(window) >= _MAX_SEQUENCES + _MAX_QUEUED:
+            if len(window) >= _IN_FLIGHT:
                 yield await _first(window)
         while window:
             yield await _first(window)
@@ -188,7 +191,7 @@ def _pair(options: Namespace, model: Model, orders: Sequence[Order]) -> Abstract
         max_sequences=min(len(orders), _MAX_SEQUENCES),
         max_sequence_length=model.limits.max_sequence_length,
         cache_tokens=sum(wanted[:_MAX_SEQUENCES]) * PAGE_TOKENS,
-        max_queued_requests=_MAX_QUEUED,
+        max_queued_requests=_IN_FLIGHT,
     )
     big = model.nbytes > _BIG_CHECKPOINT_BYTES
     return open_pair(model.directory, settings, options.device, options.dtype, progress=big)

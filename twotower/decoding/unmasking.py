@@ -13,6 +13,7 @@ from twotower.decoding.sampling import GREEDY_BELOW
 
 MASK_TOKEN_ID = 3
 _BANNED = -1e12
+_NOISE_NUMBERS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,20 @@ def unmask(
 
 
 def _gumbel_argmax(logits: Tensor, rows: list[StepParams], noise: Tensor | None, sampled: list[int]) -> Tensor:
+    """A few rows at a time: the random numbers of many rows over a large vocabulary would fill gigabytes."""
+    at_once = max(1, _NOISE_NUMBERS // logits[0].numel())
+    parts = []
+    for first in range(0, len(rows), at_once):
+        some = slice(first, first + at_once)
+        given = None if noise is None else noise[sampled[some]]
+        parts.append(_gumbel_argmax_of(logits[some], rows[some], given))
+    return torch.cat(parts)
+
+
+def _gumbel_argmax_of(logits: Tensor, rows: list[StepParams], u: Tensor | None) -> Tensor:
     temperatures = torch.tensor([row.temperature for row in rows], device=logits.device)
-    if noise is None:
+    if u is None:
         u = uniform([row.key for row in rows], logits.shape[1], logits.shape[2], logits.device)
-    else:
-        u = noise[sampled]
     gumbel = -torch.log(-torch.log(u.clamp(min=1e-10)))
     return ((logits / temperatures[:, None, None]).log_softmax(-1) + gumbel).argmax(-1)
 

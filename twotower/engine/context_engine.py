@@ -3,6 +3,7 @@
 Owns the tower and the cache. One thread calls it; `tick` runs at most one forward.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Attach, Command, Commit, Delta, Failed, Port, Prefill, Release, Released, Reply
 from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower
+from twotower.model.transfer import on_device
 
 
 @dataclass(slots=True)
@@ -142,7 +144,7 @@ class ContextEngine:
         if port.lost is not None:
             for key in [key for key in self._sequences if isinstance(key, tuple) and key[0] == index]:
                 self._forget(key)
-            port.close()
+            threading.Thread(target=port.close, name="closing a lost port", daemon=True).start()
             del self._ports[index]
 
     def _take(self, index: int, command: Command) -> None:
@@ -251,7 +253,7 @@ class ContextEngine:
         padded = [list(ids) + [0] * (width - len(ids)) for ids in tokens]
         slots = [sequence.slot for sequence in sequences]
         states = self.cache.extending(slots, lengths, width)
-        hidden: Tensor = self.tower(torch.tensor(padded, device=self.tower.device), states)
+        hidden: Tensor = self.tower(on_device(padded, self.tower.device), states)
         for slot, length in zip(slots, lengths, strict=True):
             self.cache.advance(slot, length)
         self.rows += len(sequences)
@@ -259,10 +261,11 @@ class ContextEngine:
 
     def _next_tokens(self, sequences: list[_Sequence], hidden_RD: Tensor) -> None:
         logits_RV = self.tower.logits(hidden_RD)
-        finite = torch.isfinite(logits_RV).all(1).tolist()
-        tokens = sample(logits_RV, [_token_params(sequence) for sequence in sequences]).tolist()
+        finite_R = torch.isfinite(logits_RV).all(1)
+        tokens_R = sample(logits_RV, [_token_params(sequence) for sequence in sequences])
+        tokens, finite = torch.stack([tokens_R, finite_R.long()]).tolist()  # the only time the host waits
         for sequence, token, fine in zip(sequences, tokens, finite, strict=True):
-            self._emit_token(sequence, token, fine)
+            self._emit_token(sequence, token, bool(fine))
 
     def _emit_token(self, sequence: _Sequence, token: int, finite: bool) -> None:
         request = sequence.request

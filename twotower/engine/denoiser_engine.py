@@ -7,6 +7,7 @@ are not: while some blocks are being committed, others go on.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from twotower.engine.settings import EngineSettings
 from twotower.errors import LinkDown, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Commit, Delta, Failed, Link, LinkLost, Prefill, Release, Released
 from twotower.model.tower import DenoiserTower
+from twotower.model.transfer import on_device
+
+_NARROW = 16
+_MAX_POSITIONS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,6 @@ class DenoiserEngine:
         self._numbers: dict[RequestId, int] = {}
         self._next_number = 0
         self._inbox: deque[Request | RequestId] = deque()
-        self._link_error: LinkDown | None = None
         self.ticks = self.rows = 0
 
     def stats(self, busy_s: float) -> EngineStats:
@@ -103,8 +107,8 @@ class DenoiserEngine:
         ready = [s for s in self._sequences.values() if s.ready and not s.closing]
         blocks = [s for s in ready if s.request.params.mode is Mode.DIFFUSION]
         tokens = [s for s in ready if s.request.params.mode is Mode.MOCK_AR]
-        if blocks:
-            self._step_blocks(blocks)
+        for batch in _of_like_width(blocks):
+            self._step_blocks(batch)
         if tokens:
             self._step_tokens(tokens)
         if ready:
@@ -127,8 +131,6 @@ class DenoiserEngine:
         number = self._next_number
         self._next_number += 1
         try:
-            if self._link_error is not None:
-                raise self._link_error
             self.link.submit([Prefill(number, read, request.positions)])
         except TwoTowerError as error:
             self._emit(FailureEvent(request.id, error))
@@ -146,7 +148,6 @@ class DenoiserEngine:
         for reply in self.link.poll():
             if isinstance(reply, LinkLost):
                 self._lose_link(reply.reason)
-                return
             sequence = self._sequences.get(reply.sequence)
             if sequence is None:
                 continue
@@ -177,12 +178,14 @@ class DenoiserEngine:
             self._emit(FailureEvent(sequence.request.id, error))
             self._release(sequence)
 
-    def _lose_link(self, reason: str) -> None:
-        self._link_error = LinkDown(reason)
+    def _lose_link(self, reason: str) -> NoReturn:
+        """Without its link this engine can do nothing: tell every request, then end, so that the cell is replaced."""
+        error = LinkDown(reason)
         for sequence in list(self._sequences.values()):
             if not sequence.closing:
-                self._emit(FailureEvent(sequence.request.id, self._link_error))
+                self._emit(FailureEvent(sequence.request.id, error))
             self._forget(sequence)
+        raise error
 
     def _step_blocks(self, sequences: list[_Sequence]) -> None:
         lengths = [len(s.tokens) for s in sequences]
@@ -196,16 +199,15 @@ class DenoiserEngine:
         result = unmask(self.tower.logits(hidden_RLD), tokens_RL, masked_RL, rows)
         if self._trace is not None:
             self._report(sequences, t, result)
-        finite = result.finite_R.tolist()
-        rows_of_tokens = result.tokens_RL.tolist()
-        rows_of_committed = result.committed_RL.tolist()
+        # The only time the host waits for the device.
+        outcome = torch.cat([result.tokens_RL, result.committed_RL, result.finite_R[:, None]], dim=1).tolist()
         for row, sequence in enumerate(sequences):
-            if not finite[row]:
+            new_tokens, now, finite = outcome[row][:width], outcome[row][width:-1], outcome[row][-1]
+            if not finite:
                 self._fail(sequence, self._not_finite(sequence))
                 continue
             size = lengths[row]
-            sequence.tokens = rows_of_tokens[row][:size]
-            now = rows_of_committed[row]
+            sequence.tokens = new_tokens[:size]
             sequence.masked = [masked and not now[i] for i, masked in enumerate(sequence.masked)]
             sequence.step += 1
             if not any(sequence.masked):
@@ -231,8 +233,9 @@ class DenoiserEngine:
         states = self.link.cache.reading([s.slot for s in sequences], [1] * len(sequences), 1)
         hidden_R1D = self.tower(tokens_R1, states, None)
         logits_RV = self.tower.logits(hidden_R1D[:, 0])
-        finite = torch.isfinite(logits_RV).all(1).tolist()
-        chosen = sample(logits_RV, [_token_params(s) for s in sequences]).tolist()
+        finite_R = torch.isfinite(logits_RV).all(1)
+        chosen_R = sample(logits_RV, [_token_params(s) for s in sequences])
+        chosen, finite = torch.stack([chosen_R, finite_R.long()]).tolist()  # the only time the host waits
         for sequence, token, fine in zip(sequences, chosen, finite, strict=True):
             if not fine:
                 self._fail(sequence, self._not_finite(sequence))
@@ -273,7 +276,7 @@ class DenoiserEngine:
             )
 
     def _tensor(self, rows: Sequence[object]) -> Tensor:
-        return torch.tensor(rows, device=self.tower.device)
+        return on_device(rows, self.tower.device)
 
 
 def _padded(values: Sequence[int], width: int, fill: int) -> list[int]:
@@ -291,3 +294,20 @@ def _step_params(sequence: _Sequence) -> StepParams:
 def _token_params(sequence: _Sequence) -> TokenParams:
     params = sequence.request.params
     return TokenParams(params.temperature, params.top_k, params.top_p, step_key(params.seed, sequence.generated, 0))
+
+
+def _of_like_width(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
+    """Batches for one forward each. Rows are padded to the widest, so a wide block must not widen everybody's.
+
+    Blocks of up to `_NARROW` positions share one forward, wider ones those of the same power of two; no forward takes
+    more than `_MAX_POSITIONS`, so that its logits fit into memory whatever was asked for.
+    """
+    by_width: dict[int, list[_Sequence]] = {}
+    for sequence in sequences:
+        size = len(sequence.tokens)
+        by_width.setdefault(_NARROW if size <= _NARROW else 1 << (size - 1).bit_length(), []).append(sequence)
+    batches = []
+    for width, group in by_width.items():
+        rows = max(1, _MAX_POSITIONS // width)
+        batches += [group[first : first + rows] for first in range(0, len(group), rows)]
+    return batches

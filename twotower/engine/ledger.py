@@ -126,5 +126,6 @@ class Ledger:
             return Place(pages, None)
         if not self._mirrors:
             return Place(pages, 0)
-        roomiest = max(range(len(self._mirrors)), key=lambda i: (self._mirrors[i].slots, self._mirrors[i].pages))
-        return Place(pages, roomiest) if self._mirrors[roomiest].fits(pages) else None
+        fitting = [i for i, mirror in enumerate(self._mirrors) if mirror.fits(pages)]
+        roomiest = max(fitting, key=lambda i: (self._mirrors[i].slots, self._mirrors[i].pages), default=None)
+        return None if roomiest is None else Place(pages, roomiest)

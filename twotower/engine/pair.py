@@ -14,7 +14,7 @@ from functools import partial
 from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
 from twotower.engine.handle import EngineHandle
 from twotower.engine.ledger import Ledger, Place
-from twotower.errors import DeadlineExceeded, InvalidRequest, TwoTowerError, Unavailable
+from twotower.errors import DeadlineExceeded, InvalidRequest, Overloaded, TwoTowerError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class Pair:
         self._queues: dict[RequestId, _Inbox] = {}
         self._places: dict[RequestId, Place | None] = {}
         self._modes: dict[RequestId, Mode] = {}
+        self._adding: dict[RequestId, asyncio.Task[None]] = {}
         self._pumps: list[asyncio.Task[None]] = []
         self._sends: set[asyncio.Task[None]] = set()
 
@@ -90,8 +91,10 @@ class Pair:
     def _admissible(self, request: Request) -> None:
         if self.failure is not None:
             raise Unavailable(f"this cell cannot serve: {self.failure}")
-        if request.id in self._queues or request.id in self._places:
+        if request.id in self._queues:
             raise InvalidRequest.of("request_id", f"got {request.id!r}, which is already running here")
+        if request.id in self._places:
+            raise Overloaded(f"request {request.id} has ended and is still being released; try again")
         if request.params.mode is not Mode.AR and not self.denoisers:
             raise InvalidRequest.of("mode", f"got {request.params.mode}, wanted ar: this cell has no denoiser tower")
 
@@ -108,18 +111,29 @@ class Pair:
             handle = self._handle_for(request.params.mode, place)
             batches.setdefault(id(handle), (handle, []))[1].append(request)
         for handle, requests in batches.values():
-            self._send(partial(handle.add, requests))
+            adding = self._send(partial(handle.add, requests))
+            for request in requests:
+                self._adding[request.id] = adding
 
-    def _send(self, call: Callable[[], Coroutine[None, None, None]]) -> None:
+    def _send(self, call: Callable[[], Coroutine[None, None, None]]) -> asyncio.Task[None]:
         task = asyncio.create_task(self._sent(call))
         self._sends.add(task)
         task.add_done_callback(self._sends.discard)
+        return task
 
     async def _sent(self, call: Callable[[], Coroutine[None, None, None]]) -> None:
         try:
             await call()
         except TwoTowerError as error:
             self._break(error)
+        except Exception as error:
+            logger.exception("a message to an engine failed")
+            self._break(Unavailable(f"a message to an engine failed: {type(error).__name__}"))
+
+    async def _cancel(self, handle: EngineHandle, request_id: RequestId) -> None:
+        """Only after the engine has taken the request: calls to a process may overtake one another."""
+        await asyncio.shield(self._adding[request_id])
+        await handle.cancel([request_id])
 
     def _expire(self, request_id: RequestId, timeout_s: float) -> None:
         error = DeadlineExceeded(f"request {request_id}: not finished within {timeout_s:g} s")
@@ -134,11 +148,12 @@ class Pair:
             return
         place = self._places.get(request_id)
         if place is not None and self.failure is None:
-            self._send(partial(self._handle_for(self._modes[request_id], place).cancel, [request_id]))
+            self._send(partial(self._cancel, self._handle_for(self._modes[request_id], place), request_id))
 
     def _forget(self, request_id: RequestId) -> None:
         self._places.pop(request_id, None)
         self._modes.pop(request_id, None)
+        self._adding.pop(request_id, None)
 
     async def _pump(self, handle: EngineHandle) -> None:
         try:

@@ -15,12 +15,12 @@ import torch
 
 from twotower.core import Event, Mode, Request, RequestId
 from twotower.engine.handle import EngineStats
-from twotower.errors import Unavailable
+from twotower.errors import TwoTowerError, Unavailable
 
 logger = logging.getLogger(__name__)
 
 # Waking the event loop costs as much as a fifth of a small model's forward, so it is done no oftener than this while
-# the engines are busy. A model whose forwards take longer has every event delivered at once.
+# the engines are busy; an event then waits for the end of the next turn at most.
 _DELIVER_S = 0.004
 _QUIET_S = 1.0  # how long `events` waits before it answers with nothing: shows its caller that the process lives
 
@@ -137,14 +137,13 @@ class EngineRunner:
                 while not self._stopping:
                     self._turn()
         except Exception as error:
-            logger.exception("engine thread ended")
-            self._failure = f"the engine stopped: {type(error).__name__}: {error}"
+            self._failure = _reason(error)
         finally:
             if self._failure is None:
                 self._failure = "the engine was stopped"
+            self._deliver()  # before the engines close, which may take a while
             for engine in self.engines:
                 engine.close()
-            self._deliver()
 
     def _turn(self) -> None:
         self._wake.clear()
@@ -174,3 +173,12 @@ class EngineRunner:
             except RuntimeError:
                 # The event loop that waited is closed: nobody is left to tell.
                 logger.debug("events for a closed event loop")
+
+
+def _reason(error: Exception) -> str:
+    """What callers are told. An error of ours says what is wrong; anything else is for the log, frames and all."""
+    if isinstance(error, TwoTowerError):
+        logger.error("engine thread ended: %s", error)
+        return str(error)
+    logger.exception("engine thread ended")
+    return f"the engine stopped ({type(error).__name__}); its log says why"

@@ -148,7 +148,7 @@ class Endpoint:
 
     def _watch(self, heartbeat: Heartbeat) -> None:
         stuck_s = self._pulse.stuck_s(heartbeat)
-        if stuck_s > self.settings.link_timeout_s:
+        if stuck_s > self.settings.stall_timeout_s:
             raise LinkDown(f"{self._peer} is alive but its engine has made no progress for {stuck_s:.1f} s")
 
     def explain(self, error: Exception, waited_s: float) -> str:

@@ -6,8 +6,8 @@ that is gone cannot be taken for one about its slot's next tenant. Besides its `
 unanswered command: the next commit follows the delta of the last, so the Mamba states a delta waits to carry cannot
 run ahead of it.
 
-Neither end ever blocks the engine that calls it. Whatever waits, waits in the implementation's own threads, with a
-deadline; when the other side is gone, `poll` says so once with `LinkLost` and `Port.lost` is set.
+But for `close`, neither end ever blocks the engine that calls it. Whatever waits, waits in the implementation's own
+threads, with a deadline; when the other side is gone, `poll` says so once with `LinkLost` and `Port.lost` is set.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,8 @@ class Attach:
     """Take over a sequence: `token_ids` is all the caller knows of it (prompt and committed).
 
     Whichever side is behind catches up: the context engine reads what it lacks, the answering delta carries the whole
-    cache and the ids the caller lacks. Two different histories are an error.
+    cache and the ids the caller lacks. Two different histories are an error. A lost link takes its sequences with it:
+    on a new link the context engine reads everything again. No engine sends this yet.
     """
 
     sequence: int
@@ -116,7 +117,7 @@ class Link(Protocol):
         ...
 
     def close(self) -> None:
-        """End the link. The port sees it as lost."""
+        """End the link, waiting a few seconds at most for its threads. The port sees it as lost."""
         ...
 
 
@@ -138,5 +139,5 @@ class Port(Protocol):
         ...
 
     def close(self) -> None:
-        """End the link. The denoiser's end sees it as lost."""
+        """End the link, waiting a few seconds at most for its threads. The denoiser's end sees it as lost."""
         ...

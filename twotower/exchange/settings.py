@@ -23,6 +23,7 @@ class LinkSettings:
     """
 
     link_timeout_s: float = 10.0
+    stall_timeout_s: float = 60.0
     heartbeat_s: float = 1.0
     setup_timeout_s: float = 60.0
     data_backend: str = "auto"
@@ -33,7 +34,14 @@ class LinkSettings:
     def __post_init__(self) -> None:
         _one_of("data_backend", self.data_backend, DATA_BACKENDS)
         _one_of("ssm_wire_dtype", self.ssm_wire_dtype, SSM_WIRE_DTYPES)
-        for name in ("link_timeout_s", "heartbeat_s", "setup_timeout_s", "staging_buffers", "staging_bytes"):
+        for name in (
+            "link_timeout_s",
+            "stall_timeout_s",
+            "heartbeat_s",
+            "setup_timeout_s",
+            "staging_buffers",
+            "staging_bytes",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
 
@@ -68,7 +76,7 @@ def _nobody_to_wake() -> None:
 class EngineHooks:
     """What a link asks of the engine that owns its end. All are called from the link's threads.
 
-    `progress` grows while the engine lives, busy or idle; where it stands still for `link_timeout_s`, the other side
+    `progress` grows while the engine lives, busy or idle; where it stands still for `stall_timeout_s`, the other side
     takes this one for dead (unwatched engines: a clock). `on_activity`: `poll` or `receive` has something to do.
     """
 

@@ -1,10 +1,26 @@
 """Grouped-query attention without any positional encoding (the released model has none)."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import ModelConfig
 from twotower.model.states import LayerStates
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def attend(queries_RLHE: Tensor, keys_RTSE: Tensor, values_RTSE: Tensor, mask_RLT: Tensor) -> Tensor:
+    """What each query sees of its keys [R,L,H,E]. `twotower.model.kernels` puts faster ones in its place."""
+    out_RHLE = F.scaled_dot_product_attention(
+        queries_RLHE.transpose(1, 2),
+        keys_RTSE.transpose(1, 2),
+        values_RTSE.transpose(1, 2),
+        attn_mask=mask_RLT.unsqueeze(1),
+        enable_gqa=queries_RLHE.shape[2] != keys_RTSE.shape[2],
+    )
+    return out_RHLE.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -22,18 +38,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=bias)
+        self.attend: Attend = attend
 
     def forward(self, x_RLD: Tensor, layer: int, states: LayerStates) -> Tensor:
         queries_RLHE = self.q_proj(x_RLD).unflatten(-1, (self.heads, self.head_dim))
         keys_RLSE = self.k_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
         values_RLSE = self.v_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
         keys_RTSE, values_RTSE = states.keys_values(layer, keys_RLSE, values_RLSE)
-        out_RHLE = F.scaled_dot_product_attention(
-            queries_RLHE.transpose(1, 2),
-            keys_RTSE.transpose(1, 2),
-            values_RTSE.transpose(1, 2),
-            attn_mask=states.mask_RLT.unsqueeze(1),
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        out: Tensor = self.o_proj(out_RHLE.transpose(1, 2).flatten(2))
+        out_RLHE = self.attend(queries_RLHE, keys_RTSE, values_RTSE, states.mask_RLT)
+        out: Tensor = self.o_proj(out_RLHE.flatten(2))
         return out

@@ -12,9 +12,10 @@ from torch import Tensor
 from twotower.config import ModelConfig
 from twotower.errors import Overloaded
 from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.model.transfer import on_device
 
-_ZERO_PAGE = 0  # read where a row has no page: always zero, so that a masked weight of 0 never meets a NaN
-_WASTE_PAGE = 1  # written where a row has padding, never read
+ZERO_PAGE = 0  # read where a row has no page: always zero, so that a masked weight of 0 never meets a NaN
+WASTE_PAGE = 1  # written where a row has padding, never read
 _RESERVED_PAGES = 2
 
 
@@ -74,8 +75,9 @@ class TowerCache:
         self._sequences[slot] = _Sequence(0, pages)
         self.conv[:, slot] = 0
         self.ssm[:, slot] = 0
-        self.keys[:, pages] = 0
-        self.values[:, pages] = 0
+        pages_Z = on_device(pages, self.device, torch.long)
+        self.keys.index_fill_(1, pages_Z, 0)
+        self.values.index_fill_(1, pages_Z, 0)
         return slot
 
     def free(self, slot: int) -> None:
@@ -105,7 +107,7 @@ class TowerCache:
 
         The keys and values are copies [layers, end-start, S, E]; the Mamba states are views of the live cache.
         """
-        where = torch.tensor(self.flat_positions(slot, start, end), dtype=torch.long, device=self.device)
+        where = on_device(self.flat_positions(slot, start, end), self.device, torch.long)
         yield self.keys.flatten(1, 2)[:, where]
         yield self.values.flatten(1, 2)[:, where]
         if with_states:
@@ -115,7 +117,7 @@ class TowerCache:
     def apply(self, slot: int, end: int, tensors: Sequence[Tensor]) -> None:
         """Write what `delta` of another cache of the same shape yielded, and count up to `end` positions as read."""
         start = self.length(slot)
-        where = torch.tensor(self.flat_positions(slot, start, end), dtype=torch.long, device=self.device)
+        where = on_device(self.flat_positions(slot, start, end), self.device, torch.long)
         self.keys.flatten(1, 2)[:, where] = tensors[0]
         self.values.flatten(1, 2)[:, where] = tensors[1]
         if len(tensors) > 2:
@@ -132,6 +134,10 @@ class TowerCache:
             shapes.append((self.ssm[:, 0].shape, self.ssm.dtype))
         return shapes
 
+    def pages_of(self, slot: int) -> Sequence[int]:
+        """The pages of a sequence, in the order of its positions."""
+        return self._sequences[slot].pages
+
     def flat_positions(self, slot: int, start: int, end: int) -> list[int]:
         """Indices of positions [start, end) of a sequence in the flattened page memory."""
         pages = self._sequences[slot].pages
@@ -147,8 +153,8 @@ class TowerCache:
         """Pages [R, pages] of each row's first `tokens` positions; the zero page where a row has fewer."""
         wide = pages_for(tokens)
         rows = [self._sequences[slot].pages[:wide] for slot in slots]
-        rows = [pages + [_ZERO_PAGE] * (wide - len(pages)) for pages in rows]
-        return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(slots), wide)
+        rows = [pages + [ZERO_PAGE] * (wide - len(pages)) for pages in rows]
+        return on_device(rows, self.device, torch.long).view(len(slots), wide)
 
     def mamba_row(self, layer: int) -> int:
         return self._mamba_row[layer]
@@ -167,10 +173,10 @@ class _RowStates:
         self.starts = [cache.length(slot) for slot in slots]
         self.lengths_R: Tensor | None = None
         if any(length != width for length in lengths):
-            self.lengths_R = torch.tensor(list(lengths), device=cache.device)
+            self.lengths_R = on_device(list(lengths), cache.device)
         # One row is a view of the cache, several are gathered.
         self._only = slots[0] if len(slots) == 1 else None
-        self._slots_R = torch.tensor(list(slots), dtype=torch.long, device=cache.device)
+        self._slots_R = on_device(list(slots), cache.device, torch.long)
 
     def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
         row = self.cache.mamba_row(layer)
@@ -202,11 +208,11 @@ class ExtendStates(_RowStates):
         write_RL, last_RL = [], []
         for slot, start, end in zip(slots, self.starts, ends, strict=True):
             padding = width - (end - start)
-            write_RL.append(cache.flat_positions(slot, start, end) + [_WASTE_PAGE * PAGE_TOKENS] * padding)
+            write_RL.append(cache.flat_positions(slot, start, end) + [WASTE_PAGE * PAGE_TOKENS] * padding)
             last_RL.append([*range(start, end), *[end - 1] * padding])
-        self._write_M = torch.tensor(write_RL, device=cache.device).flatten()
+        self._write_M = on_device(write_RL, cache.device).flatten()
         keys_T = cache.positions(self._table_RZ.shape[1] * PAGE_TOKENS)
-        self.mask_RLT = keys_T <= torch.tensor(last_RL, device=cache.device)[..., None]
+        self.mask_RLT = keys_T <= on_device(last_RL, cache.device)[..., None]
 
     def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
         row = self.cache.attention_row(layer)
@@ -224,7 +230,7 @@ class ReadStates(_RowStates):
     def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
         super().__init__(cache, slots, lengths, width)
         self._table_RZ = cache.page_table(slots, max(self.starts))
-        limits = torch.tensor([self.starts, list(lengths)], device=cache.device)[..., None]
+        limits = on_device([self.starts, list(lengths)], cache.device)[..., None]
         cached_RT = cache.positions(self._table_RZ.shape[1] * PAGE_TOKENS) < limits[0]
         own_RT = cache.positions(width) < limits[1]
         self.mask_RLT = torch.cat([cached_RT, own_RT], dim=1)[:, None].expand(-1, width, -1)

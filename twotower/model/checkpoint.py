@@ -116,8 +116,6 @@ class _opened:
 def _layout(directory: Path, names: Mapping[str, Path]) -> Layout:
     if any(name.startswith(DENOISER_PREFIX) for name in names):
         return Layout.TWO_TOWER
-    if any(name.startswith((BASE_PREFIX, CONTEXT_PREFIX)) for name in names):
+    if any(name.startswith(BASE_PREFIX) for name in names):
         return Layout.BASE
-    raise CheckpointError(
-        f"{directory}: no tensor starts with {CONTEXT_PREFIX!r}, {DENOISER_PREFIX!r} or {BASE_PREFIX!r}"
-    )
+    raise CheckpointError(f"{directory}: no tensor starts with {DENOISER_PREFIX!r} or {BASE_PREFIX!r}")

@@ -23,6 +23,7 @@ from twotower.model.checkpoint import (
     Checkpoint,
     Layout,
 )
+from twotower.model.kernels import choose, install
 from twotower.model.tower import ContextTower, DenoiserTower, Tower
 
 # Kept in fp32 in a model of any dtype: they are few, and the scan and the router are sensitive to them.
@@ -32,17 +33,21 @@ _DENOISER_OWN = ("lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
 
 
 def load_context_tower(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: bool = False
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: bool = False, kernels: str = "auto"
 ) -> ContextTower:
-    """The context tower, ready to read. Raises CheckpointError naming the first wrong tensor and its file."""
+    """The context tower, ready to read. `kernels` torch forces the plain path (see `model/kernels`).
+
+    Raises CheckpointError naming the first wrong tensor and its file.
+    """
     with torch.device("meta"):
         tower = ContextTower(checkpoint.config)
     _load(checkpoint, tower, device, dtype, progress, "context tower")
+    install(tower, choose(checkpoint.config, device, dtype, kernels))
     return tower
 
 
 def load_denoiser_tower(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: bool = False
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: bool = False, kernels: str = "auto"
 ) -> DenoiserTower:
     """The denoiser tower, ready to step. Raises CheckpointError as above, and for a base checkpoint, which has none."""
     if checkpoint.layout is not Layout.TWO_TOWER:
@@ -50,6 +55,7 @@ def load_denoiser_tower(
     with torch.device("meta"):
         tower = DenoiserTower(checkpoint.config)
     _load(checkpoint, tower, device, dtype, progress, "denoiser tower")
+    install(tower, choose(checkpoint.config, device, dtype, kernels))
     return tower
 
 
@@ -108,7 +114,7 @@ def _load(
             raise CheckpointError(
                 f"{checkpoint.files[name]}: tensor {name!r}: got shape {checkpoint.shape(name)}, wanted {shape}"
             )
-    _materialise(tower, device, dtype)
+    materialise(tower, device, dtype)
     views = {_spelling(checkpoint, name): view for name, view in stored_tensors(tower, checkpoint.layout)}
     in_file_order = sorted(views, key=lambda name: str(checkpoint.files[name]))
     for name in tqdm(in_file_order, desc=f"loading {what}", unit="tensor", disable=not progress):
@@ -145,7 +151,7 @@ def _belongs_elsewhere(checkpoint: Checkpoint, tower: Tower, name: str) -> bool:
     return name.startswith((CONTEXT_PREFIX, "context_lm_head."))
 
 
-def _materialise(tower: Tower, device: torch.device, dtype: torch.dtype) -> None:
+def materialise(tower: Tower, device: torch.device, dtype: torch.dtype) -> None:
     """Give a tower that was built on the meta device memory of its own, uninitialised."""
     small = {name for name, _ in tower.state_dict().items() if name.endswith(_ALWAYS_FP32)}
     for module_name, module in tower.named_modules():

@@ -5,6 +5,8 @@ contexts (the released code's own remark). Several positions go through the chun
 position through the bare recurrence; both compute `h_t = exp(dt_t·A)·h_{t-1} + dt_t·x_t ⊗ B_t`, `y_t = h_t·C_t`.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -55,40 +57,23 @@ class MambaMixer(nn.Module):
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = GatedGroupNorm(width, self.groups, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
+        self.kernels = PLAIN
 
     def forward(self, x_RLD: Tensor, layer: int, states: LayerStates) -> Tensor:
         width, channels = self.config.mamba_width, self.config.conv_channels
         gate, xbc_RLC, dt_RLH = self.in_proj(x_RLD).split([width, channels, self.heads], dim=-1)
         window_RKC, ssm_RHPN = states.mamba(layer)
         stream_RTC = torch.cat([window_RKC, xbc_RLC], dim=1)
-        inputs = self._scan_inputs(self._convolve(stream_RTC), dt_RLH, states.lengths_R)
+        inputs = self._scan_inputs(self.kernels.convolve(stream_RTC, self.conv1d), dt_RLH, states.lengths_R)
         if x_RLD.shape[1] == 1:
-            y_RLHP, ssm_RHPN = step(inputs, ssm_RHPN)
+            y_RLHP, ssm_RHPN = self.kernels.step(inputs, ssm_RHPN)
         else:
-            y_RLHP, entries = scan(inputs, ssm_RHPN, self.config.chunk_size, states.updates)
+            y_RLHP, entries = self.kernels.scan(inputs, ssm_RHPN, self.config.chunk_size, states.updates)
             ssm_RHPN = entries[-1]
         if states.updates:
             states.put_mamba(layer, _newest(stream_RTC, self.config.conv_kernel, states.lengths_R), ssm_RHPN)
         y_RLHP = torch.addcmul(y_RLHP, inputs.x, self.D.float()[:, None])
         return self.out_proj(self.norm(y_RLHP.flatten(2).to(x_RLD.dtype), gate))
-
-    def _convolve(self, stream_RTC: Tensor) -> Tensor:
-        """Causal depthwise convolution and silu over the K-1 newest cached vectors and the new ones, newest tap last.
-
-        As K shifted products in fp32, which beats a depthwise conv1d on few positions.
-        """
-        taps = self.config.conv_kernel
-        stream = stream_RTC[:, 1:].float()
-        positions = stream.shape[1] - taps + 1
-        weight_KC = self.conv1d.weight[:, 0].float().T.contiguous()
-        bias_C = 0.0 if self.conv1d.bias is None else self.conv1d.bias.float()
-        if positions == 1:
-            out = (stream * weight_KC).sum(1, keepdim=True) + bias_C
-        else:
-            out = stream[:, :positions] * weight_KC[0] + bias_C
-            for tap in range(1, taps):
-                out.addcmul_(stream[:, tap : tap + positions], weight_KC[tap])
-        return F.silu(out.to(stream_RTC.dtype)).float()
 
     def _scan_inputs(self, xbc_RLC: Tensor, dt_RLH: Tensor, lengths_R: Tensor | None) -> ScanInputs:
         state = self.groups * self.config.ssm_state_size
@@ -101,6 +86,25 @@ class MambaMixer(nn.Module):
         by_head, by_group = (self.heads, self.head_dim), (self.groups, self.config.ssm_state_size)
         a = -torch.exp(self.A_log.float())
         return ScanInputs(x.unflatten(-1, by_head), dt, a, b.unflatten(-1, by_group), c.unflatten(-1, by_group))
+
+
+def convolve(stream_RTC: Tensor, conv1d: nn.Conv1d) -> Tensor:
+    """Causal depthwise convolution and silu over the K-1 newest cached vectors and the new ones, newest tap last; fp32.
+
+    As K shifted products in fp32, which beats a depthwise conv1d on few positions.
+    """
+    taps = conv1d.kernel_size[0]
+    stream = stream_RTC[:, 1:].float()
+    positions = stream.shape[1] - taps + 1
+    weight_KC = conv1d.weight[:, 0].float().T.contiguous()
+    bias_C = 0.0 if conv1d.bias is None else conv1d.bias.float()
+    if positions == 1:
+        out = (stream * weight_KC).sum(1, keepdim=True) + bias_C
+    else:
+        out = stream[:, :positions] * weight_KC[0] + bias_C
+        for tap in range(1, taps):
+            out.addcmul_(stream[:, tap : tap + positions], weight_KC[tap])
+    return F.silu(out.to(stream_RTC.dtype)).float()
 
 
 def _newest(stream_RTC: Tensor, window: int, lengths_R: Tensor | None) -> Tensor:
@@ -172,6 +176,21 @@ def _scan_chunk(part: ScanInputs, ssm_RHPN: Tensor, heads: int, groups: int, wit
     gained_RGMN = (dtx_RGJKP * to_end_RGJK[..., None]).transpose(3, 4).flatten(2, 3) @ b_RGKN
     kept_RH = grown_RGJQ[..., -1].flatten(1, 2)
     return y_RQHP, torch.addcmul(gained_RGMN.view(ssm_RHPN.shape), ssm_RHPN, kept_RH[..., None, None])
+
+
+Convolve = Callable[[Tensor, nn.Conv1d], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class MambaKernels:
+    """What computes a mixer's three parts; `twotower.model.kernels` puts faster functions in place of the plain."""
+
+    convolve: Convolve
+    scan: Callable[[ScanInputs, Tensor, int, bool], tuple[Tensor, list[Tensor]]]
+    step: Callable[[ScanInputs, Tensor], tuple[Tensor, Tensor]]
+
+
+PLAIN = MambaKernels(convolve, scan, step)
 
 
 @lru_cache(maxsize=64)

@@ -54,6 +54,7 @@ class Tower(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.kernels = "torch"  # what computes the layers, in words; `twotower.model.kernels.install` changes both
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm_f = RmsNorm(config.hidden_size, config.layer_norm_epsilon)

@@ -1,0 +1,82 @@
+"""Passes of fixed shape give what the ordinary ones give, and touch nothing but their rows. Eagerly: no GPU needed."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.goldens import CPU, MODELS, Golden, golden
+from twotower.engine.graphs import FixedPasses
+from twotower.model.cache import TowerCache
+
+NAMES = pytest.mark.parametrize("name", MODELS)
+LENGTHS = (21, 1, 64)  # read before, by rows that share a pass
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def _filled(model: Golden) -> tuple[TowerCache, list[int], int]:
+    """A cache whose slots have read LENGTHS tokens, those slots, and a scratch slot."""
+    cache = TowerCache(model.checkpoint.config, 5, 40, CPU, torch.float32)
+    scratch = cache.allocate(0)
+    slots = [cache.allocate(length + 32) for length in LENGTHS]
+    for slot, length in zip(slots, LENGTHS, strict=True):
+        _read(model, cache, [slot], [list(range(4, 4 + length))])
+    return cache, slots, scratch
+
+
+def _read(model: Golden, cache: TowerCache, slots: list[int], tokens: list[list[int]]) -> torch.Tensor:
+    width = max(map(len, tokens))
+    states = cache.extending(slots, [len(ids) for ids in tokens], width)
+    hidden = model.context(torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens]), states)
+    for slot, ids in zip(slots, tokens, strict=True):
+        cache.advance(slot, len(ids))
+    return model.context.logits(hidden)
+
+
+@NAMES
+@pytest.mark.parametrize("lengths", [(16, 16, 16), (1, 1, 1), (5, 16, 3)])
+def test_extending(name: str, lengths: tuple[int, ...]) -> None:
+    model = golden(name)
+    (ours, slots, scratch), (plain, _, _) = _filled(model), _filled(model)
+    tokens = [[5 + i for i in range(length)] for length in lengths]
+    logits = FixedPasses(model.context, ours, scratch).run(slots, tokens)
+    wanted = _read(model, plain, slots, tokens)
+    for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        ours.advance(slot, length)
+        torch.testing.assert_close(logits[row, :length], wanted[row, :length], rtol=0, atol=1e-4)
+        for ours_part, plain_part in zip(
+            ours.delta(slot, 0, ours.length(slot)), plain.delta(slot, 0, plain.length(slot)), strict=True
+        ):
+            torch.testing.assert_close(ours_part, plain_part, rtol=0, atol=1e-4)
+
+
+@NAMES
+@pytest.mark.parametrize("t", [(1.0, 0.5, 0.25), None])
+def test_reading(name: str, t: tuple[float, ...] | None) -> None:
+    model = golden(name)
+    cache, slots, scratch = _filled(model)
+    before = [part.clone() for part in (cache.conv, cache.ssm, cache.keys, cache.values)]
+    tokens = [[3] * 16, [3] * 8, [3] * 16] if t else [[7], [8], [9]]
+    width = len(tokens[0])
+    logits = FixedPasses(model.denoiser, cache, scratch).run(slots, tokens, t)
+    states = cache.reading(slots, [len(ids) for ids in tokens], width)
+    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens])
+    wanted = model.denoiser.logits(model.denoiser(padded, states, None if t is None else torch.tensor(t)))
+    for row, ids in enumerate(tokens):
+        torch.testing.assert_close(logits[row, : len(ids)], wanted[row, : len(ids)], rtol=0, atol=1e-4)
+    for part, unchanged in zip((cache.conv, cache.ssm, cache.keys, cache.values), before, strict=True):
+        assert torch.equal(part, unchanged)
+
+
+def test_few_shapes_serve_many_batches() -> None:
+    model = golden(MODELS[0])
+    cache, slots, scratch = _filled(model)
+    passes = FixedPasses(model.denoiser, cache, scratch)
+    for rows in (1, 2, 3):
+        passes.run(slots[:rows], [[3] * 16] * rows, [1.0] * rows)
+    assert sorted(shape.rows for shape in passes._passes) == [1, 2, 4]

@@ -1,0 +1,151 @@
+"""Inside a tick the host waits for the device once: when it reads the unmasked tokens.
+
+A CPU never waits, so what would make a GPU's host wait is looked for by name (reads of a tensor's value, operations
+whose output's size depends on values), and a meta device, which has no values, must be enough for every pass.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.goldens import CPU, MODELS, Golden, golden
+from twotower.config import ModelConfig
+from twotower.core import DecodingParams, Event, Mode, Request, RequestId
+from twotower.decoding.sampling import TokenParams, sample
+from twotower.decoding.unmasking import StepParams, unmask
+from twotower.engine.context_engine import ContextEngine
+from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.settings import EngineSettings
+from twotower.exchange.local import LocalExchange
+from twotower.model.cache import TowerCache
+from twotower.model.tower import ContextTower, DenoiserTower
+
+NAMES = pytest.mark.parametrize("name", MODELS)
+WAITING = set(
+    "_local_scalar_dense item is_nonzero equal nonzero masked_select bincount _unique _unique2 unique_dim "
+    "unique_consecutive repeat_interleave".split()
+)
+READS = "item tolist cpu numpy nonzero __bool__ __int__ __float__ __index__".split()
+# The 30B's shapes with fewer layers: one of each kind.
+LARGE = ModelConfig(
+    hybrid_override_pattern="ME*",
+    hidden_size=2688,
+    num_key_value_heads=2,
+    mamba_num_heads=64,
+    n_routed_experts=128,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at the first operation that would make a GPU's host wait, or that mixes devices."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operation.overloadpacket.__name__
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        assert name not in WAITING, f"{name} makes the host wait"
+        assert len({tensor.device for tensor in tensors}) <= 1, f"{name} mixes devices"
+        if name.startswith(("index", "_index_put")):
+            places = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor)]
+            assert all(place.dtype is not torch.bool for place in places), f"{name} counts the True"
+        return operation(*args, **(kwargs or {}))
+
+
+def _passes(context: ContextTower, denoiser: DenoiserTower, device: torch.device) -> None:
+    """A commit, an AR step, a denoiser pass over blocks of two sizes, unmasking and sampling."""
+    cache = TowerCache(context.config, 4, 64, device, context.dtype)
+    slots = [cache.allocate(64) for _ in range(3)]
+    for lengths in ([16, 16, 16], [16, 5, 1], [1, 1, 1]):
+        tokens = torch.full((3, max(lengths)), 5, device=device)
+        hidden = context(tokens, cache.extending(slots, lengths, max(lengths)))
+        for slot, length in zip(slots, lengths, strict=True):
+            cache.advance(slot, length)
+        sample(context.logits(hidden[:, 0]), [TokenParams(), TokenParams(0.7, 3, 0.9, 1), TokenParams()])
+    block = torch.full((3, 16), 3, device=device)
+    states = cache.reading(slots, [16, 8, 16], 16)
+    logits = denoiser.logits(denoiser(block, states, torch.ones(3, device=device)))
+    rows = [StepParams(0.8, 16), StepParams(0.8, 8, 0.7, 1), StepParams(0.0, 1)]
+    unmask(logits, block, block == 3, rows)
+    list(cache.delta(slots[0], 0, 17))
+
+
+@NAMES
+def test_no_pass_makes_the_host_wait(name: str) -> None:
+    model = golden(name)
+    with NoWaiting():
+        _passes(model.context, model.denoiser, CPU)
+
+
+def test_no_pass_needs_a_value_or_a_host_tensor() -> None:
+    """On the meta device, at full width: nothing there can be read, so whatever would read it fails."""
+    meta = torch.device("meta")
+    with meta:
+        context, denoiser = ContextTower(LARGE).bfloat16(), DenoiserTower(LARGE).bfloat16()
+    with NoWaiting():
+        _passes(context, denoiser, meta)
+
+
+def test_the_check_sees_what_it_looks_for() -> None:
+    values = torch.arange(4)
+    for waiting in (lambda: values.sum().item(), lambda: values[values > 1], lambda: torch.bincount(values)):
+        with pytest.raises(AssertionError), NoWaiting():
+            waiting()
+
+
+@contextmanager
+def _counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often Python asks a tensor for its values."""
+    reads: Counter[str] = Counter()
+    with monkeypatch.context() as patch:
+        for name in READS:
+            original = getattr(torch.Tensor, name)
+
+            def counting(self: Any, *args: Any, _name: str = name, _original: Any = original, **more: Any) -> Any:
+                reads[_name] += 1
+                return _original(self, *args, **more)
+
+            patch.setattr(torch.Tensor, name, counting)
+        yield reads
+
+
+def _engines(model: Golden, events: list[Event]) -> tuple[ContextEngine, DenoiserEngine]:
+    settings = EngineSettings(max_sequences=4, max_sequence_length=128)
+    context = ContextEngine(model.context, settings, events.append)
+    exchange = LocalExchange(context.cache, lambda: None)
+    context.connect(exchange.port)
+    return context, DenoiserEngine(model.denoiser, exchange.link, settings, events.append)
+
+
+@NAMES
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_tick_reads_from_the_device_at_most_once(name: str, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, events = golden(name), []  # type: ignore[var-annotated]
+    context, denoiser = _engines(model, events)
+    engines = (context, denoiser)
+    params = DecodingParams(mode, max_new_tokens=20, block_size=8, steps_per_block=4, ignore_eos=True)
+    owner = context if mode is Mode.AR else denoiser
+    for number in range(3):
+        owner.add(Request(RequestId(str(number)), tuple(range(4, 12)), params))
+    most = 0
+    for _ in range(60):
+        for engine in engines:
+            with _counted(monkeypatch) as reads:
+                engine.tick()
+            assert sum(reads.values()) <= 1, reads
+            most = max(most, sum(reads.values()))
+    assert most == 1
+    assert sum(len(getattr(event, "token_ids", ())) for event in events) == 60

@@ -1,0 +1,178 @@
+"""Passes of fixed shape: one upload, then nothing the host has to do; on a GPU captured once and replayed.
+
+A pass of a 52-layer tower is some four thousand launches, which cost the host more than the GPU needs for a few rows.
+Rows and pages are rounded up to powers of two, so that few shapes occur; rows nobody asked for read and write a scratch
+slot. On a CPU the same passes run without capture, which is how they are tested; a capture has not been seen yet.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower.model import mamba
+from twotower.model.cache import WASTE_PAGE, TowerCache
+from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.model.tower import ContextTower, DenoiserTower
+from twotower.model.transfer import on_device
+
+_FEWEST_PAGES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PassShape:
+    """What a captured pass is fixed to. `head`: it ends in logits, not in hidden states. `timed`: it is given t."""
+
+    rows: int
+    width: int
+    pages: int
+    head: bool
+    timed: bool = False
+
+
+class FixedStates:
+    """LayerStates whose every number is computed on the device from `slots`, `starts`, `lengths` and page tables."""
+
+    def __init__(self, cache: TowerCache, given_RX: Tensor, width: int, updates: bool) -> None:
+        slots_R1, starts_R1, lengths_R1, table_RZ = given_RX.split([1, 1, 1, given_RX.shape[1] - 3], dim=1)
+        self.updates, self._cache, self._table_RZ = updates, cache, table_RZ
+        self._slots_R, self.lengths_R = slots_R1[:, 0], lengths_R1[:, 0]
+        new_L = torch.arange(width, device=given_RX.device)
+        keys_T = torch.arange(table_RZ.shape[1] * PAGE_TOKENS, device=given_RX.device)
+        if updates:
+            last_RL = starts_R1 + torch.minimum(new_L, lengths_R1 - 1)
+            self.mask_RLT = keys_T <= last_RL[..., None]
+            self._write_M = _places(table_RZ, starts_R1 + new_L, new_L < lengths_R1).flatten()
+        else:
+            seen_RT = torch.cat([keys_T < starts_R1, new_L < lengths_R1], dim=1)
+            self.mask_RLT = seen_RT[:, None].expand(-1, width, -1)
+
+    def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
+        row = self._cache.mamba_row(layer)
+        return (
+            self._cache.conv[row].index_select(0, self._slots_R),
+            self._cache.ssm[row].index_select(0, self._slots_R),
+        )
+
+    def put_mamba(self, layer: int, conv_RKC: Tensor, ssm_RHPN: Tensor) -> None:
+        row = self._cache.mamba_row(layer)
+        self._cache.conv[row].index_copy_(0, self._slots_R, conv_RKC)
+        self._cache.ssm[row].index_copy_(0, self._slots_R, ssm_RHPN)
+
+    def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
+        row = self._cache.attention_row(layer)
+        keys, values = self._cache.keys[row], self._cache.values[row]
+        if self.updates:
+            keys.flatten(0, 1).index_copy_(0, self._write_M, keys_RLSE.flatten(0, 1))
+            values.flatten(0, 1).index_copy_(0, self._write_M, values_RLSE.flatten(0, 1))
+        seen = keys[self._table_RZ].flatten(1, 2), values[self._table_RZ].flatten(1, 2)
+        if self.updates:
+            return seen
+        return torch.cat([seen[0], keys_RLSE], dim=1), torch.cat([seen[1], values_RLSE], dim=1)
+
+
+def _places(table_RZ: Tensor, positions_RL: Tensor, real_RL: Tensor) -> Tensor:
+    """Where positions lie in the flattened page memory [R,L]; padding goes to the waste page."""
+    pages_RL = table_RZ.gather(1, (positions_RL // PAGE_TOKENS).clamp(max=table_RZ.shape[1] - 1))
+    return torch.where(real_RL, pages_RL * PAGE_TOKENS + positions_RL % PAGE_TOKENS, WASTE_PAGE * PAGE_TOKENS)
+
+
+class FixedPass:
+    """One shape's forward. Its inputs and its output stay at their addresses: use the output before the next `run`."""
+
+    def __init__(self, tower: ContextTower | DenoiserTower, cache: TowerCache, shape: PassShape, scratch: int) -> None:
+        self._tower, self._cache, self._shape = tower, cache, shape
+        self._idle = [0] * shape.width + [scratch, 0, 1] + [WASTE_PAGE] * shape.pages
+        self._given_RX = on_device([self._idle] * shape.rows, tower.device)
+        self._t_R = torch.ones(shape.rows, device=tower.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        # The graph reads this mask for good, so it must not leave the function's cache of masks.
+        self._kept = mamba._future(min(tower.config.chunk_size, shape.width), tower.device)
+
+    def capture(self, pool: Any) -> None:
+        """Record the forward. What runs meanwhile are the idle rows: a warm-up must not extend anybody's state."""
+        stream = torch.cuda.Stream(self._tower.device)
+        stream.wait_stream(torch.cuda.current_stream(self._tower.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._forward()
+        torch.cuda.current_stream(self._tower.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads (a link's) may use CUDA meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._out = self._forward()
+
+    def run(self, rows: Sequence[Sequence[int]], t: Sequence[float]) -> Tensor:
+        """`rows`: tokens, slot, start, length and pages of each. Output of these rows [R,…]."""
+        idle = self._shape.rows - len(rows)
+        self._given_RX.copy_(on_device([*rows, *[self._idle] * idle], self._tower.device))
+        if self._shape.timed:
+            self._t_R.copy_(on_device([*t, *[1.0] * idle], self._tower.device))
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._out = self._forward()
+        return self._out[: len(rows)]
+
+    def _forward(self) -> Tensor:
+        width, tower = self._shape.width, self._tower
+        tokens_RL, given_RX = self._given_RX.split([width, self._given_RX.shape[1] - width], dim=1)
+        states = FixedStates(self._cache, given_RX, width, updates=isinstance(tower, ContextTower))
+        if isinstance(tower, ContextTower):
+            hidden: Tensor = tower(tokens_RL, states)
+        else:
+            hidden = tower(tokens_RL, states, self._t_R if self._shape.timed else None)
+        return tower.logits(hidden) if self._shape.head else hidden
+
+
+class FixedPasses:
+    """A tower's passes over a cache, a FixedPass for each shape that has occurred.
+
+    `scratch` is a slot of the cache that no sequence uses (a denoiser's is only read: any slot will do). `graphs` is
+    the switch: without it, and on a CPU, passes run eagerly.
+    """
+
+    def __init__(
+        self, tower: ContextTower | DenoiserTower, cache: TowerCache, scratch: int, graphs: bool = True
+    ) -> None:
+        self._tower, self._cache, self._scratch = tower, cache, scratch
+        self._passes: dict[PassShape, FixedPass] = {}
+        self._pool = torch.cuda.graph_pool_handle() if graphs and tower.device.type == "cuda" else None
+
+    def run(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float] | None = None, head: bool = True
+    ) -> Tensor:
+        """Logits [R,L,V] fp32, or hidden states [R,L,D], of rows that read `tokens`; L is the longest row's length.
+
+        A context tower's slots are the caller's to advance, as after `extending`.
+        """
+        width = max(len(ids) for ids in tokens)
+        updates = isinstance(self._tower, ContextTower)
+        starts = [self._cache.length(slot) for slot in slots]
+        seen = max(start + (width if updates else 0) for start in starts)
+        pages = _power_of_two(max(pages_for(seen), _FEWEST_PAGES))
+        shape = PassShape(_power_of_two(len(slots)), width, pages, head, t is not None)
+        rows = [
+            [*ids, *[0] * (width - len(ids)), slot, start, len(ids), *self._table(slot, pages)]
+            for slot, start, ids in zip(slots, starts, tokens, strict=True)
+        ]
+        return self._pass(shape).run(rows, t or [])
+
+    def _table(self, slot: int, pages: int) -> list[int]:
+        """Beyond a sequence's own pages nothing is seen, and padding is not written."""
+        table = list(self._cache.pages_of(slot)[:pages])
+        return table + [0] * (pages - len(table))
+
+    def _pass(self, shape: PassShape) -> FixedPass:
+        found = self._passes.get(shape)
+        if found is None:
+            found = self._passes[shape] = FixedPass(self._tower, self._cache, shape, self._scratch)
+            if self._pool is not None:
+                found.capture(self._pool)
+        return found
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

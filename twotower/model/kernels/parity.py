@@ -1,0 +1,107 @@
+"""How far a replacement is from the plain torch function, on random inputs: the one measure for tests and loading.
+
+Inputs are like a bf16 model's: values that bf16 holds, computed with in fp32.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from twotower.config import ModelConfig
+from twotower.model import mamba
+from twotower.model.attention import Attend, attend
+from twotower.model.mamba import MambaKernels, ScanInputs
+
+TOLERANCE = 5e-3  # of the largest value; TF32 products and one bf16 rounding more or less stay below it
+LENGTHS = (1, 2, 16, 24, 130)  # a step, less than a chunk, a block, a chunk and a half, more than one chunk
+_ROWS, _CACHED = 3, 37
+
+
+def mamba_deviations(kernels: MambaKernels, config: ModelConfig, device: torch.device) -> Iterator[tuple[str, float]]:
+    """Every case's name and deviation."""
+    for length in LENGTHS:
+        stream_RTC, conv1d = _stream(config, length, device)
+        yield (
+            f"convolution [{_ROWS},{length}]",
+            _off(kernels.convolve(stream_RTC, conv1d), mamba.convolve(stream_RTC, conv1d)),
+        )
+        inputs, ssm_RHPN = scan_inputs(config, length, device)
+        before = ssm_RHPN.clone()
+        if length == 1:
+            (y, end), (plain_y, plain_end) = kernels.step(inputs, ssm_RHPN), mamba.step(inputs, before)
+        else:
+            y, (*_, end) = kernels.scan(inputs, ssm_RHPN, config.chunk_size, True)
+            plain_y, (*_, plain_end) = mamba.scan(inputs, before, config.chunk_size, True)
+        yield f"scan [{_ROWS},{length}]", _off(y, plain_y)
+        yield f"state after [{_ROWS},{length}]", _off(end, plain_end)
+        yield f"state before [{_ROWS},{length}] left alone", _off(ssm_RHPN, before)
+
+
+def attention_deviations(
+    replacement: Attend, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, float]]:
+    """Rows that have read different amounts, seen causally and as a block."""
+    for length in LENGTHS:
+        keys_T = torch.arange(_CACHED + length, device=device)
+        starts_R = torch.tensor([0, 5, _CACHED], device=device)
+        last_RL = starts_R[:, None] + torch.arange(length, device=device)
+        block_RLT = (keys_T < starts_R[:, None])[:, None].expand(-1, length, -1) | (keys_T >= _CACHED)
+        random = _generator(device)
+        q, k, v = (
+            torch.randn(_ROWS, count, heads, config.head_dim, generator=random, device=device).to(dtype)
+            for count, heads in (
+                (length, config.num_attention_heads),
+                (_CACHED + length, config.num_key_value_heads),
+                (_CACHED + length, config.num_key_value_heads),
+            )
+        )
+        for name, mask_RLT in (("causal", keys_T <= last_RL[..., None]), ("block", block_RLT)):
+            yield (
+                f"attention, {name} [{_ROWS},{length}]",
+                _off(replacement(q, k, v, mask_RLT), attend(q, k, v, mask_RLT)),
+            )
+
+
+def scan_inputs(config: ModelConfig, length: int, device: torch.device) -> tuple[ScanInputs, Tensor]:
+    """Inputs of a scan over `length` positions, the last of the first row padding, and a state that is not zero."""
+    random = _generator(device)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device).bfloat16().float()
+
+    heads, width, groups, state = (
+        config.mamba_num_heads,
+        config.mamba_head_dim,
+        config.n_groups,
+        config.ssm_state_size,
+    )
+    dt = torch.rand(_ROWS, length, heads, generator=random, device=device) * 0.2
+    if length > 1:
+        dt[0, -1] = 0
+    a = -1 - 15 * torch.rand(heads, generator=random, device=device)
+    x = normal(_ROWS, length, heads, width)
+    b, c = normal(_ROWS, length, groups, state), normal(_ROWS, length, groups, state)
+    return ScanInputs(x, dt, a, b, c), normal(_ROWS, heads, width, state)
+
+
+def _stream(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, nn.Conv1d]:
+    channels, taps = config.conv_channels, config.conv_kernel
+    random = _generator(device)
+    conv1d = nn.Conv1d(channels, channels, taps, groups=channels, bias=config.use_conv_bias)
+    conv1d = conv1d.to(device, torch.bfloat16).requires_grad_(False)
+    conv1d.weight.copy_(torch.randn(conv1d.weight.shape, generator=random, device=device))
+    stream = torch.randn(_ROWS, taps + length, channels, generator=random, device=device)
+    return stream.bfloat16(), conv1d
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(1)
+
+
+def _off(ours: Tensor, plain: Tensor) -> float:
+    """The largest difference, as a part of the largest value; infinite where a NaN is."""
+    if ours.shape != plain.shape:
+        return torch.inf
+    difference = (ours.float() - plain.float()).abs().max() / plain.float().abs().max().clamp(min=1e-6)
+    return float(difference.nan_to_num(torch.inf))
