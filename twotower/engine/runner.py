@@ -13,15 +13,15 @@ from typing import Protocol
 
 import torch
 
-from twotower.core import Event, Mode, Request, RequestId
+from twotower.core import Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
 from twotower.engine.handle import EngineStats
 from twotower.errors import TwoTowerError, Unavailable
 
 logger = logging.getLogger(__name__)
 
-# Waking the event loop costs as much as a fifth of a small model's forward, so it is done no oftener than this while
-# the engines are busy; an event then waits for the end of the next turn at most.
-_DELIVER_S = 0.004
+# Waking the event loop takes the interpreter from the engine for a good part of a small model's forward. While the
+# engines are busy it is done for the first and the last event of a request, for others no oftener than this.
+_DELIVER_S = 0.008
 _QUIET_S = 1.0  # how long `events` waits before it answers with nothing: shows its caller that the process lives
 
 
@@ -56,6 +56,7 @@ class EngineRunner:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._busy_s = 0.0
         self._turn_started: float | None = None
+        self._urgent = False
         self._delivered = 0.0
         self.turns = 0
 
@@ -71,6 +72,9 @@ class EngineRunner:
         """Hand an event to whoever awaits `events`. From the runner's thread."""
         with self._lock:
             self._events.append(event)
+            if not isinstance(event, ReleasedEvent):
+                first_or_last = isinstance(event, FailureEvent) or event.start == 0 or event.finish_reason is not None
+                self._urgent = self._urgent or first_or_last
 
     def progress(self) -> int:
         """Turns made so far: grows at least once a second while the engines live, stands still while a tick hangs."""
@@ -97,21 +101,25 @@ class EngineRunner:
         self._wake.set()
 
     async def events(self) -> list[Event]:
-        arrived = asyncio.Event()
         loop = asyncio.get_running_loop()
+        arrived: asyncio.Future[None] = loop.create_future()
         with self._lock:
-            self._ring = partial(loop.call_soon_threadsafe, arrived.set)
             if self._events:
-                arrived.set()
+                return self._take_events()
+            self._ring = partial(loop.call_soon_threadsafe, _resolve, arrived)
+        quiet = loop.call_later(_QUIET_S, _resolve, arrived)
         try:
-            async with asyncio.timeout(_QUIET_S):
-                await arrived.wait()
-        except TimeoutError:
-            pass
+            await arrived
+        finally:
+            quiet.cancel()
         with self._lock:
-            events, self._events, self._ring = self._events, [], None
+            events = self._take_events()
         if not events:
             self._check()
+        return events
+
+    def _take_events(self) -> list[Event]:
+        events, self._events, self._ring, self._urgent = self._events, [], None, False
         return events
 
     async def stats(self) -> list[EngineStats]:
@@ -154,7 +162,7 @@ class EngineRunner:
         self._turn_started = None
         self.turns += 1
         now = time.monotonic()
-        if not worked or now - self._delivered > _DELIVER_S:
+        if self._urgent or not worked or now - self._delivered > _DELIVER_S:
             self._deliver()
             self._delivered = now
         if worked:
@@ -173,6 +181,11 @@ class EngineRunner:
             except RuntimeError:
                 # The event loop that waited is closed: nobody is left to tell.
                 logger.debug("events for a closed event loop")
+
+
+def _resolve(arrived: "asyncio.Future[None]") -> None:
+    if not arrived.done():
+        arrived.set_result(None)
 
 
 def _reason(error: Exception) -> str:
