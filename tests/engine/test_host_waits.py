@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.goldens import CPU, MODELS, Golden, golden
 from twotower.config import ModelConfig
-from twotower.core import DecodingParams, Event, Mode, Request, RequestId
+from twotower.core import BlockEvent, DecodingParams, Event, Mode, Request, RequestId
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.unmasking import StepParams, unmask
 from twotower.engine.context_engine import ContextEngine
@@ -148,4 +148,4 @@ def test_a_tick_reads_from_the_device_at_most_once(name: str, mode: Mode, monkey
             assert sum(reads.values()) <= 1, reads
             most = max(most, sum(reads.values()))
     assert most == 1
-    assert sum(len(getattr(event, "token_ids", ())) for event in events) == 60
+    assert sum(len(event.token_ids) for event in events if isinstance(event, BlockEvent)) == 60

@@ -1,0 +1,106 @@
+"""The GPU benchmark on a CPU: every section runs on a tiny model, and what it measures with is right."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import main
+from benchmarks.gpu_parts.passes import AR_STEP, COMMIT, DENOISE, Bench
+from benchmarks.gpu_parts.site import FULL, Site
+from twotower.model.tower import ContextTower, DenoiserTower
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    with torch.inference_mode():
+        return Bench(Site.of("cpu", True, None))
+
+
+@pytest.mark.parametrize("section", ["passes", "exchange"])
+def test_a_section_alone(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    output = tmp_path / "new" / "report.md"
+    assert main(["--tiny", "--sections", section, "--output", str(output)]) == 0
+    report = output.read_text()
+    assert "no time in it means anything" in report
+    assert f"--sections {section}" in report
+    if section == "passes":
+        rows = [line for line in report.splitlines() if line.startswith(("| denoiser step", "| commit", "| AR step"))]
+        assert len(rows) == 3 * 2
+        assert "Error" not in report
+    else:
+        assert "Checked on the device: every element as sent." in report
+        assert "the context side is gone" in report
+        assert "3 of 3 mirror slots free again" in report
+        assert "first delta after" in report
+        assert "the denoiser side is gone" in report
+
+
+@pytest.mark.slow
+def test_parity_of_the_cpu_with_itself(tmp_path: Path) -> None:
+    output = tmp_path / "report.md"
+    assert main(["--tiny", "--sections", "parity", "--output", str(output)]) == 0
+    report = output.read_text()
+    assert "MORE than" not in report
+    assert "NOT FINITE" not in report
+    assert report.count("cpu float32 auto | 49 of 49") == 2
+
+
+def test_a_section_that_breaks_does_not_take_the_others_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(site: Site, report: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(main.__globals__["SECTIONS"], "parity", broken)
+    output = tmp_path / "report.md"
+    assert main(["--tiny", "--sections", "parity,passes", "--batches", "1", "--output", str(output)]) == 1
+    report = output.read_text()
+    assert "## parity BROKE\n\n`RuntimeError: no kernel image`" in report
+    assert "## Passes" in report
+
+
+@pytest.mark.parametrize("arguments", [["--sections", "speed"], ["--batches", "0"], ["--batches", "1,x"]])
+def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "got" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "--tiny runs on the CPU" in capsys.readouterr().err
+
+
+def test_the_full_size_is_the_released_one() -> None:
+    with torch.device("meta"):
+        towers = ContextTower(FULL), DenoiserTower(FULL)
+    parameters = sum(p.numel() for tower in towers for p in tower.parameters())
+    assert round(parameters / 1e9, 1) == 63.2
+
+
+@torch.inference_mode()
+def test_eager_and_fixed_passes_agree(bench: Bench) -> None:
+    conv, ssm = bench.cache.conv.clone(), bench.cache.ssm.clone()
+    for kind in (DENOISE, COMMIT, AR_STEP):
+        fixed = bench.graph(kind, 3).clone()
+        bench.cache.conv.copy_(conv)
+        bench.cache.ssm.copy_(ssm)
+        torch.testing.assert_close(fixed, bench.eager(kind, 3), rtol=0, atol=1e-4)
+        bench.cache.conv.copy_(conv)
+        bench.cache.ssm.copy_(ssm)
+
+
+@torch.inference_mode()
+def test_experts_are_counted_per_layer_and_their_bytes_once(bench: Bench) -> None:
+    one, many = bench.experts(AR_STEP, 1), bench.experts(DENOISE, 3)
+    layers = bench.site.config.hybrid_override_pattern.count("E")
+    assert one == [bench.site.config.num_experts_per_tok] * layers
+    assert len(many) == layers
+    assert max(many) <= bench.site.config.n_routed_experts
+    per_expert = 2 * bench.site.config.hidden_size * bench.site.config.moe_intermediate_size * 4
+    difference = bench.moved_bytes(COMMIT, 1, [3] * layers) - bench.moved_bytes(COMMIT, 1, [2] * layers)
+    assert difference == layers * per_expert
