@@ -7,6 +7,8 @@ wherever it runs and however often it is resumed.
 import torch
 from torch import Tensor
 
+from twotower.model.transfer import on_device
+
 _WORD = 0xFFFFFFFF
 _LONG = 0xFFFFFFFFFFFFFFFF
 
@@ -21,7 +23,7 @@ def step_key(seed: int, block: int, step: int) -> int:
 
 def uniform(keys: list[int], positions: int, vocab: int, device: torch.device) -> Tensor:
     """Numbers in [0, 1) [R, positions, vocab], fp32 with 24 random bits, a row for each key."""
-    keys_R = torch.tensor(keys, dtype=torch.int64, device=device)
+    keys_R = on_device(keys, device, torch.int64)
     position_L = torch.arange(positions, device=device)
     token_V = torch.arange(vocab, device=device)
     low_RL = _mix((keys_R & _WORD)[:, None] ^ (position_L * 0x9E3779B1 & _WORD))

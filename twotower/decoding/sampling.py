@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from twotower.decoding.randomness import uniform
+from twotower.model.transfer import on_device
 
 GREEDY_BELOW = 1e-5  # a temperature that only fp32 overflow tells from 0
 
@@ -25,21 +26,22 @@ def sample(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
     tokens_R = logits_RV.argmax(-1)
     sampled = [r for r, row in enumerate(rows) if row.temperature >= GREEDY_BELOW]
     if sampled:
-        tokens_R[sampled] = _draw(logits_RV[sampled], [rows[r] for r in sampled])
+        which_M = on_device(sampled, logits_RV.device)
+        tokens_R = tokens_R.index_copy(0, which_M, _draw(logits_RV[which_M], [rows[r] for r in sampled]))
     return tokens_R
 
 
 def _draw(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
     """softmax at the temperature, then top-k (ties kept), then top-p (the crossing token kept), then one draw."""
     device = logits_RV.device
-    temperatures_R1 = torch.tensor([row.temperature for row in rows], device=device)[:, None]
+    temperatures_R1 = on_device([row.temperature for row in rows], device)[:, None]
     sorted_RV, order_RV = (logits_RV / temperatures_R1).softmax(-1).sort(dim=-1, descending=True, stable=True)
     vocab = logits_RV.shape[1]
     last = [min(row.top_k or vocab, vocab) - 1 for row in rows]
-    kth_R1 = sorted_RV.gather(1, torch.tensor(last, device=device)[:, None])
+    kth_R1 = sorted_RV.gather(1, on_device(last, device)[:, None])
     kept_RV = sorted_RV * (sorted_RV >= kth_R1)
     kept_RV = kept_RV / kept_RV.sum(-1, keepdim=True)
-    top_p_R1 = torch.tensor([row.top_p for row in rows], device=device)[:, None]
+    top_p_R1 = on_device([row.top_p for row in rows], device)[:, None]
     before_RV = kept_RV.cumsum(-1) - kept_RV
     kept_RV = kept_RV * ((before_RV < top_p_R1) | (top_p_R1 >= 1))
     total_RV = kept_RV.cumsum(-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twotower.decoding.randomness import uniform
 from twotower.decoding.sampling import GREEDY_BELOW
+from twotower.model.transfer import on_device
 
 MASK_TOKEN_ID = 3
 _BANNED = -1e12
@@ -55,12 +56,14 @@ def unmask(
     at least one, at least enough to finish in time, the most confident first and among equals the later one first.
     """
     finite_R = torch.isfinite(logits_RLV).flatten(1).all(1)
-    logits_RLV = logits_RLV.index_fill(2, torch.tensor([mask_token_id], device=logits_RLV.device), _BANNED)
+    logits_RLV = logits_RLV.index_fill(2, on_device([mask_token_id], logits_RLV.device), _BANNED)
     probabilities_RLV = logits_RLV.softmax(-1)
     predicted_RL = probabilities_RLV.argmax(-1)
     sampled = [r for r, row in enumerate(rows) if row.temperature >= GREEDY_BELOW]
     if sampled:
-        predicted_RL[sampled] = _gumbel_argmax(logits_RLV[sampled], [rows[r] for r in sampled], noise, sampled)
+        which_M = on_device(sampled, logits_RLV.device)
+        drawn_ML = _gumbel_argmax(logits_RLV[which_M], [rows[r] for r in sampled], noise, sampled)
+        predicted_RL = predicted_RL.index_copy(0, which_M, drawn_ML)
     confidence_RL = probabilities_RLV.gather(2, predicted_RL[..., None])[..., 0]
     committed_RL = _choose(confidence_RL, masked_RL, rows)
     out_RL = torch.where(committed_RL, predicted_RL, tokens_RL)
@@ -79,7 +82,7 @@ def _gumbel_argmax(logits: Tensor, rows: list[StepParams], noise: Tensor | None,
 
 
 def _gumbel_argmax_of(logits: Tensor, rows: list[StepParams], u: Tensor | None) -> Tensor:
-    temperatures = torch.tensor([row.temperature for row in rows], device=logits.device)
+    temperatures = on_device([row.temperature for row in rows], logits.device)
     if u is None:
         u = uniform([row.key for row in rows], logits.shape[1], logits.shape[2], logits.device)
     gumbel = -torch.log(-torch.log(u.clamp(min=1e-10)))
@@ -88,8 +91,8 @@ def _gumbel_argmax_of(logits: Tensor, rows: list[StepParams], u: Tensor | None) 
 
 def _choose(confidence_RL: Tensor, masked_RL: Tensor, rows: list[StepParams]) -> Tensor:
     device, width = confidence_RL.device, confidence_RL.shape[1]
-    thresholds_R1 = torch.tensor([row.confidence_threshold for row in rows], device=device)[:, None]
-    steps_left_R = torch.tensor([row.steps_left for row in rows], device=device)
+    thresholds_R1 = on_device([row.confidence_threshold for row in rows], device)[:, None]
+    steps_left_R = on_device([row.steps_left for row in rows], device)
     masked_R = masked_RL.sum(1)
     above_R = ((confidence_RL > thresholds_R1) & masked_RL).sum(1)
     in_time_R = (masked_R + steps_left_R - 1) // steps_left_R
