@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from cluster.config import load_config
 from cluster.generate_arguments import add_generate_arguments, request_of
 from cluster.run_state import RunState
 from twotower.errors import ConfigError, InvalidRequest, TwoTowerError
+from twotower.validation import one_line
 
 _DESCRIPTION = "Serve a two-tower diffusion language model on this machine, and talk to it."
 _EXAMPLES = """examples:
@@ -33,6 +33,7 @@ _UP_EXAMPLES = """examples:
 Every setting, its default and its meaning: cluster/config.py. Ctrl-C stops the service.
 """
 _DOWN_S = 30.0
+_LONGEST = 2000  # characters of an error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,13 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (ConfigError, InvalidRequest) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error), _LONGEST)}", file=sys.stderr)
         return 2
     except TwoTowerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error), _LONGEST)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        print(f"error: unexpected {type(error).__name__}: {one_line(str(error))}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,7 +87,7 @@ def _status(options: argparse.Namespace) -> int:
     from cluster import client
 
     _, state = run_state.the_one(options.http_port)
-    ready = _answers(f"http://{state.http}/ready")
+    ready = client.is_ready(state.http)
     rows = [("ready", "yes" if ready else "no"), ("pid", str(state.pid))]
     rows += [("HTTP", f"http://{state.http}"), ("gRPC", state.grpc), ("cells", str(state.cells))]
     if ready:
@@ -133,11 +137,3 @@ def _grpc_address() -> str:
     """The running service's, if there is just one; else the default."""
     services = run_state.running()
     return next(iter(services.values())).grpc if len(services) == 1 else "127.0.0.1:50051"
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=3) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False

@@ -1,18 +1,26 @@
-"""`python -m cluster generate`: a prompt over gRPC, its text to the terminal as blocks are committed."""
+"""What our own commands ask of a running service: whether it is ready, what it serves, an answer to a prompt.
 
+They name the address they mean, so the proxies of the environment have no say.
+"""
+
+import http.client
 import json
 import sys
+import urllib.request
 from collections.abc import Iterable
 from typing import Any
 
 import grpc
 
-from twotower.errors import Unavailable
+from twotower.errors import TwoTowerError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
+_CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-class Refused(Exception):
+
+class Refused(TwoTowerError):
     """The service said no; `mistake` where the request was at fault."""
 
     def __init__(self, message: str, mistake: bool) -> None:
@@ -20,9 +28,18 @@ class Refused(Exception):
         self.mistake = mistake
 
 
+def is_ready(address: str, timeout_s: float = 2.0) -> bool:
+    """Whether `/ready` says so."""
+    try:
+        with _DIRECT.open(f"http://{address}/ready", timeout=timeout_s) as response:
+            return bool(response.status == 200)
+    except (OSError, http.client.HTTPException):
+        return False
+
+
 def generate(address: str, request: pb.GenerateRequest, timeout_s: float | None, as_json: bool) -> None:
     """Prints the answer: text as it comes, or one JSON object. Raises Refused or Unavailable."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
         try:
             events = stub.GenerateStream(request, timeout=timeout_s)
@@ -33,7 +50,7 @@ def generate(address: str, request: pb.GenerateRequest, timeout_s: float | None,
 
 def model_info(address: str, timeout_s: float = 5.0) -> pb.GetModelInfoResponse:
     """Raises Refused or Unavailable."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
         try:
             info: pb.GetModelInfoResponse = pb_grpc.GenerationServiceStub(channel).GetModelInfo(
                 pb.GetModelInfoRequest(), timeout=timeout_s

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from cluster.generation import Ask
 from cluster.strict_json import kind_of
 from twotower.errors import FieldError, InvalidRequest
-from twotower.validation import Problems
+from twotower.validation import Problems, show, show_name
 
 MAX_PROMPTS = 256
 _MAX_NAMED = 8
+_LONGEST_NAME = 60  # of one that is looked up among ours
 
 _DIFFUSION = ("mode", "block_size", "steps_per_block", "confidence_threshold")
 _PARAMS = {
@@ -52,12 +53,12 @@ def parse_call(body: Mapping[str, object], request_id: str) -> CompletionCall:
     given = {name: value for name, value in body.items() if value is not None}
     problems = Problems()
     for name in sorted(given.keys() - set(_KNOWN))[:_MAX_NAMED]:
-        problems.say(name[:60], f"unknown field{_near(name)}")
+        problems.say(show_name(name), f"unknown field{_near(name)}")
     for name, neutral in _ONLY_NEUTRAL.items():
         if name in given and not any(
             given[name] == value and not _is_mistyped(given[name], value) for value in neutral
         ):
-            problems.say(name, f"got {given[name]!r}, but {name} is not supported here")
+            problems.say(name, f"got {show(given[name])}, but {name} is not supported here")
     params = {inside: given[outside] for outside, inside in _PARAMS.items() if outside in given}
     params |= _diffusion(given.get("diffusion", {}), problems)
     options = _flags("stream_options", given.get("stream_options", {}), problems)
@@ -68,10 +69,9 @@ def parse_call(body: Mapping[str, object], request_id: str) -> CompletionCall:
     model = _text("model", given.get("model", ""), problems)
     _text("user", given.get("user", ""), problems)
     prompts = _prompts(given.get("prompt"), problems)
-    stop = _stop(given.get("stop", []), problems)
     problems.raise_any()
     ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{place}" for place in range(len(prompts))]
-    asks = tuple(Ask(prompt, params, stop, one) for prompt, one in zip(prompts, ids, strict=True))
+    asks = tuple(Ask(prompt, params, given.get("stop", ()), one) for prompt, one in zip(prompts, ids, strict=True))
     return CompletionCall(model or None, asks, stream, options.get("include_usage", False), request_id)
 
 
@@ -82,7 +82,7 @@ def outside_problems(error: InvalidRequest, place: int | None = None) -> Invalid
 
 
 def _near(name: str) -> str:
-    near = difflib.get_close_matches(name, [*_KNOWN, *_DIFFUSION], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:_LONGEST_NAME], [*_KNOWN, *_DIFFUSION], n=1, cutoff=0.5)
     if not near:
         return ""
     return f"; did you mean {f'diffusion.{near[0]}' if near[0] in _DIFFUSION else near[0]}?"
@@ -98,9 +98,9 @@ def _diffusion(value: object, problems: Problems) -> dict[str, object]:
         problems.say("diffusion", f"got {kind_of(value)}, wanted an object with {', '.join(_DIFFUSION)}")
         return {}
     for name in sorted(value.keys() - set(_DIFFUSION))[:_MAX_NAMED]:
-        near = difflib.get_close_matches(name, _DIFFUSION, n=1)
+        near = difflib.get_close_matches(name[:_LONGEST_NAME], _DIFFUSION, n=1)
         hint = f"; did you mean {near[0]}?" if near else f", wanted one of {', '.join(_DIFFUSION)}"
-        problems.say(f"diffusion.{name[:60]}", f"unknown field{hint}")
+        problems.say(f"diffusion.{show_name(name)}", f"unknown field{hint}")
     return {name: value[name] for name in _DIFFUSION if value.get(name) is not None}
 
 
@@ -139,15 +139,6 @@ def _prompts(value: object, problems: Problems) -> list[str | Sequence[object]]:
             problems.say("prompt", f"got {len(value)} prompts, wanted at most {MAX_PROMPTS}")
         return list(value)
     return [value]
-
-
-def _stop(value: object, problems: Problems) -> Sequence[object]:
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        problems.add("stop", value, "a string or a list of strings")
-        return []
-    return value
 
 
 def _outside_name(field: str, prompt: str) -> str:

@@ -4,14 +4,17 @@ Knows names, types and ranges; does not open the checkpoint. Every setting here 
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from twotower.errors import ConfigError
+from twotower.core import Mode
+from twotower.errors import ConfigError, InvalidRequest
+from twotower.validation import ModelLimits, make_request, one_line, parse_params, show, show_name
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -34,14 +37,17 @@ class ModelSection(Section):
 
 
 class DecodeSection(Section):
-    """What a request that says nothing gets. Without a `mode`: diffusion where the cell can do it, else ar."""
+    """What a request that says nothing gets. Without a `mode`: diffusion where the cell can do it, else ar.
+
+    Ranges are those of a request's own parameters.
+    """
 
     mode: Literal["diffusion", "mock_ar", "ar"] | None = None
-    max_new_tokens: Count = 128
-    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
-    steps_per_block: Count = 16
-    confidence_threshold: Annotated[float, Field(ge=0, le=1)] = 0.8
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_new_tokens: int = 128
+    block_size: int = 16
+    steps_per_block: int = 16
+    confidence_threshold: float = 0.8
+    temperature: float = 0.0
 
 
 class CellSection(Section):
@@ -57,7 +63,9 @@ class CellSection(Section):
     cache_tokens: Annotated[int, Field(ge=0)] = 0
     prefill_chunk_tokens: Count = 512
     gpus_per_tower: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    link_timeout_s: Seconds = 10.0
+    link_timeout_s: Annotated[float, Field(ge=3, allow_inf_nan=False)] = (
+        10.0  # a tower with nothing to say speaks every second
+    )
     stall_timeout_s: Seconds = 60.0
     start_timeout_s: Seconds = 600.0
 
@@ -118,9 +126,35 @@ class ServiceConfig(Section):
     def parse(cls, values: Mapping[str, Any]) -> "ServiceConfig":
         """Raises ConfigError: one line naming every wrong setting, with what was got and what was wanted."""
         try:
-            return cls.model_validate(dict(values))
+            config = cls.model_validate(dict(values))
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+        problems = [*_wrong_defaults(config), *_too_small_cache(config)]
+        if problems:
+            raise ConfigError("; ".join(problems))
+        return config
+
+
+def _wrong_defaults(config: ServiceConfig) -> Iterator[str]:
+    """What a request could not ask for cannot be its default either."""
+    limits = ModelLimits(1, config.model.max_sequence_length)
+    values = config.decode.model_dump(exclude={"mode"})
+    mode = config.decode.mode or (Mode.AR if config.cell.placement == "ar_only" else Mode.DIFFUSION)
+    try:
+        params = parse_params(values, limits)
+        # The shortest of all prompts, in the mode that it would get.
+        make_request("decode", [0], {}, replace(limits, defaults=replace(params, mode=Mode(mode))))
+    except InvalidRequest as error:
+        yield from (f"decode.{problem}" for problem in error.problems)
+
+
+def _too_small_cache(config: ServiceConfig) -> Iterator[str]:
+    tokens, longest = config.cell.cache_tokens, config.model.max_sequence_length
+    if 0 < tokens < longest:
+        yield (
+            f"cell.cache_tokens: got {tokens}, wanted 0 (room for every sequence's longest) or at least "
+            f"model.max_sequence_length ({longest})"
+        )
 
 
 def load_config(file: Path | None, overrides: Iterable[str] = ()) -> ServiceConfig:
@@ -151,21 +185,20 @@ def _override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     section, dot, name = path.strip().partition(".")
     if not (equals and dot and section and name):
-        raise ConfigError(f"--set {override}: wanted section.name=value, such as cell.placement=colocated")
+        raise ConfigError(f"--set {one_line(override)}: wanted section.name=value, such as cell.placement=colocated")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from None
+        raise ConfigError(f"--set {one_line(override)}: {show(text)} is not a YAML value") from None
     inner = values.setdefault(section, {})
     if not isinstance(inner, dict):
-        raise ConfigError(f"{section}: got {inner!r}, wanted a mapping of settings")
+        raise ConfigError(f"{section}: got {show(inner)}, wanted a mapping of settings")
     inner[name] = value
 
 
 def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    got = repr(problem["input"])
-    got = got if len(got) <= 60 else got[:57] + "..."
+    where = ".".join(show_name(str(part)) for part in problem["loc"])
+    got = show(problem["input"])
     match problem["type"]:
         case "extra_forbidden":
             return f"{where}: unknown setting{_did_you_mean(problem['loc'])}"

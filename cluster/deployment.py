@@ -4,13 +4,18 @@ import contextlib
 import io
 import re
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 
 from cluster.config import ServiceConfig
+from cluster.local_ray import failures_told
+from twotower.errors import Unavailable
 
 _OUR_ERROR = re.compile(r"twotower\.errors\.(\w+): (.+)")
 _ANY_ERROR = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception)): (.+)", re.MULTILINE)
-_STOP_S = 15.0
+_STOP_S, _ANSWER_S = 15.0, 10.0
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +28,61 @@ class Progress:
 
 
 def deploy(config: ServiceConfig) -> None:
-    """Hands the application to Serve; returns before it runs."""
+    """Hands the application to Serve; returns before it runs. Raises Unavailable."""
     from ray import serve
 
     from cluster.app import APP_NAME, build
 
-    target = serve.RunTarget(target=build(config), name=APP_NAME, route_prefix="/")
-    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    with failures_told("Serve"):
+        target = serve.RunTarget(target=build(config), name=APP_NAME, route_prefix="/")
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def shortage(config: ServiceConfig) -> str | None:
+    """What the cluster, idle, lacks to hold the first cells; None where it has all."""
+    import ray
+
+    from actors.settings import bundles
+    from cluster.app import cell_settings
+
+    with failures_told("Ray"):
+        there = ray.cluster_resources()
+    wanted = bundles(cell_settings(config, there.get("GPU", 0.0)))
+    return missing(wanted, config.cluster.min_cells, there)
+
+
+def missing(cell: Sequence[Mapping[str, float]], cells: int, there: Mapping[str, float]) -> str | None:
+    """The resources of which `cells` cells of these bundles want more than is `there`, in words."""
+    lacking = []
+    for name in ("GPU", "CPU"):
+        wanted = cells * sum(bundle.get(name, 0.0) for bundle in cell)
+        if wanted > there.get(name, 0.0) + _ROUNDING:
+            lacking.append(f"{wanted:g} {name}s where Ray has {there.get(name, 0.0):g}")
+    return f"{cells} {'cell wants' if cells == 1 else 'cells want'} {' and '.join(lacking)}" if lacking else None
 
 
 def progress() -> Progress:
-    """Where the application stands now."""
+    """Where the application stands now. Raises Unavailable where Serve does not say within some seconds."""
+    answers: SimpleQueue[Progress | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(_progress())
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # Serve's own call has no deadline
+    with failures_told("Serve"):
+        try:
+            answer = answers.get(timeout=_ANSWER_S)
+        except Empty:
+            raise Unavailable(f"Serve has not answered for {_ANSWER_S:g} s") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _progress() -> Progress:
     from ray import serve
 
     from cluster.app import APP_NAME

@@ -18,8 +18,12 @@ from twotower.errors import (
     TwoTowerError,
     Unavailable,
 )
+from twotower.validation import one_line
 
 logger = logging.getLogger(__name__)
+
+# gRPC carries an error in headers, which are small; HTTP and gRPC say the same.
+_MAX_PROBLEMS, _MAX_MESSAGE = 16, 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,5 +73,6 @@ def describe(error: BaseException, request_id: str = "") -> Failure:
         error_id = secrets.token_hex(6)
         logger.error("request %s: internal error %s", request_id or "?", error_id, exc_info=error)
         return Failure(code, f"internal error; the service's log has the details under {error_id}")
-    problems = error.problems if isinstance(error, InvalidRequest) else ()
-    return Failure(code, str(error), problems)
+    problems = error.problems[:_MAX_PROBLEMS] if isinstance(error, InvalidRequest) else ()
+    shown = tuple(FieldError(one_line(p.field), one_line(p.message)) for p in problems)
+    return Failure(code, one_line("; ".join(map(str, shown)) or str(error), _MAX_MESSAGE), shown)

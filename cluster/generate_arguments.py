@@ -4,6 +4,7 @@ import argparse
 
 from twotower.errors import InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower.validation import show
 
 _INTEGERS = ("max_new_tokens", "block_size", "steps_per_block", "top_k", "seed")
 _NUMBERS = ("confidence_threshold", "temperature", "top_p")
@@ -49,4 +50,4 @@ def _ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise InvalidRequest.of("prompt_token_ids", f"got {text!r}, wanted ids such as 5,9,11") from None
+        raise InvalidRequest.of("prompt_token_ids", f"got {show(text)}, wanted ids such as 5,9,11") from None

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.served_model import ServedModel
+from cluster.streams import merged
 from twotower.core import BlockEvent, FinishReason, Request
-from twotower.decoding.text import TextStream, Tokenizer, require_tokenizer
-from twotower.errors import InvalidRequest, Unavailable
+from twotower.decoding.text import AnswerText, check_stop, require_tokenizer
+from twotower.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from twotower.validation import make_request
 
 _INLINE_CHARACTERS = 4096
-_MAX_STOPS = 16
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -40,7 +40,7 @@ class Ask:
 
     prompt: str | Sequence[object]
     params: Mapping[str, object] = field(default_factory=dict)
-    stop: Sequence[object] = ()
+    stop: object = ()
     request_id: str = ""
 
 
@@ -103,10 +103,10 @@ class Answer:
 
 
 class Generation:
-    """Checks requests and decodes them on the cells."""
+    """Checks requests and decodes them on the cells. `at_once`: orders of one call that the cells hold at a time."""
 
-    def __init__(self, model: ServedModel, cells: Cells, default_timeout_s: float = 600.0) -> None:
-        self.model, self.cells, self.default_timeout_s = model, cells, default_timeout_s
+    def __init__(self, model: ServedModel, cells: Cells, default_timeout_s: float = 600.0, at_once: int = 16) -> None:
+        self.model, self.cells, self.default_timeout_s, self._at_once = model, cells, default_timeout_s, at_once
 
     async def order(self, ask: Ask) -> Order:
         """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked."""
@@ -115,7 +115,7 @@ class Generation:
             raise InvalidRequest.of("request_id", "wanted 1 to 128 printable ASCII characters without spaces")
         prompt = await self._token_ids(ask.prompt)
         request = make_request(request_id, prompt, ask.params, self.model.limits)
-        return Order(request, self._stops(ask.stop))
+        return Order(request, check_stop(self.model.tokenizer, ask.stop))
 
     async def stream(self, order: Order, timeout_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         """Chunks as blocks are committed. Raises what the cell raises; closing it frees the sequence."""
@@ -124,6 +124,26 @@ class Generation:
         async with aclosing(events), aclosing(self._chunks(order, events)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    def many(self, orders: Sequence[Order], timeout_s: float | None = None) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """Chunks of all orders of a call as they come, each with its order's place. One deadline for all of them.
+
+        The rest waits here, so that a call of many prompts needs no more room in the cells' queues than others do.
+        """
+        limit_s = self.default_timeout_s if timeout_s is None else timeout_s
+        ends_at = asyncio.get_running_loop().time() + limit_s
+        return merged([self._until(order, ends_at, limit_s) for order in orders], at_once=self._at_once)
+
+    async def _until(self, order: Order, ends_at: float, limit_s: float) -> AsyncGenerator[Chunk, None]:
+        left_s = ends_at - asyncio.get_running_loop().time()
+        try:
+            if left_s <= 0:
+                raise DeadlineExceeded("no time left")
+            async with aclosing(self.stream(order, left_s)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except DeadlineExceeded:
+            raise DeadlineExceeded(f"not finished within {limit_s:g} s") from None
 
     async def whole(self, order: Order, timeout_s: float | None = None) -> Answer:
         """The answer at once. Raises what the cell raises."""
@@ -134,10 +154,10 @@ class Generation:
         return answer
 
     async def _chunks(self, order: Order, events: AsyncIterator[BlockEvent]) -> AsyncGenerator[Chunk, None]:
-        answer = _GrowingText(self.model.tokenizer, order.stop)
+        answer = AnswerText(self.model.tokenizer, order.stop)
         usage = Usage(len(order.request.prompt_token_ids))
         async for event in events:
-            token_ids, text = answer.push(event)
+            token_ids, text = answer.push(event.token_ids, last=event.finish_reason is not None)
             usage = usage.plus(len(token_ids), event)
             reason = FinishReason.STOP if answer.stopped else event.finish_reason
             yield Chunk(event.start, token_ids, text, event.num_steps, event.num_blocks, usage, reason)
@@ -154,41 +174,3 @@ class Generation:
         if len(prompt) <= _INLINE_CHARACTERS:
             return tokenizer.encode(prompt)
         return await asyncio.to_thread(tokenizer.encode, prompt)
-
-    def _stops(self, stop: Sequence[object]) -> tuple[str, ...]:
-        strings = tuple(s for s in stop if isinstance(s, str) and s)
-        if len(strings) != len(stop) or len(strings) > _MAX_STOPS:
-            raise InvalidRequest.of("stop", f"wanted at most {_MAX_STOPS} strings, none of them empty")
-        if strings:
-            require_tokenizer(self.model.tokenizer, "stop")
-        return strings
-
-
-class _GrowingText:
-    """The text of a growing answer, and where a stop string cuts its tokens."""
-
-    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
-        self._stream = TextStream(tokenizer, stop) if tokenizer is not None else None
-        self._token_ids: list[int] = []
-
-    @property
-    def stopped(self) -> bool:
-        return self._stream is not None and self._stream.stopped
-
-    def push(self, event: BlockEvent) -> tuple[tuple[int, ...], str]:
-        """The event's tokens, up to the one that completes a stop string, and the text they make certain."""
-        if self._stream is None:
-            return event.token_ids, ""
-        text = self._stream.push(event.token_ids, last=event.finish_reason is not None)
-        token_ids = self._up_to_stop(event.token_ids) if self.stopped else event.token_ids
-        self._token_ids.extend(token_ids)
-        return token_ids, text
-
-    def _up_to_stop(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        assert self._tokenizer is not None
-        for length in range(1, len(token_ids)):
-            text = self._tokenizer.decode([*self._token_ids, *token_ids[:length]])
-            if any(stop in text for stop in self._stop):
-                return token_ids[:length]
-        return token_ids

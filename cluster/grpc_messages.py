@@ -10,6 +10,7 @@ from cluster.served_model import ServedModel
 from twotower.core import DecodingParams, FinishReason, Mode
 from twotower.errors import FieldError, InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower.validation import one_line
 
 _SCALARS = (
     "max_new_tokens block_size steps_per_block confidence_threshold temperature top_k top_p seed ignore_eos"
@@ -22,8 +23,9 @@ def parse_message(kind: type[Message], data: bytes) -> Message:
     try:
         message = kind.FromString(data)
     except (DecodeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise InvalidRequest.of("message", f"not a readable {kind.DESCRIPTOR.full_name}: {reason}") from None
+        raise InvalidRequest.of(
+            "message", f"not a readable {kind.DESCRIPTOR.full_name}: {one_line(str(error))}"
+        ) from None
     unknown = list(_unknown_fields(message, ""))
     if unknown:
         raise InvalidRequest([FieldError(name, "unknown field") for name in unknown[:8]])

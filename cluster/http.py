@@ -18,9 +18,10 @@ from cluster.completion_bodies import chunk_body, error_body, usage_event, whole
 from cluster.completions import CompletionCall, outside_problems, parse_call
 from cluster.error_codes import CODES, Failure, describe
 from cluster.generation import Answer, Chunk, Generation, Order
-from cluster.streams import merged, until_disconnect
+from cluster.streams import until_disconnect
 from cluster.strict_json import parse_json
 from twotower.errors import InvalidRequest
+from twotower.validation import one_line, show
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class CompletionsFace:
         if call.model not in (None, self._generation.model.name):
             return _no_such_model(call.model, self._generation.model.name)
         orders = await self._orders(call)
-        chunks = merged([self._generation.stream(order, timeout_s) for order in orders])
+        chunks = self._generation.many(orders, timeout_s)
         headers = {"x-request-id": call.request_id}
         if call.stream:
             first = await until_disconnect(request.receive, _next(chunks))
@@ -178,13 +179,12 @@ def error_response(failure: Failure, code: str | None = None, status: int | None
 async def _http_error(request: Request, error: Exception) -> Response:
     """No such path, or not with this method."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    failure = Failure(CODES[InvalidRequest], message)
+    failure = Failure(CODES[InvalidRequest], one_line(f"{request.method} {request.url.path}: {error.detail}"))
     return error_response(failure, status=error.status_code)
 
 
 def _no_such_model(got: str | None, served: str) -> Response:
-    failure = Failure(CODES[InvalidRequest], f"model: got {got!r}, wanted {served!r}, the one served here")
+    failure = describe(InvalidRequest.of("model", f"got {show(got)}, wanted {show(served)}, the one served here"))
     return error_response(failure, "model_not_found", 404)
 
 
@@ -207,7 +207,7 @@ def _timeout_of(headers: Mapping[str, str]) -> float | None:
     except ValueError:
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0):
-        raise InvalidRequest.of(TIMEOUT_HEADER, f"got {text[:40]!r}, wanted a positive number of seconds")
+        raise InvalidRequest.of(TIMEOUT_HEADER, f"got {show(text)}, wanted a positive number of seconds")
     return seconds
 
 

@@ -1,13 +1,20 @@
 """Ray and Serve on this machine, on loopback only. Import this before anything imports Ray."""
 
+import contextlib
 import logging
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from twotower.errors import TwoTowerError, Unavailable
+from twotower.validation import one_line
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # 127.0.0.1 would be silently replaced by the machine's outside address.
 _NODE_IP = "127.0.0.2"
+_REACH_S = 5.0
 _OBJECT_STORE_BYTES = 128 * 2**20  # tensors go around it
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -29,7 +36,14 @@ def prepare_environment() -> None:
 
 
 def start_ray(address: str | None = None, show_worker_logs: bool = False, **options: Any) -> None:
-    """A Ray of our own on loopback, or a running one at `address`."""
+    """A Ray of our own on loopback, or a running one at `address`. Raises Unavailable."""
+    if address is not None:
+        _check_reachable(address)
+    with failures_told("Ray" if address is None else f"the Ray at {address}"):
+        _init(address, show_worker_logs, options)
+
+
+def _init(address: str | None, show_worker_logs: bool, options: dict[str, Any]) -> None:
     import ray
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
@@ -47,8 +61,36 @@ def start_ray(address: str | None = None, show_worker_logs: bool = False, **opti
     )
 
 
+def _check_reachable(address: str) -> None:
+    """Ray itself tries a wrong address for many minutes, and then ends the process."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not (host and port.isdecimal()):
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _REACH_S):
+            pass
+    except (OSError, OverflowError) as error:
+        raise Unavailable(f"--address: no Ray answers on {one_line(address)}: {one_line(str(error))}") from None
+
+
+@contextlib.contextmanager
+def failures_told(who: str) -> Iterator[None]:
+    """What Ray and Serve raise becomes one line that names them."""
+    try:
+        yield
+    except TwoTowerError:
+        raise
+    except Exception as error:
+        raise Unavailable(f"{who} does not work: {type(error).__name__}: {one_line(str(error))}") from error
+
+
 def start_serve(host: str, port: int) -> None:
-    """Serve's controller and its HTTP proxy."""
+    """Serve's controller and its HTTP proxy. Raises Unavailable."""
+    with failures_told("Serve"):
+        _start_serve(host, port)
+
+
+def _start_serve(host: str, port: int) -> None:
     from ray import serve
     from ray.serve.schema import LoggingConfig
 

@@ -19,6 +19,11 @@ from cluster.served_model import load_served_model
 logger = logging.getLogger(__name__)
 
 
+def prompts_at_once(config: ServiceConfig) -> int:
+    """How many prompts of one call the cells hold at a time: half of what one cell decodes at once."""
+    return max(1, config.cell.max_sequences // 2)
+
+
 class Router:
     """Serve awaits the constructor, then asks for the ASGI app; the gRPC server listens beside it."""
 
@@ -28,7 +33,7 @@ class Router:
         self._drain_timeout_s, self._max_bytes = config.cluster.drain_timeout_s, ingress.max_request_bytes
         model = await asyncio.to_thread(load_served_model, config)
         remote = RemoteCells(cells)
-        self._generation = Generation(model, remote, ingress.request_timeout_s)
+        self._generation = Generation(model, remote, ingress.request_timeout_s, prompts_at_once(config))
         self._grpc = GrpcServer(self._generation, ingress.host, ingress.grpc_port, self._max_bytes)
         await self._grpc.start()
         self._readiness = Readiness(remote, self._grpc.set_serving)

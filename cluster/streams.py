@@ -12,17 +12,19 @@ Item = TypeVar("Item")
 
 
 async def merged(
-    streams: Sequence[AsyncGenerator[Item, None]], context: Context | None = None
+    streams: Sequence[AsyncGenerator[Item, None]], context: Context | None = None, at_once: int | None = None
 ) -> AsyncGenerator[tuple[int, Item], None]:
     """Items of all streams as they come, each with its stream's index. The first error ends them all.
 
-    The streams run in tasks of their own, in `context` or else a copy of the caller's.
+    The streams run in tasks of their own, in `context` or else a copy of the caller's; no more than `at_once` of them
+    at a time, in their order.
     """
+    turns = asyncio.Semaphore(at_once or max(1, len(streams)))
     queue: asyncio.Queue[tuple[int, Item] | Exception | None] = asyncio.Queue()
 
     async def pump(index: int, stream: AsyncGenerator[Item, None]) -> None:
         try:
-            async with aclosing(stream):
+            async with turns, aclosing(stream):
                 async for item in stream:
                     queue.put_nowait((index, item))
             queue.put_nowait(None)

@@ -3,6 +3,7 @@
 import json
 
 from twotower.errors import InvalidRequest
+from twotower.validation import show
 
 
 def parse_json(body: bytes) -> dict[str, object]:
@@ -35,7 +36,7 @@ def _no_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{name[:60]!r} is there twice")
+            raise ValueError(f"{show(name)} is there twice")
         found[name] = value
     return found
 

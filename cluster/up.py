@@ -6,20 +6,23 @@ import signal
 import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from types import FrameType
 
 import psutil
 
 from cluster import deployment, local_ray, run_state, served_paths
+from cluster.client import is_ready
 from cluster.config import ServiceConfig
+from cluster.deployment import Progress
 from cluster.run_state import RunState
-from twotower.errors import TwoTowerError, Unavailable
+from twotower.errors import ConfigError, TwoTowerError, Unavailable
+from twotower.validation import show
 
 _POLL_S = 0.25
 _WATCH_S = 2.0
+_START_SLACK_S = 60.0  # beyond what the towers may take to load
+_SILENCE_S = 30.0  # so long Serve may be without a controller, which Ray restarts
 
 
 class Up:
@@ -27,7 +30,7 @@ class Up:
 
     def __init__(self, config: ServiceConfig, address: str | None, verbose: bool) -> None:
         self._config, self._address, self._verbose = config, address, verbose
-        self._began = time.monotonic()
+        self._began = self._heard = time.monotonic()
         self._state = self._first_state()
 
     def run(self) -> None:
@@ -55,33 +58,70 @@ class Up:
         local_ray.prepare_environment()
         local_ray.start_ray(self._address, show_worker_logs=self._verbose)
         _listen_to_signals()  # Ray has put its own there
+        self._check_room()
         self._say("starting Serve")
         ingress = self._config.ingress
         local_ray.start_serve(ingress.host, ingress.http_port)
         deployment.deploy(self._config)
+        self._heard = time.monotonic()
         self._say(f"loading the towers ({self._config.cell.placement}) of {self._config.model.checkpoint}")
 
+    def _check_room(self) -> None:
+        """What does not fit waits silently, for ever. Another's cluster may grow; ours is what this machine has."""
+        lacking = deployment.shortage(self._config)
+        if lacking is None:
+            return
+        if self._address is None:
+            raise ConfigError(f"cell: {lacking}; wanted cells that fit, such as --set cell.device=cpu")
+        self._say(f"waiting for the cluster to grow: {lacking}")
+
     def _wait_until_ready(self) -> None:
-        told = deployment.Progress(0, 0)
+        told = Progress(0, 0)
+        limit_s = self._config.cell.start_timeout_s + _START_SLACK_S
+        deadline = time.monotonic() + limit_s
         while True:
-            now = deployment.progress()
+            now = self._progress(told)
             if now.failure is not None:
                 raise Unavailable(now.failure)
-            if now.routers > told.routers:
-                self._say(f"{now.routers} of {self._config.cluster.num_routers} routers running")
-            if now.cells > told.cells:
-                self._say(f"{now.cells} of {self._config.cluster.min_cells} cells running")
+            self._tell(now, told)
             told = now
             if now.routers and now.cells and is_ready(self._state.http):
                 self._state = replace(self._state, cells=now.cells)
                 return
+            if time.monotonic() > deadline:
+                raise Unavailable(f"not ready within {limit_s:g} s: {self._lacking(now)}")
             time.sleep(_POLL_S)
+
+    def _tell(self, now: Progress, told: Progress) -> None:
+        if now.routers > told.routers:
+            self._say(f"{now.routers} of {self._config.cluster.num_routers} routers running")
+        if now.cells > told.cells:
+            self._say(f"{now.cells} of {self._config.cluster.min_cells} cells running")
+
+    def _lacking(self, now: Progress) -> str:
+        cluster = self._config.cluster
+        if now.routers and now.cells:
+            return f"routers and cells run, but http://{self._state.http}/ready does not say so"
+        running = f"{now.routers} of {cluster.num_routers} routers and {now.cells} of {cluster.min_cells} cells running"
+        lacking = deployment.shortage(self._config)
+        return running if lacking is None else f"{running}; {lacking}"
+
+    def _progress(self, last: Progress) -> Progress:
+        """Where the application stands; the `last` known while Serve is silent. Raises Unavailable if it stays so."""
+        try:
+            now = deployment.progress()
+        except Unavailable:
+            if time.monotonic() - self._heard > _SILENCE_S:
+                raise
+            return last
+        self._heard = time.monotonic()
+        return now
 
     def _watch(self) -> None:
         """Until interrupted; tells when cells come and go."""
         while True:
             time.sleep(_WATCH_S)
-            cells = deployment.progress().cells
+            cells = self._progress(Progress(0, self._state.cells)).cells
             if cells != self._state.cells:
                 self._say(f"{cells} cells running")
                 self._state = replace(self._state, cells=cells)
@@ -89,10 +129,10 @@ class Up:
 
     def _check_ports(self) -> None:
         ingress = self._config.ingress
+        check_host(ingress.host)
         for name, port in (("http_port", ingress.http_port), ("grpc_port", ingress.grpc_port)):
             try:
-                with socket.create_server((ingress.host, port)):
-                    pass
+                _try_to_listen(ingress.host, port)
             except OSError as error:
                 other = run_state.running().get(ingress.http_port)
                 whose = f" (by your service, pid {other.pid})" if other else ""
@@ -116,6 +156,27 @@ class PortTaken(TwoTowerError):
     """Another process listens where the service should."""
 
 
+def check_host(host: str) -> None:
+    """Raises ConfigError unless something can listen there, whatever the port."""
+    try:
+        _try_to_listen(host, 0)
+    except (OSError, UnicodeError) as error:
+        told = isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno
+        reason = os.strerror(told) if told else "no such name"
+        raise ConfigError(
+            f"ingress.host: got {show(host)}, wanted an address of this machine, such as 127.0.0.1, 0.0.0.0 or ::1 "
+            f"({reason})"
+        ) from None
+
+
+def _try_to_listen(host: str, port: int) -> None:
+    """As Serve chooses: IPv6 for an address with colons, IPv4 for another and for every name."""
+    wanted = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family, *_, address = socket.getaddrinfo(host, port, wanted, socket.SOCK_STREAM)[0]
+    with socket.create_server(address[:2], family=family):
+        pass
+
+
 def _listen_to_signals() -> None:
     """Both mean: stop in good order. A script's background job would otherwise ignore SIGINT."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -124,15 +185,6 @@ def _listen_to_signals() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def is_ready(http: str) -> bool:
-    """Whether `/ready` says so."""
-    try:
-        with urllib.request.urlopen(f"http://{http}/ready", timeout=2) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _what_next(state: RunState, prompt: str | list[int]) -> str:

@@ -13,9 +13,10 @@ from twotower.errors import FieldError, InvalidRequest
 
 MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
-_MAX_BLOCK = 1024
+_SHOWN = 60  # characters of a value or a name in a message
+MAX_BLOCK = 1024
 # The mask token is held out of the choice by a logit of -1e12, which a larger temperature would let back in.
-_MAX_TEMPERATURE = 1000
+MAX_TEMPERATURE = 1000
 _OFF_IN_DIFFUSION = {"top_k": 0, "top_p": 1.0}
 _ONLY_DIFFUSION = ("block_size", "steps_per_block", "confidence_threshold")
 
@@ -37,7 +38,7 @@ class Problems:
         self._found: list[FieldError] = []
 
     def add(self, name: str, got: object, wanted: str) -> None:
-        self._found.append(FieldError(name, f"got {_show(got)}, wanted {wanted}"))
+        self._found.append(FieldError(name, f"got {show(got)}, wanted {wanted}"))
 
     def say(self, name: str, message: str) -> None:
         self._found.append(FieldError(name, message))
@@ -98,7 +99,7 @@ def parse_stop(stop: object) -> tuple[str, ...]:
     """Stop strings: one, or a list of them. Raises InvalidRequest."""
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, list | tuple) or not all(isinstance(s, str) and s for s in strings):
-        raise InvalidRequest.of("stop", f"got {_show(stop)}, wanted a string or a list of strings, none of them empty")
+        raise InvalidRequest.of("stop", f"got {show(stop)}, wanted a string or a list of strings, none of them empty")
     if len(strings) > MAX_STOP_STRINGS:
         raise InvalidRequest.of("stop", f"got {len(strings)} strings, wanted at most {MAX_STOP_STRINGS}")
     for text in strings:
@@ -125,8 +126,7 @@ def check_known(given: Iterable[str], known: Iterable[str], problems: Problems) 
     """Adds a problem for each field that is not a known one."""
     wanted = sorted(known)
     for name in sorted(set(given) - set(wanted)):
-        shown = name if name.isidentifier() and len(name) <= 60 else _show(name)
-        problems.say(shown, f"unknown field, wanted one of {', '.join(wanted)}")
+        problems.say(show_name(name), f"unknown field, wanted one of {', '.join(wanted)}")
 
 
 def make_request(
@@ -163,11 +163,11 @@ def _check_mode(mode: object, values: Mapping[str, object], limits: ModelLimits,
     if mode is Mode.DIFFUSION:
         for name, off in _OFF_IN_DIFFUSION.items():
             if values.get(name, off) != off:
-                problems.say(name, f"got {_show(values[name])}, but {name} is not supported in diffusion mode")
+                problems.say(name, f"got {show(values[name])}, but {name} is not supported in diffusion mode")
     else:
         for name in _ONLY_DIFFUSION:
             if name in values:
-                problems.say(name, f"got {_show(values[name])}, but {name} has no meaning in {mode} mode")
+                problems.say(name, f"got {show(values[name])}, but {name} has no meaning in {mode} mode")
 
 
 def _check_in_vocabulary(name: str, token_ids: object, limits: ModelLimits, problems: Problems) -> None:
@@ -178,14 +178,25 @@ def _check_in_vocabulary(name: str, token_ids: object, limits: ModelLimits, prob
             break
 
 
-def _show(value: object) -> str:
+def show_name(name: str) -> str:
+    """The name of a field as its author wrote it, on one line of bounded length."""
+    return name if name.isidentifier() and len(name) <= _SHOWN else show(name)
+
+
+def one_line(text: str, longest: int = 300) -> str:
+    """`text` on one line of bounded length, without what a terminal would obey."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * longest]).split())
+    return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
+def show(value: object) -> str:
     """A value on one line of bounded length, whatever it is."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):
         # Python writes no integer of more than a few thousand digits, and no nesting deeper than its stack.
         text = f"a very large {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def _mode(name: str, value: object, out: dict[str, object], problems: Problems) -> None:
@@ -238,10 +249,10 @@ def _token_ids(name: str, value: object, out: dict[str, object], problems: Probl
 _PARSERS: dict[str, _Parser] = {
     "mode": _mode,
     "max_new_tokens": _integer(1),
-    "block_size": _integer(1, _MAX_BLOCK),
-    "steps_per_block": _integer(1, _MAX_BLOCK),
+    "block_size": _integer(1, MAX_BLOCK),
+    "steps_per_block": _integer(1, MAX_BLOCK),
     "confidence_threshold": _number(0, 1),
-    "temperature": _number(0, _MAX_TEMPERATURE),
+    "temperature": _number(0, MAX_TEMPERATURE),
     "top_k": _integer(0),
     "top_p": _number(0, 1, low_open=True),
     "seed": _integer(0, MAX_SEED),

@@ -40,6 +40,7 @@ class ScriptedCells:
         self.fail: Callable[[Request, int], None] = lambda request, block: None
         self.pace_s = 0.0
         self.is_ready = True
+        self.echo = False  # answer with the prompt's last token, again and again
         self.open = 0
         self.requests: list[Request] = []
         self.timeouts: list[float] = []
@@ -58,7 +59,8 @@ class ScriptedCells:
             self.open -= 1
 
     async def _events(self, request: Request) -> AsyncGenerator[BlockEvent, None]:
-        answer = self.answer[: request.params.max_new_tokens]
+        whole = request.prompt_token_ids[-1:] * len(self.answer) if self.echo else self.answer
+        answer = whole[: request.params.max_new_tokens]
         reason = FinishReason.STOP if len(answer) == len(self.answer) else FinishReason.LENGTH
         for start in range(0, len(answer), BLOCK):
             self.fail(request, start // BLOCK)

@@ -11,8 +11,8 @@ from typing import Any
 from cluster import deployment, local_ray
 from cluster.app import APP_NAME
 from cluster.cell import CellStats
+from cluster.client import is_ready
 from cluster.config import ServiceConfig
-from cluster.up import is_ready
 from tests.goldens import GOLDEN_DIR
 
 

@@ -55,6 +55,7 @@ JSON: list[tuple[str, dict[str, Any], str, str]] = [
     ("stop a number", {"stop": 5}, "stop", "got 5"),
     ("stop of numbers", {"stop": [5]}, "stop", "strings"),
     ("stop too many", {"stop": ["a"] * 17}, "stop", "at most 16"),
+    ("stop too long", {"stop": "a" * 1025}, "stop", "at most 1024"),
     ("stop ids", {"stop_token_ids": ["a"]}, "stop_token_ids[0]", "got 'a', wanted"),
     ("ignore_eos a number", {"ignore_eos": 1}, "ignore_eos", "wanted true or false"),
     ("stream a string", {"stream": "yes"}, "stream", "wanted true or false"),

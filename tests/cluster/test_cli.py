@@ -1,16 +1,25 @@
 """The command line: what it refuses, and how a request is made of its arguments."""
 
+import asyncio
 import os
 import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from cluster import run_state
+from cluster import client, run_state
 from cluster.cli import main
-from cluster.deployment import reason
+from cluster.config import load_config
+from cluster.deployment import Progress, missing, progress, reason
 from cluster.generate_arguments import add_generate_arguments, request_of
 from cluster.run_state import RunState
+from cluster.up import Up, check_host
+from tests.cluster.fakes import ScriptedCells, generation, grpc_server
+from tests.cluster.service import free_port
+from twotower.errors import ConfigError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
 
@@ -28,14 +37,26 @@ def own_runtime_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (["status"], 2, "no service of yours is running"),
         (["down", "--http-port", "1"], 2, "no service of yours listens on HTTP port 1"),
         (["generate", "--prompt-token-ids", "5,x"], 2, "wanted ids such as 5,9,11"),
+        (["up", "--set", "ingress.host=no.such.invalid"], 2, "ingress.host: got 'no.such.invalid', wanted an address"),
+        (["up", "--set", "ingress.host=192.0.2.77"], 2, "ingress.host: got '192.0.2.77', wanted an address"),
+        (["up", "--address", "127.0.0.1:1"], 1, "no Ray answers on 127.0.0.1:1"),
+        (["up", "--address", "[::1]:99999"], 1, "no Ray answers on [::1]:99999"),
         (["generate", "--prompt-token-ids", "-5"], 2, "arguments"),
         (["generate", "--prompt", "a", "--address", "127.0.0.1:1"], 1, "no service answers on 127.0.0.1:1"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if arguments[0] == "up":
+        arguments = [
+            *arguments,
+            "--set",
+            f"ingress.http_port={free_port()}",
+            "--set",
+            f"ingress.grpc_port={free_port()}",
+        ]
     assert main(arguments) == code
-    error = capsys.readouterr().err
-    assert words in error and error.startswith("error: ") and error.count("\n") == 1
+    *progress, error = capsys.readouterr().err.splitlines()
+    assert words in error and error.startswith("error: ") and all(line.startswith("[") for line in progress)
 
 
 def test_a_taken_port_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,6 +67,131 @@ def test_a_taken_port_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["up", *arguments]) == 1
     error = capsys.readouterr().err
     assert f"127.0.0.1:{port}: Address already in use; choose another" in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_a_taken_port_of_ipv6(capsys: pytest.CaptureFixture[str]) -> None:
+    check_host("::1")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening:
+        port = listening.getsockname()[1]
+        assert main(["up", "--set", "ingress.host=::1", "--set", f"ingress.http_port={port}"]) == 1
+    assert f"ingress.http_port: cannot listen on ::1:{port}: Address already in use" in capsys.readouterr().err
+
+
+@pytest.fixture
+def ready_service() -> Iterator[str]:
+    """An HTTP server that says yes to everything."""
+
+    class Yes(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Yes) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+async def test_proxies_of_the_environment_are_not_asked(
+    ready_service: str, cells: ScriptedCells, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert client.is_ready(ready_service)
+    async with grpc_server(generation(cells)) as (address, _):
+        info = await asyncio.to_thread(client.model_info, address)
+        code = await asyncio.to_thread(main, ["generate", "--prompt", "a", "--address", address, "--timeout", "5"])
+    assert (info.model_name, code) == ("fake", 0)
+    assert "All good things" in capsys.readouterr().out
+
+
+def test_something_else_on_the_port_is_not_ready() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def talk() -> None:
+            with listening.accept()[0] as other:
+                other.sendall(b"SSH-2.0-something\r\n")
+
+        threading.Thread(target=talk, daemon=True).start()
+        assert not client.is_ready(f"127.0.0.1:{listening.getsockname()[1]}")
+
+
+CELL = [{"CPU": 0.1}, {"CPU": 0.1, "GPU": 1.0}, {"CPU": 0.1, "GPU": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("cells", "there", "words"),
+    [
+        (1, {"CPU": 2.0}, "1 cell wants 2 GPUs where Ray has 0"),
+        (3, {"CPU": 2.0, "GPU": 4.0}, "3 cells want 6 GPUs where Ray has 4"),
+        (1, {"GPU": 2.0}, "1 cell wants 0.3 CPUs where Ray has 0"),
+        (2, {"CPU": 0.6, "GPU": 4.0}, None),
+    ],
+)
+def test_what_does_not_fit_is_said(cells: int, there: dict[str, float], words: str | None) -> None:
+    assert missing(CELL, cells, there) == words
+
+
+class Starting(Up):
+    """An `up` whose towers never come."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, address: str | None = None) -> None:
+        super().__init__(load_config(None, ["cell.start_timeout_s=0.1"]), address, False)
+        monkeypatch.setattr("cluster.up._START_SLACK_S", 0.1)
+        monkeypatch.setattr("cluster.up._SILENCE_S", 0.0)
+        monkeypatch.setattr("cluster.deployment.progress", lambda: Progress(1, 0))
+        monkeypatch.setattr("cluster.deployment.shortage", lambda config: "1 cell wants 2 GPUs where Ray has 0")
+
+
+def test_waiting_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "not ready within 0.2 s: 1 of 1 routers and 0 of 1 cells running; 1 cell wants 2 GPUs where Ray has 0"
+    with pytest.raises(Unavailable, match=words):
+        Starting(monkeypatch)._wait_until_ready()
+
+
+def test_ours_must_fit_another_ray_may_grow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="wants 2 GPUs where Ray has 0; wanted cells that fit"):
+        Starting(monkeypatch)._check_room()
+    Starting(monkeypatch, "10.0.0.1:6379")._check_room()
+    assert "waiting for the cluster to grow: 1 cell wants 2 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("behaves", ["fails", "hangs"])
+def test_a_dead_controller_is_told_in_bounded_time(behaves: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+
+    def ask() -> Progress:
+        if behaves == "hangs":
+            ended.wait()
+        raise RuntimeError("the actor\ndied")
+
+    monkeypatch.setattr("cluster.deployment._ANSWER_S", 0.1)
+    monkeypatch.setattr("cluster.deployment._progress", ask)
+    words = {"fails": "Serve does not work: RuntimeError: the actor died", "hangs": "Serve has not answered for 0.1 s"}
+    with pytest.raises(Unavailable, match=words[behaves]):
+        progress()
+    ended.set()
+
+
+def test_rays_own_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    def fail(**_: object) -> None:
+        raise RuntimeError("Version mismatch:\n  The cluster was started with\n  Ray: 1.0")
+
+    monkeypatch.setattr(ray, "init", fail)
+    ports = ["--set", f"ingress.http_port={free_port()}", "--set", f"ingress.grpc_port={free_port()}"]
+    assert main(["up", "--address", "auto", *ports]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: the Ray at auto does not work: RuntimeError: Version mismatch: The cluster was" in error
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["up", "--help"], ["generate", "--help"], ["status", "--help"]])

@@ -40,6 +40,21 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         (["cell.max_sequences='8'"], "cell.max_sequences: got '8', wanted integer"),
         (["cell.max_sequences=true"], "cell.max_sequences: got True, wanted integer"),
         (["cell.link_timeout_s=.nan"], "cell.link_timeout_s: got nan, wanted"),
+        (["decode.temperature=5000"], "decode.temperature: got 5000.0, wanted a number in [0, 1000]"),
+        (["decode.temperature=.inf"], "decode.temperature: got inf"),
+        (["decode.steps_per_block=99999"], "decode.steps_per_block: got 99999, wanted an integer from 1 to 1024"),
+        (["decode.block_size=0", "decode.steps_per_block=0"], "; decode.steps_per_block: got 0"),
+        (
+            ["decode.max_new_tokens=99999"],
+            "decode.max_new_tokens: got a prompt of 1 tokens and max_new_tokens 99999 (100000",
+        ),
+        (
+            ["model.max_sequence_length=100"],
+            "decode.max_new_tokens: got a prompt of 1 tokens and max_new_tokens 128 (129 together), wanted at most 100",
+        ),
+        (["cell.cache_tokens=4095"], "cell.cache_tokens: got 4095, wanted 0 (room for every sequence's longest) or at"),
+        (["cell.link_timeout_s=2.9"], "cell.link_timeout_s: got 2.9, wanted greater than or equal to 3"),
+        (['cell."a\nb"=1'], "unknown setting"),
         (["decode.confidence_threshold=1.5"], "decode.confidence_threshold: got 1.5"),
         (["cell.placement=colocated", "cell.denoisers_per_context=2"], "cell.denoisers_per_context: got 2 with"),
         (["cluster.min_cells=3"], "cluster.max_cells: got 1, wanted at least min_cells (3)"),
@@ -54,6 +69,12 @@ def test_mistakes_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, overrides)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_fits_exactly_is_taken() -> None:
+    load_config(None, ["model.max_sequence_length=129", "decode.mode=ar", "cell.cache_tokens=129"])
+    load_config(None, ["model.max_sequence_length=129", "cell.placement=ar_only"])
+    load_config(None, ["model.max_sequence_length=129", "decode.block_size=128"])
 
 
 def test_several_mistakes_are_told_together() -> None:

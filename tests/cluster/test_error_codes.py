@@ -7,7 +7,7 @@ import pytest
 
 from cluster.error_codes import CODES, INTERNAL, code_of, describe
 from twotower import errors
-from twotower.errors import InvalidRequest, LinkDown, TwoTowerError, Unavailable
+from twotower.errors import FieldError, InvalidRequest, LinkDown, TwoTowerError, Unavailable
 
 OURS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TwoTowerError)]
 
@@ -42,6 +42,14 @@ def test_internal_errors_tell_only_an_id(error: Exception, caplog: pytest.LogCap
     assert failure.code is INTERNAL and failure.code.grpc is grpc.StatusCode.INTERNAL
     assert "secret" not in failure.message
     assert failure.message.split()[-1] in caplog.text and "secret" in caplog.text and "r-1" in caplog.text
+
+
+def test_what_is_told_is_one_line_of_bounded_length() -> None:
+    assert describe(Unavailable("gone\nTraceback \x1b[31m" + "x" * 5000)).message.startswith("gone Traceback [31mxxx")
+    for error in (Unavailable("a\n" * 9000), InvalidRequest([FieldError("f\n" * 900, "m\u2028" * 900)] * 90)):
+        failure = describe(error)
+        texts = [failure.message, *(t for p in failure.problems for t in (p.field, p.message))]
+        assert all(text.isprintable() and len(text) <= 1000 for text in texts) and len(failure.problems) <= 16
 
 
 def test_a_request_error_keeps_its_fields() -> None:

@@ -88,6 +88,59 @@ async def test_several_prompts_are_several_choices(http: httpx.AsyncClient, prom
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_as_many_prompts_as_allowed_take_turns(
+    http: httpx.AsyncClient, cells: ScriptedCells, stream: bool
+) -> None:
+    """The cell's queue has room for 96; a call of 256 must not fill it."""
+    cells.echo, most = True, 0
+
+    def count(request: Request, block: int) -> None:
+        nonlocal most
+        most = max(most, cells.open)
+
+    cells.fail = count
+    response = await complete(http, prompt=[[4 + place % 250] for place in range(256)], max_tokens=9, stream=stream)
+    assert response.status_code == 200
+    choices = [e["choices"][0] for e in events_of(response.text)[:-1]] if stream else response.json()["choices"]
+    if not stream:
+        assert [choice["index"] for choice in choices] == list(range(256))
+    for place in range(256):
+        ids = [token for choice in choices if choice["index"] == place for token in choice["token_ids"]]
+        assert ids == [4 + place % 250] * 9
+    assert most == 16 and cells.open == 0
+
+
+async def test_all_prompts_of_a_call_share_its_deadline(http: httpx.AsyncClient, cells: ScriptedCells) -> None:
+    cells.pace_s = 0.04
+    body = {"prompt": ["Hi"] * 40, "max_tokens": 4}
+    response = await http.post("/v1/completions", json=body, headers={"x-request-timeout": "0.06"})
+    assert response.status_code == 504
+    assert response.json()["error"]["message"] == "not finished within 0.06 s"
+    assert len(cells.requests) == 32 and max(cells.timeouts[16:]) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/completions", {"prompt": "a", "model": "a\nb" * 9000}),
+        ("POST", "/v1/completions", {"prompt": "a", "a\nb" * 200: 1, "\u2028x\x1b[31m": 2}),
+        ("POST", "/v1/completions", {"prompt": "a", "diffusion": {"a\nb" * 200: 1}}),
+        ("POST", "/v1/completions", {"prompt": "a", "suffix": "x\n" * 2000}),
+        ("POST", "/v1/completions", {"prompt": "a", "logit_bias": list(range(2000))}),
+        ("POST", "/v1/completions", {"prompt": "a", "stop": ["x\n" * 2000, 5]}),
+        ("GET", "/v1/" + "a%0Ab" * 500, None),
+    ],
+    ids=["model", "names", "nested name", "value", "list", "stop", "path"],
+)
+async def test_messages_are_one_line_of_bounded_length(cells: ScriptedCells, method: str, path: str, body: Any) -> None:
+    app = make_app(generation(cells), lambda: True)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://fake") as http:
+        error = (await http.request(method, path, json=body)).json()["error"]
+    for text in (error["message"], error["param"] or ""):
+        assert text.isprintable() and len(text) <= 400, text
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_string_ends_text_and_tokens(http: httpx.AsyncClient, cells: ScriptedCells, stream: bool) -> None:
     body = (await complete(http, stop=["zzz", "things"], stream=stream)).text
     choices = [e["choices"][0] for e in (events_of(body)[:-1] if stream else [json.loads(body)])]
@@ -126,7 +179,7 @@ async def test_wrong_paths_methods_and_models_are_refused_in_the_same_shape(http
     [
         (Overloaded("full"), 429, "overloaded_error"),
         (Unavailable("gone"), 503, "unavailable_error"),
-        (DeadlineExceeded("late"), 504, "deadline_exceeded_error"),
+        (DeadlineExceeded("not finished within 60 s"), 504, "deadline_exceeded_error"),
         (NumericalError("NaN"), 500, "numerical_error"),
     ],
 )
@@ -166,7 +219,7 @@ async def test_no_traceback_leaves_and_the_log_has_it(
 async def test_the_timeout_header_reaches_the_cell(http: httpx.AsyncClient, cells: ScriptedCells) -> None:
     await http.post("/v1/completions", json={"prompt": "Hi"}, headers={"x-request-timeout": "2.5"})
     await complete(http)
-    assert cells.timeouts == [2.5, 60.0]
+    assert cells.timeouts == pytest.approx([2.5, 60.0], abs=0.5)
     for bad in ("0", "-1", "nan", "inf", "soon"):
         response = await http.post("/v1/completions", json={"prompt": "Hi"}, headers={"x-request-timeout": bad})
         assert response.status_code == 400 and response.json()["error"]["param"] == "x-request-timeout"

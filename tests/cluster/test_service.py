@@ -170,6 +170,15 @@ async def test_more_than_fits_is_queued_or_refused_and_all_end(service: Service)
     await service.all_free()
 
 
+async def test_a_call_of_more_prompts_than_the_cell_can_queue(service: Service) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{service.http}", timeout=60) as http:
+        body = {"prompt": [[5 + place % 100] for place in range(256)], "max_tokens": 4, "ignore_eos": True}
+        response = await http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    assert [len(choice["token_ids"]) for choice in response.json()["choices"]] == [4] * 256
+    await service.all_free()
+
+
 async def test_a_killed_tower_is_unavailable_and_then_replaced(service: Service) -> None:
     params = pb.DecodingParams(**LONG)
     request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6, 7]), params=params)

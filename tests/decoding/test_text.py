@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.decoding.tokenizers_for_tests import Plain, byte_level, metaspace, save
 from tests.goldens import GOLDEN_DIR
-from twotower.decoding.text import TextStream, encode_prompt, load_tokenizer, require_tokenizer
+from twotower.decoding.text import AnswerText, TextStream, check_stop, encode_prompt, load_tokenizer, require_tokenizer
 from twotower.errors import CheckpointError, InvalidRequest
 
 TOKENIZERS = {"byte_level": cache(byte_level), "metaspace": cache(metaspace)}
@@ -155,3 +155,32 @@ def test_a_damaged_tokenizer(content: str, tmp_path: Path) -> None:
 def test_prompts_that_are_no_text(text: object) -> None:
     with pytest.raises(InvalidRequest, match=r"prompt: got .*, wanted"):
         encode_prompt(_plain(), text)
+
+
+@FAST
+@given(ANY_TEXT, CUTS, st.lists(st.text(st.sampled_from("ab 日."), min_size=1, max_size=4), max_size=3))
+def test_an_answer_does_not_depend_on_its_blocks(text: str, cuts: list[int], stop: list[str]) -> None:
+    """The tokens end with the one that completes a stop string, however they came."""
+    tokenizer = _plain()
+    ids = tokenizer.encode(text)
+    answer, taken, new = AnswerText(tokenizer, stop), list[int](), ""
+    blocks = _split(ids, cuts)
+    for number, block in enumerate(blocks):
+        tokens, part = answer.push(block, last=number == len(blocks) - 1)
+        taken, new = [*taken, *tokens], new + part
+    complete = [n for n in range(len(ids) + 1) if any(s in tokenizer.decode(ids[:n]) for s in stop)]
+    assert answer.stopped == bool(complete)
+    assert taken == answer.token_ids == ids[: complete[0] if complete else len(ids)]
+    assert new == answer.text and not any(s in new for s in stop)
+    assert tokenizer.decode(taken).startswith(new)
+
+
+def test_an_answer_without_a_tokenizer_is_its_tokens() -> None:
+    answer = AnswerText(None)
+    assert answer.push([5, 6], last=True) == ((5, 6), "") and answer.text is None and not answer.stopped
+
+
+def test_stop_strings_need_a_tokenizer() -> None:
+    assert check_stop(None, []) == () and check_stop(_plain(), "x") == ("x",)
+    with pytest.raises(InvalidRequest, match="stop: got text, but this checkpoint has no tokenizer"):
+        check_stop(None, "x")

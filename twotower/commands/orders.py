@@ -7,10 +7,10 @@ from pathlib import Path
 
 import twotower
 from twotower.core import DecodingParams, Request
-from twotower.decoding.text import Tokenizer, encode_prompt, load_tokenizer, require_tokenizer
+from twotower.decoding.text import Tokenizer, check_stop, encode_prompt, load_tokenizer
 from twotower.errors import InvalidRequest
 from twotower.model.checkpoint import Checkpoint
-from twotower.validation import ModelLimits, Problems, check_known, check_text, make_request, parse_params, parse_stop
+from twotower.validation import ModelLimits, Problems, check_known, check_text, make_request, parse_params
 
 LONGEST_SEQUENCE = 4096
 _PARAMS = {field.name for field in fields(DecodingParams)}
@@ -71,7 +71,7 @@ def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Ord
     prompt = _prompt(values, model.tokenizer)
     params = {name: value for name, value in values.items() if name in _PARAMS}
     request = make_request(str(number), prompt, params, model.limits)
-    return Order(request, _stop(values, model.tokenizer), _id(values))
+    return Order(request, check_stop(model.tokenizer, values.get("stop", ())), _id(values))
 
 
 def read_orders(path: Path, model: Model, given: Mapping[str, object]) -> Iterator[Order | BadLine]:
@@ -115,13 +115,6 @@ def _prompt(values: Mapping[str, object], tokenizer: Tokenizer | None) -> Sequen
     if "prompt" in values:
         return encode_prompt(tokenizer, values["prompt"])
     return values["prompt_token_ids"]  # type: ignore[return-value]
-
-
-def _stop(values: Mapping[str, object], tokenizer: Tokenizer | None) -> tuple[str, ...]:
-    stop = parse_stop(values.get("stop", ()))
-    if stop:
-        require_tokenizer(tokenizer, "stop")
-    return stop
 
 
 def _id(values: Mapping[str, object]) -> str | int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from twotower.errors import CheckpointError, InvalidRequest
-from twotower.validation import check_text
+from twotower.validation import check_text, parse_stop
 
 _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 4  # bytes, and so tokens, of a UTF-8 character
@@ -71,6 +71,54 @@ def encode_prompt(tokenizer: Tokenizer | None, text: object) -> list[int]:
     able = require_tokenizer(tokenizer, "prompt")
     prompt = check_text("prompt", text)
     return able.encode(prompt) if prompt else []
+
+
+def check_stop(tokenizer: Tokenizer | None, stop: object) -> tuple[str, ...]:
+    """Stop strings: one, or a list of them. Raises InvalidRequest for wrong ones, or for any without a tokenizer."""
+    strings = parse_stop(stop)
+    if strings:
+        require_tokenizer(tokenizer, "stop")
+    return strings
+
+
+class AnswerText:
+    """Tokens and text of a growing answer. A stop string ends it: its text before the string, its tokens with the one
+    that completes the string. Without a tokenizer there is no text, and nothing to stop at.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
+        self._stream = None if tokenizer is None else TextStream(tokenizer, stop)
+        self._one_by_one = bool(stop)
+        self.token_ids: list[int] = []
+
+    @property
+    def text(self) -> str | None:
+        """All of it, what is not certain yet included; None without a tokenizer."""
+        return None if self._stream is None else self._stream.text
+
+    @property
+    def stopped(self) -> bool:
+        return self._stream is not None and self._stream.stopped
+
+    def push(self, token_ids: Sequence[int], last: bool = False) -> tuple[tuple[int, ...], str]:
+        """Those of the tokens that belong to the answer, and the text that became certain with them."""
+        if self._stream is None:
+            taken, new = list(token_ids), ""
+        else:
+            taken, new = self._push_text(self._stream, token_ids)
+            new += self._stream.push((), last=True) if last else ""
+        self.token_ids += taken
+        return tuple(taken), new
+
+    def _push_text(self, stream: "TextStream", token_ids: Sequence[int]) -> tuple[list[int], str]:
+        parts = [[token] for token in token_ids] if self._one_by_one else [list(token_ids)]
+        taken, new = list[int](), ""
+        for part in parts:
+            if stream.stopped:
+                break
+            new += stream.push(part)
+            taken += part
+        return taken, new
 
 
 class TextStream:
