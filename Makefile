@@ -20,7 +20,7 @@ serve: env
 	@echo "Starting the service; Ctrl-C stops it"
 	@exec $(PY) -m cluster up
 
-# Tests of processes and placement share one Ray and run one after the other; the others run beside each other.
+# Two at a time; a file's tests on a local Ray stay together, because they share what they started.
 test: env
 ifdef PYTEST_ARGS
 	@$(PY) -m pytest $(PYTEST_ARGS)
@@ -28,7 +28,7 @@ else
 	@echo "[1/2] Tests without a cluster"
 	@$(PY) -m pytest --quiet --numprocesses 2 -m "not ray"
 	@echo "[2/2] Tests on a local Ray"
-	@$(PY) -m pytest --quiet -m ray
+	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile -m ray
 endif
 
 check: check-format check-lint check-types check-imports check-proto

@@ -18,7 +18,7 @@ Handler = Any  # grpc.RpcMethodHandler, generic only in its stubs
 Behaviour = Any  # an async method of a servicer: (message, context) -> message, or None when it streams
 
 
-class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+class Boundary(grpc.aio.ServerInterceptor):
     """Hands parsed messages to a service's methods and turns their errors into statuses; no traceback leaves.
 
     Methods are coroutines; those that stream write to their context. `messages` maps a full method name to its

@@ -50,7 +50,7 @@ class GrpcServer:
             options=[("grpc.so_reuseport", 1), ("grpc.max_receive_message_length", max_bytes)],
         )
         pb_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generation), self._server)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
