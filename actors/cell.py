@@ -16,6 +16,7 @@ from actors.settings import STRATEGY, CellSettings, bundles, resolve_device
 from actors.towers import ColocatedActor, ContextActor, DenoiserActor
 from twotower.core import Mode
 from twotower.engine.handle import EngineStats
+from twotower.engine.in_process import pick_dtype
 from twotower.engine.ledger import Ledger, Room
 from twotower.engine.pair import Pair
 from twotower.engine.self_test import self_test
@@ -55,6 +56,7 @@ class RunningPair:
 
 def check_settings(settings: CellSettings) -> tuple[Mode, ...]:
     """The modes a cell of these settings serves. Raises CheckpointError or ConfigError before anything is started."""
+    pick_dtype(settings.dtype)
     checkpoint = Checkpoint.open(settings.checkpoint)
     if settings.placement != "ar_only" and checkpoint.layout is not Layout.TWO_TOWER:
         raise ConfigError(

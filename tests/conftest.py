@@ -24,7 +24,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     ray.init(
-        num_cpus=4,
+        num_cpus=2,
         num_gpus=FAKE_GPUS,
         include_dashboard=False,
         log_to_driver=False,
