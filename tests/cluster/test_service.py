@@ -11,6 +11,8 @@ import grpc
 import httpx
 import pytest
 
+from cluster import deployment
+from cluster.config import ServiceConfig
 from tests.cluster.service import Service, running_service
 from tests.goldens import causal_request, diffusion_request, golden
 from twotower.core import Mode, Request
@@ -198,3 +200,8 @@ async def test_a_killed_tower_is_unavailable_and_then_replaced(service: Service)
             while await stub.Generate(short).code() is not grpc.StatusCode.OK:
                 await asyncio.sleep(0.5)
     assert int((await service.stats()).places[0]["pid"]) != victim
+
+
+def test_a_cell_that_fits_nowhere_is_named(ray_cluster: None) -> None:
+    config = ServiceConfig.parse({"cell": {"device": "cpu", "gpus_per_tower": 99}})
+    assert str(deployment.shortage(config)).startswith("1 cell wants 198 GPUs where Ray has ")
