@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ray.util.placement_group import PlacementGroup
 
 from actors.remote import RemoteEngine, start_tower
-from actors.settings import STRATEGY, CellSettings, bundles, resolve_device
+from actors.settings import CellSettings
 from actors.towers import ColocatedActor, ContextActor, DenoiserActor
 from twotower.core import Mode
 from twotower.engine.handle import EngineStats
@@ -26,8 +26,6 @@ from twotower.model.checkpoint import Checkpoint, Layout
 logger = logging.getLogger(__name__)
 
 _FIRST_EPOCH = 1
-
-__all__ = ["STRATEGY", "CellSettings", "RunningPair", "bundles", "resolve_device", "start_pair"]
 
 
 @dataclass

@@ -14,7 +14,8 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 import twotower
-from actors.cell import STRATEGY, CellSettings, RunningPair, bundles, start_pair
+from actors.cell import RunningPair, start_pair
+from actors.settings import STRATEGY, CellSettings, bundles
 from tests.engine.decode import collect
 from tests.goldens import GOLDEN_DIR, causal_request, diffusion_request, golden
 from twotower.core import DecodingParams, Mode, Request, RequestId
