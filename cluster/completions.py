@@ -22,7 +22,7 @@ _PARAMS = {
     "max_tokens": "max_new_tokens",
     **{name: name for name in ("temperature", "top_k", "top_p", "seed", "stop_token_ids", "ignore_eos")},
 }
-_OURS = ("model", "prompt", "diffusion", "stop", "stream", "stream_options", "request_id", "user")
+_OURS = ("model", "prompt", "diffusion", "stop", "stream", "stream_options", "request_id", "user", "priority")
 _ONLY_NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -71,7 +71,8 @@ def parse_call(body: Mapping[str, object], request_id: str) -> CompletionCall:
     prompts = _prompts(given.get("prompt"), problems)
     problems.raise_any()
     ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{place}" for place in range(len(prompts))]
-    asks = tuple(Ask(prompt, params, given.get("stop", ()), one) for prompt, one in zip(prompts, ids, strict=True))
+    stop, priority = given.get("stop", ()), given.get("priority", 0)
+    asks = tuple(Ask(prompt, params, stop, one, priority) for prompt, one in zip(prompts, ids, strict=True))
     return CompletionCall(model or None, asks, stream, options.get("include_usage", False), request_id)
 
 

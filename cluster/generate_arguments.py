@@ -24,6 +24,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     parser.add_argument("--ignore-eos", action="store_true", default=None)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--priority", type=int, default=0, metavar="N", help="where requests wait, lower goes first")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after so long")
     parser.add_argument("--address", metavar="HOST:PORT", help="the service's gRPC address; default: the one you run")
 
@@ -35,7 +36,7 @@ def request_of(options: argparse.Namespace) -> pb.GenerateRequest:
         for name in (*_INTEGERS, *_NUMBERS, "ignore_eos"):
             if getattr(options, name) is not None:
                 setattr(params, name, getattr(options, name))
-        request = pb.GenerateRequest(params=params, stop=options.stop)
+        request = pb.GenerateRequest(params=params, stop=options.stop, priority=options.priority)
         if options.prompt is not None:
             request.text = options.prompt
         else:

@@ -42,6 +42,7 @@ class Ask:
     params: Mapping[str, object] = field(default_factory=dict)
     stop: object = ()
     request_id: str = ""
+    priority: object = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class Generation:
         if not _REQUEST_ID.fullmatch(request_id):
             raise InvalidRequest.of("request_id", "wanted 1 to 128 printable ASCII characters without spaces")
         prompt = await self._token_ids(ask.prompt)
-        request = make_request(request_id, prompt, ask.params, self.model.limits)
+        request = make_request(request_id, prompt, ask.params, self.model.limits, ask.priority)
         return Order(request, check_stop(self.model.tokenizer, ask.stop))
 
     async def stream(self, order: Order, timeout_s: float | None = None) -> AsyncGenerator[Chunk, None]:

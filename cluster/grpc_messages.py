@@ -39,7 +39,7 @@ def ask_of(request: pb.GenerateRequest) -> Ask:
         params["mode"] = _mode_word(request.params.mode)
     if request.params.stop_token_ids:
         params["stop_token_ids"] = tuple(request.params.stop_token_ids)
-    return Ask(_prompt(request), params, tuple(request.stop), request.request_id)
+    return Ask(_prompt(request), params, tuple(request.stop), request.request_id, request.priority)
 
 
 def outside_problems(error: InvalidRequest) -> InvalidRequest:

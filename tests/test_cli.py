@@ -308,11 +308,13 @@ BAD_LINES: list[tuple[str | bytes, str]] = [
     ('{"prompt_token_ids": [5], "max_new_tokens": "5"}', "max_new_tokens: got '5'"),
     ('{"prompt_token_ids": [5], "max_new_tokens": 4096}', "wanted at most 4096"),
     ('{"prompt_token_ids": [5], "stop": 3}', "stop: got 3"),
+    ('{"prompt_token_ids": [5], "priority": true}', "priority: got True, wanted an integer from -2147483648"),
+    ('{"prompt_token_ids": [5], "priority": "1"}', "priority: got '1'"),
 ]
 
 
 def test_bad_lines_are_told_by_number_and_skipped(tmp_path: Path, run: Callable[..., Run]) -> None:
-    good = {"prompt_token_ids": [5], "max_new_tokens": 2, "id": "good"}
+    good = {"prompt_token_ids": [5], "max_new_tokens": 2, "id": "good", "priority": -3}
     file = _lines(tmp_path / "in", "", *[line for line, _ in BAD_LINES], "  ", good)
     out = tmp_path / "out"
     done = run("--checkpoint", IDS_ONLY, "--input", file, "--output", str(out))

@@ -123,6 +123,21 @@ def test_everything_wrong_is_told_at_once() -> None:
     assert problems.keys() == {"mode", "seed", "what", "prompt"}
 
 
+@pytest.mark.parametrize("bad", [True, None, "1", 1.0, [], 2**31, -(2**31) - 1, 10**30])
+def test_a_wrong_priority(bad: object) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        make_request("r", [], {"seed": -1}, LIMITS, priority=bad)
+    problems = {problem.field: problem.message for problem in caught.value.problems}
+    assert problems.keys() == {"prompt", "seed", "priority"}
+    assert problems["priority"].endswith(", wanted an integer from -2147483648 to 2147483647")
+
+
+@pytest.mark.parametrize("priority", [-(2**31), -1, 0, 2**31 - 1])
+def test_a_priority_is_the_requests_and_not_its_parameters(priority: int) -> None:
+    assert make_request("r", [5], {}, LIMITS, priority).priority == priority
+    assert _refused({"priority": priority})["priority"].startswith("unknown field")
+
+
 def test_too_long() -> None:
     message = _refused({"max_new_tokens": 156}, prompt=[5] * 101)["max_new_tokens"]
     assert all(number in message for number in ("101", "156", "257", "256")), message

@@ -50,11 +50,15 @@ class DecodingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for, as token ids. Immutable; the decoding state of it is a *sequence*."""
+    """What the user asked for, as token ids. Immutable; the decoding state of it is a *sequence*.
+
+    `priority` decides when it starts, never its tokens: a lower value goes first (`twotower.engine.ledger`).
+    """
 
     id: RequestId
     prompt_token_ids: tuple[int, ...]
     params: DecodingParams = field(default_factory=DecodingParams)
+    priority: int = 0
 
     @property
     def positions(self) -> int:

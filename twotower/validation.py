@@ -12,6 +12,7 @@ from twotower.core import DecodingParams, Mode, Request, RequestId
 from twotower.errors import FieldError, InvalidRequest
 
 MAX_SEED = 2**63 - 1
+MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
 _SHOWN = 60  # characters of a value or a name in a message
 MAX_BLOCK = 1024
@@ -130,7 +131,11 @@ def check_known(given: Iterable[str], known: Iterable[str], problems: Problems) 
 
 
 def make_request(
-    request_id: str, prompt_token_ids: Sequence[object], given: Mapping[str, object], limits: ModelLimits
+    request_id: str,
+    prompt_token_ids: Sequence[object],
+    given: Mapping[str, object],
+    limits: ModelLimits,
+    priority: object = 0,
 ) -> Request:
     """A request that fits the running model. Raises InvalidRequest naming each field that does not."""
     problems = Problems()
@@ -144,8 +149,10 @@ def make_request(
         params = parse_params(given, limits)
     except InvalidRequest as error:
         problems.extend(error.problems)
+    checked: dict[str, object] = {}
+    _integer(MIN_PRIORITY, MAX_PRIORITY)("priority", priority, checked, problems)
     problems.raise_any()
-    request = Request(RequestId(request_id), prompt, params)
+    request = Request(RequestId(request_id), prompt, params, priority=checked["priority"])  # type: ignore[arg-type]
     wanted = len(prompt) + request.params.max_new_tokens
     if wanted > limits.max_sequence_length:
         raise InvalidRequest.of(

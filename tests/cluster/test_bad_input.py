@@ -61,6 +61,10 @@ JSON: list[tuple[str, dict[str, Any], str, str]] = [
     ("stream a string", {"stream": "yes"}, "stream", "wanted true or false"),
     ("options alone", {"stream_options": {"include_usage": True}}, "stream_options", "only with stream"),
     ("request_id spaced", {"request_id": "a b"}, "request_id", "printable ASCII"),
+    ("priority a boolean", {"priority": True}, "priority", "got True, wanted an integer from -2147483648"),
+    ("priority a float", {"priority": 1.0}, "priority", "got 1.0"),
+    ("priority too big", {"priority": 2**31}, "priority", "got 2147483648"),
+    ("priority a list", {"priority": [1]}, "priority", "got [1]"),
     ("request_id long", {"request_id": "a" * 129}, "request_id", "1 to 128"),
 ]
 
@@ -86,6 +90,7 @@ WIRE: list[tuple[str, pb.GenerateRequest, str, str]] = [
     ("empty ids", pb.GenerateRequest(token_ids=pb.TokenIds()), "prompt", "empty prompt"),
     ("id too big", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 260])), "token_ids.ids[1]", "got 260"),
     ("stop empty", pb.GenerateRequest(text="a", stop=[""]), "stop", "none of them empty"),
+    ("priority", pb.GenerateRequest(text="a", priority=2**31), "priority", "got 2147483648, wanted an integer"),
     ("request_id", pb.GenerateRequest(text="a", request_id="a b"), "request_id", "printable ASCII"),
     *[
         (name, pb.GenerateRequest(text="a", params=pb.DecodingParams(**params)), f"params.{field}", words)

@@ -217,11 +217,12 @@ def test_only_what_was_given_is_sent() -> None:
     assert bare == pb.GenerateRequest(text="a", params=pb.DecodingParams())
     full = request_of(
         parser.parse_args(
-            "--prompt-token-ids 5,6 --mode mock_ar --max-new-tokens 3 --top-p .5 --seed 0 --stop x --ignore-eos".split()
+            "--prompt-token-ids 5,6 --mode mock_ar --max-new-tokens 3 --top-p .5 --seed 0 --stop x --ignore-eos "
+            "--priority -2".split()
         )
     )
     params = pb.DecodingParams(mode=pb.MODE_MOCK_AR, max_new_tokens=3, top_p=0.5, seed=0, ignore_eos=True)
-    assert full == pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), params=params, stop=["x"])
+    assert full == pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), params=params, stop=["x"], priority=-2)
 
 
 def test_notes_of_dead_services_are_cleared_away() -> None:

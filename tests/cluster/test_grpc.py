@@ -57,11 +57,12 @@ async def test_every_parameter_reaches_the_cell(stub: Stub, cells: ScriptedCells
     diffusion = pb.DecodingParams(
         max_new_tokens=9, block_size=8, steps_per_block=4, confidence_threshold=0.0, temperature=0.5, ignore_eos=False
     )
-    await stub.Generate(pb.GenerateRequest(token_ids=ids, params=diffusion))
+    await stub.Generate(pb.GenerateRequest(token_ids=ids, params=diffusion, priority=-7))
     plain = pb.DecodingParams(mode=pb.MODE_MOCK_AR, top_k=3, top_p=0.5, seed=0, stop_token_ids=[9])
     await stub.Generate(ask(params=plain, stop=["things"]))
     first, second = (request.params for request in cells.requests)
     assert cells.requests[0].prompt_token_ids == (5, 6)
+    assert [request.priority for request in cells.requests] == [-7, 0]
     assert (first.max_new_tokens, first.block_size, first.steps_per_block) == (9, 8, 4)
     assert (first.confidence_threshold, first.temperature, first.ignore_eos) == (0.0, 0.5, False)
     assert (second.mode, second.top_k, second.top_p, second.seed, second.stop_token_ids) == ("mock_ar", 3, 0.5, 0, (9,))

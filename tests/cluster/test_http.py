@@ -60,9 +60,10 @@ async def test_stream_is_one_event_per_block_and_equals_the_whole(http: httpx.As
 async def test_every_parameter_reaches_the_cell(http: httpx.AsyncClient, cells: ScriptedCells) -> None:
     diffusion = {"mode": "diffusion", "block_size": 8, "steps_per_block": 4, "confidence_threshold": 0.5}
     await complete(http, prompt=[5, 6], max_tokens=9, temperature=0.5, seed=7, ignore_eos=True, diffusion=diffusion)
-    await complete(http, diffusion={"mode": "ar"}, top_k=3, top_p=0.5, stop_token_ids=[9])
+    await complete(http, diffusion={"mode": "ar"}, top_k=3, top_p=0.5, stop_token_ids=[9], priority=-7)
     first, second = (request.params for request in cells.requests)
     assert cells.requests[0].prompt_token_ids == (5, 6)
+    assert [request.priority for request in cells.requests] == [0, -7]
     assert (first.max_new_tokens, first.temperature, first.seed, first.ignore_eos) == (9, 0.5, 7, True)
     assert (first.mode, first.block_size, first.steps_per_block, first.confidence_threshold) == ("diffusion", 8, 4, 0.5)
     assert (second.mode, second.top_k, second.top_p, second.stop_token_ids) == (Mode.AR, 3, 0.5, (9,))

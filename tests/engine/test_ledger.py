@@ -1,4 +1,4 @@
-"""Admission: first come, first served, all or nothing, never over capacity, everything given back."""
+"""Admission: by priority, then first come, first served; all or nothing, never over capacity, everything given back."""
 
 import pytest
 from hypothesis import settings
@@ -11,8 +11,9 @@ from twotower.errors import InvalidRequest, Overloaded
 from twotower.model.pages import pages_for
 
 
-def _request(name: int | str, prompt: int = 16, new: int = 16, mode: Mode = Mode.AR) -> Request:
-    return Request(RequestId(str(name)), tuple(range(prompt)), DecodingParams(mode=mode, max_new_tokens=new))
+def _request(name: int | str, prompt: int = 16, new: int = 16, mode: Mode = Mode.AR, priority: int = 0) -> Request:
+    params = DecodingParams(mode=mode, max_new_tokens=new)
+    return Request(RequestId(str(name)), tuple(range(prompt)), params, priority)
 
 
 def _admitted(ledger: Ledger) -> list[str]:
@@ -30,6 +31,54 @@ def test_first_come_first_served() -> None:
     assert (ledger.context.slots, ledger.context.pages) == (3, 0)
     ledger.release(RequestId("huge"))
     assert _admitted(ledger) == ["small"]
+
+
+def _one_by_one(ledger: Ledger) -> list[str]:
+    """The order in which a cell of one slot serves what waits."""
+    order: list[str] = []
+    while ledger.waiting:
+        order += _admitted(ledger)
+        ledger.release(RequestId(order[-1]))
+    return order
+
+
+def test_lower_goes_first_and_equals_as_they_came() -> None:
+    ledger = Ledger(Room(1, 100), [], 10)
+    for name, priority in [("a", 0), ("b", 5), ("c", -1), ("d", 0), ("e", 5), ("f", -1), ("g", 2**31 - 1)]:
+        ledger.enqueue(_request(name, priority=priority))
+    assert _one_by_one(ledger) == list("cfadbeg")
+
+
+def test_nobody_is_passed_for_ever() -> None:
+    """Urgent requests that never stop coming: the others lose so many places each, then hold theirs."""
+    ledger = Ledger(Room(1, 100), [], 100, max_passed=3)
+    ledger.enqueue(_request("late", priority=1))
+    ledger.enqueue(_request("later", priority=2))
+    for number in range(8):
+        ledger.enqueue(_request(number))
+    assert _one_by_one(ledger) == ["0", "1", "2", "late", "later", "3", "4", "5", "6", "7"]
+
+
+def test_a_head_that_waits_for_room_gets_it() -> None:
+    ledger = Ledger(Room(4, 6), [], 100, max_passed=2)
+    ledger.enqueue(_request("running"))
+    assert _admitted(ledger) == ["running"]
+    ledger.enqueue(_request("whole", new=81, priority=1))
+    for number in range(9):
+        ledger.enqueue(_request(number))
+    assert _admitted(ledger) == ["0", "1"], "two may pass, the others wait behind the head"
+    for name in ("running", "0", "1"):
+        ledger.release(RequestId(name))
+    assert _admitted(ledger) == ["whole"]
+
+
+def test_a_full_queue_refuses_the_urgent_too() -> None:
+    ledger = Ledger(Room(1, 100), [], 1)
+    ledger.enqueue(_request("a"))
+    assert _admitted(ledger) == ["a"]
+    ledger.enqueue(_request("b"))
+    with pytest.raises(Overloaded):
+        ledger.enqueue(_request("c", priority=-9))
 
 
 def test_full_queue() -> None:
@@ -79,7 +128,7 @@ def test_both_caches_or_neither() -> None:
     assert (ledger.context.slots, ledger.context.pages) == (7, 98)
 
 
-SLOTS, PAGES, MIRROR, QUEUE = 3, 12, (2, 8), 3
+SLOTS, PAGES, MIRROR, QUEUE, PASSED = 3, 12, (2, 8), 5, 2
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -87,16 +136,18 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @initialize(mirrors=st.integers(0, 2))
     def begin(self, mirrors: int) -> None:
-        self.ledger = Ledger(Room(SLOTS, PAGES), [Room(*MIRROR) for _ in range(mirrors)], QUEUE)
+        self.ledger = Ledger(Room(SLOTS, PAGES), [Room(*MIRROR) for _ in range(mirrors)], QUEUE, PASSED)
         self.mirrors = mirrors
         self.next = 0
         self.waiting: list[Request] = []
         self.running: dict[str, tuple[Request, int | None]] = {}
-        self.admitted: list[int] = []
+        self.passed: dict[str, int] = {}
 
-    @rule(prompt=st.integers(1, 60), new=st.integers(1, 60), mode=st.sampled_from(list(Mode)))
-    def arrive(self, prompt: int, new: int, mode: Mode) -> None:
-        request = _request(self.next, prompt, new, mode)
+    @rule(
+        prompt=st.integers(1, 60), new=st.integers(1, 60), mode=st.sampled_from(list(Mode)), priority=st.integers(-1, 1)
+    )
+    def arrive(self, prompt: int, new: int, mode: Mode, priority: int) -> None:
+        request = _request(self.next, prompt, new, mode, priority)
         # With mirrors smaller than the context cache a request may wait for ever; the pair sizes them alike.
         if self.mirrors and mode is not Mode.AR and pages_for(request.positions) > MIRROR[1]:
             return
@@ -108,7 +159,16 @@ class LedgerMachine(RuleBasedStateMachine):
         except InvalidRequest:
             assert pages_for(request.positions) > PAGES
         else:
-            self.waiting.append(request)
+            self._queue_up(request)
+
+    def _queue_up(self, request: Request) -> None:
+        """Behind the last that it may not pass."""
+        stays = [w.priority <= request.priority or self.passed[w.id] == PASSED for w in self.waiting]
+        place = len(stays) - stays[::-1].index(True) if any(stays) else 0
+        for waiting in self.waiting[place:]:
+            self.passed[waiting.id] += 1
+        self.waiting.insert(place, request)
+        self.passed[request.id] = 0
 
     @rule()
     def admit(self) -> None:
@@ -116,8 +176,12 @@ class LedgerMachine(RuleBasedStateMachine):
             assert request == self.waiting.pop(0), "out of order"
             assert place.pages == pages_for(request.positions)
             self.running[request.id] = (request, place.denoiser)
-            self.admitted.append(int(request.id))
-        assert self.admitted == sorted(self.admitted)
+
+    @invariant()
+    def equals_wait_in_the_order_they_came(self) -> None:
+        for priority in (-1, 0, 1):
+            came = [int(request.id) for request in self.waiting if request.priority == priority]
+            assert came == sorted(came)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())

@@ -6,7 +6,7 @@ ticks when, who arrives when, who gives up when is drawn at random.
 
 import random
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
@@ -48,7 +48,7 @@ def _request(number: int, draw: random.Random) -> Request:
         stop_token_ids=tuple(draw.sample(range(4, VOCAB), draw.choice([0, 0, 1]))),
     )
     prompt = tuple(draw.randrange(4, VOCAB) for _ in range(draw.randint(1, 40)))
-    return Request(RequestId(f"r{number}"), prompt, params)
+    return Request(RequestId(f"r{number}"), prompt, params, draw.choice([0, 0, 0, -1, 1, 7]))
 
 
 @dataclass
@@ -80,7 +80,9 @@ class SimulatedCell:
             self.context.connect(exchange.port)
             tower = cast(Any, ScriptedDenoiserTower())
             self.denoisers.append(DenoiserEngine(tower, exchange.link, settings, self.events.append))
-        self.ledger = Ledger(Room(slots, pages), [], settings.max_queued_requests)
+        self.max_passed = draw.choice([1, 2, 64])
+        self.ledger = Ledger(Room(slots, pages), [], settings.max_queued_requests, self.max_passed)
+        self.priorities: dict[RequestId, int] = {}
         self.seen: dict[RequestId, Seen] = defaultdict(Seen)
         self.home: dict[RequestId, ContextEngine | DenoiserEngine] = {}
         self.started: list[RequestId] = []
@@ -93,6 +95,7 @@ class SimulatedCell:
         except Overloaded:
             return False
         self.queued.append(request.id)
+        self.priorities[request.id] = request.priority
         self.admit()
         return True
 
@@ -152,7 +155,7 @@ def _play(seed: int) -> tuple[int, int]:
             request = waiting.pop(0)
             if not cell.arrive(request):
                 order.remove(request.id)
-                waiting.append(Request(RequestId(request.id + "+"), request.prompt_token_ids, request.params))
+                waiting.append(replace(request, id=RequestId(request.id + "+")))
                 order.append(waiting[-1].id)
                 wanted[waiting[-1].id] = wanted[request.id]
         elif cell.open() and draw.random() < 0.02:
@@ -163,8 +166,7 @@ def _play(seed: int) -> tuple[int, int]:
     else:
         pytest.fail(f"schedule {seed}: starved: {cell.open()} of {len(requests)}")
     _nothing_is_left(cell, seed)
-    ran = [r for r in order if r in cell.started]
-    assert cell.started == ran, f"schedule {seed}: not first come, first served"
+    _order_holds([r for r in order if r in cell.started], cell, seed)
     for request_id in cell.started:
         seen, tokens = cell.seen[request_id], wanted[request_id]
         if seen.finish is None:
@@ -173,6 +175,15 @@ def _play(seed: int) -> tuple[int, int]:
         else:
             assert seen.tokens == tokens, f"schedule {seed}, {request_id}"
     return sum(s.finish is not None for s in cell.seen.values()), len(cell.cancelled)
+
+
+def _order_holds(arrived: list[RequestId], cell: SimulatedCell, seed: int) -> None:
+    """Whoever started before an earlier request was more urgent, and not more than `max_passed` did so to one."""
+    place = {request_id: number for number, request_id in enumerate(cell.started)}
+    for number, earlier in enumerate(arrived):
+        passing = [later for later in arrived[number + 1 :] if place[later] < place[earlier]]
+        assert all(cell.priorities[later] < cell.priorities[earlier] for later in passing), f"schedule {seed}"
+        assert len(passing) <= cell.max_passed, f"schedule {seed}: {earlier} was passed by {passing}"
 
 
 def _nothing_is_left(cell: SimulatedCell, seed: int) -> None:

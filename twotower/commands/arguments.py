@@ -68,7 +68,10 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", metavar="TEXT", help="the prompt as text")
     source.add_argument("--prompt-token-ids", type=_ids, metavar="IDS", help="the prompt as token ids: 5,9,11")
     source.add_argument(
-        "--input", type=Path, metavar="FILE", help="JSON lines: `prompt` or `prompt_token_ids`, `id`, and any flag"
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines: `prompt` or `prompt_token_ids`, `id`, `priority`, any flag",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the answers to --input go, as JSON lines")
     parser.add_argument("--strict", action="store_true", help="refuse the whole --input for one bad line")

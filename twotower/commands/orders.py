@@ -14,7 +14,7 @@ from twotower.validation import ModelLimits, Problems, check_known, check_text, 
 
 LONGEST_SEQUENCE = 4096
 _PARAMS = {field.name for field in fields(DecodingParams)}
-_FIELDS = {"id", "prompt", "prompt_token_ids", "stop"} | _PARAMS
+_FIELDS = {"id", "prompt", "prompt_token_ids", "stop", "priority"} | _PARAMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Ord
     problems.raise_any()
     prompt = _prompt(values, model.tokenizer)
     params = {name: value for name, value in values.items() if name in _PARAMS}
-    request = make_request(str(number), prompt, params, model.limits)
+    request = make_request(str(number), prompt, params, model.limits, values.get("priority", 0))
     return Order(request, check_stop(model.tokenizer, values.get("stop", ())), _id(values))
 
 

@@ -11,6 +11,8 @@ from twotower.core import Mode, Request, RequestId
 from twotower.errors import InvalidRequest, Overloaded
 from twotower.model.pages import pages_for
 
+MAX_PASSED = 64
+
 
 @dataclass(slots=True)
 class Room:
@@ -39,18 +41,31 @@ class Place:
     denoiser: int | None
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """A queued request and how many of a lower value have gone in front of it."""
+
+    request: Request
+    passed: int = 0
+
+
 class Ledger:
-    """Admits requests first come, first served, while both caches have room for the whole of them.
+    """Admits requests by priority while both caches have room for the whole of them.
+
+    The order is settled on arrival: a request goes in front of those that wait with a higher value, but behind any
+    that `max_passed` have passed already. So equals are served first come, first served, and whoever waits, the head
+    that waits for a lot of room too, waits for those it found in front of it and `max_passed` more at most. Nothing
+    that runs is interrupted, and a full queue refuses whatever the priority.
 
     `mirrors` has one entry per denoiser; empty where the denoiser reads the context tower's own cache (local
     exchange) or where there is none.
     """
 
-    def __init__(self, context: Room, mirrors: list[Room], max_queued: int) -> None:
+    def __init__(self, context: Room, mirrors: list[Room], max_queued: int, max_passed: int = MAX_PASSED) -> None:
         self._context, self._mirrors = context, mirrors
         self._whole = Room(context.slots, context.pages)
-        self._max_queued = max_queued
-        self._queue: deque[Request] = deque()
+        self._max_queued, self._max_passed = max_queued, max_passed
+        self._queue: deque[_Waiting] = deque()
         self._places: dict[RequestId, Place] = {}
 
     @property
@@ -83,16 +98,21 @@ class Ledger:
                 f"{len(self._queue)} requests are waiting and {len(self._places)} running; wanted fewer than "
                 f"{self._max_queued} waiting"
             )
-        self._queue.append(request)
+        place = len(self._queue)
+        while place and self._lets_pass(self._queue[place - 1], request):
+            place -= 1
+            self._queue[place].passed += 1
+        self._queue.insert(place, _Waiting(request))
 
     def admit(self) -> list[tuple[Request, Place]]:
         """Requests that may start now, in order. The first that does not fit holds up all behind it: no starvation."""
         admitted = []
         while self._queue:
-            place = self._place_for(self._queue[0])
+            request = self._queue[0].request
+            place = self._place_for(request)
             if place is None:
                 break
-            request = self._queue.popleft()
+            self._queue.popleft()
             self._context.take(place.pages)
             if place.denoiser is not None and self._mirrors:
                 self._mirrors[place.denoiser].take(place.pages)
@@ -102,9 +122,9 @@ class Ledger:
 
     def withdraw(self, request_id: RequestId) -> bool:
         """Take a request out of the queue; False if it is not waiting there."""
-        for request in self._queue:
-            if request.id == request_id:
-                self._queue.remove(request)
+        for place, waiting in enumerate(self._queue):
+            if waiting.request.id == request_id:
+                del self._queue[place]
                 return True
         return False
 
@@ -114,6 +134,9 @@ class Ledger:
         self._context.give(place.pages)
         if place.denoiser is not None and self._mirrors:
             self._mirrors[place.denoiser].give(place.pages)
+
+    def _lets_pass(self, waiting: _Waiting, later: Request) -> bool:
+        return later.priority < waiting.request.priority and waiting.passed < self._max_passed
 
     def _could_start(self, request: Request) -> bool:
         return not self._queue and self._place_for(request) is not None
