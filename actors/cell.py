@@ -49,6 +49,7 @@ class RunningPair:
         """Fail what still runs and end the tower processes."""
         await self.pair.close()
         for engine in self.engines:
+            await engine.close_line()
             engine.kill()
 
 
@@ -78,6 +79,7 @@ async def start_pair(settings: CellSettings, group: PlacementGroup) -> RunningPa
         context, *denoisers = engines
         for link, denoiser in enumerate(denoisers):
             await _join(context, denoiser, link, _FIRST_EPOCH, patience)
+        await asyncio.gather(*(engine.open_line() for engine in engines))
         pair = Pair(context, denoisers or _own_denoiser(settings, context), _ledger(settings))
         pair.start()
         running = RunningPair(pair, engines, list(places))
@@ -120,5 +122,6 @@ async def _ended_on_failure(engines: list[RemoteEngine]) -> AsyncIterator[None]:
         yield
     except BaseException:
         for engine in engines:
+            await engine.close_line()
             engine.kill()
         raise

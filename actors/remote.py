@@ -15,6 +15,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.frames import connect, framed, read_frame
+from actors.line import NEWS, ORDERS, Add, Cancel, Ended, Order
 from actors.settings import CellSettings, bundles
 from actors.towers import TowerProcess
 from twotower.core import Event, Request, RequestId
@@ -23,21 +25,57 @@ from twotower.errors import TwoTowerError, Unavailable
 
 
 class RemoteEngine:
-    """A tower actor as an EngineHandle. `name` is what it is called in errors."""
+    """A tower actor as an EngineHandle. `name` is what it is called in errors.
+
+    Loading, joining and counters are Ray calls; requests and events have a connection of their own (`open_line`).
+    """
 
     def __init__(self, actor: Any, name: str, timeout_s: float) -> None:
         self._actor, self.name, self._timeout_s = actor, name, timeout_s
         self._pid: int | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
 
-    async def add(self, requests: Sequence[Request]) -> None:
-        await self.call("add", requests)
+    async def open_line(self) -> None:
+        """Connect to the process: `add`, `cancel` and `events` work from now on. Raises Unavailable."""
+        address = await self.call("open_line")
+        try:
+            self._reader, self._writer = await connect(address, self._timeout_s)
+        except OSError as error:
+            raise Unavailable(f"the {self.name} process cannot be reached: {_first_line(error)}") from error
 
-    async def cancel(self, request_ids: Sequence[RequestId]) -> None:
-        await self.call("cancel", request_ids)
+    async def close_line(self) -> None:
+        """Hang up, if the line was ever opened."""
+        if self._writer is not None:
+            self._writer.close()
+            with contextlib.suppress(OSError):
+                await self._writer.wait_closed()
+
+    def add(self, requests: Sequence[Request]) -> None:
+        self._order([Add(request) for request in requests])
+
+    def cancel(self, request_ids: Sequence[RequestId]) -> None:
+        self._order([Cancel(request_id) for request_id in request_ids])
+
+    def _order(self, orders: Sequence[Order]) -> None:
+        assert self._writer is not None, "the line is not open"
+        if self._writer.is_closing():
+            raise Unavailable(f"the {self.name} process is gone")
+        self._writer.write(framed(ORDERS.encode(orders)))
 
     async def events(self) -> list[Event]:
-        events: list[Event] = await self.call("events")
-        return events
+        assert self._reader is not None, "the line is not open"
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                news = NEWS.decode(await read_frame(self._reader))
+        except TimeoutError:
+            raise Unavailable(f"the {self.name} process has said nothing for {self._timeout_s:g} s") from None
+        except (OSError, EOFError) as error:
+            raise Unavailable(f"the {self.name} process is gone") from error
+        match news:
+            case [Ended(reason=reason)]:
+                raise Unavailable(reason)
+        return [event for event in news if not isinstance(event, Ended)]
 
     async def stats(self) -> list[EngineStats]:
         stats: list[EngineStats] = await self.call("stats")

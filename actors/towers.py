@@ -1,18 +1,18 @@
 """The tower processes: plain classes that load a tower, give it an engine and a thread, and answer for them.
 
-Decorated as Ray actors in `remote.py`, so that tests can construct them directly. Their `add`, `cancel`, `events` and
-`stats` are the EngineHandle's; everything else happens once, when the cell is put together.
+Decorated as Ray actors in `remote.py`, so that tests can construct them directly. Their methods are called when the
+cell is put together, and for counters; requests and events go over the line.
 """
 
 import asyncio
 import os
-from collections.abc import Sequence
 
 import torch
 
 import twotower
+from actors.frames import LineAddress
+from actors.line import TowerLine
 from actors.settings import CellSettings
-from twotower.core import Event, Request, RequestId
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.handle import EngineStats
@@ -55,14 +55,9 @@ class TowerProcess:
     def _load(self) -> None:
         raise NotImplementedError
 
-    async def add(self, requests: Sequence[Request]) -> None:
-        await self.runner.add(requests)
-
-    async def cancel(self, request_ids: Sequence[RequestId]) -> None:
-        await self.runner.cancel(request_ids)
-
-    async def events(self) -> list[Event]:
-        return await self.runner.events()
+    async def open_line(self) -> LineAddress:
+        """Listen for the cell's requests; returns at once with the address to connect to."""
+        return TowerLine(self.runner, self.settings.engine.link_timeout_s).open()
 
     async def stats(self) -> list[EngineStats]:
         return await self.runner.stats()

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from contextvars import Context
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,8 +10,8 @@ from ray.util import get_current_placement_group
 
 from actors.cell import start_pair
 from actors.settings import CellSettings
+from cluster.event_lines import EventLines, ReplyTo
 from cluster.replica_logs import log_to_stderr
-from cluster.streams import merged
 from twotower.core import BlockEvent, FailureEvent, Request
 from twotower.engine.handle import EngineStats
 from twotower.engine.pair import Pair
@@ -58,16 +57,21 @@ class Cell:
         log_to_stderr()
         logger.info("starting %s towers from %s", settings.placement, settings.checkpoint)
         self._running = await start(settings)
+        self._lines = EventLines()
         logger.info("the towers are ready")
 
-    async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent | FailureEvent, None]:
-        """Events of one request. An error of ours is the last event, not an exception, so that it crosses whole."""
+    async def decode(self, request: Request, timeout_s: float, reply_to: ReplyTo) -> None:
+        """Decode one request; its events go to the router that asked. An error of ours is the last of them."""
+        line = await self._lines.to(reply_to.address)
+        async with aclosing(self.events(request, timeout_s)) as events:
+            async for event in events:
+                await line.send(reply_to.key, event)
+
+    async def events(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent | FailureEvent, None]:
+        """Events of one request. An error of ours is the last of them, not an exception."""
         try:
-            # Ray cancels a call together with every call made in its context. The towers' calls serve all requests,
-            # so they are made in a context of their own: one client's leaving must not break the others.
-            events = merged([self._running.pair.generate(request, timeout_s)], context=Context())
-            async with aclosing(events):
-                async for _, event in events:
+            async with aclosing(self._running.pair.generate(request, timeout_s)) as events:
+                async for event in events:
                     yield event
         except TwoTowerError as error:
             yield FailureEvent(request.id, error)
@@ -88,4 +92,5 @@ class Cell:
 
     async def shutdown(self) -> None:
         """Ends the tower processes."""
+        self._lines.close()
         await self._running.close()

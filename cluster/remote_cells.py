@@ -1,40 +1,69 @@
 """The cells as a router sees them: behind a Serve handle, with Ray's errors turned into ours."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from twotower.core import BlockEvent, FailureEvent, Request
+from cluster.event_lines import EventServer, ReplyTo
+from twotower.core import BlockEvent, FailureEvent, Mode, Request
+from twotower.engine.inbox import Inbox
 from twotower.errors import Cancelled, DeadlineExceeded, Overloaded, TwoTowerError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+_OVERTAKEN_S = 2.0
 
 
 class RemoteCells:
     """Cells behind a DeploymentHandle. The handle picks the cell; a request stays on it."""
 
-    def __init__(self, handle: "DeploymentHandle[Any]") -> None:
-        self._generate = handle.options(stream=True, method_name="generate")
+    def __init__(self, handle: "DeploymentHandle[Any]", events: EventServer) -> None:
+        self._decode = handle.options(method_name="decode")
         self._ready = handle.options(method_name="ready")
+        self._events = events
+        self._calls: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
         """Events of one request. Raises TwoTowerErrors; closing the generator cancels the call."""
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        response = cast("DeploymentResponseGenerator[Any]", self._generate.remote(request, timeout_s))
+        reply_to, inbox = self._events.open(merging=request.params.mode is not Mode.DIFFUSION)
+        response = cast("DeploymentResponse[Any]", self._decode.remote(request, timeout_s, reply_to))
+        call = asyncio.create_task(self._watch(response, request, reply_to, inbox))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        late = FailureEvent(request.id, DeadlineExceeded(f"not finished within {timeout_s:g} s"))
+        timer = asyncio.get_running_loop().call_later(timeout_s, inbox.put, late)
         ended = False
         try:
             while not ended:
-                event = await _next(response, deadline, timeout_s)
+                event = await inbox.get()
                 if isinstance(event, FailureEvent):
-                    ended = True
+                    ended = event is not late
                     raise event.error
                 ended = event.finish_reason is not None
                 yield event
         finally:
+            timer.cancel()
+            self._events.close(reply_to)
             if not ended:
                 response.cancel()
+
+    async def _watch(
+        self, response: "DeploymentResponse[Any]", request: Request, reply_to: ReplyTo, inbox: Inbox
+    ) -> None:
+        """Tell the reader what became of the call: its events come another way, its failure comes here."""
+        error: TwoTowerError = Unavailable("the cell's answer ended before it was finished")
+        try:
+            await response
+            if self._events.is_open(reply_to):
+                await asyncio.sleep(_OVERTAKEN_S)  # the last events may still be under way
+        except (RayError, RayServeException, asyncio.CancelledError) as failure:
+            error = plain_error(failure)
+        inbox.put(FailureEvent(request.id, error))
 
     async def ready(self) -> bool:
         """Whether a cell answers; cells that are all full are there too."""
@@ -44,32 +73,19 @@ class RemoteCells:
             return True
 
 
-async def _next(
-    response: "DeploymentResponseGenerator[Any]", deadline: float, timeout_s: float
-) -> BlockEvent | FailureEvent:
-    try:
-        async with asyncio.timeout_at(deadline):
-            event: BlockEvent | FailureEvent = await anext(response)
-            return event
-    except TimeoutError:
-        raise DeadlineExceeded(f"not finished within {timeout_s:g} s") from None
-    except StopAsyncIteration:
-        raise Unavailable("the cell's answer ended before it was finished") from None
-    except (RayError, RayServeException) as error:
-        raise plain_error(error) from error
-
-
-def plain_error(error: Exception) -> Exception:
-    """Ours for one that came through Ray or Serve; the cause itself where a cell's code raised something else."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        return cause if isinstance(cause, TwoTowerError) else plain_error(cause)
+def plain_error(error: BaseException) -> TwoTowerError:
+    """Ours for one that came through Ray or Serve."""
+    if isinstance(error, RayTaskError):  # which may pose as its cause
+        return plain_error(error.cause)
+    if isinstance(error, TwoTowerError):
+        return error
     if isinstance(error, BackPressureError):
         return Overloaded("every cell is full and the queue for them too")
-    if isinstance(error, RequestCancelledError | TaskCancelledError):
+    if isinstance(error, RequestCancelledError | TaskCancelledError | asyncio.CancelledError):
         return Cancelled("the request was cancelled")
     if isinstance(error, RayActorError):
         return Unavailable("the cell that served this request is gone")
     if isinstance(error, RayServeException):
         return Unavailable("no cell can take this request")
-    return error
+    logger.error("a cell failed", exc_info=error)
+    return TwoTowerError(f"the cell failed ({type(error).__name__}); the router's log says how")

@@ -6,8 +6,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
 
 from cluster.config import ServiceConfig
+from cluster.event_lines import EventServer
 from cluster.generation import Generation
 from cluster.grpc_service import GrpcServer
 from cluster.http import make_app
@@ -32,7 +34,9 @@ class Router:
         ingress = config.ingress
         self._drain_timeout_s, self._max_bytes = config.cluster.drain_timeout_s, ingress.max_request_bytes
         model = await asyncio.to_thread(load_served_model, config)
-        remote = RemoteCells(cells)
+        self._events = EventServer()
+        await self._events.start(get_node_ip_address())
+        remote = RemoteCells(cells, self._events)
         self._generation = Generation(model, remote, ingress.request_timeout_s, prompts_at_once(config))
         self._grpc = GrpcServer(self._generation, ingress.host, ingress.grpc_port, self._max_bytes)
         await self._grpc.start()
@@ -47,3 +51,4 @@ class Router:
         """Stops taking gRPC calls, lets the running ones finish, ends."""
         self._watching.cancel()
         await self._grpc.stop(self._drain_timeout_s)
+        self._events.stop()

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from contextlib import aclosing
-from contextvars import Context
 from typing import Any, TypeVar
 
 from twotower.errors import Cancelled
@@ -12,12 +11,11 @@ Item = TypeVar("Item")
 
 
 async def merged(
-    streams: Sequence[AsyncGenerator[Item, None]], context: Context | None = None, at_once: int | None = None
+    streams: Sequence[AsyncGenerator[Item, None]], at_once: int | None = None
 ) -> AsyncGenerator[tuple[int, Item], None]:
     """Items of all streams as they come, each with its stream's index. The first error ends them all.
 
-    The streams run in tasks of their own, in `context` or else a copy of the caller's; no more than `at_once` of them
-    at a time, in their order.
+    The streams run in tasks of their own, no more than `at_once` of them at a time, in their order.
     """
     turns = asyncio.Semaphore(at_once or max(1, len(streams)))
     queue: asyncio.Queue[tuple[int, Item] | Exception | None] = asyncio.Queue()
@@ -31,7 +29,7 @@ async def merged(
         except Exception as error:
             queue.put_nowait(error)
 
-    pumps = [asyncio.create_task(pump(index, stream), context=context) for index, stream in enumerate(streams)]
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
     try:
         running = len(pumps)
         while running:

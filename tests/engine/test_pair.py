@@ -59,12 +59,12 @@ class FakeEngine:
     def die(self, error: Exception) -> None:
         self._said.put_nowait(error)
 
-    async def add(self, requests: Sequence[Request]) -> None:
+    def add(self, requests: Sequence[Request]) -> None:
         if self.broken is not None:
             raise self.broken
         self.added += [request.id for request in requests]
 
-    async def cancel(self, request_ids: Sequence[Id]) -> None:
+    def cancel(self, request_ids: Sequence[Id]) -> None:
         self.cancelled += request_ids
 
     async def events(self) -> list[Event]:

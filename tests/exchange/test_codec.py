@@ -6,7 +6,6 @@ import pytest
 
 from twotower.errors import Cancelled, FieldError, InvalidRequest, LinkDown, TwoTowerError
 from twotower.exchange.codec import (
-    CodecError,
     Heartbeat,
     Hello,
     Message,
@@ -18,6 +17,7 @@ from twotower.exchange.codec import (
     encode,
 )
 from twotower.exchange.protocol import Attach, Commit, Delta, Failed, Prefill, Release, Released
+from twotower.wire import CodecError
 
 MESSAGES: list[Message] = [
     Hello(1, 2, 3, "float32[2, 1]", "cpu"),

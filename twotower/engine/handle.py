@@ -23,13 +23,16 @@ class EngineStats:
 
 
 class EngineHandle(Protocol):
-    """A running engine process (or thread). Every method may raise Unavailable when it is gone."""
+    """A running engine process (or thread). Every method may raise Unavailable when it is gone.
 
-    async def add(self, requests: Sequence[Request]) -> None:
+    `add` and `cancel` never block; the engine hears them in the order they were called.
+    """
+
+    def add(self, requests: Sequence[Request]) -> None:
         """Start decoding these. The caller's ledger has made sure that there is room."""
         ...
 
-    async def cancel(self, request_ids: Sequence[RequestId]) -> None:
+    def cancel(self, request_ids: Sequence[RequestId]) -> None:
         """Free these sequences at the next tick; unknown ids are ignored. Each is answered by a ReleasedEvent."""
         ...
 

@@ -6,13 +6,12 @@ who asks.
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
 from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
 from twotower.engine.handle import EngineHandle
+from twotower.engine.inbox import Inbox
 from twotower.engine.ledger import Ledger, Place
 from twotower.errors import DeadlineExceeded, InvalidRequest, Overloaded, TwoTowerError, Unavailable
 
@@ -28,12 +27,10 @@ class Pair:
     def __init__(self, context: EngineHandle, denoisers: Sequence[EngineHandle], ledger: Ledger) -> None:
         self.context, self.denoisers, self.ledger = context, list(denoisers), ledger
         self.failure: TwoTowerError | None = None
-        self._queues: dict[RequestId, _Inbox] = {}
+        self._queues: dict[RequestId, Inbox] = {}
         self._places: dict[RequestId, Place | None] = {}
         self._modes: dict[RequestId, Mode] = {}
-        self._adding: dict[RequestId, asyncio.Task[None]] = {}
         self._pumps: list[asyncio.Task[None]] = []
-        self._sends: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "Pair":
         self.start()
@@ -49,9 +46,9 @@ class Pair:
 
     async def close(self) -> None:
         """Stop listening and fail what is still running."""
-        for task in [*self._pumps, *self._sends]:
+        for task in self._pumps:
             task.cancel()
-        await asyncio.gather(*self._pumps, *self._sends, return_exceptions=True)
+        await asyncio.gather(*self._pumps, return_exceptions=True)
         self.failure = self.failure or Unavailable("it is shutting down")
         self._fail_all(Unavailable("the cell is shutting down"))
 
@@ -62,7 +59,7 @@ class Pair:
         whatever error ended the sequence.
         """
         self._admissible(request)
-        inbox = _Inbox(merging=request.params.mode is not Mode.DIFFUSION)
+        inbox = Inbox(merging=request.params.mode is not Mode.DIFFUSION)
         self.ledger.enqueue(request)
         self._queues[request.id] = inbox
         self._places[request.id] = None
@@ -111,29 +108,13 @@ class Pair:
             handle = self._handle_for(request.params.mode, place)
             batches.setdefault(id(handle), (handle, []))[1].append(request)
         for handle, requests in batches.values():
-            adding = self._send(partial(handle.add, requests))
-            for request in requests:
-                self._adding[request.id] = adding
+            self._tell(partial(handle.add, requests))
 
-    def _send(self, call: Callable[[], Coroutine[None, None, None]]) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._sent(call))
-        self._sends.add(task)
-        task.add_done_callback(self._sends.discard)
-        return task
-
-    async def _sent(self, call: Callable[[], Coroutine[None, None, None]]) -> None:
+    def _tell(self, call: Callable[[], None]) -> None:
         try:
-            await call()
+            call()
         except TwoTowerError as error:
             self._break(error)
-        except Exception as error:
-            logger.exception("a message to an engine failed")
-            self._break(Unavailable(f"a message to an engine failed: {type(error).__name__}"))
-
-    async def _cancel(self, handle: EngineHandle, request_id: RequestId) -> None:
-        """Only after the engine has taken the request: calls to a process may overtake one another."""
-        await asyncio.shield(self._adding[request_id])
-        await handle.cancel([request_id])
 
     def _expire(self, request_id: RequestId, timeout_s: float) -> None:
         error = DeadlineExceeded(f"request {request_id}: not finished within {timeout_s:g} s")
@@ -148,12 +129,11 @@ class Pair:
             return
         place = self._places.get(request_id)
         if place is not None and self.failure is None:
-            self._send(partial(self._cancel, self._handle_for(self._modes[request_id], place), request_id))
+            self._tell(partial(self._handle_for(self._modes[request_id], place).cancel, [request_id]))
 
     def _forget(self, request_id: RequestId) -> None:
         self._places.pop(request_id, None)
         self._modes.pop(request_id, None)
-        self._adding.pop(request_id, None)
 
     async def _pump(self, handle: EngineHandle) -> None:
         try:
@@ -189,43 +169,3 @@ class Pair:
     def _fail_all(self, error: TwoTowerError) -> None:
         for request_id, inbox in self._queues.items():
             inbox.put(FailureEvent(request_id, error))
-
-
-class _Inbox:
-    """Events of one request that its reader has not taken yet. Nothing follows a failure."""
-
-    def __init__(self, merging: bool) -> None:
-        self._events: deque[BlockEvent | FailureEvent] = deque()
-        self._arrived = asyncio.Event()
-        self._merging = merging
-        self._failed = False
-
-    def put(self, event: BlockEvent | FailureEvent) -> None:
-        if not self._failed:
-            self._failed = isinstance(event, FailureEvent)
-            self._events.append(event)
-            self._arrived.set()
-
-    async def get(self) -> BlockEvent | FailureEvent:
-        """The next event; where `merging`, joined with the blocks that a slow reader has let pile up behind it."""
-        await self._arrived.wait()
-        event = self._events.popleft()
-        while self._merging and isinstance(event, BlockEvent) and self._events:
-            following = self._events[0]
-            if isinstance(following, FailureEvent):
-                break
-            self._events.popleft()
-            event = _joined(event, following)
-        if not self._events:
-            self._arrived.clear()
-        return event
-
-
-def _joined(event: BlockEvent, following: BlockEvent) -> BlockEvent:
-    return replace(
-        event,
-        token_ids=event.token_ids + following.token_ids,
-        num_steps=event.num_steps + following.num_steps,
-        num_blocks=event.num_blocks + following.num_blocks,
-        finish_reason=following.finish_reason,
-    )

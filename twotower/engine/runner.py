@@ -21,8 +21,11 @@ logger = logging.getLogger(__name__)
 
 # Waking the event loop takes the interpreter from the engine for a good part of a small model's forward. While the
 # engines are busy it is done for the first and the last event of a request, for others no oftener than this.
-_DELIVER_S = 0.008
+_DELIVER_S = 0.02
 _QUIET_S = 1.0  # how long `events` waits before it answers with nothing: shows its caller that the process lives
+
+
+Sink = Callable[[Sequence[Event], str | None], None]
 
 
 class Engine(Protocol):
@@ -53,6 +56,7 @@ class EngineRunner:
         self._events: list[Event] = []
         self._lock = threading.Lock()
         self._ring: Callable[[], object] | None = None
+        self._sink: Sink | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._busy_s = 0.0
         self._turn_started: float | None = None
@@ -87,17 +91,25 @@ class EngineRunner:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
-    async def add(self, requests: Sequence[Request]) -> None:
-        self._check()
+    def add(self, requests: Sequence[Request]) -> None:
+        self.check()
         for request in requests:
             self._engine_for(request.params.mode).add(request)
         self._wake.set()
 
-    async def cancel(self, request_ids: Sequence[RequestId]) -> None:
-        self._check()
+    def cancel(self, request_ids: Sequence[RequestId]) -> None:
+        self.check()
         for request_id in request_ids:
             for engine in self.engines:
                 engine.cancel(request_id)
+        self._wake.set()
+
+    def push_to(self, sink: Sink) -> None:
+        """Hand events to `sink` as they happen, on the runner's thread, instead of keeping them for `events`.
+
+        The last call brings the reason why the runner has ended.
+        """
+        self._sink = sink
         self._wake.set()
 
     async def events(self) -> list[Event]:
@@ -115,7 +127,7 @@ class EngineRunner:
         with self._lock:
             events = self._take_events()
         if not events:
-            self._check()
+            self.check()
         return events
 
     def _take_events(self) -> list[Event]:
@@ -123,7 +135,7 @@ class EngineRunner:
         return events
 
     async def stats(self) -> list[EngineStats]:
-        self._check()
+        self.check()
         return [engine.stats(self._busy_s) for engine in self.engines]
 
     def _engine_for(self, mode: Mode) -> Engine:
@@ -132,7 +144,8 @@ class EngineRunner:
                 return engine
         raise Unavailable(f"no engine here decodes {mode}")
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises Unavailable where the engines have ended or hang."""
         if self._failure is not None:
             raise Unavailable(self._failure)
         started = self._turn_started
@@ -171,6 +184,12 @@ class EngineRunner:
             self._wake.wait(_QUIET_S)
 
     def _deliver(self) -> None:
+        if self._sink is not None:
+            with self._lock:
+                events = self._take_events()
+            if events or self._failure is not None:
+                self._sink(events, self._failure)
+            return
         with self._lock:
             ring = self._ring if self._events or self._failure else None
             if ring is not None:

@@ -12,7 +12,7 @@ from multiprocessing import AuthenticationError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from twotower.errors import LinkDown, TwoTowerError
-from twotower.exchange.codec import CodecError, Hello, Message, Refused, Welcome
+from twotower.exchange.codec import Hello, Message, Refused, Welcome
 from twotower.exchange.control import Channel, Listener, dial
 from twotower.exchange.data_group import (
     CONTEXT_RANK,
@@ -29,6 +29,7 @@ from twotower.exchange.endpoint import Endpoint, MessageStream
 from twotower.exchange.settings import EngineHooks, LinkAddress, LinkSettings
 from twotower.exchange.staging import DeltaLayout, StagingPool
 from twotower.model.cache import TowerCache
+from twotower.wire import CodecError
 
 _VERSION = 1
 _GREETING_BYTES = 16

@@ -11,11 +11,12 @@ from multiprocessing import AuthenticationError
 from queue import Empty, SimpleQueue
 
 from twotower.errors import LinkDown
-from twotower.exchange.codec import CodecError, Heartbeat, Message, decode, encode
+from twotower.exchange.codec import Heartbeat, Message, decode, encode
 from twotower.exchange.control import Channel
 from twotower.exchange.data_group import DataGroup
 from twotower.exchange.settings import EngineHooks, LinkSettings
 from twotower.exchange.staging import StagingBuffer
+from twotower.wire import CodecError
 
 _JOIN_S = 2.0
 

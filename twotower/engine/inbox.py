@@ -1,0 +1,47 @@
+"""Where a request's events wait for whoever reads them. Asynchronous, of one event loop."""
+
+import asyncio
+from collections import deque
+from dataclasses import replace
+
+from twotower.core import BlockEvent, FailureEvent
+
+
+class Inbox:
+    """Events of one request that its reader has not taken yet. Nothing follows a failure."""
+
+    def __init__(self, merging: bool) -> None:
+        self._events: deque[BlockEvent | FailureEvent] = deque()
+        self._arrived = asyncio.Event()
+        self._merging = merging
+        self._failed = False
+
+    def put(self, event: BlockEvent | FailureEvent) -> None:
+        if not self._failed:
+            self._failed = isinstance(event, FailureEvent)
+            self._events.append(event)
+            self._arrived.set()
+
+    async def get(self) -> BlockEvent | FailureEvent:
+        """The next event; where `merging`, joined with the blocks that a slow reader has let pile up behind it."""
+        await self._arrived.wait()
+        event = self._events.popleft()
+        while self._merging and isinstance(event, BlockEvent) and self._events:
+            following = self._events[0]
+            if isinstance(following, FailureEvent):
+                break
+            self._events.popleft()
+            event = _joined(event, following)
+        if not self._events:
+            self._arrived.clear()
+        return event
+
+
+def _joined(event: BlockEvent, following: BlockEvent) -> BlockEvent:
+    return replace(
+        event,
+        token_ids=event.token_ids + following.token_ids,
+        num_steps=event.num_steps + following.num_steps,
+        num_blocks=event.num_blocks + following.num_blocks,
+        finish_reason=following.finish_reason,
+    )
