@@ -6,7 +6,7 @@ Owns the control channel and the data group once both stand. Knows nothing of ca
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import AuthenticationError
 from queue import Empty, SimpleQueue
 
@@ -127,16 +127,27 @@ class Endpoint:
             if time.monotonic() >= beat_at:
                 stream.send([Heartbeat(self.hooks.progress())])
                 beat_at = time.monotonic() + self.settings.beat_s
-            try:
-                outgoing = self._outbox.get(timeout=max(beat_at - time.monotonic(), 0))
-            except Empty:
-                continue
+            outgoing = self._next_outgoing(max(beat_at - time.monotonic(), 0))
             if outgoing is None:
-                return
+                continue
             stream.send(outgoing.messages)
             if outgoing.buffer is not None:
                 group.send(outgoing.buffer, outgoing.nbytes, outgoing.number, self.settings.link_timeout_s)
                 sent(outgoing.buffer)
+
+    def _next_outgoing(self, timeout_s: float) -> Outgoing | None:
+        """What was posted, up to a payload, as one frame: a burst costs the other side one waking. None: nothing."""
+        messages: list[Message] = []
+        try:
+            item = self._outbox.get(timeout=timeout_s)
+            while item is not None:
+                messages += item.messages
+                if item.buffer is not None:
+                    return replace(item, messages=messages)
+                item = self._outbox.get_nowait()
+        except Empty:
+            pass
+        return Outgoing(messages) if messages else None
 
     def run_receiver(self, stream: MessageStream, handle: Callable[[Message], None]) -> None:
         """Hand messages to `handle` until the link is lost."""
