@@ -73,7 +73,8 @@ class BlockEvent:
     """Committed tokens of one request: a block in `diffusion`, a token (or several, merged) in `ar` and `mock_ar`.
 
     `start` is the index of the first of them among the request's new tokens. `num_steps` counts denoiser steps.
-    The last event of a request carries a `finish_reason`; it may hold no tokens.
+    The last event of a request carries a `finish_reason`; it may hold no tokens. It also tells the smallest margin of
+    the request's decisions (`twotower.decoding.margins`): in fp32, only below 1e-5 might its tokens have been others.
     """
 
     request_id: RequestId
@@ -82,6 +83,7 @@ class BlockEvent:
     num_steps: int
     num_blocks: int
     finish_reason: FinishReason | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ DRAWS = 4000
 
 
 def _draws(params: list[TokenParams], logits: Tensor = LOGITS) -> Tensor:
-    return sample(logits.expand(len(params), -1), params)
+    return sample(logits.expand(len(params), -1), params).tokens_R
 
 
 def _frequencies(**how: float) -> Tensor:
@@ -54,15 +54,15 @@ def test_frequencies(how: dict[str, float], wanted: Tensor) -> None:
 
 def test_top_k_keeps_ties() -> None:
     tied = torch.tensor([1.0, 1.0, 1.0, -5.0])
-    drawn = sample(tied.expand(300, -1), [TokenParams(1.0, top_k=2, key=key) for key in range(300)])
+    drawn = sample(tied.expand(300, -1), [TokenParams(1.0, top_k=2, key=key) for key in range(300)]).tokens_R
     assert set(drawn.tolist()) == {0, 1, 2}
 
 
 def test_same_key_same_token_whoever_shares_the_batch() -> None:
     logits = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
     rows = [TokenParams(0.3 * (r % 4), r % 7, 1 - 0.1 * (r % 3), key=r) for r in range(40)]
-    together = sample(logits, rows)
-    alone = [sample(logits[r : r + 1], rows[r : r + 1]).item() for r in range(40)]
+    together = sample(logits, rows).tokens_R
+    alone = [sample(logits[r : r + 1], rows[r : r + 1]).tokens_R.item() for r in range(40)]
     assert together.tolist() == alone
 
 

@@ -21,6 +21,7 @@ class Decoded:
     num_blocks: int = 0
     finish_reason: FinishReason | None = None
     starts: list[int] = field(default_factory=list)
+    margin: float | None = None
 
 
 async def collect(pair: Pair, request: Request) -> Decoded:
@@ -31,7 +32,7 @@ async def collect(pair: Pair, request: Request) -> Decoded:
         out.token_ids += event.token_ids
         out.num_steps += event.num_steps
         out.num_blocks += event.num_blocks
-        out.finish_reason = event.finish_reason
+        out.finish_reason, out.margin = event.finish_reason, event.margin
     return out
 
 

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower.decoding.margins import runner_up
 from twotower.decoding.randomness import uniform
 from twotower.model.transfer import on_device
 
 GREEDY_BELOW = 1e-5  # a temperature that only fp32 overflow tells from 0
+_SMALLEST = 1e-38
+_MISS = 4.0  # a sum of probabilities moves by a quarter of the logits' difference at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,23 +23,73 @@ class TokenParams:
     top_p: float = 1.0
     key: int = 0
 
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens are out of the question."""
+        return self.top_k > 0 or self.top_p < 1
 
-def sample(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
-    """One token id [R] per row of fp32 logits. Greedy takes the lowest index on a tie."""
-    tokens_R = logits_RV.argmax(-1)
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token id for each row, and the margin in [0, 1] of that decision."""
+
+    tokens_R: Tensor
+    margin_R: Tensor
+
+
+def sample(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
+    """One token per row of fp32 logits. Greedy takes the lowest index on a tie."""
+    best_R, tokens_R = logits_RV.max(-1)
+    margin_R = -torch.expm1(runner_up(logits_RV.clone(), tokens_R[:, None], -torch.inf) - best_R)
     sampled = [r for r, row in enumerate(rows) if row.temperature >= GREEDY_BELOW]
     if sampled:
         which_M = on_device(sampled, logits_RV.device)
-        tokens_R = tokens_R.index_copy(0, which_M, _draw(logits_RV[which_M], [rows[r] for r in sampled]))
-    return tokens_R
+        drawn = _draw(logits_RV[which_M], [rows[r] for r in sampled])
+        tokens_R = tokens_R.index_copy(0, which_M, drawn.tokens_R)
+        margin_R = margin_R.index_copy(0, which_M, drawn.margin_R)
+    return Sampled(tokens_R, margin_R)
 
 
-def _draw(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
-    """softmax at the temperature, then top-k (ties kept), then top-p (the crossing token kept), then one draw."""
-    device = logits_RV.device
+def _draw(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
+    """softmax at the temperature, then top-k and top-p, then one draw.
+
+    The draw goes through the tokens in the order of their ids. In the order of their probabilities two of almost the
+    same one would change places with the last bit of a logit, and the draw with them.
+    """
+    device, vocab = logits_RV.device, logits_RV.shape[1]
     temperatures_R1 = on_device([row.temperature for row in rows], device)[:, None]
-    sorted_RV, order_RV = (logits_RV / temperatures_R1).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    vocab = logits_RV.shape[1]
+    kept_RV = (logits_RV / temperatures_R1).softmax(-1)
+    cut = _cut(kept_RV, rows) if any(row.cuts for row in rows) else None
+    if cut is not None:
+        kept_RV = cut.kept_RV
+    total_RV = kept_RV.cumsum(-1)
+    u_R1 = uniform([row.key for row in rows], 1, 1, device)[:, 0] * total_RV[:, -1:]
+    # `right`: a draw of exactly 0 must not pick a token of zero probability.
+    place_R1 = torch.searchsorted(total_RV, u_R1, right=True).clamp(max=vocab - 1)
+    above_R1 = total_RV.gather(1, place_R1) - u_R1
+    miss_R1 = torch.minimum(above_R1, kept_RV.gather(1, place_R1) - above_R1).clamp(min=0) / total_RV[:, -1:]
+    margin_R1 = _MISS * miss_R1
+    if cut is not None:
+        # Another cut moves the draw's bounds by a token or so.
+        decided_R1 = miss_R1 <= 2 * cut.edge_R1 / total_RV[:, -1:]
+        margin_R1 = torch.minimum(margin_R1, cut.margin_R1.masked_fill(~decided_R1, 1.0))
+    # In units of logits; above a temperature of 1 it is the probabilities' own rounding that counts.
+    return Sampled(place_R1[:, 0], (margin_R1 * temperatures_R1.clamp(max=1))[:, 0].clamp(max=1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Probabilities [R,V] without the tokens cut off, the margin of that, and the least probability that was kept."""
+
+    kept_RV: Tensor
+    margin_R1: Tensor
+    edge_R1: Tensor
+
+
+def _cut(probabilities_RV: Tensor, rows: list[TokenParams]) -> _Cut:
+    """top-k (ties kept), then top-p of what it left (the crossing token kept)."""
+    device, vocab = probabilities_RV.device, probabilities_RV.shape[1]
+    sorted_RV, order_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
     last = [min(row.top_k or vocab, vocab) - 1 for row in rows]
     kth_R1 = sorted_RV.gather(1, on_device(last, device)[:, None])
     kept_RV = sorted_RV * (sorted_RV >= kth_R1)
@@ -44,8 +97,12 @@ def _draw(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
     top_p_R1 = on_device([row.top_p for row in rows], device)[:, None]
     before_RV = kept_RV.cumsum(-1) - kept_RV
     kept_RV = kept_RV * ((before_RV < top_p_R1) | (top_p_R1 >= 1))
-    total_RV = kept_RV.cumsum(-1)
-    u_R1 = uniform([row.key for row in rows], 1, 1, device)[:, 0] * total_RV[:, -1:]
-    # `right`: a draw of exactly 0 must not pick a token of zero probability.
-    place_R1 = torch.searchsorted(total_RV, u_R1, right=True).clamp(max=vocab - 1)
-    return order_RV.gather(1, place_R1)[:, 0]
+    # Nobody is behind the last; the ends of both cuts are looked at, and the sum at which top-p crosses.
+    behind_RV = torch.cat([sorted_RV[:, 1:], torch.zeros_like(kth_R1)], dim=1)
+    end_R1 = (kept_RV > 0).sum(-1, keepdim=True) - 1
+    ends_R2 = torch.cat([on_device(last, device)[:, None], end_R1], dim=1)
+    ahead_R2 = sorted_RV.gather(1, ends_R2).clamp(min=_SMALLEST)
+    ratio_R1 = (behind_RV.gather(1, ends_R2) / ahead_R2).amax(1, keepdim=True)
+    crossing_R1 = (before_RV[:, 1:] - top_p_R1).abs().amin(1, keepdim=True).masked_fill(top_p_R1 >= 1, 1.0)
+    margin_R1 = torch.minimum(1 - ratio_R1, _MISS * crossing_R1)
+    return _Cut(torch.zeros_like(kept_RV).scatter_(1, order_RV, kept_RV), margin_R1, kept_RV.gather(1, end_R1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
+from twotower.decoding.margins import NEAR_TIE, packed, unpacked
 from twotower.decoding.randomness import step_key
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import cut
@@ -40,6 +41,7 @@ class _Sequence:
     attach_known: int | None = None
     request: Request | None = None
     generated: int = 0
+    margin: float = 1.0
 
 
 _Key = tuple[int, int] | RequestId
@@ -59,13 +61,13 @@ class ContextEngine:
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens)
         self._replies: dict[int, list[Reply]] = {}
         self._inbox: deque[Request | RequestId | Port] = deque()
-        self.ticks = self.rows = 0
+        self.ticks = self.rows = self.near_ties = 0
 
     def stats(self, busy_s: float) -> EngineStats:
         cache, settings = self.cache, self.settings
         return EngineStats(
             "context", self.ticks, self.rows, busy_s, len(self._sequences),
-            cache.free_slots, cache.free_pages, settings.max_sequences, settings.pages,
+            cache.free_slots, cache.free_pages, settings.max_sequences, settings.pages, self.near_ties,
         )  # fmt: skip
 
     def connect(self, port: Port) -> None:
@@ -262,12 +264,13 @@ class ContextEngine:
     def _next_tokens(self, sequences: list[_Sequence], hidden_RD: Tensor) -> None:
         logits_RV = self.tower.logits(hidden_RD)
         finite_R = torch.isfinite(logits_RV).all(1)
-        tokens_R = sample(logits_RV, [_token_params(sequence) for sequence in sequences])
-        tokens, finite = torch.stack([tokens_R, finite_R.long()]).tolist()  # the only time the host waits
-        for sequence, token, fine in zip(sequences, tokens, finite, strict=True):
-            self._emit_token(sequence, token, bool(fine))
+        sampled = sample(logits_RV, [_token_params(sequence) for sequence in sequences])
+        # The only time the host waits for the device.
+        outcome = torch.stack([sampled.tokens_R, finite_R.long(), packed(sampled.margin_R)], dim=1).tolist()
+        for sequence, (token, finite, margin) in zip(sequences, outcome, strict=True):
+            self._emit_token(sequence, token, bool(finite), unpacked(margin))
 
-    def _emit_token(self, sequence: _Sequence, token: int, finite: bool) -> None:
+    def _emit_token(self, sequence: _Sequence, token: int, finite: bool, margin: float) -> None:
         request = sequence.request
         assert request is not None
         if not finite:
@@ -275,8 +278,11 @@ class ContextEngine:
             self._emit(FailureEvent(request.id, error))
             self._close_ar(request.id)
             return
+        self.near_ties += margin < NEAR_TIE
+        sequence.margin = min(sequence.margin, margin)
         kept, reason = cut([token], sequence.generated, request.params, self.tower.config.eos_token_id)
-        self._emit(BlockEvent(request.id, sequence.generated, kept, 0, len(kept), reason))
+        smallest = None if reason is None else sequence.margin
+        self._emit(BlockEvent(request.id, sequence.generated, kept, 0, len(kept), reason, smallest))
         sequence.generated += 1
         if reason is not None:
             self._close_ar(request.id)

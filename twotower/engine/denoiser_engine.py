@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
+from twotower.decoding.margins import NEAR_TIE, packed, unpacked
 from twotower.decoding.randomness import step_key
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import cut
@@ -20,7 +21,7 @@ from twotower.decoding.unmasking import MASK_TOKEN_ID, StepParams, Unmasked, unm
 from twotower.engine.handle import EngineStats
 from twotower.engine.settings import EngineSettings
 from twotower.errors import LinkDown, NumericalError, TwoTowerError
-from twotower.exchange.protocol import Commit, Delta, Failed, Link, LinkLost, Prefill, Release, Released
+from twotower.exchange.protocol import Command, Commit, Delta, Failed, Link, LinkLost, Prefill, Release, Released
 from twotower.model.tower import DenoiserTower
 from twotower.model.transfer import on_device
 
@@ -30,7 +31,10 @@ _MAX_POSITIONS = 2048
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """What one step saw and did, for whoever wants to watch: tokens before it and positions it fixed."""
+    """What one step saw and did, for whoever wants to watch: tokens before it and positions it fixed.
+
+    `margin` is that of its closest decision (`twotower.decoding.margins`).
+    """
 
     request_id: RequestId
     block: int
@@ -40,6 +44,7 @@ class StepTrace:
     predicted: tuple[int, ...]
     confidence: tuple[float, ...]
     committed: tuple[int, ...]
+    margin: float
 
 
 @dataclass(slots=True)
@@ -57,6 +62,7 @@ class _Sequence:
     step: int = 0
     block: int = 0
     generated: int = 0
+    margin: float = 1.0
 
     def fresh_block(self) -> None:
         size = self.request.params.block_size
@@ -82,13 +88,14 @@ class DenoiserEngine:
         self._numbers: dict[RequestId, int] = {}
         self._next_number = 0
         self._inbox: deque[Request | RequestId] = deque()
-        self.ticks = self.rows = 0
+        self._commands: list[Command] = []
+        self.ticks = self.rows = self.near_ties = 0
 
     def stats(self, busy_s: float) -> EngineStats:
         cache, settings = self.link.cache, self.settings
         return EngineStats(
             "denoiser", self.ticks, self.rows, busy_s, len(self._sequences),
-            cache.free_slots, cache.free_pages, settings.max_sequences, settings.pages,
+            cache.free_slots, cache.free_pages, settings.max_sequences, settings.pages, self.near_ties,
         )  # fmt: skip
 
     def add(self, request: Request) -> None:
@@ -107,10 +114,11 @@ class DenoiserEngine:
         ready = [s for s in self._sequences.values() if s.ready and not s.closing]
         blocks = [s for s in ready if s.request.params.mode is Mode.DIFFUSION]
         tokens = [s for s in ready if s.request.params.mode is Mode.MOCK_AR]
-        for batch in _of_like_width(blocks):
-            self._step_blocks(batch)
         if tokens:
             self._step_tokens(tokens)
+        for batch in _of_like_width(blocks):
+            self._step_blocks(batch)
+        self._submit()
         if ready:
             self.ticks += 1
             self.rows += len(ready)
@@ -171,7 +179,13 @@ class DenoiserEngine:
         """Stop stepping; the slots are back when the context side has answered."""
         if not sequence.closing:
             sequence.closing = True
-            self.link.submit([Release(sequence.number)])
+            self._commands.append(Release(sequence.number))
+
+    def _submit(self) -> None:
+        """All that has gathered, as one message."""
+        if self._commands:
+            self.link.submit(self._commands)
+            self._commands = []
 
     def _fail(self, sequence: _Sequence, error: TwoTowerError) -> None:
         if not sequence.closing:
@@ -200,12 +214,14 @@ class DenoiserEngine:
         if self._trace is not None:
             self._report(sequences, t, result)
         # The only time the host waits for the device.
-        outcome = torch.cat([result.tokens_RL, result.committed_RL, result.finite_R[:, None]], dim=1).tolist()
+        ends_R2 = torch.stack([packed(result.margin_R), result.finite_R], dim=1)
+        outcome = torch.cat([result.tokens_RL, result.committed_RL, ends_R2], dim=1).tolist()
         for row, sequence in enumerate(sequences):
-            new_tokens, now, finite = outcome[row][:width], outcome[row][width:-1], outcome[row][-1]
+            new_tokens, now, finite = outcome[row][:width], outcome[row][width:-2], outcome[row][-1]
             if not finite:
                 self._fail(sequence, self._not_finite(sequence))
                 continue
+            self._has_decided(sequence, outcome[row][-2])
             size = lengths[row]
             sequence.tokens = new_tokens[:size]
             sequence.masked = [masked and not now[i] for i, masked in enumerate(sequence.masked)]
@@ -216,10 +232,11 @@ class DenoiserEngine:
     def _block_is_full(self, sequence: _Sequence) -> None:
         params = sequence.request.params
         kept, reason = cut(sequence.tokens, sequence.generated, params, self.tower.config.eos_token_id)
-        self._emit(BlockEvent(sequence.request.id, sequence.generated, kept, sequence.step, 1, reason))
+        smallest = None if reason is None else sequence.margin
+        self._emit(BlockEvent(sequence.request.id, sequence.generated, kept, sequence.step, 1, reason, smallest))
         sequence.generated += len(kept)
         if reason is None:
-            self.link.submit([Commit(sequence.number, sequence.length, tuple(sequence.tokens))])
+            self._commands.append(Commit(sequence.number, sequence.length, tuple(sequence.tokens)))
             sequence.block += 1
             sequence.ready = False
             sequence.fresh_block()
@@ -228,23 +245,32 @@ class DenoiserEngine:
 
     def _step_tokens(self, sequences: list[_Sequence]) -> None:
         """Mock-AR: step on the newest token while the context tower reads it."""
-        self.link.submit([Commit(s.number, s.length, tuple(s.tokens)) for s in sequences])
+        self._commands += [Commit(s.number, s.length, tuple(s.tokens)) for s in sequences]
+        self._submit()  # before the forward, so that both towers work at the same time
         tokens_R1 = self._tensor([s.tokens for s in sequences])
         states = self.link.cache.reading([s.slot for s in sequences], [1] * len(sequences), 1)
         hidden_R1D = self.tower(tokens_R1, states, None)
         logits_RV = self.tower.logits(hidden_R1D[:, 0])
         finite_R = torch.isfinite(logits_RV).all(1)
-        chosen_R = sample(logits_RV, [_token_params(s) for s in sequences])
-        chosen, finite = torch.stack([chosen_R, finite_R.long()]).tolist()  # the only time the host waits
-        for sequence, token, fine in zip(sequences, chosen, finite, strict=True):
-            if not fine:
+        sampled = sample(logits_RV, [_token_params(s) for s in sequences])
+        # The only time the host waits for the device.
+        outcome = torch.stack([sampled.tokens_R, finite_R.long(), packed(sampled.margin_R)], dim=1).tolist()
+        for sequence, (token, finite, margin) in zip(sequences, outcome, strict=True):
+            if not finite:
                 self._fail(sequence, self._not_finite(sequence))
-            else:
-                self._has_token(sequence, token)
+                continue
+            self._has_decided(sequence, margin)
+            self._has_token(sequence, token)
+
+    def _has_decided(self, sequence: _Sequence, packed_margin: int) -> None:
+        margin = unpacked(packed_margin)
+        self.near_ties += margin < NEAR_TIE
+        sequence.margin = min(sequence.margin, margin)
 
     def _has_token(self, sequence: _Sequence, token: int) -> None:
         kept, reason = cut([token], sequence.generated, sequence.request.params, self.tower.config.eos_token_id)
-        self._emit(BlockEvent(sequence.request.id, sequence.generated, kept, 1, len(kept), reason))
+        smallest = None if reason is None else sequence.margin
+        self._emit(BlockEvent(sequence.request.id, sequence.generated, kept, 1, len(kept), reason, smallest))
         sequence.generated += 1
         if reason is None:
             sequence.tokens, sequence.ready = [token], False
@@ -272,6 +298,7 @@ class DenoiserEngine:
                     tuple(result.predicted_RL[row, :size].tolist()),
                     tuple(result.confidence_RL[row, :size].tolist()),
                     tuple(committed),
+                    float(result.margin_R[row]),
                 )
             )
 

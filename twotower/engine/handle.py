@@ -9,7 +9,10 @@ from twotower.core import Event, Request, RequestId
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters of one engine process since it started. Times in seconds."""
+    """Counters of one engine process since it started. Times in seconds.
+
+    `near_ties`: decisions whose margin was so small that rounding might have made them another way.
+    """
 
     tower: str
     ticks: int = 0
@@ -20,6 +23,7 @@ class EngineStats:
     free_pages: int = 0
     total_slots: int = 0
     total_pages: int = 0
+    near_ties: int = 0
 
 
 class EngineHandle(Protocol):

@@ -44,4 +44,5 @@ def _joined(event: BlockEvent, following: BlockEvent) -> BlockEvent:
         num_steps=event.num_steps + following.num_steps,
         num_blocks=event.num_blocks + following.num_blocks,
         finish_reason=following.finish_reason,
+        margin=following.margin,
     )

@@ -1,0 +1,32 @@
+"""How close a decision was: what tells whether fp32 rounding could have made it another way.
+
+A decision's *margin* is how far apart the logits of what won and of what lost were, as 1 - exp(-difference): the part
+by which the loser's probability was the smaller one, and almost the difference itself where that is small. It lies in
+[0, 1], and 1 also stands for a decision without an alternative. Below `NEAR_TIE` the decision is a near-tie: logits of
+one row alone and of the same row among others differ by some 3e-6.
+"""
+
+from torch import Tensor
+
+NEAR_TIE = 1e-5
+_UNIT = 2.0**-40
+
+
+def packed(margin_R: Tensor) -> Tensor:
+    """Margins as integers, so that they are read together with token ids."""
+    return (margin_R * (1 / _UNIT)).long()
+
+
+def unpacked(margin: int) -> float:
+    """The margin that `packed` made this integer of."""
+    return margin * _UNIT
+
+
+def runner_up(values_X: Tensor, winner_X1: Tensor, below: float) -> Tensor:
+    """The largest of the last dimension but the winner's. Overwrites the winner's value with `below`."""
+    return values_X.scatter_(-1, winner_X1, below).amax(-1)
+
+
+def closest(ratios_RL: Tensor, relevant_RL: Tensor) -> Tensor:
+    """Each row's largest ratio of what lost to what won, among its relevant ones."""
+    return ratios_RL.masked_fill(~relevant_RL, 0.0).amax(1)
