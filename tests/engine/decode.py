@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from twotower.core import FinishReason, Request
+from twotower.core import BlockEvent, FinishReason, Request
 from twotower.engine.denoiser_engine import StepTrace
 from twotower.engine.in_process import pair_of
 from twotower.engine.pair import Pair
@@ -23,16 +23,19 @@ class Decoded:
     starts: list[int] = field(default_factory=list)
     margin: float | None = None
 
+    def add(self, event: BlockEvent) -> None:
+        assert event.start == len(self.token_ids)
+        self.starts.append(event.start)
+        self.token_ids += event.token_ids
+        self.num_steps += event.num_steps
+        self.num_blocks += event.num_blocks
+        self.finish_reason, self.margin = event.finish_reason, event.margin
+
 
 async def collect(pair: Pair, request: Request) -> Decoded:
     out = Decoded()
     async for event in pair.generate(request, timeout_s=60):
-        assert event.start == len(out.token_ids)
-        out.starts.append(event.start)
-        out.token_ids += event.token_ids
-        out.num_steps += event.num_steps
-        out.num_blocks += event.num_blocks
-        out.finish_reason, out.margin = event.finish_reason, event.margin
+        out.add(event)
     return out
 
 
