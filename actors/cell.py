@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ray.util.placement_group import PlacementGroup
 
+from actors.memory import memories
 from actors.remote import RemoteEngine, start_tower
 from actors.settings import CellSettings
 from actors.towers import ColocatedActor, ContextActor, DenoiserActor
@@ -70,11 +71,15 @@ async def start_pair(settings: CellSettings, group: PlacementGroup) -> RunningPa
     Raises a TwoTowerError that says what is wrong; then no process is left behind.
     """
     modes = check_settings(settings)
+    wanted = memories(settings)
     engines = _start_towers(settings, group)
+    for engine, memory in zip(engines, wanted, strict=True):
+        logger.info("%s: %s", engine.name, memory)
     async with _ended_on_failure(engines):
         patience = settings.engine.start_timeout_s
         places = await asyncio.gather(*(engine.load(patience) for engine in engines))
-        for engine, place in zip(engines, places, strict=True):
+        for engine, place, memory in zip(engines, places, wanted, strict=True):
+            place["memory"] = str(memory)
             logger.info("%s is ready: %s", engine.name, place)
         context, *denoisers = engines
         for link, denoiser in enumerate(denoisers):

@@ -98,6 +98,7 @@ async def test_the_demo_over_two_processes_gives_the_tokens_of_one() -> None:
     async with open_pair(DEMO, ENGINE, "cpu") as pair:
         wanted = [(await collect(pair, request)).token_ids for request in requests]
     async with cell(DEMO) as running:
+        assert all("tokens fit" in place["memory"] for place in running.places)
         results = await asyncio.gather(*(collect(running.pair, request) for request in requests))
     assert [result.token_ids for result in results] == wanted
 

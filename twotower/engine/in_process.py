@@ -1,5 +1,6 @@
 """A whole pair in this process: both towers on one device, one thread, local exchange. No Ray."""
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine, StepTrace
 from twotower.engine.ledger import Ledger, Room
+from twotower.engine.memory import memory_of
 from twotower.engine.pair import Pair
 from twotower.engine.runner import Engine, EngineRunner
 from twotower.engine.settings import EngineSettings
@@ -17,6 +19,8 @@ from twotower.exchange.local import LocalExchange
 from twotower.model.checkpoint import Checkpoint, Layout
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.tower import ContextTower, DenoiserTower
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -92,6 +96,8 @@ async def open_pair(
     """Load a checkpoint and run a pair on it. A base checkpoint gives a pair that serves `ar` only."""
     opened = Checkpoint.open(checkpoint)
     where, kind = pick_device(device), pick_dtype(dtype)
+    hosted = (ContextTower, DenoiserTower) if opened.layout is Layout.TWO_TOWER else (ContextTower,)
+    logger.info("one process on %s: %s", where, memory_of(opened.config, settings, kind, hosted))
     context = load_context_tower(opened, where, kind, progress)
     denoiser = None
     if opened.layout is Layout.TWO_TOWER:

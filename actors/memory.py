@@ -1,0 +1,18 @@
+"""What each process of a cell is going to allocate, known before any is started."""
+
+from actors.settings import CellSettings
+from twotower.engine.in_process import pick_dtype
+from twotower.engine.memory import Memory, memory_of
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.tower import ContextTower, DenoiserTower
+
+
+def memories(settings: CellSettings) -> list[Memory]:
+    """One for each tower process, in the order of their bundles. Raises CheckpointError or ConfigError."""
+    config, dtype = Checkpoint.open(settings.checkpoint).config, pick_dtype(settings.dtype)
+    if settings.placement != "split":
+        towers = (ContextTower,) if settings.placement == "ar_only" else (ContextTower, DenoiserTower)
+        return [memory_of(config, settings.engine, dtype, towers)]
+    denoisers = settings.denoisers_per_context
+    context = memory_of(config, settings.engine, dtype, [ContextTower], num_links=denoisers)
+    return [context, *[memory_of(config, settings.engine, dtype, [DenoiserTower], num_links=1)] * denoisers]
