@@ -124,7 +124,8 @@ async def test_an_http_client_that_leaves_frees_both_towers(service: Service, st
         async with httpx.AsyncClient(base_url=f"http://{service.http}") as http:
             if stream:
                 async with http.stream("POST", "/v1/completions", json=body) as response:
-                    await anext(response.aiter_lines())
+                    lines = response.aiter_lines()  # one that nobody holds closes the response
+                    await anext(lines)
                     assert (await service.stats()).running == 2
             else:
                 posting = asyncio.create_task(http.post("/v1/completions", json=body))
