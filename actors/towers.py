@@ -72,6 +72,7 @@ class ContextActor(TowerProcess):
     def _load(self) -> None:
         tower = load_context_tower(self.checkpoint, self.device, self.dtype)
         self._engine = ContextEngine(tower, self.settings.engine, self.runner.emit)
+        self._engine.prepare()
         self.runner.start([self._engine])
 
     async def open_link(self, link: int, epoch: int) -> LinkAddress:
@@ -98,7 +99,9 @@ class DenoiserActor(TowerProcess):
         engine = self.settings.engine
         mirror = TowerCache(self.checkpoint.config, engine.max_sequences, engine.pages, self.device, self.dtype)
         link = connect(address, mirror, self._hooks())
-        self.runner.start([DenoiserEngine(self._tower, link, engine, self.runner.emit)])
+        denoiser = DenoiserEngine(self._tower, link, engine, self.runner.emit)
+        denoiser.prepare()
+        self.runner.start([denoiser])
 
 
 class ColocatedActor(TowerProcess):
@@ -109,4 +112,4 @@ class ColocatedActor(TowerProcess):
         denoiser = None
         if self.settings.placement == "colocated":
             denoiser = load_denoiser_tower(self.checkpoint, self.device, self.dtype)
-        self.runner = colocated_runner(context, denoiser, self.settings.engine)
+        self.runner = colocated_runner(context, denoiser, self.settings.engine, prepare=True)

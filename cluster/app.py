@@ -58,6 +58,7 @@ def cell_settings(config: ServiceConfig, gpus_in_cluster: float) -> CellSettings
         link_timeout_s=cell.link_timeout_s,
         stall_timeout_s=cell.stall_timeout_s,
         start_timeout_s=cell.start_timeout_s,
+        capture=cell.capture,
         max_queued_requests=config.cluster.max_queued_requests,
     )
     return CellSettings(

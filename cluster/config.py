@@ -62,6 +62,7 @@ class CellSection(Section):
     max_sequences: Count = 32
     cache_tokens: Annotated[int, Field(ge=0)] = 0
     prefill_chunk_tokens: Count = 512
+    capture: Literal["auto", "on", "off"] = "auto"
     gpus_per_tower: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     link_timeout_s: Annotated[float, Field(ge=3, allow_inf_nan=False)] = (
         10.0  # a tower with nothing to say speaks every second

@@ -1,14 +1,23 @@
-"""Passes of fixed shape give what the ordinary ones give, and touch nothing but their rows. Eagerly: no GPU needed."""
+"""Captured passes give what the ordinary ones give and touch nothing but their rows. No GPU: graphs run eagerly."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from tests.goldens import CPU, MODELS, Golden, golden
 from twotower.engine.graphs import FixedPasses
+from twotower.engine.passes import Passes
+from twotower.engine.recorded import RecordedPasses
 from twotower.model.cache import TowerCache
+from twotower.model.tower import ContextTower, DenoiserTower
 
+Kind = Callable[[ContextTower | DenoiserTower, TowerCache, int], Passes]
+KINDS: dict[str, Kind] = {
+    "fixed": FixedPasses,
+    "recorded": lambda tower, cache, scratch: RecordedPasses(tower, cache, often=1),
+}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 NAMES = pytest.mark.parametrize("name", MODELS)
 LENGTHS = (21, 1, 64)  # read before, by rows that share a pass
 
@@ -39,12 +48,13 @@ def _read(model: Golden, cache: TowerCache, slots: list[int], tokens: list[list[
 
 
 @NAMES
+@kinds
 @pytest.mark.parametrize("lengths", [(16, 16, 16), (1, 1, 1), (5, 16, 3)])
-def test_extending(name: str, lengths: tuple[int, ...]) -> None:
+def test_extending(name: str, kind: Kind, lengths: tuple[int, ...]) -> None:
     model = golden(name)
     (ours, slots, scratch), (plain, _, _) = _filled(model), _filled(model)
     tokens = [[5 + i for i in range(length)] for length in lengths]
-    logits = FixedPasses(model.context, ours, scratch).run(slots, tokens)
+    logits = kind(model.context, ours, scratch).run(slots, tokens)
     wanted = _read(model, plain, slots, tokens)
     for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
         ours.advance(slot, length)
@@ -56,14 +66,15 @@ def test_extending(name: str, lengths: tuple[int, ...]) -> None:
 
 
 @NAMES
+@kinds
 @pytest.mark.parametrize("t", [(1.0, 0.5, 0.25), None])
-def test_reading(name: str, t: tuple[float, ...] | None) -> None:
+def test_reading(name: str, kind: Kind, t: tuple[float, ...] | None) -> None:
     model = golden(name)
     cache, slots, scratch = _filled(model)
     before = [part.clone() for part in (cache.conv, cache.ssm, cache.keys, cache.values)]
     tokens = [[3] * 16, [3] * 8, [3] * 16] if t else [[7], [8], [9]]
     width = len(tokens[0])
-    logits = FixedPasses(model.denoiser, cache, scratch).run(slots, tokens, t)
+    logits = kind(model.denoiser, cache, scratch).run(slots, tokens, t)
     states = cache.reading(slots, [len(ids) for ids in tokens], width)
     padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens])
     wanted = model.denoiser.logits(model.denoiser(padded, states, None if t is None else torch.tensor(t)))

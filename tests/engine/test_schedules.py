@@ -71,6 +71,7 @@ class SimulatedCell:
             cache_tokens=pages * 16,
             prefill_chunk_tokens=draw.choice([4, 16, 64]),
             max_queued_requests=draw.choice([2, 50]),
+            capture="off",
         )
         self.events: list[Event] = []
         self.context = ContextEngine(cast(Any, ScriptedContextTower()), settings, self.events.append)

@@ -112,4 +112,4 @@ def test_size_is_what_the_numbers_say() -> None:
     mamba, attention = len(config.layers_of("M")), len(config.layers_of("*"))
     conv = config.conv_kernel * config.conv_channels * 4
     ssm = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * 4
-    assert cache.nbytes == mamba * SLOTS * (conv + ssm) + 2 * attention * (PAGES + 2) * page
+    assert cache.nbytes == mamba * (SLOTS + 1) * (conv + ssm) + 2 * attention * (PAGES + 2) * page

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.goldens import golden
-from twotower.model.moe import _FEW_TOKENS, Experts, MixtureOfExperts
+from twotower.model.moe import FEW_TOKENS, Experts, MixtureOfExperts
 
 
 def _experts() -> tuple[MixtureOfExperts, Experts]:
@@ -15,7 +15,7 @@ def _experts() -> tuple[MixtureOfExperts, Experts]:
 @torch.inference_mode()
 def test_all_experts_and_chosen_experts_agree() -> None:
     mixture, experts = _experts()
-    hidden_MD = torch.randn(_FEW_TOKENS, experts.up_proj.shape[2], generator=torch.Generator().manual_seed(3))
+    hidden_MD = torch.randn(FEW_TOKENS, experts.up_proj.shape[2], generator=torch.Generator().manual_seed(3))
     chosen_Mk, weights_Mk = mixture.gate(hidden_MD)
     every = experts._all_experts(hidden_MD, chosen_Mk, weights_Mk)
     chosen = experts._chosen_experts(hidden_MD, chosen_Mk, weights_Mk)
@@ -29,7 +29,7 @@ def test_both_ways_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     for way in ("_all_experts", "_chosen_experts"):
         monkeypatch.setattr(experts, way, lambda x, *_, way=way: taken.append(way) or x)
-    for tokens in (_FEW_TOKENS, _FEW_TOKENS + 1):
+    for tokens in (FEW_TOKENS, FEW_TOKENS + 1):
         hidden_MD = torch.randn(tokens, experts.up_proj.shape[2])
         experts(hidden_MD, *mixture.gate(hidden_MD))
     assert taken == ["_all_experts", "_chosen_experts"]

@@ -16,14 +16,15 @@ from twotower.decoding.margins import NEAR_TIE, packed, unpacked
 from twotower.decoding.randomness import step_key
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import cut
+from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
+from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Passes
 from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, PrefillBatch, PrefillChunk
 from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Attach, Command, Commit, Delta, Failed, Port, Prefill, Release, Released, Reply
 from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower
-from twotower.model.transfer import on_device
 
 
 @dataclass(slots=True)
@@ -55,6 +56,7 @@ class ContextEngine:
     def __init__(self, tower: ContextTower, settings: EngineSettings, emit: Callable[[Event], None]) -> None:
         self.tower, self.settings, self._emit = tower, settings, emit
         self.cache = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
+        self._passes, self._eager = passes_for(tower, self.cache, settings.capture), EagerPasses(tower, self.cache)
         self._ports: dict[int, Port] = {}
         self._next_port = 0
         self._sequences: dict[_Key, _Sequence] = {}
@@ -69,6 +71,10 @@ class ContextEngine:
             "context", self.ticks, self.rows, busy_s, len(self._sequences),
             cache.free_slots, cache.free_pages, settings.max_sequences, settings.pages, self.near_ties,
         )  # fmt: skip
+
+    def prepare(self) -> None:
+        """Before the first request: make ready for the usual passes."""
+        self._passes.prepare(USUAL_WIDTH)
 
     def connect(self, port: Port) -> None:
         """Serve one more denoiser. From any thread."""
@@ -208,7 +214,7 @@ class ContextEngine:
         self._scheduler.add_commit(key)
 
     def _commit(self, sequences: list[_Sequence]) -> None:
-        self._read(sequences, [sequence.to_read for sequence in sequences])
+        self._read(self._passes, sequences, [sequence.to_read for sequence in sequences], head=False)
         for sequence in sequences:
             start = len(sequence.read)
             self._has_read(sequence, len(sequence.to_read))
@@ -217,7 +223,7 @@ class ContextEngine:
     def _prefill(self, chunks: Sequence[PrefillChunk]) -> None:
         sequences = [self._sequences[chunk.key] for chunk in chunks]  # type: ignore[index]
         tokens = [s.to_read[: c.end - c.start] for s, c in zip(sequences, chunks, strict=True)]
-        hidden_RLD = self._read(sequences, tokens)
+        hidden_RLD = self._read(self._eager, sequences, tokens, head=False)
         finished = []
         for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
             self._has_read(sequence, chunk.end - chunk.start)
@@ -226,7 +232,8 @@ class ContextEngine:
             elif not sequence.to_read:
                 finished.append((sequence, hidden_RLD[row, chunk.end - chunk.start - 1]))
         if finished:
-            self._next_tokens([sequence for sequence, _ in finished], torch.stack([last for _, last in finished]))
+            logits_RV = self.tower.logits(torch.stack([last for _, last in finished]))
+            self._next_tokens([sequence for sequence, _ in finished], logits_RV)
 
     def _has_read(self, sequence: _Sequence, count: int) -> None:
         sequence.read.extend(sequence.to_read[:count])
@@ -243,26 +250,23 @@ class ContextEngine:
         self._reply(sequence.link, delta)
 
     def _decode(self, sequences: list[_Sequence]) -> None:
-        hidden_RLD = self._read(sequences, [[sequence.to_read[0]] for sequence in sequences])
+        logits_RLV = self._read(self._passes, sequences, [[sequence.to_read[0]] for sequence in sequences], head=True)
         for sequence in sequences:
             self._has_read(sequence, 1)
-        self._next_tokens(sequences, hidden_RLD[:, 0])
+        self._next_tokens(sequences, logits_RLV[:, 0])
 
-    def _read(self, sequences: Sequence[_Sequence], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """One causal forward that extends each sequence by its tokens. Returns hidden states [R, widest, D]."""
-        lengths = [len(ids) for ids in tokens]
-        width = max(lengths)
-        padded = [list(ids) + [0] * (width - len(ids)) for ids in tokens]
+    def _read(
+        self, passes: Passes, sequences: Sequence[_Sequence], tokens: Sequence[Sequence[int]], head: bool
+    ) -> Tensor:
+        """One causal forward that extends each sequence by its tokens. Returns what `Passes.run` does."""
         slots = [sequence.slot for sequence in sequences]
-        states = self.cache.extending(slots, lengths, width)
-        hidden: Tensor = self.tower(on_device(padded, self.tower.device), states)
-        for slot, length in zip(slots, lengths, strict=True):
-            self.cache.advance(slot, length)
+        out = passes.run(slots, tokens, head=head)
+        for slot, ids in zip(slots, tokens, strict=True):
+            self.cache.advance(slot, len(ids))
         self.rows += len(sequences)
-        return hidden
+        return out
 
-    def _next_tokens(self, sequences: list[_Sequence], hidden_RD: Tensor) -> None:
-        logits_RV = self.tower.logits(hidden_RD)
+    def _next_tokens(self, sequences: list[_Sequence], logits_RV: Tensor) -> None:
         finite_R = torch.isfinite(logits_RV).all(1)
         sampled = sample(logits_RV, [_token_params(sequence) for sequence in sequences])
         # The only time the host waits for the device.

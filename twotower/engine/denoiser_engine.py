@@ -18,7 +18,9 @@ from twotower.decoding.randomness import step_key
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import cut
 from twotower.decoding.unmasking import MASK_TOKEN_ID, StepParams, Unmasked, unmask
+from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
+from twotower.engine.passes import USUAL_WIDTH
 from twotower.engine.settings import EngineSettings
 from twotower.errors import LinkDown, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Command, Commit, Delta, Failed, Link, LinkLost, Prefill, Release, Released
@@ -83,6 +85,7 @@ class DenoiserEngine:
         trace: Callable[[StepTrace], None] | None = None,
     ) -> None:
         self.tower, self.link, self.settings = tower, link, settings
+        self._passes = passes_for(tower, link.cache, settings.capture)
         self._emit, self._trace = emit, trace
         self._sequences: dict[int, _Sequence] = {}
         self._numbers: dict[RequestId, int] = {}
@@ -97,6 +100,10 @@ class DenoiserEngine:
             "denoiser", self.ticks, self.rows, busy_s, len(self._sequences),
             cache.free_slots, cache.free_pages, settings.max_sequences, settings.pages, self.near_ties,
         )  # fmt: skip
+
+    def prepare(self) -> None:
+        """Before the first request: make ready for the usual passes."""
+        self._passes.prepare(USUAL_WIDTH)
 
     def add(self, request: Request) -> None:
         self._inbox.append(request)
@@ -207,10 +214,8 @@ class DenoiserEngine:
         tokens_RL = self._tensor([_padded(s.tokens, width, 0) for s in sequences])
         masked_RL = self._tensor([_padded(s.masked, width, False) for s in sequences])
         t = [sum(s.masked) / len(s.masked) for s in sequences]
-        states = self.link.cache.reading([s.slot for s in sequences], lengths, width)
-        hidden_RLD = self.tower(tokens_RL, states, self._tensor(t))
-        rows = [_step_params(s) for s in sequences]
-        result = unmask(self.tower.logits(hidden_RLD), tokens_RL, masked_RL, rows)
+        logits_RLV = self._passes.run([s.slot for s in sequences], [s.tokens for s in sequences], t)
+        result = unmask(logits_RLV, tokens_RL, masked_RL, [_step_params(s) for s in sequences])
         if self._trace is not None:
             self._report(sequences, t, result)
         # The only time the host waits for the device.
@@ -247,10 +252,7 @@ class DenoiserEngine:
         """Mock-AR: step on the newest token while the context tower reads it."""
         self._commands += [Commit(s.number, s.length, tuple(s.tokens)) for s in sequences]
         self._submit()  # before the forward, so that both towers work at the same time
-        tokens_R1 = self._tensor([s.tokens for s in sequences])
-        states = self.link.cache.reading([s.slot for s in sequences], [1] * len(sequences), 1)
-        hidden_R1D = self.tower(tokens_R1, states, None)
-        logits_RV = self.tower.logits(hidden_R1D[:, 0])
+        logits_RV = self._passes.run([s.slot for s in sequences], [s.tokens for s in sequences])[:, 0]
         finite_R = torch.isfinite(logits_RV).all(1)
         sampled = sample(logits_RV, [_token_params(s) for s in sequences])
         # The only time the host waits for the device.

@@ -7,11 +7,12 @@ slot. On a CPU the same passes run without capture, which is how they are tested
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from twotower.engine.passes import forward
 from twotower.model import mamba
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.pages import PAGE_TOKENS, pages_for
@@ -32,10 +33,23 @@ class PassShape:
     timed: bool = False
 
 
+class CacheMemory(Protocol):
+    """What a pass reads and writes of a `TowerCache`."""
+
+    conv: Tensor
+    ssm: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def mamba_row(self, layer: int) -> int: ...
+
+    def attention_row(self, layer: int) -> int: ...
+
+
 class FixedStates:
     """LayerStates whose every number is computed on the device from `slots`, `starts`, `lengths` and page tables."""
 
-    def __init__(self, cache: TowerCache, given_RX: Tensor, width: int, updates: bool) -> None:
+    def __init__(self, cache: CacheMemory, given_RX: Tensor, width: int, updates: bool) -> None:
         slots_R1, starts_R1, lengths_R1, table_RZ = given_RX.split([1, 1, 1, given_RX.shape[1] - 3], dim=1)
         self.updates, self._cache, self._table_RZ = updates, cache, table_RZ
         self._slots_R, self.lengths_R = slots_R1[:, 0], lengths_R1[:, 0]
@@ -119,12 +133,8 @@ class FixedPass:
     def _forward(self) -> Tensor:
         width, tower = self._shape.width, self._tower
         tokens_RL, given_RX = self._given_RX.split([width, self._given_RX.shape[1] - width], dim=1)
-        states = FixedStates(self._cache, given_RX, width, updates=isinstance(tower, ContextTower))
-        if isinstance(tower, ContextTower):
-            hidden: Tensor = tower(tokens_RL, states)
-        else:
-            hidden = tower(tokens_RL, states, self._t_R if self._shape.timed else None)
-        return tower.logits(hidden) if self._shape.head else hidden
+        states = FixedStates(self._cache, given_RX, width, updates=tower.causal)
+        return forward(tower, tokens_RL, states, self._t_R if self._shape.timed else None, self._shape.head)
 
 
 class FixedPasses:
@@ -149,7 +159,7 @@ class FixedPasses:
         A context tower's slots are the caller's to advance, as after `extending`.
         """
         width = max(len(ids) for ids in tokens)
-        updates = isinstance(self._tower, ContextTower)
+        updates = self._tower.causal
         starts = [self._cache.length(slot) for slot in slots]
         seen = max(start + (width if updates else 0) for start in starts)
         pages = _power_of_two(max(pages_for(seen), _FEWEST_PAGES))
@@ -159,6 +169,9 @@ class FixedPasses:
             for slot, start, ids in zip(slots, starts, tokens, strict=True)
         ]
         return self._pass(shape).run(rows, t or [])
+
+    def prepare(self, width: int) -> None:
+        """Nothing: a shape is captured when it first comes up."""
 
     def _table(self, slot: int, pages: int) -> list[int]:
         """Beyond a sequence's own pages nothing is seen, and padding is not written."""

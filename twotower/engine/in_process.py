@@ -54,15 +54,24 @@ def colocated_runner(
     denoiser: DenoiserTower | None,
     settings: EngineSettings,
     trace: Callable[[StepTrace], None] | None = None,
+    prepare: bool = False,
 ) -> EngineRunner:
-    """A started runner with both engines (or the context engine alone) over one cache."""
+    """A started runner with both engines (or the context engine alone) over one cache.
+
+    `prepare` takes a moment before the first request, for a process that is going to serve many.
+    """
     runner = EngineRunner()
     context_engine = ContextEngine(context, settings, runner.emit)
+    if prepare:
+        context_engine.prepare()
     engines: list[Engine] = [context_engine]
     if denoiser is not None:
         exchange = LocalExchange(context_engine.cache, runner.wake)
         context_engine.connect(exchange.port)
-        engines.append(DenoiserEngine(denoiser, exchange.link, settings, runner.emit, trace))
+        denoiser_engine = DenoiserEngine(denoiser, exchange.link, settings, runner.emit, trace)
+        if prepare:
+            denoiser_engine.prepare()
+        engines.append(denoiser_engine)
     runner.start(engines)
     return runner
 

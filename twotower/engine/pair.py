@@ -115,6 +115,9 @@ class Pair:
             call()
         except TwoTowerError as error:
             self._break(error)
+        except Exception as error:
+            logger.exception("a message to an engine failed")
+            self._break(Unavailable(f"a message to an engine failed: {type(error).__name__}"))
 
     def _expire(self, request_id: RequestId, timeout_s: float) -> None:
         error = DeadlineExceeded(f"request {request_id}: not finished within {timeout_s:g} s")

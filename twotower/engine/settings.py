@@ -11,6 +11,7 @@ class EngineSettings:
 
     `cache_tokens` 0 means: room for `max_sequences` sequences of the longest length. `link_timeout_s` is how long a
     tower process may be silent, `stall_timeout_s` how long one tick may take, `start_timeout_s` how long loading may.
+    `capture`: auto, on or off (`engine/capture.py`).
     """
 
     max_sequences: int = 32
@@ -21,6 +22,7 @@ class EngineSettings:
     stall_timeout_s: float = 60.0
     start_timeout_s: float = 600.0
     max_queued_requests: int = 64
+    capture: str = "auto"
 
     @property
     def pages(self) -> int:

@@ -18,7 +18,7 @@ def attend(queries_RLHE: Tensor, keys_RTSE: Tensor, values_RTSE: Tensor, mask_RL
         keys_RTSE.transpose(1, 2),
         values_RTSE.transpose(1, 2),
         attn_mask=mask_RLT.unsqueeze(1),
-        enable_gqa=queries_RLHE.shape[2] != keys_RTSE.shape[2],
+        enable_gqa=bool(queries_RLHE.shape[2] != keys_RTSE.shape[2]),
     )
     return out_RHLE.transpose(1, 2)
 

@@ -37,8 +37,10 @@ class TowerCache:
         state = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
         page = (PAGE_TOKENS, config.num_key_value_heads, config.head_dim)
         all_pages = pages + _RESERVED_PAGES
-        self.conv = torch.zeros(len(mamba), slots, window, channels, device=device, dtype=dtype)
-        self.ssm = torch.zeros(len(mamba), slots, *state, device=device)
+        # One slot more than sequences can take, for rows of a pass that nobody asked for.
+        self.scratch_slot = slots
+        self.conv = torch.zeros(len(mamba), slots + 1, window, channels, device=device, dtype=dtype)
+        self.ssm = torch.zeros(len(mamba), slots + 1, *state, device=device)
         self.keys = torch.zeros(len(attention), all_pages, *page, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self._free_slots = list(range(slots - 1, -1, -1))

@@ -9,7 +9,7 @@ from twotower.model.layers import Mlp, activation
 
 # Up to this many experts for each one chosen, and this many tokens, computing all of them costs less than sorting.
 _FEW_EXPERTS = 4
-_FEW_TOKENS = 32
+FEW_TOKENS = 32
 
 
 class Router(nn.Module):
@@ -44,8 +44,8 @@ class Router(nn.Module):
         grouped = corrected_ME.unflatten(1, (groups, -1))
         best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
         kept = best_two.topk(self.config.topk_group, dim=-1, sorted=False).indices
-        keep_MG = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, kept, True)
-        return grouped.masked_fill(~keep_MG[..., None], 0.0).flatten(1)
+        keep_MG = torch.zeros_like(best_two).scatter_(1, kept, 1.0)
+        return grouped.masked_fill(keep_MG[..., None] == 0, 0.0).flatten(1)
 
 
 class Experts(nn.Module):
@@ -63,7 +63,7 @@ class Experts(nn.Module):
     def forward(self, x_MD: Tensor, chosen_Mk: Tensor, weights_Mk: Tensor) -> Tensor:
         """Weighted sum [M,D] over each token's experts, in fp32."""
         experts, per_token = self.up_proj.shape[0], chosen_Mk.shape[1]
-        few = experts <= _FEW_EXPERTS * per_token and x_MD.shape[0] <= _FEW_TOKENS
+        few = experts <= _FEW_EXPERTS * per_token and x_MD.shape[0] <= FEW_TOKENS
         if few and self.up_bias is None and x_MD.dtype is torch.float32:
             return self._all_experts(x_MD, chosen_Mk, weights_Mk)
         return self._chosen_experts(x_MD, chosen_Mk, weights_Mk)

@@ -49,7 +49,12 @@ def _mixer(config: ModelConfig, kind: str) -> nn.Module:
 
 
 class Tower(nn.Module):
-    """What both towers share. Parameter names are the files' names without the tower's prefix."""
+    """What both towers share. Parameter names are the files' names without the tower's prefix.
+
+    `causal`: its passes extend the states they read.
+    """
+
+    causal: bool
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -77,6 +82,8 @@ class Tower(nn.Module):
 class ContextTower(Tower):
     """The causal tower. What it has read lives in `states`, which the pass extends."""
 
+    causal = True
+
     def forward(self, tokens_RL: Tensor, states: LayerStates) -> Tensor:
         """Hidden states [R,L,D] after the last layer, before the final norm."""
         x_RLD: Tensor = self.embeddings(tokens_RL)
@@ -87,6 +94,8 @@ class ContextTower(Tower):
 
 class DenoiserTower(Tower):
     """The tower that fills a block, seeing it both ways in attention, seeded by the context tower's states."""
+
+    causal = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

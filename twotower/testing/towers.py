@@ -42,6 +42,8 @@ class _ScriptedTower:
 class ScriptedContextTower(_ScriptedTower):
     """Stands in for ContextTower."""
 
+    causal = True
+
     def __call__(self, tokens_RL: Tensor, states: ExtendStates) -> Tensor:
         new = tokens_RL[..., None, None].float()
         keys_RT = states.keys_values(0, new, new)[0][..., 0, 0]
@@ -52,6 +54,8 @@ class ScriptedContextTower(_ScriptedTower):
 
 class ScriptedDenoiserTower(_ScriptedTower):
     """Stands in for DenoiserTower: position i of a block depends on the cache and on i, not on the block's tokens."""
+
+    causal = False
 
     def __call__(self, tokens_RL: Tensor, states: ReadStates, t_R: Tensor | None) -> Tensor:
         rows, width = tokens_RL.shape

@@ -1,0 +1,94 @@
+"""Recorded passes: the bits of the operations they were recorded from, golden tokens, and when they are used."""
+
+import random
+
+import pytest
+import torch
+
+from tests.engine.decode import SETTINGS, decode_all
+from tests.goldens import CPU, MODELS, causal_request, diffusion_request, golden
+from twotower.core import Mode
+from twotower.engine.capture import passes_for
+from twotower.engine.passes import EagerPasses
+from twotower.engine.recorded import Form, RecordedPasses, plain_pass, record
+from twotower.engine.settings import EngineSettings
+from twotower.errors import ConfigError
+from twotower.model.cache import TowerCache
+from twotower.model.moe import FEW_TOKENS
+
+FORMS = [
+    (tower, Form(width, head, timed, few))
+    for tower, width, head, timed in (
+        ("context", 1, True, False),
+        ("context", 16, False, False),
+        ("denoiser", 16, True, True),
+        ("denoiser", 1, True, False),
+    )
+    for few in (True, False)
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("which", "form"), FORMS, ids=[f"{which}-{form}" for which, form in FORMS])
+def test_the_same_bits_for_any_number_of_rows_and_pages(name: str, which: str, form: Form) -> None:
+    tower = getattr(golden(name), which)
+    program = record(tower, form)
+    most = FEW_TOKENS // form.width
+    for rows, pages in [(1, 2), (most, 3), (max(1, most // 2), 8)] if form.few else [(most + 1, 2), (most + 9, 5)]:
+        draw = random.Random(rows)
+        cache = TowerCache(tower.config, rows, rows * pages, CPU, torch.float32)
+        for tensor in (cache.conv, cache.ssm, cache.keys, cache.values):
+            tensor.normal_(generator=torch.Generator().manual_seed(rows))
+        given = []
+        for row in range(rows):
+            length = draw.randint(1, form.width)
+            start = draw.randint(0, 16 * (pages - 1) - 1)
+            table = [2 + row * pages + page for page in range(pages)]
+            given.append([*(draw.randrange(4, 60) for _ in range(form.width)), row, start, length, *table])
+        t_R = torch.rand(rows if form.timed else 0)
+        states = [tensor.clone() for tensor in (cache.conv, cache.ssm, cache.keys, cache.values)]
+        again = [tensor.clone() for tensor in states]
+        with torch.inference_mode():
+            wanted = plain_pass(tower, form, cache)(torch.tensor(given), t_R, *states)
+            got = program(torch.tensor(given), t_R, *again)
+        assert torch.equal(got, wanted)
+        assert all(torch.equal(ours, plain) for ours, plain in zip(again, states, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_tokens(name: str) -> None:
+    model = golden(name)
+    wanted = []
+    for prompt in model.prompts:
+        wanted += [(causal_request(prompt, mode), prompt[str(mode)]["tokens"]) for mode in (Mode.AR, Mode.MOCK_AR)]
+        wanted += [(diffusion_request(prompt, case), case["output"]) for case in prompt["cases"]]
+    wanted = [(request, tokens[: request.params.max_new_tokens]) for request, tokens in wanted]
+    settings = EngineSettings(32, 256, prefill_chunk_tokens=64, max_queued_requests=512, capture="on")
+    results = decode_all(model.context, model.denoiser, [request for request, _ in wanted], settings=settings)
+    assert [result.token_ids for result in results] == [tokens for _, tokens in wanted]
+
+
+def test_what_comes_up_often_or_is_prepared_is_recorded() -> None:
+    model = golden(MODELS[0])
+    with torch.inference_mode():
+        cache = TowerCache(model.context.config, 2, 20, CPU, torch.float32)
+        slot = cache.allocate(200)
+        passes = RecordedPasses(model.context, cache, often=3)
+        for wanted in (0, 0, 1, 1):
+            passes.run([slot], [[5]])
+            cache.advance(slot, 1)
+            assert len(passes._programs) == wanted
+        passes.prepare(16)
+        assert len(passes._programs) == 4
+        passes.run([slot], [[5] * 16], head=False)
+        assert len(passes._programs) == 4, "a block's commit was prepared"
+
+
+def test_the_setting_chooses() -> None:
+    model = golden(MODELS[0])
+    cache = TowerCache(model.context.config, 1, 4, CPU, torch.float32)
+    assert isinstance(passes_for(model.context, cache, "off"), EagerPasses)
+    assert isinstance(passes_for(model.context, cache, "auto"), RecordedPasses)
+    assert SETTINGS.capture == "auto"
+    with pytest.raises(ConfigError, match="capture: got 'often', wanted one of auto, on, off"):
+        passes_for(model.context, cache, "often")

@@ -1,0 +1,66 @@
+"""How an engine runs its tower: rows of tokens in, logits or hidden states out.
+
+An eager pass costs a small model's host more in Python than in arithmetic, and a large model's GPU more in launches. So
+the shapes that come up all the time can be *captured*: on a CPU as a recorded program (`engine/recorded.py`), on a GPU
+as a CUDA graph (`engine/graphs.py`). A captured pass runs the same operations on the same numbers.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from twotower.model.cache import TowerCache
+from twotower.model.states import LayerStates
+from twotower.model.tower import ContextTower, DenoiserTower
+from twotower.model.transfer import on_device
+
+USUAL_WIDTH = 16  # the released block size
+
+
+class Passes(Protocol):
+    """A tower's forwards over a cache."""
+
+    def run(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float] | None = None, head: bool = True
+    ) -> Tensor:
+        """Logits [R,L,V] fp32, or without `head` hidden states [R,L,D], of rows that read `tokens`.
+
+        L is the longest row's length; what lies beyond a shorter row's end means nothing. `t`: mask fractions, for a
+        denoiser's block. A context tower's pass extends the slots' states; their caller advances them. The result may
+        be overwritten by the next `run`.
+        """
+        ...
+
+    def prepare(self, width: int) -> None:
+        """Make ready for the usual passes: blocks of `width`, and single tokens. Takes a moment, which the first
+        requests then need not."""
+        ...
+
+
+def forward(
+    tower: ContextTower | DenoiserTower, tokens_RL: Tensor, states: LayerStates, t_R: Tensor | None, head: bool
+) -> Tensor:
+    """One pass of either tower, to its logits or its hidden states."""
+    hidden: Tensor = tower(tokens_RL, states) if tower.causal else tower(tokens_RL, states, t_R)
+    return tower.logits(hidden) if head else hidden
+
+
+class EagerPasses:
+    """Any shape, as it comes."""
+
+    def __init__(self, tower: ContextTower | DenoiserTower, cache: TowerCache) -> None:
+        self._tower, self._cache = tower, cache
+
+    def run(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float] | None = None, head: bool = True
+    ) -> Tensor:
+        tower, cache, lengths = self._tower, self._cache, [len(ids) for ids in tokens]
+        width = max(lengths)
+        tokens_RL = on_device([[*ids, *[0] * (width - len(ids))] for ids in tokens], tower.device)
+        rows = (slots, lengths, width)
+        states = cache.extending(*rows) if tower.causal else cache.reading(*rows)
+        return forward(tower, tokens_RL, states, None if t is None else on_device(t, tower.device), head)
+
+    def prepare(self, width: int) -> None:
+        """Nothing to prepare."""
