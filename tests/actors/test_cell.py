@@ -24,7 +24,7 @@ from twotower.engine.in_process import open_pair
 from twotower.engine.settings import EngineSettings
 from twotower.errors import CheckpointError, ConfigError, TwoTowerError, Unavailable
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("actors"), pytest.mark.usefixtures("ray_cluster")]
 
 DEMO = Path(twotower.__file__).parent / "demo" / "checkpoint"
 DEMO_PROMPTS = ("words: 6550\n", "json: color=gold name=kim age=74\n", "roman: 1987\n")
