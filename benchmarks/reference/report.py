@@ -23,7 +23,7 @@ def render(experiment: Experiment, command: str) -> str:
     """The whole report."""
     parts = [
         "# Naive loop, in-process pair, served path",
-        _setup(experiment, command),
+        setup(experiment.load_before, command),
         _config(experiment.plan, experiment.workload),
         _threads(experiment),
         _forwards(experiment),
@@ -39,16 +39,17 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
-def _setup(experiment: Experiment, command: str) -> str:
+def setup(load_before: float, command: str) -> str:
+    """Where and with what this ran."""
     lines = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "hardware": f"{_cpu_name()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB, {_gpu()}",
-        "load average over a minute": f"{experiment.load_before:.1f} before, {os.getloadavg()[0]:.1f} at the end",
+        "load average over a minute": f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} at the end",
         "software": ", ".join([f"Python {platform.python_version()}", *_versions("torch", "ray", "grpcio")]),
         "commit": _commit(),
         "command": f"`{command}`",
     }
-    return _bullets(lines)
+    return bullets(lines)
 
 
 def _config(plan: Plan, workload: Workload) -> str:
@@ -64,7 +65,7 @@ def _config(plan: Plan, workload: Workload) -> str:
         "requests by concurrency": f"{requests}; {plan.repeats} rounds, paths interleaved",
         "service settings": ", ".join(["cell.placement=split", *plan.service_settings]),
     }
-    return "## Configuration\n\n" + _bullets(lines)
+    return "## Configuration\n\n" + bullets(lines)
 
 
 def _threads(experiment: Experiment) -> str:
@@ -88,7 +89,7 @@ def _forwards(experiment: Experiment) -> str:
     head = ["pass", "tokens cached", "ours, ms", "naive, ms", "naive ÷ ours"]
     return (
         "## Tower passes at batch 1\n\n"
-        + _table(head, rows)
+        + table(head, rows)
         + f"\n\nMedians. Worst ratio {worst:.2f}, wanted at most {FAIR}: {verdict}."
     )
 
@@ -108,7 +109,7 @@ def _throughput(experiment: Experiment) -> str:
     ]  # fmt: skip
     return (
         "## Throughput\n\n"
-        + _table(head, rows)
+        + table(head, rows)
         + "\n\nTokens a client receives, over the time from the first request to the last answer. `÷ naive` compares "
         "runs of the same round. `first tokens` includes waiting for one's turn. `between blocks` is between tokens "
         "in `ar`. `answers as naive`: requests whose tokens equal the naive loop's."
@@ -154,12 +155,12 @@ def _cold_start(experiment: Experiment) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _bullets(lines: dict[str, str]) -> str:
+def bullets(lines: dict[str, str]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 
 
