@@ -223,7 +223,9 @@ class ContextEngine:
     def _prefill(self, chunks: Sequence[PrefillChunk]) -> None:
         sequences = [self._sequences[chunk.key] for chunk in chunks]  # type: ignore[index]
         tokens = [s.to_read[: c.end - c.start] for s, c in zip(sequences, chunks, strict=True)]
-        hidden_RLD = self._read(self._eager, sequences, tokens, head=False)
+        # Short prompts look like commits, which are captured; every other length would be captured for nothing.
+        passes = self._passes if max(map(len, tokens)) <= USUAL_WIDTH else self._eager
+        hidden_RLD = self._read(passes, sequences, tokens, head=False)
         finished = []
         for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
             self._has_read(sequence, chunk.end - chunk.start)

@@ -26,6 +26,7 @@ from twotower.model.transfer import on_device
 logger = logging.getLogger(__name__)
 
 OFTEN = 64  # uses of a form before it is recorded: a recording costs as much as some fifty passes
+_WIDTHS = 16  # rows are padded to a multiple of this: few forms, and up to 16 positions cost little more than a few
 _MOST_PROGRAMS = 16
 _WARM_UPS = 3  # TorchScript watches the first runs and tidies its program after them
 
@@ -54,14 +55,16 @@ class RecordedPasses:
     def run(
         self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float] | None = None, head: bool = True
     ) -> Tensor:
-        width = max(len(ids) for ids in tokens)
+        longest = max(len(ids) for ids in tokens)
+        width = longest if longest == 1 else -(-longest // _WIDTHS) * _WIDTHS
         form = Form(width, head, t is not None, width * len(slots) <= FEW_TOKENS)
         program = self._programs.get(form) or self._recorded(form)
         if program is None:
             return self._eager.run(slots, tokens, t, head)
         cache = self._cache
         given_RX, t_R = self._given(slots, tokens, width), on_device(t or [], self._tower.device, torch.float32)
-        return program(given_RX, t_R, cache.conv, cache.ssm, cache.keys, cache.values)
+        out_RLX = program(given_RX, t_R, cache.conv, cache.ssm, cache.keys, cache.values)
+        return out_RLX[:, :longest]
 
     def prepare(self, width: int) -> None:
         denoiser = not self._tower.causal
