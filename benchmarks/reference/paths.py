@@ -82,7 +82,7 @@ class InProcessPath:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Running]:
         torch.set_num_threads(self._threads)
-        async with pair_of(self._context, self._denoiser, self._settings) as pair:
+        async with pair_of(self._context, self._denoiser, self._settings, prepare=True) as pair:
             yield _PairPath(pair)
 
 

@@ -82,9 +82,10 @@ async def pair_of(
     denoiser: DenoiserTower | None,
     settings: EngineSettings,
     trace: Callable[[StepTrace], None] | None = None,
+    prepare: bool = False,
 ) -> AsyncIterator[Pair]:
-    """A running pair over towers that are already loaded."""
-    runner = colocated_runner(context, denoiser, settings, trace)
+    """A running pair over towers that are already loaded; `prepare` as for `colocated_runner`."""
+    runner = colocated_runner(context, denoiser, settings, trace, prepare)
     room = Room(settings.max_sequences, settings.pages)
     ledger = Ledger(room, [], settings.max_queued_requests)
     try:
