@@ -2,7 +2,8 @@
 
 `pass`: the states made, the tower run, the logits where an engine needs them, through the same `Passes` an engine has.
 `pass + decision`: also what an engine must do with the logits, unmask or sample, and read on the host. `eager`: the
-pass without capture. Rows hold different text, so that the mixture of experts is as busy as in earnest.
+pass without capture. After a pause a pass is dearer, because caches and core have gone cold. Rows hold different text,
+so that the mixture of experts is as busy as in earnest.
 """
 
 import statistics
@@ -69,8 +70,8 @@ class Bench:
             self.cache.apply(slot, self._cached, [torch.from_numpy(array) for array in arrays])
 
     @torch.inference_mode()
-    def time(self, kind: str, rows: int, decide: bool, eager: bool, seconds: float) -> PassTime:
-        """Repeat one kind of pass for `seconds`."""
+    def time(self, kind: str, rows: int, decide: bool, eager: bool, pause_s: float, seconds: float) -> PassTime:
+        """Repeat one kind of pass for `seconds`, `pause_s` of sleep before each."""
         run = self._pass(kind, rows, decide, self._eager if eager else self._captured)
         walls: list[float] = []
         cpus: list[float] = []
@@ -78,6 +79,8 @@ class Bench:
             run()
         until = time.perf_counter() + seconds
         while len(walls) < _LEAST or time.perf_counter() < until:
+            if pause_s:
+                time.sleep(pause_s)
             started, cpu = time.perf_counter(), time.thread_time()
             run()
             walls.append(time.perf_counter() - started)
@@ -94,7 +97,9 @@ class Bench:
         if kind == AR:
             return _decode(passes, slots, [[prompt[-1]] for prompt in prompts], decide)
         assert kind == PROMPT, kind
-        return lambda: self._eager.run(self._fresh[:rows], prompts, head=False)
+        if max(map(len, prompts)) > USUAL_WIDTH:
+            passes = self._eager  # as an engine does
+        return lambda: passes.run(self._fresh[:rows], prompts, head=False)
 
 
 def _denoise(

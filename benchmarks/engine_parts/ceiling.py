@@ -19,6 +19,10 @@ R = 2 on they overlap, and the busier one bounds. These bounds allow for no exch
 its time is in the costs, no waiting of one row for another to share its pass, and for two cores that do not slow each
 other down; so no engine reaches them.
 
+A tower that has waited for the other one starts cold. `turns_ceiling` takes the passes that follow a pause, every
+commit and the first step of every block, at what they cost after one: at concurrency 1 in `split` placement nothing
+else can be had.
+
 The issue's own ratio at concurrency 1, `16/(c·(16/τ + 1))` with c = D(1)/A(1) and τ = N/S, is the same thing with a
 commit as dear as a step, no prompts, and as many commits as blocks.
 """
@@ -101,6 +105,13 @@ def diffusion_ceiling(costs: PassCosts, demand: Demand, concurrency: int) -> Cei
             if tokens_per_s > best.tokens_per_s:
                 best = Ceiling(tokens_per_s, "towers in turn" if concurrency == 1 else bound, d, k)
     return best
+
+
+def turns_ceiling(costs: PassCosts, rested: PassCosts, demand: Demand) -> float:
+    """Tokens per second of diffusion at concurrency 1, passes after a pause taken as such."""
+    blocks = demand.commits + 1
+    steps_s = (demand.steps - blocks) * costs.denoise(1) + blocks * rested.denoise(1)
+    return demand.tokens / (steps_s + demand.commits * rested.commit(1) + costs.prompt(1))
 
 
 def issue_ratio(costs: PassCosts, tokens_per_step: float) -> float:

@@ -28,6 +28,7 @@ from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.tower import ContextTower, DenoiserTower
 
 _BLOCK = 16
+PAUSE_S = 0.006  # about as long as one tower waits for the other at concurrency 1
 _ALONE_S = 0.5  # of the running requests, before the long prompt comes
 _CPU = torch.device("cpu")
 Square = tuple[Variant, int]
@@ -35,12 +36,14 @@ Square = tuple[Variant, int]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of bare pass. `both`: while the other tower was passing too, each on its core."""
+    """One kind of bare pass. `both`: while the other tower was passing too, each on its core. `rested`: after a pause
+    of `PAUSE_S`."""
 
     name: str
     decide: bool = False
     eager: bool = False
     both: bool = False
+    rested: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +90,20 @@ class Results:
     profiles: dict[str, Profile | None] = field(default_factory=dict)
     memory: dict[str, tuple[Memory, int]] = field(default_factory=dict)
 
-    def costs(self, decide: bool = False, eager: bool = False, both: bool = False) -> PassCosts:
-        """Costs for the ceilings; the AR step and the prompt pass were not timed beside another tower's."""
+    def costs(
+        self, decide: bool = False, eager: bool = False, both: bool = False, rested: bool = False, cpu: bool = False
+    ) -> PassCosts:
+        """Costs for the ceilings, wall or CPU time. AR steps and prompts were timed alone and without pauses only."""
 
-        def of(name: str, decide: bool, eager: bool, both: bool) -> Costs:
-            kind = Kind(name, decide, eager, both)
-            return Costs({rows: taken.wall_s for (k, rows), taken in self.passes.items() if k == kind})
+        def of(kind: Kind) -> Costs:
+            taken = {rows: taken for (k, rows), taken in self.passes.items() if k == kind}
+            return Costs({rows: t.cpu_s if cpu else t.wall_s for rows, t in taken.items()})
 
         return PassCosts(
-            denoise=of(bare.DENOISE, decide, eager, both),
-            commit=of(bare.COMMIT, False, eager, both),
-            ar=of(bare.AR, decide, eager, False),
-            prompt=of(bare.PROMPT, False, True, False),
+            denoise=of(Kind(bare.DENOISE, decide, eager, both, rested)),
+            commit=of(Kind(bare.COMMIT, False, eager, both, rested)),
+            ar=of(Kind(bare.AR, decide, eager)),
+            prompt=of(Kind(bare.PROMPT, eager=eager)),
         )
 
     def ceiling(self, costs: PassCosts, square: Square, tokens: int) -> Ceiling:
@@ -124,7 +129,7 @@ class Experiment:
         plan = self.plan
         squares = len(plan.variants) * len(plan.concurrency)
         served = 3 * plan.rounds * 2 if plan.served else 0
-        total = 4 + len(plan.variants) * (1 + plan.rounds) + squares * (plan.rounds + 1) + 6 + served
+        total = 4 + len(plan.variants) * (1 + plan.rounds) + squares * (plan.rounds + 1) + 7 + served
         with tqdm(total=total, unit="part", smoothing=0) as self._bar:
             self._bar.set_postfix_str("starting two tower processes")
             async with split_pair(str(plan.checkpoint.directory), plan.engine, plan.threads) as split:
@@ -178,7 +183,8 @@ class Experiment:
 
         async def one(actor: object, kind: Kind, rows: int) -> None:
             call = actor.time_pass.remote  # type: ignore[attr-defined]
-            passes[kind, rows] = await call(kind.name, rows, kind.decide, kind.eager, plan.pass_s)
+            pause_s = PAUSE_S if kind.rested else 0.0
+            passes[kind, rows] = await call(kind.name, rows, kind.decide, kind.eager, pause_s, plan.pass_s)
 
         with self._part("bare passes, one tower at a time"):
             for rows in plan.rows:
@@ -186,8 +192,12 @@ class Experiment:
                     for decide in (False, True):
                         await one(split.denoiser, Kind(bare.DENOISE, decide, eager), rows)
                         await one(split.context, Kind(bare.AR, decide, eager), rows)
-                    await one(split.context, Kind(bare.COMMIT, False, eager), rows)
-                await one(split.context, Kind(bare.PROMPT, False, True), rows)
+                    for name in (bare.COMMIT, bare.PROMPT):
+                        await one(split.context, Kind(name, eager=eager), rows)
+        with self._part("bare passes, after pauses"):
+            for decide in (False, True):
+                await one(split.denoiser, Kind(bare.DENOISE, decide, rested=True), 1)
+            await one(split.context, Kind(bare.COMMIT, rested=True), 1)
         with self._part("bare passes, both towers at once"):
             for rows in plan.rows:
                 for decide in (False, True):
@@ -201,7 +211,7 @@ class Experiment:
         with self._part("bare passes again"):
             for name, actor in ((bare.DENOISE, split.denoiser), (bare.COMMIT, split.context), (bare.AR, split.context)):
                 for rows in {1, self.plan.most}:
-                    taken = await actor.time_pass.remote(name, rows, False, False, self.plan.pass_s)
+                    taken = await actor.time_pass.remote(name, rows, False, False, 0.0, self.plan.pass_s)
                     self.results.drift[name, rows] = taken.wall_s / self.results.passes[Kind(name), rows].wall_s
 
     async def _demands(self) -> None:

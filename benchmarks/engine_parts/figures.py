@@ -4,8 +4,11 @@ from collections.abc import Iterator
 
 from benchmarks.engine_parts.experiment import Experiment, LongPrompt, Square
 from benchmarks.engine_parts.plan import Variant
+from benchmarks.engine_parts.recorder import FORWARD
 from benchmarks.engine_parts.shares import Overlap, TickParts, overlap, tick_parts
 from twotower.core import Mode
+
+_BLOCK = 16
 
 
 class Figures:
@@ -46,6 +49,18 @@ class Figures:
                 ticks = self.ticks(tower, square)
                 if ticks is not None:
                     yield tower, square, ticks
+
+    def forward_to_bare(self, tower: str, square: Square) -> float | None:
+        """CPU time of an engine's blocks or AR steps over that of bare passes of as many rows; prompts left out."""
+        bare = self.results.costs(cpu=True)
+        costs, width = (bare.denoise, _BLOCK) if tower == "denoiser" else (bare.commit, _BLOCK)
+        if square[0].mode is Mode.AR:
+            costs, width = bare.ar, 1
+        spans = self.results.watched[square].recordings[tower].spans
+        forwards = [span for span in spans if span.name == FORWARD and span.width == width]
+        if not forwards:
+            return None
+        return sum(span.cpu_s for span in forwards) / sum(costs(len(span.slots)) for span in forwards)
 
     def ticks(self, tower: str, square: Square) -> TickParts | None:
         watched = self.results.watched.get(square)

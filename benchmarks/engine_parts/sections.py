@@ -4,8 +4,8 @@ import statistics
 
 from benchmarks.engine_parts import ceiling as ceilings
 from benchmarks.engine_parts.bare import AR, COMMIT, DENOISE, PROMPT
-from benchmarks.engine_parts.ceiling import issue_ratio
-from benchmarks.engine_parts.experiment import Kind, Loaded, Square
+from benchmarks.engine_parts.ceiling import issue_ratio, turns_ceiling
+from benchmarks.engine_parts.experiment import PAUSE_S, Kind, Loaded, Square
 from benchmarks.engine_parts.figures import Figures
 from benchmarks.engine_parts.load import diffusion_gaps
 from benchmarks.engine_parts.shares import crossings_ms, percentile
@@ -18,12 +18,15 @@ _KINDS = (
     Kind(DENOISE, eager=True),
     Kind(DENOISE, both=True),
     Kind(DENOISE, decide=True, both=True),
+    Kind(DENOISE, rested=True),
     Kind(COMMIT),
     Kind(COMMIT, eager=True),
     Kind(COMMIT, both=True),
+    Kind(COMMIT, rested=True),
     Kind(AR),
     Kind(AR, decide=True),
     Kind(AR, eager=True),
+    Kind(PROMPT),
     Kind(PROMPT, eager=True),
 )
 
@@ -43,8 +46,9 @@ def bare_passes(figures: Figures) -> str:
 
 Wall / CPU time of the calling thread, medians. In the tower processes, without an engine: the states made, the tower
 run, the head where an engine needs it. `+ decision`: unmask or sample too, read on the host. `eager`: without capture.
-`both at once`: the two towers at the same time, each on its core. Denoiser step and commit are [rows,16], AR step
-[rows,1]; sequences have read {figures.questions.cached} tokens. c = {c:.2f} (eager {eager_c:.2f}).
+`both at once`: the two towers at the same time, each on its core. `after a pause`: each after {1e3 * PAUSE_S:g} ms of
+sleep. Denoiser step and commit are [rows,16], AR step [rows,1], prompts as asked; in all but prompts the sequences have
+read {figures.questions.cached} tokens. c = {c:.2f} (eager {eager_c:.2f}).
 
 The machine's drift, the same passes at the end of the run ÷ then: {drift}."""
 
@@ -68,11 +72,27 @@ Written down at {results.ceilings_at}, before any engine was timed; the table ab
 
 {table(head, body)}
 
+At concurrency 1 a tower that waited for the other starts cold; such passes (+ decision) taken at their price after a
+pause:
+
+{_turns(figures)}
+
 Diffusion ÷ AR at concurrency 1, 16/(c·(16/τ + 1)):
 
 {_issue_ratios(figures)}
 
 {_quoted(ceilings.__doc__ or "")}"""
+
+
+def _turns(figures: Figures) -> str:
+    results, lines = figures.results, []
+    for variant, demand in results.demands.items():
+        allowed = turns_ceiling(results.costs(True), results.costs(True, rested=True), demand)
+        line = f"- {variant.name}: {allowed:.0f} tokens/s allowed"
+        if runs := results.split.get((variant, 1)):
+            line += f", {spread([r.run.steady_tokens_per_s / allowed for r in runs], 2)} of it got"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _issue_ratios(figures: Figures) -> str:
@@ -138,15 +158,18 @@ def parts_of_a_tick(figures: Figures) -> str:
         shares = (ticks.forward, ticks.decision, ticks.exchange, ticks.rest)
         numbers = [str(ticks.ticks), f"{ticks.rows:.1f}", f"{ticks.tick_s * 1e3:.2f}"]
         numbers += [f"{share:.1%}" for share in shares] + [f"{ticks.cpu:.2f}"]
+        over_bare = figures.forward_to_bare(tower, square)
+        numbers.append("–" if over_bare is None else f"{over_bare:.2f}")
         body.append([tower, square[0].name, str(square[1]), *numbers])
     head = ["tower", "mode", "concurrency", "ticks", "rows", "p50, ms", "forward", "decision", "exchange", "rest"]
     return f"""## Parts of a tick
 
-{table([*head, "CPU ÷ wall"], body)}
+{table([*head, "CPU ÷ wall", "forward ÷ bare"], body)}
 
 Shares of the wall time of ticks that had work, recorders on. Forward: states, tower, head. Decision: unmask or sample,
 without the reading on the host. Exchange: calls of link and port inside the tick, packing and applying of deltas
-included. CPU below wall: the thread waited for a core or for the interpreter."""
+included. CPU below wall: the thread waited for a core or for the interpreter. Forward ÷ bare: CPU time of blocks and AR
+steps over that of bare passes of as many rows, prompts left out; above 1, the engine's passes found caches cold."""
 
 
 def who_computes(figures: Figures) -> str:
@@ -252,6 +275,7 @@ def profiles(figures: Figures) -> str:
 
 def _kind(kind: Kind) -> str:
     notes = [(kind.decide, " + decision"), (kind.eager, ", eager"), (kind.both, ", both at once")]
+    notes.append((kind.rested, ", after a pause"))
     return kind.name + "".join(note for wanted, note in notes if wanted)
 
 

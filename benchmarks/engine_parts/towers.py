@@ -55,8 +55,10 @@ class _Watched(TowerProcess):
     async def prepare_bench(self, prompts: Sequence[Sequence[int]], cached: int) -> None:
         self._bench = Bench(self._own_tower(), prompts, cached, self.settings.engine.capture)
 
-    async def time_pass(self, kind: str, rows: int, decide: bool, eager: bool, seconds: float) -> PassTime:
-        return self._bench.time(kind, rows, decide, eager, seconds)
+    async def time_pass(
+        self, kind: str, rows: int, decide: bool, eager: bool, pause_s: float, seconds: float
+    ) -> PassTime:
+        return self._bench.time(kind, rows, decide, eager, pause_s, seconds)
 
     async def tensor_bytes(self) -> int:
         """Bytes of all tensors alive in this process, each storage once."""

@@ -2,7 +2,15 @@
 
 import pytest
 
-from benchmarks.engine_parts.ceiling import Costs, Demand, PassCosts, ar_ceiling, diffusion_ceiling, issue_ratio
+from benchmarks.engine_parts.ceiling import (
+    Costs,
+    Demand,
+    PassCosts,
+    ar_ceiling,
+    diffusion_ceiling,
+    issue_ratio,
+    turns_ceiling,
+)
 from benchmarks.engine_parts.intervals import difference, intersection, total, union
 from benchmarks.engine_parts.load import Answer, Run
 from benchmarks.engine_parts.profile import summarise
@@ -56,6 +64,11 @@ def test_the_busier_tower_bounds_when_there_is_enough_to_do() -> None:
 
 def test_ar_ceiling_counts_the_prompt_as_the_first_token() -> None:
     assert ar_ceiling(_costs(0, 0, 1.0, prompt=3.0), 11, 4).tokens_per_s == pytest.approx(44 / 13)
+
+
+def test_passes_after_a_pause_have_their_own_price() -> None:
+    costs, rested = _costs(2.0, 3.0, 1.0, prompt=5.0), _costs(2.5, 4.0, 1.0)
+    assert turns_ceiling(costs, rested, Demand(128, 20, 7)) == pytest.approx(128 / (12 * 2 + 8 * 2.5 + 7 * 4 + 5))
 
 
 def test_the_issues_ratio() -> None:
