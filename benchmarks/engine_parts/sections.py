@@ -175,21 +175,27 @@ steps over that of bare passes of as many rows, prompts left out; above 1, the e
 def who_computes(figures: Figures) -> str:
     body = []
     for square, seen in figures.overlaps():
-        shares = (seen.denoiser, seen.context, seen.neither, seen.exchange)
+        shares = (seen.denoiser, seen.context, seen.neither, seen.exchange, seen.on_the_way, seen.delivery)
         cells = [f"{seen.rows:.1f}", f"{seen.active:.1f}", *(f"{share:.1%}" for share in shares)]
         for ms in crossings_ms(figures.results.watched[square].recordings).values():
             cells.append(f"{percentile(ms, 50):.2f} / {percentile(ms, 99):.2f}" if ms else "–")
         body.append([square[0].name, str(square[1]), *cells])
     head = ["mode", "concurrency", "rows per tick", "active", "denoiser ticks", "context ticks", "neither computes"]
-    head += ["of it exchange", "commit on its way, ms", "at the context tower, ms", "delta until applied, ms"]
+    head += [
+        "of it exchange",
+        "of that no tick",
+        "commit on its way, ms",
+        "at the context tower, ms",
+        "delta until applied, ms",
+    ]
     return f"""## Who computes when
 
 {table(head, body)}
 
 Shares of the time in which at least two sequences (one at concurrency 1) are known to the denoiser engine, from being
 opened to being released. `neither computes`: no forward and no decision runs on either tower. `of it exchange`: the
-part of that in which an engine sends, receives, packs or applies, or no engine is in a tick at all, so that whatever is
-awaited is on its way. The last three columns follow every commit, p50 / p99; waiting until the engine looks is counted
+part of that in which an engine sends, receives, packs or applies, or no engine does anything (no tick, no delivery of
+events), so that whatever is awaited is on its way. The last three columns follow every commit, p50 / p99; waiting until the engine looks is counted
 in them, though others' work fills it."""
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from benchmarks.engine_parts.intervals import Interval, difference, intersection, total, union
-from benchmarks.engine_parts.recorder import DECISION, EXCHANGE, FORWARD, PARTS, Recording, Span, Tick
+from benchmarks.engine_parts.recorder import DECISION, DELIVERY, EXCHANGE, FORWARD, PARTS, Recording, Span, Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,8 @@ class Overlap:
 
     `denoiser` and `context`: that tower was in a tick with work. `neither`: not one of them computed (forward or
     decision); of that, `exchange` is what sending, receiving, packing, unpacking and waiting for what is on its way
-    took, and the rest other work inside ticks.
+    took, and the rest other work inside ticks; of `exchange`, `on_the_way` is the time in which no tick ran.
+    `delivery`, of `neither` too and no exchange, is events going out between ticks.
     """
 
     seconds: float
@@ -41,6 +42,8 @@ class Overlap:
     context: float
     neither: float
     exchange: float
+    on_the_way: float
+    delivery: float
     rows: float
     active: float
 
@@ -77,7 +80,8 @@ def overlap(recordings: Mapping[str, Recording], least_active: int) -> Overlap |
     idle = difference(when, computing)
     in_exchange = union([*_of(denoiser.spans, EXCHANGE), *_of(context.spans, EXCHANGE)])
     in_a_tick = union([*ticking["denoiser"], *ticking["context"]])
-    on_the_way = difference(idle, in_a_tick)
+    delivering = _of([*denoiser.spans, *context.spans], DELIVERY)
+    on_the_way = difference(idle, union([*in_a_tick, *delivering]))
     worked = [tick for tick in denoiser.ticks if tick.worked and tick.active >= least_active]
     return Overlap(
         seconds=seconds,
@@ -85,6 +89,8 @@ def overlap(recordings: Mapping[str, Recording], least_active: int) -> Overlap |
         context=total(intersection(when, ticking["context"])) / seconds,
         neither=total(idle) / seconds,
         exchange=total(union([*on_the_way, *intersection(idle, in_exchange)])) / seconds,
+        on_the_way=total(on_the_way) / seconds,
+        delivery=total(intersection(idle, delivering)) / seconds,
         rows=statistics.fmean(tick.rows for tick in worked) if worked else 0.0,
         active=statistics.fmean(tick.active for tick in worked) if worked else 0.0,
     )

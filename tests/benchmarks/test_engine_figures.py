@@ -103,7 +103,7 @@ def test_overlap_tells_exchange_from_other_work() -> None:
     assert seen is not None
     assert seen.seconds == pytest.approx(10.0)
     assert (seen.denoiser, seen.context) == pytest.approx((0.5, 0.4))
-    assert (seen.neither, seen.exchange) == pytest.approx((0.4, 0.3))
+    assert (seen.neither, seen.exchange, seen.on_the_way) == pytest.approx((0.4, 0.3, 0.2))
     assert overlap({"denoiser": denoiser, "context": context}, 3) is None
 
 
