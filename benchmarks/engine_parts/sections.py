@@ -195,8 +195,8 @@ def who_computes(figures: Figures) -> str:
 Shares of the time in which at least two sequences (one at concurrency 1) are known to the denoiser engine, from being
 opened to being released. `neither computes`: no forward and no decision runs on either tower. `of it exchange`: the
 part of that in which an engine sends, receives, packs or applies, or no engine does anything (no tick, no delivery of
-events), so that whatever is awaited is on its way. The last three columns follow every commit, p50 / p99; waiting until the engine looks is counted
-in them, though others' work fills it."""
+events), so that whatever is awaited is on its way. The last three columns follow every commit, p50 / p99; waiting until
+the engine looks is counted in them, though others' work fills it."""
 
 
 def latency(figures: Figures) -> str:
