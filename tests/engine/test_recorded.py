@@ -49,7 +49,7 @@ def test_the_same_bits_for_any_number_of_rows_and_pages(name: str, which: str, f
         states = [tensor.clone() for tensor in (cache.conv, cache.ssm, cache.keys, cache.values)]
         again = [tensor.clone() for tensor in states]
         with torch.inference_mode():
-            wanted = plain_pass(tower, form, cache)(torch.tensor(given), t_R, *states)
+            wanted = plain_pass(tower, form)(torch.tensor(given), t_R, *states)
             got = program(torch.tensor(given), t_R, *again)
         assert torch.equal(got, wanted)
         assert all(torch.equal(ours, plain) for ours, plain in zip(again, states, strict=True))

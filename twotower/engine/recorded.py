@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower.config import ModelConfig
 from twotower.engine.graphs import FixedStates
 from twotower.engine.passes import EagerPasses, forward
 from twotower.model.cache import WASTE_PAGE, TowerCache
@@ -92,19 +93,19 @@ class RecordedPasses:
 
 
 class _Borrowed:
-    """A cache's tensors as a program is given them; its layout is the tower's."""
+    """A cache's tensors as a program is given them. Holds no cache: a program keeps what it was recorded from."""
 
-    def __init__(self, cache: TowerCache, tensors: Sequence[Tensor]) -> None:
-        self.mamba_row, self.attention_row = cache.mamba_row, cache.attention_row
+    def __init__(self, config: ModelConfig, tensors: Sequence[Tensor]) -> None:
+        self.mamba_row, self.attention_row = config.layers_of("M").index, config.layers_of("*").index
         self.conv, self.ssm, self.keys, self.values = tensors
 
 
-def plain_pass(tower: ContextTower | DenoiserTower, form: Form, layout: TowerCache) -> Program:
-    """What gets recorded. `layout` only says where a layer's state lies in the tensors that the pass is given."""
+def plain_pass(tower: ContextTower | DenoiserTower, form: Form) -> Program:
+    """What gets recorded."""
 
     def run(given_RX: Tensor, t_R: Tensor, conv: Tensor, ssm: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         tokens_RL, places_RX = given_RX[:, : form.width], given_RX[:, form.width :]
-        memory = _Borrowed(layout, (conv, ssm, keys, values))
+        memory = _Borrowed(tower.config, (conv, ssm, keys, values))
         states = FixedStates(memory, places_RX, form.width, updates=tower.causal)
         return forward(tower, tokens_RL, states, t_R if form.timed else None, form.head)
 
@@ -121,7 +122,7 @@ def record(tower: ContextTower | DenoiserTower, form: Form) -> Program:
     example = (on_device(given, tower.device), t_R, cache.conv, cache.ssm, cache.keys, cache.values)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is deprecated; and of constants, which are constant in this form
-        program: Program = torch.jit.trace(plain_pass(tower, form, cache), example, check_trace=False)
+        program: Program = torch.jit.trace(plain_pass(tower, form), example, check_trace=False)
         for _ in range(_WARM_UPS):
             program(*example)
     logger.debug("recorded a pass of %s", form)
