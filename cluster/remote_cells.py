@@ -31,7 +31,11 @@ class RemoteCells:
     async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
         """Events of one request. Raises TwoTowerErrors; closing the generator cancels the call."""
         reply_to, inbox = self._events.open(merging=request.params.mode is not Mode.DIFFUSION)
-        response = cast("DeploymentResponse[Any]", self._decode.remote(request, timeout_s, reply_to))
+        try:
+            response = cast("DeploymentResponse[Any]", self._decode.remote(request, timeout_s, reply_to))
+        except BaseException:
+            self._events.close(reply_to)
+            raise
         call = asyncio.create_task(self._watch(response, request, reply_to, inbox))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)

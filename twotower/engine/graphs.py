@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from twotower.engine.passes import forward
+from twotower.engine.passes import forward, padded
 from twotower.model import mamba
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.pages import PAGE_TOKENS, pages_for
@@ -158,7 +158,8 @@ class FixedPasses:
 
         A context tower's slots are the caller's to advance, as after `extending`.
         """
-        width = max(len(ids) for ids in tokens)
+        longest = max(len(ids) for ids in tokens)
+        width = padded(longest)
         updates = self._tower.causal
         starts = [self._cache.length(slot) for slot in slots]
         seen = max(start + (width if updates else 0) for start in starts)
@@ -168,7 +169,7 @@ class FixedPasses:
             [*ids, *[0] * (width - len(ids)), slot, start, len(ids), *self._table(slot, pages)]
             for slot, start, ids in zip(slots, starts, tokens, strict=True)
         ]
-        return self._pass(shape).run(rows, t or [])
+        return self._pass(shape).run(rows, t or [])[:, :longest]
 
     def prepare(self, width: int) -> None:
         """Nothing: a shape is captured when it first comes up."""

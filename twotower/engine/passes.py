@@ -38,6 +38,12 @@ class Passes(Protocol):
         ...
 
 
+def padded(longest: int) -> int:
+    """The width at which rows are captured: a single token, or a multiple of the usual block. Few forms, and up to 16
+    positions cost little more than a few."""
+    return longest if longest == 1 else -(-longest // USUAL_WIDTH) * USUAL_WIDTH
+
+
 def forward(
     tower: ContextTower | DenoiserTower, tokens_RL: Tensor, states: LayerStates, t_R: Tensor | None, head: bool
 ) -> Tensor:

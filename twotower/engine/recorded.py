@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower.config import ModelConfig
 from twotower.engine.graphs import FixedStates
-from twotower.engine.passes import EagerPasses, forward
+from twotower.engine.passes import EagerPasses, forward, padded
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.moe import FEW_TOKENS
 from twotower.model.pages import pages_for
@@ -27,7 +27,6 @@ from twotower.model.transfer import on_device
 logger = logging.getLogger(__name__)
 
 OFTEN = 64  # uses of a form before it is recorded: a recording costs as much as some fifty passes
-_WIDTHS = 16  # rows are padded to a multiple of this: few forms, and up to 16 positions cost little more than a few
 _MOST_PROGRAMS = 16
 _WARM_UPS = 3  # TorchScript watches the first runs and tidies its program after them
 
@@ -57,7 +56,7 @@ class RecordedPasses:
         self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float] | None = None, head: bool = True
     ) -> Tensor:
         longest = max(len(ids) for ids in tokens)
-        width = longest if longest == 1 else -(-longest // _WIDTHS) * _WIDTHS
+        width = padded(longest)
         form = Form(width, head, t is not None, width * len(slots) <= FEW_TOKENS)
         program = self._programs.get(form) or self._recorded(form)
         if program is None:

@@ -1,0 +1,47 @@
+"""How often an engine speaks to its link: openings as they come, then one message a tick (two where mock-AR leads)."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+
+from twotower.core import DecodingParams, Event, Mode, ReleasedEvent, Request, RequestId
+from twotower.engine.context_engine import ContextEngine
+from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.settings import EngineSettings
+from twotower.exchange.local import LocalExchange
+from twotower.exchange.protocol import Command, Prefill
+from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower
+
+SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=128, capture="off")
+
+
+@pytest.mark.parametrize(("modes", "most"), [((Mode.DIFFUSION,), 1), ((Mode.DIFFUSION, Mode.MOCK_AR), 2)])
+def test_one_message_a_tick(modes: Sequence[Mode], most: int) -> None:
+    events: list[Event] = []
+    context = ContextEngine(cast(Any, ScriptedContextTower()), SETTINGS, events.append)
+    exchange = LocalExchange(context.cache, lambda: None)
+    context.connect(exchange.port)
+    denoiser = DenoiserEngine(cast(Any, ScriptedDenoiserTower()), exchange.link, SETTINGS, events.append)
+    sent: list[Sequence[Command]] = []
+    submit = exchange.link.submit
+
+    def counting(commands: Sequence[Command]) -> None:
+        sent.append(list(commands))
+        submit(commands)
+
+    exchange.link.submit = counting  # type: ignore[method-assign]
+    for number in range(12):
+        params = DecodingParams(modes[number % len(modes)], max_new_tokens=20 + number, block_size=4 + number % 3)
+        denoiser.add(Request(RequestId(str(number)), (5, 6, 7 + number), params))
+    sizes, busiest = [], 0
+    with torch.inference_mode():
+        while sum(isinstance(event, ReleasedEvent) for event in events) < 12:
+            context.tick()
+            denoiser.tick()
+            of_this_tick = [commands for commands in sent if not isinstance(commands[0], Prefill)]
+            sent.clear()
+            busiest = max(busiest, len(of_this_tick))
+            sizes += map(len, of_this_tick)
+    assert busiest == most and max(sizes) > 1
