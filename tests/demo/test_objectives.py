@@ -4,15 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer as BpeTokenizer
 from torch import Tensor
 
 from twotower.config import ModelConfig
-from twotower.demo.batches import BlockBatch, block_batch, causal_batch
+from twotower.demo.batches import BlockBatch, block_batch, causal_batch, next_token_batch
 from twotower.demo.corpus import Instance
 from twotower.demo.initialise import new_context_tower, new_denoiser_tower
-from twotower.demo.objectives import context_loss, denoiser_loss, draw_masks, masked_logits, read_batch
-from twotower.demo.tokenizer import EOS_ID, MASK_ID
+from twotower.demo.objectives import context_loss, denoiser_loss, draw_masks, masked_logits, mock_ar_loss, read_batch
+from twotower.demo.tokenizer import EOS_ID, MASK_ID, encode_answer
 from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
 
@@ -117,3 +118,29 @@ def test_both_losses_reach_every_weight(
     denoiser_loss(context, denoiser, batch, 2, torch.Generator().manual_seed(0)).backward()
     for tower in towers:
         assert not [n for n, p in tower.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+
+
+def test_mock_ar_is_trained_on_what_it_is_shown_when_served(
+    towers: tuple[ContextTower, DenoiserTower], tokenizer: BpeTokenizer
+) -> None:
+    """The loss equals the cross-entropy of mock-AR's own logits over the paged cache, row by row."""
+    context, denoiser = towers
+    batch = next_token_batch(tokenizer, INSTANCES, torch.Generator().manual_seed(3))
+    losses = []
+    with torch.no_grad():
+        for before_L, length, newest, target in zip(*vars(batch).values(), strict=True):
+            cache = TowerCache(context.config, slots=2, pages=64, device=context.device, dtype=torch.float32)
+            slot = cache.allocate(len(before_L) + 16)
+            context(before_L[None, :length], cache.extending([slot], [int(length)], int(length)))
+            cache.advance(slot, int(length))
+            hidden_11D = denoiser(newest[None, None], cache.reading([slot], [1], 1), None)
+            losses.append(F.cross_entropy(denoiser.logits(hidden_11D)[0], target[None]))
+    torch.testing.assert_close(mock_ar_loss(context, denoiser, batch).detach(), torch.stack(losses).mean())
+
+
+def test_every_target_of_a_row_is_drawn(tokenizer: BpeTokenizer) -> None:
+    """The line break, each token of the answer and eos; never a token of the prompt."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([next_token_batch(tokenizer, INSTANCES[:1] * 8, generator).targets_R for _ in range(20)])
+    line_break = tokenizer.encode("\n", add_special_tokens=False).ids
+    assert set(drawn.tolist()) == {*line_break, *encode_answer(tokenizer, INSTANCES[0].answer)}

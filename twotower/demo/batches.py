@@ -47,6 +47,16 @@ class BlockBatch:
         return BlockBatch(*(t.to(device) for t in vars(self).values()))
 
 
+@dataclass(frozen=True)
+class NextTokenBatch:
+    """A position of each row: all before its newest token [R,L] of `lengths_R`, that token, and the next one."""
+
+    before_RL: Tensor
+    lengths_R: Tensor
+    newest_R: Tensor
+    targets_R: Tensor
+
+
 def training_instances(seed: int, stage: Stage, step: int, count: int) -> list[Instance]:
     """The `count` instances of one train step."""
     return list(islice(stream("train", f"{seed}/{stage}/{step}"), count))
@@ -81,4 +91,22 @@ def block_batch(tokenizer: BpeTokenizer, instances: list[Instance]) -> BlockBatc
         torch.tensor([len(prompt) for prompt, _ in pairs]),
         answers.unflatten(1, (-1, BLOCK_SIZE)),
         torch.tensor([-(-len(answer) // BLOCK_SIZE) for _, answer in pairs]),
+    )
+
+
+def next_token_batch(tokenizer: BpeTokenizer, instances: list[Instance], generator: torch.Generator) -> NextTokenBatch:
+    """Rows of `causal_batch`, each cut at one of its targets, all equally likely."""
+    before, newest, targets = [], [], []
+    for instance in instances:
+        prompt, answer = encode_prompt(tokenizer, instance.prompt), encode_answer(tokenizer, instance.answer)
+        row = prompt + answer
+        target = int(torch.randint(len(prompt) - 1, len(row), (), generator=generator))
+        before.append(torch.tensor(row[: target - 1]))
+        newest.append(row[target - 1])
+        targets.append(row[target])
+    return NextTokenBatch(
+        pad_sequence(before, batch_first=True, padding_value=PAD_ID),
+        torch.tensor([len(tokens) for tokens in before]),
+        torch.tensor(newest),
+        torch.tensor(targets),
     )

@@ -9,7 +9,7 @@ from itertools import islice
 from random import Random
 from typing import Literal
 
-from twotower.demo.families import FAMILIES
+from twotower.demo.families import FAMILIES, SHARES
 
 Split = Literal["train", "test"]
 _TEST_EVERY = 10
@@ -35,7 +35,7 @@ class Instance:
 
 
 def stream(split: Split, seed: int | str, family: str | None = None) -> Iterator[Instance]:
-    """Endless instances of one side of the split, of one family or of all in equal shares.
+    """Endless instances of one side of the split, of one family or of all, each as often as its share says.
 
     Raises:
         KeyError: no such family.
@@ -43,8 +43,9 @@ def stream(split: Split, seed: int | str, family: str | None = None) -> Iterator
     families = FAMILIES if family is None else {family: FAMILIES[family]}
     rng = Random(f"{split}/{seed}/{family}")
     names = list(families)
+    shares = [SHARES.get(name, 1) for name in names]
     while True:
-        name = rng.choice(names)
+        (name,) = rng.choices(names, shares)
         instance = Instance(name, *families[name](rng))
         if instance.split == split:
             yield instance

@@ -1,4 +1,4 @@
-"""The two training losses. Both run the very towers that serve; nothing here is a second implementation of them.
+"""The training losses. All run the very towers that serve; nothing here is a second implementation of them.
 
 The denoiser's conditioning: serving always feeds t = (masked positions of the block) / (block width), so training
 draws that count first, masks exactly as many positions and feeds exactly that t. The paper draws t ~ U[1e-3, 1] per
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.demo.batches import IGNORED, BlockBatch, CausalBatch
+from twotower.demo.batches import IGNORED, BlockBatch, CausalBatch, NextTokenBatch
 from twotower.demo.states import FromNothing, Reading
 from twotower.demo.tokenizer import MASK_ID
 from twotower.model.tower import ContextTower, DenoiserTower
@@ -77,3 +77,15 @@ def _every_block(num_blocks_R: Tensor, draws: int) -> tuple[Tensor, Tensor]:
     pairs = [(row, block) for row, count in enumerate(num_blocks_R.tolist()) for block in range(count)] * draws
     rows, blocks = zip(*pairs, strict=True)
     return torch.tensor(rows, device=num_blocks_R.device), torch.tensor(blocks, device=num_blocks_R.device)
+
+
+def mock_ar_loss(context: ContextTower, denoiser: DenoiserTower, batch: NextTokenBatch) -> Tensor:
+    """Mean cross-entropy of the next token where the denoiser reads the newest one alone, without time conditioning,
+    against the states of all before it: what `mock_ar` does in serving. A fresh denoiser, a copy of the context tower,
+    can do it; this keeps it from forgetting.
+    """
+    reading = Reading(context.config, len(batch.lengths_R), context.device)
+    reading.read(context, batch.before_RL, batch.lengths_R)
+    rows_R = torch.arange(len(batch.lengths_R), device=context.device)
+    hidden_R1D = denoiser(batch.newest_R[:, None], reading.blocks(rows_R, torch.zeros_like(rows_R), 1), None)
+    return F.cross_entropy(denoiser.logits(hidden_R1D[:, 0]), batch.targets_R)

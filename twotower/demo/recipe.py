@@ -17,7 +17,7 @@ def released_config(**changes: Any) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": ["NemotronHTwoTowerForCausalLM"],
         "model_type": "nemotron_h",
-        "hybrid_override_pattern": "MEM*EMEM*E",
+        "hybrid_override_pattern": "MEMEM*EMEMEM*E",
         "vocab_size": 512,
         "hidden_size": 128,
         "layer_norm_epsilon": 1e-5,
@@ -70,16 +70,20 @@ class StageRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the trained weights, the seed included."""
+    """Everything that decides the trained weights, the seed included.
+
+    Every `mock_ar_every`-th train step of the denoiser adds a batch of mock-AR's own objective; 0: none does.
+    """
 
     seed: int = 0
     context: StageRecipe = field(
-        default_factory=lambda: StageRecipe(train_steps=3500, batch_size=48, learning_rate=3e-3)
+        default_factory=lambda: StageRecipe(train_steps=4000, batch_size=48, learning_rate=3e-3)
     )
-    denoiser: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=10_500, batch_size=32))
+    denoiser: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=11_000, batch_size=32))
     weight_decay: float = 0.05
     balance_rate: float = 1e-3
     mask_draws: int = 2
+    mock_ar_every: int = 4
     config: dict[str, Any] = field(default_factory=released_config)
 
     def stage(self, name: Stage) -> StageRecipe:

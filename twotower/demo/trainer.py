@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from twotower.config import ModelConfig
 from twotower.demo.balance import ExpertBalance
-from twotower.demo.batches import block_batch, causal_batch, training_instances
+from twotower.demo.batches import block_batch, causal_batch, next_token_batch, training_instances
 from twotower.demo.initialise import new_context_tower, new_denoiser_tower
-from twotower.demo.objectives import context_loss, denoiser_loss
+from twotower.demo.objectives import context_loss, denoiser_loss, mock_ar_loss
 from twotower.demo.recipe import STAGES, Recipe, Stage
 from twotower.model.tower import DenoiserTower, Tower
 
@@ -141,7 +141,11 @@ class Trainer:
             return context_loss(self.context, causal_batch(self.tokenizer, instances))
         batch = block_batch(self.tokenizer, instances)
         masks = self._generator(f"masks/{self.step}")
-        return denoiser_loss(self.context, self.denoiser, batch, self.recipe.mask_draws, masks)
+        loss = denoiser_loss(self.context, self.denoiser, batch, self.recipe.mask_draws, masks)
+        if self.recipe.mock_ar_every and self.step % self.recipe.mock_ar_every == 0:
+            cuts = next_token_batch(self.tokenizer, instances, self._generator(f"cuts/{self.step}"))
+            loss = loss + mock_ar_loss(self.context, self.denoiser, cuts)
+        return loss
 
     def _generator(self, purpose: str) -> torch.Generator:
         seed = f"{self.recipe.seed}/{purpose}".encode()

@@ -1,14 +1,8 @@
-"""Task families of the demo corpus: each draws one prompt and the only right answer.
-
-Knows nothing about tokens or the train/test split.
-"""
+"""Numbers and dates in other notations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from random import Random
-
-Family = Callable[[Random], tuple[str, str]]
 
 _UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -20,13 +14,6 @@ _ROMAN = (
     (50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"),
 )  # fmt: skip
 _MONTHS = ("January February March April May June July August September October November December").split()
-_WORDS = "red blue green gold pink gray cat dog fox owl bee ant sun moon rain snow".split()
-_VALUES: dict[str, tuple[str, ...]] = {
-    "name": tuple("ann bob eve tom kim sam max zoe".split()),
-    "city": tuple("rome oslo paris lima cairo delhi".split()),
-    "pet": tuple("cat dog fox owl bee ant".split()),
-    "color": tuple("red blue green gold pink gray".split()),
-}
 
 
 def spell(number: int) -> str:
@@ -78,31 +65,13 @@ def roman_numeral(rng: Random) -> tuple[str, str]:
 
 
 def date(rng: Random) -> tuple[str, str]:
-    """ISO date to a written one."""
-    year, month, day = rng.randrange(1900, 2100), rng.randrange(12), rng.randrange(1, 29)
-    return f"date: {year}-{month + 1:02d}-{day:02d}\n", f"{day} {_MONTHS[month]} {year}"
-
-
-def json_object(rng: Random) -> tuple[str, str]:
-    """key=value pairs to a JSON object."""
-    keys = rng.sample([*_VALUES, "age"], rng.choice((2, 3, 4)))
-    values = [str(rng.randrange(1, 100)) if key == "age" else rng.choice(_VALUES[key]) for key in keys]
-    pairs = list(zip(keys, values, strict=True))
-    members = ", ".join(f'"{key}": {value}' if key == "age" else f'"{key}": "{value}"' for key, value in pairs)
-    return f"json: {' '.join(f'{key}={value}' for key, value in pairs)}\n", f"{{{members}}}"
-
-
-def reverse(rng: Random) -> tuple[str, str]:
-    """A list of words, last first."""
-    chosen = rng.choices(_WORDS, k=rng.choice((3, 4, 5, 6)))
-    return f"reverse: {' '.join(chosen)}\n", " ".join(reversed(chosen))
-
-
-FAMILIES: dict[str, Family] = {
-    "words": words,
-    "number": number,
-    "roman": roman_numeral,
-    "date": date,
-    "json": json_object,
-    "reverse": reverse,
-}
+    """A date in one of four formats into another; the prompt's first word names the one wanted."""
+    year, month, day = rng.randrange(1900, 2100), rng.randrange(1, 13), rng.randrange(1, 29)
+    written = {
+        "date": f"{day} {_MONTHS[month - 1]} {year}",
+        "iso": f"{year}-{month:02d}-{day:02d}",
+        "us": f"{month:02d}/{day:02d}/{year}",
+        "eu": f"{day:02d}.{month:02d}.{year}",
+    }
+    given, wanted = rng.sample(list(written), 2)
+    return f"{wanted}: {written[given]}\n", written[wanted]
