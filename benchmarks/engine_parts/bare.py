@@ -18,7 +18,7 @@ from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.unmasking import MASK_TOKEN_ID, StepParams, unmask
 from twotower.engine.capture import passes_for
 from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Passes
-from twotower.model.cache import TowerCache
+from twotower.model.cache import Span, TowerCache
 from twotower.model.pages import pages_for
 from twotower.model.tower import ContextTower, DenoiserTower
 
@@ -60,14 +60,14 @@ class Bench:
             text = (prompt * (self._cached // len(prompt) + 1))[: self._cached]
             self._eager.run([slot], [text], head=False)
             self.cache.advance(slot, self._cached)
-            contents.append([tensor.numpy().copy() for tensor in self.cache.delta(slot, 0, self._cached)])
+            contents.append([tensor.numpy().copy() for tensor in self.cache.delta([Span(slot, 0, self._cached)])])
         return contents
 
     @torch.inference_mode()
     def mirror(self, contents: list[list[Any]]) -> None:
         """Denoiser tower: take over what `read` returned."""
         for slot, arrays in zip(self._slots, contents, strict=True):
-            self.cache.apply(slot, self._cached, [torch.from_numpy(array) for array in arrays])
+            self.cache.apply([Span(slot, 0, self._cached)], [torch.from_numpy(array) for array in arrays])
 
     @torch.inference_mode()
     def time(self, kind: str, rows: int, decide: bool, eager: bool, pause_s: float, seconds: float) -> PassTime:

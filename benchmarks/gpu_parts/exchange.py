@@ -26,7 +26,7 @@ from benchmarks.gpu_parts.site import Site
 from twotower.exchange.distributed import connect, open_port
 from twotower.exchange.protocol import Command, Commit, Delta, Link, LinkLost, Port, Prefill, Release, Released, Reply
 from twotower.exchange.settings import EngineHooks, LinkAddress, LinkSettings
-from twotower.exchange.staging import DeltaLayout
+from twotower.exchange.staging import DeltaLayout, span_of
 from twotower.model.cache import TowerCache
 from twotower.model.pages import pages_for
 from twotower.model.transfer import on_device
@@ -100,7 +100,7 @@ def _fill(cache: TowerCache, slot: int, start: int, end: int, number: int) -> No
 def _wrong(cache: TowerCache, delta: Delta) -> Tensor:
     """How many elements of the mirror are not what they must be, counted on the device."""
     number = _number(delta.sequence, delta.end)
-    tensors = cache.delta(delta.slot, delta.start, delta.end)
+    tensors = cache.delta([span_of(delta)])
     return torch.stack([(tensor != number).sum() for tensor in tensors]).sum()
 
 

@@ -9,7 +9,7 @@ from tests.goldens import CPU, MODELS, Golden, golden
 from twotower.engine.graphs import FixedPasses
 from twotower.engine.passes import Passes
 from twotower.engine.recorded import RecordedPasses
-from twotower.model.cache import TowerCache
+from twotower.model.cache import Span, TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
 
 Kind = Callable[[ContextTower | DenoiserTower, TowerCache, int], Passes]
@@ -60,7 +60,9 @@ def test_extending(name: str, kind: Kind, lengths: tuple[int, ...]) -> None:
         ours.advance(slot, length)
         torch.testing.assert_close(logits[row, :length], wanted[row, :length], rtol=0, atol=1e-4)
         for ours_part, plain_part in zip(
-            ours.delta(slot, 0, ours.length(slot)), plain.delta(slot, 0, plain.length(slot)), strict=True
+            ours.delta([Span(slot, 0, ours.length(slot))]),
+            plain.delta([Span(slot, 0, plain.length(slot))]),
+            strict=True,
         ):
             torch.testing.assert_close(ours_part, plain_part, rtol=0, atol=1e-4)
 

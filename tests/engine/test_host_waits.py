@@ -23,7 +23,7 @@ from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.settings import EngineSettings
 from twotower.exchange.local import LocalExchange
-from twotower.model.cache import TowerCache
+from twotower.model.cache import Span, TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
 
 NAMES = pytest.mark.parametrize("name", MODELS)
@@ -80,7 +80,7 @@ def _passes(context: ContextTower, denoiser: DenoiserTower, device: torch.device
     logits = denoiser.logits(denoiser(block, states, torch.ones(3, device=device)))
     rows = [StepParams(0.8, 16), StepParams(0.8, 8, 0.7, 1), StepParams(0.0, 1)]
     unmask(logits, block, block == 3, rows)
-    list(cache.delta(slots[0], 0, 17))
+    cache.delta([Span(slots[0], 0, 17)])
 
 
 @NAMES

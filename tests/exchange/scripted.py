@@ -10,7 +10,7 @@ from torch import Tensor
 from twotower.config import ModelConfig
 from twotower.errors import TwoTowerError
 from twotower.exchange.protocol import Attach, Command, Commit, Delta, Failed, Port, Prefill, Release, Released, Reply
-from twotower.model.cache import TowerCache
+from twotower.model.cache import Span, TowerCache
 
 CONFIG = ModelConfig(
     hybrid_override_pattern="M*M*",
@@ -31,9 +31,11 @@ def new_cache(slots: int = 8, pages: int = 64, config: ModelConfig = CONFIG) -> 
 
 def state_after(cache: TowerCache, sequence: int, length: int) -> list[Tensor]:
     """The delta [0, length) of a sequence, as a scripted engine with a cache of this shape makes it."""
-    keys, values, conv, ssm = [torch.zeros(shape, dtype=dtype) for shape, dtype in cache.delta_shapes(length)]
+    keys, values, conv, ssm = [
+        torch.zeros(shape, dtype=dtype) for shape, dtype in cache.delta_shapes([Span(0, 0, length)])
+    ]
     for position in range(length):
-        key, value, conv, ssm = _state_at(sequence, position, tuple(cache.delta_shapes(1)))
+        key, value, conv, ssm = _state_at(sequence, position, tuple(cache.delta_shapes([Span(0, 0, 1)])))
         keys[:, position], values[:, position] = key[:, 0], value[:, 0]
     return [keys, values, conv, ssm]
 
@@ -48,7 +50,7 @@ def _state_at(
 
 
 def mirrored(cache: TowerCache, slot: int) -> list[Tensor]:
-    return list(cache.delta(slot, 0, cache.length(slot)))
+    return cache.delta([Span(slot, 0, cache.length(slot))])
 
 
 def same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
@@ -104,7 +106,7 @@ class ScriptedContext:
         self.histories[sequence] += token_ids
         end = len(self.histories[sequence])
         keys, values, conv, ssm = state_after(self.cache, sequence, end)
-        self.cache.apply(slot, end, [keys[:, start:], values[:, start:], conv, ssm])
+        self.cache.apply([Span(slot, start, end)], [keys[:, start:], values[:, start:], conv, ssm])
         return Delta(sequence, start, end, slot, complete)
 
     def _prefill(self, sequence: int, token_ids: Sequence[int]) -> list[Reply]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.goldens import CPU, MODELS, Golden, golden
-from twotower.model.cache import TowerCache
+from twotower.model.cache import Span, TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
 
 NAMES = pytest.mark.parametrize("name", MODELS)
@@ -42,7 +42,7 @@ def _extend(tower: ContextTower, cache: TowerCache, slots: list[int], rows: list
 
 
 def _state(cache: TowerCache, slot: int) -> list[Tensor]:
-    return [t.clone() for t in cache.delta(slot, 0, cache.length(slot))]
+    return cache.delta([Span(slot, 0, cache.length(slot))])
 
 
 def _close(ours: list[Tensor], theirs: list[Tensor]) -> None:

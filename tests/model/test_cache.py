@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.goldens import CPU, golden
 from twotower.errors import Overloaded
-from twotower.model.cache import TowerCache
+from twotower.model.cache import Span, TowerCache
 from twotower.model.pages import PAGE_TOKENS, pages_for
 
 SLOTS, PAGES = 3, 6
@@ -70,7 +70,7 @@ def test_the_next_tenant_finds_zeros() -> None:
     second = cache.allocate(64)
     assert second == first and cache.length(second) == 0
     assert not cache.conv[:, second].any() and not cache.ssm[:, second].any()
-    for tensor in cache.delta(second, 0, 64):
+    for tensor in cache.delta([Span(second, 0, 64)]):
         assert not tensor.any()
 
 
@@ -80,12 +80,12 @@ def test_deltas_make_a_mirror() -> None:
     mirror.allocate(20)
     slot, copy = source.allocate(60), mirror.allocate(60)
     _read(source, slot, list(range(5, 25)))
-    mirror.apply(copy, 20, list(source.delta(slot, 0, 20, with_states=False)))
+    mirror.apply([Span(copy, 0, 20, False)], source.delta([Span(slot, 0, 20, False)]))
     assert not mirror.ssm[:, copy].any()
     _read(source, slot, list(range(30, 50)))
-    mirror.apply(copy, 40, [t.clone() for t in source.delta(slot, 20, 40)])
+    mirror.apply([Span(copy, 20, 40)], source.delta([Span(slot, 20, 40)]))
     assert mirror.length(copy) == 40
-    for ours, theirs in zip(mirror.delta(copy, 0, 40), source.delta(slot, 0, 40), strict=True):
+    for ours, theirs in zip(mirror.delta([Span(copy, 0, 40)]), source.delta([Span(slot, 0, 40)]), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -95,8 +95,8 @@ def test_delta_shapes_are_what_delta_yields(tokens: int, with_states: bool) -> N
     cache = _cache()
     slot = cache.allocate(40)
     _read(cache, slot, list(range(5, 5 + tokens)))
-    yielded = [(t.shape, t.dtype) for t in cache.delta(slot, 0, tokens, with_states)]
-    assert cache.delta_shapes(tokens, with_states) == yielded
+    spans = [Span(slot, 0, tokens, with_states)]
+    assert cache.delta_shapes(spans) == [(t.shape, t.dtype) for t in cache.delta(spans)]
 
 
 def test_outgrowing_the_reservation_is_our_own_fault() -> None:
@@ -113,3 +113,23 @@ def test_size_is_what_the_numbers_say() -> None:
     conv = config.conv_kernel * config.conv_channels * 4
     ssm = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * 4
     assert cache.nbytes == mamba * (SLOTS + 1) * (conv + ssm) + 2 * attention * (PAGES + 2) * page
+
+
+def test_several_spans_go_as_one() -> None:
+    """Side by side, of different lengths, one of them without its states: as one after the other."""
+    source, together, apart = _cache(4, 16), _cache(4, 16), _cache(4, 16)
+    slots = [source.allocate(40) for _ in range(3)]
+    for number, slot in enumerate(slots):
+        _read(source, slot, list(range(5 + number, 12 + 3 * number)))
+    ends = [source.length(slot) for slot in slots]
+    copies = [[cache.allocate(40) for _ in slots] for cache in (together, apart)]
+    states = [True, False, True]
+    theirs = [Span(*span) for span in zip(slots, [0] * 3, ends, states, strict=True)]
+    ours = [[Span(*span) for span in zip(copy, [0] * 3, ends, states, strict=True)] for copy in copies]
+    together.apply(ours[0], source.delta(theirs))
+    for one, of in zip(ours[1], theirs, strict=True):
+        apart.apply([one], source.delta([of]))
+    for left, right in zip(together.delta(ours[0]), apart.delta(ours[1]), strict=True):
+        assert torch.equal(left, right) and left.any()
+    assert not together.ssm[:, copies[0][1]].any(), "states that were not sent"
+    assert [together.length(slot) for slot in copies[0]] == ends

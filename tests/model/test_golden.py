@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.goldens import CPU, GOLDEN_DIR, MODELS, Golden, golden, prompt_ids
-from twotower.model.cache import TowerCache
+from twotower.model.cache import Span, TowerCache
 from twotower.model.conditioning import sinusoid
 
 PROMPTS = pytest.mark.parametrize(("name", "number"), prompt_ids())
@@ -49,7 +49,7 @@ def _same_cache(model: Golden, cache: TowerCache, slot: int, prefix: str) -> Non
         row = cache.mamba_row(layer)
         _close(cache.conv[row, slot].T, model.tensors[f"{prefix}.layer{layer}.conv"], CACHE)
         _close(cache.ssm[row, slot], model.tensors[f"{prefix}.layer{layer}.ssm"], SSM)
-    keys, values, *_ = cache.delta(slot, 0, length)
+    keys, values, *_ = cache.delta([Span(slot, 0, length)])
     for layer in config.layers_of("*"):
         row = cache.attention_row(layer)
         _close(keys[row].transpose(0, 1), model.tensors[f"{prefix}.layer{layer}.k"], CACHE)

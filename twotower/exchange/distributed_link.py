@@ -5,7 +5,7 @@ two ends found each other.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,7 +27,7 @@ from twotower.exchange.protocol import (
     Released,
 )
 from twotower.exchange.staging import DeltaLayout, StagingBuffer, StagingPool
-from twotower.model.cache import TowerCache
+from twotower.model.cache import Span, TowerCache
 
 
 @dataclass(slots=True)
@@ -132,7 +132,7 @@ class DistributedLink:
 
     def _take(self, item: _Arrived | Failed | Released) -> list[LinkEvent]:
         if isinstance(item, _Arrived):
-            return list(self._unpack(item))
+            return self._unpack(item)
         mirror = self._mirrors.get(item.sequence)
         if mirror is None:
             return []
@@ -141,26 +141,53 @@ class DistributedLink:
             self.cache.free(self._mirrors.pop(item.sequence).slot)
         return [item]
 
-    def _unpack(self, arrived: _Arrived) -> Iterator[LinkEvent]:
-        views = self._layout.views(arrived.deltas, arrived.buffer.flat)
-        for delta, tensors in zip(arrived.deltas, views, strict=True):
-            mirror = self._mirrors.get(delta.sequence)
-            if mirror is None or mirror.deaf:
-                continue
-            yield from self._apply(mirror, delta, tensors)
+    def _unpack(self, arrived: _Arrived) -> list[LinkEvent]:
+        events, spans, kept = self._sift(arrived.deltas)
+        tensors = self._layout.views(arrived.deltas, arrived.buffer.flat)
+        if len(kept) < len(arrived.deltas):
+            tensors = _only(kept, arrived.deltas, tensors)
+        if spans:
+            self.cache.apply(spans, tensors)
         arrived.buffer.mark()
         self._pool.give(arrived.buffer)
         self._endpoint.post([Taken()])
+        return events
 
-    def _apply(self, mirror: _Mirror, delta: Delta, tensors: Sequence[Tensor]) -> Iterator[LinkEvent]:
-        length = self.cache.length(mirror.slot)
-        if delta.end <= length and delta.start < length:
-            return  # we have it already
-        if delta.start == length and delta.end <= mirror.reserve:
-            self.cache.apply(mirror.slot, delta.end, tensors)
-            yield replace(delta, slot=mirror.slot)
-            return
-        mirror.deaf = True
-        wanted = f"[{length}, …) within {mirror.reserve}"
-        message = f"sequence {delta.sequence}: got a delta [{delta.start}, {delta.end}), wanted {wanted}"
-        yield Failed(delta.sequence, TwoTowerError(message))
+    def _sift(self, deltas: Sequence[Delta]) -> tuple[list[LinkEvent], list[Span], list[int]]:
+        """What to tell the engine, which parts of the mirror grow, and by which of the deltas."""
+        events: list[LinkEvent] = []
+        spans: list[Span] = []
+        kept: list[int] = []
+        lengths: dict[int, int] = {}
+        for place, delta in enumerate(deltas):
+            mirror = self._mirrors.get(delta.sequence)
+            if mirror is None or mirror.deaf:
+                continue
+            length = lengths.get(mirror.slot, self.cache.length(mirror.slot))
+            if delta.end <= length and delta.start < length:
+                continue  # we have it already
+            if delta.start != length or delta.end > mirror.reserve:
+                mirror.deaf = True
+                wanted = f"[{length}, …) within {mirror.reserve}"
+                message = f"sequence {delta.sequence}: got a delta [{delta.start}, {delta.end}), wanted {wanted}"
+                events.append(Failed(delta.sequence, TwoTowerError(message)))
+                continue
+            lengths[mirror.slot] = delta.end
+            events.append(replace(delta, slot=mirror.slot))
+            spans.append(Span(mirror.slot, delta.start, delta.end, delta.complete))
+            kept.append(place)
+        return events, spans, kept
+
+
+def _only(kept: Sequence[int], deltas: Sequence[Delta], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The kept deltas' columns of a payload's tensors."""
+    columns: list[int] = []
+    states: list[int] = []
+    column = state = 0
+    for place, delta in enumerate(deltas):
+        if place in kept:
+            columns += range(column, column + delta.end - delta.start)
+            states += [state] * delta.complete
+        column += delta.end - delta.start
+        state += delta.complete
+    return [t[:, states if i in (2, 3) else columns] for i, t in enumerate(tensors)]

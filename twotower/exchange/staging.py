@@ -6,13 +6,13 @@ Knows nothing of how the bytes cross.
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from twotower.exchange.protocol import Delta
-from twotower.model.cache import TowerCache
+from twotower.model.cache import Span, TowerCache
 
 _ALIGNMENT = 16  # a view as another dtype must start at a multiple of its size
 _SSM = 3  # its place among a delta's tensors: keys, values, conv, ssm
@@ -66,7 +66,10 @@ class StagingPool:
 
 
 class DeltaLayout:
-    """Where the tensors of consecutive deltas lie in a buffer, for caches of this shape."""
+    """Where the tensors of deltas that cross together lie in a buffer, for caches of this shape.
+
+    All keys first, then all values, conv windows and SSM states: four copies pack or apply any number of deltas.
+    """
 
     def __init__(self, cache: TowerCache, ssm_wire_dtype: str) -> None:
         self._cache = cache
@@ -75,37 +78,34 @@ class DeltaLayout:
     @property
     def fingerprint(self) -> str:
         """Equal where two caches can exchange deltas."""
-        return " ".join(f"{dtype}{list(shape)}" for shape, dtype in self._shapes(1, True))
+        return " ".join(f"{dtype}{list(shape)}" for shape, dtype in self._shapes([Span(0, 0, 1)]))
 
     def nbytes(self, deltas: Sequence[Delta]) -> int:
         """Bytes on the wire; never 0, because the data group carries no empty message."""
-        return max(sum(self._nbytes(delta) for delta in deltas), _ALIGNMENT)
+        shapes = self._shapes([span_of(delta) for delta in deltas])
+        return max(sum(_aligned(_nbytes(shape, dtype)) for shape, dtype in shapes), _ALIGNMENT)
 
     def pack(self, deltas: Sequence[Delta], flat: Tensor) -> None:
         """Copy the deltas' tensors out of the cache."""
-        for delta, views in zip(deltas, self.views(deltas, flat), strict=True):
-            tensors = self._cache.delta(delta.slot, delta.start, delta.end, with_states=delta.complete)
-            for view, tensor in zip(views, tensors, strict=True):
-                view.copy_(tensor)
+        self._cache.copy_delta([span_of(delta) for delta in deltas], self.views(deltas, flat))
 
-    def views(self, deltas: Sequence[Delta], flat: Tensor) -> Iterator[list[Tensor]]:
-        """Each delta's tensors, as views of the buffer."""
-        offset = 0
-        for delta in deltas:
-            views = []
-            for shape, dtype in self._shapes(delta.end - delta.start, delta.complete):
-                length = _nbytes(shape, dtype)
-                views.append(flat[offset : offset + length].view(dtype).view(shape))
-                offset += _aligned(length)
-            yield views
+    def views(self, deltas: Sequence[Delta], flat: Tensor) -> list[Tensor]:
+        """The tensors of `TowerCache.delta`, as views of the buffer."""
+        offset, views = 0, []
+        for shape, dtype in self._shapes([span_of(delta) for delta in deltas]):
+            length = _nbytes(shape, dtype)
+            views.append(flat[offset : offset + length].view(dtype).view(shape))
+            offset += _aligned(length)
+        return views
 
-    def _nbytes(self, delta: Delta) -> int:
-        shapes = self._shapes(delta.end - delta.start, delta.complete)
-        return sum(_aligned(_nbytes(shape, dtype)) for shape, dtype in shapes)
-
-    def _shapes(self, tokens: int, with_states: bool) -> list[tuple[torch.Size, torch.dtype]]:
-        shapes = self._cache.delta_shapes(tokens, with_states)
+    def _shapes(self, spans: Sequence[Span]) -> list[tuple[torch.Size, torch.dtype]]:
+        shapes = self._cache.delta_shapes(spans)
         return [(shape, self._ssm_dtype if i == _SSM else dtype) for i, (shape, dtype) in enumerate(shapes)]
+
+
+def span_of(delta: Delta) -> Span:
+    """The part of the context tower's cache that a delta carries."""
+    return Span(delta.slot, delta.start, delta.end, delta.complete)
 
 
 def _nbytes(shape: torch.Size, dtype: torch.dtype) -> int:

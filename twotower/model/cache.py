@@ -3,8 +3,9 @@
 The context tower extends it; the denoiser's mirror is the same thing, written by cache deltas only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from twotower.model.transfer import on_device
 ZERO_PAGE = 0  # read where a row has no page: always zero, so that a masked weight of 0 never meets a NaN
 WASTE_PAGE = 1  # written where a row has padding, never read
 _RESERVED_PAGES = 2
+
+
+class Span(NamedTuple):
+    """Positions [start, end) of the sequence at `slot`; `with_states`: also its Mamba states, those after `end`."""
+
+    slot: int
+    start: int
+    end: int
+    with_states: bool = True
 
 
 @dataclass(slots=True)
@@ -104,37 +114,46 @@ class TowerCache:
         """States for a denoiser pass over blocks of `lengths[r]` of `width` positions; nothing is written."""
         return ReadStates(self, slots, lengths, width)
 
-    def delta(self, slot: int, start: int, end: int, with_states: bool = True) -> Iterator[Tensor]:
-        """The tensors that carry positions [start, end) to a mirror: keys, values, and the Mamba states after them.
-
-        The keys and values are copies [layers, end-start, S, E]; the Mamba states are views of the live cache.
+    def delta(self, spans: Sequence[Span]) -> list[Tensor]:
+        """What carries the spans to a mirror, side by side in their order: keys and values [layers, tokens, S, E], conv
+        windows [layers, n, K, C] and SSM states [layers, n, H, P, N] of the n spans that bring states. Copies.
         """
-        where = on_device(self.flat_positions(slot, start, end), self.device, torch.long)
-        yield self.keys.flatten(1, 2)[:, where]
-        yield self.values.flatten(1, 2)[:, where]
-        if with_states:
-            yield self.conv[:, slot]
-            yield self.ssm[:, slot]
+        out = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.delta_shapes(spans)]
+        self.copy_delta(spans, out)
+        return out
 
-    def apply(self, slot: int, end: int, tensors: Sequence[Tensor]) -> None:
-        """Write what `delta` of another cache of the same shape yielded, and count up to `end` positions as read."""
-        start = self.length(slot)
-        where = on_device(self.flat_positions(slot, start, end), self.device, torch.long)
-        self.keys.flatten(1, 2)[:, where] = tensors[0]
-        self.values.flatten(1, 2)[:, where] = tensors[1]
-        if len(tensors) > 2:
-            self.conv[:, slot] = tensors[2]
-            self.ssm[:, slot] = tensors[3]
-        self.advance(slot, end - start)
+    def copy_delta(self, spans: Sequence[Span], out: Sequence[Tensor]) -> None:
+        """`delta` into tensors of its shapes, each in a dtype of its own."""
+        for (source, where), target in zip(self._indexed(spans), out, strict=True):
+            if source.dtype is target.dtype:
+                torch.index_select(source, 1, where, out=target)
+            else:
+                target.copy_(source.index_select(1, where))
 
-    def delta_shapes(self, tokens: int, with_states: bool = True) -> list[tuple[torch.Size, torch.dtype]]:
-        """Shapes and dtypes of the tensors of a delta of `tokens` positions."""
-        page = (self.keys.shape[0], tokens, *self.keys.shape[3:])
-        shapes = [(torch.Size(page), self.keys.dtype)] * 2
-        if with_states:
-            shapes.append((self.conv[:, 0].shape, self.conv.dtype))
-            shapes.append((self.ssm[:, 0].shape, self.ssm.dtype))
-        return shapes
+    def apply(self, spans: Sequence[Span], tensors: Sequence[Tensor]) -> None:
+        """Write what `delta` of another cache of the same shape made of spans alike, and count them as read.
+
+        Each span starts where its sequence ends.
+        """
+        for (target, where), tensor in zip(self._indexed(spans), tensors, strict=True):
+            target.index_copy_(1, where, tensor.to(target.dtype))
+        for span in spans:
+            self.advance(span.slot, span.end - span.start)
+
+    def delta_shapes(self, spans: Sequence[Span]) -> list[tuple[torch.Size, torch.dtype]]:
+        """Shapes and dtypes of the tensors of a delta."""
+        tokens, states = sum(span.end - span.start for span in spans), sum(span.with_states for span in spans)
+        page = torch.Size((self.keys.shape[0], tokens, *self.keys.shape[3:]))
+        both = [(torch.Size((t.shape[0], states, *t.shape[2:])), t.dtype) for t in (self.conv, self.ssm)]
+        return [(page, self.keys.dtype), (page, self.values.dtype), *both]
+
+    def _indexed(self, spans: Sequence[Span]) -> list[tuple[Tensor, Tensor]]:
+        """The four memories, each with the places along its dimension 1 that the spans cover."""
+        positions = [p for span in spans for p in self.flat_positions(span.slot, span.start, span.end)]
+        slots = [span.slot for span in spans if span.with_states]
+        positions_S, slots_N = (on_device(places, self.device, torch.long) for places in (positions, slots))
+        keys, values = self.keys.flatten(1, 2), self.values.flatten(1, 2)
+        return [(keys, positions_S), (values, positions_S), (self.conv, slots_N), (self.ssm, slots_N)]
 
     def pages_of(self, slot: int) -> Sequence[int]:
         """The pages of a sequence, in the order of its positions."""
