@@ -8,6 +8,7 @@ Knows nothing of what a frame says.
 import contextlib
 import os
 import secrets
+import select
 import socket
 import struct
 import time
@@ -16,6 +17,7 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from typing import Any, Protocol
 
 _MAX_FRAME_BYTES = 64 << 20
+_SMALL_BYTES = 4096
 _HANDSHAKE_S = 5.0
 
 
@@ -23,6 +25,10 @@ class Channel(Protocol):
     """Frames in order, both ways. Errors are OSError and EOFError."""
 
     def send(self, frame: bytes) -> None: ...
+
+    def send_at_once(self, frame: bytes) -> bool:
+        """Send a frame if that needs no waiting; False where it might, and nothing was sent."""
+        ...
 
     def receive(self) -> bytes: ...
 
@@ -49,6 +55,8 @@ class SocketChannel:
         self._socket = sock
         self.set_timeout(timeout_s)
         self._connection: Connection[Any, Any] = Connection(os.dup(sock.fileno()))
+        self._room = select.poll()
+        self._room.register(sock.fileno(), select.POLLOUT)
 
     def set_timeout(self, seconds: float) -> None:
         whole = int(seconds)
@@ -61,6 +69,13 @@ class SocketChannel:
             self._connection.send_bytes(frame)
         except BlockingIOError as error:
             raise TimeoutError("a control message could not be sent") from error
+
+    def send_at_once(self, frame: bytes) -> bool:
+        # A socket that polls as writable has room for far more than this.
+        if len(frame) > _SMALL_BYTES or not self._room.poll(0):
+            return False
+        self.send(frame)
+        return True
 
     def receive(self) -> bytes:
         try:

@@ -50,6 +50,9 @@ class FaultyChannel:
         if faults.repeat_every and number % faults.repeat_every == 0:
             self._inner.send(frame)
 
+    def send_at_once(self, frame: bytes) -> bool:
+        return False  # its delays are waits
+
     def receive(self) -> bytes:
         return self._inner.receive()
 
