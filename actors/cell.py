@@ -16,6 +16,7 @@ from actors.remote import RemoteEngine, start_tower
 from actors.settings import CellSettings
 from actors.towers import ColocatedActor, ContextActor, DenoiserActor
 from twotower.core import Mode
+from twotower.engine.expectation import Expectation
 from twotower.engine.handle import EngineStats
 from twotower.engine.in_process import pick_dtype
 from twotower.engine.ledger import Ledger, Room
@@ -70,7 +71,7 @@ async def start_pair(settings: CellSettings, group: PlacementGroup) -> RunningPa
 
     Raises a TwoTowerError that says what is wrong; then no process is left behind.
     """
-    modes = check_settings(settings)
+    modes, expected = check_settings(settings), Expectation.load(settings.checkpoint)
     wanted = memories(settings)
     engines = _start_towers(settings, group)
     for engine, memory in zip(engines, wanted, strict=True):
@@ -89,7 +90,7 @@ async def start_pair(settings: CellSettings, group: PlacementGroup) -> RunningPa
         pair.start()
         running = RunningPair(pair, engines, list(places))
         try:
-            await self_test(pair, modes, patience)
+            await self_test(pair, modes, patience, expected)
         except TwoTowerError:
             await pair.close()
             raise

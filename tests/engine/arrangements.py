@@ -119,7 +119,7 @@ def colocated(towers: Towers, requests: Sequence[Request], draw: random.Random) 
 
 def split(towers: Towers, requests: Sequence[Request], draw: random.Random) -> dict[RequestId, Decoded]:
     async def run() -> dict[RequestId, Decoded]:
-        async with _split_pair(towers, draw.choice([1, 2, 3])) as pair:
+        async with split_pair(towers, draw.choice([1, 2, 3])) as pair:
             return await _in_company(pair, requests, draw)
 
     return asyncio.run(run())
@@ -138,19 +138,21 @@ async def _in_company(pair: Pair, requests: Sequence[Request], draw: random.Rand
 
 
 @asynccontextmanager
-async def _split_pair(towers: Towers, num_denoisers: int) -> AsyncIterator[Pair]:
+async def split_pair(towers: Towers, num_denoisers: int, settings: EngineSettings = SETTINGS) -> AsyncIterator[Pair]:
     """Engines on threads of their own, each denoiser with a mirror, joined by gloo."""
     runners = [EngineRunner() for _ in range(1 + num_denoisers)]
-    context = ContextEngine(towers.context, SETTINGS, runners[0].emit)
+    context = ContextEngine(towers.context, settings, runners[0].emit)
     runners[0].start([context])
     for number, runner in enumerate(runners[1:]):
         port, address = open_port(context.cache, number, 0, LINK, hooks_of(runners[0]))
         context.connect(port)
-        link = await asyncio.to_thread(connect, address, _cache(towers), hooks_of(runner))
-        runner.start([DenoiserEngine(towers.denoiser, link, SETTINGS, runner.emit)])
-    rooms = [Room(SETTINGS.max_sequences, SETTINGS.pages) for _ in runners]
+        tower = towers.denoiser
+        mirror = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
+        link = await asyncio.to_thread(connect, address, mirror, hooks_of(runner))
+        runner.start([DenoiserEngine(tower, link, settings, runner.emit)])
+    rooms = [Room(settings.max_sequences, settings.pages) for _ in runners]
     try:
-        async with Pair(runners[0], runners[1:], Ledger(rooms[0], rooms[1:], SETTINGS.max_queued_requests)) as pair:
+        async with Pair(runners[0], runners[1:], Ledger(rooms[0], rooms[1:], settings.max_queued_requests)) as pair:
             yield pair
     finally:
         for runner in reversed(runners):
@@ -159,11 +161,6 @@ async def _split_pair(towers: Towers, num_denoisers: int) -> AsyncIterator[Pair]
 
 def hooks_of(runner: EngineRunner) -> EngineHooks:
     return EngineHooks(runner.progress, runner.wake)
-
-
-def _cache(towers: Towers) -> TowerCache:
-    tower = towers.context
-    return TowerCache(tower.config, SETTINGS.max_sequences, SETTINGS.pages, tower.device, tower.dtype)
 
 
 ARRANGEMENTS = {"in turns": in_turns, "colocated": colocated, "split": split}

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from twotower.core import Mode
 from twotower.demo.corpus import stream
-from twotower.demo.evaluate import Score, evaluate, table
+from twotower.demo.evaluate import evaluate
 from twotower.demo.families import FAMILIES
 from twotower.demo.recipe import Recipe
+from twotower.demo.scores import AR, MOCK_AR, Score, Way, every_way, table, to_json
 from twotower.demo.ship import ship
 from twotower.demo.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from twotower.demo.trainer import Trainer
@@ -47,10 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0)
     train.set_defaults(run=_train)
 
-    score = commands.add_parser("evaluate", help="exact match and tokens per step of a checkpoint")
+    score = commands.add_parser("evaluate", help="exact match and tokens per step of a checkpoint, family by family")
     score.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     score.add_argument("--num-instances", type=int, default=200, help="per family")
-    score.add_argument("--confidence-threshold", type=float, nargs="+", default=[0.8])
+    score.add_argument("--confidence-threshold", type=float, nargs="+", default=[0.8], help="γ of diffusion")
+    score.add_argument("--steps-per-block", type=int, default=16, help="T of diffusion")
+    score.add_argument("--full", action="store_true", help="every γ from 0.5 to 1, and T 4 and 8 at γ 0.8")
     score.add_argument("--json", action="store_true", help="one JSON object a score instead of the table")
     score.set_defaults(run=_evaluate)
 
@@ -97,14 +101,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 async def _scores(options: argparse.Namespace) -> list[Score]:
     """Scores of every family; with --json each is printed as soon as it is there."""
+    swept = [Way(Mode.DIFFUSION, threshold, options.steps_per_block) for threshold in options.confidence_threshold]
+    ways = every_way() if options.full else [AR, MOCK_AR, *swept]
     scores = []
-    ways = 1 + len(options.confidence_threshold)
-    with tqdm(total=ways * len(FAMILIES), unit="score", disable=options.json) as bar:
-        async for score in evaluate(options.checkpoint, options.confidence_threshold, options.num_instances):
+    with tqdm(total=len(ways) * len(FAMILIES), unit="score", disable=options.json) as bar:
+        async for score in evaluate(options.checkpoint, ways, options.num_instances):
             scores.append(score)
+            bar.set_postfix_str(f"{score.family} {score.way} {100 * score.accuracy:.1f} %", refresh=False)
             bar.update()
             if options.json:
-                print(json.dumps(asdict(score)), flush=True)
+                print(to_json(score), flush=True)
     return scores
 
 

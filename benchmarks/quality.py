@@ -1,0 +1,146 @@
+"""Quality kept against throughput gained: a target answers the demo corpus in every way of decoding.
+
+Writes PREFIX.md, PREFIX.json, PREFIX_trade.png, PREFIX_steps.png, and PREFIX.jsonl as it goes along, from which
+--resume goes on.
+
+examples:
+  python -m benchmarks.quality --target local --quick                     a first look, in this process
+  python -m cluster up                                                    … and in another terminal:
+  python -m benchmarks.quality --target grpc://127.0.0.1:50051 --output benchmarks/results/quality_<hardware>_<date>
+  python -m benchmarks.quality --target http://127.0.0.1:8000 --resume --output …
+
+The target must serve the checkpoint named by --checkpoint (the demo): its tokenizer reads the answers, and its bare
+passes, timed here while the target is idle, give the ceiling of diffusion over AR.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import httpx
+import torch
+
+from benchmarks.engine_parts.bare import AR, DENOISE, Bench
+from benchmarks.quality_parts.experiment import Experiment
+from benchmarks.quality_parts.plan import Plan
+from benchmarks.quality_parts.record import Record
+from benchmarks.quality_parts.report import Costs, Findings, render, summary
+from benchmarks.quality_parts.targets import target_of
+from benchmarks.reference.workload import DEMO
+from twotower.demo.tokenizer import load_tokenizer
+from twotower.errors import TwoTowerError
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.loading import load_context_tower, load_denoiser_tower
+
+_CACHED = 48  # tokens before the block whose passes are timed: a prompt and a block or two
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; exit status 2 on bad arguments, 1 where the target does not answer."""
+    options = _parser().parse_args(arguments)
+    try:
+        target = target_of(options.target, options.checkpoint)
+        Checkpoint.open(options.checkpoint)
+    except TwoTowerError as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    load_before = os.getloadavg()[0]
+    record = Record(_file(options.output, ".jsonl"), options.resume)
+    experiment = Experiment(_plan(options), target, load_tokenizer(options.checkpoint), record)
+    try:
+        asyncio.run(experiment.run())
+    except (ExceptionGroup, TwoTowerError, grpc.RpcError, httpx.HTTPError) as error:
+        said = _answers_badly(error)
+        if said is None:
+            raise
+        print(f"quality: {options.target}: {said}", file=sys.stderr)
+        return 1
+    finally:
+        record.close()
+    command = shlex.join(["python", "-m", "benchmarks.quality", *(arguments or sys.argv[1:])])
+    findings = Findings(experiment.plan, record, _costs(options.checkpoint, options.pass_s))
+    _write(options.output, options.target, findings, load_before, command)
+    return 0
+
+
+def _write(prefix: Path, target: str, findings: Findings, load_before: float, command: str) -> None:
+    from benchmarks.quality_parts import plots
+
+    pictures = {name: _file(prefix, f"_{name}.png") for name in ("trade", "steps")}
+    plots.trade(findings, pictures["trade"])
+    plots.steps(findings, pictures["steps"])
+    shown = "\n\n".join(f"![{name}]({path.name})" for name, path in pictures.items())
+    report = render(findings, target, load_before, command) + f"\n{shown}\n"
+    _file(prefix, ".md").write_text(report, encoding="utf-8")
+    _file(prefix, ".json").write_text(json.dumps(summary(findings), indent=1) + "\n", encoding="utf-8")
+    print(f"written to {prefix}.md, .json, _trade.png and _steps.png")
+
+
+def _file(prefix: Path, ending: str) -> Path:
+    return prefix.with_name(prefix.name + ending)
+
+
+def _costs(checkpoint: Path, seconds: float) -> Costs:
+    """Bare passes at one row, in this process."""
+    opened, cpu = Checkpoint.open(checkpoint), torch.device("cpu")
+    prompt = [list(range(4, 20))]
+    context = Bench(load_context_tower(opened, cpu, torch.float32), prompt, _CACHED, "auto")
+    denoiser = Bench(load_denoiser_tower(opened, cpu, torch.float32), prompt, _CACHED, "auto")
+    denoiser.mirror(context.read())
+    denoise, step = (
+        bench.time(kind, 1, False, False, 0.0, seconds) for bench, kind in ((denoiser, DENOISE), (context, AR))
+    )
+    return Costs(denoise.wall_s, step.wall_s)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    if options.quick:
+        return Plan.quick()
+    return replace(Plan(), per_family=options.num_instances, rounds=options.rounds)
+
+
+def _answers_badly(error: BaseException) -> str | None:
+    """What the target did wrong, in one line; None for a mistake of ours."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    if isinstance(error, TwoTowerError | httpx.HTTPError):
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--target", default="local", metavar="local|grpc://HOST:PORT|http://HOST:PORT", help="what answers (local)")
+    add("--checkpoint", type=Path, default=DEMO, metavar="DIR", help="what the target serves (the demo)")
+    add("--num-instances", type=_count, default=200, help="per family, for quality (%(default)s)")
+    add("--rounds", type=_count, default=3, help="of the speed runs (%(default)s)")
+    add("--pass-s", type=float, default=2.0, help="seconds to time each bare pass (%(default)s)")
+    add("--quick", action="store_true", help="16 instances a family, four ways, one round")
+    add("--resume", action="store_true", help="keep what PREFIX.jsonl has already")
+    add("--output", type=Path, default=Path("quality"), metavar="PREFIX", help="of the files written (%(default)s)")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The two pictures: quality kept against throughput gained, and steps per block by task."""
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.quality_parts.report import Findings, blocks_of
+from twotower.demo.scores import AR, USUAL, retained, tokens_per_step
+
+_INK, _ACCENT, _SHADES = "#333333", "#1f6f8b", ("#1f6f8b", "#63a6b8", "#a9d0da", "#dcecf0")
+
+
+def trade(findings: Findings, path: Path) -> None:
+    """Mean quality kept, with its interval, over throughput relative to `ar` at concurrency 1; a point a threshold."""
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    points = []
+    for way in findings.swept:
+        kept = retained(findings.scores(way), findings.scores(AR)).of_means
+        points.append((statistics.median(findings.times_ar(way, 1)), kept, way.confidence_threshold))
+    speeds, values = [x for x, _, _ in points], [100 * kept.value for _, kept, _ in points]
+    low = [100 * (kept.value - kept.low) for _, kept, _ in points]
+    high = [100 * (kept.high - kept.value) for _, kept, _ in points]
+    axes.errorbar(speeds, values, yerr=[low, high], fmt="o-", color=_ACCENT, ecolor=_SHADES[1], capsize=3, lw=1.5)
+    for speed, kept, threshold in points:
+        axes.annotate(
+            f"γ {threshold:g}", (speed, 100 * kept.value), xytext=(7, -13), textcoords="offset points", color=_INK
+        )
+    axes.axhline(98.7, color=_INK, lw=0.8, ls=":")
+    axes.text(0.01, 98.72, "98.7 %", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom", color=_INK)
+    axes.plot([1], [100], marker="s", color=_INK)
+    axes.annotate("AR", (1, 100), xytext=(7, -3), textcoords="offset points", color=_INK)
+    axes.set_xlabel("throughput at concurrency 1, times that of AR")
+    axes.set_ylabel("quality kept, % of AR's mean accuracy")
+    axes.set_title("What a lower threshold γ costs and brings", loc="left")
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def steps(findings: Findings, path: Path) -> None:
+    """Mean steps of first, second, … blocks, tasks sorted by tokens per step."""
+    per_step = {
+        family: tokens_per_step([findings.record.scores[family, str(USUAL)]]) for family in findings.plan.families
+    }
+    families = sorted(per_step, key=lambda family: per_step[family])
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(families) + 1.4), layout="constrained")
+    most = max(len(blocks_of(findings, family)) for family in families)
+    height = 0.8 / most
+    for block in range(most):
+        places = [i + (block - (most - 1) / 2) * height for i in range(len(families))]
+        widths = [[*blocks_of(findings, family), *[0.0] * most][block] for family in families]
+        axes.barh(places, widths, height, color=_SHADES[block % len(_SHADES)], label=f"block {block + 1}")
+    axes.set_yticks(range(len(families)), [f"{family}  ({per_step[family]:.1f} tokens/step)" for family in families])
+    axes.invert_yaxis()
+    axes.set_xlabel("mean steps until the block is full (of at most 16)")
+    axes.set_title(f"Steps per block by task, {USUAL}", loc="left")
+    axes.legend(frameon=False)
+    axes.grid(axis="x", alpha=0.25)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,77 @@
+"""What has been measured so far, on disk line by line, so that a run that was cut short goes on where it stopped."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from twotower.demo.scores import Score, from_json, to_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed run of the sample. Seconds; `first_token_s` is the median."""
+
+    way: str
+    concurrency: int
+    round: int
+    seconds: float
+    num_tokens: int
+    first_token_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.way, self.concurrency, self.round
+
+
+class Record:
+    """Scores and runs. Each is on disk before the next one begins."""
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        self.scores: dict[tuple[str, str], Score] = {}
+        self.runs: dict[tuple[str, int, int], Run] = {}
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for kind, text in self._lines() if resume and path.exists() else ():
+            if kind == "score":
+                self._keep_score(from_json(text))
+            else:
+                self._keep_run(Run(**json.loads(text)))
+        self._file = path.open("a" if resume else "w", encoding="utf-8")
+
+    def add_score(self, score: Score) -> None:
+        self._keep_score(score)
+        self._write("score", to_json(score))
+
+    def add_run(self, run: Run) -> None:
+        self._keep_run(run)
+        self._write("run", json.dumps(asdict(run)))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def of(self, way: str, concurrency: int) -> list[Run]:
+        """The rounds of one kind of run, in order."""
+        return [run for run in self.runs.values() if (run.way, run.concurrency) == (way, concurrency)]
+
+    def _keep_score(self, score: Score) -> None:
+        self.scores[score.family, score.way] = score
+
+    def _keep_run(self, run: Run) -> None:
+        self.runs[run.key] = run
+
+    def _write(self, kind: str, text: str) -> None:
+        self._file.write(f"{kind} {text}\n")
+        self._file.flush()
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        """Whole lines; one that a killed run left half written is dropped and measured again."""
+        whole = self._path.read_text(encoding="utf-8").rpartition("\n")[0]
+        self._path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        for line in whole.splitlines():
+            kind, _, text = line.partition(" ")
+            yield kind, text

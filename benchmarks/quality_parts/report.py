@@ -1,0 +1,211 @@
+"""The result as markdown: the trade of quality for throughput, what bounds it, and every figure behind it."""
+
+import statistics
+from dataclasses import dataclass
+
+from benchmarks.quality_parts.plan import Plan
+from benchmarks.quality_parts.record import Record
+from benchmarks.reference.report import setup, spread
+from twotower.core import Mode
+from twotower.demo.scores import (
+    AR,
+    USUAL,
+    Ratio,
+    Score,
+    Way,
+    as_markdown,
+    mean_accuracy,
+    retained,
+    steps_by_block,
+    tokens_per_step,
+)
+
+BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of bare passes at one row: a denoiser step over a block, an AR step."""
+
+    denoise_s: float
+    ar_s: float
+
+    @property
+    def c(self) -> float:
+        return self.denoise_s / self.ar_s
+
+    def ceiling(self, per_step: float) -> float:
+        """Diffusion over AR at concurrency 1 at most, with a commit as dear as a step."""
+        return BLOCK / (self.c * (BLOCK / per_step + 1))
+
+
+class Findings:
+    """What follows from a record."""
+
+    def __init__(self, plan: Plan, record: Record, costs: Costs | None) -> None:
+        self.plan, self.record, self.costs = plan, record, costs
+
+    def scores(self, way: Way) -> list[Score]:
+        return [self.record.scores[family, str(way)] for family in self.plan.families]
+
+    def kept(self, way: Way) -> float:
+        """Mean accuracy as a share of `ar`'s."""
+        return mean_accuracy(self.scores(way)) / mean_accuracy(self.scores(AR))
+
+    def tokens_per_s(self, way: Way, concurrency: int) -> float:
+        return statistics.median(run.tokens_per_s for run in self.record.of(str(way), concurrency))
+
+    def times_ar(self, way: Way, concurrency: int) -> list[float]:
+        """Throughput over that of `ar`, round by round."""
+        pairs = zip(self.record.of(str(way), concurrency), self.record.of(str(AR), concurrency), strict=True)
+        return [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
+
+    @property
+    def swept(self) -> list[Way]:
+        """The thresholds, at the usual number of steps."""
+        return [way for way in self.plan.ways if way.mode is Mode.DIFFUSION and way.steps_per_block == BLOCK]
+
+    def overtakes(self, way: Way) -> int | None:
+        """The first concurrency at which `ar` is the faster one."""
+        slower = (c for c in self.plan.concurrency if statistics.median(self.times_ar(way, c)) < 1)
+        return next(slower, None)
+
+
+def render(findings: Findings, target: str, load_before: float, command: str) -> str:
+    """The whole report."""
+    parts = [
+        "# Quality kept against throughput gained",
+        setup(load_before, command),
+        _method(findings.plan, target),
+        "## By task\n\n" + by_task(findings),
+        "## By way of decoding\n\n" + _by_way(findings),
+        "## Speed\n\n" + _speed(findings),
+        _blocks(findings),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def by_task(findings: Findings) -> str:
+    """Tasks down, `ar` against diffusion at the usual threshold; the last row is throughput."""
+    rows = [["task", "AR", str(USUAL), "retained", "tokens per step"], ["---"] * 5]
+    for ar, usual in zip(findings.scores(AR), findings.scores(USUAL), strict=True):
+        share = _percent(usual.accuracy / ar.accuracy) if ar.accuracy else "–"
+        rows.append(
+            [ar.family, _percent(ar.accuracy), _percent(usual.accuracy), share, f"{tokens_per_step([usual]):.2f}"]
+        )
+    both = [findings.scores(way) for way in (AR, USUAL)]
+    means = [_percent(mean_accuracy(scores)) for scores in both]
+    rows.append(["**mean**", *means, _percent(findings.kept(USUAL)), f"{tokens_per_step(both[1]):.2f}"])
+    rows.append(["throughput at concurrency 1", "1.00 ×", f"{spread(findings.times_ar(USUAL, 1), 2)} ×", "", ""])
+    return as_markdown(rows)
+
+
+def _method(plan: Plan, target: str) -> str:
+    return (
+        f"Target: {target}. Quality: {plan.per_family} held-out instances a family, exact match, temperature 0, blocks "
+        f"of 16, one pass at concurrency 16. Speed: {plan.sample_per_family} other instances a family in turn, the "
+        f"same for every way, closed-loop clients, {plan.rounds} rounds whose order alternates; tokens up to eos. "
+        "Brackets behind a ratio of qualities: 95 % paired bootstrap; behind a speed: smallest and largest round."
+    )
+
+
+def _by_way(findings: Findings) -> str:
+    head = ["way", "mean accuracy", "retained, ratio of means", "retained, mean of ratios", "tokens per step"]
+    head += ["× AR at 1", "ceiling", "of the ceiling"]
+    rows = [head, ["---"] * len(head)]
+    for way in findings.plan.ways:
+        scores, per_step = findings.scores(way), tokens_per_step(findings.scores(way))
+        kept = retained(scores, findings.scores(AR))
+        cells = [str(way), _percent(mean_accuracy(scores)), _ratio(kept.of_means), _ratio(kept.mean_of_ratios)]
+        rows.append([*cells, f"{per_step:.2f}", *_against_ceiling(findings, way, per_step)])
+    said = as_markdown(rows)
+    if findings.costs is not None:
+        said += "\n\n" + _costs(findings.costs)
+    return said
+
+
+def _against_ceiling(findings: Findings, way: Way, per_step: float) -> list[str]:
+    if way not in findings.plan.speed_ways(1):
+        return ["", "", ""]
+    times = statistics.median(findings.times_ar(way, 1))
+    if findings.costs is None or way.mode is not Mode.DIFFUSION:
+        return [f"{times:.2f}", "", ""]
+    ceiling = findings.costs.ceiling(per_step)
+    return [f"{times:.2f}", f"{ceiling:.2f}", _percent(times / ceiling)]
+
+
+def _costs(costs: Costs) -> str:
+    return (
+        f"Bare passes of this checkpoint on this machine, one thread, captured: a denoiser step over a block "
+        f"{1e3 * costs.denoise_s:.2f} ms, an AR step {1e3 * costs.ar_s:.2f} ms, so c = {costs.c:.2f}. "
+        "The ceiling of diffusion over AR at concurrency 1 is 16/(c·(16/τ + 1)), τ being the tokens per step."
+    )
+
+
+def _speed(findings: Findings) -> str:
+    head = ["concurrency", "way", "tokens/s", "× AR", "first token, ms"]
+    rows = [head, ["---"] * len(head)]
+    for concurrency in findings.plan.concurrency:
+        for way in findings.plan.speed_ways(concurrency):
+            runs = findings.record.of(str(way), concurrency)
+            first = [1e3 * run.first_token_s for run in runs]
+            speeds = spread([run.tokens_per_s for run in runs], 0)
+            ratio = spread(findings.times_ar(way, concurrency), 2)
+            rows.append([str(concurrency), str(way), speeds, ratio, spread(first)])
+    overtakes = findings.overtakes(USUAL)
+    if overtakes is None:
+        said = f"At no concurrency up to {max(findings.plan.concurrency)} is `ar` faster than {USUAL}."
+    else:
+        said = f"From concurrency {overtakes} on `ar` is faster than {USUAL}."
+    return as_markdown(rows) + "\n\n" + said
+
+
+def _blocks(findings: Findings) -> str:
+    by_family = {family: blocks_of(findings, family) for family in findings.plan.families}
+    most = max(map(len, by_family.values()))
+    if most < 2:
+        return ""  # over HTTP nobody tells the steps of a block
+    rows = [["task", *(f"block {i + 1}" for i in range(most))], ["---"] * (1 + most)]
+    for family, means in by_family.items():
+        rows.append([family, *(f"{mean:.2f}" for mean in means), *[""] * (most - len(means))])
+    return f"## Steps per block, {USUAL}\n\n" + as_markdown(rows)
+
+
+def blocks_of(findings: Findings, family: str) -> list[float]:
+    """Mean steps of a family's first blocks, second blocks, …, at the usual threshold."""
+    return steps_by_block([findings.record.scores[family, str(USUAL)]])
+
+
+def summary(findings: Findings) -> dict[str, object]:
+    """The figures as JSON."""
+    return {
+        "costs": None if findings.costs is None else {"c": findings.costs.c, **vars(findings.costs)},
+        "quality": [_quality(findings, way) for way in findings.plan.ways],
+        "speed": [{**vars(run), "tokens_per_s": run.tokens_per_s} for run in findings.record.runs.values()],
+        "families": {
+            score.family: {
+                way: findings.record.scores[score.family, way].accuracy for way in map(str, findings.plan.ways)
+            }
+            for score in findings.scores(AR)
+        },
+    }
+
+
+def _quality(findings: Findings, way: Way) -> dict[str, object]:
+    scores = findings.scores(way)
+    kept = retained(scores, findings.scores(AR))
+    return {
+        "way": str(way),
+        "mean_accuracy": mean_accuracy(scores),
+        "retained_ratio_of_means": kept.of_means._asdict(),
+        "retained_mean_of_ratios": kept.mean_of_ratios._asdict(),
+        "tokens_per_step": tokens_per_step(scores),
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{100 * ratio.value:.1f} % ({100 * ratio.low:.1f}–{100 * ratio.high:.1f})"

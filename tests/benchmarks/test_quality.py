@@ -1,0 +1,135 @@
+"""The quality benchmark against targets that are made up: what it asks, what it keeps, what it writes."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as BpeTokenizer
+
+from benchmarks.quality import _write, main
+from benchmarks.quality_parts.experiment import Experiment
+from benchmarks.quality_parts.plan import Plan
+from benchmarks.quality_parts.record import Record
+from benchmarks.quality_parts.report import Costs, Findings, render
+from benchmarks.quality_parts.targets import HttpPath, LocalPath, target_of
+from benchmarks.reference.paths import Piece, ServedPath
+from benchmarks.reference.workload import DEMO
+from twotower.core import Mode, Request
+from twotower.demo.corpus import held_out
+from twotower.demo.scores import AR, MOCK_AR, USUAL, Way
+from twotower.demo.tokenizer import decode_answer, encode_answer, load_tokenizer
+from twotower.errors import ConfigError
+
+PLAN = Plan(
+    (AR, MOCK_AR, USUAL, Way(Mode.DIFFUSION, 0.5)),
+    per_family=4,
+    concurrency=(1, 2),
+    sample_per_family=2,
+    rounds=2,
+    families=("roman", "count"),
+)
+
+
+class Oracle:
+    """Knows every answer; at γ 0.5 it gets every second one wrong. Two steps a block."""
+
+    name = "oracle"
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+        self._tokenizer = load_tokenizer(DEMO)
+        known = [i for family in PLAN.families for seed in (0, 1) for i in held_out(family, 8, seed)]
+        self._answers = {i.prompt: i.answer for i in known}
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator["Oracle"]:
+        yield self
+
+    async def generate(self, request: Request) -> AsyncIterator[Piece]:
+        self.asked.append(request)
+        params = request.params
+        answer = self._answers[decode_answer(self._tokenizer, request.prompt_token_ids)]
+        tokens = encode_answer(self._tokenizer, answer)
+        if params.confidence_threshold == 0.5 and len(self.asked) % 2:
+            tokens = tokens[1:]
+        for start in range(0, len(tokens), 16 if params.mode is Mode.DIFFUSION else 1):
+            block = tokens[start : start + 16] if params.mode is Mode.DIFFUSION else tokens[start : start + 1]
+            yield Piece(tuple(block), 2 if params.mode is Mode.DIFFUSION else 0)
+
+
+@pytest.fixture
+def tokenizer() -> BpeTokenizer:
+    return load_tokenizer(DEMO)
+
+
+async def _findings(tokenizer: BpeTokenizer, path: Path, resume: bool = False) -> tuple[Findings, Oracle]:
+    record, oracle = Record(path, resume), Oracle()
+    await Experiment(PLAN, oracle, tokenizer, record).run()
+    record.close()
+    return Findings(PLAN, record, Costs(0.004, 0.002)), oracle
+
+
+async def test_what_is_found_is_what_was_answered(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
+    findings, oracle = await _findings(tokenizer, tmp_path / "q.jsonl")
+    assert findings.kept(USUAL) == 1.0
+    assert findings.kept(Way(Mode.DIFFUSION, 0.5)) == 0.5
+    assert len({request.id for request in oracle.asked}) == len(oracle.asked)
+    assert {request.params.temperature for request in oracle.asked} == {0.0}
+    assert [len(findings.record.of(str(AR), c)) for c in (1, 2)] == [2, 2]
+    assert not findings.record.of(str(MOCK_AR), 1), "mock-AR has no speed that anybody wants to know"
+    report = render(findings, "an oracle", 0.0, "the command")
+    assert "| roman | 100.0 % | 100.0 % | 100.0 % |" in report
+    assert "c = 2.00" in report and "## Steps per block" in report
+    assert "| diffusion 0.5 | 50.0 % | 50.0 % (" in report
+
+
+async def test_a_run_that_was_cut_short_goes_on(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    whole, _ = await _findings(tokenizer, path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:6]) + "\n" + lines[6][:20])  # killed while it wrote the seventh
+    resumed, oracle = await _findings(tokenizer, path, resume=True)
+    assert resumed.record.scores.keys() == whole.record.scores.keys()
+    assert resumed.record.runs.keys() == whole.record.runs.keys()
+    per_square = PLAN.per_family
+    quality = [request for request in oracle.asked if "-q-" in request.id]
+    assert len(quality) == per_square * (len(lines[:8]) - 6)
+    assert len(path.read_text().splitlines()) == len(lines)
+
+
+async def test_four_files_are_written(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
+    findings, _ = await _findings(tokenizer, tmp_path / "q.jsonl")
+    _write(tmp_path / "quality_2.5", "an oracle", findings, 0.0, "the command")
+    names = {path.name for path in tmp_path.iterdir()} - {"q.jsonl"}
+    assert names == {f"quality_2.5{ending}" for ending in (".md", ".json", "_trade.png", "_steps.png")}
+    figures = json.loads((tmp_path / "quality_2.5.json").read_text())
+    assert figures["families"]["roman"]["ar"] == 1.0
+    assert figures["costs"]["c"] == 2.0
+    assert "![trade](quality_2.5_trade.png)" in (tmp_path / "quality_2.5.md").read_text()
+
+
+def test_targets() -> None:
+    assert isinstance(target_of("local", DEMO), LocalPath)
+    assert isinstance(target_of("grpc://127.0.0.1:1", DEMO), ServedPath)
+    assert isinstance(target_of("http://127.0.0.1:1", DEMO), HttpPath)
+    with pytest.raises(ConfigError, match="got 'ftp://x'"):
+        target_of("ftp://x", DEMO)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--target", "127.0.0.1:1"], 2, "wanted local, grpc"),
+        (["--checkpoint", "/nowhere"], 2, "no such directory"),
+        (["--target", "grpc://127.0.0.1:9", "--quick"], 1, "UNAVAILABLE"),
+        (["--target", "http://127.0.0.1:9", "--quick"], 1, "connection"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(
+    arguments: list[str], status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--output", str(tmp_path / "q")]) == status
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in last and last.startswith("quality: ")

@@ -1,0 +1,105 @@
+"""The guard that sees what crashes nothing: broken states, masks and deltas show as wrong answers or as slow blocks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import twotower
+from tests.engine.arrangements import Towers, split_pair
+from twotower.core import Mode
+from twotower.engine.expectation import FILE, Bounds, Expectation, Known, Outcome
+from twotower.engine.self_test import self_test
+from twotower.engine.settings import EngineSettings
+from twotower.errors import CheckpointError, Unavailable
+from twotower.model.cache import ExtendStates, ReadStates, TowerCache
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.loading import load_context_tower, load_denoiser_tower
+
+DEMO = Path(twotower.__file__).parent / "demo" / "checkpoint"
+SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=128, capture="off")
+KNOWN = [Known((1, 2), (5, 6, 7, 2)), Known((1, 3), (8, 2))] * 10
+RIGHT = [Outcome((5, 6, 7, 2), 2), Outcome((8, 2), 1)] * 10
+
+
+@pytest.fixture(scope="module")
+def demo() -> Towers:
+    checkpoint = Checkpoint.open(DEMO)
+    cpu = torch.device("cpu")
+    context = load_context_tower(checkpoint, cpu, torch.float32)
+    return Towers("demo", context, load_denoiser_tower(checkpoint, cpu, torch.float32))
+
+
+async def _try_out(demo: Towers, modes: tuple[Mode, ...] = (Mode.AR, Mode.DIFFUSION)) -> None:
+    expected = Expectation.load(DEMO)
+    assert expected is not None and {bounds.mode for bounds in expected.bounds} == set(Mode)
+    async with split_pair(demo, 1, SETTINGS) as pair:
+        await self_test(pair, modes, 60, expected)
+
+
+async def test_the_demo_keeps_its_bounds(demo: Towers) -> None:
+    await _try_out(demo, tuple(Mode))
+
+
+async def test_without_the_mamba_seed(demo: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = ReadStates.mamba
+
+    def unseeded(self: ReadStates, layer: int) -> tuple[Tensor, Tensor]:
+        conv, ssm = read(self, layer)
+        return torch.zeros_like(conv), torch.zeros_like(ssm)
+
+    monkeypatch.setattr(ReadStates, "mamba", unseeded)
+    with pytest.raises(Unavailable, match="self-test in diffusion mode failed: got"):
+        await _try_out(demo)
+
+
+async def test_with_the_causal_order_broken(demo: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = ExtendStates.__init__
+
+    def sees_all(self: ExtendStates, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self.mask_RLT = torch.ones_like(self.mask_RLT)
+
+    monkeypatch.setattr(ExtendStates, "__init__", sees_all)
+    with pytest.raises(Unavailable, match="self-test in ar mode failed: got"):
+        await _try_out(demo, (Mode.AR,))
+    with pytest.raises(Unavailable, match="self-test in diffusion mode failed: got"):
+        await _try_out(demo, (Mode.DIFFUSION,))
+
+
+async def test_with_every_commits_delta_lost(demo: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mirror counts the committed blocks as read, but has none of their numbers."""
+    apply = TowerCache.apply
+
+    def forgetful(self: TowerCache, spans: list[Any], tensors: list[Tensor]) -> None:
+        if all(span.start == 0 for span in spans):
+            apply(self, spans, tensors)
+            return
+        for span in spans:
+            self.advance(span.slot, span.end - span.start)
+
+    monkeypatch.setattr(TowerCache, "apply", forgetful)
+    with pytest.raises(Unavailable, match="self-test in diffusion mode failed: got"):
+        await _try_out(demo)
+
+
+def test_bounds_leave_slack_and_no_more() -> None:
+    bounds = Bounds.around(Mode.DIFFUSION, KNOWN, RIGHT)
+    assert bounds == Bounds(Mode.DIFFUSION, 17, 1.7, 2.3)
+    assert bounds.shortfall(KNOWN, RIGHT) is None
+    wrong = [Outcome((9, 2), 1)] * 4 + RIGHT[4:]
+    assert bounds.shortfall(KNOWN, wrong) == "got 16 of 20 known answers right, wanted at least 17"
+    slow = [Outcome(got.token_ids, got.num_steps + 1) for got in RIGHT]
+    assert bounds.shortfall(KNOWN, slow) == "got 1.20 tokens per step on known prompts, wanted 1.70 to 2.30"
+
+
+def test_it_lies_beside_the_weights(tmp_path: Path) -> None:
+    assert Expectation.load(tmp_path) is None
+    expectation = Expectation(tuple(KNOWN[:2]), (Bounds.around(Mode.AR, KNOWN, RIGHT),))
+    expectation.save(tmp_path)
+    assert Expectation.load(tmp_path) == expectation
+    (tmp_path / FILE).write_text('[["Expectation", {"sample": []}]]')
+    with pytest.raises(CheckpointError, match=r"expectation\.json: not an expectation: .*wanted .*bounds"):
+        Expectation.load(tmp_path)

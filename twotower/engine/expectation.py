@@ -1,0 +1,96 @@
+"""What a checkpoint says of itself: known answers to a fixed sample, and how many of them at how many tokens a step.
+
+Shipped beside the weights as `expectation.json`. A broken kernel, cache or exchange may crash nothing and still show
+here, as wrong answers or as fewer tokens a step. Knows nothing of how the sample is decoded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from twotower.core import Mode
+from twotower.errors import CheckpointError
+from twotower.wire import Codec, CodecError, to_json
+
+FILE = "expectation.json"
+_SLACK = 0.15  # of the sample's answers, and of its tokens per step: rounding in another dtype, not a broken part
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A prompt and its only right answer, eos included."""
+
+    prompt_token_ids: tuple[int, ...]
+    answer_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one prompt in one mode."""
+
+    token_ids: tuple[int, ...]
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """A mode's least number of right answers and range of tokens per step, over the whole sample."""
+
+    mode: Mode
+    min_right: int
+    min_tokens_per_step: float
+    max_tokens_per_step: float
+
+    @classmethod
+    def around(cls, mode: Mode, sample: Sequence[Known], outcomes: Sequence[Outcome]) -> "Bounds":
+        """Bounds that these outcomes keep with some slack."""
+        pace = tokens_per_step(outcomes)
+        least = num_right(sample, outcomes) - round(_SLACK * len(sample))
+        return cls(mode, max(least, 0), round(pace * (1 - _SLACK), 3), round(pace * (1 + _SLACK), 3))
+
+    def shortfall(self, sample: Sequence[Known], outcomes: Sequence[Outcome]) -> str | None:
+        """What is out of bounds, in words; None where nothing is."""
+        right, pace = num_right(sample, outcomes), tokens_per_step(outcomes)
+        if right < self.min_right:
+            return f"got {right} of {len(sample)} known answers right, wanted at least {self.min_right}"
+        if not self.min_tokens_per_step <= pace <= self.max_tokens_per_step:
+            wanted = f"{self.min_tokens_per_step:.2f} to {self.max_tokens_per_step:.2f}"
+            return f"got {pace:.2f} tokens per step on known prompts, wanted {wanted}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """The sample, and the bounds of each mode that has any."""
+
+    sample: tuple[Known, ...]
+    bounds: tuple[Bounds, ...]
+
+    @classmethod
+    def load(cls, directory: Path | str) -> "Expectation | None":
+        """The expectation beside a checkpoint's weights; None where it ships none. Raises CheckpointError."""
+        path = Path(directory) / FILE
+        try:
+            [found] = _CODEC.decode(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, CodecError) as error:
+            raise CheckpointError(f"{path}: not an expectation: {error}") from error
+        return found
+
+    def save(self, directory: Path | str) -> None:
+        """Write it beside the weights."""
+        (Path(directory) / FILE).write_bytes(to_json([_CODEC.plain(self)]) + b"\n")
+
+
+def num_right(sample: Sequence[Known], outcomes: Sequence[Outcome]) -> int:
+    """How many outcomes are the known answers, token for token."""
+    return sum(known.answer_token_ids == got.token_ids for known, got in zip(sample, outcomes, strict=True))
+
+
+def tokens_per_step(outcomes: Sequence[Outcome]) -> float:
+    """Tokens up to eos per pass of the deciding tower."""
+    return sum(len(got.token_ids) for got in outcomes) / max(1, sum(got.num_steps for got in outcomes))
+
+
+_CODEC: Codec[Expectation] = Codec(Expectation)
