@@ -1,4 +1,4 @@
-"""The command line: `up`, `status`, `down`, `generate`. Exit code 2: a mistake in what was typed; 1: a failure."""
+"""The command line: `up`, `status`, `down`, `generate`, `tune`. Exit code 2: a mistake in the input; 1: a failure."""
 
 import argparse
 import os
@@ -12,6 +12,7 @@ from cluster import run_state
 from cluster.config import load_config
 from cluster.generate_arguments import add_generate_arguments, request_of
 from cluster.run_state import RunState
+from cluster.tune import command as tune_command
 from twotower.errors import ConfigError, InvalidRequest, TwoTowerError
 from twotower.validation import one_line
 
@@ -21,6 +22,7 @@ _EXAMPLES = """examples:
   python -m cluster up --set model.checkpoint=/models/twotower    another checkpoint
   python -m cluster up --config deploy/serve/two_gpus.yaml        a tower per GPU
   python -m cluster generate --prompt $'words: 6550\\n'             ask it something
+  python -m cluster tune --input prompts.jsonl                    which confidence threshold suits them?
   python -m cluster status                                        is it well?
   python -m cluster down                                          stop it
 """
@@ -73,6 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="send a prompt and show the answer", formatter_class=raw)
     add_generate_arguments(generate)
     generate.set_defaults(run=_generate)
+    tune = commands.add_parser(
+        "tune",
+        help="find the confidence threshold for your own prompts",
+        description=tune_command.DESCRIPTION,
+        epilog=tune_command.EPILOG,
+        formatter_class=raw,
+    )
+    tune_command.add_tune_arguments(tune)
+    tune.set_defaults(run=tune_command.run)
     return parser
 
 
@@ -124,16 +135,10 @@ def _generate(options: argparse.Namespace) -> int:
     from cluster import client
 
     request = request_of(options)
-    address = options.address or _grpc_address()
+    address = options.address or run_state.grpc_address()
     try:
         client.generate(address, request, options.timeout, options.json)
     except client.Refused as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 2 if refused.mistake else 1
     return 0
-
-
-def _grpc_address() -> str:
-    """The running service's, if there is just one; else the default."""
-    services = run_state.running()
-    return next(iter(services.values())).grpc if len(services) == 1 else "127.0.0.1:50051"

@@ -85,3 +85,9 @@ def the_one(http_port: int | None) -> tuple[int, RunState]:
     if len(services) > 1:
         raise ConfigError(f"several services are running; choose one with --http-port: {', '.join(map(str, services))}")
     return next(iter(services.items()))
+
+
+def grpc_address() -> str:
+    """The running service's, if there is just one; else the default."""
+    services = running()
+    return next(iter(services.values())).grpc if len(services) == 1 else "127.0.0.1:50051"

@@ -1,0 +1,1 @@
+"""`python -m cluster tune`: which γ a user's own prompts allow, asked of the running service."""

@@ -1,0 +1,96 @@
+"""The arguments of `python -m cluster tune`, and what it does with them."""
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cluster import run_state
+from cluster.tune.report import Findings
+
+_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+DESCRIPTION = """Ask the running service your own prompts at several confidence thresholds γ and in ar mode, and say
+which γ is fastest and still as good as you want.
+
+FILE.jsonl has an object a line: prompt (or prompt_token_ids), and answer where you know the right one.
+With answers, quality is the share of exactly right ones divided by ar's share; without, it is the share of prompts
+whose tokens are all the same as ar's.
+"""
+EPILOG = """examples:
+  python -m cluster tune --input prompts.jsonl --quality-floor 0.98
+  python -m cluster tune --input prompts.jsonl --answers answers.jsonl --concurrency 1 --output tuned
+"""
+
+
+def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input", type=Path, required=True, metavar="FILE.jsonl", help="your prompts")
+    add("--answers", type=Path, metavar="FILE.jsonl", help="id and answer a line, where --input has only ids")
+    add("--quality-floor", type=_share, default=0.98, metavar="X", help="least quality, a share of ar's (%(default)s)")
+    add("--confidence-thresholds", type=_shares, default=_THRESHOLDS, metavar="X,Y", help="γ to try (0.5 to 1)")
+    add("--concurrency", type=_count, default=16, metavar="N", help="prompts at once (%(default)s)")
+    add("--max-new-tokens", type=_count, metavar="N", help="of each answer (the service's default)")
+    add("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one answer (%(default)s)")
+    add("--address", metavar="HOST:PORT", help="the service's gRPC address; default: the one you run")
+    add("--json", action="store_true", help="one JSON object instead of the table")
+    add("--output", type=Path, metavar="PREFIX", help="also write PREFIX.json and PREFIX.png, the curve")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit status 2 for a mistake in the input, 1 where the service fails."""
+    from cluster.client import Refused
+    from cluster.tune.questions import read_questions
+    from cluster.tune.sweep import Sweep
+
+    questions = read_questions(options.input, options.answers)
+    sweep = Sweep(
+        options.address or run_state.grpc_address(),
+        questions,
+        options.confidence_thresholds,
+        options.concurrency,
+        options.max_new_tokens,
+        options.timeout,
+    )
+    try:
+        with tqdm(total=sweep.num_calls, unit="answer", file=sys.stderr, disable=None) as bar:
+            passes = asyncio.run(sweep.run(bar.update))
+    except Refused as refused:
+        print(f"error: {options.input}, {refused}", file=sys.stderr)
+        return 2 if refused.mistake else 1
+    _tell(options, Findings.of(questions, passes, options.quality_floor))
+    return 0
+
+
+def _tell(options: argparse.Namespace, findings: Findings) -> None:
+    figures = {"concurrency": options.concurrency, **findings.figures()}
+    print(json.dumps(figures) if options.json else findings.text())
+    if options.output is not None:
+        _file(options.output, ".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        findings.draw(_file(options.output, ".png"))
+
+
+def _file(prefix: Path, ending: str) -> Path:
+    return prefix.with_name(prefix.name + ending)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number from 0 to 1")
+    return value
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(sorted({_share(part) for part in text.split(",")}))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1")
+    return int(text)

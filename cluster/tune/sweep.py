@@ -1,0 +1,125 @@
+"""Asks the service every prompt in every way, a bounded number at a time, and keeps what came."""
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from cluster.client import Refused
+from cluster.tune.questions import Question
+from twotower.errors import Unavailable
+from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+
+_CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
+_WARM_UP = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One answer: its text (empty where the service has no tokenizer), tokens and denoiser steps."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """All prompts once, in one way. `threshold` None: `ar`."""
+
+    threshold: float | None
+    answers: tuple[Answered, ...]
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(len(answer.token_ids) for answer in self.answers) / self.seconds
+
+    @property
+    def tokens_per_step(self) -> float:
+        """1 for `ar`."""
+        tokens = sum(len(answer.token_ids) for answer in self.answers)
+        return tokens / max(1, sum(answer.num_steps for answer in self.answers)) if self.threshold is not None else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What to ask: of whom, how much at a time, how many tokens at most (None: the service's default)."""
+
+    address: str
+    questions: Sequence[Question]
+    thresholds: Sequence[float]
+    concurrency: int
+    max_new_tokens: int | None
+    timeout_s: float
+
+    @property
+    def num_calls(self) -> int:
+        return len(self.questions) * (1 + len(self.thresholds))
+
+    async def run(self, answered: Callable[[], object]) -> list[Pass]:
+        """`ar` first, then each threshold; `answered` is called once an answer. Raises Refused or Unavailable."""
+        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+            stub = pb_grpc.GenerationServiceStub(channel)
+            passes = []
+            for threshold in (None, *self.thresholds):
+                for question in self.questions[:_WARM_UP]:
+                    await self._ask(stub, question, threshold)
+                passes.append(await self._pass(stub, threshold, answered))
+            return passes
+
+    async def _pass(
+        self, stub: pb_grpc.GenerationServiceStub, threshold: float | None, answered: Callable[[], object]
+    ) -> Pass:
+        waiting = deque(enumerate(self.questions))
+        answers: dict[int, Answered] = {}
+
+        async def client() -> None:
+            while waiting:
+                number, question = waiting.popleft()
+                answers[number] = await self._ask(stub, question, threshold)
+                answered()
+
+        started = time.perf_counter()
+        try:
+            async with asyncio.TaskGroup() as clients:
+                for _ in range(self.concurrency):
+                    clients.create_task(client())
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        seconds = time.perf_counter() - started
+        return Pass(threshold, tuple(answers[number] for number in range(len(self.questions))), seconds)
+
+    async def _ask(self, stub: pb_grpc.GenerationServiceStub, question: Question, threshold: float | None) -> Answered:
+        try:
+            answer = await stub.Generate(self._request(question, threshold), timeout=self.timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise _explained(error, question, self.address) from None
+        return Answered(answer.text, tuple(answer.token_ids), answer.finished.usage.num_steps)
+
+    def _request(self, question: Question, threshold: float | None) -> pb.GenerateRequest:
+        params = pb.DecodingParams(mode=pb.MODE_AR if threshold is None else pb.MODE_DIFFUSION, temperature=0.0)
+        if threshold is not None:
+            params.confidence_threshold = threshold
+        if self.max_new_tokens is not None:
+            params.max_new_tokens = self.max_new_tokens
+        request = pb.GenerateRequest(request_id=f"tune-{uuid.uuid4()}", params=params)
+        if isinstance(question.prompt, str):
+            request.text = question.prompt
+        else:
+            request.token_ids.ids.extend(question.prompt)
+        return request
+
+
+def _explained(error: grpc.aio.AioRpcError, question: Question, address: str) -> Exception:
+    said = error.details() or ""
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in said:
+        return Unavailable(f"no service answers on {address}; start one with: python -m cluster up")
+    mistake = error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    return Refused(f"line {question.line}: {error.code().name}: {said}", mistake)

@@ -1,0 +1,174 @@
+"""`python -m cluster tune` against scripted cells: what it asks, what it makes of the answers, what it refuses."""
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from cluster.tune.questions import Question, read_questions
+from cluster.tune.recommendation import Rated, advise, rate
+from cluster.tune.sweep import Answered, Pass
+from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
+from twotower.core import BlockEvent, FinishReason, Mode, Request
+from twotower.errors import InvalidRequest
+
+ANSWER = "forty-two"
+
+
+class GammaCells(ScriptedCells):
+    """Answers like `ar` from γ 0.7 on; below it, every second prompt gets another answer. Faster the lower γ is."""
+
+    async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
+        self.requests.append(request)
+        params = request.params
+        ar = params.mode is Mode.AR
+        wrong = not ar and params.confidence_threshold < 0.7 and request.prompt_token_ids[-1] % 2 == 0
+        await asyncio.sleep(0.02 if ar else 0.01 * params.confidence_threshold)
+        ids = tokens("wrong" if wrong else ANSWER)
+        yield BlockEvent(request.id, 0, ids, 0 if ar else 2, 1, FinishReason.STOP)
+
+
+@pytest.fixture
+def cells() -> GammaCells:
+    return GammaCells()
+
+
+@pytest.fixture
+def address(cells: GammaCells) -> Iterator[str]:
+    """A gRPC server on a thread with a loop of its own: the command under test has one itself."""
+    loop, ready = asyncio.new_event_loop(), threading.Event()
+    found: list[str] = []
+    done = asyncio.Event()
+
+    async def serve() -> None:
+        async with grpc_server(generation(cells)) as (where, _):
+            found.append(where)
+            ready.set()
+            await done.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    assert ready.wait(10)
+    yield found[0]
+    loop.call_soon_threadsafe(done.set)
+    thread.join(10)
+    loop.close()
+
+
+def _lines(path: Path, *values: object) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return _lines(tmp_path / "prompts.jsonl", *({"prompt": f"what is {number}"} for number in range(8)))
+
+
+def test_the_fastest_threshold_that_agrees_with_ar(
+    address: str, cells: GammaCells, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--input", str(prompts), "--confidence-thresholds", "0.5,0.7,1", "--concurrency", "2"]
+    assert main(["tune", "--address", address, *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "8 prompts; quality: answers that are ar's, token for token; floor 98.0 %" in said
+    assert "> γ 0.7" in said and "Take γ 0.7." in said and "decode.confidence_threshold=0.7" in said
+    asked = [(request.params.mode, request.params.confidence_threshold) for request in cells.requests]
+    assert [mode for mode, _ in asked].count(Mode.AR) == 8 + 2
+    assert {request.params.temperature for request in cells.requests} == {0.0}
+
+
+def test_json_and_files(address: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--input", str(prompts), "--confidence-thresholds", "0.5", "--output", str(tmp_path / "t"), "--json"]
+    assert main(["tune", "--address", address, *arguments]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["recommendation"] is None and figures["quality"] == "agreement"
+    assert [way["threshold"] for way in figures["ways"]] == [None, 0.5]
+    assert figures["ways"][1]["quality"] == 0.5
+    assert json.loads((tmp_path / "t.json").read_text()) == figures
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_with_answers_of_his_own(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = [{"prompt": f"what is {n}", "answer": ANSWER if n < 6 else "no"} for n in range(8)]
+    prompts = _lines(tmp_path / "p.jsonl", *values)
+    assert main(["tune", "--address", address, "--input", str(prompts), "--confidence-thresholds", "0.5,0.9"]) == 0
+    said = capsys.readouterr().out
+    assert "exact answers, as a share of ar's" in said and "Take γ 0.9." in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "got no prompt at all"),
+        ('{"prompt": "a"', "line 1: got broken JSON"),
+        ('{"prompt": "a"}\n[1]', "line 2: got an array, wanted a JSON object"),
+        ('{"prompt": "a", "promt": 1}', "line 1: got the field 'promt'"),
+        ('{"prompt": ""}', "line 1: got an empty prompt"),
+        ('{"prompt": "a", "prompt_token_ids": [1]}', "line 1: got both"),
+        ('{"prompt_token_ids": [1, true]}', "line 1: prompt_token_ids: got [1, True]"),
+        ('{"prompt": "a", "answer": 5}', "line 1: answer: got 5, wanted a string"),
+        ('{"prompt": "a", "answer": "b"}\n\n{"prompt": "c"}', "line 3: got no answer, but other lines have one"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_sent(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(text)
+    assert main(["tune", "--address", "127.0.0.1:9", "--input", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_answers_of_another_file_are_matched_by_id(tmp_path: Path) -> None:
+    prompts = _lines(tmp_path / "p", {"id": 1, "prompt": "a"}, {"id": "x", "prompt": "b"})
+    answers = _lines(tmp_path / "a", {"id": "x", "answer": "B"}, {"id": 1, "answer": "A"})
+    assert read_questions(prompts, answers) == [Question(1, "a", "A"), Question(2, "b", "B")]
+    with pytest.raises(InvalidRequest, match="line 2: got no answer for id 'x'"):
+        read_questions(prompts, _lines(tmp_path / "b", {"id": 1, "answer": "A"}))
+
+
+def test_nobody_there(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--address", "127.0.0.1:9", "--input", str(prompts)]) == 1
+    assert "no service answers on 127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_a_refused_prompt_is_named(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = _lines(tmp_path / "p", {"prompt": "a"}, {"prompt": "b" * 100_000})
+    assert main(["tune", "--address", address, "--input", str(prompts)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "line 2: INVALID_ARGUMENT" in error
+
+
+def _rated(threshold: float | None, quality: float, low: float, speed: float, per_step: float = 2.0) -> Rated:
+    return Rated(threshold, quality, low, 1.0, quality, speed, speed / 100, per_step)
+
+
+def test_advice() -> None:
+    ar = _rated(None, 1.0, 1.0, 100, 1.0)
+    good, fast, loose = _rated(0.9, 1.0, 0.99, 150), _rated(0.8, 0.985, 0.965, 200), _rated(0.5, 0.9, 0.8, 300)
+    assert advise([ar, loose, fast, good], 0.98, 100).threshold == 0.8
+    assert advise([ar, loose, fast, good], 0.98, 100).more_prompts == 1500  # 16 times as many: a quarter of the width
+    assert advise([ar, loose, good], 0.98, 100).more_prompts == 0
+    assert advise([ar, loose], 0.98, 100).threshold is None
+    slow = _rated(1.0, 1.0, 1.0, 50)
+    assert advise([ar, slow], 0.98, 100).slower_than_ar
+    even = _rated(0.85, 0.99, 0.99, 195, 3.0)
+    assert advise([ar, fast, even], 0.98, 100).threshold == 0.85, "equally fast: most tokens per step"
+
+
+def test_rating_is_relative_to_ar() -> None:
+    questions = [Question(n, "p", "yes") for n in range(4)]
+    right, wrong = Answered("yes", (1, 2), 1), Answered("no", (1, 3), 1)
+    ar = Pass(None, (right, right, wrong, wrong), 2.0)
+    ours = Pass(0.8, (right, wrong, wrong, wrong), 1.0)
+    first, second = rate(questions, [ar, ours])
+    assert (first.quality, first.times_ar, first.tokens_per_step) == (1.0, 1.0, 1.0)
+    assert (second.quality, second.times_ar, second.tokens_per_step) == (0.5, 2.0, 2.0)
+    assert second.agreement == (1 + 0.5 + 1 + 1) / 4
+    assert second.low <= 0.5 <= second.high
