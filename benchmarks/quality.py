@@ -34,6 +34,7 @@ from benchmarks.quality_parts.record import Record
 from benchmarks.quality_parts.report import Costs, Findings, render, summary
 from benchmarks.quality_parts.targets import target_of
 from benchmarks.reference.workload import DEMO
+from twotower.demo.corpus import families_of
 from twotower.demo.tokenizer import load_tokenizer
 from twotower.errors import TwoTowerError
 from twotower.model.checkpoint import Checkpoint
@@ -102,9 +103,8 @@ def _costs(checkpoint: Path, seconds: float) -> Costs:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    if options.quick:
-        return Plan.quick()
-    return replace(Plan(), per_family=options.num_instances, rounds=options.rounds)
+    plan = Plan.quick() if options.quick else Plan(per_family=options.num_instances, rounds=options.rounds)
+    return replace(plan, families=families_of(options.checkpoint))
 
 
 def _answers_badly(error: BaseException) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.unmasking import MASK_TOKEN_ID, StepParams, unmask
 from twotower.engine.capture import passes_for
-from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Passes
+from twotower.engine.passes import SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes
 from twotower.model.cache import Span, TowerCache
 from twotower.model.pages import pages_for
 from twotower.model.tower import ContextTower, DenoiserTower
@@ -97,7 +97,7 @@ class Bench:
         if kind == AR:
             return _decode(passes, slots, [[prompt[-1]] for prompt in prompts], decide)
         assert kind == PROMPT, kind
-        if max(map(len, prompts)) > USUAL_WIDTH:
+        if max(map(len, prompts)) > SHORT_PROMPT:
             passes = self._eager  # as an engine does
         return lambda: passes.run(self._fresh[:rows], prompts, head=False)
 

@@ -33,7 +33,7 @@ class Workload:
     def prompts(self) -> str:
         """Where the prompts come from, in words."""
         if self.is_demo:
-            return "held-out side of the demo corpus, all families in equal shares"
+            return "held-out side of the demo corpus, the families the checkpoint was trained on"
         return f"random token ids, {_RANDOM_LENGTHS[0]} to {_RANDOM_LENGTHS[1]} of them"
 
     def requests(self, mode: Mode, number: int, name: str) -> list[Request]:
@@ -52,11 +52,11 @@ class Workload:
 
 
 def _demo_prompts(seed: int) -> Iterator[tuple[int, ...]]:
-    from twotower.demo.corpus import stream
+    from twotower.demo.corpus import families_of, stream
     from twotower.demo.tokenizer import encode_prompt, load_tokenizer
 
     tokenizer = load_tokenizer(DEMO)
-    for instance in stream("test", seed):
+    for instance in stream("test", seed, known=families_of(DEMO)):
         yield tuple(encode_prompt(tokenizer, instance.prompt))
 
 

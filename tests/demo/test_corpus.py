@@ -6,11 +6,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from twotower.demo.corpus import Instance, held_out, stream
+from twotower.demo.corpus import CORPUS_FILE, Instance, families_of, held_out, save_families, stream
 from twotower.demo.families import FAMILIES, SHARES
 from twotower.demo.families.numerals import roman, spell
 
@@ -131,6 +132,16 @@ def test_counting_agrees_with_the_list() -> None:
         wanted, listed = instance.prompt.removeprefix("count ").split(": ")
         assert instance.answer.endswith(f": {listed.split().count(wanted)}")
         assert re.sub(r" \d+", "", instance.answer.split(":")[0]).split(", ") == listed.split()
+
+
+def test_a_checkpoint_is_asked_what_it_was_trained_on(tmp_path: Path) -> None:
+    assert families_of(tmp_path) == tuple(FAMILIES)
+    save_families(tmp_path)
+    assert families_of(tmp_path) == tuple(FAMILIES)
+    (tmp_path / CORPUS_FILE).write_text('{"families": ["sort", "words", "unheard of"]}')
+    assert families_of(tmp_path) == ("words", "sort")
+    drawn = {instance.family for instance in islice(stream("test", 0, known=families_of(tmp_path)), 50)}
+    assert drawn == {"words", "sort"}
 
 
 def test_only_the_right_answer_is_right() -> None:

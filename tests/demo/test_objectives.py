@@ -110,6 +110,13 @@ def test_masks_cover_every_count_and_favour_the_full_one() -> None:
     assert 0.2 < (counts == 16).float().mean() < 0.3
 
 
+def test_half_of_the_masks_hide_the_end_of_the_block() -> None:
+    masks_BW = draw_masks(4000, 16, torch.Generator().manual_seed(1))
+    partial_BW = masks_BW[(masks_BW.sum(1) > 1) & (masks_BW.sum(1) < 15)]
+    ends = (partial_BW[:, 1:] >= partial_BW[:, :-1]).all(1)  # once hidden, hidden to the end
+    assert 0.45 < ends.float().mean() < 0.6
+
+
 def test_both_losses_reach_every_weight(
     towers: tuple[ContextTower, DenoiserTower], batch: BlockBatch, tokenizer: BpeTokenizer
 ) -> None:

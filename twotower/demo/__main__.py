@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from twotower.core import Mode
-from twotower.demo.corpus import stream
+from twotower.demo.corpus import families_of, stream
 from twotower.demo.evaluate import evaluate
 from twotower.demo.families import FAMILIES
 from twotower.demo.recipe import Recipe
@@ -104,7 +104,7 @@ async def _scores(options: argparse.Namespace) -> list[Score]:
     swept = [Way(Mode.DIFFUSION, threshold, options.steps_per_block) for threshold in options.confidence_threshold]
     ways = every_way() if options.full else [AR, MOCK_AR, *swept]
     scores = []
-    with tqdm(total=len(ways) * len(FAMILIES), unit="score", disable=options.json) as bar:
+    with tqdm(total=len(ways) * len(families_of(options.checkpoint)), unit="score", disable=options.json) as bar:
         async for score in evaluate(options.checkpoint, ways, options.num_instances):
             scores.append(score)
             bar.set_postfix_str(f"{score.family} {score.way} {100 * score.accuracy:.1f} %", refresh=False)

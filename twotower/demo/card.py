@@ -49,7 +49,8 @@ Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
   every {mock_ar_every}th train step adds mock-AR's own objective on as many single tokens as instances.
   Mean cross-entropy over masked positions. Blocks start where the prompt ends (for every fourth instance before its
   line break). A block has 1 to 16 masked positions, all counts equally likely, and a further {full_mask_share:.0%} are
-  fully masked; the conditioning t is exactly masked / 16, as it is when served.
+  fully masked; half of the masks hide the block's end, the others random positions; the conditioning t is exactly
+  masked / 16, as it is when served.
 - AdamW (weight decay {weight_decay:g}, gradient norm 1), warm-up, constant, linear decay over the last part. Experts
   kept in balance by their correction bias.
 

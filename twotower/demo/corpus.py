@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from random import Random
 from typing import Literal
 
 from twotower.demo.families import FAMILIES, SHARES
 
 Split = Literal["train", "test"]
+CORPUS_FILE = "corpus.json"  # beside a checkpoint's weights: the families it was trained on
 _TEST_EVERY = 10
 
 
@@ -34,13 +37,29 @@ class Instance:
         return "test" if int.from_bytes(digest, "big") % _TEST_EVERY == 0 else "train"
 
 
-def stream(split: Split, seed: int | str, family: str | None = None) -> Iterator[Instance]:
-    """Endless instances of one side of the split, of one family or of all, each as often as its share says.
+def families_of(directory: Path) -> tuple[str, ...]:
+    """The families a checkpoint was trained on: nothing else may be expected of it. All where it does not say."""
+    path = directory / CORPUS_FILE
+    if not path.exists():
+        return tuple(FAMILIES)
+    known: list[str] = json.loads(path.read_text(encoding="utf-8"))["families"]
+    return tuple(family for family in FAMILIES if family in known)
+
+
+def save_families(directory: Path) -> None:
+    """Say that the checkpoint was trained on all of the corpus."""
+    (directory / CORPUS_FILE).write_text(json.dumps({"families": list(FAMILIES)}) + "\n", encoding="utf-8")
+
+
+def stream(
+    split: Split, seed: int | str, family: str | None = None, known: Collection[str] = FAMILIES
+) -> Iterator[Instance]:
+    """Endless instances of one side of the split, of one family or of all `known` ones as often as their shares say.
 
     Raises:
         KeyError: no such family.
     """
-    families = FAMILIES if family is None else {family: FAMILIES[family]}
+    families = {name: FAMILIES[name] for name in (known if family is None else [family])}
     rng = Random(f"{split}/{seed}/{family}")
     names = list(families)
     shares = [SHARES.get(name, 1) for name in names]

@@ -10,8 +10,7 @@ from typing import Protocol
 from tokenizers import Tokenizer as BpeTokenizer
 
 from twotower.core import Mode, Request, RequestId
-from twotower.demo.corpus import Instance, held_out
-from twotower.demo.families import FAMILIES
+from twotower.demo.corpus import Instance, families_of, held_out
 from twotower.demo.scores import Answer, Score, Way
 from twotower.demo.tokenizer import decode_answer, encode_prompt, load_tokenizer
 from twotower.engine.in_process import open_pair
@@ -28,7 +27,7 @@ async def evaluate(directory: Path, ways: Sequence[Way], num_instances: int) -> 
     """
     tokenizer = load_tokenizer(directory)
     async with open_pair(directory, _SETTINGS, device="cpu") as pair:
-        for family in FAMILIES:
+        for family in families_of(directory):
             instances = held_out(family, num_instances)
             for way in ways:
                 answers = await asyncio.gather(*(_ask(pair, tokenizer, instance, way) for instance in instances))

@@ -6,8 +6,7 @@ import asyncio
 from pathlib import Path
 
 from twotower.core import Mode
-from twotower.demo.corpus import held_out
-from twotower.demo.families import FAMILIES
+from twotower.demo.corpus import families_of, held_out
 from twotower.demo.tokenizer import encode_answer, encode_prompt, load_tokenizer
 from twotower.engine.expectation import Bounds, Expectation, Known
 from twotower.engine.in_process import open_pair
@@ -17,9 +16,10 @@ from twotower.engine.settings import EngineSettings
 _SEED = 2  # other instances than those the scores are of
 _SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=256, capture="off")
 _TIMEOUT_S = 120.0
+_PER_FAMILY = 2
 
 
-def write_expectation(directory: Path, per_family: int = 2) -> Expectation:
+def write_expectation(directory: Path, per_family: int = _PER_FAMILY) -> Expectation:
     """Decode the sample in every mode with the weights of `directory`, and leave the bounds beside them."""
     expectation = asyncio.run(_expectation(directory, per_family))
     expectation.save(directory)
@@ -28,7 +28,7 @@ def write_expectation(directory: Path, per_family: int = 2) -> Expectation:
 
 async def _expectation(directory: Path, per_family: int) -> Expectation:
     tokenizer = load_tokenizer(directory)
-    instances = [instance for family in FAMILIES for instance in held_out(family, per_family, _SEED)]
+    instances = [instance for family in families_of(directory) for instance in held_out(family, per_family, _SEED)]
     sample = tuple(
         Known(tuple(encode_prompt(tokenizer, i.prompt)), tuple(encode_answer(tokenizer, i.answer))) for i in instances
     )

@@ -18,6 +18,7 @@ from twotower.demo.tokenizer import MASK_ID
 from twotower.model.tower import ContextTower, DenoiserTower
 
 FULL_MASK_SHARE = 0.2
+SUFFIX_SHARE = 0.5
 
 
 def context_loss(tower: ContextTower, batch: CausalBatch) -> Tensor:
@@ -40,11 +41,17 @@ def read_batch(context: ContextTower, batch: BlockBatch) -> Reading:
 
 
 def draw_masks(blocks: int, width: int, generator: torch.Generator) -> Tensor:
-    """Masks [B,W] with 1..W masked positions, all counts equally likely but the full one, which gets more."""
+    """Masks [B,W] with 1..W masked positions, all counts equally likely but the full one, which gets more.
+
+    Half of the masks hide what lies behind a point, the others positions at random: where each token follows from those
+    before it, a sum's next digit, random holes seldom show it what it needs.
+    """
     counts_B = torch.randint(1, width + 1, (blocks,), generator=generator)
     full_B = torch.rand(blocks, generator=generator) < FULL_MASK_SHARE
     counts_B = torch.where(full_B, width, counts_B)
     ranks_BW = torch.rand(blocks, width, generator=generator).argsort(1).argsort(1)
+    suffix_B = torch.rand(blocks, generator=generator) < SUFFIX_SHARE
+    ranks_BW = torch.where(suffix_B[:, None], torch.arange(width).flip(0), ranks_BW)
     return ranks_BW < counts_B[:, None]
 
 

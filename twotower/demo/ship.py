@@ -15,6 +15,7 @@ import torch
 from twotower.config import ModelConfig
 from twotower.core import Mode
 from twotower.demo.card import model_card
+from twotower.demo.corpus import save_families
 from twotower.demo.evaluate import evaluate_all
 from twotower.demo.expect import write_expectation
 from twotower.demo.objectives import FULL_MASK_SHARE
@@ -37,6 +38,7 @@ def ship(trainer: Trainer, directory: Path, num_instances: int = 200) -> None:
     save_tokenizer(trainer.tokenizer, directory)
     log = "".join(json.dumps(asdict(entry)) + "\n" for entry in trainer.history)
     (directory / "training_log.jsonl").write_text(log, encoding="utf-8")
+    save_families(directory)
     write_expectation(directory)
     scores = evaluate_all(directory, [AR, MOCK_AR, USUAL, Way(Mode.DIFFUSION, 0.95)], num_instances)
     (directory / "README.md").write_text(model_card(trainer, scores, FULL_MASK_SHARE), encoding="utf-8")

@@ -18,7 +18,7 @@ from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import cut
 from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
-from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Passes
+from twotower.engine.passes import SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes
 from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, PrefillBatch, PrefillChunk
 from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
@@ -74,7 +74,8 @@ class ContextEngine:
 
     def prepare(self) -> None:
         """Before the first request: make ready for the usual passes."""
-        self._passes.prepare(USUAL_WIDTH)
+        for width in (USUAL_WIDTH, 2 * USUAL_WIDTH):  # commits and the shortest prompts, then the usual prompts
+            self._passes.prepare(width)
 
     def connect(self, port: Port) -> None:
         """Serve one more denoiser. From any thread."""
@@ -223,8 +224,7 @@ class ContextEngine:
     def _prefill(self, chunks: Sequence[PrefillChunk]) -> None:
         sequences = [self._sequences[chunk.key] for chunk in chunks]  # type: ignore[index]
         tokens = [s.to_read[: c.end - c.start] for s, c in zip(sequences, chunks, strict=True)]
-        # Short prompts look like commits, which are captured; every other length would be captured for nothing.
-        passes = self._passes if max(map(len, tokens)) <= USUAL_WIDTH else self._eager
+        passes = self._passes if max(map(len, tokens)) <= SHORT_PROMPT else self._eager
         hidden_RLD = self._read(passes, sequences, tokens, head=False)
         finished = []
         for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):

@@ -13,7 +13,8 @@ from twotower.errors import CheckpointError
 from twotower.wire import Codec, CodecError, to_json
 
 FILE = "expectation.json"
-_SLACK = 0.15  # of the sample's answers, and of its tokens per step: rounding in another dtype, not a broken part
+# Rounding in another dtype, not a broken part: shares of the sample's answers and of its tokens per step.
+_ANSWERS_SLACK, _PACE_SLACK = 0.1, 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ class Bounds:
     def around(cls, mode: Mode, sample: Sequence[Known], outcomes: Sequence[Outcome]) -> "Bounds":
         """Bounds that these outcomes keep with some slack."""
         pace = tokens_per_step(outcomes)
-        least = num_right(sample, outcomes) - round(_SLACK * len(sample))
-        return cls(mode, max(least, 0), round(pace * (1 - _SLACK), 3), round(pace * (1 + _SLACK), 3))
+        least = num_right(sample, outcomes) - round(_ANSWERS_SLACK * len(sample))
+        return cls(mode, max(least, 0), round(pace * (1 - _PACE_SLACK), 3), round(pace * (1 + _PACE_SLACK), 3))
 
     def shortfall(self, sample: Sequence[Known], outcomes: Sequence[Outcome]) -> str | None:
         """What is out of bounds, in words; None where nothing is."""

@@ -16,6 +16,7 @@ from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import on_device
 
 USUAL_WIDTH = 16  # the released block size
+SHORT_PROMPT = 4 * USUAL_WIDTH  # up to here a prompt's pass is worth capturing: few widths, and most of it is overhead
 
 
 class Passes(Protocol):

@@ -70,7 +70,8 @@ class RecordedPasses:
         denoiser = not self._tower.causal
         for few in (True, False):
             for form in (Form(width, denoiser, denoiser, few), Form(1, True, False, few)):
-                self._programs.setdefault(form, record(self._tower, form))
+                if form not in self._programs:
+                    self._programs[form] = record(self._tower, form)
 
     def _recorded(self, form: Form) -> Program | None:
         self._uses[form] += 1
