@@ -13,7 +13,7 @@ from tests.conftest import FAKE_GPUS
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("scaling"), pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 async def until(true: Callable[[], bool], within_s: float) -> None:

@@ -19,7 +19,7 @@ from twotower.core import Mode, Request
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("scaling"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
 LONG: dict[str, Any] = {"max_new_tokens": 900, "ignore_eos": True}
 ROUNDS = 8

@@ -20,7 +20,7 @@ import pytest
 from tests.cluster.service import free_port
 from tests.goldens import GOLDEN_DIR
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("actors"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 START_S, STOP_S = 120, 30
