@@ -19,6 +19,7 @@ from twotower.exchange.staging import StagingBuffer
 from twotower.wire import CodecError
 
 _JOIN_S = 2.0
+_VERDICT_S = 0.2
 
 
 class MessageStream:
@@ -166,8 +167,18 @@ class Endpoint:
                     self._unsent -= len(posts)
             last = posts[-1]
             if last.buffer is not None:
-                group.send(last.buffer, last.nbytes, last.number, self.settings.link_timeout_s)
+                try:
+                    group.send(last.buffer, last.nbytes, last.number, self.settings.link_timeout_s)
+                except LinkDown:
+                    self._let_the_channel_speak()
+                    raise
                 sent(last.buffer)
+
+    def _let_the_channel_speak(self) -> None:
+        """The control channel ends with the same process, a moment before or after, and says more plainly why."""
+        deadline = time.monotonic() + _VERDICT_S
+        while self.lost is None and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _posted(self, timeout_s: float) -> list[Outgoing]:
         """What was posted since, up to the first payload."""
