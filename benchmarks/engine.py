@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.arguments import count
 from benchmarks.engine_parts.experiment import Experiment
 from benchmarks.engine_parts.plan import Plan
 from benchmarks.engine_parts.report import render
@@ -88,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--concurrency", type=_counts, default=(1, 4, 16), metavar="N,M", help="requests under way at once (1,4,16)")
     add("--confidence-thresholds", type=_shares, default=(0.8, 1.0), metavar="A,B", help="γ of diffusion (0.8,1)")
     add("--max-new-tokens", type=_whole_blocks, default=128, help=f"a multiple of {_BLOCK}, two blocks or more (128)")
-    add("--rounds", type=_count, default=3, help="of everything that gives a spread (%(default)s)")
-    add("--threads", type=_count, default=1, help="compute threads of each tower and of the naive loop (%(default)s)")
+    add("--rounds", type=count, default=3, help="of everything that gives a spread (%(default)s)")
+    add("--threads", type=count, default=1, help="compute threads of each tower and of the naive loop (%(default)s)")
     add("--capture", choices=("auto", "on", "off"), default="auto", help="the engines' setting (%(default)s)")
     add("--no-served", dest="served", action="store_false", help="without the service over gRPC")
     add("--seed", type=int, default=0, help="of the prompts and of the random arrivals (%(default)s)")
@@ -99,17 +100,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_count(word) for word in text.split(",")}))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1")
-    return int(text)
+    return tuple(sorted({count(word) for word in text.split(",")}))
 
 
 def _whole_blocks(text: str) -> int:
-    if _count(text) % _BLOCK or int(text) < 2 * _BLOCK:
+    if count(text) % _BLOCK or int(text) < 2 * _BLOCK:
         raise argparse.ArgumentTypeError(f"got {text}, wanted a multiple of {_BLOCK} from {2 * _BLOCK}")
     return int(text)
 

@@ -27,6 +27,7 @@ import grpc
 import httpx
 import torch
 
+from benchmarks.arguments import count
 from benchmarks.engine_parts.bare import AR, DENOISE, Bench
 from benchmarks.quality_parts.experiment import Experiment
 from benchmarks.quality_parts.plan import Plan
@@ -68,11 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record.close()
     command = shlex.join(["python", "-m", "benchmarks.quality", *(arguments or sys.argv[1:])])
     findings = Findings(experiment.plan, record, _costs(options.checkpoint, options.pass_s))
-    _write(options.output, options.target, findings, load_before, command)
+    write(options.output, options.target, findings, load_before, command)
     return 0
 
 
-def _write(prefix: Path, target: str, findings: Findings, load_before: float, command: str) -> None:
+def write(prefix: Path, target: str, findings: Findings, load_before: float, command: str) -> None:
     from benchmarks.quality_parts import plots
 
     pictures = {name: _file(prefix, f"_{name}.png") for name in ("trade", "steps")}
@@ -127,19 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--target", default="local", metavar="local|grpc://HOST:PORT|http://HOST:PORT", help="what answers (local)")
     add("--checkpoint", type=Path, default=DEMO, metavar="DIR", help="what the target serves (the demo)")
-    add("--num-instances", type=_count, default=200, help="per family, for quality (%(default)s)")
-    add("--rounds", type=_count, default=3, help="of the speed runs (%(default)s)")
+    add("--num-instances", type=count, default=200, help="per family, for quality (%(default)s)")
+    add("--rounds", type=count, default=3, help="of the speed runs (%(default)s)")
     add("--pass-s", type=float, default=2.0, help="seconds to time each bare pass (%(default)s)")
     add("--quick", action="store_true", help="16 instances a family, four ways, one round")
     add("--resume", action="store_true", help="keep what PREFIX.jsonl has already")
     add("--output", type=Path, default=Path("quality"), metavar="PREFIX", help="of the files written (%(default)s)")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import count
 from benchmarks.reference.experiment import PATHS, Experiment, Plan
 from benchmarks.reference.report import render
 from benchmarks.reference.workload import DEMO, Workload
@@ -97,12 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--paths", type=_paths, default=PATHS, metavar="A,B", help=f"of {','.join(PATHS)} (all)")
     add("--modes", type=_modes, default=(Mode.DIFFUSION, Mode.AR), metavar="A,B", help="(diffusion,ar)")
     add("--concurrency", type=_counts, default=(1, 4, 16), metavar="N,M", help="clients at once (1,4,16)")
-    add("--requests", type=_count, default=64, help="of each run; at least 8 for each client (%(default)s)")
-    add("--repeats", type=_count, default=3, help="rounds over all paths (%(default)s)")
+    add("--requests", type=count, default=64, help="of each run; at least 8 for each client (%(default)s)")
+    add("--repeats", type=count, default=3, help="rounds over all paths (%(default)s)")
     add("--max-new-tokens", type=_whole_blocks, default=48, help=f"a multiple of {_BLOCK} (%(default)s)")
     add("--confidence-threshold", type=_share, default=0.8, help="γ of diffusion (%(default)s)")
     add("--ignore-eos", action="store_true", help="decode the demo checkpoint to the length limit too")
-    add("--threads", type=_count, help="of both local paths (1, or torch's default where that is clearly faster)")
+    add("--threads", type=count, help="of both local paths (1, or torch's default where that is clearly faster)")
     add("--seed", type=int, default=0, help="of the prompts (%(default)s)")
     add("--set", action="append", default=[], metavar="A.B=C", help="a setting of the service; may be repeated")
     add("--quick", action="store_true", help="one short round at concurrency up to 4")
@@ -125,17 +126,11 @@ def _modes(text: str) -> tuple[Mode, ...]:
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(word) for word in text.split(","))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1")
-    return int(text)
+    return tuple(count(word) for word in text.split(","))
 
 
 def _whole_blocks(text: str) -> int:
-    if _count(text) % _BLOCK:
+    if count(text) % _BLOCK:
         raise argparse.ArgumentTypeError(
             f"got {text}, wanted a multiple of {_BLOCK}: the naive loop fills whole blocks"
         )

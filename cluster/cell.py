@@ -1,6 +1,5 @@
 """One cell of the service: a replica that holds one pair of towers and answers for it."""
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -19,10 +18,6 @@ from twotower.engine.pair import Pair
 from twotower.errors import TwoTowerError
 
 logger = logging.getLogger(__name__)
-
-# The caller has had its last event. That the call has ended is news for Serve alone, which takes a millisecond each of
-# the cell and of the router to tell; at once, it would hold up whatever the same client asks next.
-_LINGER_S = 0.01
 
 
 class Running(Protocol):
@@ -71,7 +66,6 @@ class Cell:
         async with aclosing(self.events(request, timeout_s)) as events:
             async for event in events:
                 await line.send(reply_to.key, event)
-        await asyncio.sleep(_LINGER_S)
 
     async def events(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent | FailureEvent, None]:
         """Events of one request. An error of ours is the last of them, not an exception."""

@@ -16,7 +16,7 @@ from twotower.errors import TwoTowerError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
-_CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
+CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -39,25 +39,25 @@ def is_ready(address: str, timeout_s: float = 2.0) -> bool:
 
 def generate(address: str, request: pb.GenerateRequest, timeout_s: float | None, as_json: bool) -> None:
     """Prints the answer: text as it comes, or one JSON object. Raises Refused or Unavailable."""
-    with grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
+    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
         try:
             events = stub.GenerateStream(request, timeout=timeout_s)
             _print_json(events) if as_json else _print_text(events)
         except grpc.RpcError as error:
-            raise _explained(error, address) from None
+            raise explained(error, address) from None
 
 
 def model_info(address: str, timeout_s: float = 5.0) -> pb.GetModelInfoResponse:
     """Raises Refused or Unavailable."""
-    with grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
+    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         try:
             info: pb.GetModelInfoResponse = pb_grpc.GenerationServiceStub(channel).GetModelInfo(
                 pb.GetModelInfoRequest(), timeout=timeout_s
             )
             return info
         except grpc.RpcError as error:
-            raise _explained(error, address) from None
+            raise explained(error, address) from None
 
 
 def mode_names(modes: Iterable[int]) -> list[str]:
@@ -87,7 +87,8 @@ def _print_json(events: Iterable[pb.GenerateStreamResponse]) -> None:
     print()
 
 
-def _explained(error: Any, address: str) -> Exception:
+def explained(error: Any, address: str) -> Unavailable | Refused:
+    """What to tell a person of a call's error."""
     if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in error.details():
         return Unavailable(f"no service answers on {address}; start one with: python -m cluster up")
     return Refused(error.details(), error.code() is grpc.StatusCode.INVALID_ARGUMENT)

@@ -13,9 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +25,6 @@ SUITABLE = "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 # Half of the installed files, and none that a tower, a router or a test imports.
 SELDOM_USED = r"/transformers/models/(?!auto/|nemotron_h/|__init__)|/tests/|/torch/testing/|/torch/_inductor/|/sympy/"
-
-RUNNING: set[subprocess.Popen[str]] = set()  # pips that have not ended
 
 TORCH_VERSION = "2.13.0"
 TORCH = f"torch=={TORCH_VERSION}"
@@ -75,7 +70,6 @@ def pip(*arguments: str, wanted: str | None = None) -> bool:
     with LOG.open("a") as log:
         print("$", *command, file=log, flush=True)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        RUNNING.add(process)
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -87,7 +81,6 @@ def pip(*arguments: str, wanted: str | None = None) -> bool:
             raise
         finally:
             process.wait()
-            RUNNING.discard(process)
             show_progress("")
     if process.returncode and wanted:
         raise BootstrapError(f"pip could not install {wanted}:\n{''.join(lines[-15:])}The whole log: {LOG}")
@@ -146,30 +139,6 @@ def install_torch(has_gpu: bool) -> None:
         pip("--no-deps", "--index-url", index, TORCH, wanted=f"{TORCH} from {index}")
 
 
-def install_the_rest() -> None:
-    """All that the project needs but torch. Unpacking keeps one core busy, so it is done beside torch's own.
-
-    The CPU build of torch comes without its dependencies and nothing here wants torch: the two never write one package.
-    """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    needed = [*project["dependencies"], *extras["serve"], *extras["dev"]]
-    rest = [requirement for requirement in needed if not requirement.startswith("torch")]
-    pip(*rest, wanted="the project's dependencies")
-
-
-def at_once(*tasks: Callable[[], None]) -> None:
-    """Run the tasks side by side. Where one fails, or somebody interrupts, the pips of all are ended."""
-    with ThreadPoolExecutor(len(tasks)) as threads:
-        try:
-            for done in [threads.submit(task) for task in tasks]:
-                done.result()
-        except BaseException:
-            for process in list(RUNNING):
-                process.terminate()
-            raise
-
-
 def check_torch(has_gpu: bool) -> None:
     """The wrong torch would cost gigabytes, or run the towers on the CPU of a GPU machine without a word."""
     build = torch_build()
@@ -192,12 +161,8 @@ def build() -> None:
     make_venv()
     kind = "with CUDA: nvidia-smi sees a GPU" if has_gpu else "CPU build: no NVIDIA GPU here"
     print(f"[2/3] {TORCH}, {kind}", flush=True)
-    if has_gpu:
-        install_torch(has_gpu)
-        print("[3/3] The project and what it needs (a minute or two the first time)", flush=True)
-    else:
-        print("[3/3] The project and what it needs, beside torch (a minute or two the first time)", flush=True)
-        at_once(lambda: install_torch(has_gpu), install_the_rest)
+    install_torch(has_gpu)
+    print("[3/3] The project and what it needs (a minute or two the first time)", flush=True)
     pip("--editable", f"{ROOT}[serve,dev]", wanted="the project's dependencies")
     compile_what_is_used()
     check_torch(has_gpu)

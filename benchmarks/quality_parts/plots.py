@@ -26,9 +26,9 @@ def trade(findings: Findings, path: Path) -> None:
     high = [100 * (kept.high - kept.value) for _, kept, _ in points]
     axes.errorbar(speeds, values, yerr=[low, high], fmt="o-", color=_ACCENT, ecolor=_SHADES[1], capsize=3, lw=1.5)
     for speed, kept, threshold in points:
-        axes.annotate(
-            f"γ {threshold:g}", (speed, 100 * kept.value), xytext=(7, -13), textcoords="offset points", color=_INK
-        )
+        place = (speed, 100 * kept.value)
+        axes.annotate(f"γ {threshold:g}", place, (0, -17), textcoords="offset points", ha="center", color=_INK)
+    axes.margins(0.08, 0.15)
     axes.axhline(98.7, color=_INK, lw=0.8, ls=":")
     axes.text(0.01, 98.72, "98.7 %", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom", color=_INK)
     axes.plot([1], [100], marker="s", color=_INK)
@@ -58,7 +58,7 @@ def steps(findings: Findings, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("mean steps until the block is full (of at most 16)")
     axes.set_title(f"Steps per block by task, {USUAL}", loc="left")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right upper")
     axes.grid(axis="x", alpha=0.25)
     figure.savefig(path, dpi=130)
     plt.close(figure)

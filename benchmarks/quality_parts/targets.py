@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from benchmarks.reference.paths import TIMEOUT_S, Path, Piece, Running, ServedPath
+from benchmarks.reference.paths import TIMEOUT_S, PairPath, Path, Piece, Running, ServedPath
 from twotower.core import Mode, Request
 from twotower.engine.in_process import open_pair
 from twotower.engine.settings import EngineSettings
@@ -38,13 +38,7 @@ class LocalPath:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Running]:
         async with open_pair(self._checkpoint, _SETTINGS, device="auto") as pair:
-
-            class Local:
-                async def generate(self, request: Request) -> AsyncIterator[Piece]:
-                    async for event in pair.generate(request, TIMEOUT_S):
-                        yield Piece(event.token_ids, event.num_steps)
-
-            yield Local()
+            yield PairPath(pair)
 
 
 class HttpPath:

@@ -83,10 +83,12 @@ class InProcessPath:
     async def open(self) -> AsyncIterator[Running]:
         torch.set_num_threads(self._threads)
         async with pair_of(self._context, self._denoiser, self._settings, prepare=True) as pair:
-            yield _PairPath(pair)
+            yield PairPath(pair)
 
 
-class _PairPath:
+class PairPath:
+    """A pair that is up."""
+
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
 

@@ -13,7 +13,7 @@ from cluster.tune.report import Findings
 
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 DESCRIPTION = """Ask the running service your own prompts at several confidence thresholds γ and in ar mode, and say
-which γ is fastest and still as good as you want.
+which γ takes the fewest steps and is still as good as you want.
 
 FILE.jsonl has an object a line: prompt (or prompt_token_ids), and answer where you know the right one.
 With answers, quality is the share of exactly right ones divided by ar's share; without, it is the share of prompts

@@ -11,7 +11,7 @@ from cluster.tune.sweep import Answered, Pass
 
 _Shares = np.ndarray[tuple[int], np.dtype[np.float64]]
 _RESAMPLES = 2000
-_NOISE = 0.05  # of tokens per second: two passes closer than this are taken for equally fast
+_AS_MANY = 0.01  # of tokens per step: a difference that nobody notices
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,16 @@ def rate(questions: Sequence[Question], passes: Sequence[Pass]) -> list[Rated]:
 
 
 def advise(rated: Sequence[Rated], floor: float, prompts: int) -> Advice:
-    """The fastest γ whose quality is at least `floor`; among equally fast ones that with most tokens per step."""
+    """The γ with most tokens per step whose quality is at least `floor`; where several have as many, the most careful.
+
+    Not that with most tokens per second: those differ from pass to pass by more than neighbouring γ do, steps do not.
+    """
     keeping = [one for one in rated[1:] if one.quality >= floor]
     if not keeping:
         return Advice(None)
-    fastest = max(one.tokens_per_s for one in keeping)
-    even = [one for one in keeping if one.tokens_per_s >= (1 - _NOISE) * fastest]
-    best = max(even, key=lambda one: (one.tokens_per_step, one.quality))
+    most = max(one.tokens_per_step for one in keeping)
+    even = [one for one in keeping if one.tokens_per_step >= (1 - _AS_MANY) * most]
+    best = max(even, key=lambda one: one.threshold or 0.0)
     return Advice(best.threshold, _more_prompts(best, floor, prompts), best.tokens_per_s < rated[0].tokens_per_s)
 
 

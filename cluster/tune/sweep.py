@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from cluster.client import Refused
+from cluster.client import CHANNEL_OPTIONS, Refused, explained
 from cluster.tune.questions import Question
-from twotower.errors import Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
-_CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
 _WARM_UP = 2
 
 
@@ -65,7 +63,7 @@ class Sweep:
 
     async def run(self, answered: Callable[[], object]) -> list[Pass]:
         """`ar` first, then each threshold; `answered` is called once an answer. Raises Refused or Unavailable."""
-        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             stub = pb_grpc.GenerationServiceStub(channel)
             passes = []
             for threshold in (None, *self.thresholds):
@@ -100,7 +98,10 @@ class Sweep:
         try:
             answer = await stub.Generate(self._request(question, threshold), timeout=self.timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise _explained(error, question, self.address) from None
+            told = explained(error, self.address)
+            if isinstance(told, Refused):
+                told = Refused(f"line {question.line}: {told}", told.mistake)
+            raise told from None
         return Answered(answer.text, tuple(answer.token_ids), answer.finished.usage.num_steps)
 
     def _request(self, question: Question, threshold: float | None) -> pb.GenerateRequest:
@@ -115,11 +116,3 @@ class Sweep:
         else:
             request.token_ids.ids.extend(question.prompt)
         return request
-
-
-def _explained(error: grpc.aio.AioRpcError, question: Question, address: str) -> Exception:
-    said = error.details() or ""
-    if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in said:
-        return Unavailable(f"no service answers on {address}; start one with: python -m cluster up")
-    mistake = error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    return Refused(f"line {question.line}: {error.code().name}: {said}", mistake)

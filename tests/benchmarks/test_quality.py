@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as BpeTokenizer
 
-from benchmarks.quality import _write, main
+from benchmarks.quality import main, write
 from benchmarks.quality_parts.experiment import Experiment
 from benchmarks.quality_parts.plan import Plan
 from benchmarks.quality_parts.record import Record
@@ -101,7 +101,7 @@ async def test_a_run_that_was_cut_short_goes_on(tokenizer: BpeTokenizer, tmp_pat
 
 async def test_four_files_are_written(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
     findings, _ = await _findings(tokenizer, tmp_path / "q.jsonl")
-    _write(tmp_path / "quality_2.5", "an oracle", findings, 0.0, "the command")
+    write(tmp_path / "quality_2.5", "an oracle", findings, 0.0, "the command")
     names = {path.name for path in tmp_path.iterdir()} - {"q.jsonl"}
     assert names == {f"quality_2.5{ending}" for ending in (".md", ".json", "_trade.png", "_steps.png")}
     figures = json.loads((tmp_path / "quality_2.5.json").read_text())

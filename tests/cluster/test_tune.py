@@ -20,7 +20,7 @@ ANSWER = "forty-two"
 
 
 class GammaCells(ScriptedCells):
-    """Answers like `ar` from γ 0.7 on; below it, every second prompt gets another answer. Faster the lower γ is."""
+    """Like `ar` from γ 0.7 on; below it, every second prompt gets another answer. Fewer steps with a lower γ."""
 
     async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
         self.requests.append(request)
@@ -29,7 +29,8 @@ class GammaCells(ScriptedCells):
         wrong = not ar and params.confidence_threshold < 0.7 and request.prompt_token_ids[-1] % 2 == 0
         await asyncio.sleep(0.02 if ar else 0.01 * params.confidence_threshold)
         ids = tokens("wrong" if wrong else ANSWER)
-        yield BlockEvent(request.id, 0, ids, 0 if ar else 2, 1, FinishReason.STOP)
+        steps = 0 if ar else round(10 * params.confidence_threshold)
+        yield BlockEvent(request.id, 0, ids, steps, 1, FinishReason.STOP)
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_a_refused_prompt_is_named(address: str, tmp_path: Path, capsys: pytest.
     prompts = _lines(tmp_path / "p", {"prompt": "a"}, {"prompt": "b" * 100_000})
     assert main(["tune", "--address", address, "--input", str(prompts)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "line 2: INVALID_ARGUMENT" in error
+    assert "line 2: params.max_new_tokens: got a prompt of 100001 tokens" in error
 
 
 def _rated(threshold: float | None, quality: float, low: float, speed: float, per_step: float = 2.0) -> Rated:
@@ -151,15 +152,16 @@ def _rated(threshold: float | None, quality: float, low: float, speed: float, pe
 
 def test_advice() -> None:
     ar = _rated(None, 1.0, 1.0, 100, 1.0)
-    good, fast, loose = _rated(0.9, 1.0, 0.99, 150), _rated(0.8, 0.985, 0.965, 200), _rated(0.5, 0.9, 0.8, 300)
+    good, fast = _rated(0.9, 1.0, 0.99, 250, 1.5), _rated(0.8, 0.985, 0.965, 200, 2.0)
+    loose = _rated(0.5, 0.9, 0.8, 300, 3.0)
     assert advise([ar, loose, fast, good], 0.98, 100).threshold == 0.8
     assert advise([ar, loose, fast, good], 0.98, 100).more_prompts == 1500  # 16 times as many: a quarter of the width
     assert advise([ar, loose, good], 0.98, 100).more_prompts == 0
     assert advise([ar, loose], 0.98, 100).threshold is None
     slow = _rated(1.0, 1.0, 1.0, 50)
     assert advise([ar, slow], 0.98, 100).slower_than_ar
-    even = _rated(0.85, 0.99, 0.99, 195, 3.0)
-    assert advise([ar, fast, even], 0.98, 100).threshold == 0.85, "equally fast: most tokens per step"
+    even = _rated(0.85, 0.99, 0.99, 195, 1.99)
+    assert advise([ar, fast, even], 0.98, 100).threshold == 0.85, "as many tokens per step: the more careful one"
 
 
 def test_rating_is_relative_to_ar() -> None:

@@ -14,6 +14,7 @@ import pytest
 from twotower.demo.corpus import CORPUS_FILE, Instance, families_of, held_out, save_families, stream
 from twotower.demo.families import FAMILIES, SHARES
 from twotower.demo.families.numerals import roman, spell
+from twotower.errors import CheckpointError
 
 
 def test_a_stream_is_decided_by_its_seed() -> None:
@@ -138,10 +139,17 @@ def test_a_checkpoint_is_asked_what_it_was_trained_on(tmp_path: Path) -> None:
     assert families_of(tmp_path) == tuple(FAMILIES)
     save_families(tmp_path)
     assert families_of(tmp_path) == tuple(FAMILIES)
-    (tmp_path / CORPUS_FILE).write_text('{"families": ["sort", "words", "unheard of"]}')
+    (tmp_path / CORPUS_FILE).write_text('{"families": ["sort", "words"]}')
     assert families_of(tmp_path) == ("words", "sort")
     drawn = {instance.family for instance in islice(stream("test", 0, known=families_of(tmp_path)), 50)}
     assert drawn == {"words", "sort"}
+    for text, said in (
+        ("[", "not a list of families"),
+        ('{"families": ["sums"]}', "got ['sums'], wanted some of words"),
+    ):
+        (tmp_path / CORPUS_FILE).write_text(text)
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            families_of(tmp_path)
 
 
 def test_only_the_right_answer_is_right() -> None:

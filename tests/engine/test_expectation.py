@@ -36,7 +36,8 @@ def demo() -> Towers:
 
 async def _try_out(demo: Towers, modes: tuple[Mode, ...] = (Mode.AR, Mode.DIFFUSION)) -> None:
     expected = Expectation.load(DEMO)
-    assert expected is not None and {bounds.mode for bounds in expected.bounds} == set(Mode)
+    assert expected is not None and {bounds.mode for bounds in expected.bounds} >= {Mode.AR, Mode.DIFFUSION}
+    assert all(bounds.min_right > len(expected.sample) / 2 for bounds in expected.bounds)
     async with split_pair(demo, 1, SETTINGS) as pair:
         await self_test(pair, modes, 60, expected)
 

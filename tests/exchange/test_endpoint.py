@@ -10,6 +10,7 @@ import pytest
 
 from tests.exchange.rig import wait_until
 from twotower.exchange.codec import Heartbeat, decode
+from twotower.exchange.data_group import _explained
 from twotower.exchange.endpoint import Endpoint, MessageStream, Outgoing
 from twotower.exchange.protocol import Released
 from twotower.exchange.settings import EngineHooks, LinkSettings
@@ -25,6 +26,7 @@ class Wire:
         self.willing, self.draw = willing, random.Random(0)
         self.frames: list[bytes] = []
         self.at_once = 0
+        self.fault: Exception | None = None
         self.open = threading.Event()
         self.open.set()
 
@@ -33,6 +35,8 @@ class Wire:
         self.frames.append(frame)
 
     def send_at_once(self, frame: bytes) -> bool:
+        if self.fault is not None:
+            raise self.fault
         if self.draw.random() >= self.willing:
             return False
         self.at_once += 1
@@ -104,10 +108,27 @@ def test_posting_does_not_wait_for_a_sender_that_does() -> None:
 def test_an_error_in_sending_at_once_ends_the_link() -> None:
     wire = Wire(1.0)
     with sending(wire) as endpoint:
-
-        def broken(frame: bytes) -> bool:
-            raise ConnectionResetError
-
-        wire.send_at_once = broken  # type: ignore[method-assign]
+        wire.fault = ConnectionResetError()
         endpoint.post([Released(0)])
         assert endpoint.lost == "link 0: the other side is gone (connection closed)"
+
+
+@pytest.mark.parametrize(
+    "words", ["Read error [127.0.0.1]:1: Connection reset by peer.", "Connection closed by peer [::1]"]
+)
+def test_a_transfer_that_ends_with_the_other_process_says_so(words: str) -> None:
+    """gloo's own words, and its advice, are for a log; the operator reads what the control channel would have said."""
+
+    class Ends:
+        def send(self, *arguments: Any) -> None:
+            with _explained("broke", 5):
+                raise RuntimeError(f"[pair.cc:537] {words} Check the logs of the remote worker. GLHF!\nmore lines")
+
+    endpoint = Endpoint("link 0", "the other side", SETTINGS, EngineHooks())
+    wire = Wire(1.0)
+    endpoint.adopt(cast(Any, wire))
+    stream = MessageStream(cast(Any, wire))
+    endpoint.spawn("sender", lambda: endpoint.run_sender(stream, cast(Any, Ends()), lambda buffer: None))
+    endpoint.post_payload(Outgoing([Released(0)], cast(StagingBuffer, object()), 16, 1))
+    wait_until(lambda: endpoint.lost)
+    assert endpoint.lost == "link 0: the other side is gone (connection closed)"

@@ -52,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     score = commands.add_parser("evaluate", help="exact match and tokens per step of a checkpoint, family by family")
     score.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     score.add_argument("--num-instances", type=int, default=200, help="per family")
-    score.add_argument("--confidence-threshold", type=float, nargs="+", default=[0.8], help="γ of diffusion")
-    score.add_argument("--steps-per-block", type=int, default=16, help="T of diffusion")
-    score.add_argument("--full", action="store_true", help="every γ from 0.5 to 1, and T 4 and 8 at γ 0.8")
+    swept = score.add_mutually_exclusive_group()
+    swept.add_argument("--confidence-threshold", type=float, nargs="+", default=[0.8], help="γ of diffusion")
+    swept.add_argument("--full", action="store_true", help="every γ from 0.5 to 1, and T 4 and 8 at γ 0.8")
     score.add_argument("--json", action="store_true", help="one JSON object a score instead of the table")
     score.set_defaults(run=_evaluate)
 
@@ -101,7 +101,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 async def _scores(options: argparse.Namespace) -> list[Score]:
     """Scores of every family; with --json each is printed as soon as it is there."""
-    swept = [Way(Mode.DIFFUSION, threshold, options.steps_per_block) for threshold in options.confidence_threshold]
+    swept = [Way(Mode.DIFFUSION, threshold) for threshold in options.confidence_threshold]
     ways = every_way() if options.full else [AR, MOCK_AR, *swept]
     scores = []
     with tqdm(total=len(ways) * len(families_of(options.checkpoint)), unit="score", disable=options.json) as bar:

@@ -13,7 +13,7 @@ from twotower.demo.trainer import Trainer, versions
 _CARD = """# TwoTower demo checkpoint
 
 A small two-tower diffusion language model (`NemotronHTwoTowerForCausalLM`) in the released file layout, for trying and
-testing everything without a GPU. Trained from nothing by `twotower/demo/` on text that `twotower/demo/families.py`
+testing everything without a GPU. Trained from nothing by `twotower/demo/` on text that `twotower/demo/families/`
 makes; it knows these {num_families} families of tasks and nothing else.
 
 {shape}.
@@ -49,8 +49,8 @@ Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
   every {mock_ar_every}th train step adds mock-AR's own objective on as many single tokens as instances.
   Mean cross-entropy over masked positions. Blocks start where the prompt ends (for every fourth instance before its
   line break). A block has 1 to 16 masked positions, all counts equally likely, and a further {full_mask_share:.0%} are
-  fully masked; half of the masks hide the block's end, the others random positions; the conditioning t is exactly
-  masked / 16, as it is when served.
+  fully masked; {suffix_share:.0%} of the masks hide the block's end, the others random positions. The conditioning t is
+  exactly masked / 16, as it is when served.
 - AdamW (weight decay {weight_decay:g}, gradient norm 1), warm-up, constant, linear decay over the last part. Experts
   kept in balance by their correction bias.
 
@@ -64,7 +64,7 @@ functions up to three steps. Answers are at most four blocks long, so tokens per
 """
 
 
-def model_card(trainer: Trainer, scores: list[Score], full_mask_share: float) -> str:
+def model_card(trainer: Trainer, scores: list[Score], full_mask_share: float, suffix_share: float) -> str:
     """The card of this run, with the scores of the files it lies beside."""
     recipe = trainer.recipe
     return _CARD.format(
@@ -83,6 +83,7 @@ def model_card(trainer: Trainer, scores: list[Score], full_mask_share: float) ->
         mock_ar_every=recipe.mock_ar_every,
         minutes=_minutes(trainer),
         full_mask_share=full_mask_share,
+        suffix_share=suffix_share,
         weight_decay=recipe.weight_decay,
     )
 

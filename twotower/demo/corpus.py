@@ -12,6 +12,7 @@ from random import Random
 from typing import Literal
 
 from twotower.demo.families import FAMILIES, SHARES
+from twotower.errors import CheckpointError
 
 Split = Literal["train", "test"]
 CORPUS_FILE = "corpus.json"  # beside a checkpoint's weights: the families it was trained on
@@ -38,11 +39,20 @@ class Instance:
 
 
 def families_of(directory: Path) -> tuple[str, ...]:
-    """The families a checkpoint was trained on: nothing else may be expected of it. All where it does not say."""
+    """The families a checkpoint was trained on: nothing else may be expected of it. All where it does not say.
+
+    Raises CheckpointError.
+    """
     path = directory / CORPUS_FILE
     if not path.exists():
         return tuple(FAMILIES)
-    known: list[str] = json.loads(path.read_text(encoding="utf-8"))["families"]
+    try:
+        known = {str(family) for family in json.loads(path.read_text(encoding="utf-8"))["families"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a list of families: {error!r}") from error
+    unknown = sorted(known - FAMILIES.keys())
+    if unknown or not known:
+        raise CheckpointError(f"{path}: got {unknown or 'none'}, wanted some of {', '.join(FAMILIES)}")
     return tuple(family for family in FAMILIES if family in known)
 
 

@@ -18,7 +18,7 @@ from twotower.demo.card import model_card
 from twotower.demo.corpus import save_families
 from twotower.demo.evaluate import evaluate_all
 from twotower.demo.expect import write_expectation
-from twotower.demo.objectives import FULL_MASK_SHARE
+from twotower.demo.objectives import FULL_MASK_SHARE, SUFFIX_SHARE
 from twotower.demo.scores import AR, MOCK_AR, USUAL, Way
 from twotower.demo.tokenizer import save_tokenizer
 from twotower.demo.trainer import Trainer
@@ -41,7 +41,7 @@ def ship(trainer: Trainer, directory: Path, num_instances: int = 200) -> None:
     save_families(directory)
     write_expectation(directory)
     scores = evaluate_all(directory, [AR, MOCK_AR, USUAL, Way(Mode.DIFFUSION, 0.95)], num_instances)
-    (directory / "README.md").write_text(model_card(trainer, scores, FULL_MASK_SHARE), encoding="utf-8")
+    (directory / "README.md").write_text(model_card(trainer, scores, FULL_MASK_SHARE, SUFFIX_SHARE), encoding="utf-8")
 
 
 def rounded(tower: AnyTower) -> AnyTower:

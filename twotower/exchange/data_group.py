@@ -22,6 +22,7 @@ from twotower.errors import ConfigError, LinkDown
 from twotower.exchange.staging import StagingBuffer
 
 CONTEXT_RANK, DENOISER_RANK = 0, 1
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words for it
 _POLL_S = 50e-6
 
 
@@ -89,7 +90,7 @@ class DataGroup:
             self._group = build(store, rank, device, host, timeout_s)
 
     def send(self, buffer: StagingBuffer, nbytes: int, number: int, timeout_s: float) -> None:
-        """Returns when the bytes have left the buffer. Raises LinkDown."""
+        """Returns when the bytes have left the buffer. Raises LinkDown; ConnectionError if the other side is gone."""
         deadline = time.monotonic() + timeout_s
         wire = buffer.wire[:nbytes]
         with _explained("broke", timeout_s), self._after(buffer.fence):
@@ -101,7 +102,7 @@ class DataGroup:
             self._finish(deadline)
 
     def receive(self, buffer: StagingBuffer, nbytes: int, number: int, timeout_s: float) -> None:
-        """Returns when the bytes are in `buffer.flat`. Raises LinkDown."""
+        """Returns when the bytes are in `buffer.flat`. Raises what `send` does."""
         deadline = time.monotonic() + timeout_s
         wire = buffer.wire[:nbytes]
         with _explained("broke", timeout_s), self._after(buffer.fence):
@@ -172,6 +173,8 @@ def _explained(what: str, timeout_s: float) -> Iterator[None]:
         yield
     except RuntimeError as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if any(words in first_line for words in _GONE):
+            raise ConnectionError(first_line) from error
         if "Timed out" in first_line or "timeout" in first_line.lower():
             raise LinkDown(f"a transfer did not finish within {timeout_s:g} s") from error
         raise LinkDown(f"the data group {what}: {first_line}") from error

@@ -19,7 +19,6 @@ from twotower.exchange.staging import StagingBuffer
 from twotower.wire import CodecError
 
 _JOIN_S = 2.0
-_VERDICT_S = 0.2
 
 
 class MessageStream:
@@ -84,14 +83,14 @@ class Endpoint:
         self.when_lost(channel.abort)
 
     def post(self, messages: Sequence[Message]) -> None:
-        """Send in order, without ever waiting: now if nothing is before it, else by the sender thread.
+        """Send in order, without ever waiting: now if nothing is before it, else by the sender thread. From one thread.
 
         Waking that thread costs an engine the interpreter for longer than sending a few hundred bytes does.
         """
         try:
             if self._unsent == 0 and self._stream is not None and self._sending.acquire(blocking=False):
                 try:
-                    if self._unsent == 0 and self.lost is None and self._stream.send_at_once(messages):
+                    if self.lost is None and self._stream.send_at_once(messages):
                         return
                 finally:
                     self._sending.release()
@@ -167,18 +166,8 @@ class Endpoint:
                     self._unsent -= len(posts)
             last = posts[-1]
             if last.buffer is not None:
-                try:
-                    group.send(last.buffer, last.nbytes, last.number, self.settings.link_timeout_s)
-                except LinkDown:
-                    self._let_the_channel_speak()
-                    raise
+                group.send(last.buffer, last.nbytes, last.number, self.settings.link_timeout_s)
                 sent(last.buffer)
-
-    def _let_the_channel_speak(self) -> None:
-        """The control channel ends with the same process, a moment before or after, and says more plainly why."""
-        deadline = time.monotonic() + _VERDICT_S
-        while self.lost is None and time.monotonic() < deadline:
-            time.sleep(0.01)
 
     def _posted(self, timeout_s: float) -> list[Outgoing]:
         """What was posted since, up to the first payload."""
