@@ -65,8 +65,8 @@ class Findings:
         for one in self.rated:
             weight = "bold" if self._is_advised(one) else "normal"
             place = (one.tokens_per_s, 100 * one.quality)
-            text = {"textcoords": "offset points", "ha": "center", "fontweight": weight}
-            axes.annotate(_name(one.threshold), place, (0, -17), **text)
+            name = _name(one.threshold)
+            axes.annotate(name, place, (0, -17), textcoords="offset points", ha="center", fontweight=weight)
         axes.margins(0.08, 0.15)
         axes.axhline(100 * self.floor, color="#333333", lw=0.8, ls=":")
         axes.set_xlabel("tokens per second, all prompts together")

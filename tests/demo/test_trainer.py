@@ -46,8 +46,8 @@ def test_the_context_tower_is_frozen_in_the_second_stage(
 
 
 def test_the_schedule_warms_up_holds_and_decays() -> None:
-    stage = StageRecipe(train_steps=100, batch_size=1, learning_rate=1.0, warmup_steps=10, decay_fraction=0.2)
-    assert stage.learning_rate_at(0) == pytest.approx(0.1)
-    assert stage.learning_rate_at(50) == 1.0
-    assert stage.learning_rate_at(90) == pytest.approx(0.5)
-    assert 0 < stage.learning_rate_at(99) <= 0.05
+    stage = StageRecipe(train_steps=100, batch_size=1, warmup_steps=10, decay_fraction=0.2)
+    assert stage.rate_at(0) == pytest.approx(0.1)
+    assert stage.rate_at(50) == 1.0
+    assert stage.rate_at(90) == pytest.approx(0.5)
+    assert 0 < stage.rate_at(99) <= 0.05

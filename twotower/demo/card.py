@@ -6,7 +6,7 @@ from itertools import islice
 
 from twotower.demo.corpus import stream
 from twotower.demo.families import FAMILIES
-from twotower.demo.recipe import STAGES
+from twotower.demo.recipe import STAGES, StageRecipe
 from twotower.demo.scores import AR, USUAL, Score, of_way, retained, table
 from twotower.demo.trainer import Trainer, versions
 
@@ -45,21 +45,22 @@ Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
 - Context stage: {context};
   next-token loss on answers (and the line break before) only.
 - Denoiser stage: starts as a copy of the context tower, which is frozen and seeds each block with its states;
-  {denoiser}, {mask_draws} masks per block;
+  {denoiser};
   every {mock_ar_every}th train step adds mock-AR's own objective on as many single tokens as instances.
-  Mean cross-entropy over masked positions. Blocks start where the prompt ends (for every fourth instance before its
-  line break). A block has 1 to 16 masked positions, all counts equally likely, and a further {full_mask_share:.0%} are
-  fully masked; {suffix_share:.0%} of the masks hide the block's end, the others random positions. The conditioning t is
-  exactly masked / 16, as it is when served.
-- AdamW (weight decay {weight_decay:g}, gradient norm 1), warm-up, constant, linear decay over the last part. Experts
-  kept in balance by their correction bias.
+  Blocks start where the prompt ends (for every fourth instance before its line break), each under two masks. The first
+  has 1 to 16 masked positions, all counts equally likely, and a further {full_mask_share:.0%} are fully masked;
+  {suffix_share:.0%} of them hide the block's end, the others random positions. The second is what a decoder would leave
+  of the first some steps later. The conditioning t is exactly masked / 16, as it is when served. Mean cross-entropy of
+  masked positions, weighted by the denoiser's confidence there.
+- Muon for the hidden matrices (weight decay {weight_decay:g}), Adam for the rest (gradient norm 1), warm-up, constant,
+  linear decay over the last part. Experts kept in balance by their correction bias.
 
 {minutes} Loss at every hundredth train step: `training_log.jsonl`.
 
 ## Limits
 
 Anything but the prompts above gives nonsense. Numbers reach 9999 (roman 3999), years 1900 to 2099, days 1 to 28;
-records have two to four fields, lists up to seven words or six numbers; numbers to add have up to four digits,
+records have two to five fields, lists up to seven words or six numbers; numbers to add have up to four digits,
 functions up to three steps. Answers are at most four blocks long, so tokens per step are those of short answers.
 """
 
@@ -77,9 +78,8 @@ def model_card(trainer: Trainer, scores: list[Score], full_mask_share: float, su
         command=command(trainer),
         seed=recipe.seed,
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
-        context=_stage(recipe.context.train_steps, recipe.context.batch_size, recipe.context.learning_rate),
-        denoiser=_stage(recipe.denoiser.train_steps, recipe.denoiser.batch_size, recipe.denoiser.learning_rate),
-        mask_draws=recipe.mask_draws,
+        context=_stage(recipe.context),
+        denoiser=_stage(recipe.denoiser),
         mock_ar_every=recipe.mock_ar_every,
         minutes=_minutes(trainer),
         full_mask_share=full_mask_share,
@@ -123,5 +123,6 @@ def _minutes(trainer: Trainer) -> str:
     return "Minutes: " + ", ".join(f"{stage} stage {minutes:.0f}" for stage, minutes in spent.items()) + "."
 
 
-def _stage(train_steps: int, batch_size: int, learning_rate: float) -> str:
-    return f"{train_steps} train steps of {batch_size} instances, learning rate {learning_rate:g}"
+def _stage(recipe: StageRecipe) -> str:
+    rates = f"learning rates {recipe.muon_rate:g} (Muon) and {recipe.adam_rate:g} (Adam)"
+    return f"{recipe.train_steps} train steps of {recipe.batch_size} instances, {rates}"

@@ -52,20 +52,21 @@ def released_config(**changes: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StageRecipe:
-    """One stage: AdamW under a warm-up, stable, decay schedule."""
+    """One stage: Muon and Adam under one warm-up, stable, decay schedule."""
 
     train_steps: int
     batch_size: int
-    learning_rate: float = 2e-3
+    muon_rate: float = 0.01
+    adam_rate: float = 3e-3
     warmup_steps: int = 100
-    decay_fraction: float = 0.3
+    decay_fraction: float = 0.4
 
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of train step `step` (from 0): linear up, flat, linear down to nearly zero."""
+    def rate_at(self, step: int) -> float:
+        """The share of the learning rates at train step `step` (from 0): linear up, flat, linear down to nearly 0."""
         decay_steps = max(1, round(self.train_steps * self.decay_fraction))
         up = (step + 1) / max(1, self.warmup_steps)
         down = (self.train_steps - step) / decay_steps
-        return self.learning_rate * min(1.0, up, down)
+        return min(1.0, up, down)
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,10 @@ class Recipe:
     """
 
     seed: int = 0
-    context: StageRecipe = field(
-        default_factory=lambda: StageRecipe(train_steps=4000, batch_size=48, learning_rate=3e-3)
-    )
-    denoiser: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=11_000, batch_size=32))
+    context: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=2500, batch_size=48))
+    denoiser: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=10_000, batch_size=32))
     weight_decay: float = 0.05
     balance_rate: float = 1e-3
-    mask_draws: int = 2
     mock_ar_every: int = 4
     config: dict[str, Any] = field(default_factory=released_config)
 

@@ -24,6 +24,7 @@ from twotower.demo.balance import ExpertBalance
 from twotower.demo.batches import block_batch, causal_batch, next_token_batch, training_instances
 from twotower.demo.initialise import new_context_tower, new_denoiser_tower
 from twotower.demo.objectives import context_loss, denoiser_loss, mock_ar_loss
+from twotower.demo.optimizer import TowerOptimizer
 from twotower.demo.recipe import STAGES, Recipe, Stage
 from twotower.model.tower import DenoiserTower, Tower
 
@@ -82,7 +83,7 @@ class Trainer:
             "history": [asdict(entry) for entry in self.history],
             "context": self.context.state_dict(),
             "denoiser": None if self.denoiser is None else self.denoiser.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self._optimizer.state(),
             "recipe": asdict(self.recipe),
             "versions": versions(),
         }
@@ -102,7 +103,7 @@ class Trainer:
             self.denoiser = new_denoiser_tower(self.context, self._generator("denoiser"))
             self.denoiser.load_state_dict(state["denoiser"])
         self._start(self._trained)
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load(state["optimizer"])
         _logger.info("resumed the %s stage at train step %d", self.stage, self.step)
 
     @property
@@ -111,7 +112,8 @@ class Trainer:
 
     def _start(self, tower: Tower) -> None:
         self._balance = ExpertBalance(tower, self.recipe.balance_rate)
-        self._optimizer = _optimizer(tower, self.recipe.weight_decay)
+        stage = self.recipe.stage(self.stage)
+        self._optimizer = TowerOptimizer(tower, stage.muon_rate, stage.adam_rate, self.recipe.weight_decay)
         self._since = time.monotonic()
 
     def _advance_stage(self) -> None:
@@ -124,13 +126,10 @@ class Trainer:
 
     def _train_step(self) -> float:
         stage = self.recipe.stage(self.stage)
-        for group in self._optimizer.param_groups:
-            group["lr"] = stage.learning_rate_at(self.step)
         loss = self._loss(stage.batch_size)
-        self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self._trained.parameters(), 1.0)
-        self._optimizer.step()
+        self._optimizer.step(stage.rate_at(self.step))
         self._balance.update()
         self.step += 1
         return loss.item()
@@ -141,7 +140,7 @@ class Trainer:
             return context_loss(self.context, causal_batch(self.tokenizer, instances))
         batch = block_batch(self.tokenizer, instances)
         masks = self._generator(f"masks/{self.step}")
-        loss = denoiser_loss(self.context, self.denoiser, batch, self.recipe.mask_draws, masks)
+        loss = denoiser_loss(self.context, self.denoiser, batch, masks)
         if self.recipe.mock_ar_every and self.step % self.recipe.mock_ar_every == 0:
             cuts = next_token_batch(self.tokenizer, instances, self._generator(f"cuts/{self.step}"))
             loss = loss + mock_ar_loss(self.context, self.denoiser, cuts)
@@ -165,10 +164,3 @@ class Trainer:
 def versions() -> dict[str, str]:
     """What the run depends on beside this code."""
     return {"python": platform.python_version(), "torch": str(torch.__version__)}
-
-
-def _optimizer(tower: Tower, weight_decay: float) -> torch.optim.AdamW:
-    matrices = [p for p in tower.parameters() if p.dim() >= 2]
-    vectors = [p for p in tower.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)

@@ -19,17 +19,18 @@ def add(rng: Random) -> tuple[str, str]:
     for place in range(max(len(str(first)), len(str(second)))):
         left, right = (number // 10**place % 10 for number in (first, second))
         total = left + right + carry
-        steps.append(f"{left}+{right}+{carry}={total}")
+        steps.append(f"{left}+{right}+{carry}={total:02d}")
         carry = total // 10
     return f"add: {first} {second}\n", f"{' '.join(steps)} so {first + second}"
 
 
 def problem(rng: Random) -> tuple[str, str]:
-    """Someone has some things, gets boxes of more and gives a few away."""
+    """Someone has some things, gets boxes of more and gives a few away. No number on the way reaches 100."""
     name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
-    has, boxes, inside = rng.randrange(10, 50), rng.randrange(2, 10), rng.randrange(2, 10)
+    boxes = rng.randrange(2, 10)
+    inside = rng.randrange(-(-10 // boxes), 10)
     bought = boxes * inside
-    given = rng.randrange(2, 10)
+    has, given = rng.randrange(10, 100 - bought), rng.randrange(2, 10)
     prompt = f"problem: {name} has {has} {thing}, buys {boxes} boxes of {inside} and gives {given} away\n"
-    working = f"{boxes}x{inside}={bought}, {has}+{bought}={has + bought}, {has + bought}-{given}={has + bought - given}"
+    working = f"{boxes}x{inside}={bought} {has}+{bought}={has + bought} {has + bought}-{given}={has + bought - given}"
     return prompt, f"{working}: {name} has {has + bought - given} {thing}"
