@@ -20,6 +20,7 @@ from twotower.demo.tokenizer import EOS_ID, PAD_ID, encode_answer, encode_prompt
 
 IGNORED = -100
 _OPEN_EVERY = 4
+_LENGTHS = 3
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,26 @@ def training_instances(seed: int, stage: Stage, step: int, count: int) -> list[I
     return list(islice(stream("train", f"{seed}/{stage}/{step}"), count))
 
 
-def causal_batch(tokenizer: BpeTokenizer, instances: list[Instance]) -> CausalBatch:
-    """Prompt and answer in one row; only the answer, its eos and the line break before it are targets."""
-    tokens, targets = [], []
+def causal_batches(tokenizer: BpeTokenizer, instances: list[Instance]) -> list[CausalBatch]:
+    """Prompt and answer in one row; only the answer, its eos and the line break before it are targets.
+
+    Rows of about one length lie together: in one batch, half of all positions would be padding.
+    """
+    rows = []
     for instance in instances:
         prompt, answer = encode_prompt(tokenizer, instance.prompt), encode_answer(tokenizer, instance.answer)
-        tokens.append(torch.tensor([*prompt, *answer[:-1]]))
-        targets.append(torch.tensor([IGNORED] * (len(prompt) - 2) + prompt[-1:] + answer))
+        targets = [IGNORED] * (len(prompt) - 2) + prompt[-1:] + answer
+        rows.append((torch.tensor([*prompt, *answer[:-1]]), torch.tensor(targets)))
+    rows.sort(key=lambda row: len(row[0]))
+    size = -(-len(rows) // _LENGTHS)
+    return [_causal_batch(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+
+def _causal_batch(rows: list[tuple[Tensor, Tensor]]) -> CausalBatch:
+    tokens, targets = zip(*rows, strict=True)
     return CausalBatch(
-        pad_sequence(tokens, batch_first=True, padding_value=PAD_ID),
-        pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+        pad_sequence(list(tokens), batch_first=True, padding_value=PAD_ID),
+        pad_sequence(list(targets), batch_first=True, padding_value=IGNORED),
     )
 
 

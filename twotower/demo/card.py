@@ -45,13 +45,12 @@ Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
 - Context stage: {context};
   next-token loss on answers (and the line break before) only.
 - Denoiser stage: starts as a copy of the context tower, which is frozen and seeds each block with its states;
-  {denoiser};
+  {denoiser}, {mask_draws} masks per block;
   every {mock_ar_every}th train step adds mock-AR's own objective on as many single tokens as instances.
-  Blocks start where the prompt ends (for every fourth instance before its line break), each under two masks. The first
-  has 1 to 16 masked positions, all counts equally likely, and a further {full_mask_share:.0%} are fully masked;
-  {suffix_share:.0%} of them hide the block's end, the others random positions. The second is what a decoder would leave
-  of the first some steps later. The conditioning t is exactly masked / 16, as it is when served. Mean cross-entropy of
-  masked positions, weighted by the denoiser's confidence there.
+  Mean cross-entropy over masked positions. Blocks start where the prompt ends (for every fourth instance before its
+  line break). A block has 1 to 16 masked positions, all counts equally likely, and a further {full_mask_share:.0%} are
+  fully masked; {suffix_share:.0%} of the masks hide the block's end, the others random positions. The conditioning t is
+  exactly masked / 16, as it is when served.
 - Muon for the hidden matrices (weight decay {weight_decay:g}), Adam for the rest (gradient norm 1), warm-up, constant,
   linear decay over the last part. Experts kept in balance by their correction bias.
 
@@ -60,8 +59,9 @@ Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
 ## Limits
 
 Anything but the prompts above gives nonsense. Numbers reach 9999 (roman 3999), years 1900 to 2099, days 1 to 28;
-records have two to five fields, lists up to seven words or six numbers; numbers to add have up to four digits,
-functions up to three steps. Answers are at most four blocks long, so tokens per step are those of short answers.
+records have two to four fields, lists up to seven words or six numbers; numbers to add have up to four digits, word
+problems stay below 100, functions have up to three steps. Answers are at most four blocks long, so tokens per step are
+those of short answers.
 """
 
 
@@ -80,6 +80,7 @@ def model_card(trainer: Trainer, scores: list[Score], full_mask_share: float, su
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
         context=_stage(recipe.context),
         denoiser=_stage(recipe.denoiser),
+        mask_draws=recipe.mask_draws,
         mock_ar_every=recipe.mock_ar_every,
         minutes=_minutes(trainer),
         full_mask_share=full_mask_share,

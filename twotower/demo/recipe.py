@@ -77,10 +77,11 @@ class Recipe:
     """
 
     seed: int = 0
-    context: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=2500, batch_size=48))
-    denoiser: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=10_000, batch_size=32))
+    context: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=3000, batch_size=48))
+    denoiser: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=11_000, batch_size=32))
     weight_decay: float = 0.05
     balance_rate: float = 1e-3
+    mask_draws: int = 2
     mock_ar_every: int = 4
     config: dict[str, Any] = field(default_factory=released_config)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from twotower.config import ModelConfig
 from twotower.demo.balance import ExpertBalance
-from twotower.demo.batches import block_batch, causal_batch, next_token_batch, training_instances
+from twotower.demo.batches import block_batch, causal_batches, next_token_batch, training_instances
 from twotower.demo.initialise import new_context_tower, new_denoiser_tower
 from twotower.demo.objectives import context_loss, denoiser_loss, mock_ar_loss
 from twotower.demo.optimizer import TowerOptimizer
@@ -137,10 +137,10 @@ class Trainer:
     def _loss(self, batch_size: int) -> Tensor:
         instances = training_instances(self.recipe.seed, self.stage, self.step, batch_size)
         if self.denoiser is None:
-            return context_loss(self.context, causal_batch(self.tokenizer, instances))
+            return context_loss(self.context, causal_batches(self.tokenizer, instances))
         batch = block_batch(self.tokenizer, instances)
         masks = self._generator(f"masks/{self.step}")
-        loss = denoiser_loss(self.context, self.denoiser, batch, masks)
+        loss = denoiser_loss(self.context, self.denoiser, batch, self.recipe.mask_draws, masks)
         if self.recipe.mock_ar_every and self.step % self.recipe.mock_ar_every == 0:
             cuts = next_token_batch(self.tokenizer, instances, self._generator(f"cuts/{self.step}"))
             loss = loss + mock_ar_loss(self.context, self.denoiser, cuts)

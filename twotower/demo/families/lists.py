@@ -10,7 +10,7 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 def reverse(rng: Random) -> tuple[str, str]:
     """A list of words, last first."""
-    chosen = rng.choices(_WORDS, k=rng.choice((4, 5, 6, 7)))
+    chosen = rng.choices(_WORDS, k=rng.choice((3, 4, 5, 6)))
     return f"reverse: {' '.join(chosen)}\n", " ".join(reversed(chosen))
 
 
@@ -27,7 +27,7 @@ def count(rng: Random) -> tuple[str, str]:
     found, steps = 0, []
     for word in listed:
         found += word == wanted
-        steps.append(f"{word} {found}")
+        steps.append(f"{word} {found}" if word == wanted else word)
     return f"count {wanted}: {' '.join(listed)}\n", f"{', '.join(steps)}: {found}"
 
 

@@ -42,7 +42,7 @@ def json_object(rng: Random) -> tuple[str, str]:
 
 def table(rng: Random) -> tuple[str, str]:
     """A JSON object or pairs to a CSV head and row; a JSON object or CSV to pairs."""
-    record = _record(rng, rng.choice((3, 4, 5)))
+    record = _record(rng, rng.choice((2, 3, 4)))
     if rng.random() < 0.5:
         return f"csv: {rng.choice((_json, _pairs))(record)}\n", _csv(record)
     return f"pairs: {rng.choice((_json, _csv))(record)}\n", _pairs(record)
@@ -51,7 +51,7 @@ def table(rng: Random) -> tuple[str, str]:
 def describe(rng: Random) -> tuple[str, str]:
     """A sentence from facts, in the order they are given."""
     name = rng.choice(_VALUES["name"])
-    facts = {key: value for key, value in _record(rng, rng.choice((4, 5))).items() if key != "name"}
+    facts = {key: value for key, value in _record(rng, rng.choice((3, 4))).items() if key != "name"}
     told = [_SENTENCES[key].format(value) for key, value in facts.items()]
     listed = told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
     return f"describe: name={name} {_pairs(facts)}\n", f"{name.capitalize()} {listed}."
