@@ -16,7 +16,7 @@ from twotower.core import Mode
 from twotower.engine.settings import EngineSettings
 from twotower.model.tower import ContextTower, DenoiserTower
 
-PATHS = ("naive", "in_process", "served")
+PATHS = ("naive", "in_process_eager", "in_process", "served")
 _WARM_UP = 2
 _CALIBRATION_REQUESTS = 16
 _CLEARLY_FASTER = 0.9  # of the time with fewer threads
@@ -90,8 +90,11 @@ class Experiment:
         if name == "naive":
             return NaivePath(self._context, self._denoiser, threads)
         most = max(self.plan.concurrency)
-        settings = EngineSettings(max_sequences=most, max_sequence_length=512, max_queued_requests=4 * most)
-        return InProcessPath(self._context, self._denoiser, settings, threads)
+        capture = "off" if name == "in_process_eager" else "auto"
+        settings = EngineSettings(
+            max_sequences=most, max_sequence_length=512, max_queued_requests=4 * most, capture=capture
+        )
+        return InProcessPath(self._context, self._denoiser, settings, threads, name)
 
     async def _round(self, number: int, local: Sequence[str]) -> None:
         # Whoever went first in one round goes last in the next.

@@ -1,7 +1,8 @@
 """Bare tower passes at batch 1, over the naive loop's states and over ours: how fair the baseline is.
 
 Both sides time what a pass costs its caller: making the pass's states, running the tower, keeping what it wrote. No
-logits, no decision, no engine.
+logits, no decision, no engine. A third column has our passes as engines on a CPU replay them, recorded: a trick that
+the naive loop does without.
 """
 
 import statistics
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.reference.naive_loop import NaiveLoop
+from twotower.engine.recorded import RecordedPasses
 from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
 
@@ -22,12 +24,13 @@ Pass = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class ForwardTime:
-    """One kind of pass after `cached` tokens; seconds, a value per repetition."""
+    """One kind of pass after `cached` tokens; seconds, a value per repetition. `ours` and `naive` are eager."""
 
     name: str
     cached: int
     ours: tuple[float, ...]
     naive: tuple[float, ...]
+    recorded: tuple[float, ...]
 
     @property
     def ours_s(self) -> float:
@@ -38,8 +41,12 @@ class ForwardTime:
         return statistics.median(self.naive)
 
     @property
+    def recorded_s(self) -> float:
+        return statistics.median(self.recorded)
+
+    @property
     def ratio(self) -> float:
-        """Naive over ours, of the medians."""
+        """Naive over ours, both eager, of the medians."""
         return self.naive_s / self.ours_s
 
 
@@ -49,19 +56,20 @@ def compare_forwards(
 ) -> list[ForwardTime]:
     """Every kind of pass the loop makes, timed alternately."""
     times = []
-    for name, (ours, naive) in _passes(context, denoiser, cached).items():
-        seconds: tuple[list[float], list[float]] = ([], [])
+    for name, sides in _passes(context, denoiser, cached).items():
+        seconds: list[list[float]] = [[] for _ in sides]
         for repetition in range(-2, repetitions):
-            for side, run in enumerate((ours, naive)):
+            for side, run in enumerate(sides):
                 started = time.perf_counter()
                 run()
                 if repetition >= 0:
                     seconds[side].append(time.perf_counter() - started)
-        times.append(ForwardTime(name, cached, tuple(seconds[0]), tuple(seconds[1])))
+        times.append(ForwardTime(name, cached, *map(tuple, seconds)))
     return times
 
 
-def _passes(context: ContextTower, denoiser: DenoiserTower, cached: int) -> dict[str, tuple[Pass, Pass]]:
+def _passes(context: ContextTower, denoiser: DenoiserTower, cached: int) -> dict[str, tuple[Pass, Pass, Pass]]:
+    """Ours, the naive loop's, ours recorded."""
     vocab = context.config.vocab_size
     seen = [4 + i % (vocab - 4) for i in range(cached)]
     block = torch.full((_BLOCK,), 3)
@@ -83,13 +91,27 @@ def _passes(context: ContextTower, denoiser: DenoiserTower, cached: int) -> dict
 
     extend(slot, seen)
     cache.advance(slot, cached)
+    reads, steps = (RecordedPasses(tower, cache, often=1) for tower in (context, denoiser))
     empty = naive_cache.empty(context.config, context.device, context.dtype)
     return {
-        f"denoiser step [1,{_BLOCK}]": (denoise, lambda: loop.denoise(naive_cache, block, 0.5)),
+        f"denoiser step [1,{_BLOCK}]": (
+            denoise,
+            lambda: loop.denoise(naive_cache, block, 0.5),
+            lambda: steps.run([slot], [block.tolist()], [0.5], head=False),
+        ),
         f"commit [1,{_BLOCK}]": (
             lambda: extend(slot, block.tolist()),
             lambda: loop.extend(naive_cache, block.tolist()),
+            lambda: reads.run([slot], [block.tolist()], head=False),
         ),
-        "AR step [1,1]": (lambda: extend(slot, [5]), lambda: loop.extend(naive_cache, [5])),
-        f"prompt [1,{cached}]": (lambda: extend(fresh, seen), lambda: loop.extend(empty, seen)),
+        "AR step [1,1]": (
+            lambda: extend(slot, [5]),
+            lambda: loop.extend(naive_cache, [5]),
+            lambda: reads.run([slot], [[5]], head=False),
+        ),
+        f"prompt [1,{cached}]": (
+            lambda: extend(fresh, seen),
+            lambda: loop.extend(empty, seen),
+            lambda: reads.run([fresh], [seen], head=False),
+        ),
     }

@@ -73,11 +73,16 @@ class InProcessPath:
     """`twotower.engine.in_process`: both towers on one thread, local exchange. `pair_of` is `open_pair` on loaded
     towers, so every path that runs here has the same weights in the same memory."""
 
-    name = "in_process"
-
-    def __init__(self, context: ContextTower, denoiser: DenoiserTower, settings: EngineSettings, threads: int) -> None:
+    def __init__(
+        self,
+        context: ContextTower,
+        denoiser: DenoiserTower,
+        settings: EngineSettings,
+        threads: int,
+        name: str = "in_process",
+    ) -> None:
         self._context, self._denoiser = context, denoiser
-        self._settings, self._threads = settings, threads
+        self._settings, self._threads, self.name = settings, threads, name
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Running]:
