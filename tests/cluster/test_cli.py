@@ -17,7 +17,7 @@ from cluster.deployment import Progress, missing, progress, reason
 from cluster.generate_arguments import add_generate_arguments, request_of
 from cluster.run_state import RunState
 from cluster.up import Up, check_host
-from tests.cluster.fakes import ScriptedCells, generation, grpc_server
+from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
 from tests.cluster.service import free_port
 from twotower.errors import ConfigError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
@@ -109,6 +109,22 @@ async def test_proxies_of_the_environment_are_not_asked(
         code = await asyncio.to_thread(main, ["generate", "--prompt", "a", "--address", address, "--timeout", "5"])
     assert (info.model_name, code) == ("fake", 0)
     assert "All good things" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("with_tokenizer", "prompt", "printed"),
+    [
+        (True, ["--prompt", "a", "--stop", "All good ideas"], "All good things come to those who wait.\n"),
+        (False, ["--prompt-token-ids", "5"], "".join(f"{token} " for token in tokens("All good things"))),
+    ],
+)
+async def test_token_ids_are_shown_only_where_there_is_no_text(
+    with_tokenizer: bool, prompt: list[str], printed: str, cells: ScriptedCells, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stop string holds back the text of the first blocks, whose tokens are there."""
+    async with grpc_server(generation(cells, with_tokenizer)) as (address, _):
+        code = await asyncio.to_thread(main, ["generate", *prompt, "--address", address, "--timeout", "5"])
+    assert code == 0 and capsys.readouterr().out.startswith(printed)
 
 
 def test_something_else_on_the_port_is_not_ready() -> None:
