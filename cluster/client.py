@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from cluster.invocation import command
 from twotower.errors import TwoTowerError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
@@ -94,5 +95,5 @@ def _print_json(events: Iterable[pb.GenerateStreamResponse]) -> None:
 def explained(error: Any, address: str) -> Unavailable | Refused:
     """What to tell a person of a call's error."""
     if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in error.details():
-        return Unavailable(f"no service answers on {address}; start one with: python -m cluster up")
+        return Unavailable(f"no service answers on {address}; start one with: {command('up')}")
     return Refused(error.details(), error.code() is grpc.StatusCode.INVALID_ARGUMENT)
