@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,3 +77,20 @@ def test_files_that_cannot_be(source: str, target: str, words: str, tmp_path: Pa
     done = run("--checkpoint", IDS_ONLY, "--input", str(tmp_path / source), "--output", str(tmp_path / target))
     assert done.code == 2 and done.err.count("\n") == 1 and words in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line", "words"),
+    [
+        (["--mode", "ar", "--top-k", "5"], {"mode": "diffusion"}, "top_k: got 5, but top_k is not supported in diffusion"),
+        (["--block-size", "8"], {"mode": "ar"}, "block_size: got 8, but block_size has no meaning in ar mode"),
+    ],
+)
+def test_a_flag_without_a_meaning_in_a_lines_mode_is_refused_for_that_line(
+    flags: list[str], line: dict[str, Any], words: str, tmp_path: Path, run: Callable[..., Run]
+) -> None:
+    common = {"prompt_token_ids": [5], "max_new_tokens": 2}
+    file, out = json_lines(tmp_path / "in", common | {"id": "good"}, common | line), tmp_path / "out"
+    done = run("--checkpoint", IDS_ONLY, "--input", file, "--output", str(out), *flags)
+    assert f"{file}:2: {words}" in done.err
+    assert [result["id"] for result in results_of(out)] == ["good"]

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from twotower.commands.arguments import PARAMS
-from twotower.commands.orders import BadLine, Model, Order, open_model, order_of, read_orders, with_defaults
+from twotower.commands.orders import BadLine, Model, Order, open_model, order_of, read_orders
 from twotower.commands.output import whole_file
 from twotower.commands.results import Result, decode
 from twotower.engine.in_process import open_pair, pick_device, pick_dtype
@@ -22,6 +22,7 @@ from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
 from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.validation import parse_params
 
 _MAX_SEQUENCES = 32
 # Orders given to the pair at a time, and the length of its queue: an order may have ended before its room is free, so
@@ -94,9 +95,9 @@ def _generate_many(options: Namespace, model: Model, given: dict[str, object]) -
 
 def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> list[Order]:
     """The orders of all good lines; the bad ones are told of. Raises InvalidRequest where these are too many."""
+    parse_params(given, model.limits)
     stop = {} if options.stop is None else {"stop": options.stop}
-    seed = {"seed": given["seed"]} if "seed" in given else {}
-    lines = list(read_orders(options.input, with_defaults(model, given), stop | seed))
+    lines = list(read_orders(options.input, model, given | stop))
     bad = [line for line in lines if isinstance(line, BadLine)]
     good = [line for line in lines if isinstance(line, Order)]
     for line in bad:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import twotower
@@ -10,7 +10,7 @@ from twotower.core import DecodingParams, Request
 from twotower.decoding.text import Tokenizer, check_stop, encode_prompt, load_tokenizer
 from twotower.errors import InvalidRequest
 from twotower.model.checkpoint import Checkpoint
-from twotower.validation import ModelLimits, Problems, check_known, check_text, make_request, parse_params
+from twotower.validation import ModelLimits, Problems, check_known, check_text, make_request
 
 LONGEST_SEQUENCE = 4096
 _PARAMS = {field.name for field in fields(DecodingParams)}
@@ -58,11 +58,6 @@ def open_model(name: str) -> Model:
     return Model(directory, checkpoint, load_tokenizer(directory), limits)
 
 
-def with_defaults(model: Model, given: Mapping[str, object]) -> Model:
-    """The model with these parameters where a line gives none. Raises InvalidRequest."""
-    return replace(model, limits=replace(model.limits, defaults=parse_params(given, model.limits)))
-
-
 def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Order:
     """One checked request. Raises InvalidRequest."""
     problems = Problems()
@@ -75,7 +70,9 @@ def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Ord
 
 
 def read_orders(path: Path, model: Model, given: Mapping[str, object]) -> Iterator[Order | BadLine]:
-    """Every line of a JSON lines file, in order, blank ones left out. `given` fills in what a line does not say."""
+    """Every line of a JSON lines file, in order, blank ones left out. `given` counts as said by every line that does
+    not say otherwise, so a flag that means nothing in a line's own mode is refused for that line.
+    """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
