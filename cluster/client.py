@@ -94,6 +94,8 @@ def _print_json(events: Iterable[pb.GenerateStreamResponse]) -> None:
 
 def explained(error: Any, address: str) -> Unavailable | Refused:
     """What to tell a person of a call's error."""
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "resol" in error.details():
+        return Unavailable(f"{address}: no such host")
     if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in error.details():
         return Unavailable(f"no service answers on {address}; start one with: {command('up')}")
     return Refused(error.details(), error.code() is grpc.StatusCode.INVALID_ARGUMENT)
