@@ -108,6 +108,8 @@ def test_with_answers_of_his_own(address: str, tmp_path: Path, capsys: pytest.Ca
         ("", "got no prompt at all"),
         ('{"prompt": "a"', "line 1: got broken JSON"),
         ('{"prompt": "a"}\n[1]', "line 2: got an array, wanted a JSON object"),
+        ('{"prompt": "a", "prompt": "b"}', "line 1: got broken JSON: 'prompt' is there twice"),
+        ('{"prompt": null}', "line 1: got neither"),
         ('{"prompt": "a", "promt": 1}', "line 1: got the field 'promt'"),
         ('{"prompt": ""}', "line 1: got an empty prompt"),
         ('{"prompt": "a", "prompt_token_ids": [1]}', "line 1: got both"),

@@ -41,6 +41,14 @@ def test_flags_fill_in_what_a_line_leaves_out(tmp_path: Path, run: Callable[...,
     assert (second["mode"], second["seed"], len(second["token_ids"])) == ("diffusion", 4, 9)
 
 
+def test_null_counts_as_not_given(tmp_path: Path, run: Callable[..., Run]) -> None:
+    nothing = {name: None for name in ("id", "prompt", "mode", "seed", "stop", "priority", "max_new_tokens")}
+    file, out = json_lines(tmp_path / "in", {"prompt_token_ids": [5], **nothing}), tmp_path / "out"
+    assert run("--checkpoint", IDS_ONLY, "--input", file, "--output", str(out), "--max-new-tokens", "3").code == 0
+    [result] = results_of(out)
+    assert list(result) == RESULT and len(result["token_ids"]) <= 3
+
+
 def numbered(tmp_path: Path, count: int) -> tuple[list[str], Path]:
     lines = [{"id": n, "prompt_token_ids": [5], "mode": "ar", "max_new_tokens": 16 * (n + 1)} for n in range(count)]
     out = tmp_path / "out"

@@ -1,6 +1,5 @@
 """From what a user wrote (flags, or a line of JSON) to a checked request. Touches headers and tokenizer, no tower."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from twotower.core import DecodingParams, Request
 from twotower.decoding.text import Tokenizer, check_stop, encode_prompt, load_tokenizer
 from twotower.errors import InvalidRequest
 from twotower.model.checkpoint import Checkpoint
+from twotower.strict_json import parse_line, read_lines
 from twotower.validation import ModelLimits, Problems, check_known, check_text, make_request
 
 LONGEST_SEQUENCE = 4096
@@ -73,36 +73,15 @@ def read_orders(path: Path, model: Model, given: Mapping[str, object]) -> Iterat
     """Every line of a JSON lines file, in order, blank ones left out. `given` counts as said by every line that does
     not say otherwise, so a flag that means nothing in a line's own mode is refused for that line.
     """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _order_of_line(line.removeprefix(b"\xef\xbb\xbf"), model, given, number)
-    except OSError as error:
-        raise InvalidRequest.of("--input", f"{path}: {error.strerror or error}") from error
+    for number, line in read_lines(path):
+        yield _order_of_line(line, model, given, number)
 
 
 def _order_of_line(line: bytes, model: Model, given: Mapping[str, object], number: int) -> Order | BadLine:
     try:
-        return order_of({**given, **_values_of(line)}, model, number)
+        return order_of({**given, **parse_line(line)}, model, number)
     except InvalidRequest as error:
         return BadLine(number, error)
-
-
-def _values_of(line: bytes) -> dict[str, object]:
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InvalidRequest.of("line", f"broken UTF-8 at byte {error.start + 1}, wanted a JSON object") from error
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg} at column {error.colno}"
-        raise InvalidRequest.of("line", f"broken JSON ({reason}), wanted a JSON object") from error
-    except (ValueError, RecursionError) as error:
-        # A number of thousands of digits, or brackets nested thousands deep.
-        raise InvalidRequest.of("line", f"unreadable JSON ({error}), wanted a JSON object") from error
-    if not isinstance(values, dict):
-        raise InvalidRequest.of("line", f"got a JSON {type(values).__name__}, wanted a JSON object")
-    return values
 
 
 def _prompt(values: Mapping[str, object], tokenizer: Tokenizer | None) -> Sequence[object]:
