@@ -101,13 +101,18 @@ def check_values(given: Mapping[str, object]) -> dict[str, object]:
     return values
 
 
-def check_priority(priority: object) -> int:
+def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """Raises InvalidRequest."""
     problems = Problems()
     checked: dict[str, object] = {}
-    _integer(MIN_PRIORITY, MAX_PRIORITY)("priority", priority, checked, problems)
+    _integer(low, high)(name, value, checked, problems)
     problems.raise_any()
-    return checked["priority"]  # type: ignore[return-value]
+    return checked[name]  # type: ignore[return-value]
+
+
+def check_priority(priority: object) -> int:
+    """Raises InvalidRequest."""
+    return check_integer("priority", priority, MIN_PRIORITY, MAX_PRIORITY)
 
 
 def check_token_ids(name: str, token_ids: Sequence[object], vocab_size: int) -> tuple[int, ...]:

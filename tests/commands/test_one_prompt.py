@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.running import IDS_ONLY, RESULT, Run
+from tests.commands.running import IDS_ONLY, RESULT, Run, fake_pair
 from tests.decoding.tokenizers_for_tests import metaspace
 from tests.goldens import golden
 from tests.model.checkpoints import base_tensors, config_of, tensors_of, write
@@ -96,3 +96,22 @@ def test_a_base_checkpoint_decodes_ar_unasked(tmp_path: Path, run: Callable[...,
     assert done.result["token_ids"] == run("--checkpoint", IDS_ONLY, "--mode", "ar", *common).result["token_ids"]
     refused = run("--checkpoint", base, *common, "--mode", "diffusion")
     assert refused.code == 2 and "wanted a mode this checkpoint can serve (ar)" in refused.err
+
+
+def test_the_longest_sequence_is_ours_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Run]
+) -> None:
+    """The checkpoint's max_position_embeddings has no say: there are no position embeddings."""
+    config = config_of("tt_moe") | {"max_position_embeddings": 8}
+    common = ["--checkpoint", str(write(tmp_path, tensors_of("tt_moe"), config)), "--prompt-token-ids", "5,6"]
+    opened = fake_pair(monkeypatch, lambda request: None)
+    assert run(*common, "--max-new-tokens", "4094").code == 0
+    assert run(*common, "--max-new-tokens", "9998", "--max-sequence-length", "10000").code == 0
+    assert [settings.max_sequence_length for settings in opened] == [4096, 10000]
+    for flags, words in (
+        (["--max-new-tokens", "9", "--max-sequence-length", "10"], "wanted at most 10 together"),
+        (["--max-sequence-length", "0"], "max_sequence_length: got 0, wanted an integer at least 2"),
+        (["--max-sequence-length", "long"], "max_sequence_length: got 'long', wanted an integer"),
+    ):
+        done = run(*common, *flags)
+        assert done.code == 2 and words in done.err

@@ -96,6 +96,13 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
+    group.add_argument(
+        "--max-sequence-length",
+        type=number,
+        default=4096,
+        metavar="N",
+        help="prompt and new tokens of a request together, at most (default: 4096)",
+    )
     group.add_argument("--dtype", default="float32", help="float32 | bfloat16 (default: float32)")
     group.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
 

@@ -46,7 +46,7 @@ def generate(options: Namespace) -> Outcome:
     """Raises InvalidRequest, CheckpointError or ConfigError before a tower is loaded, other TwoTowerErrors after."""
     pick_device(options.device)
     pick_dtype(options.dtype)
-    model = open_model(options.checkpoint)
+    model = open_model(options.checkpoint, options.max_sequence_length)
     if model.checkpoint.config.hidden_size <= _SMALL_WIDTH:
         torch.set_num_threads(1)
     given = {name: getattr(options, name) for name in PARAMS if hasattr(options, name)}

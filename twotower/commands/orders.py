@@ -10,9 +10,8 @@ from twotower.decoding.text import Tokenizer, check_stop, encode_prompt, load_to
 from twotower.errors import InvalidRequest
 from twotower.model.checkpoint import Checkpoint
 from twotower.strict_json import parse_line, read_lines
-from twotower.validation import ModelLimits, Problems, check_known, check_text, make_request
+from twotower.validation import ModelLimits, Problems, check_integer, check_known, check_text, make_request
 
-LONGEST_SEQUENCE = 4096
 _PARAMS = {field.name for field in fields(DecodingParams)}
 _FIELDS = {"id", "prompt", "prompt_token_ids", "stop", "priority"} | _PARAMS
 
@@ -48,11 +47,11 @@ class BadLine:
     error: InvalidRequest
 
 
-def open_model(name: str) -> Model:
-    """`demo`, or a directory. Raises CheckpointError."""
+def open_model(name: str, max_sequence_length: object) -> Model:
+    """`demo`, or a directory. Raises CheckpointError, or InvalidRequest for a length that is none."""
+    longest = check_integer("max_sequence_length", max_sequence_length, 2)
     directory = Path(twotower.__file__).parent / "demo" / "checkpoint" if name == "demo" else Path(name)
     checkpoint = Checkpoint.open(directory)
-    longest = min(checkpoint.config.max_position_embeddings, LONGEST_SEQUENCE)
     defaults = DecodingParams(mode=checkpoint.modes[0])
     limits = ModelLimits(checkpoint.config.vocab_size, longest, checkpoint.modes, defaults)
     return Model(directory, checkpoint, load_tokenizer(directory), limits)
