@@ -39,7 +39,7 @@ def test_bad_lines_are_told_by_number_and_skipped(tmp_path: Path, run: Callable[
     file = json_lines(tmp_path / "in", "", *[line for line, _ in BAD_LINES], "  ", good)
     out = tmp_path / "out"
     done = run("--checkpoint", IDS_ONLY, "--input", file, "--output", str(out))
-    assert done.code == 0 and [result["id"] for result in results_of(out)] == ["good"]
+    assert done.code == 1 and [result["id"] for result in results_of(out)] == ["good"]
     told = done.err.splitlines()
     for number, (_, words) in enumerate(BAD_LINES, 2):
         [line] = [line for line in told if line.startswith(f"{file}:{number}: ")]
@@ -97,5 +97,5 @@ def test_a_flag_without_a_meaning_in_a_lines_mode_is_refused_for_that_line(
     common = {"prompt_token_ids": [5], "max_new_tokens": 2}
     file, out = json_lines(tmp_path / "in", common | {"id": "good"}, common | line), tmp_path / "out"
     done = run("--checkpoint", IDS_ONLY, "--input", file, "--output", str(out), *flags)
-    assert f"{file}:2: {words}" in done.err
+    assert done.code == 1 and f"{file}:2: {words}" in done.err
     assert [result["id"] for result in results_of(out)] == ["good"]

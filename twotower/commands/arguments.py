@@ -29,6 +29,9 @@ examples:
   many prompts, one JSON object a line in and out, decoded together, order kept:
     echo '{"id": "a", "prompt": "words: 6550\\n", "mode": "ar"}' > prompts.jsonl
     python -m twotower generate --checkpoint demo --input prompts.jsonl --output answers.jsonl
+
+exit status: 0 all done; 1 a failure, or lines of --input that were skipped or whose request failed;
+2 nothing done, because of the input (with --strict one bad line is enough); 130 Ctrl-C
 """
 
 

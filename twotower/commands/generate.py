@@ -36,7 +36,7 @@ _Outcome = Result | TwoTowerError
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How many orders came to an end, and how many did not."""
+    """How many orders came to an end, and how many did not, lines that never became one included."""
 
     num_done: int
     num_failed: int
@@ -80,7 +80,7 @@ def _generate_one(options: Namespace, model: Model, given: dict[str, object]) ->
 def _generate_many(options: Namespace, model: Model, given: dict[str, object]) -> Outcome:
     if options.output.exists() and options.input.exists() and options.output.samefile(options.input):
         raise InvalidRequest.of("--output", f"{options.output}: is the --input file, wanted another one")
-    orders = _good_lines(options, model, given)
+    orders, num_skipped = _good_lines(options, model, given)
     count = _Count()
     with whole_file(options.output) as file:
         if orders:
@@ -90,11 +90,13 @@ def _generate_many(options: Namespace, model: Model, given: dict[str, object]) -
         f"({count.rate:.0f} tokens/s)",
         file=sys.stderr,
     )
-    return Outcome(count.done, len(orders) - count.done)
+    return Outcome(count.done, len(orders) - count.done + num_skipped)
 
 
-def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> list[Order]:
-    """The orders of all good lines; the bad ones are told of. Raises InvalidRequest where these are too many."""
+def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> tuple[list[Order], int]:
+    """The orders of all good lines, and the number of bad ones, which are told of. Raises InvalidRequest where these
+    are too many.
+    """
     parse_params(given, model.limits)
     stop = {} if options.stop is None else {"stop": options.stop}
     lines = list(read_orders(options.input, model, given | stop))
@@ -106,7 +108,7 @@ def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> l
         raise InvalidRequest.of("--input", f"{options.input}: {len(bad)} bad lines of {len(lines)}, nothing decoded")
     if bad:
         print(f"{options.input}: {len(bad)} bad lines of {len(lines)} skipped", file=sys.stderr)
-    return good
+    return good, len(bad)
 
 
 @dataclass(slots=True)
