@@ -21,7 +21,7 @@ PARAMS = (
     "stop_token_ids",
     "ignore_eos",
 )
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   one prompt, text on the terminal as blocks are committed:
     python -m twotower generate --checkpoint demo --prompt $'roman: 3840\\n' --max-new-tokens 32
@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "generate",
         help="generate text from a checkpoint, in this process",
         description="Generate text from a checkpoint, in this process: no service, no network.",
-        epilog=_EXAMPLES,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_sources(generate)
