@@ -11,6 +11,7 @@ from tqdm import tqdm
 from cluster import run_state
 from cluster.flag_types import host_and_port, seconds
 from cluster.tune.report import Findings
+from twotower.commands.parser import number
 
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 DESCRIPTION = """Ask the running service your own prompts at several confidence thresholds γ and in ar mode, and say
@@ -83,11 +84,8 @@ def _file(prefix: Path, ending: str) -> Path:
 
 
 def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
+    value = number(text)
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number from 0 to 1")
     return value
 

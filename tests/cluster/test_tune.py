@@ -128,6 +128,22 @@ def test_a_bad_line_is_named_before_anything_is_sent(
     assert said in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--timeout", "nan"], "--timeout: got 'nan', wanted seconds, above 0"),
+        (["--address", "nonsense"], "--address: got 'nonsense', wanted HOST:PORT"),
+        (["--quality-floor", "0_1"], "--quality-floor: got '0_1', wanted a number from 0 to 1"),
+        (["--confidence-thresholds", "0.5,nan"], "--confidence-thresholds: got 'nan', wanted a number from 0 to 1"),
+    ],
+)
+def test_a_bad_flag_is_one_line(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["tune", "--input", "p.jsonl", *flags])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and words in error and error.count("\n") == 1
+
+
 def test_answers_of_another_file_are_matched_by_id(tmp_path: Path) -> None:
     prompts = _lines(tmp_path / "p", {"id": 1, "prompt": "a"}, {"id": "x", "prompt": "b"})
     answers = _lines(tmp_path / "a", {"id": "x", "answer": "B"}, {"id": 1, "answer": "A"})
