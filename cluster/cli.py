@@ -10,9 +10,11 @@ from pathlib import Path
 
 from cluster import run_state
 from cluster.config import load_config
+from cluster.flag_types import port
 from cluster.generate_arguments import add_generate_arguments, request_of
 from cluster.run_state import RunState
 from cluster.tune import command as tune_command
+from twotower.commands.parser import Parser
 from twotower.errors import ConfigError, InvalidRequest, TwoTowerError
 from twotower.validation import one_line
 
@@ -58,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m cluster", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw
-    )
+    parser = Parser("python -m cluster", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     up = commands.add_parser("up", help="start the service and stay", epilog=_UP_EXAMPLES, formatter_class=raw)
     up.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML, such as deploy/serve/local.yaml")
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     up.set_defaults(run=_up)
     for name, run, text in (("status", _status, "say how it is"), ("down", _down, "stop it")):
         command = commands.add_parser(name, help=text)
-        command.add_argument("--http-port", type=int, metavar="PORT", help="which service, where there are several")
+        command.add_argument("--http-port", type=port, metavar="PORT", help="which service, where there are several")
         command.set_defaults(run=run)
     generate = commands.add_parser("generate", help="send a prompt and show the answer", formatter_class=raw)
     add_generate_arguments(generate)

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from cluster.invocation import command
 from twotower.errors import TwoTowerError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
@@ -42,8 +43,11 @@ def generate(address: str, request: pb.GenerateRequest, timeout_s: float | None,
     with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
         try:
-            events = stub.GenerateStream(request, timeout=timeout_s)
-            _print_json(events) if as_json else _print_text(events)
+            if as_json:
+                _print_json(stub.GenerateStream(request, timeout=timeout_s))
+            else:
+                has_text = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout_s).has_tokenizer
+                _print_text(stub.GenerateStream(request, timeout=timeout_s), has_text)
         except grpc.RpcError as error:
             raise explained(error, address) from None
 
@@ -64,11 +68,12 @@ def mode_names(modes: Iterable[int]) -> list[str]:
     return [pb.Mode.Name(mode).removeprefix("MODE_").lower() for mode in modes]
 
 
-def _print_text(events: Iterable[pb.GenerateStreamResponse]) -> None:
+def _print_text(events: Iterable[pb.GenerateStreamResponse], has_text: bool) -> None:
+    """Token ids only where the service has no text at all: a block's text may lag behind its tokens."""
     for event in events:
         if event.HasField("block"):
             block = event.block
-            print(block.text or "".join(f"{token} " for token in block.token_ids), end="", flush=True)
+            print(block.text if has_text else "".join(f"{token} " for token in block.token_ids), end="", flush=True)
     print()
 
 
@@ -89,6 +94,8 @@ def _print_json(events: Iterable[pb.GenerateStreamResponse]) -> None:
 
 def explained(error: Any, address: str) -> Unavailable | Refused:
     """What to tell a person of a call's error."""
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "resol" in error.details():
+        return Unavailable(f"{address}: no such host")
     if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in error.details():
-        return Unavailable(f"no service answers on {address}; start one with: python -m cluster up")
+        return Unavailable(f"no service answers on {address}; start one with: {command('up')}")
     return Refused(error.details(), error.code() is grpc.StatusCode.INVALID_ARGUMENT)

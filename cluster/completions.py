@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.generation import Ask
-from cluster.strict_json import kind_of
 from twotower.errors import FieldError, InvalidRequest
+from twotower.strict_json import kind_of
 from twotower.validation import Problems, show, show_name
 
 MAX_PROMPTS = 256

@@ -19,8 +19,8 @@ from cluster.completions import CompletionCall, outside_problems, parse_call
 from cluster.error_codes import CODES, Failure, describe
 from cluster.generation import Answer, Chunk, Generation, Order
 from cluster.streams import until_disconnect
-from cluster.strict_json import parse_json
 from twotower.errors import InvalidRequest
+from twotower.strict_json import parse_json
 from twotower.validation import one_line, show
 
 logger = logging.getLogger(__name__)

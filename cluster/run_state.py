@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster.invocation import command
 from twotower.errors import ConfigError
 
 
@@ -81,7 +82,7 @@ def the_one(http_port: int | None) -> tuple[int, RunState]:
             raise ConfigError(f"no service of yours listens on HTTP port {http_port}")
         return http_port, services[http_port]
     if not services:
-        raise ConfigError("no service of yours is running; start one with: python -m cluster up")
+        raise ConfigError(f"no service of yours is running; start one with: {command('up')}")
     if len(services) > 1:
         raise ConfigError(f"several services are running; choose one with --http-port: {', '.join(map(str, services))}")
     return next(iter(services.items()))

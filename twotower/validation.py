@@ -6,7 +6,8 @@ Command line, HTTP and gRPC all come through here with a plain mapping, so that 
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from twotower.core import DecodingParams, Mode, Request, RequestId
 from twotower.errors import FieldError, InvalidRequest
@@ -32,6 +33,9 @@ class ModelLimits:
     defaults: DecodingParams = field(default_factory=DecodingParams)
 
 
+_Checked = TypeVar("_Checked")
+
+
 class Problems:
     """Collects everything wrong with a request, so that its author sees all of it at once."""
 
@@ -44,8 +48,13 @@ class Problems:
     def say(self, name: str, message: str) -> None:
         self._found.append(FieldError(name, message))
 
-    def extend(self, problems: Iterable[FieldError]) -> None:
-        self._found.extend(problems)
+    def of(self, check: Callable[[], _Checked], otherwise: _Checked) -> _Checked:
+        """What `check` returns; where it raises InvalidRequest, `otherwise`, and its problems are collected."""
+        try:
+            return check()
+        except InvalidRequest as error:
+            self._found.extend(error.problems)
+            return otherwise
 
     def raise_any(self) -> None:
         if self._found:
@@ -67,20 +76,51 @@ def parse_params(given: Mapping[str, object], limits: ModelLimits) -> DecodingPa
     Only fields that were given appear in `given`; an unknown one is an error. Types are strict: no "5" for 5, no
     true for 1; a whole float passes for an int nowhere.
     """
+    values = check_values(given)
     problems = Problems()
-    known = {f.name for f in fields(DecodingParams)}
-    check_known(given, known, problems)
-    values: dict[str, object] = {}
-    for name in sorted(known & set(given)):
-        _PARSERS[name](name, given[name], values, problems)
-    problems.raise_any()
     mode = values.get("mode", limits.defaults.mode)
     _check_mode(mode, values, limits, problems)
-    _check_in_vocabulary("stop_token_ids", values.get("stop_token_ids", ()), limits, problems)
+    _check_in_vocabulary("stop_token_ids", values.get("stop_token_ids", ()), limits.vocab_size, problems)
     problems.raise_any()
     values.setdefault("seed", draw_seed())
-    chosen = {name: values.get(name, getattr(limits.defaults, name)) for name in known}
+    chosen = {name: values.get(name, getattr(limits.defaults, name)) for name in _PARSERS}
     return DecodingParams(**chosen)  # type: ignore[arg-type]
+
+
+def check_values(given: Mapping[str, object]) -> dict[str, object]:
+    """The fields of `given` as DecodingParams has them, each looked at alone: its type, its range, no model, no mode.
+
+    Raises InvalidRequest with every problem.
+    """
+    problems = Problems()
+    check_known(given, _PARSERS, problems)
+    values: dict[str, object] = {}
+    for name in sorted(_PARSERS.keys() & given.keys()):
+        _PARSERS[name](name, given[name], values, problems)
+    problems.raise_any()
+    return values
+
+
+def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """Raises InvalidRequest."""
+    problems = Problems()
+    checked: dict[str, object] = {}
+    _integer(low, high)(name, value, checked, problems)
+    problems.raise_any()
+    return checked[name]  # type: ignore[return-value]
+
+
+def check_priority(priority: object) -> int:
+    """Raises InvalidRequest."""
+    return check_integer("priority", priority, MIN_PRIORITY, MAX_PRIORITY)
+
+
+def check_token_ids(name: str, token_ids: Sequence[object], vocab_size: int) -> tuple[int, ...]:
+    """Every one of them in range. Raises InvalidRequest that names the first which is not."""
+    problems = Problems()
+    _check_in_vocabulary(name, token_ids, vocab_size, problems)
+    problems.raise_any()
+    return tuple(token_ids)  # type: ignore[arg-type]
 
 
 def check_prompt(prompt_token_ids: Sequence[object], limits: ModelLimits) -> tuple[int, ...]:
@@ -91,7 +131,7 @@ def check_prompt(prompt_token_ids: Sequence[object], limits: ModelLimits) -> tup
     elif not prompt_token_ids:
         problems.say("prompt", "got an empty prompt, wanted at least one token")
     else:
-        _check_in_vocabulary("prompt_token_ids", prompt_token_ids, limits, problems)
+        _check_in_vocabulary("prompt_token_ids", prompt_token_ids, limits.vocab_size, problems)
     problems.raise_any()
     return tuple(prompt_token_ids)  # type: ignore[arg-type]
 
@@ -139,20 +179,11 @@ def make_request(
 ) -> Request:
     """A request that fits the running model. Raises InvalidRequest naming each field that does not."""
     problems = Problems()
-    prompt: tuple[int, ...] = ()
-    params = limits.defaults
-    try:
-        prompt = check_prompt(prompt_token_ids, limits)
-    except InvalidRequest as error:
-        problems.extend(error.problems)
-    try:
-        params = parse_params(given, limits)
-    except InvalidRequest as error:
-        problems.extend(error.problems)
-    checked: dict[str, object] = {}
-    _integer(MIN_PRIORITY, MAX_PRIORITY)("priority", priority, checked, problems)
+    prompt = problems.of(lambda: check_prompt(prompt_token_ids, limits), tuple[int, ...]())
+    params = problems.of(lambda: parse_params(given, limits), limits.defaults)
+    order = problems.of(lambda: check_priority(priority), 0)
     problems.raise_any()
-    request = Request(RequestId(request_id), prompt, params, priority=checked["priority"])  # type: ignore[arg-type]
+    request = Request(RequestId(request_id), prompt, params, priority=order)
     wanted = len(prompt) + request.params.max_new_tokens
     if wanted > limits.max_sequence_length:
         raise InvalidRequest.of(
@@ -177,11 +208,11 @@ def _check_mode(mode: object, values: Mapping[str, object], limits: ModelLimits,
                 problems.say(name, f"got {show(values[name])}, but {name} has no meaning in {mode} mode")
 
 
-def _check_in_vocabulary(name: str, token_ids: object, limits: ModelLimits, problems: Problems) -> None:
+def _check_in_vocabulary(name: str, token_ids: object, vocab_size: int, problems: Problems) -> None:
     assert isinstance(token_ids, Sequence)
     for place, token in enumerate(token_ids):
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < limits.vocab_size:
-            problems.add(f"{name}[{place}]", token, f"a token id from 0 to {limits.vocab_size - 1}")
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            problems.add(f"{name}[{place}]", token, f"a token id from 0 to {vocab_size - 1}")
             break
 
 

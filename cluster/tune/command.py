@@ -9,7 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cluster import run_state
+from cluster.flag_types import host_and_port, seconds
 from cluster.tune.report import Findings
+from twotower.commands.parser import number
 
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 DESCRIPTION = """Ask the running service your own prompts at several confidence thresholds γ and in ar mode, and say
@@ -33,8 +35,13 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add("--confidence-thresholds", type=_shares, default=_THRESHOLDS, metavar="X,Y", help="γ to try (0.5 to 1)")
     add("--concurrency", type=_count, default=16, metavar="N", help="prompts at once (%(default)s)")
     add("--max-new-tokens", type=_count, metavar="N", help="of each answer (the service's default)")
-    add("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one answer (%(default)s)")
-    add("--address", metavar="HOST:PORT", help="the service's gRPC address; default: the one you run")
+    add("--timeout", type=seconds, default=120.0, metavar="SECONDS", help="of one answer (%(default)s)")
+    add(
+        "--address",
+        type=host_and_port,
+        metavar="HOST:PORT",
+        help="its gRPC address; default: the service you run",
+    )
     add("--json", action="store_true", help="one JSON object instead of the table")
     add("--output", type=Path, metavar="PREFIX", help="also write PREFIX.json and PREFIX.png, the curve")
 
@@ -77,11 +84,8 @@ def _file(prefix: Path, ending: str) -> Path:
 
 
 def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
+    value = number(text)
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number from 0 to 1")
     return value
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.strict_json import parse_json
 from twotower.errors import InvalidRequest
+from twotower.strict_json import parse_line, read_lines
 from twotower.validation import show
 
 _FIELDS = {"id", "prompt", "prompt_token_ids", "answer"}
@@ -58,15 +58,9 @@ def _answers(path: Path) -> dict[str | int, object]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise InvalidRequest.of("--input", f"{path}: {error.strerror or error}") from None
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         try:
-            values = parse_json(line)
+            values = parse_line(line)
         except InvalidRequest as error:
             raise _mistake(path, number, error.problems[0].message) from None
         unknown = sorted(values.keys() - _FIELDS)

@@ -1,4 +1,4 @@
-"""The command line: what it refuses, and how a request is made of its arguments."""
+"""The command line: what it refuses, and what it makes of a service that is not there or not ready."""
 
 import asyncio
 import os
@@ -14,13 +14,11 @@ from cluster import client, run_state
 from cluster.cli import main
 from cluster.config import load_config
 from cluster.deployment import Progress, missing, progress, reason
-from cluster.generate_arguments import add_generate_arguments, request_of
 from cluster.run_state import RunState
 from cluster.up import Up, check_host
-from tests.cluster.fakes import ScriptedCells, generation, grpc_server
+from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
 from tests.cluster.service import free_port
 from twotower.errors import ConfigError, Unavailable
-from twotower.pb.twotower.v1 import generation_pb2 as pb
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +34,10 @@ def own_runtime_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (["up", "--set", "model.checkpoint=/no/such"], 1, "/no/such: no such directory"),
         (["status"], 2, "no service of yours is running"),
         (["down", "--http-port", "1"], 2, "no service of yours listens on HTTP port 1"),
-        (["generate", "--prompt-token-ids", "5,x"], 2, "wanted ids such as 5,9,11"),
         (["up", "--set", "ingress.host=no.such.invalid"], 2, "ingress.host: got 'no.such.invalid', wanted an address"),
         (["up", "--set", "ingress.host=192.0.2.77"], 2, "ingress.host: got '192.0.2.77', wanted an address"),
         (["up", "--address", "127.0.0.1:1"], 1, "no Ray answers on 127.0.0.1:1"),
         (["up", "--address", "[::1]:99999"], 1, "no Ray answers on [::1]:99999"),
-        (["generate", "--prompt-token-ids", "-5"], 2, "arguments"),
         (["generate", "--prompt", "a", "--address", "127.0.0.1:1"], 1, "no service answers on 127.0.0.1:1"),
     ],
 )
@@ -109,6 +105,22 @@ async def test_proxies_of_the_environment_are_not_asked(
         code = await asyncio.to_thread(main, ["generate", "--prompt", "a", "--address", address, "--timeout", "5"])
     assert (info.model_name, code) == ("fake", 0)
     assert "All good things" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("with_tokenizer", "prompt", "printed"),
+    [
+        (True, ["--prompt", "a", "--stop", "All good ideas"], "All good things come to those who wait.\n"),
+        (False, ["--prompt-token-ids", "5"], "".join(f"{token} " for token in tokens("All good things"))),
+    ],
+)
+async def test_token_ids_are_shown_only_where_there_is_no_text(
+    with_tokenizer: bool, prompt: list[str], printed: str, cells: ScriptedCells, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stop string holds back the text of the first blocks, whose tokens are there."""
+    async with grpc_server(generation(cells, with_tokenizer)) as (address, _):
+        code = await asyncio.to_thread(main, ["generate", *prompt, "--address", address, "--timeout", "5"])
+    assert code == 0 and capsys.readouterr().out.startswith(printed)
 
 
 def test_something_else_on_the_port_is_not_ready() -> None:
@@ -201,28 +213,12 @@ def test_help_teaches(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
     assert caught.value.code == 0 and "usage: python -m cluster" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["serve"], ["up", "--colour"], ["generate"], ["generate", "--seed", "x"]])
-def test_unknown_words_exit_with_2(arguments: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [[], ["serve"], ["up", "--colour"], ["generate"]])
+def test_unknown_words_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert caught.value.code == 2
-
-
-def test_only_what_was_given_is_sent() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    add_generate_arguments(parser)
-    bare = request_of(parser.parse_args(["--prompt", "a"]))
-    assert bare == pb.GenerateRequest(text="a", params=pb.DecodingParams())
-    full = request_of(
-        parser.parse_args(
-            "--prompt-token-ids 5,6 --mode mock_ar --max-new-tokens 3 --top-p .5 --seed 0 --stop x --ignore-eos "
-            "--priority -2".split()
-        )
-    )
-    params = pb.DecodingParams(mode=pb.MODE_MOCK_AR, max_new_tokens=3, top_p=0.5, seed=0, ignore_eos=True)
-    assert full == pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), params=params, stop=["x"], priority=-2)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith("python -m cluster") and error.count("\n") == 1
 
 
 def test_notes_of_dead_services_are_cleared_away() -> None:

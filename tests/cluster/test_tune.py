@@ -108,6 +108,8 @@ def test_with_answers_of_his_own(address: str, tmp_path: Path, capsys: pytest.Ca
         ("", "got no prompt at all"),
         ('{"prompt": "a"', "line 1: got broken JSON"),
         ('{"prompt": "a"}\n[1]', "line 2: got an array, wanted a JSON object"),
+        ('{"prompt": "a", "prompt": "b"}', "line 1: got broken JSON: 'prompt' is there twice"),
+        ('{"prompt": null}', "line 1: got neither"),
         ('{"prompt": "a", "promt": 1}', "line 1: got the field 'promt'"),
         ('{"prompt": ""}', "line 1: got an empty prompt"),
         ('{"prompt": "a", "prompt_token_ids": [1]}', "line 1: got both"),
@@ -124,6 +126,22 @@ def test_a_bad_line_is_named_before_anything_is_sent(
     assert main(["tune", "--address", "127.0.0.1:9", "--input", str(path)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--timeout", "nan"], "--timeout: got 'nan', wanted seconds, above 0"),
+        (["--address", "nonsense"], "--address: got 'nonsense', wanted HOST:PORT"),
+        (["--quality-floor", "0_1"], "--quality-floor: got '0_1', wanted a number from 0 to 1"),
+        (["--confidence-thresholds", "0.5,nan"], "--confidence-thresholds: got 'nan', wanted a number from 0 to 1"),
+    ],
+)
+def test_a_bad_flag_is_one_line(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["tune", "--input", "p.jsonl", *flags])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and words in error and error.count("\n") == 1
 
 
 def test_answers_of_another_file_are_matched_by_id(tmp_path: Path) -> None:

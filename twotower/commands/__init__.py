@@ -1,7 +1,7 @@
 """The command line: arguments in, files and terminal out, exit codes. The only part of the library that prints.
 
-Exit codes: 0 done, 1 a run that failed, 2 input that cannot be served as it is, 130 Ctrl-C. A failure is one line on
-stderr; nothing ends in a traceback.
+Exit codes: 0 done, 1 a run that failed or lines that were skipped, 2 input that cannot be served as it is, 130 Ctrl-C.
+A failure is one line on stderr; nothing ends in a traceback.
 """
 
 import os

@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from twotower import __version__
+from twotower.commands.parser import Parser, ids, number
 
 # Flags that are fields of DecodingParams.
 PARAMS = (
@@ -21,7 +21,7 @@ PARAMS = (
     "stop_token_ids",
     "ignore_eos",
 )
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   one prompt, text on the terminal as blocks are committed:
     python -m twotower generate --checkpoint demo --prompt $'roman: 3840\\n' --max-new-tokens 32
@@ -29,28 +29,23 @@ examples:
   many prompts, one JSON object a line in and out, decoded together, order kept:
     echo '{"id": "a", "prompt": "words: 6550\\n", "mode": "ar"}' > prompts.jsonl
     python -m twotower generate --checkpoint demo --input prompts.jsonl --output answers.jsonl
+
+exit status: 0 all done; 1 a failure, or lines of --input that were skipped or whose request failed;
+2 nothing done, because of the input (with --strict one bad line is enough); 130 Ctrl-C
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Exits with code 2 and one line where flags are unknown, missing or do not go together."""
-    parser = _Parser(prog="python -m twotower", description="Two-tower diffusion language models.", allow_abbrev=False)
+    parser = Parser(prog="python -m twotower", description="Two-tower diffusion language models.")
     parser.add_argument("--version", action="version", version=f"twotower {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate = commands.add_parser(
         "generate",
         help="generate text from a checkpoint, in this process",
         description="Generate text from a checkpoint, in this process: no service, no network.",
-        epilog=_EXAMPLES,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_sources(generate)
     _add_params(generate)
@@ -66,7 +61,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the prompt as text")
-    source.add_argument("--prompt-token-ids", type=_ids, metavar="IDS", help="the prompt as token ids: 5,9,11")
+    source.add_argument("--prompt-token-ids", type=ids, metavar="IDS", help="the prompt as token ids: 5,9,11")
     source.add_argument(
         "--input",
         type=Path,
@@ -82,7 +77,7 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding")
 
     def add(flag: str, text: str, metavar: str = "N") -> None:
-        group.add_argument(flag, type=_number, default=argparse.SUPPRESS, metavar=metavar, help=text)
+        group.add_argument(flag, type=number, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
     add("--mode", "diffusion | mock_ar | ar (default: the first of these the checkpoint can serve)", "MODE")
     add("--max-new-tokens", "tokens to generate at most (default: 128)")
@@ -95,7 +90,7 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
     add("--seed", "decides every random number; drawn and reported where it is not given")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
     group.add_argument(
-        "--stop-token-ids", type=_ids, default=argparse.SUPPRESS, metavar="IDS", help="end after any of these: 7,8"
+        "--stop-token-ids", type=ids, default=argparse.SUPPRESS, metavar="IDS", help="end after any of these: 7,8"
     )
     group.add_argument(
         "--ignore-eos", action="store_true", default=argparse.SUPPRESS, help="go on past the end-of-sequence token"
@@ -104,6 +99,13 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
+    group.add_argument(
+        "--max-sequence-length",
+        type=number,
+        default=4096,
+        metavar="N",
+        help="prompt and new tokens of a request together, at most (default: 4096)",
+    )
     group.add_argument("--dtype", default="float32", help="float32 | bfloat16 (default: float32)")
     group.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
 
@@ -115,17 +117,3 @@ def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error("--strict goes with --input")
     if options.input is not None and options.json:
         parser.error("--json goes with one prompt; --output holds JSON lines anyway")
-
-
-def _number(text: str) -> object:
-    """The number a flag spells, or its text, so that validation says the same of it as of a JSON value."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _ids(text: str) -> list[object]:
-    return [_number(part) for part in text.split(",")] if text.strip() else []

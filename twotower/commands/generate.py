@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from twotower.commands.arguments import PARAMS
-from twotower.commands.orders import BadLine, Model, Order, open_model, order_of, read_orders, with_defaults
+from twotower.commands.orders import BadLine, Model, Order, open_model, order_of, read_orders
 from twotower.commands.output import whole_file
 from twotower.commands.results import Result, decode
 from twotower.engine.in_process import open_pair, pick_device, pick_dtype
@@ -22,6 +22,7 @@ from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
 from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.validation import parse_params
 
 _MAX_SEQUENCES = 32
 # Orders given to the pair at a time, and the length of its queue: an order may have ended before its room is free, so
@@ -35,7 +36,7 @@ _Outcome = Result | TwoTowerError
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How many orders came to an end, and how many did not."""
+    """How many orders came to an end, and how many did not, lines that never became one included."""
 
     num_done: int
     num_failed: int
@@ -45,7 +46,7 @@ def generate(options: Namespace) -> Outcome:
     """Raises InvalidRequest, CheckpointError or ConfigError before a tower is loaded, other TwoTowerErrors after."""
     pick_device(options.device)
     pick_dtype(options.dtype)
-    model = open_model(options.checkpoint)
+    model = open_model(options.checkpoint, options.max_sequence_length)
     if model.checkpoint.config.hidden_size <= _SMALL_WIDTH:
         torch.set_num_threads(1)
     given = {name: getattr(options, name) for name in PARAMS if hasattr(options, name)}
@@ -79,7 +80,7 @@ def _generate_one(options: Namespace, model: Model, given: dict[str, object]) ->
 def _generate_many(options: Namespace, model: Model, given: dict[str, object]) -> Outcome:
     if options.output.exists() and options.input.exists() and options.output.samefile(options.input):
         raise InvalidRequest.of("--output", f"{options.output}: is the --input file, wanted another one")
-    orders = _good_lines(options, model, given)
+    orders, num_skipped = _good_lines(options, model, given)
     count = _Count()
     with whole_file(options.output) as file:
         if orders:
@@ -89,14 +90,16 @@ def _generate_many(options: Namespace, model: Model, given: dict[str, object]) -
         f"({count.rate:.0f} tokens/s)",
         file=sys.stderr,
     )
-    return Outcome(count.done, len(orders) - count.done)
+    return Outcome(count.done, len(orders) - count.done + num_skipped)
 
 
-def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> list[Order]:
-    """The orders of all good lines; the bad ones are told of. Raises InvalidRequest where these are too many."""
+def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> tuple[list[Order], int]:
+    """The orders of all good lines, and the number of bad ones, which are told of. Raises InvalidRequest where these
+    are too many.
+    """
+    parse_params(given, model.limits)
     stop = {} if options.stop is None else {"stop": options.stop}
-    seed = {"seed": given["seed"]} if "seed" in given else {}
-    lines = list(read_orders(options.input, with_defaults(model, given), stop | seed))
+    lines = list(read_orders(options.input, model, given | stop))
     bad = [line for line in lines if isinstance(line, BadLine)]
     good = [line for line in lines if isinstance(line, Order)]
     for line in bad:
@@ -105,7 +108,7 @@ def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> l
         raise InvalidRequest.of("--input", f"{options.input}: {len(bad)} bad lines of {len(lines)}, nothing decoded")
     if bad:
         print(f"{options.input}: {len(bad)} bad lines of {len(lines)} skipped", file=sys.stderr)
-    return good
+    return good, len(bad)
 
 
 @dataclass(slots=True)

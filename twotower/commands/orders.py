@@ -1,8 +1,7 @@
 """From what a user wrote (flags, or a line of JSON) to a checked request. Touches headers and tokenizer, no tower."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import twotower
@@ -10,9 +9,9 @@ from twotower.core import DecodingParams, Request
 from twotower.decoding.text import Tokenizer, check_stop, encode_prompt, load_tokenizer
 from twotower.errors import InvalidRequest
 from twotower.model.checkpoint import Checkpoint
-from twotower.validation import ModelLimits, Problems, check_known, check_text, make_request, parse_params
+from twotower.strict_json import parse_line, read_lines
+from twotower.validation import ModelLimits, Problems, check_integer, check_known, check_text, make_request
 
-LONGEST_SEQUENCE = 4096
 _PARAMS = {field.name for field in fields(DecodingParams)}
 _FIELDS = {"id", "prompt", "prompt_token_ids", "stop", "priority"} | _PARAMS
 
@@ -48,19 +47,14 @@ class BadLine:
     error: InvalidRequest
 
 
-def open_model(name: str) -> Model:
-    """`demo`, or a directory. Raises CheckpointError."""
+def open_model(name: str, max_sequence_length: object) -> Model:
+    """`demo`, or a directory. Raises CheckpointError, or InvalidRequest for a length that is none."""
+    longest = check_integer("max_sequence_length", max_sequence_length, 2)
     directory = Path(twotower.__file__).parent / "demo" / "checkpoint" if name == "demo" else Path(name)
     checkpoint = Checkpoint.open(directory)
-    longest = min(checkpoint.config.max_position_embeddings, LONGEST_SEQUENCE)
     defaults = DecodingParams(mode=checkpoint.modes[0])
     limits = ModelLimits(checkpoint.config.vocab_size, longest, checkpoint.modes, defaults)
     return Model(directory, checkpoint, load_tokenizer(directory), limits)
-
-
-def with_defaults(model: Model, given: Mapping[str, object]) -> Model:
-    """The model with these parameters where a line gives none. Raises InvalidRequest."""
-    return replace(model, limits=replace(model.limits, defaults=parse_params(given, model.limits)))
 
 
 def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Order:
@@ -75,37 +69,18 @@ def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Ord
 
 
 def read_orders(path: Path, model: Model, given: Mapping[str, object]) -> Iterator[Order | BadLine]:
-    """Every line of a JSON lines file, in order, blank ones left out. `given` fills in what a line does not say."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _order_of_line(line.removeprefix(b"\xef\xbb\xbf"), model, given, number)
-    except OSError as error:
-        raise InvalidRequest.of("--input", f"{path}: {error.strerror or error}") from error
+    """Every line of a JSON lines file, in order, blank ones left out. `given` counts as said by every line that does
+    not say otherwise, so a flag that means nothing in a line's own mode is refused for that line.
+    """
+    for number, line in read_lines(path):
+        yield _order_of_line(line, model, given, number)
 
 
 def _order_of_line(line: bytes, model: Model, given: Mapping[str, object], number: int) -> Order | BadLine:
     try:
-        return order_of({**given, **_values_of(line)}, model, number)
+        return order_of({**given, **parse_line(line)}, model, number)
     except InvalidRequest as error:
         return BadLine(number, error)
-
-
-def _values_of(line: bytes) -> dict[str, object]:
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InvalidRequest.of("line", f"broken UTF-8 at byte {error.start + 1}, wanted a JSON object") from error
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg} at column {error.colno}"
-        raise InvalidRequest.of("line", f"broken JSON ({reason}), wanted a JSON object") from error
-    except (ValueError, RecursionError) as error:
-        # A number of thousands of digits, or brackets nested thousands deep.
-        raise InvalidRequest.of("line", f"unreadable JSON ({error}), wanted a JSON object") from error
-    if not isinstance(values, dict):
-        raise InvalidRequest.of("line", f"got a JSON {type(values).__name__}, wanted a JSON object")
-    return values
 
 
 def _prompt(values: Mapping[str, object], tokenizer: Tokenizer | None) -> Sequence[object]:

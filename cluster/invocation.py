@@ -1,0 +1,20 @@
+"""How to write one of our commands so that it works where it is read: with the python that runs this one."""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def command(arguments: str) -> str:
+    """`python -m cluster ARGUMENTS`, to be shown to a person or pasted."""
+    return f"{_python()} -m cluster {arguments}"
+
+
+def _python() -> str:
+    """`python` where that is us (an environment is active), else our path, as seen from here where we are below."""
+    ours = Path(sys.executable)
+    if not sys.executable or shutil.which("python") == str(ours):
+        return "python"
+    here = Path.cwd()
+    return shlex.quote(str(ours.relative_to(here) if ours.is_relative_to(here) else ours))

@@ -1,0 +1,22 @@
+"""The command, and a checkpoint with a tokenizer."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.commands.running import Run
+from tests.decoding.tokenizers_for_tests import metaspace, save
+from tests.model.checkpoints import config_of, tensors_of, write
+
+
+@pytest.fixture(scope="session")
+def with_text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint with a tokenizer."""
+    directory = write(tmp_path_factory.mktemp("text"), tensors_of("tt_moe"), config_of("tt_moe"))
+    save(metaspace(), directory)
+    return str(directory)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    return lambda *arguments: Run(capsys, *arguments)

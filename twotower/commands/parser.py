@@ -1,0 +1,33 @@
+"""How all our commands read their flags: errors of one line, no abbreviations, values as JSON would have them."""
+
+import argparse
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and which takes no abbreviated flags. Its subparsers are alike."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            # argparse takes what begins with a dash for a flag.
+            message += " (a value that begins with - is written --flag=VALUE)"
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def number(text: str) -> object:
+    """The number a flag spells, or its text, so that validation says the same of it as of a JSON value."""
+    for kind in (int, float):
+        try:
+            # Python alone knows 1_0.
+            return text if "_" in text else kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def ids(text: str) -> list[object]:
+    """Token ids with commas between them; what is no number stays text, for validation to refuse by its place."""
+    return [number(part) for part in text.split(",")] if text.strip() else []

@@ -1,0 +1,68 @@
+"""JSON read strictly: what a lenient parser would guess at is refused, in one line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from twotower.errors import InvalidRequest
+from twotower.validation import show
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def parse_json(body: bytes, name: str = "body") -> dict[str, object]:
+    """A JSON object, strictly: UTF-8, no repeated names, no NaN or Infinity, no half surrogates.
+
+    Raises InvalidRequest about the field `name`.
+    """
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest.of(name, f"got bytes that are not UTF-8 at position {error.start}") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise InvalidRequest.of(name, "got JSON that is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise InvalidRequest.of(name, "got half a surrogate pair (a lone \\ud800 to \\udfff)") from None
+    except ValueError as error:
+        raise InvalidRequest.of(name, f"got broken JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest.of(name, f"got {kind_of(value)}, wanted a JSON object")
+    return value
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a JSON lines file with their numbers from 1, blank ones left out. Raises InvalidRequest."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line.removeprefix(_BYTE_ORDER_MARK)
+    except OSError as error:
+        raise InvalidRequest.of("--input", f"{path}: {error.strerror or error}") from None
+
+
+def parse_line(line: bytes) -> dict[str, object]:
+    """The object of one line, read strictly; null counts as not given. Raises InvalidRequest."""
+    return {name: value for name, value in parse_json(line, "line").items() if value is not None}
+
+
+def kind_of(value: object) -> str:
+    """A JSON value's type in JSON's words."""
+    names = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
+    return names.get(type(value), "null")
+
+
+def _no_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{show(name)} is there twice")
+        found[name] = value
+    return found
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON number")
