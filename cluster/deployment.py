@@ -38,6 +38,16 @@ def deploy(config: ServiceConfig) -> None:
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
+def device(config: ServiceConfig) -> str:
+    """What the towers run on, and why. Raises Unavailable."""
+    import ray
+
+    from cluster.app import device_choice
+
+    with failures_told("Ray"):
+        return device_choice(config, ray.cluster_resources().get("GPU", 0.0)).why
+
+
 def shortage(config: ServiceConfig) -> str | None:
     """What the cluster, idle, lacks to hold the first cells; None where it has all."""
     import ray

@@ -58,6 +58,7 @@ class Up:
         local_ray.prepare_environment()
         local_ray.start_ray(self._address, show_worker_logs=self._verbose)
         _listen_to_signals()  # Ray has put its own there
+        self._say(deployment.device(self._config))
         self._check_room()
         self._say("starting Serve")
         ingress = self._config.ingress
