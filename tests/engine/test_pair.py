@@ -423,7 +423,7 @@ def test_both_engines_in_one_process_have_the_configured_patience(alone: bool) -
     runner = colocated_runner(model.context, None if alone else model.denoiser, settings)
     runner.engines[0].tick = lambda: go_on.wait(10)  # type: ignore[method-assign]
     try:
-        with pytest.raises(Unavailable, match="in one tick for more than 0.05 s"):
+        with pytest.raises(Unavailable, match=r"in one tick for more than 0\.05 s"):
             for _ in range(300):
                 runner.wake()
                 time.sleep(0.01)
