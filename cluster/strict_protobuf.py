@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError, Message
@@ -14,7 +15,7 @@ from twotower.errors import FieldError, InvalidRequest
 from twotower.validation import one_line
 
 _MAX_NAMED = 8
-_NAMES = {number: name for name, number in FieldDescriptorProto.Type.items()}
+_NAMES: dict[int, str] = {number: name for name, number in FieldDescriptorProto.Type.items()}
 
 
 def parse_message(kind: type[Message], data: bytes) -> Message:
@@ -50,7 +51,7 @@ def _unknown_fields(message: Message, path: str) -> Iterator[FieldError]:
             yield from _unknown_fields(value, f"{path}{field.name}.")
 
 
-def _type_name(field: FieldDescriptor) -> str:
+def _type_name(field: Any) -> str:
     """As a .proto file spells it."""
     named = field.message_type or field.enum_type
     return str(named.full_name) if named else _NAMES[field.type].removeprefix("TYPE_").lower()
@@ -59,7 +60,7 @@ def _type_name(field: FieldDescriptor) -> str:
 def _broken_texts(kind: type[Message], data: bytes) -> list[FieldError]:
     """String fields that are not UTF-8, found by reading once more with bytes in their place."""
     try:
-        message = _with_bytes(kind).FromString(data)
+        message = _with_bytes(kind.DESCRIPTOR).FromString(data)
     except DecodeError:
         return []
     return list(_not_utf8(message, ""))[:_MAX_NAMED]
@@ -78,13 +79,13 @@ def _not_utf8(message: Message, path: str) -> Iterator[FieldError]:
 
 
 @cache
-def _with_bytes(kind: type[Message]) -> type[Message]:
+def _with_bytes(kind: Descriptor) -> type[Message]:
     """The same message with bytes in the place of strings. Of a file that imports no other."""
     file = FileDescriptorProto()
-    kind.DESCRIPTOR.file.CopyToProto(file)
+    kind.file.CopyToProto(file)
     for field in (field for message in file.message_type for field in message.field):
         if field.type == FieldDescriptorProto.TYPE_STRING:
             field.type = FieldDescriptorProto.TYPE_BYTES
     pool = DescriptorPool()
     pool.Add(file)
-    return GetMessageClass(pool.FindMessageTypeByName(kind.DESCRIPTOR.full_name))
+    return GetMessageClass(pool.FindMessageTypeByName(kind.full_name))

@@ -13,12 +13,13 @@ import pytest
 from cluster import client, run_state
 from cluster.cli import main
 from cluster.config import load_config
-from cluster.deployment import Progress, missing, progress, reason
+from cluster.deployment import Progress, failure_of, missing, progress, reason
 from cluster.generate_arguments import add_generate_arguments, request_of
 from cluster.run_state import RunState
 from cluster.up import Up, check_host
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server
 from tests.cluster.service import free_port
+from tests.model.checkpoints import SINGLE, base_tensors, config_of, tensors_of, write
 from twotower.errors import ConfigError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
@@ -33,7 +34,8 @@ def own_runtime_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (["up", "--set", "cell.placment=split"], 2, "did you mean placement?"),
         (["up", "--config", "/no/such.yaml"], 2, "no such file"),
-        (["up", "--set", "model.checkpoint=/no/such"], 1, "/no/such: no such directory"),
+        (["up", "--set", "model.checkpoint=/no/such"], 2, "model.checkpoint: /no/such: no such directory"),
+        (["up", "--set", "cell.placement=ar_only", "--set", "decode.mode=diffusion"], 2, "decode.mode: got diffusion"),
         (["status"], 2, "no service of yours is running"),
         (["down", "--http-port", "1"], 2, "no service of yours listens on HTTP port 1"),
         (["generate", "--prompt-token-ids", "5,x"], 2, "wanted ids such as 5,9,11"),
@@ -57,6 +59,26 @@ def test_mistakes_are_one_line(arguments: list[str], code: int, words: str, caps
     assert main(arguments) == code
     *progress, error = capsys.readouterr().err.splitlines()
     assert words in error and error.startswith("error: ") and all(line.startswith("[") for line in progress)
+
+
+def test_a_checkpoint_that_the_placement_cannot_serve_is_found_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("cluster.local_ray.start_ray", never)
+    tensors, config = base_tensors(tensors_of("tt_moe")), config_of("tt_moe")
+    base, damaged = write(tmp_path / "base", tensors, config), write(tmp_path / "damaged", tensors, config)
+    (damaged / SINGLE).write_bytes(b"nothing")
+    for directory, words in (
+        (base, "placement: got 'split' for a single-tower base checkpoint, wanted 'ar_only'"),
+        (damaged, f"model.checkpoint: {damaged / SINGLE}: not a whole safetensors file"),
+    ):
+        ports = ["--set", f"ingress.http_port={free_port()}", "--set", f"ingress.grpc_port={free_port()}"]
+        assert main(["up", "--set", f"model.checkpoint={directory}", *ports]) == 2
+        error = capsys.readouterr().err
+        assert f"error: {words}" in error and error.count("\n") == 1
 
 
 def test_a_taken_port_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,3 +275,4 @@ def test_down_does_not_signal_a_reused_pid(capsys: pytest.CaptureFixture[str]) -
 )
 def test_a_failed_deployment_has_one_reason(message: str, line: str) -> None:
     assert reason(message) == line
+    assert type(failure_of(message)) is (ConfigError if "CheckpointError" in message else Unavailable)
