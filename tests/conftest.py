@@ -6,12 +6,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from cluster.local_ray import prepare_environment
+
 # The models of the tests are so small that a second thread costs more than it brings, here and in child processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before Ray is imported anywhere: it must contact nothing beyond loopback.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_REPORT_URL"] = "http://127.0.0.1:9/"
-os.environ["RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
+prepare_environment()
 
 FAKE_GPUS = 8
 

@@ -71,6 +71,7 @@ class ExtendPass:
         self.cache = NaiveCache(dict(cache.conv), dict(cache.ssm), dict(cache.keys), dict(cache.values))
         seen = cache.length
         self.mask_RLT = torch.ones(1, width, seen + width, dtype=torch.bool, device=device).tril(seen)
+        self.starts_R = torch.full((1,), seen, device=device)
 
     def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.cache.conv[layer], self.cache.ssm[layer]
@@ -93,6 +94,7 @@ class ReadPass:
     def __init__(self, cache: NaiveCache, width: int, device: torch.device) -> None:
         self.cache = cache
         self.mask_RLT = torch.ones(1, width, cache.length + width, dtype=torch.bool, device=device)
+        self.starts_R = torch.full((1,), cache.length, device=device)
 
     def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.cache.conv[layer], self.cache.ssm[layer]

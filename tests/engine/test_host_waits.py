@@ -5,7 +5,7 @@ whose output's size depends on values), and a meta device, which has no values, 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.flash_stand_ins import ADAPTERS, FlashStandIns, Load, through
 from tests.goldens import CPU, MODELS, Golden, golden
 from twotower.config import ModelConfig
 from twotower.core import BlockEvent, DecodingParams, Event, Mode, Request, RequestId
@@ -24,6 +25,7 @@ from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.settings import EngineSettings
 from twotower.exchange.local import LocalExchange
 from twotower.model.cache import Span, TowerCache
+from twotower.model.kernels.flash_attention import ByNumber
 from twotower.model.tower import ContextTower, DenoiserTower
 
 NAMES = pytest.mark.parametrize("name", MODELS)
@@ -88,6 +90,15 @@ def test_no_pass_makes_the_host_wait(name: str) -> None:
     model = golden(name)
     with NoWaiting():
         _passes(model.context, model.denoiser, CPU)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS.keys())
+def test_nor_does_one_through_flash_attention(adapter: Callable[[Load], ByNumber]) -> None:
+    model, stand_ins = golden(MODELS[0]), FlashStandIns()
+    context, denoiser = (through(adapter(stand_ins.load), tower) for tower in (model.context, model.denoiser))
+    with NoWaiting():
+        _passes(context, denoiser, CPU)
+    assert stand_ins.calls
 
 
 def test_no_pass_needs_a_value_or_a_host_tensor() -> None:

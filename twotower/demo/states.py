@@ -18,6 +18,7 @@ class FromNothing:
     """A causal pass over whole rows from empty states: the context stage."""
 
     lengths_R = None
+    starts_R = None
     updates = False
 
     def __init__(self, config: ModelConfig, rows: int, length: int, device: torch.device) -> None:
@@ -41,6 +42,7 @@ class Reading:
     always the first ones. Boundary z lies right before block z.
     """
 
+    starts_R = None
     updates = True
 
     def __init__(self, config: ModelConfig, rows: int, device: torch.device) -> None:
@@ -112,6 +114,7 @@ class BlockStates:
     """What the denoiser sees of a block: context before it, the block itself both ways. Read-only."""
 
     lengths_R = None
+    starts_R = None
     updates = False
 
     def __init__(self, reading: Reading, rows_B: Tensor, boundaries_B: Tensor, block_size: int) -> None:

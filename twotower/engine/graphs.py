@@ -47,12 +47,16 @@ class CacheMemory(Protocol):
 
 
 class FixedStates:
-    """LayerStates whose every number is computed on the device from `slots`, `starts`, `lengths` and page tables."""
+    """LayerStates whose every number is computed on the device from `slots`, `starts`, `lengths` and page tables.
+
+    The tables of a pass that `updates` are wide enough for `width` positions behind each row's start.
+    """
 
     def __init__(self, cache: CacheMemory, given_RX: Tensor, width: int, updates: bool) -> None:
         slots_R1, starts_R1, lengths_R1, table_RZ = given_RX.split([1, 1, 1, given_RX.shape[1] - 3], dim=1)
         self.updates, self._cache, self._table_RZ = updates, cache, table_RZ
         self._slots_R, self.lengths_R = slots_R1[:, 0], lengths_R1[:, 0]
+        self.starts_R: Tensor | None = starts_R1[:, 0]
         new_L = torch.arange(width, device=given_RX.device)
         keys_T = torch.arange(table_RZ.shape[1] * PAGE_TOKENS, device=given_RX.device)
         if updates:

@@ -6,18 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import ModelConfig
-from twotower.model.states import LayerStates
+from twotower.model.states import LayerStates, Reach
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Reach], Tensor]
 
 
-def attend(queries_RLHE: Tensor, keys_RTSE: Tensor, values_RTSE: Tensor, mask_RLT: Tensor) -> Tensor:
+def attend(queries_RLHE: Tensor, keys_RTSE: Tensor, values_RTSE: Tensor, reach: Reach) -> Tensor:
     """What each query sees of its keys [R,L,H,E]. `twotower.model.kernels` puts faster ones in its place."""
     out_RHLE = F.scaled_dot_product_attention(
         queries_RLHE.transpose(1, 2),
         keys_RTSE.transpose(1, 2),
         values_RTSE.transpose(1, 2),
-        attn_mask=mask_RLT.unsqueeze(1),
+        attn_mask=reach.mask_RLT.unsqueeze(1),
         enable_gqa=bool(queries_RLHE.shape[2] != keys_RTSE.shape[2]),
     )
     return out_RHLE.transpose(1, 2)
@@ -45,6 +45,6 @@ class Attention(nn.Module):
         keys_RLSE = self.k_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
         values_RLSE = self.v_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
         keys_RTSE, values_RTSE = states.keys_values(layer, keys_RLSE, values_RLSE)
-        out_RLHE = self.attend(queries_RLHE, keys_RTSE, values_RTSE, states.mask_RLT)
+        out_RLHE = self.attend(queries_RLHE, keys_RTSE, values_RTSE, states)
         out: Tensor = self.o_proj(out_RLHE.flatten(2))
         return out

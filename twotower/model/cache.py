@@ -226,14 +226,17 @@ class ExtendStates(_RowStates):
         super().__init__(cache, slots, lengths, width)
         ends = [start + length for start, length in zip(self.starts, lengths, strict=True)]
         self._table_RZ = cache.page_table(slots, max(ends))
-        write_RL, last_RL = [], []
+        write_RL, seen_RL = [], []
         for slot, start, end in zip(slots, self.starts, ends, strict=True):
             padding = width - (end - start)
             write_RL.append(cache.flat_positions(slot, start, end) + [WASTE_PAGE * PAGE_TOKENS] * padding)
-            last_RL.append([*range(start, end), *[end - 1] * padding])
+            seen_RL.append([*range(start, end), *[end - 1] * padding])
         self._write_M = on_device(write_RL, cache.device).flatten()
         keys_T = cache.positions(self._table_RZ.shape[1] * PAGE_TOKENS)
-        self.mask_RLT = keys_T <= on_device(last_RL, cache.device)[..., None]
+        last_RL = on_device(seen_RL, cache.device)
+        self.mask_RLT = keys_T <= last_RL[..., None]
+        # A short row far ahead of the others may have padding beyond the last page gathered.
+        self.starts_R = last_RL[:, 0] if max(self.starts) + width <= len(keys_T) else None
 
     def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
         row = self.cache.attention_row(layer)
@@ -252,6 +255,7 @@ class ReadStates(_RowStates):
         super().__init__(cache, slots, lengths, width)
         self._table_RZ = cache.page_table(slots, max(self.starts))
         limits = on_device([self.starts, list(lengths)], cache.device)[..., None]
+        self.starts_R: Tensor | None = limits[0, :, 0]
         cached_RT = cache.positions(self._table_RZ.shape[1] * PAGE_TOKENS) < limits[0]
         own_RT = cache.positions(width) < limits[1]
         self.mask_RLT = torch.cat([cached_RT, own_RT], dim=1)[:, None].expand(-1, width, -1)

@@ -10,18 +10,26 @@ from typing import Protocol
 from torch import Tensor
 
 
-class LayerStates(Protocol):
-    """The state of R sequences, layer by layer, as one forward pass sees and changes it.
+class Reach(Protocol):
+    """Which keys the new positions of a pass attend to, said as a mask and, where that can be, in numbers.
 
     `lengths_R` holds how many of the L positions of each row are real; the rest, on the right, are padding whose
     output means nothing and which leaves no trace in any state. None: every position is real.
     `mask_RLT` is True where a new position may attend to a key.
     `updates` is False for passes that only read (the denoiser's).
+    `starts_R` says for every real position what the mask says, for kernels that take none. Where `updates`, position
+    i sees the first `starts_R` + i + 1 of the T keys, and T is at least `starts_R` + L. Else each position sees the
+    first `starts_R` keys and the row's own real ones, the first of the last L. None: only the mask tells.
     """
 
     lengths_R: Tensor | None
     mask_RLT: Tensor
+    starts_R: Tensor | None
     updates: bool
+
+
+class LayerStates(Reach, Protocol):
+    """The state of R sequences, layer by layer, as one forward pass sees and changes it."""
 
     def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
         """Conv window [R,K,C] (newest last) and SSM state [R,H,P,N] (fp32) that seed this Mamba layer."""
@@ -32,5 +40,8 @@ class LayerStates(Protocol):
         ...
 
     def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values [R,T,S,E] this attention layer may look at, the new ones included."""
+        """All keys and values [R,T,S,E] this attention layer may look at, the new ones included and finite throughout.
+
+        A pass with `starts_R` that does not update gives new tensors, the caller's to write into.
+        """
         ...

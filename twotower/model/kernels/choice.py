@@ -1,11 +1,12 @@
 """Picking implementations for a tower's device and dtype; saying which and why.
 
-fp32 models take the plain path for their Mamba layers: they are the reference, and the fused products are TF32.
+fp32 models take the plain path for their Mamba layers: they are the reference, and the fused products are TF32. For
+attention they may fold heads, no more: flash-attn computes in 16 bits only.
 """
 
 import importlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeVar
@@ -16,7 +17,8 @@ from twotower.config import ModelConfig
 from twotower.errors import ConfigError
 from twotower.model import mamba
 from twotower.model.attention import Attend, Attention, attend
-from twotower.model.kernels import fused_mamba, parity
+from twotower.model.kernels import flash_attention, fused_mamba, parity
+from twotower.model.kernels.flash_attention import ByNumber
 from twotower.model.kernels.folded_attention import attend_folded
 from twotower.model.mamba import Convolve, MambaKernels, MambaMixer
 from twotower.model.tower import Tower
@@ -68,11 +70,16 @@ def choose(
         raise ConfigError(f"kernels: got {wanted!r}, wanted one of {', '.join(WANTED)}")
     candidates = _Candidates(config, device, dtype, wanted, load)
     plain: tuple[Convolve, Attend] = mamba.convolve, attend
-    convolve, how_convolution = _first("convolution", "causal_conv1d", candidates.convolution, plain[0])
-    scans, how_scan = _first("scan and step", "mamba_ssm", candidates.scan_and_step, mamba.PLAIN)
-    attention, how_attention = _first("attention", "torch, heads folded", candidates.attention, plain[1])
-    kernels = MambaKernels(convolve, scans.scan, scans.step)
-    return Kernels(kernels, attention, (how_convolution, how_scan, how_attention, _experts(device, dtype)))
+    convolve, how_convolution = _first("convolution", {"causal_conv1d": candidates.convolution}, plain[0])
+    scans, how_scan = _first("scan and step", {"mamba_ssm": candidates.scan_and_step}, mamba.PLAIN)
+    masked, how_masked = _first("attention by mask", {"torch, heads folded": candidates.folded}, plain[1])
+    by_number = {
+        "flash_attn": lambda: candidates.flash_attn(masked),
+        "torch varlen_attn": lambda: candidates.varlen_attn(masked),
+    }
+    attention, how_attention = _first("attention", by_number, masked, how_masked.implementation)
+    choices = (how_convolution, how_scan, how_attention, how_masked, _experts(device, dtype))
+    return Kernels(MambaKernels(convolve, scans.scan, scans.step), attention, choices)
 
 
 def install(tower: Tower, kernels: Kernels) -> None:
@@ -119,16 +126,32 @@ class _Candidates:
         self._agrees("mamba_ssm", kernels)
         return kernels
 
-    def attention(self) -> Attend:
-        """Not flash-attn: its paged kernel wants pages of 256 tokens, ours hold 16; and it takes no mask."""
+    def flash_attn(self, masked: Attend) -> Attend:
+        self._allowed(bfloat16_only=True)
+        return self._by_number("flash_attn", flash_attention.flash_attn(self._module("flash_attn")), masked)
+
+    def varlen_attn(self, masked: Attend) -> Attend:
+        self._allowed(bfloat16_only=True)
+        module = self._module("torch.nn.attention.varlen")
+        problem = flash_attention.varlen_misfit(module)
+        if problem is not None:
+            raise _Declined(problem)
+        return self._by_number("varlen_attn", flash_attention.varlen_attn(module), masked)
+
+    def _by_number(self, name: str, kernel: ByNumber, masked: Attend) -> Attend:
+        attention = flash_attention.attention(kernel, masked)
+        self._attends(name, attention)
+        return attention
+
+    def folded(self) -> Attend:
         self._allowed(bfloat16_only=False)
         if self.config.num_attention_heads == self.config.num_key_value_heads:
             raise _Declined("no grouped heads to fold")
-        _check(
-            "folded attention",
-            lambda: parity.attention_deviations(attend_folded, self.config, self.device, self.dtype),
-        )
+        self._attends("folded attention", attend_folded)
         return attend_folded
+
+    def _attends(self, name: str, attention: Attend) -> None:
+        _check(name, lambda: parity.attention_deviations(attention, self.config, self.device, self.dtype))
 
     def _agrees(self, name: str, kernels: MambaKernels) -> None:
         _check(name, lambda: parity.mamba_deviations(kernels, self.config, self.device))
@@ -152,11 +175,17 @@ class _Candidates:
             raise _Declined(f"{package} is installed but broken: {type(error).__name__}") from error
 
 
-def _first(part: str, name: str, build: Callable[[], _Kernel], plain: _Kernel) -> tuple[_Kernel, Choice]:
-    try:
-        return build(), Choice(part, name, "agrees with torch here")
-    except _Declined as declined:
-        return plain, Choice(part, "torch", str(declined))
+def _first(
+    part: str, candidates: Mapping[str, Callable[[], _Kernel]], plain: _Kernel, plain_name: str = "torch"
+) -> tuple[_Kernel, Choice]:
+    """The first candidate that is not declined. The reason given includes why those before it were."""
+    declined: list[str] = []
+    for name, build in candidates.items():
+        try:
+            return build(), Choice(part, name, ", ".join(["agrees with torch here", *declined]))
+        except _Declined as why:
+            declined.append(str(why))
+    return plain, Choice(part, plain_name, ", ".join(dict.fromkeys(declined)))
 
 
 def _check(name: str, deviations: Callable[[], Iterable[tuple[str, float]]]) -> None:

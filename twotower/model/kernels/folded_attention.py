@@ -8,13 +8,15 @@ and the memory-efficient kernel takes it, without repeating a key.
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.model.states import Reach
 
-def attend_folded(queries_RLHE: Tensor, keys_RTSE: Tensor, values_RTSE: Tensor, mask_RLT: Tensor) -> Tensor:
+
+def attend_folded(queries_RLHE: Tensor, keys_RTSE: Tensor, values_RTSE: Tensor, reach: Reach) -> Tensor:
     """As `attention.attend`. G query heads read each of S key/value heads."""
     length, kv_heads = queries_RLHE.shape[1], keys_RTSE.shape[2]
     queries_RSGLE = queries_RLHE.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
     group = queries_RSGLE.shape[2]
-    mask_R1QT = mask_RLT[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]
+    mask_R1QT = reach.mask_RLT[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]
     out_RSQE = F.scaled_dot_product_attention(
         queries_RSGLE.flatten(2, 3), keys_RTSE.transpose(1, 2), values_RTSE.transpose(1, 2), attn_mask=mask_R1QT
     )

@@ -1,9 +1,12 @@
 """How far a replacement is from the plain torch function, on random inputs: the one measure for tests and loading.
 
-Inputs are like a bf16 model's: values that bf16 holds, computed with in fp32.
+Inputs are like a bf16 model's: values that bf16 holds, computed with in fp32. Attention replacements compute in the
+model's own dtype and are held to the plain one in fp32.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,8 @@ from twotower.model.mamba import MambaKernels, ScanInputs
 # TF32 products less; a wrong kernel is off by its whole output.
 TOLERANCE = 1e-2
 LENGTHS = (1, 2, 16, 24, 130)  # a step, less than a chunk, a block, a chunk and a half, more than one chunk
-_ROWS, _CACHED = 3, 37
+_ROWS = 3
+_CACHED = (37, 1040)  # by the row that has read most: within one tile of a kernel, and enough to be shared out
 
 
 def mamba_deviations(kernels: MambaKernels, config: ModelConfig, device: torch.device) -> Iterator[tuple[str, float]]:
@@ -40,29 +44,57 @@ def mamba_deviations(kernels: MambaKernels, config: ModelConfig, device: torch.d
         yield f"state before [{_ROWS},{length}] left alone", _off(ssm_RHPN, before)
 
 
+@dataclass
+class _Reach:
+    mask_RLT: Tensor
+    starts_R: Tensor | None
+    lengths_R: Tensor | None
+    updates: bool
+
+
 def attention_deviations(
     replacement: Attend, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, float]]:
-    """Rows that have read different amounts, seen causally and as a block."""
-    for length in LENGTHS:
-        keys_T = torch.arange(_CACHED + length, device=device)
-        starts_R = torch.tensor([0, 5, _CACHED], device=device)
-        last_RL = starts_R[:, None] + torch.arange(length, device=device)
-        block_RLT = (keys_T < starts_R[:, None])[:, None].expand(-1, length, -1) | (keys_T >= _CACHED)
-        random = _generator(device)
-        q, k, v = (
-            torch.randn(_ROWS, count, heads, config.head_dim, generator=random, device=device).to(dtype)
-            for count, heads in (
-                (length, config.num_attention_heads),
-                (_CACHED + length, config.num_key_value_heads),
-                (_CACHED + length, config.num_key_value_heads),
-            )
-        )
-        for name, mask_RLT in (("causal", keys_T <= last_RL[..., None]), ("block", block_RLT)):
-            yield (
-                f"attention, {name} [{_ROWS},{length}]",
-                _off(replacement(q, k, v, mask_RLT), attend(q, k, v, mask_RLT)),
-            )
+    """Rows that have read different amounts and read on by different lengths, causally and as a block.
+
+    Row by row, because an average over many keys is small. Of padding it is only asked that it be finite.
+    """
+    for cached, length in product(_CACHED, LENGTHS):
+        q, k, v = _queries_keys_values(config, length, cached + length, device, dtype)
+        starts, short = (0, 5, cached), (length + 1) // 2
+        for lengths in dict.fromkeys([(length, length, length), (length, short, short)]):
+            for name, reach in _reaches(starts, lengths, length, device):
+                plain = attend(q.float(), k.float(), v.float(), reach)
+                ours = replacement(q, k.clone(), v.clone(), reach)
+                case = f"attention, {name} [{_ROWS},{length}]"
+                yield f"{case}, finite", _off(ours.isfinite(), plain.isfinite())
+                for row, (start, real) in enumerate(zip(starts, lengths, strict=True)):
+                    yield f"{case}, {real} after {start} of {cached}", _off(ours[row, :real], plain[row, :real])
+
+
+def _reaches(
+    starts: tuple[int, ...], lengths: tuple[int, ...], width: int, device: torch.device
+) -> Iterator[tuple[str, _Reach]]:
+    """Over max(starts) cached keys and `width` more: keys in order, seen causally; a row's own ones last, all seen."""
+    starts_R1, lengths_R1 = (torch.tensor(numbers, device=device)[:, None] for numbers in (starts, lengths))
+    new_L, keys_T = torch.arange(width, device=device), torch.arange(max(starts) + width, device=device)
+    given = (starts_R1[:, 0], None if min(lengths) == width else lengths_R1[:, 0])
+    last_RL = starts_R1 + torch.minimum(new_L, lengths_R1 - 1)
+    yield "causal", _Reach(keys_T <= last_RL[..., None], *given, updates=True)
+    seen_RT = torch.cat([keys_T[: max(starts)] < starts_R1, new_L < lengths_R1], dim=1)
+    yield "block", _Reach(seen_RT[:, None].expand(-1, width, -1), *given, updates=False)
+
+
+def _queries_keys_values(
+    config: ModelConfig, length: int, room: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    random = _generator(device)
+    for count, heads in (
+        (length, config.num_attention_heads),
+        (room, config.num_key_value_heads),
+        (room, config.num_key_value_heads),
+    ):
+        yield torch.randn(_ROWS, count, heads, config.head_dim, generator=random, device=device).to(dtype)
 
 
 def scan_inputs(config: ModelConfig, length: int, device: torch.device) -> tuple[ScanInputs, Tensor]:
