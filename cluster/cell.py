@@ -9,9 +9,9 @@ from typing import Protocol
 from ray.util import get_current_placement_group
 
 from actors.cell import start_pair
+from actors.process_logs import log_to_stderr
 from actors.settings import CellSettings
 from cluster.event_lines import EventLines, ReplyTo
-from cluster.replica_logs import log_to_stderr
 from twotower.core import BlockEvent, FailureEvent, Request
 from twotower.engine.handle import EngineStats
 from twotower.engine.pair import Pair

@@ -64,7 +64,8 @@ class Up:
         local_ray.start_serve(ingress.host, ingress.http_port)
         deployment.deploy(self._config)
         self._heard = time.monotonic()
-        self._say(f"loading the towers ({self._config.cell.placement}) of {self._config.model.checkpoint}")
+        hint = "" if self._verbose else "; --verbose shows how far they are"
+        self._say(f"loading the towers ({self._config.cell.placement}) of {self._config.model.checkpoint}{hint}")
 
     def _check_room(self) -> None:
         """What does not fit waits silently, for ever. Another's cluster may grow; ours is what this machine has."""
