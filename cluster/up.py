@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -208,6 +209,12 @@ The service answers on http://{state.http} (OpenAI's API) and {state.grpc} (gRPC
 
   curl http://{state.http}/v1/completions -H 'content-type: application/json' \\
     -d '{json.dumps({"prompt": prompt, "max_tokens": 64})}'
-  python -m cluster generate {shell}
+  {_python()} -m cluster generate {shell}
 
 Ctrl-C stops it."""
+
+
+def _python() -> str:
+    """The interpreter that runs this, as one types it here: a bare `python` may be another, or none."""
+    here, absolute = os.path.relpath(sys.executable), os.path.abspath(sys.executable)
+    return shlex.quote(absolute if here.startswith(os.pardir) else here)

@@ -16,7 +16,7 @@ from cluster.config import load_config
 from cluster.deployment import Progress, failure_of, missing, progress, reason
 from cluster.generate_arguments import add_generate_arguments, request_of
 from cluster.run_state import RunState
-from cluster.up import Up, check_host
+from cluster.up import Up, _what_next, check_host
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server
 from tests.cluster.service import free_port
 from tests.model.checkpoints import SINGLE, base_tensors, config_of, tensors_of, write
@@ -184,6 +184,24 @@ def test_ours_must_fit_another_ray_may_grow(
         Starting(monkeypatch)._check_room()
     Starting(monkeypatch, "10.0.0.1:6379")._check_room()
     assert "waiting for the cluster to grow: 1 cell wants 2 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("executable", "typed"),
+    [
+        (".venv/bin/python", ".venv/bin/python"),
+        ("my env/bin/python", "'my env/bin/python'"),
+        ("../other/bin/python", "{parent}/other/bin/python"),
+    ],
+)
+def test_what_to_type_next_names_a_python_that_works(
+    executable: str, typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", str(tmp_path / executable))
+    state = RunState(1, 1.0, "127.0.0.1:8000", "127.0.0.1:50051", "demo")
+    said = _what_next(state, "words: 6550\n")
+    assert f"\n  {typed.format(parent=tmp_path.parent)} -m cluster generate --prompt $'words: 6550\\n'\n" in said
 
 
 @pytest.mark.parametrize("behaves", ["fails", "hangs"])
