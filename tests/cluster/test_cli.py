@@ -13,7 +13,7 @@ import pytest
 from cluster import client, run_state
 from cluster.cli import main
 from cluster.config import load_config
-from cluster.deployment import Progress, failure_of, missing, progress, reason
+from cluster.deployment import Progress, device, failure_of, missing, progress, reason, shortage
 from cluster.generate_arguments import add_generate_arguments, request_of
 from cluster.run_state import RunState
 from cluster.up import Up, _what_next, check_host
@@ -158,6 +158,20 @@ CELL = [{"CPU": 0.1}, {"CPU": 0.1, "GPU": 1.0}, {"CPU": 0.1, "GPU": 1.0}]
 )
 def test_what_does_not_fit_is_said(cells: int, there: dict[str, float], words: str | None) -> None:
     assert missing(CELL, cells, there) == words
+
+
+@pytest.mark.parametrize(
+    ("gpus", "told"),
+    [
+        (0, "device auto is cpu: a cell of 2 tower processes wants 2 GPUs, Ray has 0"),
+        (1, "device auto is cpu: a cell of 2 tower processes wants 2 GPUs, Ray has 1"),
+        (2, "device auto is cuda: a cell of 2 tower processes wants 2 GPUs, Ray has 2"),
+    ],
+)
+def test_the_default_cell_fits_whatever_is_there(gpus: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "GPU": float(gpus)} if gpus else {"CPU": 2.0})
+    config = load_config(None)
+    assert (device(config), shortage(config)) == (told, None)
 
 
 class Starting(Up):
