@@ -37,8 +37,8 @@ class Up:
     def run(self) -> None:
         """Serves until SIGINT or SIGTERM. Raises a TwoTowerError if it never came up."""
         self._check_ports()
-        self._check_model()
         _listen_to_signals()
+        self._check_model()
         port = self._config.ingress.http_port
         try:
             self._start()
