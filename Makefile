@@ -26,10 +26,10 @@ test: env
 ifdef PYTEST_ARGS
 	@$(PY) -m pytest $(PYTEST_ARGS)
 else
-	@echo "[1/2] Tests without a cluster"
-	@$(PY) -m pytest --quiet --numprocesses 2 -m "not ray"
-	@echo "[2/2] Tests on a local Ray"
-	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m ray
+	@echo "[1/2] Tests without a cluster, but for slow ones"
+	@$(PY) -m pytest --quiet --numprocesses 2 -m "not ray and not slow"
+	@echo "[2/2] Tests on a local Ray, and slow ones"
+	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "ray or slow"
 endif
 
 check: check-format check-lint check-types check-imports check-proto

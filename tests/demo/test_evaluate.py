@@ -14,6 +14,7 @@ from twotower.demo.ship import ship
 from twotower.demo.trainer import Trainer
 
 
+@pytest.mark.slow
 def test_a_shipped_run_is_a_whole_checkpoint(
     tiny_recipe: Recipe, tokenizer: BpeTokenizer, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
