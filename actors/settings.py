@@ -35,7 +35,7 @@ class CellSettings:
     @property
     def processes(self) -> int:
         """Tower processes of one cell."""
-        return 1 + self.denoisers_per_context if self.placement == "split" else 1
+        return tower_processes(self.placement, self.denoisers_per_context)
 
     @property
     def gpus(self) -> float:
@@ -50,11 +50,31 @@ class CellSettings:
         return max(1, len(os.sched_getaffinity(0)) // self.processes)
 
 
-def resolve_device(device: str, gpus_in_cluster: float) -> str:
-    """`auto` is CUDA where the cluster has any GPU, else the CPU. Every other name is taken at its word."""
+def tower_processes(placement: str, denoisers_per_context: int) -> int:
+    """Tower processes of one cell of this placement."""
+    return 1 + denoisers_per_context if placement == "split" else 1
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChoice:
+    """What the towers run on, `cpu` or `cuda`, and why, in one line for whoever started the service."""
+
+    device: str
+    why: str
+
+
+def resolve_device(device: str, processes: int, gpus_per_tower: float | None, gpus_in_cluster: float) -> DeviceChoice:
+    """`auto` is CUDA where the cluster's GPUs suffice for a cell, else the CPU. Another name is taken at its word."""
     if device != "auto":
-        return device
-    return "cuda" if gpus_in_cluster >= 1 else "cpu"
+        return DeviceChoice(device, f"device {device}, as configured")
+    wanted = processes * (1.0 if gpus_per_tower is None else gpus_per_tower)
+    needs = f"a cell of {processes} tower {'process' if processes == 1 else 'processes'} wants {_gpus(wanted)}"
+    chosen = "cuda" if 0 < wanted <= gpus_in_cluster else "cpu"
+    return DeviceChoice(chosen, f"device auto is {chosen}: {needs}, Ray has {gpus_in_cluster:g}")
+
+
+def _gpus(number: float) -> str:
+    return f"{number:g} {'GPU' if number == 1 else 'GPUs'}"
 
 
 def bundles(settings: CellSettings) -> list[dict[str, float]]:

@@ -12,6 +12,8 @@ import torch
 import twotower
 from actors.frames import LineAddress
 from actors.line import TowerLine
+from actors.loading_progress import reported
+from actors.process_logs import log_to_stderr
 from actors.settings import CellSettings
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
@@ -23,6 +25,7 @@ from twotower.exchange.settings import EngineHooks, LinkAddress, LinkSettings
 from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
+from twotower.model.tower import ContextTower, DenoiserTower
 
 
 class TowerProcess:
@@ -38,6 +41,7 @@ class TowerProcess:
 
     async def load(self) -> dict[str, str]:
         """Read the weights; then where this process lives. Raises CheckpointError or ConfigError."""
+        log_to_stderr()
         torch.set_num_threads(self.settings.threads)
         self.checkpoint = Checkpoint.open(self.settings.checkpoint)
         self.device = pick_device(self.settings.device)
@@ -55,6 +59,12 @@ class TowerProcess:
     def _load(self) -> None:
         raise NotImplementedError
 
+    def _context_tower(self) -> ContextTower:
+        return load_context_tower(reported(self.checkpoint, ContextTower, self.dtype), self.device, self.dtype)
+
+    def _denoiser_tower(self) -> DenoiserTower:
+        return load_denoiser_tower(reported(self.checkpoint, DenoiserTower, self.dtype), self.device, self.dtype)
+
     async def open_line(self) -> LineAddress:
         """Listen for the cell's requests; returns at once with the address to connect to."""
         return TowerLine(self.runner, self.settings.engine.link_timeout_s).open()
@@ -70,7 +80,7 @@ class ContextActor(TowerProcess):
     """Hosts the context tower; opens a port for each denoiser that is to connect."""
 
     def _load(self) -> None:
-        tower = load_context_tower(self.checkpoint, self.device, self.dtype)
+        tower = self._context_tower()
         self._engine = ContextEngine(tower, self.settings.engine, self.runner.emit)
         self._engine.prepare()
         self.runner.start([self._engine])
@@ -89,7 +99,7 @@ class DenoiserActor(TowerProcess):
     """Hosts the denoiser tower and its mirror; decodes nothing before it is connected."""
 
     def _load(self) -> None:
-        self._tower = load_denoiser_tower(self.checkpoint, self.device, self.dtype)
+        self._tower = self._denoiser_tower()
 
     async def connect(self, address: LinkAddress) -> None:
         """Join the context tower's port and start decoding. Raises LinkDown."""
@@ -108,8 +118,8 @@ class ColocatedActor(TowerProcess):
     """Hosts both towers on one device (`colocated`), or the context tower alone (`ar_only`)."""
 
     def _load(self) -> None:
-        context = load_context_tower(self.checkpoint, self.device, self.dtype)
+        context = self._context_tower()
         denoiser = None
         if self.settings.placement == "colocated":
-            denoiser = load_denoiser_tower(self.checkpoint, self.device, self.dtype)
+            denoiser = self._denoiser_tower()
         self.runner = colocated_runner(context, denoiser, self.settings.engine, prepare=True)

@@ -3,6 +3,7 @@
 Plain classes become deployments here, and nowhere else.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -10,12 +11,14 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from actors.settings import STRATEGY, CellSettings, bundles, resolve_device
+from actors.settings import STRATEGY, CellSettings, DeviceChoice, bundles, resolve_device, tower_processes
 from cluster.cell import Cell
 from cluster.config import ServiceConfig
 from cluster.router import Router
 from cluster.served_paths import checkpoint_directory
 from twotower.engine.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
 
 APP_NAME = "twotower"
 # Beyond what the ledger takes, so that it is the ledger that refuses, and health checks get through.
@@ -43,8 +46,17 @@ class RouterReplica(Router):
 def build(args: Mapping[str, Any] | ServiceConfig) -> Application:
     """The application of a configuration. Raises ConfigError naming every wrong setting."""
     config = args if isinstance(args, ServiceConfig) else ServiceConfig.parse(args)
-    cells = cell_deployment(config).bind(cell_settings(config, _gpus_in_cluster()))
+    gpus = _gpus_in_cluster()
+    logger.info("%s", device_choice(config, gpus).why)
+    cells = cell_deployment(config).bind(cell_settings(config, gpus))
     return router_deployment(config).bind(config, cells)
+
+
+def device_choice(config: ServiceConfig, gpus_in_cluster: float) -> DeviceChoice:
+    """What the towers of a cell run on, in a cluster of so many GPUs."""
+    cell = config.cell
+    processes = tower_processes(cell.placement, cell.denoisers_per_context)
+    return resolve_device(cell.device, processes, cell.gpus_per_tower, gpus_in_cluster)
 
 
 def cell_settings(config: ServiceConfig, gpus_in_cluster: float) -> CellSettings:
@@ -64,7 +76,7 @@ def cell_settings(config: ServiceConfig, gpus_in_cluster: float) -> CellSettings
     return CellSettings(
         checkpoint=str(checkpoint_directory(config.model.checkpoint)),
         dtype=config.model.dtype,
-        device=resolve_device(cell.device, gpus_in_cluster),
+        device=device_choice(config, gpus_in_cluster).device,
         placement=cell.placement,
         denoisers_per_context=cell.denoisers_per_context,
         gpus_per_tower=cell.gpus_per_tower,

@@ -9,9 +9,9 @@ from typing import Protocol
 from ray.util import get_current_placement_group
 
 from actors.cell import start_pair
+from actors.process_logs import log_to_stderr
 from actors.settings import CellSettings
 from cluster.event_lines import EventLines, ReplyTo
-from cluster.replica_logs import log_to_stderr
 from twotower.core import BlockEvent, FailureEvent, Request
 from twotower.engine.handle import EngineStats
 from twotower.engine.pair import Pair
@@ -24,6 +24,7 @@ class Running(Protocol):
     """A pair with its processes, as `actors.cell.start_pair` gives it."""
 
     pair: Pair
+    places: list[dict[str, str]]
 
     def failure(self) -> str | None: ...
 
@@ -81,8 +82,8 @@ class Cell:
 
     async def stats(self) -> CellStats:
         ledger = self._running.pair.ledger
-        places = tuple(getattr(self._running, "places", ()))
-        return CellStats(ledger.running, ledger.waiting, tuple(await self._running.stats()), places)
+        towers, places = tuple(await self._running.stats()), tuple(self._running.places)
+        return CellStats(ledger.running, ledger.waiting, towers, places)
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose health check raises."""

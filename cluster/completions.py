@@ -65,14 +65,17 @@ def parse_call(body: Mapping[str, object], request_id: str) -> CompletionCall:
     stream = _flag("stream", given.get("stream", False), problems)
     if options and not stream:
         problems.say("stream_options", "only with stream: true")
-    request_id = _text("request_id", given.get("request_id", request_id), problems)
+    request_id = _text("request_id", given.get("request_id", ""), problems) or request_id  # empty: as over gRPC
     model = _text("model", given.get("model", ""), problems)
     _text("user", given.get("user", ""), problems)
     prompts = _prompts(given.get("prompt"), problems)
     problems.raise_any()
-    ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{place}" for place in range(len(prompts))]
+    suffixes = [""] if len(prompts) == 1 else [f"-{place}" for place in range(len(prompts))]
     stop, priority = given.get("stop", ()), given.get("priority", 0)
-    asks = tuple(Ask(prompt, params, stop, one, priority) for prompt, one in zip(prompts, ids, strict=True))
+    asks = tuple(
+        Ask(prompt, params, stop, request_id, priority, suffix)
+        for prompt, suffix in zip(prompts, suffixes, strict=True)
+    )
     return CompletionCall(model or None, asks, stream, options.get("include_usage", False), request_id)
 
 

@@ -53,7 +53,8 @@ class DecodeSection(Section):
 class CellSection(Section):
     """One cell: where its towers run and how much they hold.
 
-    `cache_tokens` 0: room for every sequence's longest. `gpus_per_tower` not given: one on CUDA, none on the CPU.
+    `device` auto: CUDA where the cluster has GPUs for all towers of a cell, else the CPU. `cache_tokens` 0: room for
+    every sequence's longest. `gpus_per_tower` not given: one on CUDA, none on the CPU.
     """
 
     placement: Literal["split", "colocated", "ar_only"] = "split"

@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 
 from cluster.config import ServiceConfig
 from cluster.local_ray import failures_told
-from twotower.errors import Unavailable
+from twotower.errors import CheckpointError, ConfigError, TwoTowerError, Unavailable
 
 _OUR_ERROR = re.compile(r"twotower\.errors\.(\w+): (.+)")
 _ANY_ERROR = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception)): (.+)", re.MULTILINE)
@@ -24,7 +24,17 @@ class Progress:
 
     routers: int
     cells: int
-    failure: str | None = None
+    failure: TwoTowerError | None = None
+
+
+def check(config: ServiceConfig) -> None:
+    """Raises CheckpointError or ConfigError for what cells and routers would refuse. Reads headers, needs no Ray."""
+    from actors.cell import check_settings
+    from cluster.app import cell_settings
+    from cluster.served_model import load_served_model
+
+    check_settings(cell_settings(config, gpus_in_cluster=0))
+    load_served_model(config)
 
 
 def deploy(config: ServiceConfig) -> None:
@@ -36,6 +46,16 @@ def deploy(config: ServiceConfig) -> None:
     with failures_told("Serve"):
         target = serve.RunTarget(target=build(config), name=APP_NAME, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def device(config: ServiceConfig) -> str:
+    """What the towers run on, and why. Raises Unavailable."""
+    import ray
+
+    from cluster.app import device_choice
+
+    with failures_told("Ray"):
+        return device_choice(config, ray.cluster_resources().get("GPU", 0.0)).why
 
 
 def shortage(config: ServiceConfig) -> str | None:
@@ -97,8 +117,15 @@ def _progress() -> Progress:
     failure = None
     if application.status == "DEPLOY_FAILED":
         messages = [d.message for d in application.deployments.values() if d.status == "DEPLOY_FAILED"]
-        failure = reason(messages[0] if messages else application.message)
+        failure = failure_of(messages[0] if messages else application.message)
     return Progress(running.get("Router", 0), running.get("Cell", 0), failure)
+
+
+def failure_of(message: str) -> TwoTowerError:
+    """Why a deployment failed: a wrong setting or checkpoint as ConfigError, anything else as Unavailable."""
+    ours = _OUR_ERROR.findall(message)
+    wrong = bool(ours) and ours[-1][0] in (ConfigError.__name__, CheckpointError.__name__)
+    return ConfigError(reason(message)) if wrong else Unavailable(reason(message))
 
 
 def reason(message: str) -> str:

@@ -16,7 +16,7 @@ from cluster.streams import merged
 from twotower.core import BlockEvent, FinishReason, Request
 from twotower.decoding.text import AnswerText, check_stop, require_tokenizer
 from twotower.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from twotower.validation import make_request
+from twotower.validation import make_request, show
 
 _INLINE_CHARACTERS = 4096
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -36,13 +36,17 @@ class Cells(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a client sent, unchecked. `params` holds only what was given, under the names of DecodingParams."""
+    """What a client sent, unchecked. `params` holds only what was given, under the names of DecodingParams.
+
+    `suffix` is ours: it tells the prompts of one call apart and does not count towards the id's length.
+    """
 
     prompt: str | Sequence[object]
     params: Mapping[str, object] = field(default_factory=dict)
     stop: object = ()
     request_id: str = ""
     priority: object = 0
+    suffix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +117,11 @@ class Generation:
         """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked."""
         request_id = ask.request_id or f"req-{uuid.uuid4().hex}"
         if not _REQUEST_ID.fullmatch(request_id):
-            raise InvalidRequest.of("request_id", "wanted 1 to 128 printable ASCII characters without spaces")
+            raise InvalidRequest.of(
+                "request_id", f"got {show(request_id)}, wanted 1 to 128 printable ASCII characters without spaces"
+            )
         prompt = await self._token_ids(ask.prompt)
-        request = make_request(request_id, prompt, ask.params, self.model.limits, ask.priority)
+        request = make_request(request_id + ask.suffix, prompt, ask.params, self.model.limits, ask.priority)
         return Order(request, check_stop(self.model.tokenizer, ask.stop))
 
     async def stream(self, order: Order, timeout_s: float | None = None) -> AsyncGenerator[Chunk, None]:

@@ -11,7 +11,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from cluster.error_codes import Failure, describe
-from cluster.grpc_messages import outside_problems, parse_message
+from cluster.grpc_messages import outside_problems
+from cluster.strict_protobuf import parse_message
 from twotower.errors import InvalidRequest
 
 Handler = Any  # grpc.RpcMethodHandler, generic only in its stubs

@@ -1,35 +1,17 @@
-"""Between `twotower.v1` messages and the service's own words. Refuses what the messages cannot mean."""
+"""Between `twotower.v1` messages and the service's own words."""
 
 from collections.abc import Iterator, Sequence
-
-from google.protobuf.message import DecodeError, Message
-from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cluster.generation import Answer, Ask, Chunk, Order, Usage
 from cluster.served_model import ServedModel
 from twotower.core import DecodingParams, FinishReason, Mode
 from twotower.errors import FieldError, InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
-from twotower.validation import one_line
 
 _SCALARS = (
     "max_new_tokens block_size steps_per_block confidence_threshold temperature top_k top_p seed ignore_eos"
 ).split()
 _PARAMS = {*_SCALARS, "mode", "stop_token_ids"}
-
-
-def parse_message(kind: type[Message], data: bytes) -> Message:
-    """A message, strictly: readable, valid UTF-8 in strings, no fields this server does not know."""
-    try:
-        message = kind.FromString(data)
-    except (DecodeError, ValueError) as error:
-        raise InvalidRequest.of(
-            "message", f"not a readable {kind.DESCRIPTOR.full_name}: {one_line(str(error))}"
-        ) from None
-    unknown = list(_unknown_fields(message, ""))
-    if unknown:
-        raise InvalidRequest([FieldError(name, "unknown field") for name in unknown[:8]])
-    return message
 
 
 def ask_of(request: pb.GenerateRequest) -> Ask:
@@ -95,14 +77,6 @@ def _prompt(request: pb.GenerateRequest) -> str | Sequence[object]:
         case "token_ids":
             return list(request.token_ids.ids)
     raise InvalidRequest.of("prompt", "missing, wanted text or token_ids")
-
-
-def _unknown_fields(message: Message, path: str) -> Iterator[str]:
-    for field in UnknownFieldSet(message):  # type: ignore[attr-defined]
-        yield f"{path}{field.field_number}"
-    for descriptor, value in message.ListFields():
-        if isinstance(value, Message):
-            yield from _unknown_fields(value, f"{path}{descriptor.name}.")
 
 
 def _path(field: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.completion_bodies import chunk_body, error_body, usage_event, whole_body
@@ -19,7 +20,7 @@ from cluster.completions import CompletionCall, outside_problems, parse_call
 from cluster.error_codes import CODES, Failure, describe
 from cluster.generation import Answer, Chunk, Generation, Order
 from cluster.streams import until_disconnect
-from twotower.errors import InvalidRequest
+from twotower.errors import Cancelled, InvalidRequest
 from twotower.strict_json import parse_json
 from twotower.validation import one_line, show
 
@@ -190,10 +191,13 @@ def _no_such_model(got: str | None, served: str) -> Response:
 
 async def _read(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise InvalidRequest.of("body", f"got more than {max_bytes} bytes, wanted at most that many")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > max_bytes:
+                raise InvalidRequest.of("body", f"got more than {max_bytes} bytes, wanted at most that many")
+    except ClientDisconnect:
+        raise Cancelled("the client has disconnected before its request was whole") from None
     return bytes(body)
 
 

@@ -1,5 +1,6 @@
 """How to write one of our commands so that it works where it is read: with the python that runs this one."""
 
+import os
 import shlex
 import shutil
 import sys
@@ -13,7 +14,7 @@ def command(arguments: str) -> str:
 
 def _python() -> str:
     """`python` where that is us (an environment is active), else our path, as seen from here where we are below."""
-    ours = Path(sys.executable)
+    ours = Path(os.path.abspath(sys.executable))
     if not sys.executable or shutil.which("python") == str(ours):
         return "python"
     here = Path.cwd()

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
+from actors.process_logs import log_to_stderr
 from cluster.config import ServiceConfig
 from cluster.event_lines import EventServer
 from cluster.generation import Generation
@@ -15,7 +16,6 @@ from cluster.grpc_service import GrpcServer
 from cluster.http import make_app
 from cluster.readiness import Readiness
 from cluster.remote_cells import RemoteCells
-from cluster.replica_logs import log_to_stderr
 from cluster.served_model import load_served_model
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ def check_directory(name: str) -> None:
     """Raises CheckpointError unless there is a directory with a config.json that can be served."""
     directory = checkpoint_directory(name)
     if not directory.is_dir():
-        raise CheckpointError(f"model.checkpoint: {directory}: no such directory")
+        raise CheckpointError(f"{directory}: no such directory")
     ModelConfig.load(directory)
 
 

@@ -15,8 +15,9 @@ from cluster import deployment, local_ray, run_state, served_paths
 from cluster.client import is_ready
 from cluster.config import ServiceConfig
 from cluster.deployment import Progress
+from cluster.invocation import command
 from cluster.run_state import RunState
-from twotower.errors import ConfigError, TwoTowerError, Unavailable
+from twotower.errors import CheckpointError, ConfigError, TwoTowerError, Unavailable
 from twotower.validation import show
 
 _POLL_S = 0.25
@@ -35,9 +36,9 @@ class Up:
 
     def run(self) -> None:
         """Serves until SIGINT or SIGTERM. Raises a TwoTowerError if it never came up."""
-        served_paths.check_directory(self._config.model.checkpoint)
         self._check_ports()
         _listen_to_signals()
+        self._check_model()
         port = self._config.ingress.http_port
         try:
             self._start()
@@ -55,16 +56,17 @@ class Up:
 
     def _start(self) -> None:
         self._say("starting Ray" if self._address is None else f"joining the Ray at {self._address}")
-        local_ray.prepare_environment()
         local_ray.start_ray(self._address, show_worker_logs=self._verbose)
         _listen_to_signals()  # Ray has put its own there
+        self._say(deployment.device(self._config))
         self._check_room()
         self._say("starting Serve")
         ingress = self._config.ingress
         local_ray.start_serve(ingress.host, ingress.http_port)
         deployment.deploy(self._config)
         self._heard = time.monotonic()
-        self._say(f"loading the towers ({self._config.cell.placement}) of {self._config.model.checkpoint}")
+        hint = "" if self._verbose else "; --verbose shows how far they are"
+        self._say(f"loading the towers ({self._config.cell.placement}) of {self._config.model.checkpoint}{hint}")
 
     def _check_room(self) -> None:
         """What does not fit waits silently, for ever. Another's cluster may grow; ours is what this machine has."""
@@ -82,7 +84,7 @@ class Up:
         while True:
             now = self._progress(told)
             if now.failure is not None:
-                raise Unavailable(now.failure)
+                raise now.failure
             self._tell(now, told)
             told = now
             if now.routers and now.cells and is_ready(self._state.http):
@@ -126,6 +128,18 @@ class Up:
                 self._say(f"{cells} cells running")
                 self._state = replace(self._state, cells=cells)
                 run_state.write(self._config.ingress.http_port, self._state)
+
+    def _check_model(self) -> None:
+        """What the towers and routers would find wrong with settings and checkpoint, before any of them starts.
+
+        Whatever it is, it is a wrong setting. Raises ConfigError.
+        """
+        local_ray.prepare_environment()
+        try:
+            served_paths.check_directory(self._config.model.checkpoint)
+            deployment.check(self._config)
+        except CheckpointError as error:
+            raise ConfigError(f"model.checkpoint: {error}") from error
 
     def _check_ports(self) -> None:
         ingress = self._config.ingress
@@ -195,6 +209,6 @@ The service answers on http://{state.http} (OpenAI's API) and {state.grpc} (gRPC
 
   curl http://{state.http}/v1/completions -H 'content-type: application/json' \\
     -d '{json.dumps({"prompt": prompt, "max_tokens": 64})}'
-  python -m cluster generate {shell}
+  {command(f"generate {shell}")}
 
 Ctrl-C stops it."""

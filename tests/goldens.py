@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,9 +50,9 @@ def golden(name: str) -> Golden:
     )
 
 
-def prompt_ids() -> list[tuple[str, int]]:
-    """(model, prompt number) of every golden prompt."""
-    return [(name, i) for name in MODELS for i in range(len(_vectors(name)["prompts"]))]
+def prompt_ids(where: Callable[[dict[str, Any]], bool] = lambda prompt: True) -> list[tuple[str, int]]:
+    """(model, prompt number) of every golden prompt of which `where` holds."""
+    return [(name, i) for name in MODELS for i, prompt in enumerate(_vectors(name)["prompts"]) if where(prompt)]
 
 
 @cache

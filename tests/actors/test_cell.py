@@ -53,13 +53,14 @@ async def cell(checkpoint: str | Path, placement: str = "split", **changes: Any)
 def _golden_requests(name: str, modes: tuple[Mode, ...]) -> list[tuple[Request, list[int]]]:
     wanted = []
     for number, prompt in enumerate(golden(name).prompts):
-        for mode in (Mode.AR, Mode.MOCK_AR):
-            wanted.append((causal_request(prompt, mode), prompt[str(mode)]["tokens"]))
-        for case in prompt["cases"]:
-            if case["eos_token_id"] is None:
-                wanted.append((diffusion_request(prompt, case), case["output"]))
-        assert wanted, number
-    return [(request, tokens) for request, tokens in wanted if request.params.mode in modes]
+        cases = [case for case in prompt["cases"] if case["eos_token_id"] is None]
+        of_this = [(causal_request(prompt, mode), prompt[str(mode)]["tokens"]) for mode in (Mode.AR, Mode.MOCK_AR)]
+        of_this += [(diffusion_request(prompt, case), case["output"]) for case in cases]
+        of_this = [(request, tokens) for request, tokens in of_this if request.params.mode in modes]
+        assert {request.params.mode for request, _ in of_this} == set(modes), number
+        assert all(tokens for _, tokens in of_this), number
+        wanted += of_this
+    return wanted
 
 
 async def _all_free(running: RunningPair, within_s: float = 3.0) -> None:

@@ -1,8 +1,12 @@
 """What a cell asks Ray for, without Ray."""
 
+from pathlib import Path
+
 import pytest
 
 from actors.settings import CellSettings, bundles, resolve_device
+from cluster.app import cell_settings
+from cluster.config import load_config
 from twotower.errors import ConfigError
 
 
@@ -24,10 +28,37 @@ def test_a_gpu_for_each_tower_process(placement: str, denoisers: int, gpus: list
     assert [tower["GPU"] for tower in towers] == gpus
 
 
-def test_auto_follows_the_cluster() -> None:
-    assert resolve_device("auto", 2) == "cuda"
-    assert resolve_device("auto", 0) == "cpu"
-    assert resolve_device("cpu", 2) == "cpu"
+@pytest.mark.parametrize(
+    ("processes", "gpus_per_tower", "there", "device", "why"),
+    [
+        (2, None, 0, "cpu", "a cell of 2 tower processes wants 2 GPUs, Ray has 0"),
+        (2, None, 1, "cpu", "a cell of 2 tower processes wants 2 GPUs, Ray has 1"),
+        (2, None, 2, "cuda", "a cell of 2 tower processes wants 2 GPUs, Ray has 2"),
+        (2, 0.5, 1, "cuda", "a cell of 2 tower processes wants 1 GPU, Ray has 1"),
+        (1, None, 1, "cuda", "a cell of 1 tower process wants 1 GPU, Ray has 1"),
+        (1, 0.0, 1, "cpu", "a cell of 1 tower process wants 0 GPUs, Ray has 1"),
+    ],
+)
+def test_auto_is_cuda_only_where_a_cell_fits(
+    processes: int, gpus_per_tower: float | None, there: float, device: str, why: str
+) -> None:
+    choice = resolve_device("auto", processes, gpus_per_tower, there)
+    assert choice.device == device and choice.why == f"device auto is {device}: {why}"
+
+
+@pytest.mark.parametrize("there", [0, 1, 2])
+def test_the_local_configuration_fits_whatever_is_there(there: int) -> None:
+    """`make serve` on a machine with any number of GPUs asks for no more than there are."""
+    file = Path(__file__).resolve().parents[2] / "deploy" / "serve" / "local.yaml"
+    for config in (load_config(None), load_config(file)):
+        settings = cell_settings(config, there)
+        assert settings.device == ("cuda" if there == 2 else "cpu")
+        assert sum(bundle.get("GPU", 0) for bundle in bundles(settings)) <= there
+
+
+def test_a_named_device_is_taken_at_its_word() -> None:
+    assert resolve_device("cpu", 2, None, 2).device == "cpu"
+    assert resolve_device("cuda", 2, None, 0).device == "cuda"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from cluster.generation import Generation
 from cluster.grpc_service import GrpcServer
 from cluster.served_model import ServedModel
-from twotower.core import BlockEvent, FinishReason, Mode, Request
+from twotower.core import BlockEvent, DecodingParams, FinishReason, Mode, Request
 from twotower.validation import ModelLimits
 
 BLOCK = 4
@@ -70,8 +70,12 @@ class ScriptedCells:
             yield BlockEvent(request.id, start, part, 2, 1, reason if last else None)
 
 
-def served_model(tokenizer: ByteTokenizer | None = None, modes: tuple[Mode, ...] = tuple(Mode)) -> ServedModel:
-    limits = ModelLimits(vocab_size=260, max_sequence_length=256, modes=modes)
+def served_model(
+    tokenizer: ByteTokenizer | None = None,
+    modes: tuple[Mode, ...] = tuple(Mode),
+    defaults: DecodingParams | None = None,
+) -> ServedModel:
+    limits = ModelLimits(260, 256, modes, defaults or DecodingParams())
     return ServedModel("fake", limits, tokenizer, "two-tower", "0123456789abcdef")
 
 

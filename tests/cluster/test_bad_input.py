@@ -8,8 +8,11 @@ import httpx
 import pytest
 from google.rpc import error_details_pb2
 
-from tests.cluster.fakes import ScriptedCells, generation, grpc_server
+from cluster.generation import Generation
+from cluster.http import make_app
+from tests.cluster.fakes import ByteTokenizer, ScriptedCells, generation, grpc_server, served_model
 from tests.cluster.test_grpc import details_of
+from twotower.core import DecodingParams, Mode
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
@@ -60,7 +63,8 @@ JSON: list[tuple[str, dict[str, Any], str, str]] = [
     ("ignore_eos a number", {"ignore_eos": 1}, "ignore_eos", "wanted true or false"),
     ("stream a string", {"stream": "yes"}, "stream", "wanted true or false"),
     ("options alone", {"stream_options": {"include_usage": True}}, "stream_options", "only with stream"),
-    ("request_id spaced", {"request_id": "a b"}, "request_id", "printable ASCII"),
+    ("request_id spaced", {"request_id": "a b"}, "request_id", "got 'a b', wanted 1 to 128 printable ASCII"),
+    ("request_id false", {"request_id": False}, "request_id", "got False, wanted a string"),
     ("priority a boolean", {"priority": True}, "priority", "got True, wanted an integer from -2147483648"),
     ("priority a float", {"priority": 1.0}, "priority", "got 1.0"),
     ("priority too big", {"priority": 2**31}, "priority", "got 2147483648"),
@@ -174,12 +178,25 @@ async def test_grpc_names_the_field(
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"\xff\xff\xff", "not a readable twotower.v1.GenerateRequest"),
-        (b"\x12\x02\xff\xfe", "not a readable twotower.v1.GenerateRequest"),  # text that is not UTF-8
+        (b"\xff\xff\xff", "message: not a readable twotower.v1.GenerateRequest"),
+        (b"\x12\x02a\xff", "text: not UTF-8: invalid start byte at byte 1"),
+        (b"\x12\x01a\x2a\x01b\x2a\x01\xff", "stop: not UTF-8: invalid start byte at byte 0"),
+        (b"\x10\x05", "text: wrong type on the wire, wanted string"),
+        (b"\x12\x01a\x10\x05\x10\x05", "text: wrong type on the wire, wanted string"),
+        (b"\x1a\x04\x09aaaaaaaa", "not a readable"),
+        (b"\x1a\x05\x0daaaa", "token_ids.ids: wrong type on the wire, wanted uint32"),
+        (b"\x12\x01a\x20\x05", "params: wrong type on the wire, wanted twotower.v1.DecodingParams"),
+        (b"\x12\x01a\x22\x02\x0a\x00", "params.mode: wrong type on the wire, wanted twotower.v1.Mode"),
+        (b"\x12\x01a\x22\x02\x12\x00", "params.max_new_tokens: wrong type on the wire, wanted int64"),
+        (b"\x12\x01a\x22\x02\x28\x01", "params.confidence_threshold: wrong type on the wire, wanted double"),
         (pb.GenerateRequest(text="a").SerializeToString() + b"\x98\x06\x01", "99: unknown field"),
         (b"\x12\x01a\x22\x03\x98\x06\x01", "params.99: unknown field"),
     ],
-    ids=["not a message", "not UTF-8", "unknown field", "unknown parameter"],
+    ids=[
+        *["not a message", "not UTF-8", "a stop string that is not UTF-8", "text a varint", "text a varint, twice"],
+        *["ids cut off", "ids fixed32", "params a varint", "mode a string", "tokens a string", "gamma a varint"],
+        *["unknown field", "unknown parameter"],
+    ],
 )
 async def test_grpc_refuses_broken_messages(
     channel: grpc.aio.Channel, cells: ScriptedCells, data: bytes, words: str, method: str
@@ -190,9 +207,34 @@ async def test_grpc_refuses_broken_messages(
             await channel.unary_unary(path)(data)
         else:
             [_ async for _ in channel.unary_stream(path)(data)]
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and words in caught.value.details()
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert words in caught.value.details() and caught.value.details().count(words) == 1
     assert cells.requests == []
     assert (await pb_grpc.GenerationServiceStub(channel).Generate(pb.GenerateRequest(text="a"))).text
+
+
+async def test_a_mode_that_the_cell_cannot_do_is_refused_over_both_faces(cells: ScriptedCells) -> None:
+    """A base checkpoint, or placement ar_only."""
+    service = Generation(served_model(ByteTokenizer(), (Mode.AR,), DecodingParams(mode=Mode.AR)), cells)
+    transport = httpx.ASGITransport(make_app(service, lambda: True))
+    async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
+        for mode in ("diffusion", "mock_ar"):
+            response = await http.post("/v1/completions", json={"prompt": "Hi", "diffusion": {"mode": mode}})
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (400, "diffusion.mode")
+            assert f"got '{mode}', wanted a mode this checkpoint can serve (ar)" in error["message"]
+        await assert_well(http)
+    async with grpc_server(service) as (address, _), grpc.aio.insecure_channel(address) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        for number in (pb.MODE_DIFFUSION, pb.MODE_MOCK_AR):
+            for method in ("Generate", "GenerateStream"):
+                refused = await refusal(
+                    stub, method, pb.GenerateRequest(text="a", params=pb.DecodingParams(mode=number))
+                )
+                assert "wanted a mode this checkpoint can serve (ar)" in refused.details()
+                assert refused.details().startswith("params.mode: got ")
+        assert (await stub.Generate(pb.GenerateRequest(text="a"))).text
+    assert {request.params.mode for request in cells.requests} == {Mode.AR}
 
 
 async def test_grpc_refuses_a_message_that_is_too_big(cells: ScriptedCells) -> None:

@@ -61,6 +61,7 @@ class RunningFake:
 
     def __init__(self, engine: ScriptedEngine, max_queued: int = 1) -> None:
         self.pair = Pair(engine, [engine], Ledger(Room(1, 100), [], max_queued))
+        self.places = [{"pid": "1"}]
         self.closed = False
 
     def failure(self) -> str | None:
@@ -100,7 +101,7 @@ async def test_events_come_through_and_room_is_given_back() -> None:
     assert [event.token_ids for event in events] == [(1, 2), (3,)]
     await asyncio.sleep(0)
     stats = await cell.stats()
-    assert (stats.running, stats.waiting) == (0, 0)
+    assert (stats.running, stats.waiting, stats.places) == (0, 0, ({"pid": "1"},))
     assert await cell.ready()
     await cell.shutdown()
 

@@ -13,11 +13,12 @@ import pytest
 from cluster import client, run_state
 from cluster.cli import main
 from cluster.config import load_config
-from cluster.deployment import Progress, missing, progress, reason
+from cluster.deployment import Progress, device, failure_of, missing, progress, reason, shortage
 from cluster.run_state import RunState
-from cluster.up import Up, check_host
+from cluster.up import Up, _what_next, check_host
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
 from tests.cluster.service import free_port
+from tests.model.checkpoints import SINGLE, base_tensors, config_of, tensors_of, write
 from twotower.errors import ConfigError, Unavailable
 
 
@@ -31,7 +32,8 @@ def own_runtime_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (["up", "--set", "cell.placment=split"], 2, "did you mean placement?"),
         (["up", "--config", "/no/such.yaml"], 2, "no such file"),
-        (["up", "--set", "model.checkpoint=/no/such"], 1, "/no/such: no such directory"),
+        (["up", "--set", "model.checkpoint=/no/such"], 2, "model.checkpoint: /no/such: no such directory"),
+        (["up", "--set", "cell.placement=ar_only", "--set", "decode.mode=diffusion"], 2, "decode.mode: got diffusion"),
         (["status"], 2, "no service of yours is running"),
         (["down", "--http-port", "1"], 2, "no service of yours listens on HTTP port 1"),
         (["up", "--set", "ingress.host=no.such.invalid"], 2, "ingress.host: got 'no.such.invalid', wanted an address"),
@@ -53,6 +55,26 @@ def test_mistakes_are_one_line(arguments: list[str], code: int, words: str, caps
     assert main(arguments) == code
     *progress, error = capsys.readouterr().err.splitlines()
     assert words in error and error.startswith("error: ") and all(line.startswith("[") for line in progress)
+
+
+def test_a_checkpoint_that_the_placement_cannot_serve_is_found_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("cluster.local_ray.start_ray", never)
+    tensors, config = base_tensors(tensors_of("tt_moe")), config_of("tt_moe")
+    base, damaged = write(tmp_path / "base", tensors, config), write(tmp_path / "damaged", tensors, config)
+    (damaged / SINGLE).write_bytes(b"nothing")
+    for directory, words in (
+        (base, "placement: got 'split' for a single-tower base checkpoint, wanted 'ar_only'"),
+        (damaged, f"model.checkpoint: {damaged / SINGLE}: not a whole safetensors file"),
+    ):
+        ports = ["--set", f"ingress.http_port={free_port()}", "--set", f"ingress.grpc_port={free_port()}"]
+        assert main(["up", "--set", f"model.checkpoint={directory}", *ports]) == 2
+        error = capsys.readouterr().err
+        assert f"error: {words}" in error and error.count("\n") == 1
 
 
 def test_a_taken_port_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +172,20 @@ def test_what_does_not_fit_is_said(cells: int, there: dict[str, float], words: s
     assert missing(CELL, cells, there) == words
 
 
+@pytest.mark.parametrize(
+    ("gpus", "told"),
+    [
+        (0, "device auto is cpu: a cell of 2 tower processes wants 2 GPUs, Ray has 0"),
+        (1, "device auto is cpu: a cell of 2 tower processes wants 2 GPUs, Ray has 1"),
+        (2, "device auto is cuda: a cell of 2 tower processes wants 2 GPUs, Ray has 2"),
+    ],
+)
+def test_the_default_cell_fits_whatever_is_there(gpus: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "GPU": float(gpus)} if gpus else {"CPU": 2.0})
+    config = load_config(None)
+    assert (device(config), shortage(config)) == (told, None)
+
+
 class Starting(Up):
     """An `up` whose towers never come."""
 
@@ -174,6 +210,24 @@ def test_ours_must_fit_another_ray_may_grow(
         Starting(monkeypatch)._check_room()
     Starting(monkeypatch, "10.0.0.1:6379")._check_room()
     assert "waiting for the cluster to grow: 1 cell wants 2 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("executable", "typed"),
+    [
+        (".venv/bin/python", ".venv/bin/python"),
+        ("my env/bin/python", "'my env/bin/python'"),
+        ("../other/bin/python", "{parent}/other/bin/python"),
+    ],
+)
+def test_what_to_type_next_names_a_python_that_works(
+    executable: str, typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", str(tmp_path / executable))
+    state = RunState(1, 1.0, "127.0.0.1:8000", "127.0.0.1:50051", "demo")
+    said = _what_next(state, "words: 6550\n")
+    assert f"\n  {typed.format(parent=tmp_path.parent)} -m cluster generate --prompt $'words: 6550\\n'\n" in said
 
 
 @pytest.mark.parametrize("behaves", ["fails", "hangs"])
@@ -249,3 +303,4 @@ def test_down_does_not_signal_a_reused_pid(capsys: pytest.CaptureFixture[str]) -
 )
 def test_a_failed_deployment_has_one_reason(message: str, line: str) -> None:
     assert reason(message) == line
+    assert type(failure_of(message)) is (ConfigError if "CheckpointError" in message else Unavailable)

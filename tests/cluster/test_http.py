@@ -76,6 +76,20 @@ async def test_max_tokens_defaults_to_the_services_and_null_counts_as_not_given(
     assert cells.requests[0].params.max_new_tokens == 128
 
 
+async def test_an_empty_request_id_is_none_given(http: httpx.AsyncClient, cells: ScriptedCells) -> None:
+    for headers in ({}, {"x-request-id": "mine"}):
+        response = await http.post("/v1/completions", json={"prompt": "Hi", "request_id": ""}, headers=headers)
+        drawn = response.json()["id"]
+        assert drawn == response.headers["x-request-id"] == cells.requests[-1].id
+        assert drawn == headers.get("x-request-id", drawn) and drawn
+
+
+async def test_our_own_suffix_does_not_make_an_id_too_long(http: httpx.AsyncClient, cells: ScriptedCells) -> None:
+    response = await http.post("/v1/completions", json={"prompt": ["Hi", "Ho"], "request_id": "a" * 128})
+    assert response.status_code == 200 and response.json()["id"] == "a" * 128
+    assert sorted(request.id for request in cells.requests) == [f"{'a' * 128}-0", f"{'a' * 128}-1"]
+
+
 @pytest.mark.parametrize("prompt", [["a", "bb"], [[5], [6, 7]]])
 async def test_several_prompts_are_several_choices(http: httpx.AsyncClient, prompt: list[Any]) -> None:
     whole = (await complete(http, prompt=prompt, max_tokens=6)).json()
@@ -252,6 +266,28 @@ async def test_a_client_that_leaves_frees_its_sequence(cells: ScriptedCells, str
     leaving.set()
     await asyncio.gather(serving, return_exceptions=True)
     assert cells.open == 0
+
+
+async def test_a_client_that_leaves_while_it_uploads_is_no_internal_error(
+    cells: ScriptedCells, caplog: pytest.LogCaptureFixture
+) -> None:
+    messages = [
+        {"type": "http.disconnect"},
+        {"type": "http.request", "body": b'{"prompt": "H', "more_body": True},
+    ]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    with caplog.at_level(logging.INFO):
+        await make_app(generation(cells), lambda: True)(scope, receive, send)
+    assert sent[0]["status"] == 499 and cells.requests == []
+    assert caplog.text == ""
 
 
 def raising(error: Exception, at_block: int) -> Any:

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -23,10 +23,37 @@ from tests.goldens import GOLDEN_DIR
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-START_S, STOP_S = 120, 30
+START_S, STOP_S, SAMPLE_S = 120, 30, 0.5
 # Ray's own servers bind every interface and cannot be told otherwise; how many of them each of its processes has.
 # Whatever we listen on ourselves (HTTP, gRPC, the exchange) comes on top of these and must be on loopback.
 RAYS_OWN = {"ray::ServeReplica": 2, "ray::DashboardAgent": 2, "ray::": 1, "gcs_server": 3, "raylet": 4, "python": 3}
+
+
+class Sampler:
+    """Sockets of all processes against the allow-list, from the first one's start to its end, on a thread."""
+
+    def __init__(self, processes: Callable[[], list[psutil.Process]]) -> None:
+        self._processes, self._over = processes, threading.Event()
+        self.samples, self.outside = 0, set[tuple[str, str]]()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._over.wait(SAMPLE_S):
+                for process in self._processes():
+                    self.outside |= _outside(process)
+                self.samples += 1
+        except psutil.NoSuchProcess:
+            pass  # the service itself has ended
+        except BaseException as error:
+            self.error = error
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join(10)
+        assert not self._thread.is_alive()
 
 
 class Up:
@@ -44,6 +71,7 @@ class Up:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        self.sampler = Sampler(self.processes)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -70,6 +98,7 @@ class Up:
             return self.process.wait(STOP_S)
         finally:
             self.process.kill()
+            self.sampler.stop()
             self._reader.join(5)
             assert self.process.stdout is not None
             self.process.stdout.close()
@@ -104,27 +133,44 @@ def test_every_process_runs_this_checkout(up: Up) -> None:
 
 
 def test_nothing_but_loopback(up: Up) -> None:
-    """Sockets of all our processes, sampled while requests run, against the allow-list."""
-    outside: set[tuple[str, str]] = set()
-    for _ in range(5):
+    """From the first process's start on, and while requests run."""
+    before = up.sampler.samples
+    assert before > 0, "nothing was sampled while the service started"
+    deadline = time.monotonic() + 30
+    while up.sampler.samples < before + 5:
         assert len(_ask(up)) == 20
-        for process in up.processes():
-            outside |= _outside(process)
-    assert not outside
+        assert up.sampler.error is None and time.monotonic() < deadline
+    assert not up.sampler.outside
 
 
 def _outside(process: psutil.Process) -> set[tuple[str, str]]:
     """(process, address) of connections that leave loopback, and of listeners beyond Ray's own that are not on it."""
     try:
         name, sockets = _kind(process), process.net_connections(kind="inet")
-    except psutil.Error:
+        if _kind(process) != name:
+            return set()  # it has just become another; the next sample has it
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        assert _vanishes(process), f"{process} lives, but cannot be looked at"
         return set()
     found = {(name, str(s.raddr)) for s in sockets if s.raddr and not _loopback(s.raddr.ip)}
     wide = [s for s in sockets if s.status == psutil.CONN_LISTEN and not _loopback(s.laddr.ip)]
-    allowed = next(count for prefix, count in RAYS_OWN.items() if name.startswith(prefix))
+    allowed = next((count for prefix, count in RAYS_OWN.items() if name.startswith(prefix)), 0)
     if len(wide) > allowed:
         found |= {(name, f"listens on {s.laddr.ip}:{s.laddr.port}") for s in wide}
     return found
+
+
+def _vanishes(process: psutil.Process, within_s: float = 2.0) -> bool:
+    """The kernel hides the sockets of a process that is ending before it calls it ended."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            if not process.is_running() or process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def _kind(process: psutil.Process) -> str:
@@ -154,6 +200,7 @@ def test_it_stops_cleanly_and_leaves_nothing(up: Up) -> None:
     processes = up.processes()
     assert len(processes) > 5
     assert up.stop() == 0
+    assert up.sampler.error is None and not up.sampler.outside
     assert "stopped" in up.said
     _, alive = psutil.wait_procs(processes, timeout=15)
     assert not alive

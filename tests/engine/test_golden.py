@@ -7,7 +7,6 @@ import pytest
 from tests.engine.decode import decode_all
 from tests.goldens import causal_request, diffusion_request, golden, prompt_ids
 from twotower.core import DecodingParams, FinishReason, Mode, Request, RequestId
-from twotower.decoding.stopping import cut
 from twotower.engine.denoiser_engine import StepTrace
 
 PROMPTS = pytest.mark.parametrize(("name", "number"), prompt_ids())
@@ -71,16 +70,27 @@ def test_every_mode_and_case_of_a_prompt_in_one_batch(name: str, number: int) ->
     assert [result.token_ids for result in results] == wanted
 
 
-@PROMPTS
-def test_eos_stops_and_cuts(name: str, number: int) -> None:
-    """The runs with an EOS: the released code returns the whole block, we cut after the EOS."""
+def _with_an_eos(run: str) -> Any:
+    """The prompts that have a run with an EOS: of `diffusion` among their cases, or of a causal mode."""
+
+    def has_one(prompt: dict[str, Any]) -> bool:
+        if run == "diffusion":
+            return any(case["eos_token_id"] is not None for case in prompt["cases"])
+        return "eos" in prompt[run]
+
+    found = prompt_ids(has_one)
+    assert found, run
+    return pytest.mark.parametrize(("name", "number"), found)
+
+
+@_with_an_eos("diffusion")
+def test_diffusion_stops_and_cuts_at_an_eos(name: str, number: int) -> None:
+    """The released code returns the whole block, we cut after the EOS."""
     model = golden(name)
     prompt = model.prompts[number]
-    checked = 0
     for case in prompt["cases"]:
         if case["eos_token_id"] is None:
             continue
-        checked += 1
         params = DecodingParams(
             max_new_tokens=64,
             block_size=case["block_size"],
@@ -93,18 +103,24 @@ def test_eos_stops_and_cuts(name: str, number: int) -> None:
         [result] = decode_all(model.context, model.denoiser, [request])
         assert result.token_ids == case["output_truncated_at_eos"]
         assert result.finish_reason is FinishReason.STOP
-    for mode in (Mode.AR, Mode.MOCK_AR):
-        if "eos" not in prompt[str(mode)]:
-            continue
-        checked += 1
-        eos = prompt[str(mode)]["eos"]
-        params = DecodingParams(mode=mode, max_new_tokens=32, stop_token_ids=(eos["eos_token_id"],), ignore_eos=True)
-        [result] = decode_all(
-            model.context, model.denoiser, [Request(RequestId("eos"), tuple(prompt["tokens"]), params)]
-        )
-        assert result.token_ids == eos["tokens"]
-    if checked == 0:
-        # Prompts without an EOS run: their outputs must at least pass the same cut unchanged.
-        case = prompt["cases"][0]
-        params = DecodingParams(max_new_tokens=len(case["output"]), ignore_eos=True)
-        assert cut(case["output"], 0, params, 2) == (tuple(case["output"]), FinishReason.LENGTH)
+
+
+def _stops_at_an_eos(name: str, number: int, mode: Mode) -> None:
+    model = golden(name)
+    prompt = model.prompts[number]
+    eos = prompt[str(mode)]["eos"]
+    params = DecodingParams(mode=mode, max_new_tokens=32, stop_token_ids=(eos["eos_token_id"],), ignore_eos=True)
+    request = Request(RequestId("eos"), tuple(prompt["tokens"]), params)
+    [result] = decode_all(model.context, model.denoiser, [request])
+    assert result.token_ids == eos["tokens"]
+    assert result.finish_reason is FinishReason.STOP
+
+
+@_with_an_eos("ar")
+def test_ar_stops_at_an_eos(name: str, number: int) -> None:
+    _stops_at_an_eos(name, number, Mode.AR)
+
+
+@_with_an_eos("mock_ar")
+def test_mock_ar_stops_at_an_eos(name: str, number: int) -> None:
+    _stops_at_an_eos(name, number, Mode.MOCK_AR)

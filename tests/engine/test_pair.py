@@ -3,9 +3,11 @@
 import asyncio
 import copy
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from twotower.core import RequestId as Id
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.handle import EngineStats
-from twotower.engine.in_process import pair_of
+from twotower.engine.in_process import colocated_runner, pair_of
 from twotower.engine.ledger import Ledger, Room
 from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
@@ -412,3 +414,21 @@ def test_the_seed_decides(mode: Mode, temperature: float) -> None:
     asked = [request("a", 1), request("b", 2), request("c", 1)]
     first, other, same = decode_all(model.context, model.denoiser, asked)
     assert first.token_ids == same.token_ids != other.token_ids
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_both_engines_in_one_process_have_the_configured_patience(alone: bool) -> None:
+    model, go_on = golden("tt_moe"), threading.Event()
+    settings = replace(SETTINGS, stall_timeout_s=0.05)
+    runner = colocated_runner(model.context, None if alone else model.denoiser, settings)
+    runner.engines[0].tick = lambda: go_on.wait(10)  # type: ignore[method-assign]
+    try:
+        with pytest.raises(Unavailable, match=r"in one tick for more than 0\.05 s"):
+            for _ in range(300):
+                runner.wake()
+                time.sleep(0.01)
+                runner.check()
+    finally:
+        go_on.set()
+        runner.engines[0].tick = lambda: False  # type: ignore[method-assign]
+        runner.stop()

@@ -60,7 +60,7 @@ def colocated_runner(
 
     `prepare` takes a moment before the first request, for a process that is going to serve many.
     """
-    runner = EngineRunner()
+    runner = EngineRunner(settings.stall_timeout_s)
     context_engine = ContextEngine(context, settings, runner.emit)
     if prepare:
         context_engine.prepare()

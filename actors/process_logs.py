@@ -1,16 +1,16 @@
-"""Where a replica's own log lines go: to its stderr, which Ray keeps and shows to whoever started the service."""
+"""Where a process's own log lines go: to its stderr, which Ray keeps and shows to whoever started the service."""
 
 import logging
 import os
 import sys
-
-from cluster.local_ray import CHECKOUT
+from pathlib import Path
 
 _OURS = ("cluster", "actors", "twotower")
+_CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Call once in a replica's constructor; further calls change nothing. Says where the replica's code came from."""
+    """Call once in a process of ours; further calls change nothing. Says where the process's code came from."""
     if logging.getLogger(_OURS[0]).handlers:
         return
     for name in _OURS:
@@ -20,4 +20,4 @@ def log_to_stderr(level: int = logging.INFO) -> None:
         logger.addHandler(handler)
         logger.setLevel(level)
         logger.propagate = False
-    logging.getLogger(__name__).info("process %d runs the code in %s", os.getpid(), CHECKOUT)
+    logging.getLogger(__name__).info("process %d runs the code in %s", os.getpid(), _CHECKOUT)

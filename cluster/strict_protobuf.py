@@ -1,0 +1,91 @@
+"""A protobuf message from bytes, strictly: what protobuf would take in silence, or refuse without a name, is named."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from twotower.errors import FieldError, InvalidRequest
+from twotower.validation import one_line
+
+_MAX_NAMED = 8
+_NAMES: dict[int, str] = {number: name for name, number in FieldDescriptorProto.Type.items()}
+
+
+def parse_message(kind: type[Message], data: bytes) -> Message:
+    """A message of known fields of the right types, its strings UTF-8. Raises InvalidRequest."""
+    try:
+        message = kind.FromString(data)
+    except (DecodeError, ValueError) as error:
+        raise InvalidRequest(_broken_texts(kind, data) or [_unreadable(kind, error)]) from None
+    _raise_any(_unknown_fields(message, ""))
+    return message
+
+
+def _raise_any(found: Iterator[FieldError]) -> None:
+    problems = list(dict.fromkeys(found))[:_MAX_NAMED]
+    if problems:
+        raise InvalidRequest(problems)
+
+
+def _unreadable(kind: type[Message], error: Exception) -> FieldError:
+    return FieldError("message", f"not a readable {kind.DESCRIPTOR.full_name}: {one_line(str(error))}")
+
+
+def _unknown_fields(message: Message, path: str) -> Iterator[FieldError]:
+    """Numbers without a name, and known ones whose wire type is another's: protobuf keeps both apart, unread."""
+    for unknown in UnknownFieldSet(message):  # type: ignore[attr-defined]
+        field = message.DESCRIPTOR.fields_by_number.get(unknown.field_number)
+        if field is None:
+            yield FieldError(f"{path}{unknown.field_number}", "unknown field")
+        else:
+            yield FieldError(f"{path}{field.name}", f"wrong type on the wire, wanted {_type_name(field)}")
+    for field, value in message.ListFields():
+        if isinstance(value, Message):
+            yield from _unknown_fields(value, f"{path}{field.name}.")
+
+
+def _type_name(field: Any) -> str:
+    """As a .proto file spells it."""
+    named = field.message_type or field.enum_type
+    return str(named.full_name) if named else _NAMES[field.type].removeprefix("TYPE_").lower()
+
+
+def _broken_texts(kind: type[Message], data: bytes) -> list[FieldError]:
+    """String fields that are not UTF-8, found by reading once more with bytes in their place."""
+    try:
+        message = _with_bytes(kind.DESCRIPTOR).FromString(data)
+    except DecodeError:
+        return []
+    return list(_not_utf8(message, ""))[:_MAX_NAMED]
+
+
+def _not_utf8(message: Message, path: str) -> Iterator[FieldError]:
+    for field, value in message.ListFields():
+        if isinstance(value, Message):
+            yield from _not_utf8(value, f"{path}{field.name}.")
+        elif field.type == FieldDescriptor.TYPE_BYTES:
+            for text in [value] if isinstance(value, bytes) else value:
+                try:
+                    text.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    yield FieldError(f"{path}{field.name}", f"not UTF-8: {error.reason} at byte {error.start}")
+
+
+@cache
+def _with_bytes(kind: Descriptor) -> type[Message]:
+    """The same message with bytes in the place of strings. Of a file that imports no other."""
+    file = FileDescriptorProto()
+    kind.file.CopyToProto(file)
+    for field in (field for message in file.message_type for field in message.field):
+        if field.type == FieldDescriptorProto.TYPE_STRING:
+            field.type = FieldDescriptorProto.TYPE_BYTES
+    pool = DescriptorPool()
+    pool.Add(file)
+    return GetMessageClass(pool.FindMessageTypeByName(kind.full_name))

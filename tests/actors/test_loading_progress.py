@@ -1,0 +1,57 @@
+"""A tower process says how far its loading is, where the tower is large. Without Ray."""
+
+import logging
+import re
+
+import pytest
+
+from actors.settings import CellSettings
+from actors.towers import ColocatedActor, ContextActor, DenoiserActor, TowerProcess
+from tests.goldens import GOLDEN_DIR
+
+
+async def _said(kind: type[TowerProcess], placement: str, caplog: pytest.LogCaptureFixture) -> list[str]:
+    settings = CellSettings(str((GOLDEN_DIR / "tt_moe").resolve()), device="cpu", placement=placement)
+    process = kind(settings)
+    with caplog.at_level(logging.INFO):
+        await process.load()
+    process.runner.stop()
+    return [record.message for record in caplog.records if record.name == "actors.loading_progress"]
+
+
+@pytest.fixture(autouse=True)
+def lines_reach_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not this process's stderr, where a tower process sends them."""
+    monkeypatch.setattr("actors.towers.log_to_stderr", lambda: None)
+    monkeypatch.setattr(logging.getLogger("actors"), "propagate", True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "placement", "towers"),
+    [
+        (ContextActor, "split", ["context tower"]),
+        (DenoiserActor, "split", ["denoiser tower"]),
+        (ColocatedActor, "colocated", ["context tower", "denoiser tower"]),
+        (ColocatedActor, "ar_only", ["context tower"]),
+    ],
+)
+async def test_every_tenth_part_of_a_large_tower(
+    kind: type[TowerProcess],
+    placement: str,
+    towers: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("actors.loading_progress._QUICK_BYTES", 0)
+    lines = [
+        re.fullmatch(r"loading the ([a-z]+ tower): (\d+) of (\d+) tensors \((\d+) %\)", line)
+        for line in await _said(kind, placement, caplog)
+    ]
+    assert all(lines) and [line[1] for line in lines if line] == [tower for tower in towers for _ in range(10)]
+    for line in filter(None, lines):
+        assert int(line[4]) == 100 * int(line[2]) // int(line[3])
+    assert [line[4] for line in lines if line and line[2] == line[3]] == ["100"] * len(towers)
+
+
+async def test_a_small_tower_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
+    assert await _said(ContextActor, "split", caplog) == []
