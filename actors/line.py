@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.frames import GREETING_S, TOKEN_BYTES, LineAddress, at_once, framed, is_token, new_token, take_frames
-from twotower.core import BlockEvent, Event, FailureEvent, ReleasedEvent, Request, RequestId
+from twotower.core import (
+    AnyRequest,
+    BlockEvent,
+    Event,
+    FailureEvent,
+    ReleasedEvent,
+    Request,
+    RequestId,
+    ScoreEvent,
+    ScoreRequest,
+)
 from twotower.engine.runner import EngineRunner
 from twotower.errors import TwoTowerError, Unavailable
 from twotower.wire import Codec
@@ -35,6 +45,13 @@ class Add:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """Score this one."""
+
+    request: ScoreRequest
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """Give this one up."""
 
@@ -48,9 +65,14 @@ class Ended:
     reason: str
 
 
-Order = Add | Cancel
-ORDERS: Codec[Order] = Codec(Add, Cancel)
-NEWS: Codec[Event | Ended] = Codec(BlockEvent, FailureEvent, ReleasedEvent, Ended)
+Order = Add | Score | Cancel
+ORDERS: Codec[Order] = Codec(Add, Score, Cancel)
+NEWS: Codec[Event | Ended] = Codec(BlockEvent, ScoreEvent, FailureEvent, ReleasedEvent, Ended)
+
+
+def order_of(request: AnyRequest) -> Order:
+    """What makes a tower process start on it."""
+    return Score(request) if isinstance(request, ScoreRequest) else Add(request)
 
 
 class TowerLine:

@@ -16,10 +16,10 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.frames import connect, framed, read_frame
-from actors.line import NEWS, ORDERS, Add, Cancel, Ended, Order
+from actors.line import NEWS, ORDERS, Cancel, Ended, Order, order_of
 from actors.settings import CellSettings, bundles
 from actors.towers import TowerProcess
-from twotower.core import Event, Request, RequestId
+from twotower.core import AnyRequest, Event, RequestId
 from twotower.engine.handle import EngineStats
 from twotower.errors import TwoTowerError, Unavailable
 
@@ -51,8 +51,8 @@ class RemoteEngine:
             with contextlib.suppress(OSError):
                 await self._writer.wait_closed()
 
-    def add(self, requests: Sequence[Request]) -> None:
-        self._order([Add(request) for request in requests])
+    def add(self, requests: Sequence[AnyRequest]) -> None:
+        self._order([order_of(request) for request in requests])
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
         self._order([Cancel(request_id) for request_id in request_ids])

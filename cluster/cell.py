@@ -12,7 +12,7 @@ from actors.cell import start_pair
 from actors.process_logs import log_to_stderr
 from actors.settings import CellSettings
 from cluster.event_lines import EventLines, ReplyTo
-from twotower.core import BlockEvent, FailureEvent, Request
+from twotower.core import AnswerEvent, AnyRequest, FailureEvent, ScoreRequest
 from twotower.engine.handle import EngineStats
 from twotower.engine.pair import Pair
 from twotower.errors import TwoTowerError
@@ -50,7 +50,7 @@ async def _start(settings: CellSettings) -> Running:
 
 
 class Cell:
-    """Starts its pair when constructed (Serve awaits the constructor) and decodes on it until shut down."""
+    """Starts its pair when constructed (Serve awaits the constructor); decodes and scores on it until shut down."""
 
     async def __init__(  # type: ignore[misc]
         self, settings: CellSettings, start: Callable[[CellSettings], Awaitable[Running]] = _start
@@ -61,17 +61,21 @@ class Cell:
         self._lines = EventLines()
         logger.info("the towers are ready")
 
-    async def decode(self, request: Request, timeout_s: float, reply_to: ReplyTo) -> None:
-        """Decode one request; its events go to the router that asked. An error of ours is the last of them."""
+    async def run(self, request: AnyRequest, timeout_s: float, reply_to: ReplyTo) -> None:
+        """Decode or score one request; its events go to the router that asked. An error of ours is the last of them."""
         line = await self._lines.to(reply_to.address)
         async with aclosing(self.events(request, timeout_s)) as events:
             async for event in events:
                 await line.send(reply_to.key, event)
 
-    async def events(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent | FailureEvent, None]:
+    async def events(self, request: AnyRequest, timeout_s: float) -> AsyncGenerator[AnswerEvent | FailureEvent, None]:
         """Events of one request. An error of ours is the last of them, not an exception."""
+        pair = self._running.pair
         try:
-            async with aclosing(self._running.pair.generate(request, timeout_s)) as events:
+            if isinstance(request, ScoreRequest):
+                yield await pair.score(request, timeout_s)
+                return
+            async with aclosing(pair.generate(request, timeout_s)) as events:
                 async for event in events:
                     yield event
         except TwoTowerError as error:

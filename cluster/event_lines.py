@@ -22,14 +22,14 @@ from actors.frames import (
     new_token,
     read_frame,
 )
-from twotower.core import BlockEvent, FailureEvent
+from twotower.core import AnswerEvent, BlockEvent, FailureEvent, ScoreEvent
 from twotower.engine.inbox import Inbox
 from twotower.errors import Unavailable
 from twotower.wire import Codec, CodecError, from_json, to_json
 
 logger = logging.getLogger(__name__)
 
-_CODEC: Codec[BlockEvent | FailureEvent] = Codec(BlockEvent, FailureEvent)
+_CODEC: Codec[AnswerEvent | FailureEvent] = Codec(BlockEvent, ScoreEvent, FailureEvent)
 _CONNECT_S = 5.0
 
 
@@ -114,7 +114,7 @@ class EventLine:
     def lost(self) -> bool:
         return self._writer.is_closing()
 
-    async def send(self, key: int, event: BlockEvent | FailureEvent) -> None:
+    async def send(self, key: int, event: AnswerEvent | FailureEvent) -> None:
         """Raises Unavailable when the router is gone."""
         try:
             if not self.lost:

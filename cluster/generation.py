@@ -1,4 +1,4 @@
-"""The service's one path from what a client asked to the text it gets. HTTP and gRPC are thin faces of this.
+"""The service's one path from what a client asked to what it gets. HTTP and gRPC are thin faces of this.
 
 Knows validation, text and usage; does not know the wire on one side, nor Ray on the other.
 """
@@ -13,20 +13,24 @@ from typing import Protocol
 
 from cluster.served_model import ServedModel
 from cluster.streams import merged
-from twotower.core import BlockEvent, FinishReason, Request
+from twotower.core import BlockEvent, FinishReason, Request, ScoreEvent, ScoreRequest
 from twotower.decoding.text import AnswerText, check_stop, require_tokenizer
 from twotower.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from twotower.validation import make_request, show
+from twotower.validation import make_request, make_score_request, show
 
 _INLINE_CHARACTERS = 4096
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Cells(Protocol):
-    """Whatever decodes: cells behind a Serve handle, or a fake."""
+    """Whatever decodes and scores: cells behind a Serve handle, or a fake."""
 
     def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
         """Events of one request. Raises TwoTowerErrors. Closing the generator frees the sequence."""
+        ...
+
+    async def score(self, request: ScoreRequest, timeout_s: float) -> ScoreEvent:
+        """Raises TwoTowerErrors. Cancelling it frees the sequence."""
         ...
 
     async def ready(self) -> bool:
@@ -47,6 +51,16 @@ class Ask:
     request_id: str = ""
     priority: object = 0
     suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreAsk:
+    """What a client wants scored, unchecked: the continuation, after the prompt. Each is text or token ids."""
+
+    prompt: str | Sequence[object]
+    continuation: str | Sequence[object]
+    request_id: str = ""
+    priority: object = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +122,28 @@ class Answer:
 
 
 class Generation:
-    """Checks requests and decodes them on the cells. `at_once`: orders of one call that the cells hold at a time."""
+    """Checks requests and has cells decode or score them. `at_once`: orders of one call that they hold at a time."""
 
     def __init__(self, model: ServedModel, cells: Cells, default_timeout_s: float = 600.0, at_once: int = 16) -> None:
         self.model, self.cells, self.default_timeout_s, self._at_once = model, cells, default_timeout_s, at_once
 
     async def order(self, ask: Ask) -> Order:
         """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked."""
-        request_id = ask.request_id or f"req-{uuid.uuid4().hex}"
-        if not _REQUEST_ID.fullmatch(request_id):
-            raise InvalidRequest.of(
-                "request_id", f"got {show(request_id)}, wanted 1 to 128 printable ASCII characters without spaces"
-            )
+        request_id = _checked_id(ask.request_id)
         prompt = await self._token_ids(ask.prompt)
         request = make_request(request_id + ask.suffix, prompt, ask.params, self.model.limits, ask.priority)
         return Order(request, check_stop(self.model.tokenizer, ask.stop))
+
+    async def score_request(self, ask: ScoreAsk) -> ScoreRequest:
+        """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked."""
+        request_id = _checked_id(ask.request_id)
+        prompt = await self._token_ids(ask.prompt)
+        continuation = await self._token_ids(ask.continuation, continues=True)
+        return make_score_request(request_id, prompt, continuation, self.model.limits, ask.priority)
+
+    async def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreEvent:
+        """Raises what the cell raises; cancelling it frees the sequence."""
+        return await self.cells.score(request, self.default_timeout_s if timeout_s is None else timeout_s)
 
     async def stream(self, order: Order, timeout_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         """Chunks as blocks are committed. Raises what the cell raises; closing it frees the sequence."""
@@ -172,12 +193,23 @@ class Generation:
                 return
         raise Unavailable("the cell's answer ended before it was finished")
 
-    async def _token_ids(self, prompt: str | Sequence[object]) -> Sequence[object]:
-        if not isinstance(prompt, str):
-            return prompt
-        tokenizer = require_tokenizer(self.model.tokenizer, "prompt")
-        if not prompt:
+    async def _token_ids(self, given: str | Sequence[object], continues: bool = False) -> Sequence[object]:
+        """Token ids of a prompt, or of text that continues one."""
+        if not isinstance(given, str):
+            return given
+        tokenizer = require_tokenizer(self.model.tokenizer, "continuation" if continues else "prompt")
+        encode = tokenizer.encode_continuation if continues else tokenizer.encode
+        if not given:
             return ()
-        if len(prompt) <= _INLINE_CHARACTERS:
-            return tokenizer.encode(prompt)
-        return await asyncio.to_thread(tokenizer.encode, prompt)
+        if len(given) <= _INLINE_CHARACTERS:
+            return encode(given)
+        return await asyncio.to_thread(encode, given)
+
+
+def _checked_id(given: str) -> str:
+    request_id = given or f"req-{uuid.uuid4().hex}"
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequest.of(
+            "request_id", f"got {show(request_id)}, wanted 1 to 128 printable ASCII characters without spaces"
+        )
+    return request_id

@@ -52,7 +52,7 @@ def _guarded(behaviour: Behaviour, kind: type[Message]) -> Behaviour:
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            outside = outside_problems(error) if isinstance(error, InvalidRequest) else error
+            outside = outside_problems(error, kind) if isinstance(error, InvalidRequest) else error
             await context.abort_with_status(rpc_status.to_status(status_of(describe(outside))))
 
     return call

@@ -1,10 +1,13 @@
 """Between `twotower.v1` messages and the service's own words."""
 
+import math
 from collections.abc import Iterator, Sequence
 
-from cluster.generation import Answer, Ask, Chunk, Order, Usage
+from google.protobuf.message import Message
+
+from cluster.generation import Answer, Ask, Chunk, Order, ScoreAsk, Usage
 from cluster.served_model import ServedModel
-from twotower.core import DecodingParams, FinishReason, Mode
+from twotower.core import DecodingParams, FinishReason, Mode, ScoreEvent, ScoreRequest
 from twotower.errors import FieldError, InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
@@ -24,9 +27,20 @@ def ask_of(request: pb.GenerateRequest) -> Ask:
     return Ask(_prompt(request), params, tuple(request.stop), request.request_id, request.priority)
 
 
-def outside_problems(error: InvalidRequest) -> InvalidRequest:
-    """The same problems under the paths of GenerateRequest."""
-    return InvalidRequest([FieldError(_path(p.field), p.message) for p in error.problems])
+def score_ask_of(request: pb.ScoreRequest) -> ScoreAsk:
+    """What the client wants scored. Raises InvalidRequest where it leaves out a part."""
+    parts = {name: _score_part(request, name) for name in ("prompt", "continuation")}
+    missing = [name for name, part in parts.items() if part is None]
+    if missing:
+        raise InvalidRequest([FieldError(n, f"missing, wanted {n}_text or {n}_token_ids") for n in missing])
+    prompt, continuation = (part for part in parts.values() if part is not None)
+    return ScoreAsk(prompt, continuation, request.request_id, request.priority)
+
+
+def outside_problems(error: InvalidRequest, kind: type[Message]) -> InvalidRequest:
+    """The same problems under the paths of this kind of message."""
+    path = _score_path if kind is pb.ScoreRequest else _path
+    return InvalidRequest([FieldError(path(p.field), p.message) for p in error.problems])
 
 
 def answer_message(order: Order, answer: Answer) -> pb.GenerateResponse:
@@ -56,6 +70,17 @@ def chunk_messages(order: Order, chunk: Chunk) -> Iterator[pb.GenerateStreamResp
         yield pb.GenerateStreamResponse(request_id=request_id, finished=finished)
 
 
+def score_message(request: ScoreRequest, event: ScoreEvent) -> pb.ScoreResponse:
+    return pb.ScoreResponse(
+        request_id=request.id,
+        token_ids=request.token_ids[request.start :],
+        log_probs=event.log_probs,
+        is_greedy=event.is_greedy,
+        sum_log_prob=math.fsum(event.log_probs),
+        prompt_tokens=request.start,
+    )
+
+
 def model_info_message(model: ServedModel) -> pb.GetModelInfoResponse:
     return pb.GetModelInfoResponse(
         model_name=model.name,
@@ -79,10 +104,26 @@ def _prompt(request: pb.GenerateRequest) -> str | Sequence[object]:
     raise InvalidRequest.of("prompt", "missing, wanted text or token_ids")
 
 
+def _score_part(request: pb.ScoreRequest, name: str) -> str | Sequence[object] | None:
+    field = request.WhichOneof(name)
+    if field is None:
+        return None
+    given = getattr(request, field)
+    return list(given.ids) if isinstance(given, pb.TokenIds) else str(given)
+
+
 def _path(field: str) -> str:
     if field.startswith("prompt_token_ids"):
         return field.replace("prompt_token_ids", "token_ids.ids", 1)
     return f"params.{field}" if field.partition("[")[0] in _PARAMS else field
+
+
+def _score_path(field: str) -> str:
+    """The library knows one list of ids; what is too long about it is the continuation."""
+    name, bracket, place = field.partition("[")
+    if name == "token_ids":
+        return "continuation"
+    return f"{name}.ids[{place}" if bracket else field
 
 
 def _mode_word(number: int) -> str | int:

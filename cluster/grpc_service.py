@@ -10,7 +10,14 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.generation import Generation
 from cluster.grpc_boundary import Boundary
-from cluster.grpc_messages import answer_message, ask_of, chunk_messages, model_info_message
+from cluster.grpc_messages import (
+    answer_message,
+    ask_of,
+    chunk_messages,
+    model_info_message,
+    score_ask_of,
+    score_message,
+)
 from twotower.errors import ConfigError
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
@@ -35,6 +42,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             async for chunk in chunks:
                 for message in chunk_messages(order, chunk):
                     await context.write(message)
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        order = await self._generation.score_request(score_ask_of(request))
+        return score_message(order, await self._generation.score(order, _timeout_of(context)))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         return model_info_message(self._generation.model)

@@ -3,14 +3,15 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from typing import Any, cast
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
 
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.event_lines import EventServer, ReplyTo
-from twotower.core import BlockEvent, FailureEvent, Mode, Request
+from twotower.core import AnyRequest, BlockEvent, FailureEvent, Mode, Request, ScoreEvent, ScoreRequest
 from twotower.engine.inbox import Inbox
 from twotower.errors import Cancelled, DeadlineExceeded, Overloaded, TwoTowerError, Unavailable
 
@@ -18,22 +19,34 @@ logger = logging.getLogger(__name__)
 
 _OVERTAKEN_S = 2.0
 
+AnswerKind = TypeVar("AnswerKind", BlockEvent, ScoreEvent)
+
 
 class RemoteCells:
     """Cells behind a DeploymentHandle. The handle picks the cell; a request stays on it."""
 
     def __init__(self, handle: "DeploymentHandle[Any]", events: EventServer) -> None:
         _shorten(handle)
-        self._decode = handle.options(method_name="decode", _by_reference=False)
+        self._run_on_cell = handle.options(method_name="run", _by_reference=False)
         self._ready = handle.options(method_name="ready", _by_reference=False)
         self._events = events
         self._calls: set[asyncio.Task[None]] = set()
 
-    async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
+    def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
         """Events of one request. Raises TwoTowerErrors; closing the generator cancels the call."""
-        reply_to, inbox = self._events.open(merging=request.params.mode is not Mode.DIFFUSION)
+        return self._run(request, BlockEvent, timeout_s, merging=request.params.mode is not Mode.DIFFUSION)
+
+    async def score(self, request: ScoreRequest, timeout_s: float) -> ScoreEvent:
+        """Raises as `generate` does; cancelling it cancels the call."""
+        async with aclosing(self._run(request, ScoreEvent, timeout_s)) as events:
+            return await anext(events)
+
+    async def _run(
+        self, request: AnyRequest, kind: type[AnswerKind], timeout_s: float, merging: bool = False
+    ) -> AsyncGenerator[AnswerKind, None]:
+        reply_to, inbox = self._events.open(merging)
         try:
-            response = cast("DeploymentResponse[Any]", self._decode.remote(request, timeout_s, reply_to))
+            response = cast("DeploymentResponse[Any]", self._run_on_cell.remote(request, timeout_s, reply_to))
         except BaseException:
             self._events.close(reply_to)
             raise
@@ -49,7 +62,8 @@ class RemoteCells:
                 if isinstance(event, FailureEvent):
                     ended = event is not late
                     raise event.error
-                ended = event.finish_reason is not None
+                assert isinstance(event, kind), event
+                ended = event.is_last
                 yield event
         finally:
             timer.cancel()
@@ -58,7 +72,7 @@ class RemoteCells:
                 response.cancel()
 
     async def _watch(
-        self, response: "DeploymentResponse[Any]", request: Request, reply_to: ReplyTo, inbox: Inbox
+        self, response: "DeploymentResponse[Any]", request: AnyRequest, reply_to: ReplyTo, inbox: Inbox
     ) -> None:
         """Tell the reader what became of the call: its events come another way, its failure comes here."""
         error: TwoTowerError = Unavailable("the cell's answer ended before it was finished")

@@ -18,6 +18,7 @@ from twotower.validation import (
     check_prompt,
     check_text,
     make_request,
+    make_score_request,
     parse_params,
     parse_stop,
 )
@@ -222,6 +223,45 @@ def test_good_stop_strings() -> None:
     assert parse_stop(["a", "b"]) == ("a", "b")
     assert parse_stop([]) == ()
     assert check_text("prompt", "🦊") == "🦊"
+
+
+def test_scoring_joins_prompt_and_continuation() -> None:
+    request = make_score_request("s", [5, 6], (7,), LIMITS, -1)
+    assert (request.token_ids, request.start, request.priority, request.positions) == ((5, 6, 7), 2, -1, 2)
+    assert make_score_request("s", [5] * 255, [6], LIMITS).start == 255
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continuation", "priority", "wanted"),
+    [
+        ([], [5], 0, {"prompt": "got an empty prompt, wanted at least one token"}),
+        ([5], [], 0, {"continuation": "got an empty continuation, wanted at least one token"}),
+        ([5], "text", 0, {"continuation_token_ids": "got 'text', wanted a list of token ids"}),
+        (None, [5], 0, {"prompt_token_ids": "got None, wanted a list of token ids"}),
+        ([5], [6, 128], 0, {"continuation_token_ids[1]": "got 128, wanted a token id from 0 to 127"}),
+        ([True], [6], 0, {"prompt_token_ids[0]": "got True, wanted a token id from 0 to 127"}),
+        ([5], [6], 1.0, {"priority": "got 1.0, wanted an integer from -2147483648 to 2147483647"}),
+        (
+            [5] * 256,
+            [5],
+            0,
+            {
+                "continuation": "got a prompt of 256 tokens and a continuation of 1 (257 together), "
+                "wanted at most 256 together"
+            },
+        ),
+    ],
+)
+def test_bad_scoring(prompt: Any, continuation: Any, priority: Any, wanted: dict[str, str]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        make_score_request("s", prompt, continuation, LIMITS, priority)
+    assert {problem.field: problem.message for problem in caught.value.problems} == wanted
+
+
+def test_all_that_is_wrong_with_scoring_is_told_at_once() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        make_score_request("s", [], [-1], LIMITS, None)
+    assert [problem.field for problem in caught.value.problems] == ["prompt", "continuation_token_ids[0]", "priority"]
 
 
 SCALARS = st.one_of(

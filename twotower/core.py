@@ -1,4 +1,4 @@
-"""The nouns everything else speaks in: request, parameters, events.
+"""The nouns everything else speaks in: requests, parameters, events.
 
 Plain data without torch. The engine knows token ids only; text is the business of whoever holds the tokenizer.
 """
@@ -67,6 +67,37 @@ class Request:
         blocks = -(-self.params.max_new_tokens // width)
         return len(self.prompt_token_ids) + (blocks - 1) * width
 
+    @property
+    def needs_denoiser(self) -> bool:
+        """Whether a denoiser leads it; otherwise the context tower's engine does it alone."""
+        return self.params.mode is not Mode.AR
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """How likely the context tower finds the tokens from position `start` on, each after all before it.
+
+    1 <= `start` < len(`token_ids`): the first token follows nothing, so nothing says how likely it is. `priority` as
+    a Request's.
+    """
+
+    id: RequestId
+    token_ids: tuple[int, ...]
+    start: int
+    priority: int = 0
+
+    @property
+    def positions(self) -> int:
+        """Cache positions it fills: those of all tokens but the last, which is not read."""
+        return len(self.token_ids) - 1
+
+    @property
+    def needs_denoiser(self) -> bool:
+        return False
+
+
+AnyRequest = Request | ScoreRequest
+
 
 @dataclass(frozen=True, slots=True)
 class BlockEvent:
@@ -85,6 +116,28 @@ class BlockEvent:
     finish_reason: FinishReason | None = None
     margin: float | None = None
 
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreEvent:
+    """The whole answer to a ScoreRequest, one entry for each token from its `start` on.
+
+    `log_probs`: natural logarithms, the fp32 log-softmax of the context tower's fp32 logits. `is_greedy`: whether `ar`
+    would have chosen this token at temperature 0; `margin` is the smallest of these decisions.
+    """
+
+    request_id: RequestId
+    log_probs: tuple[float, ...]
+    is_greedy: tuple[bool, ...]
+    margin: float
+
+    @property
+    def is_last(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class FailureEvent:
@@ -101,4 +154,5 @@ class ReleasedEvent:
     request_id: RequestId
 
 
-Event = BlockEvent | FailureEvent | ReleasedEvent
+AnswerEvent = BlockEvent | ScoreEvent
+Event = AnswerEvent | FailureEvent | ReleasedEvent

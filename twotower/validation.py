@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from twotower.core import DecodingParams, Mode, Request, RequestId
+from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreRequest
 from twotower.errors import FieldError, InvalidRequest
 
 MAX_SEED = 2**63 - 1
@@ -126,14 +126,9 @@ def check_token_ids(name: str, token_ids: Sequence[object], vocab_size: int) -> 
 def check_prompt(prompt_token_ids: Sequence[object], limits: ModelLimits) -> tuple[int, ...]:
     """The prompt as a tuple of ids, every one in range. Raises InvalidRequest."""
     problems = Problems()
-    if isinstance(prompt_token_ids, str | bytes) or not isinstance(prompt_token_ids, Sequence):
-        problems.add("prompt_token_ids", prompt_token_ids, "a list of token ids")
-    elif not prompt_token_ids:
-        problems.say("prompt", "got an empty prompt, wanted at least one token")
-    else:
-        _check_in_vocabulary("prompt_token_ids", prompt_token_ids, limits.vocab_size, problems)
+    prompt = _tokens_of("prompt", prompt_token_ids, limits, problems)
     problems.raise_any()
-    return tuple(prompt_token_ids)  # type: ignore[arg-type]
+    return prompt
 
 
 def parse_stop(stop: object) -> tuple[str, ...]:
@@ -192,6 +187,40 @@ def make_request(
             f"({wanted} together), wanted at most {limits.max_sequence_length} together",
         )
     return request
+
+
+def make_score_request(
+    request_id: str,
+    prompt_token_ids: Sequence[object],
+    continuation_token_ids: Sequence[object],
+    limits: ModelLimits,
+    priority: object = 0,
+) -> ScoreRequest:
+    """Scores the continuation after the prompt. Raises InvalidRequest naming each field that does not fit."""
+    problems = Problems()
+    prompt = _tokens_of("prompt", prompt_token_ids, limits, problems)
+    continuation = _tokens_of("continuation", continuation_token_ids, limits, problems)
+    order = problems.of(lambda: check_priority(priority), 0)
+    wanted = len(prompt) + len(continuation)
+    if wanted > limits.max_sequence_length:
+        problems.say(
+            "continuation",
+            f"got a prompt of {len(prompt)} tokens and a continuation of {len(continuation)} ({wanted} together), "
+            f"wanted at most {limits.max_sequence_length} together",
+        )
+    problems.raise_any()
+    return ScoreRequest(RequestId(request_id), prompt + continuation, len(prompt), order)
+
+
+def _tokens_of(name: str, token_ids: object, limits: ModelLimits, problems: Problems) -> tuple[int, ...]:
+    """The prompt or the continuation as ids in range; what is wrong with it goes to `problems`."""
+    if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Sequence):
+        problems.add(f"{name}_token_ids", token_ids, "a list of token ids")
+        return ()
+    if not token_ids:
+        problems.say(name, f"got an empty {name}, wanted at least one token")
+    _check_in_vocabulary(f"{name}_token_ids", token_ids, limits.vocab_size, problems)
+    return tuple(token_ids)
 
 
 def _check_mode(mode: object, values: Mapping[str, object], limits: ModelLimits, problems: Problems) -> None:

@@ -73,7 +73,7 @@ def from_json(data: bytes) -> Any:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
-        return value if not value or isinstance(value[0], int) else [_plain(item) for item in value]
+        return value if not value or isinstance(value[0], int | float) else [_plain(item) for item in value]
     if isinstance(value, TwoTowerError):
         return _plain_error(value)
     if is_dataclass(value):

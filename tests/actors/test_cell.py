@@ -19,7 +19,7 @@ from actors.cell import RunningPair, start_pair
 from actors.settings import STRATEGY, CellSettings, bundles
 from tests.engine.decode import collect
 from tests.goldens import GOLDEN_DIR, causal_request, diffusion_request, golden
-from twotower.core import DecodingParams, Mode, Request, RequestId
+from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreRequest
 from twotower.decoding.text import PretrainedTokenizer
 from twotower.engine.in_process import open_pair
 from twotower.engine.settings import EngineSettings
@@ -83,9 +83,19 @@ async def test_golden_tokens_in_every_placement(name: str, placement: str, denoi
     async with cell(name, placement, denoisers_per_context=denoisers) as running:
         results = await asyncio.gather(*(collect(running.pair, request) for request, _ in wanted))
         assert [result.token_ids for result in results] == [tokens for _, tokens in wanted]
+        await _scores_are_the_prompts_own(running, name)
         await _leave_streams(running, modes)
         await _all_free(running)
         _each_process_has_a_gpu_of_its_own(running, 1 + denoisers if placement == "split" else 1)
+
+
+async def _scores_are_the_prompts_own(running: RunningPair, name: str) -> None:
+    for prompt in golden(name).prompts:
+        tokens = tuple(prompt["tokens"])
+        log_probs_LV = golden(name).tensors[f"{prompt['id']}.ctx_logits"].log_softmax(-1)
+        wanted = [log_probs_LV[place, token].item() for place, token in enumerate(tokens[1:])]
+        event = await running.pair.score(ScoreRequest(RequestId(f"score-{prompt['id']}"), tokens, 1), 20)
+        assert event.log_probs == pytest.approx(wanted, abs=1e-3)
 
 
 async def _leave_streams(running: RunningPair, modes: tuple[Mode, ...]) -> None:

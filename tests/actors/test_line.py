@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from actors.frames import LineAddress, connect, framed, new_token, read_frame, take_frames
-from actors.line import NEWS, ORDERS, Add, Cancel, Ended, TowerLine
+from actors.line import NEWS, ORDERS, Add, Cancel, Ended, Score, TowerLine
 from actors.remote import RemoteEngine
 from twotower.core import (
+    AnyRequest,
     BlockEvent,
     DecodingParams,
     FailureEvent,
@@ -22,6 +23,8 @@ from twotower.core import (
     ReleasedEvent,
     Request,
     RequestId,
+    ScoreEvent,
+    ScoreRequest,
 )
 from twotower.engine.handle import EngineStats
 from twotower.engine.runner import EngineRunner
@@ -36,10 +39,16 @@ def _request(name: str, mode: Mode = Mode.AR) -> Request:
     return Request(RequestId(name), (4, 5, 6), params)
 
 
-class ScriptedEngine:
-    """Answers a request with one block and its release; notes what it heard, in order."""
+def _score_request(name: str) -> ScoreRequest:
+    return ScoreRequest(RequestId(name), (4, 5, 6), 1, -3)
 
-    modes = (Mode.AR,)
+
+def _scores(name: str) -> ScoreEvent:
+    return ScoreEvent(RequestId(name), (-0.0, -12.34567928314209), (True, False), 0.5)
+
+
+class ScriptedEngine:
+    """Answers a request with one block, or its scores, and its release; notes what it heard, in order."""
 
     def __init__(self, runner: EngineRunner) -> None:
         self.runner, self.heard = runner, []  # type: ignore[var-annotated]
@@ -47,7 +56,10 @@ class ScriptedEngine:
         self.crash: Exception | None = None
         self.hang_s = 0.0
 
-    def add(self, request: Request) -> None:
+    def takes(self, request: AnyRequest) -> bool:
+        return not request.needs_denoiser
+
+    def add(self, request: AnyRequest) -> None:
         self.waiting.append(request)
 
     def cancel(self, request_id: RequestId) -> None:
@@ -63,6 +75,9 @@ class ScriptedEngine:
             self.heard.append(message)
             if isinstance(message, Request):
                 self.runner.emit(BlockEvent(message.id, 0, (9, 9), 3, 1, FinishReason.STOP))
+                self.runner.emit(ReleasedEvent(message.id))
+            elif isinstance(message, ScoreRequest):
+                self.runner.emit(_scores(message.id))
                 self.runner.emit(ReleasedEvent(message.id))
         return worked
 
@@ -124,6 +139,14 @@ async def test_requests_arrive_whole_and_in_order_and_events_come_back() -> None
         assert engine.heard == [message for request in requests for message in (request, request.id)]
         blocks = [event for event in events if isinstance(event, BlockEvent)]
         assert blocks == [BlockEvent(request.id, 0, (9, 9), 3, 1, FinishReason.STOP) for request in requests]
+
+
+async def test_scoring_goes_the_same_way() -> None:
+    async with _joined() as (remote, engine, _):
+        remote.add([_request("r"), _score_request("s")])
+        events = await _until_events(remote, 4)
+        assert engine.heard == [_request("r"), _score_request("s")]
+        assert events[2:] == [_scores("s"), ReleasedEvent(RequestId("s"))]
 
 
 async def test_a_quiet_engine_shows_that_it_lives() -> None:
@@ -213,11 +236,11 @@ def test_frames_come_out_however_the_bytes_were_cut() -> None:
 
 def test_messages_survive_and_others_are_refused() -> None:
     error = InvalidRequest([FieldError("seed", "got ✗")])
-    orders = [Add(_request("a")), Cancel(RequestId("b"))]
+    orders = [Add(_request("a")), Cancel(RequestId("b")), Score(_score_request("c"))]
     assert ORDERS.decode(ORDERS.encode(orders)) == orders
-    news = [BlockEvent(RequestId("a"), 16, (), 0, 1), FailureEvent(RequestId("b"), error), Ended("x")]
-    block, failure, ended = NEWS.decode(NEWS.encode(news))
-    assert (block, ended) == (news[0], news[2])
+    news = [BlockEvent(RequestId("a"), 16, (), 0, 1), FailureEvent(RequestId("b"), error), Ended("x"), _scores("c")]
+    block, failure, ended, scores = NEWS.decode(NEWS.encode(news))
+    assert (block, ended, scores) == (news[0], *news[2:])
     assert isinstance(failure, FailureEvent) and str(failure.error) == str(error)
     for wrong in (
         b"[]]",
@@ -225,6 +248,7 @@ def test_messages_survive_and_others_are_refused() -> None:
         b'[["Add",{}]]',
         b'[["BlockEvent",{}]]',
         b'[["Cancel",{"request_id":3}]]',
+        b'[["Score",{"request":{"id":"c","token_ids":[4,5.0],"start":1,"priority":0}}]]',
         ORDERS.encode(orders).replace(b"0.5", b'"0.5"'),
         ORDERS.encode(orders).replace(b'"ar"', b'"best"'),
     ):

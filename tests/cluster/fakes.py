@@ -1,13 +1,22 @@
 """A tokenizer of bytes and cells that play a script, so that both faces are tested without Ray and without towers."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 from cluster.generation import Generation
 from cluster.grpc_service import GrpcServer
 from cluster.served_model import ServedModel
-from twotower.core import BlockEvent, DecodingParams, FinishReason, Mode, Request
+from twotower.core import (
+    AnyRequest,
+    BlockEvent,
+    DecodingParams,
+    FinishReason,
+    Mode,
+    Request,
+    ScoreEvent,
+    ScoreRequest,
+)
 from twotower.validation import ModelLimits
 
 BLOCK = 4
@@ -19,6 +28,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return [1, *(byte + 4 for byte in text.encode("utf-8"))]
 
+    def encode_continuation(self, text: str) -> list[int]:
+        return self.encode(text)[1:]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token - 4 for token in token_ids if token >= 4).decode("utf-8", errors="replace")
 
@@ -29,7 +41,8 @@ def tokens(text: str) -> tuple[int, ...]:
 
 
 class ScriptedCells:
-    """Cells that answer every request with the same text, in blocks of 4 tokens, until its max_new_tokens.
+    """Cells that answer every request with the same text, in blocks of 4 tokens, until its max_new_tokens; and whose
+    score of a token is a hundredth of its id, below 0, greedy where the id is even.
 
     `fail` is called before each block with the request and the block's number and may raise. `pace_s` delays every
     block. `open` counts the streams not yet closed.
@@ -37,12 +50,13 @@ class ScriptedCells:
 
     def __init__(self, text: str = "All good things come to those who wait.") -> None:
         self.answer = tokens(text)
-        self.fail: Callable[[Request, int], None] = lambda request, block: None
+        self.fail: Callable[[AnyRequest, int], None] = lambda request, block: None
         self.pace_s = 0.0
         self.is_ready = True
         self.echo = False  # answer with the prompt's last token, again and again
         self.open = 0
         self.requests: list[Request] = []
+        self.scored: list[ScoreRequest] = []
         self.timeouts: list[float] = []
 
     async def ready(self) -> bool:
@@ -50,11 +64,25 @@ class ScriptedCells:
 
     async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
         self.requests.append(request)
+        with self._opened(timeout_s):
+            async for event in self._events(request):
+                yield event
+
+    async def score(self, request: ScoreRequest, timeout_s: float) -> ScoreEvent:
+        self.scored.append(request)
+        with self._opened(timeout_s):
+            self.fail(request, 0)
+            await asyncio.sleep(self.pace_s)
+            scored = request.token_ids[request.start :]
+            log_probs, is_greedy = (-token / 100 for token in scored), (token % 2 == 0 for token in scored)
+            return ScoreEvent(request.id, tuple(log_probs), tuple(is_greedy), 1.0)
+
+    @contextmanager
+    def _opened(self, timeout_s: float) -> Iterator[None]:
         self.timeouts.append(timeout_s)
         self.open += 1
         try:
-            async for event in self._events(request):
-                yield event
+            yield
         finally:
             self.open -= 1
 

@@ -14,7 +14,18 @@ from cluster.readiness import Readiness
 from cluster.remote_cells import plain_error
 from cluster.streams import merged
 from tests.cluster.fakes import ScriptedCells
-from twotower.core import BlockEvent, Event, FailureEvent, FinishReason, ReleasedEvent, Request, RequestId
+from twotower.core import (
+    AnyRequest,
+    BlockEvent,
+    Event,
+    FailureEvent,
+    FinishReason,
+    ReleasedEvent,
+    Request,
+    RequestId,
+    ScoreEvent,
+    ScoreRequest,
+)
 from twotower.engine.handle import EngineStats
 from twotower.engine.ledger import Ledger, Room
 from twotower.engine.pair import Pair
@@ -22,7 +33,7 @@ from twotower.errors import Cancelled, NumericalError, Overloaded, TwoTowerError
 
 
 class ScriptedEngine:
-    """Answers each request with two blocks; holds back the second until `go` is set."""
+    """Answers each request with two blocks, or its scores; holds back the last of it until `go` is set."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
@@ -31,15 +42,18 @@ class ScriptedEngine:
         self.error: Exception | None = None
         self.finishing: list[asyncio.Task[None]] = []
 
-    def add(self, requests: Sequence[Request]) -> None:
+    def add(self, requests: Sequence[AnyRequest]) -> None:
         for request in requests:
-            self.happened.put_nowait(BlockEvent(request.id, 0, (1, 2), 3, 1))
+            if isinstance(request, Request):
+                self.happened.put_nowait(BlockEvent(request.id, 0, (1, 2), 3, 1))
             self.finishing.append(asyncio.create_task(self._finish(request)))
 
-    async def _finish(self, request: Request) -> None:
+    async def _finish(self, request: AnyRequest) -> None:
         await self.go.wait()
         if self.error is not None:
             self.happened.put_nowait(FailureEvent(request.id, NumericalError("NaN")))
+        elif isinstance(request, ScoreRequest):
+            self.happened.put_nowait(ScoreEvent(request.id, (-0.5,), (True,), 1.0))
         else:
             self.happened.put_nowait(BlockEvent(request.id, 2, (3,), 1, 1, FinishReason.STOP))
         self.happened.put_nowait(ReleasedEvent(request.id))
@@ -116,6 +130,26 @@ async def test_errors_are_the_last_event() -> None:
     engine.error = NumericalError("NaN")
     engine.go.set()
     assert isinstance((await first)[-1].error, NumericalError)
+    await cell.shutdown()
+
+
+async def test_scoring_is_one_event_or_an_error_and_frees_its_place() -> None:
+    engine = ScriptedEngine()
+    cell = await started(RunningFake(engine))
+    asked = [ScoreRequest(RequestId(name), (1, 2, 3), 2) for name in ("left", "well", "ill")]
+    left = asyncio.ensure_future(anext(cell.events(asked[0], 5.0)))
+    await asyncio.sleep(0.01)
+    left.cancel()
+    await asyncio.gather(left, return_exceptions=True)
+    await asyncio.sleep(0.01)
+    assert engine.cancelled == ["left"] and (await cell.stats()).running == 0
+    engine.go.set()
+    [scores] = [event async for event in cell.events(asked[1], 5.0)]
+    assert scores == ScoreEvent(RequestId("well"), (-0.5,), (True,), 1.0)
+    await asyncio.sleep(0.01)
+    engine.error = NumericalError("NaN")
+    [failed] = [event async for event in cell.events(asked[2], 5.0)]
+    assert isinstance(failed, FailureEvent) and isinstance(failed.error, NumericalError)
     await cell.shutdown()
 
 

@@ -10,7 +10,7 @@ import pytest
 from actors.frames import connect, framed, new_token
 from cluster.event_lines import EventLines, EventServer
 from tests.actors.test_line import rest
-from twotower.core import BlockEvent, FailureEvent, FinishReason, RequestId
+from twotower.core import BlockEvent, FailureEvent, FinishReason, RequestId, ScoreEvent
 from twotower.errors import NumericalError, Unavailable
 
 
@@ -50,6 +50,14 @@ async def test_merging_calls_get_what_piled_up_as_one() -> None:
         await line.send(reply_to.key, _block(3, FinishReason.LENGTH))
         await asyncio.sleep(0.05)
         assert await inbox.get() == BlockEvent(RequestId("same"), 0, (5, 5, 5, 5), 4, 4, FinishReason.LENGTH)
+
+
+async def test_scores_cross_to_the_last_bit() -> None:
+    async with _ends() as (server, lines), asyncio.timeout(5):
+        reply_to, inbox = server.open(False)
+        scores = ScoreEvent(RequestId("same"), (-1e-45, -0.10000000149011612) * 2000, (True, False) * 2000, 1e-12)
+        await (await lines.to(server.address)).send(reply_to.key, scores)
+        assert await inbox.get() == scores
 
 
 async def test_an_error_crosses_and_a_closed_call_hears_nothing() -> None:

@@ -96,6 +96,45 @@ async def test_golden_tokens_over_both_faces_all_modes_at_once(service: Service)
     await service.all_free()
 
 
+async def test_scores_beside_generation(service: Service) -> None:
+    """The golden logits' own log-probabilities, while requests of every mode run; cancelled ones free their room."""
+    model = golden("tt_moe")
+    wanted = golden_requests()[:20]
+    async with grpc.aio.insecure_channel(service.grpc) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+
+        async def score(prompt: dict[str, Any]) -> None:
+            first, *rest = prompt["tokens"]
+            request = pb.ScoreRequest(
+                prompt_token_ids=pb.TokenIds(ids=[first]), continuation_token_ids=pb.TokenIds(ids=rest)
+            )
+            answer = await stub.Score(request)
+            log_probs_LV = model.tensors[f"{prompt['id']}.ctx_logits"].log_softmax(-1)
+            own = [log_probs_LV[place, token].item() for place, token in enumerate(rest)]
+            assert list(answer.token_ids) == rest and list(answer.log_probs) == pytest.approx(own, abs=1e-3)
+            assert answer.sum_log_prob == pytest.approx(sum(own), abs=1e-2)
+            assert list(answer.is_greedy) == [log_probs_LV[p].argmax().item() == token for p, token in enumerate(rest)]
+
+        async def generate(request: Request, tokens: list[int]) -> None:
+            assert list((await stub.Generate(as_message(request))).token_ids) == tokens
+
+        await asyncio.gather(*map(score, model.prompts), *(generate(*pair) for pair in wanted))
+        long = pb.ScoreRequest(
+            prompt_token_ids=pb.TokenIds(ids=[5]),
+            continuation_token_ids=pb.TokenIds(ids=[5 + n % 90 for n in range(1000)]),
+        )
+        for _ in range(ROUNDS):
+            call = stub.Score(long)
+            await asyncio.sleep(0.01)
+            call.cancel()
+        await service.all_free(within_s=2.0)
+        assert len((await stub.Score(long)).log_probs) == 1000
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Score(long, timeout=0.001)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await service.all_free()
+
+
 @pytest.mark.parametrize("mode", ["diffusion", "mock_ar", "ar"])
 async def test_a_grpc_client_that_leaves_frees_both_towers(service: Service, mode: str) -> None:
     params = pb.DecodingParams(mode=f"MODE_{mode.upper()}", **LONG)

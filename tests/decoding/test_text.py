@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import twotower
 from tests.decoding.tokenizers_for_tests import Plain, byte_level, metaspace, save
 from tests.goldens import GOLDEN_DIR
 from twotower.decoding.text import AnswerText, TextStream, check_stop, encode_prompt, load_tokenizer, require_tokenizer
 from twotower.errors import CheckpointError, InvalidRequest
 
+DEMO = Path(twotower.__file__).parent / "demo" / "checkpoint"
 TOKENIZERS = {"byte_level": cache(byte_level), "metaspace": cache(metaspace)}
 FAST = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -149,6 +151,16 @@ def test_a_damaged_tokenizer(content: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot load the tokenizer") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_what_continues_a_prompt_has_no_special_tokens() -> None:
+    """The demo's tokenizer puts a BOS in front of a prompt."""
+    tokenizer = load_tokenizer(DEMO)
+    assert tokenizer is not None
+    bos, *prompt = tokenizer.encode("words: 65\n")
+    assert bos == 1 and tokenizer.encode_continuation("words: 65\n") == prompt
+    for name in TOKENIZERS:
+        assert _plain(name).encode_continuation("lazy") == _plain(name).encode("lazy")
 
 
 @pytest.mark.parametrize("text", ["\ud800", "caf\udce9", 7, None, ["a"]])

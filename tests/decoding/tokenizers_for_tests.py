@@ -49,6 +49,9 @@ class Plain:
     def encode(self, text: str) -> list[int]:
         return list(self._inner.encode(text).ids)
 
+    def encode_continuation(self, text: str) -> list[int]:
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         self.decoded += len(token_ids)
         return str(self._inner.decode(list(token_ids), skip_special_tokens=True))

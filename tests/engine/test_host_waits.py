@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_leaves
 from tests.flash_stand_ins import ADAPTERS, FlashStandIns, Load, through
 from tests.goldens import CPU, MODELS, Golden, golden
 from twotower.config import ModelConfig
-from twotower.core import BlockEvent, DecodingParams, Event, Mode, Request, RequestId
+from twotower.core import BlockEvent, DecodingParams, Event, Mode, Request, RequestId, ScoreEvent, ScoreRequest
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.unmasking import StepParams, unmask
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.scores import ScoredRow, ScoreSheet, score_rows
 from twotower.engine.settings import EngineSettings
 from twotower.exchange.local import LocalExchange
 from twotower.model.cache import Span, TowerCache
@@ -68,7 +69,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def _passes(context: ContextTower, denoiser: DenoiserTower, device: torch.device) -> None:
-    """A commit, an AR step, a denoiser pass over blocks of two sizes, unmasking and sampling."""
+    """A commit, an AR step, scoring, a denoiser pass over blocks of two sizes, unmasking and sampling."""
     cache = TowerCache(context.config, 4, 64, device, context.dtype)
     slots = [cache.allocate(64) for _ in range(3)]
     for lengths in ([16, 16, 16], [16, 5, 1], [1, 1, 1]):
@@ -77,6 +78,10 @@ def _passes(context: ContextTower, denoiser: DenoiserTower, device: torch.device
         for slot, length in zip(slots, lengths, strict=True):
             cache.advance(slot, length)
         sample(context.logits(hidden[:, 0]), [TokenParams(), TokenParams(0.7, 3, 0.9, 1), TokenParams()])
+        sheets = [ScoreSheet(ScoreRequest(RequestId("s"), (5,) * (length + 1), 1)) for length in lengths]
+        score_rows(
+            context, hidden, [ScoredRow(row, s, 0, s.positions(0, lengths[row])) for row, s in enumerate(sheets)]
+        )
     block = torch.full((3, 16), 3, device=device)
     states = cache.reading(slots, [16, 8, 16], 16)
     logits = denoiser.logits(denoiser(block, states, torch.ones(3, device=device)))
@@ -160,3 +165,21 @@ def test_a_tick_reads_from_the_device_at_most_once(name: str, mode: Mode, monkey
             most = max(most, sum(reads.values()))
     assert most == 1
     assert sum(len(event.token_ids) for event in events if isinstance(event, BlockEvent)) == 60
+
+
+@NAMES
+def test_a_tick_that_scores_reads_once_and_one_that_only_reads_the_prompt_never(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Event] = []
+    settings = EngineSettings(max_sequences=4, max_sequence_length=128, prefill_chunk_tokens=16)
+    context = ContextEngine(golden(name).context, settings, events.append)
+    context.add(ScoreRequest(RequestId("long"), tuple(range(4, 68)), 40))
+    for number in range(2):
+        context.add(ScoreRequest(RequestId(str(number)), tuple(range(4, 12)), 2))
+    reads_per_tick = []
+    while sum(isinstance(event, ScoreEvent) for event in events) < 3:
+        with _counted(monkeypatch) as reads:
+            context.tick()
+        reads_per_tick.append(sum(reads.values()))
+    assert reads_per_tick == [0, 0, 1, 1, 1]

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from twotower.core import DecodingParams, Mode, Request, RequestId
+from twotower.core import AnyRequest, DecodingParams, Mode, Request, RequestId, ScoreRequest
 from twotower.engine.ledger import Ledger, Room
 from twotower.errors import InvalidRequest, Overloaded
 from twotower.model.pages import pages_for
@@ -14,6 +14,10 @@ from twotower.model.pages import pages_for
 def _request(name: int | str, prompt: int = 16, new: int = 16, mode: Mode = Mode.AR, priority: int = 0) -> Request:
     params = DecodingParams(mode=mode, max_new_tokens=new)
     return Request(RequestId(str(name)), tuple(range(prompt)), params, priority)
+
+
+def _score(name: int | str, tokens: int = 17, priority: int = 0) -> ScoreRequest:
+    return ScoreRequest(RequestId(str(name)), tuple(range(tokens)), 1, priority)
 
 
 def _admitted(ledger: Ledger) -> list[str]:
@@ -120,6 +124,23 @@ def test_the_roomiest_mirror_is_chosen() -> None:
     assert [(room.slots, room.pages) for room in ledger.mirrors] == [(0, 8), (1, 8)]
 
 
+def test_scoring_takes_a_place_on_the_context_tower_only_and_in_the_same_order() -> None:
+    ledger = Ledger(Room(2, 3), [Room(2, 3)], 10)
+    ledger.enqueue(_request("a", new=1))
+    ledger.enqueue(_score("long", 34, priority=1))
+    ledger.enqueue(_score("short", 17))
+    assert [(request.id, place.pages, place.denoiser) for request, place in ledger.admit()] == [
+        ("a", 1, None),
+        ("short", 1, None),
+    ]
+    assert (ledger.mirrors[0].slots, ledger.mirrors[0].pages) == (2, 3)
+    for name in ("a", "short"):
+        ledger.release(RequestId(name))
+    assert _admitted(ledger) == ["long"] and ledger.context.pages == 0
+    with pytest.raises(InvalidRequest, match=r"token_ids: got .*49 positions \(4 pages\), wanted at most 3"):
+        ledger.enqueue(_score("too long", 50))
+
+
 def test_both_caches_or_neither() -> None:
     ledger = Ledger(Room(8, 100), [Room(1, 2)], 10)
     for name in range(2):
@@ -139,17 +160,23 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger = Ledger(Room(SLOTS, PAGES), [Room(*MIRROR) for _ in range(mirrors)], QUEUE, PASSED)
         self.mirrors = mirrors
         self.next = 0
-        self.waiting: list[Request] = []
-        self.running: dict[str, tuple[Request, int | None]] = {}
+        self.waiting: list[AnyRequest] = []
+        self.running: dict[str, tuple[AnyRequest, int | None]] = {}
         self.passed: dict[str, int] = {}
 
     @rule(
-        prompt=st.integers(1, 60), new=st.integers(1, 60), mode=st.sampled_from(list(Mode)), priority=st.integers(-1, 1)
+        prompt=st.integers(1, 60),
+        new=st.integers(1, 60),
+        mode=st.sampled_from([*Mode, None]),
+        priority=st.integers(-1, 1),
     )
-    def arrive(self, prompt: int, new: int, mode: Mode, priority: int) -> None:
-        request = _request(self.next, prompt, new, mode, priority)
+    def arrive(self, prompt: int, new: int, mode: Mode | None, priority: int) -> None:
+        """Without a mode it is scoring."""
+        request: AnyRequest = _score(self.next, prompt + new, priority)
+        if mode is not None:
+            request = _request(self.next, prompt, new, mode, priority)
         # With mirrors smaller than the context cache a request may wait for ever; the pair sizes them alike.
-        if self.mirrors and mode is not Mode.AR and pages_for(request.positions) > MIRROR[1]:
+        if self.mirrors and request.needs_denoiser and pages_for(request.positions) > MIRROR[1]:
             return
         self.next += 1
         try:
@@ -161,7 +188,7 @@ class LedgerMachine(RuleBasedStateMachine):
         else:
             self._queue_up(request)
 
-    def _queue_up(self, request: Request) -> None:
+    def _queue_up(self, request: AnyRequest) -> None:
         """Behind the last that it may not pass."""
         stays = [w.priority <= request.priority or self.passed[w.id] == PASSED for w in self.waiting]
         place = len(stays) - stays[::-1].index(True) if any(stays) else 0
@@ -175,6 +202,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for request, place in self.ledger.admit():
             assert request == self.waiting.pop(0), "out of order"
             assert place.pages == pages_for(request.positions)
+            assert request.needs_denoiser == (place.denoiser is not None)
             self.running[request.id] = (request, place.denoiser)
 
     @invariant()

@@ -1,4 +1,5 @@
-"""Over a thousand random schedules against scripted towers: no leak, no starvation, order holds, tokens are right.
+"""Over a thousand random schedules against scripted towers: no leak, no starvation, order holds, tokens and scores are
+right.
 
 One simulated cell a schedule: a ledger, a context engine, one or more denoiser engines over in-place exchanges. Who
 ticks when, who arrives when, who gives up when is drawn at random.
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from twotower.core import (
+    AnyRequest,
     BlockEvent,
     DecodingParams,
     Event,
@@ -22,6 +24,8 @@ from twotower.core import (
     ReleasedEvent,
     Request,
     RequestId,
+    ScoreEvent,
+    ScoreRequest,
 )
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
@@ -29,7 +33,7 @@ from twotower.engine.ledger import Ledger, Place, Room
 from twotower.engine.settings import EngineSettings
 from twotower.errors import Overloaded
 from twotower.exchange.local import LocalExchange
-from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower, scripted_tokens
+from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower, scripted_scores, scripted_tokens
 from twotower.testing.towers import VOCAB
 
 SCHEDULES = 1200
@@ -37,7 +41,9 @@ BATCHES = 12
 MAX_TICKS = 3000  # far more than any schedule needs: reaching it is starvation
 
 
-def _request(number: int, draw: random.Random) -> Request:
+def _request(number: int, draw: random.Random) -> AnyRequest:
+    if draw.random() < 0.2:
+        return _score_request(number, draw)
     mode = draw.choice(list(Mode))
     params = DecodingParams(
         mode=mode,
@@ -51,10 +57,20 @@ def _request(number: int, draw: random.Random) -> Request:
     return Request(RequestId(f"r{number}"), prompt, params, draw.choice([0, 0, 0, -1, 1, 7]))
 
 
+def _score_request(number: int, draw: random.Random) -> ScoreRequest:
+    """Some of its tokens are what the tower itself says."""
+    prompt = tuple(draw.randrange(4, VOCAB) for _ in range(draw.randint(1, 40)))
+    spoken = Request(RequestId("spoken"), prompt, DecodingParams(Mode.AR, max_new_tokens=draw.randint(1, 20)))
+    more = tuple(draw.randrange(4, VOCAB) for _ in range(draw.randint(0, 20)))
+    tokens = prompt + tuple(scripted_tokens(spoken)) + more
+    return ScoreRequest(RequestId(f"s{number}"), tokens, draw.randrange(1, len(tokens)), draw.choice([0, 0, -1, 7]))
+
+
 @dataclass
 class Seen:
     """What a client of one request got."""
 
+    scores: ScoreEvent | None = None
     tokens: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
     released: int = 0
@@ -90,7 +106,7 @@ class SimulatedCell:
         self.queued: list[RequestId] = []
         self.cancelled: set[RequestId] = set()
 
-    def arrive(self, request: Request) -> bool:
+    def arrive(self, request: AnyRequest) -> bool:
         try:
             self.ledger.enqueue(request)
         except Overloaded:
@@ -107,7 +123,7 @@ class SimulatedCell:
             self.home[request.id] = engine
             engine.add(request)
 
-    def _engine(self, request: Request, place: Place) -> ContextEngine | DenoiserEngine:
+    def _engine(self, request: AnyRequest, place: Place) -> ContextEngine | DenoiserEngine:
         return self.context if place.denoiser is None else self.draw.choice(self.denoisers)
 
     def cancel(self, request_id: RequestId) -> None:
@@ -132,6 +148,9 @@ class SimulatedCell:
         if isinstance(event, ReleasedEvent):
             seen.released += 1
             self.ledger.release(event.request_id)
+        elif isinstance(event, ScoreEvent):
+            assert seen.scores is None, "scored twice"
+            seen.scores = event
         elif isinstance(event, BlockEvent):
             assert seen.finish is None, "an event after the finish"
             assert event.start == len(seen.tokens), "out of order"
@@ -149,7 +168,7 @@ def _play(seed: int) -> tuple[int, int]:
     requests = [_request(n, draw) for n in range(draw.randint(1, 12))]
     biggest = 16 * cell.ledger.context.pages
     waiting = [r for r in requests if r.positions <= biggest]
-    wanted = {r.id: scripted_tokens(r) for r in waiting}
+    asked = {r.id: r for r in waiting}
     order = [r.id for r in waiting]
     for _ in range(MAX_TICKS):
         if waiting and draw.random() < 0.3:
@@ -158,7 +177,7 @@ def _play(seed: int) -> tuple[int, int]:
                 order.remove(request.id)
                 waiting.append(replace(request, id=RequestId(request.id + "+")))
                 order.append(waiting[-1].id)
-                wanted[waiting[-1].id] = wanted[request.id]
+                asked[waiting[-1].id] = waiting[-1]
         elif cell.open() and draw.random() < 0.02:
             cell.cancel(draw.choice(cell.open()))
         cell.tick()
@@ -169,13 +188,21 @@ def _play(seed: int) -> tuple[int, int]:
     _nothing_is_left(cell, seed)
     _order_holds([r for r in order if r in cell.started], cell, seed)
     for request_id in cell.started:
-        seen, tokens = cell.seen[request_id], wanted[request_id]
-        if seen.finish is None:
-            assert request_id in cell.cancelled
-            assert tokens[: len(seen.tokens)] == seen.tokens, f"schedule {seed}, {request_id}"
-        else:
-            assert seen.tokens == tokens, f"schedule {seed}, {request_id}"
-    return sum(s.finish is not None for s in cell.seen.values()), len(cell.cancelled)
+        request, seen = asked[request_id], cell.seen[request_id]
+        done = seen.scores is not None or seen.finish is not None
+        assert done or request_id in cell.cancelled
+        if isinstance(request, Request):
+            tokens = scripted_tokens(request)
+            assert (tokens if done else tokens[: len(seen.tokens)]) == seen.tokens, f"schedule {seed}, {request_id}"
+        elif seen.scores is not None:
+            _scores_are_right(request, seen.scores, seed)
+    return sum(s.scores is not None or s.finish is not None for s in cell.seen.values()), len(cell.cancelled)
+
+
+def _scores_are_right(request: ScoreRequest, event: ScoreEvent, seed: int) -> None:
+    wanted = scripted_scores(request)
+    assert event.is_greedy == tuple(is_greedy for _, is_greedy in wanted), f"schedule {seed}, {request.id}"
+    assert event.log_probs == pytest.approx([log_prob for log_prob, _ in wanted], abs=1e-5), f"schedule {seed}"
 
 
 def _order_holds(arrived: list[RequestId], cell: SimulatedCell, seed: int) -> None:

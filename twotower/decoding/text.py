@@ -21,6 +21,10 @@ class Tokenizer(Protocol):
         """Token ids of a prompt, with the special tokens the tokenizer's own settings put there (a BOS, say)."""
         ...
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of text that goes on after other tokens: without special tokens of its own."""
+        ...
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of these ids without special tokens."""
         ...
@@ -45,6 +49,9 @@ class PretrainedTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(

@@ -1,4 +1,5 @@
-"""The context tower's engine: reads prompts and committed blocks for its denoisers, decodes `ar` requests itself.
+"""The context tower's engine: reads prompts and committed blocks for its denoisers, decodes `ar` requests and scores
+itself.
 
 Owns the tower and the cache. One thread calls it; `tick` runs at most one forward.
 """
@@ -11,7 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
+from twotower.core import (
+    AnyRequest,
+    BlockEvent,
+    Event,
+    FailureEvent,
+    ReleasedEvent,
+    Request,
+    RequestId,
+    ScoreRequest,
+)
 from twotower.decoding.margins import NEAR_TIE, packed, unpacked
 from twotower.decoding.randomness import step_key
 from twotower.decoding.sampling import TokenParams, sample
@@ -20,6 +30,7 @@ from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
 from twotower.engine.passes import SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes
 from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, PrefillBatch, PrefillChunk
+from twotower.engine.scores import ScoredRow, ScoreSheet, score_rows, to_host
 from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Attach, Command, Commit, Delta, Failed, Port, Prefill, Release, Released, Reply
@@ -31,7 +42,8 @@ from twotower.model.tower import ContextTower
 class _Sequence:
     """A sequence the context tower knows: what it has read and what it still has to.
 
-    `request` is set for an `ar` sequence, `link` and `number` for one that a denoiser leads.
+    `request` is set for an `ar` sequence, `sheet` for one that is scored, `link` and `number` for one that a denoiser
+    leads.
     """
 
     slot: int
@@ -41,6 +53,7 @@ class _Sequence:
     number: int = -1
     attach_known: int | None = None
     request: Request | None = None
+    sheet: ScoreSheet | None = None
     generated: int = 0
     margin: float = 1.0
 
@@ -49,9 +62,7 @@ _Key = tuple[int, int] | RequestId
 
 
 class ContextEngine:
-    """Serves any number of ports and its own `ar` requests."""
-
-    modes: tuple[Mode, ...] = (Mode.AR,)
+    """Serves any number of ports, its own `ar` requests, and scoring."""
 
     def __init__(self, tower: ContextTower, settings: EngineSettings, emit: Callable[[Event], None]) -> None:
         self.tower, self.settings, self._emit = tower, settings, emit
@@ -62,7 +73,7 @@ class ContextEngine:
         self._sequences: dict[_Key, _Sequence] = {}
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens)
         self._replies: dict[int, list[Reply]] = {}
-        self._inbox: deque[Request | RequestId | Port] = deque()
+        self._inbox: deque[AnyRequest | RequestId | Port] = deque()
         self.ticks = self.rows = self.near_ties = 0
 
     def stats(self, busy_s: float) -> EngineStats:
@@ -81,8 +92,11 @@ class ContextEngine:
         """Serve one more denoiser. From any thread."""
         self._inbox.append(port)
 
-    def add(self, request: Request) -> None:
-        """Decode an `ar` request. From any thread."""
+    def takes(self, request: AnyRequest) -> bool:
+        return not request.needs_denoiser
+
+    def add(self, request: AnyRequest) -> None:
+        """Decode an `ar` request, or score. From any thread."""
         self._inbox.append(request)
 
     def cancel(self, request_id: RequestId) -> None:
@@ -116,27 +130,35 @@ class ContextEngine:
     def _take_inbox(self) -> None:
         while self._inbox:
             message = self._inbox.popleft()
-            if isinstance(message, Request):
-                self._open_ar(message)
+            if isinstance(message, Request | ScoreRequest):
+                self._open_own(message)
             elif not isinstance(message, str):
                 self._ports[self._next_port] = message
                 self._next_port += 1
             elif message in self._sequences:
-                self._close_ar(message)
+                self._close_own(message)
 
-    def _open_ar(self, request: Request) -> None:
+    def _open_own(self, request: AnyRequest) -> None:
         try:
             slot = self.cache.allocate(request.positions)
         except TwoTowerError as error:
             self._emit(FailureEvent(request.id, error))
             self._emit(ReleasedEvent(request.id))
             return
-        self._sequences[request.id] = _Sequence(slot, list(request.prompt_token_ids), request=request)
-        self._scheduler.add_prompt(request.id, 0, len(request.prompt_token_ids))
+        if isinstance(request, ScoreRequest):
+            sequence = _Sequence(slot, list(request.token_ids[:-1]), sheet=ScoreSheet(request))
+        else:
+            sequence = _Sequence(slot, list(request.prompt_token_ids), request=request)
+        self._sequences[request.id] = sequence
+        self._scheduler.add_prompt(request.id, 0, len(sequence.to_read))
 
-    def _close_ar(self, request_id: RequestId) -> None:
+    def _close_own(self, request_id: RequestId) -> None:
         self._forget(request_id)
         self._emit(ReleasedEvent(request_id))
+
+    def _fail_own(self, request_id: RequestId, error: TwoTowerError) -> None:
+        self._emit(FailureEvent(request_id, error))
+        self._close_own(request_id)
 
     def _forget(self, key: _Key) -> None:
         sequence = self._sequences.pop(key)
@@ -226,16 +248,35 @@ class ContextEngine:
         tokens = [s.to_read[: c.end - c.start] for s, c in zip(sequences, chunks, strict=True)]
         passes = self._passes if max(map(len, tokens)) <= SHORT_PROMPT else self._eager
         hidden_RLD = self._read(passes, sequences, tokens, head=False)
-        finished = []
+        finished: list[tuple[_Sequence, Tensor]] = []
+        scored: list[ScoredRow] = []
         for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
             self._has_read(sequence, chunk.end - chunk.start)
-            if sequence.request is None:
+            if sequence.sheet is not None:
+                scored.append(ScoredRow.of(row, sequence.sheet, chunk))
+            elif sequence.request is None:
                 self._tell(sequence, chunk.start, complete=not sequence.to_read)
             elif not sequence.to_read:
                 finished.append((sequence, hidden_RLD[row, chunk.end - chunk.start - 1]))
+        # Queued on the device before anything is read from it.
+        scores_PX = score_rows(self.tower, hidden_RLD, scored) if any(row.positions for row in scored) else None
         if finished:
             logits_RV = self.tower.logits(torch.stack([last for _, last in finished]))
             self._next_tokens([sequence for sequence, _ in finished], logits_RV)
+        if scores_PX is not None:
+            self._take_scores(scored, scores_PX)
+
+    def _take_scores(self, rows: Sequence[ScoredRow], scores_PX: Tensor) -> None:
+        for row, scores in zip(rows, to_host(scores_PX, rows), strict=True):
+            request_id = row.sheet.request.id
+            if not all(token.finite for token in scores):
+                self._fail_own(request_id, _not_finite(request_id))
+                continue
+            row.sheet.add(scores)
+            self.near_ties += sum(token.margin < NEAR_TIE for token in scores)
+            if not self._sequences[request_id].to_read:
+                self._emit(row.sheet.event())
+                self._close_own(request_id)
 
     def _has_read(self, sequence: _Sequence, count: int) -> None:
         sequence.read.extend(sequence.to_read[:count])
@@ -271,7 +312,7 @@ class ContextEngine:
     def _next_tokens(self, sequences: list[_Sequence], logits_RV: Tensor) -> None:
         finite_R = torch.isfinite(logits_RV).all(1)
         sampled = sample(logits_RV, [_token_params(sequence) for sequence in sequences])
-        # The only time the host waits for the device.
+        # The host waits for the device here and in `_take_scores` only.
         outcome = torch.stack([sampled.tokens_R, finite_R.long(), packed(sampled.margin_R)], dim=1).tolist()
         for sequence, (token, finite, margin) in zip(sequences, outcome, strict=True):
             self._emit_token(sequence, token, bool(finite), unpacked(margin))
@@ -280,9 +321,7 @@ class ContextEngine:
         request = sequence.request
         assert request is not None
         if not finite:
-            error = NumericalError(f"request {request.id}: the context tower's logits hold a NaN or an infinity")
-            self._emit(FailureEvent(request.id, error))
-            self._close_ar(request.id)
+            self._fail_own(request.id, _not_finite(request.id))
             return
         self.near_ties += margin < NEAR_TIE
         sequence.margin = min(sequence.margin, margin)
@@ -291,13 +330,17 @@ class ContextEngine:
         self._emit(BlockEvent(request.id, sequence.generated, kept, 0, len(kept), reason, smallest))
         sequence.generated += 1
         if reason is not None:
-            self._close_ar(request.id)
+            self._close_own(request.id)
             return
         sequence.to_read = [token]
         self._scheduler.add_decoding(request.id)
 
     def _reply(self, index: int, reply: Reply) -> None:
         self._replies.setdefault(index, []).append(reply)
+
+
+def _not_finite(request_id: RequestId) -> NumericalError:
+    return NumericalError(f"request {request_id}: the context tower's logits hold a NaN or an infinity")
 
 
 def _token_params(sequence: _Sequence) -> TokenParams:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
+from twotower.core import AnyRequest, BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
 from twotower.decoding.margins import NEAR_TIE, packed, unpacked
 from twotower.decoding.randomness import step_key
 from twotower.decoding.sampling import TokenParams, sample
@@ -74,8 +74,6 @@ class _Sequence:
 class DenoiserEngine:
     """Decodes `diffusion` and `mock_ar` requests, many at a time, each row at its own step of its own block."""
 
-    modes: tuple[Mode, ...] = (Mode.DIFFUSION, Mode.MOCK_AR)
-
     def __init__(
         self,
         tower: DenoiserTower,
@@ -105,7 +103,11 @@ class DenoiserEngine:
         """Before the first request: make ready for the usual passes."""
         self._passes.prepare(USUAL_WIDTH)
 
-    def add(self, request: Request) -> None:
+    def takes(self, request: AnyRequest) -> bool:
+        return request.needs_denoiser
+
+    def add(self, request: AnyRequest) -> None:
+        assert isinstance(request, Request), "scoring needs no denoiser"
         self._inbox.append(request)
 
     def cancel(self, request_id: RequestId) -> None:

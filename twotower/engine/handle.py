@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from twotower.core import Event, Request, RequestId
+from twotower.core import AnyRequest, Event, RequestId
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class EngineHandle(Protocol):
     `add` and `cancel` never block; the engine hears them in the order they were called.
     """
 
-    def add(self, requests: Sequence[Request]) -> None:
-        """Start decoding these. The caller's ledger has made sure that there is room."""
+    def add(self, requests: Sequence[AnyRequest]) -> None:
+        """Start on these. The caller's ledger has made sure that there is room."""
         ...
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:

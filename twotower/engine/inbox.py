@@ -4,31 +4,31 @@ import asyncio
 from collections import deque
 from dataclasses import replace
 
-from twotower.core import BlockEvent, FailureEvent
+from twotower.core import AnswerEvent, BlockEvent, FailureEvent
 
 
 class Inbox:
     """Events of one request that its reader has not taken yet. Nothing follows a failure."""
 
     def __init__(self, merging: bool) -> None:
-        self._events: deque[BlockEvent | FailureEvent] = deque()
+        self._events: deque[AnswerEvent | FailureEvent] = deque()
         self._arrived = asyncio.Event()
         self._merging = merging
         self._failed = False
 
-    def put(self, event: BlockEvent | FailureEvent) -> None:
+    def put(self, event: AnswerEvent | FailureEvent) -> None:
         if not self._failed:
             self._failed = isinstance(event, FailureEvent)
             self._events.append(event)
             self._arrived.set()
 
-    async def get(self) -> BlockEvent | FailureEvent:
+    async def get(self) -> AnswerEvent | FailureEvent:
         """The next event; where `merging`, joined with the blocks that a slow reader has let pile up behind it."""
         await self._arrived.wait()
         event = self._events.popleft()
         while self._merging and isinstance(event, BlockEvent) and self._events:
             following = self._events[0]
-            if isinstance(following, FailureEvent):
+            if not isinstance(following, BlockEvent):
                 break
             self._events.popleft()
             event = _joined(event, following)

@@ -7,7 +7,7 @@ never fails for want of room. Pure Python.
 from collections import deque
 from dataclasses import dataclass
 
-from twotower.core import Mode, Request, RequestId
+from twotower.core import AnyRequest, Request, RequestId
 from twotower.errors import InvalidRequest, Overloaded
 from twotower.model.pages import pages_for
 
@@ -45,7 +45,7 @@ class Place:
 class _Waiting:
     """A queued request and how many of a lower value have gone in front of it."""
 
-    request: Request
+    request: AnyRequest
     passed: int = 0
 
 
@@ -84,12 +84,12 @@ class Ledger:
     def mirrors(self) -> list[Room]:
         return self._mirrors
 
-    def enqueue(self, request: Request) -> None:
+    def enqueue(self, request: AnyRequest) -> None:
         """Queue a request. Raises Overloaded when the queue is full, InvalidRequest if the request can never fit."""
         wanted = pages_for(request.positions)
         if wanted > self._whole.pages:
             raise InvalidRequest.of(
-                "max_new_tokens",
+                "max_new_tokens" if isinstance(request, Request) else "token_ids",
                 f"got a request of {request.positions} positions ({wanted} pages), "
                 f"wanted at most {self._whole.pages} pages, which is this cell's whole cache",
             )
@@ -104,7 +104,7 @@ class Ledger:
             self._queue[place].passed += 1
         self._queue.insert(place, _Waiting(request))
 
-    def admit(self) -> list[tuple[Request, Place]]:
+    def admit(self) -> list[tuple[AnyRequest, Place]]:
         """Requests that may start now, in order. The first that does not fit holds up all behind it: no starvation."""
         admitted = []
         while self._queue:
@@ -135,17 +135,17 @@ class Ledger:
         if place.denoiser is not None and self._mirrors:
             self._mirrors[place.denoiser].give(place.pages)
 
-    def _lets_pass(self, waiting: _Waiting, later: Request) -> bool:
+    def _lets_pass(self, waiting: _Waiting, later: AnyRequest) -> bool:
         return later.priority < waiting.request.priority and waiting.passed < self._max_passed
 
-    def _could_start(self, request: Request) -> bool:
+    def _could_start(self, request: AnyRequest) -> bool:
         return not self._queue and self._place_for(request) is not None
 
-    def _place_for(self, request: Request) -> Place | None:
+    def _place_for(self, request: AnyRequest) -> Place | None:
         pages = pages_for(request.positions)
         if not self._context.fits(pages):
             return None
-        if request.params.mode is Mode.AR:
+        if not request.needs_denoiser:
             return Place(pages, None)
         if not self._mirrors:
             return Place(pages, 0)

@@ -1,4 +1,4 @@
-"""A pair: one context engine, its denoiser engines, the ledger. The asynchronous face of decoding.
+"""A pair: one context engine, its denoiser engines, the ledger. The asynchronous face of decoding and scoring.
 
 Knows requests and events; does not know where the engines run (a thread here, an actor elsewhere), what text is, or
 who asks.
@@ -7,9 +7,22 @@ who asks.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
+from typing import TypeVar
 
-from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
+from twotower.core import (
+    AnyRequest,
+    BlockEvent,
+    Event,
+    FailureEvent,
+    Mode,
+    ReleasedEvent,
+    Request,
+    RequestId,
+    ScoreEvent,
+    ScoreRequest,
+)
 from twotower.engine.handle import EngineHandle
 from twotower.engine.inbox import Inbox
 from twotower.engine.ledger import Ledger, Place
@@ -17,9 +30,11 @@ from twotower.errors import DeadlineExceeded, InvalidRequest, Overloaded, TwoTow
 
 logger = logging.getLogger(__name__)
 
+AnswerKind = TypeVar("AnswerKind", BlockEvent, ScoreEvent)
+
 
 class Pair:
-    """Decodes requests, many at a time. Use as an async context manager, or `start` and `close` it.
+    """Decodes and scores requests, many at a time. Use as an async context manager, or `start` and `close` it.
 
     `denoisers` may be empty (`ar_only`), and may hold the context handle itself (both towers in one process).
     """
@@ -29,7 +44,6 @@ class Pair:
         self.failure: TwoTowerError | None = None
         self._queues: dict[RequestId, Inbox] = {}
         self._places: dict[RequestId, Place | None] = {}
-        self._modes: dict[RequestId, Mode] = {}
         self._pumps: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Pair":
@@ -52,18 +66,28 @@ class Pair:
         self.failure = self.failure or Unavailable("it is shutting down")
         self._fail_all(Unavailable("the cell is shutting down"))
 
-    async def generate(self, request: Request, timeout_s: float | None = None) -> AsyncGenerator[BlockEvent, None]:
+    def generate(self, request: Request, timeout_s: float | None = None) -> AsyncGenerator[BlockEvent, None]:
         """Events of one request until its finish. Leaving the iterator early frees the sequence on both towers.
 
         Raises Overloaded or Unavailable before the first event, DeadlineExceeded after `timeout_s` seconds, and
         whatever error ended the sequence.
         """
+        return self._run(request, BlockEvent, timeout_s, merging=request.params.mode is not Mode.DIFFUSION)
+
+    async def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreEvent:
+        """How likely the context tower finds given tokens. Waits, ends and raises as `generate` does."""
+        async with aclosing(self._run(request, ScoreEvent, timeout_s)) as events:
+            return await anext(events)
+
+    async def _run(
+        self, request: AnyRequest, kind: type[AnswerKind], timeout_s: float | None, merging: bool = False
+    ) -> AsyncGenerator[AnswerKind, None]:
+        """Events of one request, all of one kind, until its last."""
         self._admissible(request)
-        inbox = Inbox(merging=request.params.mode is not Mode.DIFFUSION)
+        inbox = Inbox(merging)
         self.ledger.enqueue(request)
         self._queues[request.id] = inbox
         self._places[request.id] = None
-        self._modes[request.id] = request.params.mode
         self._admit()
         # The deadline belongs to the request, not to its reader, who may be busy elsewhere when it passes.
         timer = None
@@ -76,7 +100,8 @@ class Pair:
                 if isinstance(event, FailureEvent):
                     done = True
                     raise event.error
-                done = event.finish_reason is not None
+                assert isinstance(event, kind), event
+                done = event.is_last
                 yield event
         finally:
             if timer is not None:
@@ -85,27 +110,25 @@ class Pair:
             if not done:
                 self._abandon(request.id)
 
-    def _admissible(self, request: Request) -> None:
+    def _admissible(self, request: AnyRequest) -> None:
         if self.failure is not None:
             raise Unavailable(f"this cell cannot serve: {self.failure}")
         if request.id in self._queues:
             raise InvalidRequest.of("request_id", f"got {request.id!r}, which is already running here")
         if request.id in self._places:
             raise Overloaded(f"request {request.id} has ended and is still being released; try again")
-        if request.params.mode is not Mode.AR and not self.denoisers:
+        if isinstance(request, Request) and request.needs_denoiser and not self.denoisers:
             raise InvalidRequest.of("mode", f"got {request.params.mode}, wanted ar: this cell has no denoiser tower")
 
-    def _handle_for(self, mode: Mode, place: Place) -> EngineHandle:
-        if mode is Mode.AR or place.denoiser is None:
-            return self.context
-        return self.denoisers[place.denoiser]
+    def _handle_for(self, place: Place) -> EngineHandle:
+        return self.context if place.denoiser is None else self.denoisers[place.denoiser]
 
     def _admit(self) -> None:
         """Start everything the ledger lets in, one message per engine."""
-        batches: dict[int, tuple[EngineHandle, list[Request]]] = {}
+        batches: dict[int, tuple[EngineHandle, list[AnyRequest]]] = {}
         for request, place in self.ledger.admit():
             self._places[request.id] = place
-            handle = self._handle_for(request.params.mode, place)
+            handle = self._handle_for(place)
             batches.setdefault(id(handle), (handle, []))[1].append(request)
         for handle, requests in batches.values():
             self._tell(partial(handle.add, requests))
@@ -127,16 +150,12 @@ class Pair:
     def _abandon(self, request_id: RequestId) -> None:
         """Nobody wants this request any more, whether it waits, runs or has just ended."""
         if self.ledger.withdraw(request_id):
-            self._forget(request_id)
+            del self._places[request_id]
             self._admit()  # it may have held up those behind it
             return
         place = self._places.get(request_id)
         if place is not None and self.failure is None:
-            self._tell(partial(self._handle_for(self._modes[request_id], place).cancel, [request_id]))
-
-    def _forget(self, request_id: RequestId) -> None:
-        self._places.pop(request_id, None)
-        self._modes.pop(request_id, None)
+            self._tell(partial(self._handle_for(place).cancel, [request_id]))
 
     async def _pump(self, handle: EngineHandle) -> None:
         try:
@@ -154,7 +173,7 @@ class Pair:
     def _dispatch(self, event: Event) -> None:
         if isinstance(event, ReleasedEvent):
             if event.request_id in self._places:
-                self._forget(event.request_id)
+                del self._places[event.request_id]
                 self.ledger.release(event.request_id)
                 self._admit()
             return

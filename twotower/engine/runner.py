@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from twotower.core import Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
+from twotower.core import AnyRequest, BlockEvent, Event, ReleasedEvent, RequestId
 from twotower.engine.handle import EngineStats
 from twotower.errors import TwoTowerError, Unavailable
 
@@ -29,11 +29,10 @@ Sink = Callable[[Sequence[Event], str | None], None]
 
 
 class Engine(Protocol):
-    """What a runner drives. All but `modes` is called from the runner's thread, `add` and `cancel` from any."""
+    """What a runner drives. Called from the runner's thread, but for `takes`, `add` and `cancel`: from any."""
 
-    modes: tuple[Mode, ...]
-
-    def add(self, request: Request) -> None: ...
+    def takes(self, request: AnyRequest) -> bool: ...
+    def add(self, request: AnyRequest) -> None: ...
     def cancel(self, request_id: RequestId) -> None: ...
     def tick(self) -> bool: ...
     def close(self) -> None: ...
@@ -77,7 +76,7 @@ class EngineRunner:
         with self._lock:
             self._events.append(event)
             if not isinstance(event, ReleasedEvent):
-                first_or_last = isinstance(event, FailureEvent) or event.start == 0 or event.finish_reason is not None
+                first_or_last = not isinstance(event, BlockEvent) or event.start == 0 or event.is_last
                 self._urgent = self._urgent or first_or_last
 
     def progress(self) -> int:
@@ -91,10 +90,10 @@ class EngineRunner:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
-    def add(self, requests: Sequence[Request]) -> None:
+    def add(self, requests: Sequence[AnyRequest]) -> None:
         self.check()
         for request in requests:
-            self._engine_for(request.params.mode).add(request)
+            self._engine_for(request).add(request)
         self._wake.set()
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
@@ -138,11 +137,12 @@ class EngineRunner:
         self.check()
         return [engine.stats(self._busy_s) for engine in self.engines]
 
-    def _engine_for(self, mode: Mode) -> Engine:
+    def _engine_for(self, request: AnyRequest) -> Engine:
         for engine in self.engines:
-            if mode in engine.modes:
+            if engine.takes(request):
                 return engine
-        raise Unavailable(f"no engine here decodes {mode}")
+        tower = "denoiser" if request.needs_denoiser else "context"
+        raise Unavailable(f"no engine here takes request {request.id}, wanted one of a {tower} tower")
 
     def check(self) -> None:
         """Raises Unavailable where the engines have ended or hang."""

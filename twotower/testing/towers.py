@@ -4,13 +4,14 @@ The next token is a function of the sum of (position + 1) · token over all that
 out of order or in another sequence's page changes everything after it, and the arithmetic is exact: no near-ties.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from twotower.config import ModelConfig
-from twotower.core import Mode, Request
+from twotower.core import Mode, Request, ScoreRequest
 from twotower.model.cache import ExtendStates, ReadStates
 
 VOCAB = 32
@@ -86,6 +87,21 @@ def scripted_tokens(request: Request) -> list[int]:
     return new
 
 
+def scripted_scores(request: ScoreRequest) -> list[tuple[float, bool]]:
+    """Log-probability and greediness that the scripted context tower must give for each token that is scored."""
+    tokens, scored = request.token_ids, []
+    for place in range(request.start, len(tokens)):
+        strength = 2.0 + _total(tokens[:place]) % 9
+        is_greedy = tokens[place] == _choice(tokens[:place], 0)
+        log_prob = (strength if is_greedy else 0.0) - math.log(math.exp(strength) + VOCAB - 1)
+        scored.append((log_prob, is_greedy))
+    return scored
+
+
+def _total(read: Sequence[int]) -> int:
+    return sum((position + 1) * token for position, token in enumerate(read))
+
+
 def _choice(read: Sequence[int], place: int) -> int:
-    total = sum((position + 1) * token for position, token in enumerate(read))
+    total = _total(read)
     return (total + 5 * place + place * place) % _CHOICES + _FIRST

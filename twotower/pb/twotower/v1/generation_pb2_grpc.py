@@ -44,6 +44,11 @@ class GenerationServiceStub:
                 request_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/twotower.v1.GenerationService/Score',
+                request_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/twotower.v1.GenerationService/GetModelInfo',
                 request_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
@@ -69,6 +74,14 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """How likely the context tower, an autoregressive model, finds a given continuation of a given prompt. The denoiser
+        has no part in it, so a cell of any placement does it. Cancelling the call frees the sequence.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """What the running checkpoint can be asked for.
         """
@@ -88,6 +101,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
+                    response_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -149,6 +167,33 @@ class GenerationService:
             '/twotower.v1.GenerationService/GenerateStream',
             twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twotower.v1.GenerationService/Score',
+            twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+            twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,103 @@
+"""Scoring as prompts are read: which positions of a chunk are scored, their numbers, and what a request has so far.
+
+Knows hidden states and the head; does not know slots, queues or links.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from twotower.core import ScoreEvent, ScoreRequest
+from twotower.decoding.scoring import Scored, score
+from twotower.engine.scheduler import PrefillChunk
+from twotower.model.tower import ContextTower
+from twotower.model.transfer import on_device
+
+# Logits at a time: 64 MiB in fp32, and some three times that with what is worked out from them. The whole of a chunk
+# of 512 positions would be four times as much with a vocabulary of 131,072.
+MAX_LOGITS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """One token's numbers on the host. `finite`: the logits hold no NaN and no infinity."""
+
+    log_prob: float
+    is_greedy: bool
+    margin: float
+    finite: bool
+
+
+@dataclass(slots=True)
+class ScoreSheet:
+    """A request's scores, as far as it has been read."""
+
+    request: ScoreRequest
+    log_probs: list[float] = field(default_factory=list)
+    is_greedy: list[bool] = field(default_factory=list)
+    margin: float = 1.0
+
+    def positions(self, start: int, end: int) -> range:
+        """Those of the positions [start, end) whose logits score the token that follows."""
+        return range(max(start, self.request.start - 1), end)
+
+    def add(self, scores: Iterable[TokenScore]) -> None:
+        for token in scores:
+            self.log_probs.append(token.log_prob)
+            self.is_greedy.append(token.is_greedy)
+            self.margin = min(self.margin, token.margin)
+
+    def event(self) -> ScoreEvent:
+        return ScoreEvent(self.request.id, tuple(self.log_probs), tuple(self.is_greedy), self.margin)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRow:
+    """A row of a prefill batch that read positions from `start` on, and those among them that are scored."""
+
+    row: int
+    sheet: ScoreSheet
+    start: int
+    positions: range
+
+    @classmethod
+    def of(cls, row: int, sheet: ScoreSheet, chunk: PrefillChunk) -> "ScoredRow":
+        return cls(row, sheet, chunk.start, sheet.positions(chunk.start, chunk.end))
+
+
+def score_rows(tower: ContextTower, hidden_RLD: Tensor, rows: Sequence[ScoredRow]) -> Tensor:
+    """The scores of all rows' positions, row after row, on the device; `to_host` reads them.
+
+    The head is applied at these positions only, to so many at a time that their logits stay within bounds.
+    """
+    device = hidden_RLD.device
+    places = [(row.row, position - row.start) for row in rows for position in row.positions]
+    tokens = [row.sheet.request.token_ids[position + 1] for row in rows for position in row.positions]
+    rows_P, columns_P = on_device(list(zip(*places, strict=True)), device)
+    pieces = max(1, MAX_LOGITS // tower.config.vocab_size)
+    hidden_PD, tokens_P = hidden_RLD[rows_P, columns_P], on_device(tokens, device)
+    return torch.cat(
+        [
+            _packed(score(tower.logits(hidden_pD), tokens_p))
+            for hidden_pD, tokens_p in zip(hidden_PD.split(pieces), tokens_P.split(pieces), strict=True)
+        ]
+    )
+
+
+def _packed(scored: Scored) -> Tensor:
+    """Side by side in fp32, so that the host reads them all at once."""
+    columns = (scored.log_prob_P, scored.is_greedy_P, scored.margin_P, scored.finite_P)
+    return torch.stack([column.float() for column in columns], dim=1)
+
+
+def to_host(scores_PX: Tensor, rows: Sequence[ScoredRow]) -> list[list[TokenScore]]:
+    """Each row's scores. Waits for the device, once."""
+    scores = [
+        TokenScore(log_prob, bool(is_greedy), margin, bool(finite))
+        for log_prob, is_greedy, margin, finite in scores_PX.tolist()
+    ]
+    ends = accumulate((len(row.positions) for row in rows), initial=0)
+    return [scores[start:end] for start, end in pairwise(ends)]
