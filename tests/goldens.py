@@ -1,4 +1,7 @@
-"""The golden vectors as the tests read them. `GOLDEN_DIR` points at another set of the same format."""
+"""The golden vectors as the tests read them. `GOLDEN_DIR` points at another set of the same format.
+
+Tests over all `MODELS` take that set; those that need a checkpoint of a certain shape take the vendored ones by name.
+"""
 
 import json
 import os
@@ -16,7 +19,8 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.tower import ContextTower, DenoiserTower
 
-GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+VENDORED = Path(__file__).parent / "golden"
+GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", VENDORED))
 CPU = torch.device("cpu")
 MODELS = sorted(path.parent.name for path in GOLDEN_DIR.glob("*/vectors.json"))
 
@@ -34,9 +38,19 @@ class Golden:
     mask_token_id: int
 
 
-@cache
 def golden(name: str) -> Golden:
-    directory = GOLDEN_DIR / name
+    """One of MODELS."""
+    return _read(GOLDEN_DIR / name)
+
+
+def vendored(name: str) -> Golden:
+    """`tt_moe` or `tt_dense`, whatever GOLDEN_DIR says."""
+    return _read(VENDORED / name)
+
+
+@cache
+def _read(directory: Path) -> Golden:
+    name = directory.name
     checkpoint = Checkpoint.open(directory)
     vectors = json.loads((directory / "vectors.json").read_text())
     return Golden(

@@ -18,7 +18,7 @@ import twotower
 from actors.cell import RunningPair, start_pair
 from actors.settings import STRATEGY, CellSettings, bundles
 from tests.engine.decode import collect
-from tests.goldens import GOLDEN_DIR, causal_request, diffusion_request, golden
+from tests.goldens import VENDORED, causal_request, diffusion_request, vendored
 from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreRequest
 from twotower.decoding.text import PretrainedTokenizer
 from twotower.engine.in_process import open_pair
@@ -35,7 +35,7 @@ ENGINE = EngineSettings(16, 256, prefill_chunk_tokens=16, link_timeout_s=4, capt
 
 @asynccontextmanager
 async def cell(checkpoint: str | Path, placement: str = "split", **changes: Any) -> AsyncIterator[RunningPair]:
-    directory = str((GOLDEN_DIR / checkpoint).resolve())
+    directory = str((VENDORED / checkpoint).resolve())
     engine = changes.pop("engine", ENGINE)
     settings = CellSettings(directory, device="cpu", placement=placement, gpus_per_tower=1, engine=engine, **changes)
     group = placement_group(bundles(settings), strategy=STRATEGY)
@@ -52,7 +52,7 @@ async def cell(checkpoint: str | Path, placement: str = "split", **changes: Any)
 
 def _golden_requests(name: str, modes: tuple[Mode, ...]) -> list[tuple[Request, list[int]]]:
     wanted = []
-    for number, prompt in enumerate(golden(name).prompts):
+    for number, prompt in enumerate(vendored(name).prompts):
         cases = [case for case in prompt["cases"] if case["eos_token_id"] is None]
         of_this = [(causal_request(prompt, mode), prompt[str(mode)]["tokens"]) for mode in (Mode.AR, Mode.MOCK_AR)]
         of_this += [(diffusion_request(prompt, case), case["output"]) for case in cases]
@@ -90,9 +90,9 @@ async def test_golden_tokens_in_every_placement(name: str, placement: str, denoi
 
 
 async def _scores_are_the_prompts_own(running: RunningPair, name: str) -> None:
-    for prompt in golden(name).prompts:
+    for prompt in vendored(name).prompts:
         tokens = tuple(prompt["tokens"])
-        log_probs_LV = golden(name).tensors[f"{prompt['id']}.ctx_logits"].log_softmax(-1)
+        log_probs_LV = vendored(name).tensors[f"{prompt['id']}.ctx_logits"].log_softmax(-1)
         wanted = [log_probs_LV[place, token].item() for place, token in enumerate(tokens[1:])]
         event = await running.pair.score(ScoreRequest(RequestId(f"score-{prompt['id']}"), tokens, 1), 20)
         assert event.log_probs == pytest.approx(wanted, abs=1e-3)
@@ -194,7 +194,7 @@ def _alive(pid: int) -> bool:
 async def test_a_cell_that_cannot_start_says_why(
     changes: dict[str, str], error: type[TwoTowerError], said: str
 ) -> None:
-    directory = str((GOLDEN_DIR / "tt_moe").resolve())
+    directory = str((VENDORED / "tt_moe").resolve())
     settings = CellSettings(**{"checkpoint": directory, "device": "cpu", "gpus_per_tower": 1, **changes})  # type: ignore[arg-type]
     group = placement_group(bundles(settings), strategy=STRATEGY)
     await group.ready()

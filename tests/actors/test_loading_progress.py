@@ -7,11 +7,11 @@ import pytest
 
 from actors.settings import CellSettings
 from actors.towers import ColocatedActor, ContextActor, DenoiserActor, TowerProcess
-from tests.goldens import GOLDEN_DIR
+from tests.goldens import VENDORED
 
 
 async def _said(kind: type[TowerProcess], placement: str, caplog: pytest.LogCaptureFixture) -> list[str]:
-    settings = CellSettings(str((GOLDEN_DIR / "tt_moe").resolve()), device="cpu", placement=placement)
+    settings = CellSettings(str((VENDORED / "tt_moe").resolve()), device="cpu", placement=placement)
     process = kind(settings)
     with caplog.at_level(logging.INFO):
         await process.load()

@@ -4,9 +4,9 @@ import pytest
 
 from actors.memory import memories
 from actors.settings import CellSettings, bundles
-from tests.goldens import GOLDEN_DIR
+from tests.goldens import VENDORED
 
-CHECKPOINT = str(GOLDEN_DIR / "tt_moe")
+CHECKPOINT = str(VENDORED / "tt_moe")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from cluster.app import APP_NAME
 from cluster.cell import CellStats
 from cluster.client import is_ready
 from cluster.config import ServiceConfig
-from tests.goldens import GOLDEN_DIR
+from tests.goldens import VENDORED
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def running_service(**sections: dict[str, Any]) -> Iterator[Service]:
 
     http_port, grpc_port = free_port(), free_port()
     values: dict[str, dict[str, Any]] = {
-        "model": {"checkpoint": str((GOLDEN_DIR / "tt_moe").resolve()), "max_sequence_length": 1024},
+        "model": {"checkpoint": str((VENDORED / "tt_moe").resolve()), "max_sequence_length": 1024},
         "cell": {"device": "cpu", "max_sequences": 16, "capture": "off"},
         "cluster": {"drain_timeout_s": 5.0},
         "ingress": {"http_port": http_port, "grpc_port": grpc_port},

@@ -14,7 +14,7 @@ import pytest
 from cluster import deployment
 from cluster.config import ServiceConfig
 from tests.cluster.service import Service, running_service
-from tests.goldens import causal_request, diffusion_request, golden
+from tests.goldens import causal_request, diffusion_request, vendored
 from twotower.core import Mode, Request
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
@@ -33,7 +33,7 @@ def service(ray_cluster: None) -> Iterator[Service]:
 
 def golden_requests() -> list[tuple[Request, list[int]]]:
     wanted = []
-    for prompt in golden("tt_moe").prompts:
+    for prompt in vendored("tt_moe").prompts:
         for mode in (Mode.AR, Mode.MOCK_AR):
             wanted.append((causal_request(prompt, mode), prompt[str(mode)]["tokens"]))
         for case in prompt["cases"]:
@@ -98,7 +98,7 @@ async def test_golden_tokens_over_both_faces_all_modes_at_once(service: Service)
 
 async def test_scores_beside_generation(service: Service) -> None:
     """The golden logits' own log-probabilities, while requests of every mode run; cancelled ones free their room."""
-    model = golden("tt_moe")
+    model = vendored("tt_moe")
     wanted = golden_requests()[:20]
     async with grpc.aio.insecure_channel(service.grpc) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.cluster.service import free_port
-from tests.goldens import GOLDEN_DIR
+from tests.goldens import VENDORED
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -106,7 +106,7 @@ class Up:
 
 @pytest.fixture(scope="module")
 def up() -> Iterator[Up]:
-    running = Up(f"model.checkpoint={(GOLDEN_DIR / 'tt_moe').resolve()}", "cell.device=cpu", "cell.max_sequences=8")
+    running = Up(f"model.checkpoint={(VENDORED / 'tt_moe').resolve()}", "cell.device=cpu", "cell.max_sequences=8")
     try:
         running.wait_until_ready()
         yield running

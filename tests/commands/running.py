@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.goldens import GOLDEN_DIR
+from tests.goldens import VENDORED
 from twotower.commands import main
 from twotower.core import BlockEvent, FinishReason, Request
 
-IDS_ONLY = str(GOLDEN_DIR / "tt_moe")
+IDS_ONLY = str(VENDORED / "tt_moe")
 RESULT = ["token_ids", "text", "finish_reason", "num_steps", "num_blocks", "mode", "seconds", "seed"]
 GOOD = ["--checkpoint", IDS_ONLY, "--prompt-token-ids", "5,6"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.running import GOOD, IDS_ONLY, Run, fake_pair
-from tests.goldens import GOLDEN_DIR
+from tests.goldens import VENDORED
 from tests.model.checkpoints import config_of, tensors_of, write
 from twotower.commands import main
 from twotower.errors import NumericalError, Unavailable
@@ -33,7 +33,7 @@ from twotower.errors import NumericalError, Unavailable
         ([*GOOD, "--strict"], ["--strict", "--input"]),
         (["--checkpoint", IDS_ONLY, "--input", "x", "--output", "y", "--json"], ["--json", "--output"]),
         (["--checkpoint", "no/such/place", "--prompt", "x"], ["no/such/place", "no such directory"]),
-        (["--checkpoint", str(GOLDEN_DIR), "--prompt", "x"], ["config.json", "no such file"]),
+        (["--checkpoint", str(VENDORED), "--prompt", "x"], ["config.json", "no such file"]),
         (["--checkpoint", IDS_ONLY, "--prompt", "x"], ["prompt", "no tokenizer", "token ids"]),
         ([*GOOD, "--stop", "x"], ["stop", "no tokenizer"]),
         (["--checkpoint", IDS_ONLY, "--prompt-token-ids", ""], ["prompt", "empty"]),

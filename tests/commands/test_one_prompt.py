@@ -7,7 +7,7 @@ import pytest
 
 from tests.commands.running import IDS_ONLY, RESULT, Run, fake_pair
 from tests.decoding.tokenizers_for_tests import metaspace
-from tests.goldens import golden
+from tests.goldens import vendored
 from tests.model.checkpoints import base_tensors, config_of, tensors_of, write
 from twotower.commands import main
 from twotower.core import Mode
@@ -15,7 +15,7 @@ from twotower.core import Mode
 
 @pytest.mark.parametrize("mode", list(Mode))
 def test_golden_tokens_as_json(mode: Mode, run: Callable[..., Run]) -> None:
-    prompt = golden("tt_moe").prompts[0]
+    prompt = vendored("tt_moe").prompts[0]
     ids = ",".join(map(str, prompt["tokens"]))
     common = ["--checkpoint", IDS_ONLY, "--prompt-token-ids", ids, "--json", "--ignore-eos", "--seed", "5"]
     if mode is Mode.DIFFUSION:

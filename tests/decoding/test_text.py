@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import twotower
 from tests.decoding.tokenizers_for_tests import Plain, byte_level, metaspace, save
-from tests.goldens import GOLDEN_DIR
+from tests.goldens import VENDORED
 from twotower.decoding.text import AnswerText, TextStream, check_stop, encode_prompt, load_tokenizer, require_tokenizer
 from twotower.errors import CheckpointError, InvalidRequest
 
@@ -126,7 +126,7 @@ def test_the_cost_is_linear(block: int) -> None:
 
 
 def test_no_tokenizer() -> None:
-    assert load_tokenizer(GOLDEN_DIR / "tt_moe") is None
+    assert load_tokenizer(VENDORED / "tt_moe") is None
     with pytest.raises(InvalidRequest, match=r"prompt: got text, but .* has no tokenizer; wanted token ids"):
         require_tokenizer(None, "prompt")
     with pytest.raises(InvalidRequest, match="has no tokenizer"):
@@ -134,7 +134,7 @@ def test_no_tokenizer() -> None:
 
 
 def test_a_directory_with_one(tmp_path: Path) -> None:
-    shutil.copy(GOLDEN_DIR / "tt_moe" / "config.json", tmp_path)
+    shutil.copy(VENDORED / "tt_moe" / "config.json", tmp_path)
     inner = byte_level()
     save(inner, tmp_path)
     tokenizer = load_tokenizer(tmp_path)

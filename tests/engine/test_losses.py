@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.engine.decode import SETTINGS, collect
-from tests.goldens import golden
+from tests.goldens import vendored
 from twotower.core import BlockEvent, DecodingParams, Event, FinishReason, Mode, ReleasedEvent, Request, RequestId
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
@@ -24,7 +24,7 @@ def _request(name: str, mode: Mode = Mode.DIFFUSION, tokens: int = 200) -> Reque
 
 async def test_a_lost_link_ends_the_pair_though_both_engines_live() -> None:
     """Two runners, as in two processes: the link between them goes, neither dies."""
-    model = golden("tt_moe")
+    model = vendored("tt_moe")
     first, second = EngineRunner(), EngineRunner()
     context = ContextEngine(model.context, SETTINGS, first.emit)
 

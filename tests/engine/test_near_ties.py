@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.engine.decode import SETTINGS, decode_all
-from tests.goldens import causal_request, diffusion_request, golden
+from tests.goldens import causal_request, diffusion_request, vendored
 from twotower.core import BlockEvent, DecodingParams, Event, Mode, Request, RequestId
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine, StepTrace
@@ -16,7 +16,7 @@ from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower
 
 
 def test_a_requests_margin_is_its_steps_smallest() -> None:
-    model = golden("tt_moe")
+    model = vendored("tt_moe")
     prompt = model.prompts[0]
     requests = [diffusion_request(prompt, case) for case in prompt["cases"] if case["eos_token_id"] is None]
     requests += [causal_request(prompt, mode) for mode in (Mode.AR, Mode.MOCK_AR)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.engine.decode import SETTINGS, Decoded, collect, decode_all
-from tests.goldens import golden
+from tests.goldens import vendored
 from twotower.core import BlockEvent, DecodingParams, Event, FailureEvent, FinishReason, Mode, ReleasedEvent, Request
 from twotower.core import RequestId as Id
 from twotower.engine.context_engine import ContextEngine
@@ -270,7 +270,7 @@ class Engines:
     """Both engines over one cache, ticked by hand."""
 
     def __init__(self) -> None:
-        model, settings = golden("tt_moe"), EngineSettings(max_sequences=2, max_sequence_length=256)
+        model, settings = vendored("tt_moe"), EngineSettings(max_sequences=2, max_sequence_length=256)
         self.events: list[Event] = []
         self.context = ContextEngine(model.context, settings, self.events.append)
         exchange = LocalExchange(self.context.cache, lambda: None)
@@ -312,7 +312,7 @@ def test_a_cancel_frees_slot_and_pages_within_one_tick(mode: Mode, ticks: int) -
 
 @MODES
 async def test_leaving_the_iterator_frees_the_sequence(mode: Mode) -> None:
-    model = golden("tt_dense")
+    model = vendored("tt_dense")
     async with pair_of(model.context, model.denoiser, SETTINGS) as pair:
         async for _ in pair.generate(_request("a", mode, LONG)):
             break
@@ -321,7 +321,7 @@ async def test_leaving_the_iterator_frees_the_sequence(mode: Mode) -> None:
 
 @MODES
 async def test_a_deadline_frees_the_sequence(mode: Mode) -> None:
-    model = golden("tt_dense")
+    model = vendored("tt_dense")
     async with pair_of(model.context, model.denoiser, SETTINGS) as pair:
         with pytest.raises(DeadlineExceeded):
             await _events(pair, _request("a", mode, LONG), 0.03)
@@ -341,7 +341,7 @@ async def _all_free(pair: Pair) -> None:
 
 def _sick(token: int | None) -> tuple[ContextTower, DenoiserTower]:
     """Towers that give NaN for one token of the prompt, or for everything."""
-    model = golden("tt_moe")
+    model = vendored("tt_moe")
     context, denoiser = copy.deepcopy(model.context), copy.deepcopy(model.denoiser)
     with torch.no_grad():
         if token is not None:
@@ -354,7 +354,7 @@ def _sick(token: int | None) -> tuple[ContextTower, DenoiserTower]:
 
 
 async def test_a_nan_ends_the_request_that_has_it_and_no_other() -> None:
-    model = golden("tt_moe")
+    model = vendored("tt_moe")
     healthy = [_request(f"well {mode}", mode, 20, [5, 9, 30]) for mode in Mode]
     wanted = await asyncio.to_thread(decode_all, model.context, model.denoiser, healthy, together=False)
     spoken = {token for result in wanted for token in result.token_ids}
@@ -384,7 +384,7 @@ async def test_an_engine_thread_that_dies_is_told_to_all(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL, "twotower")
-    model = golden("tt_dense")
+    model = vendored("tt_dense")
     async with pair_of(model.context, model.denoiser, SETTINGS) as pair:
         tasks = [asyncio.create_task(collect(pair, _request(mode, mode, LONG))) for mode in Mode]
         await asyncio.sleep(0.05)
@@ -405,7 +405,7 @@ async def test_an_engine_thread_that_dies_is_told_to_all(
 
 @pytest.mark.parametrize(("mode", "temperature"), [(Mode.DIFFUSION, 1.0), (Mode.AR, 0.7), (Mode.MOCK_AR, 0.7)])
 def test_the_seed_decides(mode: Mode, temperature: float) -> None:
-    model = golden("tt_dense")
+    model = vendored("tt_dense")
 
     def request(name: str, seed: int) -> Request:
         params = DecodingParams(mode, 24, 8, 8, 0.5, temperature, seed=seed, ignore_eos=True)
@@ -418,7 +418,7 @@ def test_the_seed_decides(mode: Mode, temperature: float) -> None:
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_both_engines_in_one_process_have_the_configured_patience(alone: bool) -> None:
-    model, go_on = golden("tt_moe"), threading.Event()
+    model, go_on = vendored("tt_moe"), threading.Event()
     settings = replace(SETTINGS, stall_timeout_s=0.05)
     runner = colocated_runner(model.context, None if alone else model.denoiser, settings)
     runner.engines[0].tick = lambda: go_on.wait(10)  # type: ignore[method-assign]

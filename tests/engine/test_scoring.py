@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.engine.arrangements import Towers, split_pair
 from tests.engine.decode import SETTINGS, collect
-from tests.goldens import CPU, MODELS, causal_request, diffusion_request, golden, prompt_ids
+from tests.goldens import CPU, MODELS, causal_request, diffusion_request, golden, prompt_ids, vendored
 from twotower.core import Event, FailureEvent, Mode, ReleasedEvent, ScoreEvent, ScoreRequest
 from twotower.core import RequestId as Id
 from twotower.decoding.margins import NEAR_TIE
@@ -118,7 +118,7 @@ def test_the_head_in_pieces_is_the_head_at_once(name: str, monkeypatch: pytest.M
 
 
 def test_the_head_is_applied_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    tower, positions = golden("tt_dense").context, []
+    tower, positions = vendored("tt_dense").context, []
     logits = ContextTower.logits
 
     def watched(self: ContextTower, hidden: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ async def _all_free(pair: Pair) -> None:
 @pytest.mark.parametrize("ticks", range(5))
 def test_a_cancel_frees_slot_and_pages_within_one_tick(ticks: int) -> None:
     events: list[Event] = []
-    engine = ContextEngine(golden("tt_dense").context, _settings(16), events.append)
+    engine = ContextEngine(vendored("tt_dense").context, _settings(16), events.append)
     cache = engine.cache
     whole = cache.free_slots, cache.free_pages
     with torch.inference_mode():
@@ -185,7 +185,7 @@ def test_it_needs_no_room_but_for_what_it_reads() -> None:
     """The last token is not read: 17 tokens fit a cache of one page."""
     events: list[Event] = []
     settings = EngineSettings(max_sequences=1, cache_tokens=16, prefill_chunk_tokens=16)
-    engine = ContextEngine(golden("tt_dense").context, settings, events.append)
+    engine = ContextEngine(vendored("tt_dense").context, settings, events.append)
     with torch.inference_mode():
         engine.add(ScoreRequest(Id("a"), tuple(range(4, 21)), 16))
         assert engine.tick()
@@ -197,7 +197,7 @@ def test_it_needs_no_room_but_for_what_it_reads() -> None:
 
 
 async def test_a_deadline_and_a_reader_that_leaves_free_everything() -> None:
-    tower = golden("tt_dense").context
+    tower = vendored("tt_dense").context
     settings = EngineSettings(max_sequences=2, max_sequence_length=8192, prefill_chunk_tokens=4)
     text = ScoreRequest(Id("long"), tuple(4 + n % 90 for n in range(8000)), 1)
     async with pair_of(tower, None, settings) as pair:
@@ -217,7 +217,7 @@ async def test_a_deadline_and_a_reader_that_leaves_free_everything() -> None:
 @pytest.mark.parametrize("place", [0, 40, 84])
 async def test_a_nan_ends_the_request_that_has_it_and_no_other(place: int) -> None:
     """Wherever it is: among the tokens that are scored, or before them."""
-    model = golden("tt_moe")
+    model = vendored("tt_moe")
     tower = copy.deepcopy(model.context)
     with torch.no_grad():
         tower.embeddings.weight[99] = torch.nan

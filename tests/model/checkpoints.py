@@ -7,19 +7,19 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.goldens import GOLDEN_DIR
+from tests.goldens import VENDORED
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def config_of(name: str) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((GOLDEN_DIR / name / "config.json").read_text())
+    values: dict[str, Any] = json.loads((VENDORED / name / "config.json").read_text())
     return values
 
 
 def tensors_of(name: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for path in sorted((GOLDEN_DIR / name).glob("model*.safetensors")):
+    for path in sorted((VENDORED / name).glob("model*.safetensors")):
         tensors |= load_file(path)
     return tensors
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.goldens import CPU, golden
+from tests.goldens import CPU, vendored
 from twotower.errors import Overloaded
 from twotower.model.cache import Span, TowerCache
 from twotower.model.pages import PAGE_TOKENS, pages_for
@@ -14,12 +14,12 @@ SLOTS, PAGES = 3, 6
 
 
 def _cache(slots: int = SLOTS, pages: int = PAGES) -> TowerCache:
-    return TowerCache(golden("tt_moe").checkpoint.config, slots, pages, CPU, torch.float32)
+    return TowerCache(vendored("tt_moe").checkpoint.config, slots, pages, CPU, torch.float32)
 
 
 def _read(cache: TowerCache, slot: int, tokens: list[int]) -> None:
     with torch.inference_mode():
-        golden("tt_moe").context(torch.tensor([tokens]), cache.extending([slot], [len(tokens)], len(tokens)))
+        vendored("tt_moe").context(torch.tensor([tokens]), cache.extending([slot], [len(tokens)], len(tokens)))
     cache.advance(slot, len(tokens))
 
 
@@ -107,7 +107,7 @@ def test_outgrowing_the_reservation_is_our_own_fault() -> None:
 
 
 def test_size_is_what_the_numbers_say() -> None:
-    config, cache = golden("tt_moe").checkpoint.config, _cache()
+    config, cache = vendored("tt_moe").checkpoint.config, _cache()
     page = PAGE_TOKENS * config.num_key_value_heads * config.head_dim * 4
     mamba, attention = len(config.layers_of("M")), len(config.layers_of("*"))
     conv = config.conv_kernel * config.conv_channels * 4

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import twotower.model.checkpoint as checkpoint_module
-from tests.goldens import CPU, GOLDEN_DIR, golden
+from tests.goldens import CPU, VENDORED, vendored
 from tests.model.checkpoints import (
     INDEX,
     SINGLE,
@@ -60,7 +60,7 @@ def _message(load: Callable[[], object]) -> str:
 
 def test_single_and_sharded_hold_the_same(tmp_path: Path) -> None:
     tensors, config = tensors_of(MODEL), config_of(MODEL)
-    model = golden(MODEL)
+    model = vendored(MODEL)
     for directory in (write(tmp_path / "one", tensors, config), write_sharded(tmp_path / "many", tensors, config)):
         context, denoiser = _load(directory)
         _same(context, model.context)
@@ -69,7 +69,7 @@ def test_single_and_sharded_hold_the_same(tmp_path: Path) -> None:
 
 def test_every_tensor_of_the_files_is_in_a_tower() -> None:
     for name in ("tt_moe", "tt_dense"):
-        model, stored = golden(name), tensors_of(name)
+        model, stored = vendored(name), tensors_of(name)
         ours = dict(stored_tensors(model.context, Layout.TWO_TOWER))
         ours |= dict(stored_tensors(model.denoiser, Layout.TWO_TOWER))
         assert ours.keys() == stored.keys()
@@ -79,7 +79,7 @@ def test_every_tensor_of_the_files_is_in_a_tower() -> None:
 
 @pytest.mark.parametrize("name", ["tt_moe", "tt_dense"])
 def test_saved_and_loaded_again(name: str, tmp_path: Path) -> None:
-    model = golden(name)
+    model = vendored(name)
     save_checkpoint(tmp_path, model.checkpoint.config, model.context, model.denoiser)
     reopened = Checkpoint.open(tmp_path)
     assert reopened.config == model.checkpoint.config
@@ -93,7 +93,7 @@ def test_base_serves_ar_only(tmp_path: Path) -> None:
     write(tmp_path, base_tensors(tensors_of(MODEL)), config_of(MODEL))
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.layout is Layout.BASE and checkpoint.modes == (Mode.AR,)
-    _same(load_context_tower(checkpoint, CPU, torch.float32), golden(MODEL).context)
+    _same(load_context_tower(checkpoint, CPU, torch.float32), vendored(MODEL).context)
     message = _message(lambda: load_denoiser_tower(checkpoint, CPU, torch.float32))
     assert str(tmp_path) in message and "no denoiser tower" in message
 
@@ -104,8 +104,8 @@ def test_foreign_and_old_names(tmp_path: Path) -> None:
     for tower in ("context_tower", "denoiser_tower"):
         tensors[f"{tower}.embedding.weight"] = tensors.pop(f"{tower}.embeddings.weight")
     context, denoiser = _load(write(tmp_path, tensors, config_of(MODEL)))
-    _same(context, golden(MODEL).context)
-    _same(denoiser, golden(MODEL).denoiser)
+    _same(context, vendored(MODEL).context)
+    _same(denoiser, vendored(MODEL).denoiser)
 
 
 def _rename(old: str, new: str) -> Change:
@@ -323,7 +323,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> _Reads:
 
 
 def test_a_process_with_one_tower_reads_only_its_tensors(reads: _Reads) -> None:
-    checkpoint = Checkpoint.open(GOLDEN_DIR / MODEL)
+    checkpoint = Checkpoint.open(VENDORED / MODEL)
     assert not reads.names
     load_context_tower(checkpoint, CPU, torch.float32)
     context = set(reads.names)
@@ -336,7 +336,7 @@ def test_a_process_with_one_tower_reads_only_its_tensors(reads: _Reads) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_host_memory_holds_the_tower_and_one_tensor(dtype: torch.dtype, reads: _Reads) -> None:
-    tower = load_context_tower(Checkpoint.open(GOLDEN_DIR / MODEL), CPU, dtype)
+    tower = load_context_tower(Checkpoint.open(VENDORED / MODEL), CPU, dtype)
     assert len(reads.names) > 50
     assert reads.most_alive == 1
     for name, tensor in tower.state_dict().items():
@@ -344,7 +344,7 @@ def test_host_memory_holds_the_tower_and_one_tensor(dtype: torch.dtype, reads: _
 
 
 def test_bf16_keeps_the_sensitive_vectors_in_fp32() -> None:
-    tower = load_context_tower(Checkpoint.open(GOLDEN_DIR / MODEL), CPU, torch.bfloat16)
+    tower = load_context_tower(Checkpoint.open(VENDORED / MODEL), CPU, torch.bfloat16)
     kinds = {name: tensor.dtype for name, tensor in tower.state_dict().items()}
     exact = {name.rsplit(".", 1)[1] for name, kind in kinds.items() if kind is torch.float32}
     assert exact == {"A_log", "D", "dt_bias", "weight", "e_score_correction_bias"}

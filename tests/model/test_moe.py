@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from tests.goldens import golden
+from tests.goldens import vendored
 from twotower.model.moe import FEW_TOKENS, Experts, MixtureOfExperts
 
 
 def _experts() -> tuple[MixtureOfExperts, Experts]:
-    mixture = next(m for m in golden("tt_moe").context.modules() if isinstance(m, MixtureOfExperts))
+    mixture = next(m for m in vendored("tt_moe").context.modules() if isinstance(m, MixtureOfExperts))
     return mixture, mixture.experts
 
 

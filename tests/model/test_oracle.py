@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.engine.decode import decode_all
-from tests.goldens import CPU, golden
+from tests.goldens import CPU, vendored
 from tests.model.checkpoints import base_tensors, config_of, tensors_of, write
 from twotower.core import DecodingParams, Mode, Request, RequestId
 from twotower.model.cache import TowerCache
@@ -72,4 +72,4 @@ def test_greedy_tokens(theirs: Any, ours: ContextTower) -> None:
 
 
 def test_the_base_holds_the_golden_context_tower(ours: ContextTower) -> None:
-    assert torch.equal(_our_logits(ours, PROMPT), _our_logits(golden(NAME).context, PROMPT))
+    assert torch.equal(_our_logits(ours, PROMPT), _our_logits(vendored(NAME).context, PROMPT))
