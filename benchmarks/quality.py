@@ -7,10 +7,11 @@ examples:
   python -m benchmarks.quality --target local --quick                     a first look, in this process
   python -m cluster up                                                    … and in another terminal:
   python -m benchmarks.quality --target grpc://127.0.0.1:50051 --output benchmarks/results/quality_<hardware>_<date>
-  python -m benchmarks.quality --target http://127.0.0.1:8000 --resume --output …
+  python -m benchmarks.quality --target http://127.0.0.1:8000 --resume --output …     goes on where it was cut short
 
 The target must serve the checkpoint named by --checkpoint (the demo): its tokenizer reads the answers, and its bare
-passes, timed here while the target is idle, give the ceiling of diffusion over AR.
+passes, timed here while the target is idle, give the ceiling of diffusion over AR; for a target on another machine or
+a GPU there is none.
 """
 
 import argparse
@@ -33,11 +34,11 @@ from benchmarks.quality_parts.experiment import Experiment
 from benchmarks.quality_parts.plan import Plan
 from benchmarks.quality_parts.record import Record
 from benchmarks.quality_parts.report import Costs, Findings, render, summary
-from benchmarks.quality_parts.targets import target_of
+from benchmarks.quality_parts.targets import runs_here, served_fingerprint, target_of
 from benchmarks.reference.workload import DEMO
 from twotower.demo.corpus import families_of
 from twotower.demo.tokenizer import load_tokenizer
-from twotower.errors import TwoTowerError
+from twotower.errors import ConfigError, TwoTowerError, Unavailable
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 
@@ -47,30 +48,46 @@ _CACHED = 48  # tokens before the block whose passes are timed: a prompt and a b
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; exit status 2 on bad arguments, 1 where the target does not answer."""
     options = _parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    load_before = os.getloadavg()[0]
     try:
-        target = target_of(options.target, options.checkpoint)
-        Checkpoint.open(options.checkpoint)
+        experiment = _experiment(options)
+    except (Unavailable, httpx.HTTPError) as error:
+        print(f"quality: {options.target}: {error}", file=sys.stderr)
+        return 1
     except TwoTowerError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
-    torch.set_num_threads(1)
-    load_before = os.getloadavg()[0]
-    record = Record(_file(options.output, ".jsonl"), options.resume)
-    experiment = Experiment(_plan(options), target, load_tokenizer(options.checkpoint), record)
     try:
         asyncio.run(experiment.run())
     except (ExceptionGroup, TwoTowerError, grpc.RpcError, httpx.HTTPError) as error:
         said = _answers_badly(error)
         if said is None:
             raise
-        print(f"quality: {options.target}: {said}", file=sys.stderr)
+        print(f"quality: {options.target}: {said} (--resume goes on from here)", file=sys.stderr)
         return 1
     finally:
-        record.close()
+        experiment.record.close()
     command = shlex.join(["python", "-m", "benchmarks.quality", *(arguments or sys.argv[1:])])
-    findings = Findings(experiment.plan, record, _costs(options.checkpoint, options.pass_s))
-    write(options.output, options.target, findings, load_before, command)
+    costs = _costs(options.checkpoint, options.pass_s) if runs_here(options.target) else None
+    served = f"{options.target}, checkpoint {Checkpoint.open(options.checkpoint).fingerprint}"
+    write(options.output, served, Findings(experiment.plan, experiment.record, costs), load_before, command)
     return 0
+
+
+def _experiment(options: argparse.Namespace) -> Experiment:
+    """Everything that can be wrong is looked at before a record is begun. Raises TwoTowerError, httpx.HTTPError."""
+    target, plan = target_of(options.target, options.checkpoint), _plan(options)
+    mine, tokenizer = Checkpoint.open(options.checkpoint).fingerprint, load_tokenizer(options.checkpoint)
+    for family in plan.families:
+        plan.instances(family)
+    plan.sample()
+    theirs = served_fingerprint(options.target)
+    if theirs is not None and theirs != mine:
+        raise ConfigError(f"{options.target}: serves checkpoint {theirs}, wanted {mine}: {options.checkpoint}")
+    about = {**plan.about(), "checkpoint": mine, "target": options.target.partition("://")[0]}
+    record = Record(_file(options.output, ".jsonl"), about, options.resume, options.overwrite)
+    return Experiment(plan, target, tokenizer, record)
 
 
 def write(prefix: Path, target: str, findings: Findings, load_before: float, command: str) -> None:
@@ -131,8 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-instances", type=count, default=200, help="per family, for quality (%(default)s)")
     add("--rounds", type=count, default=3, help="of the speed runs (%(default)s)")
     add("--pass-s", type=float, default=2.0, help="seconds to time each bare pass (%(default)s)")
-    add("--quick", action="store_true", help="16 instances a family, four ways, one round")
-    add("--resume", action="store_true", help="keep what PREFIX.jsonl has already")
+    add("--quick", action="store_true", help="16 instances a family, four ways, one round, whatever else is said")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--resume", action="store_true", help="go on with what PREFIX.jsonl has already")
+    kept.add_argument("--overwrite", action="store_true", help="begin PREFIX.jsonl anew")
     add("--output", type=Path, default=Path("quality"), metavar="PREFIX", help="of the files written (%(default)s)")
     return parser
 

@@ -98,4 +98,6 @@ def explained(error: Any, address: str) -> Unavailable | Refused:
         return Unavailable(f"{address}: no such host")
     if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in error.details():
         return Unavailable(f"no service answers on {address}; start one with: {command('up')}")
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return Unavailable(f"{address}: {error.details()}")
     return Refused(error.details(), error.code() is grpc.StatusCode.INVALID_ARGUMENT)

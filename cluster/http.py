@@ -52,6 +52,7 @@ def make_app(generation: Generation, is_ready: Callable[[], bool], max_bytes: in
         card = {"id": model.name, "object": "model", "created": created, "owned_by": "twotower"}
         card["max_model_len"] = model.limits.max_sequence_length
         card["modes"] = [str(mode) for mode in model.limits.modes]
+        card["checkpoint_fingerprint"] = model.fingerprint
         return {"object": "list", "data": [card]}
 
     @app.get("/health")

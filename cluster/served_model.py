@@ -1,9 +1,6 @@
 """What a router knows of the checkpoint: limits, tokenizer, names. Reads headers and the tokenizer, never weights."""
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import twotower
 from cluster.config import ServiceConfig
@@ -13,9 +10,6 @@ from twotower.decoding.text import Tokenizer, load_tokenizer
 from twotower.errors import ConfigError
 from twotower.model.checkpoint import Checkpoint
 from twotower.validation import ModelLimits
-
-_SAMPLE_BYTES = 4096
-_SAMPLES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +40,7 @@ def load_served_model(config: ServiceConfig) -> ServedModel:
         limits=limits,
         tokenizer=load_tokenizer(directory),
         layout=str(checkpoint.layout),
-        fingerprint=fingerprint(directory / "config.json", sorted(set(checkpoint.files.values()))),
+        fingerprint=checkpoint.fingerprint,
     )
 
 
@@ -56,16 +50,3 @@ def _defaults(config: ServiceConfig, modes: tuple[Mode, ...]) -> DecodingParams:
     if preferred not in modes:
         raise ConfigError(f"decode.mode: got {preferred}, wanted a mode this cell can serve ({', '.join(modes)})")
     return DecodingParams(mode=preferred, **values)
-
-
-def fingerprint(config: Path, shards: Iterable[Path]) -> str:
-    """Tells checkpoints apart without reading them: config, and of every shard its size and evenly spaced samples."""
-    digest = hashlib.sha256(config.read_bytes())
-    for shard in shards:
-        size = shard.stat().st_size
-        digest.update(f"{shard.name} {size}".encode())
-        with shard.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(size * sample // _SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]

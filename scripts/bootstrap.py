@@ -81,6 +81,7 @@ def pip(*arguments: str, wanted: str | None = None) -> bool:
             raise
         finally:
             process.wait()
+            process.stdout.close()
             show_progress("")
     if process.returncode and wanted:
         raise BootstrapError(f"pip could not install {wanted}:\n{''.join(lines[-15:])}The whole log: {LOG}")

@@ -1,5 +1,6 @@
 """Numbers derived from an experiment's results that more than one part of the report shows."""
 
+import statistics
 from collections.abc import Iterator
 
 from benchmarks.engine_parts.experiment import Experiment, LongPrompt, Square
@@ -79,7 +80,7 @@ def named(square: Square) -> str:
 
 
 def stretch_s(seen: LongPrompt) -> float | None:
-    """How much the longest wait for a step grew; None where the runs did not meet."""
+    """How much longer than usual the longest wait for a step was; None where the runs did not meet."""
     if not (seen.before and seen.during and seen.chunks):
         return None
-    return max(seen.during) - max(seen.before)
+    return max(seen.during) - statistics.median(seen.before)

@@ -164,6 +164,7 @@ class DenoiserSide:
                     self._busy()
                     self.wrong += _wrong(self.mirror, event)
                     deltas.append(event)
+            self.link.submit(())
             assert time.monotonic() < deadline, "the context side did not answer"
             self._woken.wait(0.01)
             self._woken.clear()

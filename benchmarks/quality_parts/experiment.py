@@ -33,6 +33,10 @@ class Asked:
     def num_tokens(self) -> int:
         return sum(len(piece.token_ids) for piece in self.pieces)
 
+    @property
+    def num_steps(self) -> int:
+        return sum(piece.num_steps for piece in self.pieces)
+
 
 class Experiment:
     """Runs a plan against a target, leaving out what the record has already."""
@@ -80,7 +84,8 @@ class Experiment:
         many = list(sample) * -(-8 * concurrency // len(sample))
         asked, seconds = await self._ask_all(running, many, way, concurrency, f"s-{number}")
         first = statistics.median(one.first_token_s for one in asked)
-        return Run(str(way), concurrency, number, seconds, sum(one.num_tokens for one in asked), first)
+        tokens, steps = sum(one.num_tokens for one in asked), sum(one.num_steps for one in asked)
+        return Run(str(way), concurrency, number, seconds, tokens, steps, first)
 
     async def _ask_all(
         self, running: Running, instances: Sequence[Instance], way: Way, concurrency: int, name: str

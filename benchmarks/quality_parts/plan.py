@@ -9,7 +9,6 @@ from twotower.demo.families import FAMILIES
 from twotower.demo.scores import AR, USUAL, Way, every_way
 
 QUALITY_CONCURRENCY = 16
-_SPEED_SEED = 1  # other instances than the quality ones: nothing is asked twice
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Plan:
         return held_out(family, self.per_family)
 
     def sample(self) -> list[Instance]:
-        """What is asked for speed: all families in turn, the same in every run."""
-        columns = [held_out(family, self.sample_per_family, _SPEED_SEED) for family in self.families]
+        """What is asked for speed: all families in turn, the same in every run, none of the quality ones."""
+        columns = [held_out(family, self.sample_per_family, after=self.per_family) for family in self.families]
         return [column[i] for i in range(self.sample_per_family) for column in columns]
 
     def speed_ways(self, concurrency: int) -> Sequence[Way]:
@@ -44,6 +43,16 @@ class Plan:
             return [way for way in self.ways if way.mode is not Mode.MOCK_AR]
         few = (AR, Way(Mode.DIFFUSION, 0.6), USUAL, Way(Mode.DIFFUSION, 0.95))
         return [way for way in few if way in self.ways]
+
+    def about(self) -> dict[str, object]:
+        """What decides the questions. Not the number of rounds: a record may get more of them."""
+        return {
+            "ways": [str(way) for way in self.ways],
+            "families": list(self.families),
+            "instances per family": self.per_family,
+            "concurrency": list(self.concurrency),
+            "timed instances per family": self.sample_per_family,
+        }
 
     @property
     def num_runs(self) -> int:

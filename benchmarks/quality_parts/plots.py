@@ -48,11 +48,12 @@ def steps(findings: Findings, path: Path) -> None:
     }
     families = sorted(per_step, key=lambda family: per_step[family])
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(families) + 1.4), layout="constrained")
-    most = max(len(blocks_of(findings, family)) for family in families)
+    blocks = {family: blocks_of(findings, family, USUAL) for family in families}
+    most = max(map(len, blocks.values()))
     height = 0.8 / most
     for block in range(most):
         places = [i + (block - (most - 1) / 2) * height for i in range(len(families))]
-        widths = [[*blocks_of(findings, family), *[0.0] * most][block] for family in families]
+        widths = [blocks[family][block].mean_steps if block < len(blocks[family]) else 0.0 for family in families]
         axes.barh(places, widths, height, color=_SHADES[block % len(_SHADES)], label=f"block {block + 1}")
     axes.set_yticks(range(len(families)), [f"{family}  ({per_step[family]:.1f} tokens/step)" for family in families])
     axes.invert_yaxis()

@@ -6,17 +6,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from twotower.demo.scores import Score, from_json, to_json
+from twotower.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Run:
-    """One timed run of the sample. Seconds; `first_token_s` is the median."""
+    """One timed run of the sample. Seconds; `first_token_s` is the median. `num_steps`: 0 in the causal modes."""
 
     way: str
     concurrency: int
     round: int
     seconds: float
     num_tokens: int
+    num_steps: int
     first_token_s: float
 
     @property
@@ -29,19 +31,26 @@ class Run:
 
 
 class Record:
-    """Scores and runs. Each is on disk before the next one begins."""
+    """Scores and runs. Each is on disk before the next one begins.
 
-    def __init__(self, path: Path, resume: bool) -> None:
+    `about` says what is measured on what: a record goes on only with the same. Raises ConfigError where `path` holds a
+    record that is neither to be gone on with (`resume`) nor to be replaced (`overwrite`), or one of something else.
+    """
+
+    def __init__(self, path: Path, about: dict[str, object], resume: bool = False, overwrite: bool = False) -> None:
         self.scores: dict[tuple[str, str], Score] = {}
         self.runs: dict[tuple[str, int, int], Run] = {}
-        self._path = path
+        self._path, self._about = path, about
         path.parent.mkdir(parents=True, exist_ok=True)
-        for kind, text in self._lines() if resume and path.exists() else ():
-            if kind == "score":
-                self._keep_score(from_json(text))
-            else:
-                self._keep_run(Run(**json.loads(text)))
-        self._file = path.open("a" if resume else "w", encoding="utf-8")
+        there = path.exists() and path.stat().st_size > 0
+        if there and not (resume or overwrite):
+            raise ConfigError(f"{path}: holds an earlier run; --resume goes on with it, --overwrite begins anew")
+        self.resumed = there and resume
+        if self.resumed:
+            self._read()
+        self._file = path.open("a" if self.resumed else "w", encoding="utf-8")
+        if not self.resumed:
+            self._write("about", json.dumps(about))
 
     def add_score(self, score: Score) -> None:
         self._keep_score(score)
@@ -57,6 +66,23 @@ class Record:
     def of(self, way: str, concurrency: int) -> list[Run]:
         """The rounds of one kind of run, in order."""
         return [run for run in self.runs.values() if (run.way, run.concurrency) == (way, concurrency)]
+
+    def _read(self) -> None:
+        for kind, text in self._lines():
+            if kind == "about":
+                self._compare(json.loads(text))
+            elif kind == "score":
+                self._keep_score(from_json(text))
+            else:
+                self._keep_run(Run(**json.loads(text)))
+
+    def _compare(self, about: dict[str, object]) -> None:
+        wanted: dict[str, object] = json.loads(json.dumps(self._about))
+        for name in wanted:
+            if about.get(name) != wanted[name]:
+                raise ConfigError(
+                    f"{self._path}: cannot be gone on with: {name} was {about.get(name)}, now it is {wanted[name]}"
+                )
 
     def _keep_score(self, score: Score) -> None:
         self.scores[score.family, score.way] = score

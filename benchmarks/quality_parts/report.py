@@ -10,6 +10,7 @@ from twotower.core import Mode
 from twotower.demo.scores import (
     AR,
     USUAL,
+    BlockSteps,
     Ratio,
     Score,
     Way,
@@ -55,6 +56,11 @@ class Findings:
     def tokens_per_s(self, way: Way, concurrency: int) -> float:
         return statistics.median(run.tokens_per_s for run in self.record.of(str(way), concurrency))
 
+    def timed_tokens_per_step(self, way: Way) -> float:
+        """Of the requests that were timed at concurrency 1."""
+        runs = self.record.of(str(way), 1)
+        return sum(run.num_tokens for run in runs) / max(1, sum(run.num_steps for run in runs))
+
     def times_ar(self, way: Way, concurrency: int) -> list[float]:
         """Throughput over that of `ar`, round by round."""
         pairs = zip(self.record.of(str(way), concurrency), self.record.of(str(AR), concurrency), strict=True)
@@ -65,10 +71,9 @@ class Findings:
         """The thresholds, at the usual number of steps."""
         return [way for way in self.plan.ways if way.mode is Mode.DIFFUSION and way.steps_per_block == BLOCK]
 
-    def overtakes(self, way: Way) -> int | None:
-        """The first concurrency at which `ar` is the faster one."""
-        slower = (c for c in self.plan.concurrency if statistics.median(self.times_ar(way, c)) < 1)
-        return next(slower, None)
+    def slower_at(self, way: Way) -> list[int]:
+        """The concurrencies at which `ar` was the faster one, by the median."""
+        return [c for c in self.plan.concurrency if statistics.median(self.times_ar(way, c)) < 1]
 
 
 def render(findings: Findings, target: str, load_before: float, command: str) -> str:
@@ -76,7 +81,7 @@ def render(findings: Findings, target: str, load_before: float, command: str) ->
     parts = [
         "# Quality kept against throughput gained",
         setup(load_before, command),
-        _method(findings.plan, target),
+        _method(findings, target),
         "## By task\n\n" + by_task(findings),
         "## By way of decoding\n\n" + _by_way(findings),
         "## Speed\n\n" + _speed(findings),
@@ -100,45 +105,50 @@ def by_task(findings: Findings) -> str:
     return as_markdown(rows)
 
 
-def _method(plan: Plan, target: str) -> str:
+def _method(findings: Findings, target: str) -> str:
+    plan = findings.plan
+    sittings = " Measured in more than one sitting (--resume)." if findings.record.resumed else ""
     return (
-        f"Target: {target}. Quality: {plan.per_family} held-out instances a family, exact match, temperature 0, blocks "
-        f"of 16, one pass at concurrency 16. Speed: {plan.sample_per_family} other instances a family in turn, the "
-        f"same for every way, closed-loop clients, {plan.rounds} rounds whose order alternates; tokens up to eos. "
+        f"Target: {target}.{sittings} Quality: {plan.per_family} held-out instances a family, exact match, "
+        f"temperature 0, blocks of 16, one pass at concurrency 16. Speed: {plan.sample_per_family} other instances a "
+        f"family in turn, the same for every way, closed-loop clients, {plan.rounds} rounds whose order alternates; "
+        "tokens up to eos. "
         "Brackets behind a ratio of qualities: 95 % paired bootstrap; behind a speed: smallest and largest round."
     )
 
 
 def _by_way(findings: Findings) -> str:
     head = ["way", "mean accuracy", "retained, ratio of means", "retained, mean of ratios", "tokens per step"]
-    head += ["× AR at 1", "ceiling", "of the ceiling"]
+    head += ["× AR at 1", "τ of the timed", "ceiling", "of the ceiling"]
     rows = [head, ["---"] * len(head)]
     for way in findings.plan.ways:
         scores, per_step = findings.scores(way), tokens_per_step(findings.scores(way))
         kept = retained(scores, findings.scores(AR))
         cells = [str(way), _percent(mean_accuracy(scores)), _ratio(kept.of_means), _ratio(kept.mean_of_ratios)]
-        rows.append([*cells, f"{per_step:.2f}", *_against_ceiling(findings, way, per_step)])
+        rows.append([*cells, f"{per_step:.2f}", *_against_ceiling(findings, way)])
     said = as_markdown(rows)
     if findings.costs is not None:
         said += "\n\n" + _costs(findings.costs)
     return said
 
 
-def _against_ceiling(findings: Findings, way: Way, per_step: float) -> list[str]:
+def _against_ceiling(findings: Findings, way: Way) -> list[str]:
     if way not in findings.plan.speed_ways(1):
-        return ["", "", ""]
+        return ["", "", "", ""]
     times = statistics.median(findings.times_ar(way, 1))
     if findings.costs is None or way.mode is not Mode.DIFFUSION:
-        return [f"{times:.2f}", "", ""]
+        return [f"{times:.2f}", "", "", ""]
+    per_step = findings.timed_tokens_per_step(way)
     ceiling = findings.costs.ceiling(per_step)
-    return [f"{times:.2f}", f"{ceiling:.2f}", _percent(times / ceiling)]
+    return [f"{times:.2f}", f"{per_step:.2f}", f"{ceiling:.2f}", _percent(times / ceiling)]
 
 
 def _costs(costs: Costs) -> str:
     return (
         f"Bare passes of this checkpoint on this machine, one thread, captured: a denoiser step over a block "
         f"{1e3 * costs.denoise_s:.2f} ms, an AR step {1e3 * costs.ar_s:.2f} ms, so c = {costs.c:.2f}. "
-        "The ceiling of diffusion over AR at concurrency 1 is 16/(c·(16/τ + 1)), τ being the tokens per step."
+        "The ceiling of diffusion over AR at concurrency 1 is 16/(c·(16/τ + 1)), τ being the tokens per step "
+        "of the very requests that were timed."
     )
 
 
@@ -152,28 +162,33 @@ def _speed(findings: Findings) -> str:
             speeds = spread([run.tokens_per_s for run in runs], 0)
             ratio = spread(findings.times_ar(way, concurrency), 2)
             rows.append([str(concurrency), str(way), speeds, ratio, spread(first)])
-    overtakes = findings.overtakes(USUAL)
-    if overtakes is None:
-        said = f"At no concurrency up to {max(findings.plan.concurrency)} is `ar` faster than {USUAL}."
-    else:
-        said = f"From concurrency {overtakes} on `ar` is faster than {USUAL}."
+    slower = findings.slower_at(USUAL)
+    where = f"concurrency {', '.join(map(str, slower))}" if slower else "no concurrency measured"
+    said = f"`ar` is faster than {USUAL} at {where} (medians)."
     return as_markdown(rows) + "\n\n" + said
 
 
 def _blocks(findings: Findings) -> str:
-    by_family = {family: blocks_of(findings, family) for family in findings.plan.families}
+    if not blocks_are_known(findings):
+        return ""
+    by_family = {family: blocks_of(findings, family, USUAL) for family in findings.plan.families}
     most = max(map(len, by_family.values()))
-    if most < 2:
-        return ""  # over HTTP nobody tells the steps of a block
     rows = [["task", *(f"block {i + 1}" for i in range(most))], ["---"] * (1 + most)]
-    for family, means in by_family.items():
-        rows.append([family, *(f"{mean:.2f}" for mean in means), *[""] * (most - len(means))])
-    return f"## Steps per block, {USUAL}\n\n" + as_markdown(rows)
+    for family, blocks in by_family.items():
+        rows.append([family, *(f"{b.mean_steps:.2f} × {b.num_blocks}" for b in blocks), *[""] * (most - len(blocks))])
+    said = "Mean steps × number of such blocks; a wrong answer may run on to a further block. Other ways: in the JSON."
+    return f"## Steps per block, {USUAL}\n\n{said}\n\n" + as_markdown(rows)
 
 
-def blocks_of(findings: Findings, family: str) -> list[float]:
-    """Mean steps of a family's first blocks, second blocks, …, at the usual threshold."""
-    return steps_by_block([findings.record.scores[family, str(USUAL)]])
+def blocks_are_known(findings: Findings) -> bool:
+    """Over HTTP nobody tells the steps of a block, only those of an answer."""
+    longest = max(len(blocks_of(findings, family, USUAL)) for family in findings.plan.families)
+    return longest > 1
+
+
+def blocks_of(findings: Findings, family: str, way: Way) -> list[BlockSteps]:
+    """A family's first blocks, second blocks, …"""
+    return steps_by_block([findings.record.scores[family, str(way)]])
 
 
 def summary(findings: Findings) -> dict[str, object]:
@@ -183,12 +198,18 @@ def summary(findings: Findings) -> dict[str, object]:
         "quality": [_quality(findings, way) for way in findings.plan.ways],
         "speed": [{**vars(run), "tokens_per_s": run.tokens_per_s} for run in findings.record.runs.values()],
         "families": {
-            score.family: {
-                way: findings.record.scores[score.family, way].accuracy for way in map(str, findings.plan.ways)
-            }
-            for score in findings.scores(AR)
+            family: {str(way): _of_family(findings, family, way) for way in findings.plan.ways}
+            for family in findings.plan.families
         },
     }
+
+
+def _of_family(findings: Findings, family: str, way: Way) -> dict[str, object]:
+    score = findings.record.scores[family, str(way)]
+    figures: dict[str, object] = {"accuracy": score.accuracy, "tokens_per_step": tokens_per_step([score])}
+    if way.mode is Mode.DIFFUSION and blocks_are_known(findings):
+        figures["blocks"] = [block._asdict() for block in steps_by_block([score])]
+    return figures
 
 
 def _quality(findings: Findings, way: Way) -> dict[str, object]:

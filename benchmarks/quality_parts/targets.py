@@ -7,8 +7,10 @@ from pathlib import Path as Directory
 from urllib.parse import urlsplit
 
 import httpx
+import torch
 
 from benchmarks.reference.paths import TIMEOUT_S, PairPath, Path, Piece, Running, ServedPath
+from cluster.client import model_info
 from twotower.core import Mode, Request
 from twotower.engine.in_process import open_pair
 from twotower.engine.settings import EngineSettings
@@ -25,6 +27,23 @@ def target_of(text: str, checkpoint: Directory) -> Path:
     if parts.scheme in ("grpc", "http") and parts.netloc and parts.path in ("", "/"):
         return ServedPath(parts.netloc) if parts.scheme == "grpc" else HttpPath(parts.netloc)
     raise ConfigError(f"--target: got {text!r}, wanted local, grpc://HOST:PORT or http://HOST:PORT")
+
+
+def served_fingerprint(target: str) -> str | None:
+    """The checkpoint that a service says it serves; None for `local`. Raises Unavailable or Refused."""
+    parts = urlsplit(target)
+    if parts.scheme == "grpc":
+        return model_info(parts.netloc).checkpoint_fingerprint
+    if parts.scheme == "http":
+        answer = httpx.get(f"{target.rstrip('/')}/v1/models", timeout=10, trust_env=False)
+        return str(answer.raise_for_status().json()["data"][0].get("checkpoint_fingerprint"))
+    return None
+
+
+def runs_here(target: str) -> bool:
+    """Whether passes timed in this process say anything about the target: a CPU, and this machine's."""
+    host = urlsplit(target).hostname
+    return not torch.cuda.is_available() and (host is None or host == "localhost" or host.startswith("127."))
 
 
 class LocalPath:

@@ -12,6 +12,7 @@ from cluster import run_state
 from cluster.flag_types import host_and_port, seconds
 from cluster.tune.report import Findings
 from twotower.commands.parser import number
+from twotower.errors import InvalidRequest
 
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 DESCRIPTION = """Ask the running service your own prompts at several confidence thresholds γ and in ar mode, and say
@@ -48,13 +49,20 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 2 for a mistake in the input, 1 where the service fails."""
-    from cluster.client import Refused
+    from cluster.client import Refused, model_info
     from cluster.tune.questions import read_questions
     from cluster.tune.sweep import Sweep
 
     questions = read_questions(options.input, options.answers)
+    address = options.address or run_state.grpc_address()
+    model = model_info(address)
+    if not model.has_tokenizer and any(q.answer is not None or isinstance(q.prompt, str) for q in questions):
+        raise InvalidRequest.of(
+            "--input",
+            f"{address} serves {model.model_name} without a tokenizer: wanted prompt_token_ids and no answers",
+        )
     sweep = Sweep(
-        options.address or run_state.grpc_address(),
+        address,
         questions,
         options.confidence_thresholds,
         options.concurrency,
@@ -65,15 +73,21 @@ def run(options: argparse.Namespace) -> int:
         with tqdm(total=sweep.num_calls, unit="answer", file=sys.stderr, disable=None) as bar:
             passes = asyncio.run(sweep.run(bar.update))
     except Refused as refused:
-        print(f"error: {options.input}, {refused}", file=sys.stderr)
+        where = f"{options.input}, " if refused.mistake else ""
+        print(f"error: {where}{refused}", file=sys.stderr)
         return 2 if refused.mistake else 1
-    _tell(options, Findings.of(questions, passes, options.quality_floor))
+    served = {"address": address, "model": model.model_name, "checkpoint": model.checkpoint_fingerprint}
+    _tell(options, served, Findings.of(questions, passes, options.quality_floor))
     return 0
 
 
-def _tell(options: argparse.Namespace, findings: Findings) -> None:
-    figures = {"concurrency": options.concurrency, **findings.figures()}
-    print(json.dumps(figures) if options.json else findings.text())
+def _tell(options: argparse.Namespace, served: dict[str, str], findings: Findings) -> None:
+    figures = {**served, "concurrency": options.concurrency, **findings.figures()}
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        print(f"{served['model']} ({served['checkpoint']}) on {served['address']}, {options.concurrency} at once")
+        print(findings.text())
     if options.output is not None:
         _file(options.output, ".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         findings.draw(_file(options.output, ".png"))

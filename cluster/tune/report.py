@@ -22,12 +22,14 @@ class Findings:
     floor: float
     prompts: int
     by_answers: bool
+    asked_again: int
 
     @classmethod
     def of(cls, questions: Sequence[Question], passes: Sequence[Pass], floor: float) -> "Findings":
         rated = rate(questions, passes)
         by_answers = questions[0].answer is not None
-        return cls(rated, advise(rated, floor, len(questions)), floor, len(questions), by_answers)
+        again = sum(one.asked_again for one in passes)
+        return cls(rated, advise(rated, floor, len(questions)), floor, len(questions), by_answers, again)
 
     def figures(self) -> dict[str, object]:
         """All of it as JSON."""
@@ -38,14 +40,21 @@ class Findings:
             "quality_floor": self.floor,
             "quality": "answers" if self.by_answers else "agreement",
             "prompts": self.prompts,
+            "asked_again": self.asked_again,
             "ways": [asdict(one) for one in self.rated],
         }
 
     def text(self) -> str:
         """Table and advice."""
         what = "exact answers, as a share of ar's" if self.by_answers else "answers that are ar's, token for token"
-        head = f"{self.prompts} prompts; quality: {what}; floor {_percent(self.floor)}"
-        return "\n".join([head, "", _HEAD, *map(self._row, self.rated), "", *self._advice()])
+        head = [f"{self.prompts} prompts, temperature 0; quality: {what}; floor {_percent(self.floor)}"]
+        if self.by_answers:
+            head.append(f"ar answers {_percent(self.rated[0].accuracy or 0.0)} of them right")
+        if self.asked_again:
+            head.append(
+                f"asked again because the service was full or had no cell: {self.asked_again}; speeds are too low"
+            )
+        return "\n".join([*head, "", _HEAD, *map(self._row, self.rated), "", *self._advice()])
 
     def draw(self, path: Path) -> None:
         """Quality over tokens per second, γ along the curve. Raises ConfigError where matplotlib is missing."""
@@ -107,7 +116,9 @@ class Findings:
             more = f"; about {advice.more_prompts} more prompts would tell" if advice.more_prompts else ""
             said.append(f"Not certain: its interval begins at {_percent(low)}, below the floor{more}.")
         if advice.slower_than_ar:
-            said.append("At this concurrency ar is faster than every γ that keeps the floor.")
+            said.append(
+                "At this concurrency ar was faster than every γ that keeps the floor: take ar, or ask fewer at once."
+            )
         return said
 
 

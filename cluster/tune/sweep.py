@@ -12,19 +12,27 @@ import grpc.aio
 
 from cluster.client import CHANNEL_OPTIONS, Refused, explained
 from cluster.tune.questions import Question
+from twotower.errors import Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
 _WARM_UP = 2
+# A full service or one whose cell is being replaced answers so; it is asked again after 1, 2, 4, 8, 8, 8 s.
+_PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One answer: its text (empty where the service has no tokenizer), tokens and denoiser steps."""
+    """One answer: its text (empty where the service has no tokenizer), tokens and denoiser steps.
+
+    `asked_again`: how often, before it came.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     num_steps: int
+    asked_again: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,10 @@ class Pass:
     @property
     def tokens_per_s(self) -> float:
         return sum(len(answer.token_ids) for answer in self.answers) / self.seconds
+
+    @property
+    def asked_again(self) -> int:
+        return sum(answer.asked_again for answer in self.answers)
 
     @property
     def tokens_per_step(self) -> float:
@@ -95,14 +107,16 @@ class Sweep:
         return Pass(threshold, tuple(answers[number] for number in range(len(self.questions))), seconds)
 
     async def _ask(self, stub: pb_grpc.GenerationServiceStub, question: Question, threshold: float | None) -> Answered:
-        try:
-            answer = await stub.Generate(self._request(question, threshold), timeout=self.timeout_s)
-        except grpc.aio.AioRpcError as error:
-            told = explained(error, self.address)
-            if isinstance(told, Refused):
-                told = Refused(f"line {question.line}: {told}", told.mistake)
-            raise told from None
-        return Answered(answer.text, tuple(answer.token_ids), answer.finished.usage.num_steps)
+        for tried, pause_s in enumerate((*_PAUSES_S, None)):
+            try:
+                answer = await stub.Generate(self._request(question, threshold), timeout=self.timeout_s)
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _PASSING or pause_s is None:
+                    raise _told(error, self.address, question) from None
+                await asyncio.sleep(pause_s)
+                continue
+            return Answered(answer.text, tuple(answer.token_ids), answer.finished.usage.num_steps, tried)
+        raise AssertionError("the last try returns or raises")
 
     def _request(self, question: Question, threshold: float | None) -> pb.GenerateRequest:
         params = pb.DecodingParams(mode=pb.MODE_AR if threshold is None else pb.MODE_DIFFUSION, temperature=0.0)
@@ -116,3 +130,9 @@ class Sweep:
         else:
             request.token_ids.ids.extend(question.prompt)
         return request
+
+
+def _told(error: grpc.aio.AioRpcError, address: str, question: Question) -> Unavailable | Refused:
+    """Only a request's own mistake is blamed on its line."""
+    told = explained(error, address)
+    return Refused(f"line {question.line}: {told}", True) if isinstance(told, Refused) and told.mistake else told

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ class Oracle:
     def __init__(self) -> None:
         self.asked: list[Request] = []
         self._tokenizer = load_tokenizer(DEMO)
-        known = [i for family in PLAN.families for seed in (0, 1) for i in held_out(family, 8, seed)]
+        known = [i for family in PLAN.families for i in held_out(family, 8)]
         self._answers = {i.prompt: i.answer for i in known}
 
     @asynccontextmanager
@@ -65,7 +66,7 @@ def tokenizer() -> BpeTokenizer:
 
 
 async def _findings(tokenizer: BpeTokenizer, path: Path, resume: bool = False) -> tuple[Findings, Oracle]:
-    record, oracle = Record(path, resume), Oracle()
+    record, oracle = Record(path, PLAN.about(), resume), Oracle()
     await Experiment(PLAN, oracle, tokenizer, record).run()
     record.close()
     return Findings(PLAN, record, Costs(0.004, 0.002)), oracle
@@ -83,20 +84,37 @@ async def test_what_is_found_is_what_was_answered(tokenizer: BpeTokenizer, tmp_p
     assert "| roman | 100.0 % | 100.0 % | 100.0 % |" in report
     assert "c = 2.00" in report and "## Steps per block" in report
     assert "| diffusion 0.5 | 50.0 % | 50.0 % (" in report
+    per_step = findings.timed_tokens_per_step(USUAL)
+    assert f"| {per_step:.2f} | {Costs(0.004, 0.002).ceiling(per_step):.2f} |" in report
 
 
 async def test_a_run_that_was_cut_short_goes_on(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     whole, _ = await _findings(tokenizer, path)
     lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[:6]) + "\n" + lines[6][:20])  # killed while it wrote the seventh
+    path.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])  # killed while it wrote the seventh score
     resumed, oracle = await _findings(tokenizer, path, resume=True)
     assert resumed.record.scores.keys() == whole.record.scores.keys()
     assert resumed.record.runs.keys() == whole.record.runs.keys()
     per_square = PLAN.per_family
     quality = [request for request in oracle.asked if "-q-" in request.id]
-    assert len(quality) == per_square * (len(lines[:8]) - 6)
+    assert len(quality) == per_square * 2  # of eight
     assert len(path.read_text().splitlines()) == len(lines)
+    assert resumed.record.resumed and "more than one sitting" in render(resumed, "an oracle", 0.0, "the command")
+
+
+def test_a_record_is_neither_erased_nor_gone_on_with_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    Record(path, PLAN.about()).close()
+    with pytest.raises(ConfigError, match="--resume goes on with it, --overwrite begins anew"):
+        Record(path, PLAN.about())
+    other = replace(PLAN, per_family=200).about()
+    with pytest.raises(ConfigError, match="instances per family was 4, now it is 200"):
+        Record(path, other, resume=True)
+    more_rounds = replace(PLAN, rounds=7).about()
+    Record(path, more_rounds, resume=True).close()
+    Record(path, other, overwrite=True).close()
+    Record(path, other, resume=True).close()
 
 
 async def test_four_files_are_written(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
@@ -105,7 +123,9 @@ async def test_four_files_are_written(tokenizer: BpeTokenizer, tmp_path: Path) -
     names = {path.name for path in tmp_path.iterdir()} - {"q.jsonl"}
     assert names == {f"quality_2.5{ending}" for ending in (".md", ".json", "_trade.png", "_steps.png")}
     figures = json.loads((tmp_path / "quality_2.5.json").read_text())
-    assert figures["families"]["roman"]["ar"] == 1.0
+    roman = figures["families"]["roman"]
+    assert roman["ar"] == {"accuracy": 1.0, "tokens_per_step": 1.0}
+    assert roman["diffusion 0.8"]["blocks"] == [{"mean_steps": 2.0, "num_blocks": 4}]
     assert figures["costs"]["c"] == 2.0
     assert "![trade](quality_2.5_trade.png)" in (tmp_path / "quality_2.5.md").read_text()
 
@@ -123,8 +143,9 @@ def test_targets() -> None:
     [
         (["--target", "127.0.0.1:1"], 2, "wanted local, grpc"),
         (["--checkpoint", "/nowhere"], 2, "no such directory"),
-        (["--target", "grpc://127.0.0.1:9", "--quick"], 1, "UNAVAILABLE"),
-        (["--target", "http://127.0.0.1:9", "--quick"], 1, "connection"),
+        (["--target", "grpc://127.0.0.1:9", "--quick"], 1, "no service answers on 127.0.0.1:9"),
+        (["--target", "http://127.0.0.1:9", "--quick"], 1, "refused"),
+        (["--num-instances", "600"], 2, "test instances, found only"),
     ],
 )
 def test_what_goes_wrong_is_one_line(

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
+from cluster.client import Refused
+from cluster.tune import sweep
 from cluster.tune.questions import Question, read_questions
 from cluster.tune.recommendation import Rated, advise, rate
 from cluster.tune.sweep import Answered, Pass
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
 from twotower.core import BlockEvent, FinishReason, Mode, Request
-from twotower.errors import InvalidRequest
+from twotower.errors import InvalidRequest, Overloaded
 
 ANSWER = "forty-two"
 
@@ -76,8 +78,11 @@ def test_the_fastest_threshold_that_agrees_with_ar(
     arguments = ["--input", str(prompts), "--confidence-thresholds", "0.5,0.7,1", "--concurrency", "2"]
     assert main(["tune", "--address", address, *arguments]) == 0
     said = capsys.readouterr().out
-    assert "8 prompts; quality: answers that are ar's, token for token; floor 98.0 %" in said
+    assert "8 prompts, temperature 0; quality: answers that are ar's, token for token; floor 98.0 %" in said
     assert "> γ 0.7" in said and "Take γ 0.7." in said and "decode.confidence_threshold=0.7" in said
+    assert f"on {address}, 2 at once" in said
+    # Eight of eight may be luck: 0.98 ** 183 is 2.5 %.
+    assert "Not certain: its interval begins at 63.1 %, below the floor; about 175 more prompts would tell." in said
     asked = [(request.params.mode, request.params.confidence_threshold) for request in cells.requests]
     assert [mode for mode, _ in asked].count(Mode.AR) == 8 + 2
     assert {request.params.temperature for request in cells.requests} == {0.0}
@@ -100,6 +105,48 @@ def test_with_answers_of_his_own(address: str, tmp_path: Path, capsys: pytest.Ca
     assert main(["tune", "--address", address, "--input", str(prompts), "--confidence-thresholds", "0.5,0.9"]) == 0
     said = capsys.readouterr().out
     assert "exact answers, as a share of ar's" in said and "Take γ 0.9." in said
+    assert "ar answers 75.0 % of them right" in said
+
+
+def test_nothing_is_advised_where_ar_gets_nothing_right(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = _lines(tmp_path / "p.jsonl", *({"prompt": f"what is {n}", "answer": "42"} for n in range(4)))
+    assert main(["tune", "--address", address, "--input", str(prompts), "--confidence-thresholds", "0.5"]) == 1
+    told = capsys.readouterr()
+    assert "ar gets none of the answers right; line 1: got 'forty-two', wanted '42'" in told.err
+    assert "Take" not in told.out
+
+
+async def test_a_service_that_is_full_for_a_while_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullForAWhile(GammaCells):
+        calls = 0
+
+        async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
+            self.calls += 1
+            if self.calls in (2, 3):  # right behind the warm-up
+                raise Overloaded("every cell is full")
+            async for event in super().generate(request, timeout_s):
+                yield event
+
+    monkeypatch.setattr(sweep, "_PAUSES_S", (0.01, 0.01, 0.01, 0.01))
+    async with grpc_server(generation(FullForAWhile())) as (where, _):
+        passes = await sweep.Sweep(where, [Question(1, "a")], [0.8], 1, None, 10.0).run(lambda: None)
+    assert [one.answers[0].token_ids for one in passes] == [tokens(ANSWER)] * 2
+    assert [one.asked_again for one in passes] == [2, 0]
+
+
+async def test_one_that_stays_full_is_named_without_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(GammaCells):
+        async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
+            raise Overloaded("every cell is full")
+            yield
+
+    monkeypatch.setattr(sweep, "_PAUSES_S", (0.01,))
+    async with grpc_server(generation(Full())) as (where, _):
+        with pytest.raises(Refused, match="every cell is full") as caught:
+            await sweep.Sweep(where, [Question(1, "a")], [0.8], 1, None, 10.0).run(lambda: None)
+    assert not caught.value.mistake and "line" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +212,7 @@ def test_a_refused_prompt_is_named(address: str, tmp_path: Path, capsys: pytest.
 
 
 def _rated(threshold: float | None, quality: float, low: float, speed: float, per_step: float = 2.0) -> Rated:
-    return Rated(threshold, quality, low, 1.0, quality, speed, speed / 100, per_step)
+    return Rated(threshold, None, quality, low, 1.0, quality, speed, speed / 100, per_step)
 
 
 def test_advice() -> None:
@@ -178,6 +225,7 @@ def test_advice() -> None:
     assert advise([ar, loose], 0.98, 100).threshold is None
     slow = _rated(1.0, 1.0, 1.0, 50)
     assert advise([ar, slow], 0.98, 100).slower_than_ar
+    assert not advise([ar, slow, _rated(0.9, 1.0, 1.0, 150, 1.5)], 0.98, 100).slower_than_ar
     even = _rated(0.85, 0.99, 0.99, 195, 1.99)
     assert advise([ar, fast, even], 0.98, 100).threshold == 0.85, "as many tokens per step: the more careful one"
 

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from twotower.demo.batches import training_instances
 from twotower.demo.corpus import CORPUS_FILE, Instance, families_of, held_out, save_families, stream
 from twotower.demo.families import FAMILIES, SHARES
 from twotower.demo.families.numerals import roman, spell
-from twotower.errors import CheckpointError
+from twotower.demo.recipe import STAGES
+from twotower.demo.tokenizer import _texts
+from twotower.errors import CheckpointError, ConfigError
 
 
 def test_a_stream_is_decided_by_its_seed() -> None:
@@ -27,6 +30,14 @@ def test_no_prompt_is_on_both_sides_of_the_split() -> None:
     train = {instance.prompt for instance in islice(stream("train", 0), 5000)}
     test = {instance.prompt for instance in islice(stream("test", 0), 2000)}
     assert not train & test
+
+
+def test_neither_training_nor_the_tokenizer_reads_a_held_out_prompt() -> None:
+    held = {instance.prompt for family in FAMILIES for instance in held_out(family, 200)}
+    trained = [i for stage in STAGES for step in range(100) for i in training_instances(0, stage, step, 48)]
+    assert len(trained) == 9600
+    assert not held & {instance.prompt for instance in trained}
+    assert not held & set(_texts(5000, 0))
 
 
 def test_every_family_appears_as_often_as_its_share_says() -> None:
@@ -42,6 +53,12 @@ def test_two_hundred_different_instances_are_held_out(family: str) -> None:
     instances = held_out(family, 200)
     assert len({instance.prompt for instance in instances}) == 200
     assert {(instance.family, instance.split) for instance in instances} == {(family, "test")}
+    assert held_out(family, 3, after=100) == instances[100:103]
+
+
+def test_a_family_that_has_too_few_says_so() -> None:
+    with pytest.raises(ConfigError, match="roman: wanted 600 test instances, found only"):
+        held_out("roman", 600)
 
 
 @pytest.mark.parametrize(

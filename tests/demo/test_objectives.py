@@ -12,7 +12,15 @@ from twotower.config import ModelConfig
 from twotower.demo.batches import IGNORED, BlockBatch, block_batch, causal_batches, next_token_batch
 from twotower.demo.corpus import Instance
 from twotower.demo.initialise import new_context_tower, new_denoiser_tower
-from twotower.demo.objectives import context_loss, denoiser_loss, draw_masks, masked_logits, mock_ar_loss, read_batch
+from twotower.demo.objectives import (
+    context_loss,
+    denoiser_loss,
+    draw_masks,
+    later_masks,
+    masked_logits,
+    mock_ar_loss,
+    read_batch,
+)
 from twotower.demo.tokenizer import EOS_ID, MASK_ID, encode_answer
 from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
@@ -129,12 +137,27 @@ def test_half_of_the_masks_hide_the_end_of_the_block() -> None:
     assert 0.45 < ends.float().mean() < 0.6
 
 
+def test_a_later_mask_is_what_unmasking_by_confidence_leaves() -> None:
+    generator = torch.Generator().manual_seed(2)
+    mask_BW = draw_masks(4000, 16, generator)
+    confidence_BW = torch.rand(4000, 16, generator=generator)
+    later_BW = later_masks(mask_BW, confidence_BW, generator)
+    counts_B, left_B = mask_BW.sum(1), later_BW.sum(1)
+    assert not (later_BW & ~mask_BW).any(), "nothing is masked again"
+    assert (left_B >= 1).all() and (left_B < counts_B)[counts_B > 1].all()
+    assert set(left_B[counts_B == 16].tolist()) == set(range(1, 15))
+    unmasked_BW = mask_BW & ~later_BW
+    least_B = confidence_BW.masked_fill(~unmasked_BW, 2).amin(1)
+    most_B = confidence_BW.masked_fill(~later_BW, -1).amax(1)
+    assert (least_B > most_B).all()
+
+
 def test_both_losses_reach_every_weight(
     towers: tuple[ContextTower, DenoiserTower], batch: BlockBatch, tokenizer: BpeTokenizer
 ) -> None:
     context, denoiser = towers
     context_loss(context, causal_batches(tokenizer, INSTANCES)).backward()
-    denoiser_loss(context, denoiser, batch, 2, torch.Generator().manual_seed(0)).backward()
+    denoiser_loss(context, denoiser, batch, torch.Generator().manual_seed(0)).backward()
     for tower in towers:
         assert not [n for n, p in tower.named_parameters() if p.grad is None or not p.grad.abs().sum()]
 

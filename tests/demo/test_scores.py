@@ -45,7 +45,7 @@ def test_ways_are_named_and_ask_for_what_they_say() -> None:
 def test_tokens_per_step_and_steps_by_block() -> None:
     scores = [_score("a", USUAL, [True, True], 20, (4, 1)), _score("b", USUAL, [True], 10, (2,))]
     assert tokens_per_step(scores) == 50 / 12
-    assert steps_by_block(scores) == [pytest.approx(10 / 3), 1.0]
+    assert steps_by_block(scores) == [(pytest.approx(10 / 3), 3), (1.0, 2)]
 
 
 def test_retained_is_a_ratio_of_means_and_a_mean_of_ratios() -> None:
@@ -56,9 +56,10 @@ def test_retained_is_a_ratio_of_means_and_a_mean_of_ratios() -> None:
     assert kept.of_means.low < kept.of_means.value < kept.of_means.high
 
 
-def test_the_same_answers_keep_everything_and_for_certain() -> None:
+def test_the_same_answers_keep_everything_but_few_of_them_prove_little() -> None:
+    """Fifteen of fifteen right answers kept: a share of 78 % does that in one case of forty."""
     kept = retained(of_way(SCORES, AR), of_way(SCORES, AR))
-    assert kept.of_means == kept.mean_of_ratios == (1.0, 1.0, 1.0)
+    assert kept.of_means == kept.mean_of_ratios == (1.0, pytest.approx(0.025 ** (1 / 15)), 1.0)
 
 
 def test_the_interval_is_that_of_the_differences_not_of_the_instances() -> None:

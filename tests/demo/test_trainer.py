@@ -1,13 +1,16 @@
 """Both stages run, and a stopped and resumed run ends in the very weights of an uninterrupted one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer as BpeTokenizer
 
+from twotower.demo.__main__ import main
 from twotower.demo.recipe import Recipe, StageRecipe
-from twotower.demo.trainer import Trainer
+from twotower.demo.trainer import STATE_FILE, Trainer, saved_recipe
+from twotower.errors import CheckpointError
 
 
 def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -43,6 +46,25 @@ def test_the_context_tower_is_frozen_in_the_second_stage(
     assert trainer.denoiser is not None and trainer.finished
     assert all(torch.equal(value, before[name]) for name, value in trainer.context.state_dict().items())
     assert not torch.equal(trainer.denoiser.head.weight, trainer.context.head.weight)
+
+
+def test_a_run_is_resumed_as_what_it_began_as(tiny_recipe: Recipe, tokenizer: BpeTokenizer, output: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        saved_recipe(output)
+    Trainer(tiny_recipe, tokenizer, output).run(stop_after=1)
+    assert saved_recipe(output) == tiny_recipe
+    with pytest.raises(CheckpointError, match="cannot resume: seed was 0, now it is 1"):
+        Trainer(replace(tiny_recipe, seed=1), tokenizer, output).resume()
+    longer = replace(tiny_recipe, denoiser=replace(tiny_recipe.denoiser, train_steps=50))
+    Trainer(longer, tokenizer, output).resume()
+
+
+def test_a_run_is_not_begun_over_another(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (output / STATE_FILE).write_bytes(b"weights")
+    assert main(["train", "--output", str(output)]) == 2
+    assert "holds a run; --resume goes on with it" in capsys.readouterr().err
+    assert (output / STATE_FILE).read_bytes() == b"weights"
+    assert list(output.iterdir()) == [output / STATE_FILE]
 
 
 def test_the_schedule_warms_up_holds_and_decays() -> None:

@@ -1,6 +1,7 @@
 """The guard that sees what crashes nothing: broken states, masks and deltas show as wrong answers or as slow blocks."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ async def _try_out(demo: Towers, modes: tuple[Mode, ...] = (Mode.AR, Mode.DIFFUS
 
 async def test_the_demo_keeps_its_bounds(demo: Towers) -> None:
     await _try_out(demo, tuple(Mode))
+
+
+async def test_a_cell_without_a_queue_does_not_refuse_its_own_sample(demo: Towers) -> None:
+    expected = Expectation.load(DEMO)
+    async with split_pair(demo, 1, replace(SETTINGS, max_sequences=4, max_queued_requests=0)) as pair:
+        await self_test(pair, tuple(Mode), 60, expected)
 
 
 async def test_without_the_mamba_seed(demo: Towers, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,3 +93,15 @@ def test_few_shapes_serve_many_batches() -> None:
     for rows in (1, 2, 3):
         passes.run(slots[:rows], [[3] * 16] * rows, [1.0] * rows)
     assert sorted(shape.rows for shape in passes._passes) == [1, 2, 4]
+
+
+def test_wide_rows_are_not_captured_and_all_outputs_share_their_memory() -> None:
+    model = golden(MODELS[0])
+    cache, slots, scratch = _filled(model)
+    passes = FixedPasses(model.denoiser, cache, scratch)
+    four = passes.run(slots, [[3] * 16] * 3, [1.0] * 3)
+    one = passes.run(slots[:1], [[3] * 16], [1.0])
+    assert one.untyped_storage().data_ptr() == four.untyped_storage().data_ptr()
+    known = len(passes._passes)
+    wide = passes.run(slots[:1], [[3] * 17], [1.0])
+    assert wide.shape[1] == 17 and len(passes._passes) == known

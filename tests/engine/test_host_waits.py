@@ -17,7 +17,17 @@ from torch.utils._pytree import tree_leaves
 from tests.flash_stand_ins import ADAPTERS, FlashStandIns, Load, through
 from tests.goldens import CPU, MODELS, Golden, golden
 from twotower.config import ModelConfig
-from twotower.core import BlockEvent, DecodingParams, Event, Mode, Request, RequestId, ScoreEvent, ScoreRequest
+from twotower.core import (
+    BlockEvent,
+    DecodingParams,
+    Event,
+    Mode,
+    ReleasedEvent,
+    Request,
+    RequestId,
+    ScoreEvent,
+    ScoreRequest,
+)
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.unmasking import StepParams, unmask
 from twotower.engine.context_engine import ContextEngine
@@ -165,6 +175,38 @@ def test_a_tick_reads_from_the_device_at_most_once(name: str, mode: Mode, monkey
             most = max(most, sum(reads.values()))
     assert most == 1
     assert sum(len(event.token_ids) for event in events if isinstance(event, BlockEvent)) == 60
+
+
+@NAMES
+def test_mixed_widths_and_modes_are_read_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward for each width and one for mock-AR, a single transfer for all of them, and the tokens of each alone."""
+    kinds = [(Mode.DIFFUSION, 8), (Mode.DIFFUSION, 32), (Mode.DIFFUSION, 64), (Mode.MOCK_AR, 8)]
+
+    def decode(numbers: range) -> tuple[dict[str, list[int]], int]:
+        events: list[Event] = []
+        context, denoiser = _engines(golden(name), events)
+        for number in numbers:
+            mode, block_size = kinds[number % 4]
+            params = DecodingParams(mode, max_new_tokens=40, block_size=block_size, steps_per_block=4, ignore_eos=True)
+            denoiser.add(Request(RequestId(str(number)), tuple(range(4, 10 + number)), params))
+        most = 0
+        while sum(isinstance(event, ReleasedEvent) for event in events) < len(numbers):
+            context.tick()
+            with _counted(monkeypatch) as reads:
+                denoiser.tick()
+            most = max(most, sum(reads.values()))
+        tokens: dict[str, list[int]] = {}
+        for event in events:
+            if isinstance(event, BlockEvent):
+                tokens.setdefault(event.request_id, []).extend(event.token_ids)
+        return tokens, most
+
+    together, most = decode(range(4))
+    assert most == 1
+    alone: dict[str, list[int]] = {}
+    for number in range(4):
+        alone |= decode(range(number, number + 1))[0]
+    assert together == alone and all(len(tokens) == 40 for tokens in alone.values())
 
 
 @NAMES

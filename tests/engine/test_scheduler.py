@@ -28,8 +28,8 @@ def test_commits_first_then_each_kind_once() -> None:
     scheduler = ContextScheduler(16)
     scheduler.add_prompt("p", 0, 100)
     scheduler.add_decoding("a")
-    scheduler.add_commit("c")
-    scheduler.add_commit("d")
+    scheduler.add_commit("c", 16)
+    scheduler.add_commit("d", 4)
     assert scheduler.next() == CommitBatch(("c", "d"))
     assert scheduler.next() == DecodeBatch(("a",))
     assert scheduler.next() == PrefillBatch((PrefillChunk("p", 0, 16),))
@@ -42,7 +42,7 @@ def test_a_commit_that_arrives_waits_at_most_for_the_rest_of_the_cycle() -> None
     scheduler.add_prompt("p", 0, 1000)
     scheduler.add_decoding("a")
     assert _kinds(scheduler, 1) == ["DecodeBatch"]
-    scheduler.add_commit("c")
+    scheduler.add_commit("c", 16)
     assert _kinds(scheduler, 3) == ["CommitBatch", "PrefillBatch", "DecodeBatch"]
 
 
@@ -52,10 +52,28 @@ def test_a_stream_of_commits_starves_nobody() -> None:
     scheduler.add_decoding("a")
     done: list[str] = []
     for number in range(60):
-        scheduler.add_commit(number)
+        scheduler.add_commit(number, 16)
         done += _kinds(scheduler, 1)
     assert Counter(done) == {"CommitBatch": 20, "DecodeBatch": 20, "PrefillBatch": 20}
     assert all(done[i] != done[i + 1] for i in range(59))
+
+
+def test_a_wide_block_does_not_make_everybody_wide() -> None:
+    """Sixteen rows of 16 share a forward beyond the chunk; with one of 1,024 it would be 17,408 positions."""
+    scheduler = ContextScheduler(128)
+    for number in range(8):
+        scheduler.add_commit(number, 16)
+    scheduler.add_commit("wide", 1024)
+    scheduler.add_commit("half", 64)
+    for number in range(8, 16):
+        scheduler.add_commit(number, 1)
+    assert scheduler.next() == CommitBatch(tuple(range(16)))
+    assert scheduler.next() == CommitBatch(("wide",))
+    scheduler.add_commit("other half", 33)
+    scheduler.add_commit("third", 33)
+    assert scheduler.next() == CommitBatch(("half", "other half"))
+    assert scheduler.next() == CommitBatch(("third",))
+    assert scheduler.next() is None
 
 
 def test_prompts_are_read_in_the_order_they_came() -> None:
@@ -99,7 +117,7 @@ def test_chunk_boundaries_are_absolute(chunk: int, prompts: list[tuple[int, int]
     read = {key: done for key, (done, _) in enumerate(prompts)}
     for turn in range(1000):
         if turn < commits:
-            scheduler.add_commit("c")
+            scheduler.add_commit(f"c{turn}", 3)
         work = scheduler.next()
         if work is None:
             break
@@ -118,7 +136,7 @@ def test_chunk_boundaries_are_absolute(chunk: int, prompts: list[tuple[int, int]
 @pytest.mark.parametrize("key", ["commit", "decode", "prompt"])
 def test_dropped_sequences_are_never_picked(key: str) -> None:
     scheduler = ContextScheduler(16)
-    scheduler.add_commit("commit")
+    scheduler.add_commit("commit", 16)
     scheduler.add_decoding("decode")
     scheduler.add_prompt("prompt", 0, 5)
     scheduler.drop(key)

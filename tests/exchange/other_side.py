@@ -52,6 +52,7 @@ def _denoiser() -> None:
     link = connect(address, new_cache(), EngineHooks(on_activity=woken.set))
     while True:
         link.poll()
+        link.submit(())
         woken.wait(0.5)
         woken.clear()
 

@@ -42,6 +42,7 @@ class Rig:
         while True:
             self.engine.tick()
             seen += self.link.poll()
+            self.link.submit(())
             if until(seen):
                 self.events += seen
                 return seen

@@ -16,9 +16,12 @@ import torch
 from tests.exchange.rig import QUICK, Rig, distributed_rig, wait_until
 from tests.exchange.scripted import CONFIG, ScriptedContext, mirrored, new_cache, same, state_after
 from twotower.errors import ConfigError, LinkDown, Overloaded
-from twotower.exchange.data_group import choose_backend
+from twotower.exchange.codec import Message, Payload
+from twotower.exchange.data_group import DataGroup, choose_backend
 from twotower.exchange.distributed import connect, open_port
-from twotower.exchange.protocol import Attach, Commit, Delta, Failed, Prefill, Release, Released
+from twotower.exchange.distributed_link import DistributedLink
+from twotower.exchange.distributed_port import DistributedPort
+from twotower.exchange.protocol import Attach, Commit, Delta, Failed, LinkEvent, Prefill, Release, Released
 from twotower.exchange.settings import EngineHooks, LinkSettings
 
 
@@ -38,12 +41,13 @@ def test_bfloat16_on_the_wire_rounds_the_ssm_states_and_nothing_else() -> None:
 
 
 def test_the_mirror_is_untouched_by_a_mamba_state_until_the_prompt_is_read() -> None:
-    rig = distributed_rig()
+    rig = distributed_rig(dataclasses.replace(QUICK, staging_buffers=1, staging_bytes=64))  # a delta a payload
     rig.link.submit([Prefill(1, _tokens(20), 20)])
-    seen = rig.run(lambda seen: bool(seen))
-    if len(seen) == 1 and isinstance(seen[0], Delta):
-        assert not rig.link.cache.ssm[:, seen[0].slot].any()
-        rig.run(lambda seen: bool(seen))
+    first = rig.run(lambda seen: bool(seen))
+    assert len(first) == 1 and isinstance(first[0], Delta) and not first[0].complete
+    assert not rig.link.cache.ssm[:, first[0].slot].any()
+    last = rig.run(lambda seen: any(isinstance(event, Delta) and event.complete for event in seen))[-1]
+    assert isinstance(last, Delta) and rig.mirrors(last)
     rig.close()
 
 
@@ -169,8 +173,59 @@ def test_engines_that_only_work_when_woken_miss_nothing_under_back_pressure() ->
         woken.clear()
         engine.tick()
         seen += len(link.poll())
+        link.submit(())
     link.close()
     port.close()
+
+
+def test_a_taken_payload_is_said_with_the_next_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message a tick: what an engine submits carries the buffers that its poll has freed."""
+    rig = distributed_rig()
+    assert isinstance(rig.link, DistributedLink)
+    said: list[list[str]] = []
+    post = rig.link._endpoint.post
+
+    def watched(messages: Sequence[Message]) -> None:
+        said.append([type(message).__name__ for message in messages])
+        post(messages)
+
+    rig.link.submit([Prefill(1, _tokens(5), 16)])
+    monkeypatch.setattr(rig.link._endpoint, "post", watched)
+    events: list[LinkEvent] = []
+
+    def has_come() -> bool:
+        rig.engine.tick()
+        events.extend(rig.link.poll())
+        return bool(events)
+
+    wait_until(has_come)
+    assert said == []
+    rig.link.submit([Commit(1, 5, _tokens(4))])
+    rig.link.submit(())
+    assert said == [["Taken", "Commit"]]
+    rig.close()
+
+
+def test_the_denoiser_side_makes_ready_while_a_payload_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = distributed_rig()
+    assert isinstance(rig.link, DistributedLink) and isinstance(rig.port, DistributedPort)
+    rig.delta(Prefill(1, _tokens(5), 16))  # the link stands
+    announced = threading.Event()
+    fetch, pack = rig.link._fetch, rig.port._layout.pack
+
+    def watched_fetch(group: DataGroup, payload: Payload) -> object:
+        announced.set()
+        return fetch(group, payload)
+
+    def late_pack(deltas: Sequence[Delta], flat: torch.Tensor) -> None:
+        assert announced.wait(5), "nothing was announced before packing"
+        pack(deltas, flat)
+
+    monkeypatch.setattr(rig.link, "_fetch", watched_fetch)
+    monkeypatch.setattr(rig.port._layout, "pack", late_pack)
+    delta = rig.delta(Commit(1, 5, _tokens(4)))
+    assert delta.end == 9 and rig.mirrors(delta)
+    rig.close()
 
 
 def test_replies_sent_before_the_denoiser_connects_wait_for_it() -> None:

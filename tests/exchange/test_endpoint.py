@@ -58,18 +58,21 @@ class Wire:
 
 
 class NoGroup:
-    """Payloads go nowhere."""
+    """Payloads go nowhere; `numbers` are those of their bytes, in the order they would have gone."""
 
-    def send(self, *arguments: Any) -> None:
-        pass
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def send(self, buffer: StagingBuffer, nbytes: int, number: int, timeout_s: float) -> None:
+        self.numbers.append(number)
 
 
 @contextmanager
-def sending(wire: Wire) -> Iterator[Endpoint]:
+def sending(wire: Wire, group: NoGroup | None = None) -> Iterator[Endpoint]:
     endpoint = Endpoint("link 0", "the other side", SETTINGS, EngineHooks())
     endpoint.adopt(cast(Any, wire))
     stream = MessageStream(cast(Any, wire))
-    endpoint.spawn("sender", lambda: endpoint.run_sender(stream, cast(Any, NoGroup()), lambda buffer: None))
+    endpoint.spawn("sender", lambda: endpoint.run_sender(stream, cast(Any, group or NoGroup()), lambda buffer: None))
     wait_until(lambda: wire.frames)  # its first heartbeat: it runs
     yield endpoint
     endpoint.close("the test is over")
@@ -90,6 +93,27 @@ def test_order_holds_whoever_sends(willing: float) -> None:
         wait_until(lambda: len(wire.sent()) == 600)
         assert wire.sent() == list(range(600))
         assert (wire.at_once > 0) == (willing > 0)
+
+
+@pytest.mark.parametrize("willing", [0.0, 0.5, 1.0])
+def test_bytes_go_in_the_order_of_their_announcements(willing: float) -> None:
+    """Announced at once where possible, else by the sender with the bytes: never one before the other's turn."""
+    wire, group = Wire(willing), NoGroup()
+    payloads = [number for number in range(600) if number % 3 == 0]
+    with sending(wire, group) as endpoint:
+        for number in range(600):
+            if number % 20 == 0:
+                wait_until(lambda number=number: len(wire.sent()) == number)
+            message = [Released(number)]
+            if number in payloads:
+                announced = endpoint.post_at_once(message)
+                buffer = cast(StagingBuffer, object())
+                endpoint.post_payload(Outgoing([] if announced else message, buffer, 16, number))
+            else:
+                endpoint.post(message)
+        wait_until(lambda: len(wire.sent()) == 600 and len(group.numbers) == len(payloads))
+        assert wire.sent() == list(range(600))
+        assert group.numbers == payloads
 
 
 def test_posting_does_not_wait_for_a_sender_that_does() -> None:

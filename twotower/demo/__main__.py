@@ -1,4 +1,4 @@
-"""`python -m twotower.demo train | evaluate | corpus`."""
+"""`python -m twotower.demo train | evaluate | corpus`: the demo checkpoint, its training and its tasks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import islice
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from twotower.commands.parser import number
 from twotower.core import Mode
 from twotower.demo.corpus import families_of, stream
 from twotower.demo.evaluate import evaluate
@@ -22,44 +24,57 @@ from twotower.demo.recipe import Recipe
 from twotower.demo.scores import AR, MOCK_AR, Score, Way, every_way, table, to_json
 from twotower.demo.ship import ship
 from twotower.demo.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from twotower.demo.trainer import Trainer
+from twotower.demo.trainer import STATE_FILE, Trainer, saved_recipe
+from twotower.errors import ConfigError, TwoTowerError
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with code 2 on bad arguments."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 2 for a mistake in the arguments or in what they name."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    options.run(options)
+    try:
+        options.run(options)
+    except TwoTowerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m twotower.demo", description=__doc__)
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads; 1 where others use the cores"
+        "--threads", type=_count, default=torch.get_num_threads(), help="CPU threads; 1 where others use the cores"
     )
     commands = parser.add_subparsers(required=True)
 
     train = commands.add_parser("train", help="train both towers and write the checkpoint")
     train.add_argument("--output", type=Path, default=Path("demo-run"), help="run directory; holds checkpoint/")
     train.add_argument("--resume", action="store_true", help="go on from the run directory's saved state")
-    train.add_argument("--train-steps", type=int, nargs=2, metavar=("CONTEXT", "DENOISER"), help="of the two stages")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--train-steps", type=_count, nargs=2, metavar=("CONTEXT", "DENOISER"), help="of the two stages")
+    train.add_argument("--seed", type=int, help="0, or that of the run resumed")
+    train.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one"
+    )
     train.set_defaults(run=_train)
 
-    score = commands.add_parser("evaluate", help="exact match and tokens per step of a checkpoint, family by family")
+    score = commands.add_parser(
+        "evaluate",
+        help="exact match and tokens per step of a checkpoint, family by family",
+        epilog="With intervals, steps by block, speed and plots: python -m benchmarks.quality --target local",
+    )
     score.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    score.add_argument("--num-instances", type=int, default=200, help="per family")
+    score.add_argument("--num-instances", type=_count, default=200, help="per family")
     swept = score.add_mutually_exclusive_group()
-    swept.add_argument("--confidence-threshold", type=float, nargs="+", default=[0.8], help="γ of diffusion")
+    swept.add_argument("--confidence-threshold", type=_share, nargs="+", default=[0.8], help="γ of diffusion")
     swept.add_argument("--full", action="store_true", help="every γ from 0.5 to 1, and T 4 and 8 at γ 0.8")
     score.add_argument("--json", action="store_true", help="one JSON object a score instead of the table")
     score.set_defaults(run=_evaluate)
 
     corpus = commands.add_parser("corpus", help="show instances")
-    corpus.add_argument("--show", type=int, default=5, help="how many")
+    corpus.add_argument("--show", type=_count, default=5, help="how many")
     corpus.add_argument("--family", choices=list(FAMILIES))
     corpus.add_argument("--split", choices=["train", "test"], default="train")
     corpus.add_argument("--seed", type=int, default=0)
@@ -69,23 +84,29 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     output: Path = options.output
-    output.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
     if options.resume:
-        trainer = Trainer(_recipe(options), load_tokenizer(output), output)
+        recipe = saved_recipe(output)
+        if options.seed not in (None, recipe.seed):
+            raise ConfigError(f"--seed: got {options.seed}, but {output} holds a run of seed {recipe.seed}")
+        trainer = Trainer(_with_steps(recipe, options.train_steps), load_tokenizer(output), output, device)
         trainer.resume()
     else:
-        tokenizer = train_tokenizer(seed=options.seed)
+        if (output / STATE_FILE).exists():
+            raise ConfigError(f"{output}: holds a run; --resume goes on with it, another --output begins anew")
+        output.mkdir(parents=True, exist_ok=True)
+        recipe = Recipe(seed=options.seed or 0)
+        tokenizer = train_tokenizer(seed=recipe.seed)
         save_tokenizer(tokenizer, output)
-        trainer = Trainer(_recipe(options), tokenizer, output)
+        trainer = Trainer(_with_steps(recipe, options.train_steps), tokenizer, output, device)
     trainer.run()
     ship(trainer, output / "checkpoint")
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    recipe = Recipe(seed=options.seed)
-    if options.train_steps is None:
+def _with_steps(recipe: Recipe, train_steps: Sequence[int] | None) -> Recipe:
+    if train_steps is None:
         return recipe
-    context, denoiser = options.train_steps
+    context, denoiser = train_steps
     return replace(
         recipe,
         context=replace(recipe.context, train_steps=context),
@@ -119,5 +140,18 @@ def _corpus(options: argparse.Namespace) -> None:
         print(json.dumps(asdict(instance)))
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    value = number(text)
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number from 0 to 1")
+    return value
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,8 +6,9 @@ Shapes: R rows, L positions, P prompt positions, Z blocks of the longest answer,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer as BpeTokenizer
@@ -43,10 +44,6 @@ class BlockBatch:
     answers_RZW: Tensor
     num_blocks_R: Tensor
 
-    def to(self, device: torch.device) -> BlockBatch:
-        """This batch on `device`."""
-        return BlockBatch(*(t.to(device) for t in vars(self).values()))
-
 
 @dataclass(frozen=True)
 class NextTokenBatch:
@@ -56,6 +53,9 @@ class NextTokenBatch:
     lengths_R: Tensor
     newest_R: Tensor
     targets_R: Tensor
+
+
+Batch = TypeVar("Batch", CausalBatch, BlockBatch, NextTokenBatch)
 
 
 def training_instances(seed: int, stage: Stage, step: int, count: int) -> list[Instance]:
@@ -84,6 +84,11 @@ def _causal_batch(rows: list[tuple[Tensor, Tensor]]) -> CausalBatch:
         pad_sequence(list(tokens), batch_first=True, padding_value=PAD_ID),
         pad_sequence(list(targets), batch_first=True, padding_value=IGNORED),
     )
+
+
+def on(batch: Batch, device: torch.device) -> Batch:
+    """The same batch with its tensors on `device`."""
+    return replace(batch, **{name: tensor.to(device) for name, tensor in vars(batch).items()})
 
 
 def block_batch(tokenizer: BpeTokenizer, instances: list[Instance]) -> BlockBatch:

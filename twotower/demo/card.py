@@ -45,12 +45,15 @@ Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
 - Context stage: {context};
   next-token loss on answers (and the line break before) only.
 - Denoiser stage: starts as a copy of the context tower, which is frozen and seeds each block with its states;
-  {denoiser}, {mask_draws} masks per block;
+  {denoiser}, two masks per block;
   every {mock_ar_every}th train step adds mock-AR's own objective on as many single tokens as instances.
   Mean cross-entropy over masked positions. Blocks start where the prompt ends (for every fourth instance before its
   line break). A block has 1 to 16 masked positions, all counts equally likely, and a further {full_mask_share:.0%} are
-  fully masked; {suffix_share:.0%} of the masks hide the block's end, the others random positions. The conditioning t is
-  exactly masked / 16, as it is when served.
+  fully masked; {suffix_share:.0%} of the masks hide the block's end, the others random positions. A block's second mask
+  is what the denoiser's own confidence would leave of the first some steps later. The conditioning t is exactly
+  masked / 16, as it is when served.
+- The denoiser's logits are divided by {temperature:g} (temperature scaling, folded into its final norm): predictions
+  stay, confidences fall, so that γ 0.8 keeps what it should. Chosen on prompts of the training side.
 - Muon for the hidden matrices (weight decay {weight_decay:g}), Adam for the rest (gradient norm 1), warm-up, constant,
   linear decay over the last part. Experts kept in balance by their correction bias.
 
@@ -80,8 +83,8 @@ def model_card(trainer: Trainer, scores: list[Score], full_mask_share: float, su
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
         context=_stage(recipe.context),
         denoiser=_stage(recipe.denoiser),
-        mask_draws=recipe.mask_draws,
         mock_ar_every=recipe.mock_ar_every,
+        temperature=recipe.confidence_temperature,
         minutes=_minutes(trainer),
         full_mask_share=full_mask_share,
         suffix_share=suffix_share,

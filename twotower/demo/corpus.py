@@ -6,17 +6,17 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Literal
 
 from twotower.demo.families import FAMILIES, SHARES
-from twotower.errors import CheckpointError
+from twotower.errors import CheckpointError, ConfigError
 
 Split = Literal["train", "test"]
 CORPUS_FILE = "corpus.json"  # beside a checkpoint's weights: the families it was trained on
 _TEST_EVERY = 10
+_PATIENCE = 3000
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,19 @@ def stream(
             yield instance
 
 
-def held_out(family: str, count: int, seed: int = 0) -> list[Instance]:
-    """`count` different test instances of `family`."""
+def held_out(family: str, count: int, after: int = 0) -> list[Instance]:
+    """`count` different test instances of `family`, always the same, without the first `after` of them.
+
+    Raises ConfigError where the family has fewer.
+    """
+    wanted = after + count
     seen: dict[str, Instance] = {}
-    for instance in islice(stream("test", seed, family), 200 * count):
+    known = 0  # drawn since the last new one
+    for instance in stream("test", 0, family):
+        known = known + 1 if instance.prompt in seen else 0
         seen.setdefault(instance.prompt, instance)
-        if len(seen) == count:
+        if len(seen) == wanted:
+            return list(seen.values())[after:]
+        if known > _PATIENCE:
             break
-    return list(seen.values())
+    raise ConfigError(f"{family}: wanted {wanted} test instances, found only {len(seen)}")

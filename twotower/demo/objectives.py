@@ -62,16 +62,35 @@ def draw_masks(blocks: int, width: int, generator: torch.Generator) -> Tensor:
     return ranks_BW < counts_B[:, None]
 
 
+def later_masks(mask_BW: Tensor, confidence_BW: Tensor, generator: torch.Generator) -> Tensor:
+    """What a decoder leaves masked of `mask_BW` some steps later: the most confident positions are unmasked, at least
+    one of them and as many more as chance says. Where one was left, it stays.
+    """
+    left_B = mask_BW.sum(1)
+    drawn_B = torch.rand(len(left_B), generator=generator).to(left_B.device)
+    keep_B = (drawn_B * (left_B - 1)).long().clamp(min=1)
+    ranks_BW = confidence_BW.masked_fill(~mask_BW, torch.inf).argsort(1).argsort(1)
+    return ranks_BW < keep_B[:, None]
+
+
 def denoiser_loss(
-    context: ContextTower, denoiser: DenoiserTower, batch: BlockBatch, draws: int, generator: torch.Generator
+    context: ContextTower, denoiser: DenoiserTower, batch: BlockBatch, generator: torch.Generator
 ) -> Tensor:
-    """Mean cross-entropy of the masked tokens, `draws` masks for every block. No weight 1/t, no shift."""
+    """Mean cross-entropy of the masked tokens of every block under two masks. No weight 1/t, no shift.
+
+    The second mask is what the denoiser's own decoding, if it was right, would leave of the first. Chance alone seldom
+    draws what serving shows: everything easy written and the hard positions open, where a sum's carry is decided.
+    """
     reading = read_batch(context, batch)
-    rows_B, blocks_B = _every_block(batch.num_blocks_R, draws)
+    rows_B, blocks_B = _every_block(batch.num_blocks_R)
     truth_BW = batch.answers_RZW[rows_B, blocks_B]
-    mask_BW = draw_masks(len(truth_BW), truth_BW.shape[1], generator).to(truth_BW.device)
-    logits_XV = masked_logits(denoiser, reading, rows_B, blocks_B, truth_BW, mask_BW)
-    return F.cross_entropy(logits_XV, truth_BW[mask_BW])
+    first_BW = draw_masks(len(truth_BW), truth_BW.shape[1], generator).to(truth_BW.device)
+    first_XV = masked_logits(denoiser, reading, rows_B, blocks_B, truth_BW, first_BW)
+    confidence_X = first_XV.detach().softmax(1).amax(1)
+    confidence_BW = torch.zeros(first_BW.shape, device=first_BW.device).masked_scatter(first_BW, confidence_X)
+    second_BW = later_masks(first_BW, confidence_BW, generator)
+    second_XV = masked_logits(denoiser, reading, rows_B, blocks_B, truth_BW, second_BW)
+    return F.cross_entropy(torch.cat([first_XV, second_XV]), torch.cat([truth_BW[first_BW], truth_BW[second_BW]]))
 
 
 def masked_logits(
@@ -86,9 +105,9 @@ def masked_logits(
     return logits_XV.masked_fill(mask_token_V, -1e12)
 
 
-def _every_block(num_blocks_R: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    """Row and block number of each existing block, `draws` times over."""
-    pairs = [(row, block) for row, count in enumerate(num_blocks_R.tolist()) for block in range(count)] * draws
+def _every_block(num_blocks_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and block number of each existing block."""
+    pairs = [(row, block) for row, count in enumerate(num_blocks_R.tolist()) for block in range(count)]
     rows, blocks = zip(*pairs, strict=True)
     return torch.tensor(rows, device=num_blocks_R.device), torch.tensor(blocks, device=num_blocks_R.device)
 

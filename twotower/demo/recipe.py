@@ -73,16 +73,19 @@ class StageRecipe:
 class Recipe:
     """Everything that decides the trained weights, the seed included.
 
-    Every `mock_ar_every`-th train step of the denoiser adds a batch of mock-AR's own objective; 0: none does.
+    Every `mock_ar_every`-th train step of the denoiser adds a batch of mock-AR's own objective; 0: none does. The
+    logits of the denoiser that is shipped are divided by `confidence_temperature`.
     """
 
     seed: int = 0
-    context: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=3000, batch_size=48))
-    denoiser: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=11_000, batch_size=32))
+    context: StageRecipe = field(default_factory=lambda: StageRecipe(train_steps=2500, batch_size=48))
+    denoiser: StageRecipe = field(
+        default_factory=lambda: StageRecipe(train_steps=11_000, batch_size=32, decay_fraction=0.65)
+    )
     weight_decay: float = 0.05
     balance_rate: float = 1e-3
-    mask_draws: int = 2
     mock_ar_every: int = 4
+    confidence_temperature: float = 2.0
     config: dict[str, Any] = field(default_factory=released_config)
 
     def stage(self, name: Stage) -> StageRecipe:

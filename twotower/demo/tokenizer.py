@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from twotower.demo.corpus import stream
+from twotower.errors import CheckpointError
 
 PAD_ID, BOS_ID, EOS_ID, MASK_ID = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<mask>")
@@ -57,7 +58,9 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Read tokenizer.json of `directory`."""
+    """Read tokenizer.json of `directory`. Raises CheckpointError."""
+    if not (directory / "tokenizer.json").is_file():
+        raise CheckpointError(f"{directory}: no tokenizer.json is there")
     return Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 

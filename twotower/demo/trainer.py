@@ -6,6 +6,7 @@ save; the file is replaced atomically.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import platform
@@ -21,11 +22,12 @@ from tqdm import tqdm
 
 from twotower.config import ModelConfig
 from twotower.demo.balance import ExpertBalance
-from twotower.demo.batches import block_batch, causal_batches, next_token_batch, training_instances
+from twotower.demo.batches import block_batch, causal_batches, next_token_batch, on, training_instances
 from twotower.demo.initialise import new_context_tower, new_denoiser_tower
 from twotower.demo.objectives import context_loss, denoiser_loss, mock_ar_loss
 from twotower.demo.optimizer import TowerOptimizer
-from twotower.demo.recipe import STAGES, Recipe, Stage
+from twotower.demo.recipe import STAGES, Recipe, Stage, StageRecipe
+from twotower.errors import CheckpointError
 from twotower.model.tower import DenoiserTower, Tower
 
 STATE_FILE = "training.pt"
@@ -47,12 +49,15 @@ class LogEntry:
 class Trainer:
     """Trains the context tower, freezes it, then trains the denoiser that started as its copy."""
 
-    def __init__(self, recipe: Recipe, tokenizer: BpeTokenizer, output: Path) -> None:
-        self.recipe, self.tokenizer, self.output = recipe, tokenizer, output
+    def __init__(
+        self, recipe: Recipe, tokenizer: BpeTokenizer, output: Path, device: torch.device | str = "cpu"
+    ) -> None:
+        self.recipe, self.tokenizer, self.output, self.device = recipe, tokenizer, output, torch.device(device)
         self.stage: Stage = "context"
         self.step = 0
         self.history: list[LogEntry] = []
-        self.context = new_context_tower(ModelConfig.from_dict(recipe.config), self._generator("init"))
+        # Drawn on the CPU, so that a seed gives the same weights everywhere.
+        self.context = new_context_tower(ModelConfig.from_dict(recipe.config), self._generator("init")).to(self.device)
         self.denoiser: DenoiserTower | None = None
         self._start(self.context)
 
@@ -92,15 +97,22 @@ class Trainer:
         os.replace(partial, self.output / STATE_FILE)
 
     def resume(self) -> None:
-        """Continue from the saved state of `output`. Raises FileNotFoundError where there is none."""
-        state: dict[str, Any] = torch.load(self.output / STATE_FILE, weights_only=True)
+        """Continue from the saved state of `output`.
+
+        Raises CheckpointError where there is none, or where it is of another recipe. Only the numbers of train steps
+        may differ: the schedule follows them, so the run is one that was always to have so many.
+        """
+        state = self._saved(self.output)
+        _compare(state["recipe"], self.recipe)
+        if state["versions"] != versions():
+            _logger.warning("begun with %s, goes on with %s", state["versions"], versions())
         self.context.load_state_dict(state["context"])
         self.stage, self.step = state["stage"], state["step"]
         self.history = [LogEntry(**entry) for entry in state["history"]]
         self._balance.close()
         if state["denoiser"] is not None:
             self.context.requires_grad_(False)
-            self.denoiser = new_denoiser_tower(self.context, self._generator("denoiser"))
+            self.denoiser = self._new_denoiser()
             self.denoiser.load_state_dict(state["denoiser"])
         self._start(self._trained)
         self._optimizer.load(state["optimizer"])
@@ -121,7 +133,7 @@ class Trainer:
             self.stage, self.step = "denoiser", 0
             self.context.requires_grad_(False)
             self._balance.close()
-            self.denoiser = new_denoiser_tower(self.context, self._generator("denoiser"))
+            self.denoiser = self._new_denoiser()
             self._start(self.denoiser)
 
     def _train_step(self) -> float:
@@ -137,18 +149,32 @@ class Trainer:
     def _loss(self, batch_size: int) -> Tensor:
         instances = training_instances(self.recipe.seed, self.stage, self.step, batch_size)
         if self.denoiser is None:
-            return context_loss(self.context, causal_batches(self.tokenizer, instances))
-        batch = block_batch(self.tokenizer, instances)
+            batches = causal_batches(self.tokenizer, instances)
+            return context_loss(self.context, [on(batch, self.device) for batch in batches])
+        batch = on(block_batch(self.tokenizer, instances), self.device)
         masks = self._generator(f"masks/{self.step}")
-        loss = denoiser_loss(self.context, self.denoiser, batch, self.recipe.mask_draws, masks)
+        loss = denoiser_loss(self.context, self.denoiser, batch, masks)
         if self.recipe.mock_ar_every and self.step % self.recipe.mock_ar_every == 0:
             cuts = next_token_batch(self.tokenizer, instances, self._generator(f"cuts/{self.step}"))
-            loss = loss + mock_ar_loss(self.context, self.denoiser, cuts)
+            loss = loss + mock_ar_loss(self.context, self.denoiser, on(cuts, self.device))
         return loss
 
     def _generator(self, purpose: str) -> torch.Generator:
         seed = f"{self.recipe.seed}/{purpose}".encode()
         return torch.Generator().manual_seed(int.from_bytes(seed, "big") % _PRIME)
+
+    def _new_denoiser(self) -> DenoiserTower:
+        context = copy.deepcopy(self.context).cpu()
+        return new_denoiser_tower(context, self._generator("denoiser")).to(self.device)
+
+    @staticmethod
+    def _saved(output: Path) -> dict[str, Any]:
+        path = output / STATE_FILE
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such file, so nothing to resume") from None
+        return state
 
     def _steps_done(self) -> int:
         return self.step + (self.recipe.context.train_steps if self.stage == "denoiser" else 0)
@@ -159,6 +185,21 @@ class Trainer:
             return
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
         self.history.append(LogEntry(self.stage, self.step, round(loss, 5), round(seconds, 1)))
+
+
+def saved_recipe(output: Path) -> Recipe:
+    """The recipe of the run that `output` holds. Raises CheckpointError."""
+    saved = Trainer._saved(output)["recipe"]
+    return Recipe(**{**saved, **{stage: StageRecipe(**saved[stage]) for stage in STAGES}})
+
+
+def _compare(saved: dict[str, Any], recipe: Recipe) -> None:
+    ours = asdict(recipe)
+    for stage in STAGES:
+        saved = {**saved, stage: {**saved[stage], "train_steps": ours[stage]["train_steps"]}}
+    for name in ours:
+        if saved.get(name) != ours[name]:
+            raise CheckpointError(f"cannot resume: {name} was {saved.get(name)}, now it is {ours[name]}")
 
 
 def versions() -> dict[str, str]:

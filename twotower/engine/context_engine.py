@@ -220,7 +220,7 @@ class ContextEngine:
         sequence.attach_known = len(told)
         sequence.to_read = told[shared:]
         if sequence.to_read:
-            self._scheduler.add_commit(key)
+            self._scheduler.add_commit(key, len(sequence.to_read))
         else:
             self._tell(sequence, 0, complete=True)
 
@@ -234,7 +234,7 @@ class ContextEngine:
         if sequence.to_read:
             raise InvalidRequest.of("sequence", f"got a second commit to {command.sequence} before the first was read")
         sequence.to_read = list(command.token_ids)
-        self._scheduler.add_commit(key)
+        self._scheduler.add_commit(key, len(sequence.to_read))
 
     def _commit(self, sequences: list[_Sequence]) -> None:
         self._read(self._passes, sequences, [sequence.to_read for sequence in sequences], head=False)

@@ -7,6 +7,7 @@ are not: while some blocks are being committed, others go on.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -71,6 +72,14 @@ class _Sequence:
         self.tokens, self.masked, self.step = [MASK_TOKEN_ID] * size, [True] * size, 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A forward that has been launched: what it decided, rows of integers still on the device, and who takes them."""
+
+    outcome: Tensor
+    take: Callable[[list[list[int]]], None]
+
+
 class DenoiserEngine:
     """Decodes `diffusion` and `mock_ar` requests, many at a time, each row at its own step of its own block."""
 
@@ -123,10 +132,11 @@ class DenoiserEngine:
         ready = [s for s in self._sequences.values() if s.ready and not s.closing]
         blocks = [s for s in ready if s.request.params.mode is Mode.DIFFUSION]
         tokens = [s for s in ready if s.request.params.mode is Mode.MOCK_AR]
-        if tokens:
-            self._step_tokens(tokens)
-        for batch in _of_like_width(blocks):
-            self._step_blocks(batch)
+        steps = [self._step_tokens(tokens)] if tokens else []
+        steps += [self._step_blocks(batch) for batch in _of_like_width(blocks)]
+        # The only time the host waits for the device, however many forwards there were.
+        for step, outcome in zip(steps, _to_host([step.outcome for step in steps]), strict=True):
+            step.take(outcome)
         self._submit()
         if ready:
             self.ticks += 1
@@ -192,9 +202,8 @@ class DenoiserEngine:
 
     def _submit(self) -> None:
         """All that has gathered, as one message."""
-        if self._commands:
-            self.link.submit(self._commands)
-            self._commands = []
+        self.link.submit(self._commands)
+        self._commands = []
 
     def _fail(self, sequence: _Sequence, error: TwoTowerError) -> None:
         if not sequence.closing:
@@ -210,7 +219,7 @@ class DenoiserEngine:
             self._forget(sequence)
         raise error
 
-    def _step_blocks(self, sequences: list[_Sequence]) -> None:
+    def _step_blocks(self, sequences: list[_Sequence]) -> _Step:
         lengths = [len(s.tokens) for s in sequences]
         width = max(lengths)
         tokens_RL = self._tensor([_padded(s.tokens, width, 0) for s in sequences])
@@ -220,18 +229,20 @@ class DenoiserEngine:
         result = unmask(logits_RLV, tokens_RL, masked_RL, [_step_params(s) for s in sequences])
         if self._trace is not None:
             self._report(sequences, t, result)
-        # The only time the host waits for the device.
         ends_R2 = torch.stack([packed(result.margin_R), result.finite_R], dim=1)
-        outcome = torch.cat([result.tokens_RL, result.committed_RL, ends_R2], dim=1).tolist()
-        for row, sequence in enumerate(sequences):
-            new_tokens, now, finite = outcome[row][:width], outcome[row][width:-2], outcome[row][-1]
+        return _Step(
+            torch.cat([result.tokens_RL, result.committed_RL, ends_R2], dim=1), partial(self._has_stepped, sequences)
+        )
+
+    def _has_stepped(self, sequences: list[_Sequence], outcome: list[list[int]]) -> None:
+        for sequence, (*both, margin, finite) in zip(sequences, outcome, strict=True):
             if not finite:
                 self._fail(sequence, self._not_finite(sequence))
                 continue
-            self._has_decided(sequence, outcome[row][-2])
-            size = lengths[row]
-            sequence.tokens = new_tokens[:size]
-            sequence.masked = [masked and not now[i] for i, masked in enumerate(sequence.masked)]
+            self._has_decided(sequence, margin)
+            width = len(both) // 2
+            sequence.tokens = both[: len(sequence.tokens)]
+            sequence.masked = [masked and not both[width + i] for i, masked in enumerate(sequence.masked)]
             sequence.step += 1
             if not any(sequence.masked):
                 self._block_is_full(sequence)
@@ -250,15 +261,17 @@ class DenoiserEngine:
         else:
             self._release(sequence)
 
-    def _step_tokens(self, sequences: list[_Sequence]) -> None:
+    def _step_tokens(self, sequences: list[_Sequence]) -> _Step:
         """Mock-AR: step on the newest token while the context tower reads it."""
         self._commands += [Commit(s.number, s.length, tuple(s.tokens)) for s in sequences]
         self._submit()  # before the forward, so that both towers work at the same time
         logits_RV = self._passes.run([s.slot for s in sequences], [s.tokens for s in sequences])[:, 0]
         finite_R = torch.isfinite(logits_RV).all(1)
         sampled = sample(logits_RV, [_token_params(s) for s in sequences])
-        # The only time the host waits for the device.
-        outcome = torch.stack([sampled.tokens_R, finite_R.long(), packed(sampled.margin_R)], dim=1).tolist()
+        outcome_R3 = torch.stack([sampled.tokens_R, finite_R.long(), packed(sampled.margin_R)], dim=1)
+        return _Step(outcome_R3, partial(self._have_tokens, sequences))
+
+    def _have_tokens(self, sequences: list[_Sequence], outcome: list[list[int]]) -> None:
         for sequence, (token, finite, margin) in zip(sequences, outcome, strict=True):
             if not finite:
                 self._fail(sequence, self._not_finite(sequence))
@@ -308,6 +321,19 @@ class DenoiserEngine:
 
     def _tensor(self, rows: Sequence[object]) -> Tensor:
         return on_device(rows, self.tower.device)
+
+
+def _to_host(outcomes: Sequence[Tensor]) -> list[list[list[int]]]:
+    """All of them in one transfer."""
+    if len(outcomes) <= 1:
+        return [outcome.tolist() for outcome in outcomes]
+    flat = torch.cat([outcome.flatten() for outcome in outcomes]).tolist()
+    rows, end = [], 0
+    for outcome in outcomes:
+        start, width = end, outcome.shape[1]
+        end += outcome.numel()
+        rows.append([flat[i : i + width] for i in range(start, end, width)])
+    return rows
 
 
 def _padded(values: Sequence[int], width: int, fill: int) -> list[int]:

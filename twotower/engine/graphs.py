@@ -2,7 +2,8 @@
 
 A pass of a 52-layer tower is some four thousand launches, which cost the host more than the GPU needs for a few rows.
 Rows and pages are rounded up to powers of two, so that few shapes occur; rows nobody asked for read and write a scratch
-slot. On a CPU the same passes run without capture, which is how they are tested; a capture has not been seen yet.
+slot. Only what comes up all the time is captured: single tokens and blocks of up to the released size; wider rows run
+eagerly. On a CPU the same passes run without capture, which is how they are tested; a capture has not been seen yet.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from twotower.engine.passes import forward, padded
+from twotower.engine.passes import USUAL_WIDTH, EagerPasses, forward, padded
 from twotower.model import mamba
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.pages import PAGE_TOKENS, pages_for
@@ -98,10 +99,12 @@ def _places(table_RZ: Tensor, positions_RL: Tensor, real_RL: Tensor) -> Tensor:
 
 
 class FixedPass:
-    """One shape's forward. Its inputs and its output stay at their addresses: use the output before the next `run`."""
+    """One shape's forward. Its inputs and its output `out` stay at their addresses: use it before the next `run`."""
 
-    def __init__(self, tower: ContextTower | DenoiserTower, cache: TowerCache, shape: PassShape, scratch: int) -> None:
-        self._tower, self._cache, self._shape = tower, cache, shape
+    def __init__(
+        self, tower: ContextTower | DenoiserTower, cache: TowerCache, shape: PassShape, scratch: int, out: Tensor
+    ) -> None:
+        self._tower, self._cache, self._shape, self._out = tower, cache, shape, out
         self._idle = [0] * shape.width + [scratch, 0, 1] + [WASTE_PAGE] * shape.pages
         self._given_RX = on_device([self._idle] * shape.rows, tower.device)
         self._t_R = torch.ones(shape.rows, device=tower.device)
@@ -120,7 +123,7 @@ class FixedPass:
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (a link's) may use CUDA meanwhile.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._out = self._forward()
+            self._forward()
 
     def run(self, rows: Sequence[Sequence[int]], t: Sequence[float]) -> Tensor:
         """`rows`: tokens, slot, start, length and pages of each. Output of these rows [R,…]."""
@@ -131,18 +134,20 @@ class FixedPass:
         if self._graph is not None:
             self._graph.replay()
         else:
-            self._out = self._forward()
+            self._forward()
         return self._out[: len(rows)]
 
-    def _forward(self) -> Tensor:
+    def _forward(self) -> None:
         width, tower = self._shape.width, self._tower
         tokens_RL, given_RX = self._given_RX.split([width, self._given_RX.shape[1] - width], dim=1)
         states = FixedStates(self._cache, given_RX, width, updates=tower.causal)
-        return forward(tower, tokens_RL, states, self._t_R if self._shape.timed else None, self._shape.head)
+        self._out.copy_(forward(tower, tokens_RL, states, self._t_R if self._shape.timed else None, self._shape.head))
 
 
 class FixedPasses:
     """A tower's passes over a cache, a FixedPass for each shape that has occurred.
+
+    All shapes write their output to the same memory: a large vocabulary's logits for each of them would fill a GPU.
 
     `scratch` is a slot of the cache that no sequence uses (a denoiser's is only read: any slot will do). `graphs` is
     the switch: without it, and on a CPU, passes run eagerly.
@@ -153,6 +158,8 @@ class FixedPasses:
     ) -> None:
         self._tower, self._cache, self._scratch = tower, cache, scratch
         self._passes: dict[PassShape, FixedPass] = {}
+        self._outputs: dict[bool, Tensor] = {}
+        self._eager = EagerPasses(tower, cache)
         self._pool = torch.cuda.graph_pool_handle() if graphs and tower.device.type == "cuda" else None
 
     def run(
@@ -163,6 +170,8 @@ class FixedPasses:
         A context tower's slots are the caller's to advance, as after `extending`.
         """
         longest = max(len(ids) for ids in tokens)
+        if longest > USUAL_WIDTH:
+            return self._eager.run(slots, tokens, t, head)
         width = padded(longest)
         updates = self._tower.causal
         starts = [self._cache.length(slot) for slot in slots]
@@ -186,10 +195,21 @@ class FixedPasses:
     def _pass(self, shape: PassShape) -> FixedPass:
         found = self._passes.get(shape)
         if found is None:
-            found = self._passes[shape] = FixedPass(self._tower, self._cache, shape, self._scratch)
+            out = self._output(shape)
+            found = self._passes[shape] = FixedPass(self._tower, self._cache, shape, self._scratch, out)
             if self._pool is not None:
                 found.capture(self._pool)
         return found
+
+    def _output(self, shape: PassShape) -> Tensor:
+        """Room for a shape's output, shared with the others; passes captured before it grew keep what they had."""
+        config = self._tower.config
+        columns = config.vocab_size if shape.head else config.hidden_size
+        dtype = torch.float32 if shape.head or config.residual_in_fp32 else self._tower.dtype
+        numbers = shape.rows * shape.width * columns
+        if shape.head not in self._outputs or self._outputs[shape.head].numel() < numbers:
+            self._outputs[shape.head] = torch.empty(numbers, dtype=dtype, device=self._tower.device)
+        return self._outputs[shape.head][:numbers].view(shape.rows, shape.width, columns)
 
 
 def _power_of_two(count: int) -> int:

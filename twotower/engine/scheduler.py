@@ -4,11 +4,12 @@ A cycle runs at most one commit batch, one decode batch and one prefill batch. C
 because a denoiser waits for them; but each kind runs once a cycle, so nobody starves.
 """
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
 Key = Hashable
+_NARROW = 16  # positions: blocks of up to so many are always read together, which is what batching is for
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class ContextScheduler:
 
     def __init__(self, prefill_chunk_tokens: int) -> None:
         self._chunk = prefill_chunk_tokens
-        self._commits: deque[Key] = deque()
+        self._commits: OrderedDict[Key, int] = OrderedDict()
         self._decoding: dict[Key, None] = {}
         self._prompts: OrderedDict[Key, _Prompt] = OrderedDict()
         self._done_this_cycle: set[type] = set()
@@ -64,8 +65,10 @@ class ContextScheduler:
         """Read positions [done, length) of a prompt when its turn comes."""
         self._prompts[key] = _Prompt(done, length)
 
-    def add_commit(self, key: Key) -> None:
-        self._commits.append(key)
+    def add_commit(self, key: Key, length: int) -> None:
+        """Read a block of `length` tokens when its turn comes. A sequence has one at a time."""
+        assert key not in self._commits, "a second block before the first was read"
+        self._commits[key] = length
 
     def add_decoding(self, key: Key) -> None:
         self._decoding[key] = None
@@ -74,8 +77,7 @@ class ContextScheduler:
         """Forget everything that waits for this sequence."""
         self._decoding.pop(key, None)
         self._prompts.pop(key, None)
-        if key in self._commits:
-            self._commits.remove(key)
+        self._commits.pop(key, None)
 
     def next(self) -> Work | None:
         """The next forward's work, or None where nothing waits."""
@@ -89,14 +91,28 @@ class ContextScheduler:
 
     def _pick(self) -> Work | None:
         if self._commits and CommitBatch not in self._done_this_cycle:
-            batch = CommitBatch(tuple(self._commits))
-            self._commits.clear()
-            return batch
+            return self._commit_batch()
         if self._decoding and DecodeBatch not in self._done_this_cycle:
             return DecodeBatch(tuple(self._decoding))
         if self._prompts and PrefillBatch not in self._done_this_cycle:
             return self._prefill_batch()
         return None
+
+    def _commit_batch(self) -> CommitBatch:
+        """All blocks that wait, in order. A wide one shares a forward only as far as the padded tokens fit one chunk:
+        its width would be everybody's. What does not fit goes first next time.
+        """
+        keys: list[Key] = []
+        widest = 0
+        for key, length in self._commits.items():
+            wider = max(widest, length)
+            if keys and wider > _NARROW and wider * (len(keys) + 1) > self._chunk:
+                continue
+            keys.append(key)
+            widest = wider
+        for key in keys:
+            del self._commits[key]
+        return CommitBatch(tuple(keys))
 
     def _prefill_batch(self) -> PrefillBatch:
         """The oldest prompts' next chunks, as many as fit one chunk's worth of padded tokens.

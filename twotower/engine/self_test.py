@@ -6,16 +6,18 @@ A broken kernel stack shows here, as one clear error, and not in a user's answer
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 from twotower.core import DecodingParams, Mode, Request, RequestId
 from twotower.engine.expectation import Expectation, Known, Outcome
 from twotower.engine.pair import Pair
-from twotower.errors import TwoTowerError, Unavailable
+from twotower.errors import Overloaded, TwoTowerError, Unavailable
 from twotower.model.pages import pages_for
 
 _PROMPT = (1, 2, 3, 4, 5)
 _BLOCK = 16  # answers are asked for in whole blocks
+_PAUSE_S = 0.005
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +84,15 @@ def _request(known: Known, mode: Mode, number: int) -> Request:
 
 
 async def _decode(pair: Pair, known: Known, mode: Mode, number: int, timeout_s: float) -> Outcome:
-    tokens: tuple[int, ...] = ()
-    steps = 0
-    async for event in pair.generate(_request(known, mode, number), timeout_s):
-        tokens += event.token_ids
-        steps += event.num_steps
-    return Outcome(tokens, steps if mode is Mode.DIFFUSION else len(tokens))
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            events = [event async for event in pair.generate(_request(known, mode, number), timeout_s)]
+            break
+        except Overloaded:
+            # A sequence's room is back a moment after its last event, and there may be no queue to wait in.
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(_PAUSE_S)
+    tokens = tuple(token for event in events for token in event.token_ids)
+    return Outcome(tokens, sum(event.num_steps for event in events) if mode is Mode.DIFFUSION else len(tokens))

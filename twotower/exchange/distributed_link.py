@@ -53,6 +53,7 @@ class DistributedLink:
         self._endpoint, self._layout, self._pool = endpoint, layout, pool
         self._mirrors: dict[int, _Mirror] = {}
         self._inbox: deque[_Arrived | Failed | Released] = deque()
+        self._taken: list[Message] = []  # to be said with the next commands: one message a tick
         self._ended = False
 
     def submit(self, commands: Sequence[Command]) -> None:
@@ -62,18 +63,24 @@ class DistributedLink:
         for command in commands:
             if isinstance(command, Release) and command.sequence in self._mirrors:
                 self._mirrors[command.sequence].deaf = True
-        if commands:
-            self._endpoint.post(tuple(commands))
+        self._say(commands)
 
     def poll(self) -> list[LinkEvent]:
         if self._ended:
             return []
         lost = self._endpoint.lost  # before the inbox: what came before the end is still delivered
         events = [event for _ in range(len(self._inbox)) for event in self._take(self._inbox.popleft())]
+        if len(self._taken) >= max(1, self._endpoint.settings.staging_buffers - 1):
+            self._say(())  # the other side is about to run out of buffers: it cannot wait for this tick's end
         if lost is not None:
             self._end()
             events.append(LinkLost(lost))
         return events
+
+    def _say(self, commands: Sequence[Command]) -> None:
+        if messages := (*self._taken, *commands):
+            self._taken.clear()
+            self._endpoint.post(messages)
 
     def close(self) -> None:
         self._endpoint.close("closed by the denoiser side")
@@ -150,7 +157,7 @@ class DistributedLink:
             self.cache.apply(spans, tensors)
         arrived.buffer.mark()
         self._pool.give(arrived.buffer)
-        self._endpoint.post([Taken()])
+        self._taken.append(Taken())
         return events
 
     def _sift(self, deltas: Sequence[Delta]) -> tuple[list[LinkEvent], list[Span], list[int]]:

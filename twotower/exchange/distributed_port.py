@@ -98,12 +98,19 @@ class DistributedPort:
         while self._backlog:
             head = self._backlog[0]
             if not isinstance(head, Delta):
-                self._endpoint.post([head])
-                self._backlog.popleft()
+                self._endpoint.post(self._next_verdicts())
             elif self._overtaken(head):
                 self._backlog[0] = _overtaken_failure(head)
             elif not self._post_deltas():
                 return
+
+    def _next_verdicts(self) -> list[Message]:
+        """What stands before the next delta, to be sent as one message."""
+        taken: list[Message] = []
+        while self._backlog and not isinstance(head := self._backlog[0], Delta):
+            taken.append(head)
+            self._backlog.popleft()
+        return taken
 
     def _post_deltas(self) -> bool:
         """Pack the deltas at the backlog's head as one payload; False if no buffer is free at both ends."""
@@ -116,12 +123,14 @@ class DistributedPort:
             return False
         deltas = self._next_deltas()
         nbytes = self._layout.nbytes(deltas)
+        self._payloads += 1
+        announcement = [Payload(self._payloads, nbytes, deltas)]
+        # Announced before it is packed where possible: the other side wakes meanwhile.
+        announced = self._endpoint.post_at_once(announcement)
         buffer.grow(nbytes)
         self._layout.pack(deltas, buffer.flat)
         buffer.mark()
-        self._payloads += 1
-        announced = Payload(self._payloads, nbytes, deltas)
-        self._endpoint.post_payload(Outgoing([announced], buffer, nbytes, self._payloads))
+        self._endpoint.post_payload(Outgoing([] if announced else announcement, buffer, nbytes, self._payloads))
         return True
 
     def _next_deltas(self) -> tuple[Delta, ...]:

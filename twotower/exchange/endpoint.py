@@ -51,7 +51,7 @@ class MessageStream:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """Messages to send, and the buffer whose bytes the last of them announces."""
+    """Messages to send, and the buffer whose bytes the last of them, or one sent before, announces."""
 
     messages: Sequence[Message]
     buffer: StagingBuffer | None = None
@@ -87,17 +87,20 @@ class Endpoint:
 
         Waking that thread costs an engine the interpreter for longer than sending a few hundred bytes does.
         """
+        if not self.post_at_once(messages):
+            self.post_payload(Outgoing(messages))
+
+    def post_at_once(self, messages: Sequence[Message]) -> bool:
+        """`post` if that needs nobody else; False where something is before it, or it might have to wait."""
         try:
             if self._unsent == 0 and self._stream is not None and self._sending.acquire(blocking=False):
                 try:
-                    if self.lost is None and self._stream.send_at_once(messages):
-                        return
+                    return self.lost is None and self._stream.send_at_once(messages)
                 finally:
                     self._sending.release()
         except Exception as error:
             self.lose(self.explain(error, self.settings.link_timeout_s))
-            return
-        self.post_payload(Outgoing(messages))
+        return False
 
     def post_payload(self, outgoing: Outgoing) -> None:
         """Leave it to the sender thread, which may have to wait for the other side to take the bytes."""
@@ -161,7 +164,8 @@ class Endpoint:
                 continue
             with self._sending:
                 # As one frame: a burst costs the other side one waking.
-                stream.send([message for post in posts for message in post.messages])
+                if messages := [message for post in posts for message in post.messages]:
+                    stream.send(messages)
                 with self._counting:
                     self._unsent -= len(posts)
             last = posts[-1]

@@ -62,7 +62,7 @@ class LocalLink:
         self._commands, self._replies, self._port, self._wake = commands, replies, port, wake
 
     def submit(self, commands: Sequence[Command]) -> None:
-        if self._port.lost is None:
+        if commands and self._port.lost is None:
             self._commands.extend(commands)
             self._wake()
 

@@ -109,7 +109,10 @@ class Link(Protocol):
     cache: TowerCache
 
     def submit(self, commands: Sequence[Command]) -> None:
-        """Send commands, in order. Never blocks. `Prefill` and `Attach` take their mirror slot here (Overloaded)."""
+        """Send commands, in order. Never blocks. `Prefill` and `Attach` take their mirror slot here (Overloaded).
+
+        Called in every tick, without commands too: what the link itself has to say since `poll` goes along.
+        """
         ...
 
     def poll(self) -> list[LinkEvent]:

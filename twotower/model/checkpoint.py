@@ -3,6 +3,7 @@
 Knows names and files; `loading.py` turns them into towers.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from twotower.errors import CheckpointError
 
 CONTEXT_PREFIX, DENOISER_PREFIX, BASE_PREFIX = "context_tower.", "denoiser_tower.", "backbone."
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 class Layout(StrEnum):
@@ -51,6 +53,19 @@ class Checkpoint:
     def modes(self) -> tuple[Mode, ...]:
         """Modes these weights can serve."""
         return tuple(Mode) if self.layout is Layout.TWO_TOWER else (Mode.AR,)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells checkpoints apart without reading them: config, every shard's size and evenly spaced samples of it."""
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for shard in sorted(set(self.files.values())):
+            size = shard.stat().st_size
+            digest.update(f"{shard.name} {size}".encode())
+            with shard.open("rb") as file:
+                for sample in range(_SAMPLES):
+                    file.seek(size * sample // _SAMPLES)
+                    digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()[:16]
 
     def read(self, name: str) -> Tensor:
         """One tensor, read now, on the CPU, in its stored dtype."""

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+from twotower.exchange.codec import Payload, decode
 from twotower.exchange.control import Channel
 
 
@@ -10,13 +11,15 @@ from twotower.exchange.control import Channel
 class ChannelFaults:
     """What goes wrong with the frames one end of a link sends, counted from 0, which is its introduction.
 
-    `overtake`: these frames are sent after the next one. `cut_at`: the connection ends instead of this frame.
+    `overtake`: these frames are sent after the next one. `drop_payload`: the frame that announces this payload is not
+    sent. `cut_at`: the connection ends instead of this frame.
     `stall_at`: from this frame on nothing is sent, and nobody is told.
     """
 
     delay_s: float = 0.0
     repeat_every: int = 0
     drop: frozenset[int] = frozenset()
+    drop_payload: int | None = None
     overtake: frozenset[int] = frozenset()
     cut_at: int | None = None
     stall_at: int | None = None
@@ -38,7 +41,7 @@ class FaultyChannel:
             self._inner.abort()
         if faults.stall_at is not None and number >= faults.stall_at:
             return
-        if number in faults.drop:
+        if number in faults.drop or self._announces(frame, faults.drop_payload):
             return
         if number in faults.overtake:
             self._held = frame
@@ -51,7 +54,16 @@ class FaultyChannel:
             self._inner.send(frame)
 
     def send_at_once(self, frame: bytes) -> bool:
-        return False  # its delays are waits
+        if self._faults.delay_s:
+            return False
+        self.send(frame)
+        return True
+
+    @staticmethod
+    def _announces(frame: bytes, payload: int | None) -> bool:
+        if payload is None or b'"Payload"' not in frame:
+            return False
+        return any(isinstance(m, Payload) and m.number == payload for m in decode(frame)[1])
 
     def receive(self) -> bytes:
         return self._inner.receive()
