@@ -23,7 +23,7 @@ _EXAMPLES = """examples:
   python -m cluster up                                            the demo checkpoint on 127.0.0.1
   python -m cluster up --set model.checkpoint=/models/twotower    another checkpoint
   python -m cluster up --config deploy/serve/two_gpus.yaml        a tower per GPU
-  python -m cluster generate --prompt $'words: 6550\\n'             ask it something
+  python -m cluster generate --prompt $'words: 2009\\n'             ask it something
   python -m cluster tune --input prompts.jsonl                    which confidence threshold suits them?
   python -m cluster status                                        is it well?
   python -m cluster down                                          stop it

@@ -28,7 +28,7 @@ from twotower.errors import CheckpointError, ConfigError, TwoTowerError, Unavail
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 DEMO = Path(twotower.__file__).parent / "demo" / "checkpoint"
-DEMO_PROMPTS = ("words: 6550\n", "json: color=gold name=kim age=74\n", "roman: 1987\n")
+DEMO_PROMPTS = ("words: 2009\n", "json: age=26 city=delhi pet=owl name=bob\n", "roman: 1987\n")
 # Recording passes takes a process seconds; the demo below is decoded with recorded ones.
 ENGINE = EngineSettings(16, 256, prefill_chunk_tokens=16, link_timeout_s=4, capture="off")
 

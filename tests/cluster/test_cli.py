@@ -226,8 +226,8 @@ def test_what_to_type_next_names_a_python_that_works(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.executable", str(tmp_path / executable))
     state = RunState(1, 1.0, "127.0.0.1:8000", "127.0.0.1:50051", "demo")
-    said = _what_next(state, "words: 6550\n")
-    assert f"\n  {typed.format(parent=tmp_path.parent)} -m cluster generate --prompt $'words: 6550\\n'\n" in said
+    said = _what_next(state, "words: 2009\n")
+    assert f"\n  {typed.format(parent=tmp_path.parent)} -m cluster generate --prompt $'words: 2009\\n'\n" in said
 
 
 @pytest.mark.parametrize("behaves", ["fails", "hangs"])

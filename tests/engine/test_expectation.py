@@ -17,7 +17,7 @@ from twotower.engine.self_test import self_test
 from twotower.engine.settings import EngineSettings
 from twotower.errors import CheckpointError, Unavailable
 from twotower.model import mamba
-from twotower.model.cache import ReadStates, TowerCache
+from twotower.model.cache import ReadStates, Span, TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 
@@ -89,6 +89,26 @@ async def test_with_deltas_lost(demo: Towers, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(TowerCache, "apply", forgetful)
     with pytest.raises(Unavailable, match="self-test in diffusion mode failed: got"):
         await _try_out(demo)
+
+
+async def test_with_nothing_but_the_deltas_of_commits_lost(demo: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sequence at a time, so that a payload is one delta: prompts arrive, committed blocks do not."""
+    expected = Expectation.load(DEMO)
+    assert expected is not None
+    assert sum(len(known.answer_token_ids) > 16 for known in expected.sample) >= 6, "too few answers of several blocks"
+    apply = TowerCache.apply
+
+    def forgetful(self: TowerCache, spans: list[Span], tensors: list[Tensor]) -> None:
+        [span] = spans
+        if span.start == 0:
+            apply(self, spans, tensors)
+        else:
+            self.advance(span.slot, span.end - span.start)
+
+    monkeypatch.setattr(TowerCache, "apply", forgetful)
+    async with split_pair(demo, 1, replace(SETTINGS, max_sequences=1)) as pair:
+        with pytest.raises(Unavailable, match=r"self-test in diffusion mode failed: got \d+ of 28 known answers right"):
+            await self_test(pair, (Mode.DIFFUSION,), 60, expected)
 
 
 def test_bounds_leave_slack_and_no_more() -> None:

@@ -24,10 +24,10 @@ PARAMS = (
 EXAMPLES = """\
 examples:
   one prompt, text on the terminal as blocks are committed:
-    python -m twotower generate --checkpoint demo --prompt $'roman: 3840\\n' --max-new-tokens 32
+    python -m twotower generate --checkpoint demo --prompt $'roman: 3376\\n' --max-new-tokens 32
 
   many prompts, one JSON object a line in and out, decoded together, order kept:
-    echo '{"id": "a", "prompt": "words: 6550\\n", "mode": "ar"}' > prompts.jsonl
+    echo '{"id": "a", "prompt": "words: 2009\\n", "mode": "ar"}' > prompts.jsonl
     python -m twotower generate --checkpoint demo --input prompts.jsonl --output answers.jsonl
 
 exit status: 0 all done; 1 a failure, or lines of --input that were skipped or whose request failed;
