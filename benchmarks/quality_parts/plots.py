@@ -27,7 +27,7 @@ def trade(findings: Findings, path: Path) -> None:
     axes.errorbar(speeds, values, yerr=[low, high], fmt="o-", color=_ACCENT, ecolor=_SHADES[1], capsize=3, lw=1.5)
     for speed, kept, threshold in points:
         place = (speed, 100 * kept.value)
-        axes.annotate(f"γ {threshold:g}", place, (0, -17), textcoords="offset points", ha="center", color=_INK)
+        axes.annotate(f"γ {threshold:g}", place, (-6, -4), textcoords="offset points", ha="right", va="top", color=_INK)
     axes.margins(0.08, 0.15)
     axes.axhline(98.7, color=_INK, lw=0.8, ls=":")
     axes.text(0.01, 98.72, "98.7 %", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom", color=_INK)

@@ -134,8 +134,9 @@ def test_a_payload_that_was_never_announced_ends_the_link_in_time() -> None:
     rig, reason = _lost_by(ChannelFaults(drop_payload=3))
     # The next frame tells, or an end's patience does: which comes first is chance.
     reasons = f"{reason}; {rig.port.lost}"
-    assert "was lost or overtaken by" in reasons or "a transfer did not finish within 1.2 s" in reasons, reasons
     rig.close()
+    told = "was lost or overtaken by", "a transfer did not finish within 1.2 s", "nothing heard from"
+    assert any(words in reasons for words in told), reasons
 
 
 @pytest.mark.parametrize("side", ["port", "link"])
