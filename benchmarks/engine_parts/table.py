@@ -82,7 +82,7 @@ def _between_blocks(figures: Figures) -> Iterator[Line]:
 def _long_prompt(figures: Figures) -> Iterator[Line]:
     for variant, seen in figures.results.long_prompts.items():
         tokens = figures.plan.long_prompt
-        name = f"longest time between steps while a {tokens}-token prompt is read − before, {variant.name}"
+        name = f"longest time between steps while a {tokens}-token prompt is read − the usual, {variant.name}"
         stretch = stretch_s(seen)
         if stretch is None:
             yield Line(name, "the runs did not meet", "≤ one chunk")
