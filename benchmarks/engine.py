@@ -28,11 +28,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.arguments import count
 from benchmarks.engine_parts.experiment import Experiment
 from benchmarks.engine_parts.plan import Plan
 from benchmarks.engine_parts.report import render
 from benchmarks.reference.workload import DEMO
+from twotower.commands.parser import count
 from twotower.errors import TwoTowerError
 from twotower.model.checkpoint import Checkpoint
 

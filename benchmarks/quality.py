@@ -28,7 +28,6 @@ import grpc
 import httpx
 import torch
 
-from benchmarks.arguments import count
 from benchmarks.engine_parts.bare import AR, DENOISE, Bench
 from benchmarks.quality_parts.experiment import Experiment
 from benchmarks.quality_parts.plan import Plan
@@ -36,6 +35,7 @@ from benchmarks.quality_parts.record import Record
 from benchmarks.quality_parts.report import Costs, Findings, render, summary
 from benchmarks.quality_parts.targets import runs_here, served_fingerprint, target_of
 from benchmarks.reference.workload import DEMO
+from twotower.commands.parser import count
 from twotower.demo.corpus import families_of
 from twotower.demo.tokenizer import load_tokenizer
 from twotower.errors import ConfigError, TwoTowerError, Unavailable

@@ -27,10 +27,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import count
 from benchmarks.reference.experiment import PATHS, Experiment, Plan
 from benchmarks.reference.report import render
 from benchmarks.reference.workload import DEMO, Workload
+from twotower.commands.parser import count
 from twotower.core import Mode
 from twotower.errors import TwoTowerError
 from twotower.model.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from cluster import run_state
 from cluster.flag_types import host_and_port, seconds
 from cluster.tune.report import Findings
-from twotower.commands.parser import number
+from twotower.commands.parser import count, share
 from twotower.errors import InvalidRequest
 
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
@@ -32,10 +32,10 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", type=Path, required=True, metavar="FILE.jsonl", help="your prompts")
     add("--answers", type=Path, metavar="FILE.jsonl", help="id and answer a line, where --input has only ids")
-    add("--quality-floor", type=_share, default=0.98, metavar="X", help="least quality, a share of ar's (%(default)s)")
+    add("--quality-floor", type=share, default=0.98, metavar="X", help="least quality, a share of ar's (%(default)s)")
     add("--confidence-thresholds", type=_shares, default=_THRESHOLDS, metavar="X,Y", help="γ to try (0.5 to 1)")
-    add("--concurrency", type=_count, default=16, metavar="N", help="prompts at once (%(default)s)")
-    add("--max-new-tokens", type=_count, metavar="N", help="of each answer (the service's default)")
+    add("--concurrency", type=count, default=16, metavar="N", help="prompts at once (%(default)s)")
+    add("--max-new-tokens", type=count, metavar="N", help="of each answer (the service's default)")
     add("--timeout", type=seconds, default=120.0, metavar="SECONDS", help="of one answer (%(default)s)")
     add(
         "--address",
@@ -97,18 +97,5 @@ def _file(prefix: Path, ending: str) -> Path:
     return prefix.with_name(prefix.name + ending)
 
 
-def _share(text: str) -> float:
-    value = number(text)
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number from 0 to 1")
-    return value
-
-
 def _shares(text: str) -> tuple[float, ...]:
-    return tuple(sorted({_share(part) for part in text.split(",")}))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1")
-    return int(text)
+    return tuple(sorted({share(part) for part in text.split(",")}))

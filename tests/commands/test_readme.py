@@ -48,8 +48,8 @@ def test_the_cards_answers(tmp_path: Path, run: Callable[..., Run]) -> None:
         assert result["mode"] == mode
         if result["text"].strip() != _answers()[prompt] or result["finish_reason"] != "stop":
             wrong.append((prompt, mode))
-    # Diffusion gets a sum in fourteen wrong (the card's scores), and the card's examples are not picked for it.
-    assert all(mode == "diffusion" and prompt.startswith("add: ") for prompt, mode in wrong), wrong
+    # The card's examples are not picked: diffusion gets 93 % of sums right, and this one wrong, as the card says.
+    assert wrong == [("add: 7789 5995\n", "diffusion")]
     assert not {prompt for prompt, _ in wrong} & (_told(_readme()) | _told(EXAMPLES))
 
 

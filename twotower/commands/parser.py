@@ -28,6 +28,21 @@ def number(text: str) -> object:
     return text
 
 
+def count(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = number(text)
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number from 0 to 1")
+    return value
+
+
 def ids(text: str) -> list[object]:
     """Token ids with commas between them; what is no number stays text, for validation to refuse by its place."""
     return [number(part) for part in text.split(",")] if text.strip() else []

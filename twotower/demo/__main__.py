@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from twotower.commands.parser import number
+from twotower.commands.parser import count, share
 from twotower.core import Mode
 from twotower.demo.corpus import families_of, stream
 from twotower.demo.evaluate import evaluate
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m twotower.demo", description=__doc__)
     parser.add_argument(
-        "--threads", type=_count, default=torch.get_num_threads(), help="CPU threads; 1 where others use the cores"
+        "--threads", type=count, default=torch.get_num_threads(), help="CPU threads; 1 where others use the cores"
     )
     commands = parser.add_subparsers(required=True)
 
     train = commands.add_parser("train", help="train both towers and write the checkpoint")
     train.add_argument("--output", type=Path, default=Path("demo-run"), help="run directory; holds checkpoint/")
     train.add_argument("--resume", action="store_true", help="go on from the run directory's saved state")
-    train.add_argument("--train-steps", type=_count, nargs=2, metavar=("CONTEXT", "DENOISER"), help="of the two stages")
+    train.add_argument("--train-steps", type=count, nargs=2, metavar=("CONTEXT", "DENOISER"), help="of the two stages")
     train.add_argument("--seed", type=int, help="0, or that of the run resumed")
     train.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one"
@@ -66,15 +66,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog="With intervals, steps by block, speed and plots: python -m benchmarks.quality --target local",
     )
     score.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    score.add_argument("--num-instances", type=_count, default=200, help="per family")
+    score.add_argument("--num-instances", type=count, default=200, help="per family")
     swept = score.add_mutually_exclusive_group()
-    swept.add_argument("--confidence-threshold", type=_share, nargs="+", default=[0.8], help="γ of diffusion")
+    swept.add_argument("--confidence-threshold", type=share, nargs="+", default=[0.8], help="γ of diffusion")
     swept.add_argument("--full", action="store_true", help="every γ from 0.5 to 1, and T 4 and 8 at γ 0.8")
     score.add_argument("--json", action="store_true", help="one JSON object a score instead of the table")
     score.set_defaults(run=_evaluate)
 
     corpus = commands.add_parser("corpus", help="show instances")
-    corpus.add_argument("--show", type=_count, default=5, help="how many")
+    corpus.add_argument("--show", type=count, default=5, help="how many")
     corpus.add_argument("--family", choices=list(FAMILIES))
     corpus.add_argument("--split", choices=["train", "test"], default="train")
     corpus.add_argument("--seed", type=int, default=0)
@@ -138,19 +138,6 @@ async def _scores(options: argparse.Namespace) -> list[Score]:
 def _corpus(options: argparse.Namespace) -> None:
     for instance in islice(stream(options.split, options.seed, options.family), options.show):
         print(json.dumps(asdict(instance)))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    value = number(text)
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number from 0 to 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class Trainer:
         Raises CheckpointError where there is none, or where it is of another recipe. Only the numbers of train steps
         may differ: the schedule follows them, so the run is one that was always to have so many.
         """
-        state = self._saved(self.output)
+        state = _saved(self.output)
         _compare(state["recipe"], self.recipe)
         if state["versions"] != versions():
             _logger.warning("begun with %s, goes on with %s", state["versions"], versions())
@@ -167,15 +167,6 @@ class Trainer:
         context = copy.deepcopy(self.context).cpu()
         return new_denoiser_tower(context, self._generator("denoiser")).to(self.device)
 
-    @staticmethod
-    def _saved(output: Path) -> dict[str, Any]:
-        path = output / STATE_FILE
-        try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file, so nothing to resume") from None
-        return state
-
     def _steps_done(self) -> int:
         return self.step + (self.recipe.context.train_steps if self.stage == "denoiser" else 0)
 
@@ -189,8 +180,17 @@ class Trainer:
 
 def saved_recipe(output: Path) -> Recipe:
     """The recipe of the run that `output` holds. Raises CheckpointError."""
-    saved = Trainer._saved(output)["recipe"]
+    saved = _saved(output)["recipe"]
     return Recipe(**{**saved, **{stage: StageRecipe(**saved[stage]) for stage in STAGES}})
+
+
+def _saved(output: Path) -> dict[str, Any]:
+    path = output / STATE_FILE
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file, so nothing to resume") from None
+    return state
 
 
 def _compare(saved: dict[str, Any], recipe: Recipe) -> None:
