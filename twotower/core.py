@@ -27,6 +27,9 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
+GREEDY_BELOW = 1e-5  # a temperature that only fp32 overflow tells from 0
+
+
 @dataclass(frozen=True, slots=True)
 class DecodingParams:
     """How to decode one request. Names and meaning are the released script's; `docs/parameters.md` lists them.
@@ -46,6 +49,11 @@ class DecodingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+
+    @property
+    def samples(self) -> bool:
+        """Whether random numbers decide its tokens; otherwise it decodes greedily."""
+        return self.temperature >= GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True)

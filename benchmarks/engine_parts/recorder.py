@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from twotower.engine import context_engine, denoiser_engine
+from twotower.engine import context_engine
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.exchange.protocol import Commit, Delta, Port
@@ -88,7 +88,7 @@ class Recorder:
         self._wrap_tick(engine)
         self._wrap(runner, "_deliver", DELIVERY)
         if isinstance(engine, DenoiserEngine):
-            self._wrap(denoiser_engine, "unmask", DECISION)
+            self._wrap(engine._decisions, "run", DECISION)
             self._wrap(engine.link, "poll", EXCHANGE, self._polled)
             self._wrap(engine.link, "submit", EXCHANGE, self._submitted)
         else:

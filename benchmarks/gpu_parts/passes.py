@@ -13,7 +13,7 @@ from tqdm import tqdm
 from benchmarks.gpu_parts.report import Report, table
 from benchmarks.gpu_parts.site import Site
 from benchmarks.gpu_parts.towers import filled_cache, random_tower
-from twotower.decoding.unmasking import MASK_TOKEN_ID, StepParams, unmask
+from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams, unmask
 from twotower.engine.graphs import FixedPasses
 from twotower.model.cache import TowerCache
 from twotower.model.kernels import describe
@@ -194,14 +194,13 @@ def _waits(bench: Bench) -> str:
     if bench.site.device.type != "cuda":
         return title + "Needs CUDA: torch reports them there only (tests/engine/test_host_waits.py looks by name)."
     rows = max(bench.site.batches)
-    block = on_device([[MASK_TOKEN_ID] * _BLOCK] * rows, bench.site.device)
-    masked = block == MASK_TOKEN_ID
     params = [StepParams(0.8, _BLOCK, 0.7 if row % 2 else 0.0, row) for row in range(rows)]
+    blocks = Blocks([[MASK_TOKEN_ID] * _BLOCK] * rows, [[True] * _BLOCK] * rows, params)
     parts: dict[str, Callable[[], object]] = {
         kind.name: lambda kind=kind: bench.eager(kind, rows)  # type: ignore[misc]
         for kind in (DENOISE, COMMIT, AR_STEP)
     }
-    parts["unmask"] = lambda: unmask(bench.eager(DENOISE, rows), block, masked, params)
+    parts["unmask"] = lambda: unmask(bench.eager(DENOISE, rows), blocks)
     lines = [[name, str(len(found := _waiting_places(part))), ", ".join(found)] for name, part in parts.items()]
     return title + table(["part", "places", "where"], lines)
 

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.decoding.deciding import decide, fresh
 from tests.decoding.test_unmasking import VOCAB, steps
-from twotower.decoding.margins import NEAR_TIE, packed, unpacked
+from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.sampling import TokenParams, sample
-from twotower.decoding.unmasking import MASK_TOKEN_ID, StepParams, unmask
+from twotower.decoding.unmasking import Blocks, StepParams
 
 PART = 0.2  # of its margin by which a row's logits are moved; a half would be too much
 SEEN = 1e-5  # smaller margins drown in the rounding of the moved logits
@@ -25,17 +26,14 @@ def _moved(logits_RX: Tensor, margin_R: Tensor, seed: int, most: float = 1.0) ->
 
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(steps(), st.integers(0, 10**6))
-def test_a_step_stands_whatever_is_smaller_than_its_margin(
-    step: tuple[Tensor, Tensor, Tensor, list[StepParams]], seed: int
-) -> None:
-    logits, tokens, masked, rows = step
-    result = unmask(logits, tokens, masked, rows)
-    assert ((result.margin_R >= 0) & (result.margin_R <= 1)).all()
-    again = unmask(_moved(logits, result.margin_R, seed), tokens, masked, rows)
-    for r, margin in enumerate(result.margin_R.tolist()):
-        if margin > SEEN:
-            assert torch.equal(again.committed_RL[r], result.committed_RL[r])
-            assert torch.equal(again.tokens_RL[r], result.tokens_RL[r])
+def test_a_step_stands_whatever_is_smaller_than_its_margin(step: tuple[Tensor, Blocks], seed: int) -> None:
+    logits, blocks = step
+    result = decide(logits, blocks)
+    assert all(0 <= row.margin <= 1 for row in result)
+    again = decide(_moved(logits, torch.tensor([row.margin for row in result]), seed), blocks)
+    for then, now in zip(result, again, strict=True):
+        if then.margin > SEEN:
+            assert (now.committed, now.tokens) == (then.committed, then.tokens)
 
 
 @st.composite
@@ -73,8 +71,7 @@ def _step(probabilities: list[list[float]], row: StepParams) -> float:
     for place, likely in enumerate(probabilities):
         logits[0, place, 5 : 5 + len(likely)] = torch.tensor(likely).log()
         logits[0, place, 10] = math.log(1 - sum(likely)) if sum(likely) < 1 else -1e9
-    tokens, masked = torch.full((1, count), MASK_TOKEN_ID), torch.ones(1, count, dtype=torch.bool)
-    return unmask(logits, tokens, masked, [row]).margin_R.item()
+    return decide(logits, fresh(count, [row]))[0].margin
 
 
 @pytest.mark.parametrize(
@@ -108,8 +105,3 @@ def test_margins_of_tokens() -> None:
     tied = torch.tensor([0.3, 0.3, 0.2, 0.2]).log().expand(200, 4)
     cut = sample(tied, [TokenParams(1.0, top_k=3, key=key) for key in range(200)])
     assert (cut.margin_R < NEAR_TIE).float().mean().item() > 0.9, "the third is as likely as the fourth"
-
-
-def test_packed_margins() -> None:
-    margins = torch.tensor([0.0, 1.0, 0.5, 9.9e-6, 1.1e-5])
-    assert [unpacked(number) for number in packed(margins).tolist()] == pytest.approx(margins.tolist(), abs=1e-11)

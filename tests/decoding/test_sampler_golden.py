@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
+from tests.decoding.deciding import decide
 from tests.goldens import GOLDEN_DIR
-from twotower.decoding.unmasking import StepParams, unmask
+from twotower.decoding.unmasking import Blocks, StepParams
 
 CASES: list[dict[str, Any]] = json.loads((GOLDEN_DIR / "sampler.json").read_text())["cases"]
 
@@ -19,20 +19,19 @@ def test_sampler(case: dict[str, Any]) -> None:
     logits, noise = tensors[f"{case['id']}.logits"], tensors.get(f"{case['id']}.uniform")
     assert (noise is not None) == (case["temperature"] > 0)
     mask = case["mask_token_id"]
-    tokens = torch.full((1, case["block_size"]), mask)
-    masked = torch.ones(1, case["block_size"], dtype=torch.bool)
+    tokens, masked = [mask] * case["block_size"], [True] * case["block_size"]
     for step, theirs in enumerate(case["trace"]):
-        assert tokens[0].tolist() == theirs["xt"]
+        assert tokens == theirs["xt"]
         left = max(case["steps_per_block"] - step, 1)
         params = [StepParams(case["confidence_threshold"], left, case["temperature"])]
         given = None if noise is None else noise[step : step + 1]
-        result = unmask(logits[step : step + 1], tokens, masked, params, mask, given)
-        assert result.committed_RL[0].nonzero().flatten().tolist() == theirs["committed"]
+        [result] = decide(logits[step : step + 1], Blocks([tokens], [masked], params), mask, given)
+        assert [place for place, now in enumerate(result.committed) if now] == theirs["committed"]
         for place, predicted in enumerate(theirs["predicted"]):
             if predicted is not None:
-                assert result.predicted_RL[0, place].item() == predicted
-                assert result.confidence_RL[0, place].item() == pytest.approx(theirs["confidence"][place], abs=2e-4)
-        tokens, masked = result.tokens_RL, masked & ~result.committed_RL
-    assert not masked.any()
-    assert tokens[0].tolist() == case["output"]
+                assert result.predicted[place] == predicted
+                assert result.confidence[place] == pytest.approx(theirs["confidence"][place], abs=2e-4)
+        tokens, masked = result.tokens, [m and not now for m, now in zip(masked, result.committed, strict=True)]
+    assert not any(masked)
+    assert tokens == case["output"]
     assert len(case["trace"]) == case["nfe"]

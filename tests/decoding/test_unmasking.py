@@ -1,6 +1,9 @@
 """What a diffusion step may and must do, whatever the logits: counts, order, immutability, independence of rows."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -8,23 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from twotower.decoding.unmasking import MASK_TOKEN_ID, StepParams, Unmasked, unmask
+from tests.decoding.deciding import decide, fresh
+from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams, unmask
+from twotower.engine.decisions import record_decision
 
 VOCAB, WIDTH = 11, 12
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, list[StepParams]]:
-    """Logits, tokens, masks and parameters of up to four rows of blocks narrower than the batch."""
+def steps(draw: st.DrawFn) -> tuple[Tensor, Blocks]:
+    """Logits and rows, up to four, of blocks narrower than the batch."""
     count = draw(st.integers(1, 4))
     logits = torch.randn(count, WIDTH, VOCAB, generator=torch.Generator().manual_seed(draw(st.integers(0, 10**6))))
     logits = logits * draw(st.sampled_from([0.0, 1.0, 8.0]))
-    masked = torch.zeros(count, WIDTH, dtype=torch.bool)
-    rows = []
-    for row in range(count):
+    masked, rows = [], []
+    for _ in range(count):
         size = draw(st.integers(1, WIDTH))
         places = draw(st.sets(st.integers(0, size - 1), min_size=1))
-        masked[row, list(places)] = True
+        masked.append([place in places for place in range(WIDTH)])
         rows.append(
             StepParams(
                 draw(st.sampled_from([0.0, 0.3, 0.8, 1.0])),
@@ -33,62 +37,79 @@ def steps(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, list[StepParams]]:
                 draw(st.integers(0, 2**62 - 1)),
             )
         )
-    tokens = torch.where(masked, MASK_TOKEN_ID, torch.randint(4, VOCAB, (count, WIDTH)))
-    return logits, tokens, masked, rows
+    tokens = [[MASK_TOKEN_ID if m else draw(st.integers(4, VOCAB - 1)) for m in mask] for mask in masked]
+    return logits, Blocks(tokens, masked, rows)
 
 
 @settings(deadline=None, derandomize=True, max_examples=80)
 @given(steps())
-def test_every_step(step: tuple[Tensor, Tensor, Tensor, list[StepParams]]) -> None:
-    logits, tokens, masked, rows = step
-    result = unmask(logits, tokens, masked, rows)
-    assert result.finite_R.all()
-    for r, row in enumerate(rows):
-        committed, confidence = result.committed_RL[r], result.confidence_RL[r]
-        assert not (committed & ~masked[r]).any(), "fixed twice"
-        assert torch.equal(result.tokens_RL[r][~committed], tokens[r][~committed]), "changed without being fixed"
-        assert (result.tokens_RL[r][committed] != MASK_TOKEN_ID).all(), "the mask token was chosen"
-        above = int(((confidence > row.confidence_threshold) & masked[r]).sum())
-        left = int(masked[r].sum())
-        assert int(committed.sum()) == min(left, max(above, 1, math.ceil(left / row.steps_left)))
+def test_every_step(step: tuple[Tensor, Blocks]) -> None:
+    logits, blocks = step
+    for r, result in enumerate(decide(logits, blocks)):
+        tokens, masked, row = blocks.tokens[r], blocks.masked[r], blocks.rows[r]
+        fixed = {place for place, now in enumerate(result.committed) if now}
+        left = {place for place, still in enumerate(masked) if still}
+        assert result.finite
+        assert fixed <= left, "fixed twice"
+        for place, (before, after) in enumerate(zip(tokens, result.tokens, strict=True)):
+            assert place in fixed or before == after, "changed without being fixed"
+            assert place not in fixed or after == result.predicted[place] != MASK_TOKEN_ID
+        threshold = torch.tensor(row.confidence_threshold).item()
+        above = sum(result.confidence[place] > threshold for place in left)
+        assert len(fixed) == min(len(left), max(above, 1, math.ceil(len(left) / row.steps_left)))
         # The surest first; among equals the later one.
-        order = sorted(masked[r].nonzero().flatten().tolist(), key=lambda i: (confidence[i].item(), i))
-        assert set(committed.nonzero().flatten().tolist()) == set(order[len(order) - int(committed.sum()) :])
-        _same_alone(unmask(logits[r : r + 1], tokens[r : r + 1], masked[r : r + 1], [row]), result, r)
+        order = sorted(left, key=lambda place: (result.confidence[place], place))
+        assert fixed == set(order[len(order) - len(fixed) :])
+        [alone] = decide(logits[r : r + 1], Blocks([tokens], [masked], [row]))
+        assert (alone.tokens, alone.committed) == (result.tokens, result.committed)
 
 
-def _same_alone(alone: Unmasked, together: Unmasked, row: int) -> None:
-    assert torch.equal(alone.tokens_RL[0], together.tokens_RL[row])
-    assert torch.equal(alone.committed_RL[0], together.committed_RL[row])
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(steps())
+def test_a_recorded_decision_is_the_eager_one(step: tuple[Tensor, Blocks]) -> None:
+    """To the last bit, for any number of rows; rows that sample are never recorded."""
+    logits, blocks = step
+    if not blocks.greedy:
+        blocks = replace(blocks, rows=[replace(row, temperature=0.0) for row in blocks.rows])
+    eager = unmask(logits.clone(), blocks)
+    assert torch.equal(_recorded(logits.clone(), blocks.given(logits.device)), eager)
+
+
+@cache
+def _program() -> Callable[..., Tensor]:
+    return record_decision(WIDTH, VOCAB, torch.device("cpu"))
+
+
+def _recorded(*tensors: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return _program()(*tensors)
 
 
 @pytest.mark.parametrize("left", range(1, 9))
 def test_always_done_in_time(left: int) -> None:
     """However unsure the denoiser is, a block takes no more steps than it was given."""
-    tokens, masked = torch.full((1, 8), MASK_TOKEN_ID), torch.ones(1, 8, dtype=torch.bool)
+    tokens, masked = [MASK_TOKEN_ID] * 8, [True] * 8
     for step in range(left):
-        assert masked.any()
+        assert any(masked)
         logits = torch.randn(1, 8, VOCAB, generator=torch.Generator().manual_seed(step)) / 100
-        result = unmask(logits, tokens, masked, [StepParams(1.0, left - step)])
-        tokens, masked = result.tokens_RL, masked & ~result.committed_RL
-    assert not masked.any()
+        [result] = decide(logits, Blocks([tokens], [masked], [StepParams(1.0, left - step)]))
+        tokens, masked = result.tokens, [m and not now for m, now in zip(masked, result.committed, strict=True)]
+    assert not any(masked)
 
 
 def test_the_threshold_is_strict() -> None:
     logits = torch.full((1, 4, VOCAB), -1e9)
     logits[0, :, 5] = 0.0  # a confidence of exactly 1
-    tokens, masked = torch.full((1, 4), MASK_TOKEN_ID), torch.ones(1, 4, dtype=torch.bool)
-    assert unmask(logits, tokens, masked, [StepParams(1.0, 4)]).committed_RL.tolist() == [[False, False, False, True]]
-    assert unmask(logits, tokens, masked, [StepParams(0.999, 4)]).committed_RL.all()
+    assert decide(logits, fresh(4, [StepParams(1.0, 4)]))[0].committed == [False, False, False, True]
+    assert all(decide(logits, fresh(4, [StepParams(0.999, 4)]))[0].committed)
 
 
 def test_confidence_is_of_the_unscaled_distribution() -> None:
     logits = torch.randn(1, 6, VOCAB, generator=torch.Generator().manual_seed(1))
-    tokens, masked = torch.full((1, 6), MASK_TOKEN_ID), torch.ones(1, 6, dtype=torch.bool)
-    result = unmask(logits, tokens, masked, [StepParams(0.5, 6, temperature=3.0, key=77)])
+    [result] = decide(logits, fresh(6, [StepParams(0.5, 6, temperature=3.0, key=77)]))
     logits[..., MASK_TOKEN_ID] = -torch.inf
-    wanted = logits.softmax(-1).gather(2, result.predicted_RL[..., None])[..., 0]
-    assert torch.allclose(result.confidence_RL, wanted)
+    wanted = logits.softmax(-1).gather(2, torch.tensor(result.predicted)[None, :, None])[0, :, 0]
+    assert result.confidence == pytest.approx(wanted.tolist())
 
 
 def test_sampling_follows_the_temperature() -> None:
@@ -96,22 +117,20 @@ def test_sampling_follows_the_temperature() -> None:
     logits = torch.full((1, 1, VOCAB), -1e9)
     logits[0, 0, 5:8] = probabilities.log()
     count, temperature = 3000, 2.0
-    many = logits.expand(count, 1, VOCAB)
-    tokens, masked = torch.full((count, 1), MASK_TOKEN_ID), torch.ones(count, 1, dtype=torch.bool)
     rows = [StepParams(0.8, 1, temperature, key=key * 104729 + 3) for key in range(count)]
-    drawn = unmask(many, tokens, masked, rows).tokens_RL.flatten()
-    frequencies = torch.bincount(drawn, minlength=VOCAB)[5:8] / count
+    drawn = [token for row in decide(logits.expand(count, 1, VOCAB), fresh(1, rows)) for token in row.tokens]
+    frequencies = torch.bincount(torch.tensor(drawn), minlength=VOCAB)[5:8] / count
     wanted = probabilities.sqrt() / probabilities.sqrt().sum()
     assert (frequencies - wanted).abs().max().item() < 0.035
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_says_so_and_leaves_the_others_alone(bad: float) -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_row_that_is_not_finite_says_so_and_leaves_the_others_alone(bad: float, temperature: float) -> None:
     logits = torch.randn(3, 5, VOCAB, generator=torch.Generator().manual_seed(2))
-    tokens, masked = torch.full((3, 5), MASK_TOKEN_ID), torch.ones(3, 5, dtype=torch.bool)
-    rows = [StepParams(0.3, 3)] * 3
-    wanted = unmask(logits, tokens, masked, rows)
+    blocks = fresh(5, [StepParams(0.3, 3, temperature)] * 3)
+    wanted = decide(logits, blocks)
     logits[1, 4, 9] = bad
-    result = unmask(logits, tokens, masked, rows)
-    assert result.finite_R.tolist() == [True, False, True]
-    assert torch.equal(result.tokens_RL[[0, 2]], wanted.tokens_RL[[0, 2]])
+    result = decide(logits, blocks)
+    assert [row.finite for row in result] == [True, False, True]
+    assert [result[row].tokens for row in (0, 2)] == [wanted[row].tokens for row in (0, 2)]

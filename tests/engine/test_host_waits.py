@@ -7,6 +7,7 @@ whose output's size depends on values), and a meta device, which has no values, 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from twotower.core import (
     ScoreRequest,
 )
 from twotower.decoding.sampling import TokenParams, sample
-from twotower.decoding.unmasking import StepParams, unmask
+from twotower.decoding.unmasking import Blocks, StepParams, unmask
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.scores import ScoredRow, ScoreSheet, score_rows
@@ -96,7 +97,9 @@ def _passes(context: ContextTower, denoiser: DenoiserTower, device: torch.device
     states = cache.reading(slots, [16, 8, 16], 16)
     logits = denoiser.logits(denoiser(block, states, torch.ones(3, device=device)))
     rows = [StepParams(0.8, 16), StepParams(0.8, 8, 0.7, 1), StepParams(0.0, 1)]
-    unmask(logits, block, block == 3, rows)
+    blocks = Blocks([[3] * 16] * 3, [[True] * 16] * 3, rows)
+    unmask(logits, blocks)
+    unmask(logits, replace(blocks, rows=rows[::2] + rows[:1]))
     cache.delta([Span(slots[0], 0, 17)])
 
 

@@ -9,17 +9,6 @@ one row alone and of the same row among others differ by some 3e-6.
 from torch import Tensor
 
 NEAR_TIE = 1e-5
-_UNIT = 2.0**-40
-
-
-def packed(margin_R: Tensor) -> Tensor:
-    """Margins as integers, so that they are read together with token ids."""
-    return (margin_R * (1 / _UNIT)).long()
-
-
-def unpacked(margin: int) -> float:
-    """The margin that `packed` made this integer of."""
-    return margin * _UNIT
 
 
 def runner_up(values_X: Tensor, winner_X1: Tensor, below: float) -> Tensor:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower.core import GREEDY_BELOW
 from twotower.decoding.margins import runner_up
 from twotower.decoding.randomness import uniform
 from twotower.model.transfer import on_device
 
-GREEDY_BELOW = 1e-5  # a temperature that only fp32 overflow tells from 0
 _SMALLEST = 1e-38
 _MISS = 4.0  # a sum of probabilities moves by a quarter of the logits' difference at most
 

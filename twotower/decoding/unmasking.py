@@ -3,20 +3,25 @@
 Follows the released script (semantics §7.4) with every parameter per row: a row's result depends on that row alone.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from twotower.core import GREEDY_BELOW
 from twotower.decoding.margins import closest, runner_up
 from twotower.decoding.randomness import uniform
-from twotower.decoding.sampling import GREEDY_BELOW
 from twotower.model.transfer import on_device
 
 MASK_TOKEN_ID = 3
 _BANNED = -1e12
 _NOISE_NUMBERS = 1 << 24
 _ABOVE_ZERO = 1e-45  # the smallest fp32 number: a threshold of 0 that can be divided by
+_ABSENT = -1.0  # below every confidence
+_COLUMNS = 3  # of an outcome, behind those of [R,L]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,57 +33,178 @@ class StepParams:
     temperature: float = 0.0
     key: int = 0
 
+    @property
+    def threshold(self) -> float:
+        """One that can be divided by."""
+        return max(self.confidence_threshold, _ABOVE_ZERO)
 
-@dataclass(frozen=True, slots=True)
-class Unmasked:
-    """A step's outcome, [R,L] each; `predicted` and `confidence` mean something at masked positions only.
+    @property
+    def samples(self) -> bool:
+        return self.temperature >= GREEDY_BELOW
 
-    `finite_R` is False for a row whose logits hold a NaN or an infinity; nothing else of that row counts.
-    `margin_R` is that of the step's closest decision, in [0, 1].
+
+@dataclass(frozen=True)
+class Blocks:
+    """R rows before a step, on the host: tokens, which positions are still masked, parameters.
+
+    All rows are padded to L positions; padding is not masked.
     """
 
-    tokens_RL: Tensor
-    committed_RL: Tensor
-    predicted_RL: Tensor
-    confidence_RL: Tensor
-    finite_R: Tensor
-    margin_R: Tensor
+    tokens: Sequence[Sequence[int]]
+    masked: Sequence[Sequence[bool]]
+    rows: Sequence[StepParams]
+
+    @cached_property
+    def at_least(self) -> list[int]:
+        """Positions each row has to fix, however unsure they are: one, and enough to finish in time."""
+        return [max(1, -(-sum(mask) // row.steps_left)) for mask, row in zip(self.masked, self.rows, strict=True)]
+
+    @property
+    def greedy(self) -> bool:
+        return not any(row.samples for row in self.rows)
+
+    def given(self, device: torch.device) -> Tensor:
+        """What a step needs of them on the device: tokens, masked, threshold and `at_least`, [R,2L+2] in fp32."""
+        rows = zip(self.tokens, self.masked, self.rows, self.at_least, strict=True)
+        given = [[*ids, *mask, row.threshold, at_least] for ids, mask, row, at_least in rows]
+        return on_device(given, device, torch.float32)
+
+    def read(self, outcome: Sequence[Sequence[float]]) -> "list[Decision]":
+        """What a step over these blocks decided, a row each."""
+        return [Decision(*row) for row in zip(outcome, self.rows, self.at_least, strict=True)]
+
+
+class Decision:
+    """A row of a step's outcome, as the host reads it; `predicted` and `confidence` mean something at masked positions
+    only."""
+
+    __slots__ = ("_at_least", "_outcome", "_threshold", "_width")
+
+    def __init__(self, outcome: Sequence[float], params: StepParams, at_least: int) -> None:
+        self._outcome, self._width = outcome, (len(outcome) - _COLUMNS) // 5
+        self._threshold, self._at_least = params.threshold, at_least
+
+    def _column(self, number: int) -> Sequence[float]:
+        return self._outcome[number * self._width : (number + 1) * self._width]
+
+    @property
+    def tokens(self) -> list[int]:
+        return list(map(int, self._column(0)))
+
+    @property
+    def committed(self) -> list[bool]:
+        """Which positions were fixed in this step."""
+        return list(map(bool, self._column(1)))
+
+    @property
+    def predicted(self) -> list[int]:
+        return list(map(int, self._column(2)))
+
+    @property
+    def confidence(self) -> list[float]:
+        return list(self._column(3))
+
+    @property
+    def finite(self) -> bool:
+        """False where the row's logits hold a NaN or an infinity: nothing else of it counts."""
+        return math.isfinite(self._outcome[-1])
+
+    @property
+    def margin(self) -> float:
+        """That of the step's closest decision, in [0, 1] (`twotower.decoding.margins`)."""
+        ordered, above, ratio = self._column(4), int(self._outcome[-3]), self._outcome[-2]
+        fixed = min(max(above, self._at_least), self._width)
+        least = ordered[-fixed]
+        # The best of the others is held off by the threshold or, if nobody is above it, by the least of the fixed ones.
+        if fixed < self._width:
+            ratio = max(ratio, _divided(ordered[-fixed - 1], min(least, self._threshold)))
+        # Where the threshold alone decides how many, the least of the fixed ones had to be above it.
+        if above > self._at_least:
+            ratio = max(ratio, _divided(self._threshold, least))
+        return max(1 - ratio, 0.0)  # the threshold is fp32 on the device and a little off here
 
 
 def unmask(
-    logits_RLV: Tensor,
-    tokens_RL: Tensor,
-    masked_RL: Tensor,
-    rows: list[StepParams],
-    mask_token_id: int = MASK_TOKEN_ID,
-    noise: Tensor | None = None,
-) -> Unmasked:
-    """Fix the positions of this step.
+    logits_RLV: Tensor, blocks: Blocks, mask_token_id: int = MASK_TOKEN_ID, noise: Tensor | None = None
+) -> Tensor:
+    """Fix the positions of this step. Returns its outcome, an [R,5L+3] for the host to read at once: see `Decision`.
 
-    `masked_RL` is True at the row's real, still masked positions. `noise` [R,L,V] replaces the uniform numbers of
-    sampled rows (for the golden vectors). A row fixes all positions whose confidence is strictly above its threshold,
-    at least one, at least enough to finish in time, the most confident first and among equals the later one first.
+    A row fixes all positions whose confidence is strictly above its threshold, at least one, at least enough to finish
+    in time, the most confident first and among equals the later one first. `noise` [R,L,V] replaces the uniform
+    numbers of sampled rows (for the golden vectors). Overwrites the mask token's logits.
     """
-    finite_R = (logits_RLV * 0).flatten(1).sum(1) == 0  # NaN where one is not; an eighth of isfinite's time
-    logits_RLV = logits_RLV.index_fill(2, on_device([mask_token_id], logits_RLV.device), _BANNED)
-    probabilities_RLV = logits_RLV.softmax(-1)
+    given_RX = blocks.given(logits_RLV.device)
+    if blocks.greedy:
+        return unmask_greedily(logits_RLV, given_RX, mask_token_id)
+    sum_R1 = logits_RLV.sum((1, 2))[:, None]
+    probabilities_RLV = _without(mask_token_id, logits_RLV).softmax(-1)
+    predicted_RL = probabilities_RLV.max(-1).indices
+    sampled = [r for r, row in enumerate(blocks.rows) if row.samples]
+    which_M = on_device(sampled, logits_RLV.device)
+    drawn_ML, drawn_ratio_ML = _gumbel_argmax(
+        _of(logits_RLV, which_M), [blocks.rows[r] for r in sampled], noise, sampled
+    )
+    predicted_RL = _with(predicted_RL, which_M, drawn_ML)
+    confidence_RL = probabilities_RLV.gather(2, predicted_RL[..., None])[..., 0]
+    chosen = _choose(confidence_RL, given_RX)
+    ratio_RL = runner_up(probabilities_RLV, predicted_RL[..., None], 0.0) / confidence_RL
+    ratio_RL = _with(ratio_RL, which_M, drawn_ratio_ML)
+    # The two likeliest tokens of a position have almost one confidence; two that were nearly drawn need not, and the
+    # other one might have been fixed.
+    decided_RL = _with(chosen.committed_RL, which_M, _of(chosen.masked_RL, which_M))
+    return _outcome(chosen, predicted_RL, confidence_RL, closest(ratio_RL, decided_RL), sum_R1)
+
+
+def unmask_greedily(logits_RLV: Tensor, given_RX: Tensor, mask_token_id: int = MASK_TOKEN_ID) -> Tensor:
+    """`unmask` where no row samples, from what `Blocks.given` returns: tensors alone, so that it can be recorded."""
+    sum_R1 = logits_RLV.sum((1, 2))[:, None]
+    probabilities_RLV = _without(mask_token_id, logits_RLV).softmax(-1)
     confidence_RL, predicted_RL = probabilities_RLV.max(-1)
-    sampled = [r for r, row in enumerate(rows) if row.temperature >= GREEDY_BELOW]
-    if sampled:
-        which_M = on_device(sampled, logits_RLV.device)
-        drawn_ML, drawn_ratio_ML = _gumbel_argmax(_of(logits_RLV, which_M), [rows[r] for r in sampled], noise, sampled)
-        predicted_RL = _with(predicted_RL, which_M, drawn_ML)
-        confidence_RL = probabilities_RLV.gather(2, predicted_RL[..., None])[..., 0]
-    committed_RL, ratio_R = _choose(confidence_RL, masked_RL, rows)
-    out_RL = torch.where(committed_RL, predicted_RL, tokens_RL)
-    ratio_RL, decided_RL = runner_up(probabilities_RLV, predicted_RL[..., None], 0.0) / confidence_RL, committed_RL
-    if sampled:
-        ratio_RL = _with(ratio_RL, which_M, drawn_ratio_ML)
-        # The two likeliest tokens of a position have almost one confidence; two that were nearly drawn need not, and
-        # the other one might have been fixed.
-        decided_RL = _with(committed_RL, which_M, _of(masked_RL, which_M))
-    margin_R = 1 - torch.maximum(ratio_R, closest(ratio_RL, decided_RL))
-    return Unmasked(out_RL, committed_RL, predicted_RL, confidence_RL, finite_R, margin_R)
+    chosen = _choose(confidence_RL, given_RX)
+    ratio_RL = runner_up(probabilities_RLV, predicted_RL[..., None], 0.0) / confidence_RL
+    return _outcome(chosen, predicted_RL, confidence_RL, closest(ratio_RL, chosen.committed_RL), sum_R1)
+
+
+def _without(token_id: int, logits_RLV: Tensor) -> Tensor:
+    """In place: a copy of the logits of many rows over a large vocabulary would be gigabytes."""
+    logits_RLV[..., token_id].fill_(_BANNED)
+    return logits_RLV
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Of every row: its tokens and masks before the step, which positions were fixed, the confidences of the masked
+    ones in rising order, and how many were above the threshold."""
+
+    tokens_RL: Tensor
+    masked_RL: Tensor
+    committed_RL: Tensor
+    ordered_RL: Tensor
+    above_R1: Tensor
+
+
+def _choose(confidence_RL: Tensor, given_RX: Tensor) -> _Chosen:
+    width = confidence_RL.shape[1]
+    tokens_RL, masked_RL, threshold_R1, at_least_R1 = given_RX.split([width, width, 1, 1], dim=1)
+    masked_RL = masked_RL != 0
+    keys_RL = torch.where(masked_RL, confidence_RL, _ABSENT)
+    ordered_RL, order_RL = keys_RL.sort(dim=1, stable=True)
+    above_R1 = (ordered_RL > threshold_R1).sum(1, keepdim=True)
+    fixed_R1 = torch.maximum(above_R1, at_least_R1)
+    last_RL = torch.arange(width, 0, -1, device=keys_RL.device) <= fixed_R1
+    return _Chosen(tokens_RL, masked_RL, last_RL.scatter(1, order_RL, last_RL), ordered_RL, above_R1)
+
+
+def _outcome(chosen: _Chosen, predicted_RL: Tensor, confidence_RL: Tensor, ratio_R: Tensor, sum_R1: Tensor) -> Tensor:
+    """Side by side, all in fp32, which holds every token id below 2^24. The sum of a row's logits is finite where they
+    are."""
+    out_RL = torch.where(chosen.committed_RL, predicted_RL, chosen.tokens_RL)
+    columns = (chosen.committed_RL, predicted_RL, confidence_RL, chosen.ordered_RL, chosen.above_R1, ratio_R[:, None])
+    return torch.cat([out_RL, *columns, sum_R1], dim=1)
+
+
+def _divided(above: float, below: float) -> float:
+    return above / below if below else math.inf
 
 
 def _of(whole_RX: Tensor, which_M: Tensor) -> Tensor:
@@ -116,25 +242,3 @@ def _gumbel_argmax_of(logits: Tensor, rows: list[StepParams], u: Tensor | None) 
     gap = best - runner_up(scores, drawn[..., None], -torch.inf)
     # In units of logits; above a temperature of 1 it is the score's own rounding that counts.
     return drawn, torch.exp(-gap * temperatures.clamp(max=1))
-
-
-def _choose(confidence_RL: Tensor, masked_RL: Tensor, rows: list[StepParams]) -> tuple[Tensor, Tensor]:
-    """Which positions are fixed [R,L], and how close it was that these are and no others [R], as a ratio."""
-    device, width = confidence_RL.device, confidence_RL.shape[1]
-    thresholds = [max(row.confidence_threshold, _ABOVE_ZERO) for row in rows]
-    thresholds_R1, steps_left_R1 = on_device([thresholds, [row.steps_left for row in rows]], device)[..., None]
-    masked_R1 = masked_RL.sum(1, keepdim=True)
-    above_R1 = ((confidence_RL > thresholds_R1) & masked_RL).sum(1, keepdim=True)
-    at_least_R1 = ((masked_R1 + steps_left_R1 - 1) // steps_left_R1).clamp_(min=1)
-    count_R1 = torch.minimum(torch.maximum(above_R1, at_least_R1), masked_R1)
-    keys_RL = confidence_RL.masked_fill(~masked_RL, -1.0)
-    order_RL = keys_RL.argsort(dim=1, stable=True)
-    rank_RL = torch.empty_like(order_RL).scatter_(1, order_RL, torch.arange(width, device=device).expand_as(order_RL))
-    committed_RL = (rank_RL >= width - count_R1) & masked_RL
-    # The best of the others is held off by the threshold or, if nobody is above it, by the least of the fixed ones.
-    least_R1 = confidence_RL.masked_fill(~committed_RL, 1.0).amin(1, keepdim=True)
-    other_R1 = keys_RL.masked_fill(committed_RL, -1.0).amax(1, keepdim=True)
-    ratio_R1 = other_R1 / torch.minimum(least_R1, thresholds_R1)
-    # Where the threshold alone decides how many, the least of the fixed ones had to be above it.
-    alone_R1 = (thresholds_R1 / least_R1).masked_fill_(above_R1 <= at_least_R1, 0.0)
-    return committed_RL, torch.maximum(ratio_R1, alone_R1)[:, 0]

@@ -22,7 +22,7 @@ from twotower.core import (
     RequestId,
     ScoreRequest,
 )
-from twotower.decoding.margins import NEAR_TIE, packed, unpacked
+from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.randomness import step_key
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import cut
@@ -313,9 +313,9 @@ class ContextEngine:
         finite_R = torch.isfinite(logits_RV).all(1)
         sampled = sample(logits_RV, [_token_params(sequence) for sequence in sequences])
         # The host waits for the device here and in `_take_scores` only.
-        outcome = torch.stack([sampled.tokens_R, finite_R.long(), packed(sampled.margin_R)], dim=1).tolist()
-        for sequence, (token, finite, margin) in zip(sequences, outcome, strict=True):
-            self._emit_token(sequence, token, bool(finite), unpacked(margin))
+        outcome_R3 = torch.stack([sampled.tokens_R.float(), sampled.margin_R, finite_R.float()], dim=1)
+        for sequence, (token, margin, finite) in zip(sequences, outcome_R3.tolist(), strict=True):
+            self._emit_token(sequence, int(token), bool(finite), margin)
 
     def _emit_token(self, sequence: _Sequence, token: int, finite: bool, margin: float) -> None:
         request = sequence.request
@@ -346,5 +346,5 @@ def _not_finite(request_id: RequestId) -> NumericalError:
 def _token_params(sequence: _Sequence) -> TokenParams:
     assert sequence.request is not None
     params = sequence.request.params
-    key = step_key(params.seed, sequence.generated, 0)
+    key = step_key(params.seed, sequence.generated, 0) if params.samples else 0
     return TokenParams(params.temperature, params.top_k, params.top_p, key)

@@ -8,25 +8,26 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from twotower.core import AnyRequest, BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
-from twotower.decoding.margins import NEAR_TIE, packed, unpacked
+from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.randomness import step_key
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import cut
-from twotower.decoding.unmasking import MASK_TOKEN_ID, StepParams, Unmasked, unmask
-from twotower.engine.capture import passes_for
+from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, Decision, StepParams
+from twotower.engine.capture import decisions_for, passes_for
 from twotower.engine.handle import EngineStats
 from twotower.engine.passes import USUAL_WIDTH
 from twotower.engine.settings import EngineSettings
 from twotower.errors import LinkDown, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Command, Commit, Delta, Failed, Link, LinkLost, Prefill, Release, Released
 from twotower.model.tower import DenoiserTower
-from twotower.model.transfer import on_device
+
+Value = TypeVar("Value")
 
 _NARROW = 16
 _MAX_POSITIONS = 2048
@@ -74,10 +75,10 @@ class _Sequence:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A forward that has been launched: what it decided, rows of integers still on the device, and who takes them."""
+    """A forward that has been launched: what it decided, rows of numbers still on the device, and who takes them."""
 
     outcome: Tensor
-    take: Callable[[list[list[int]]], None]
+    take: Callable[[list[list[float]]], None]
 
 
 class DenoiserEngine:
@@ -93,6 +94,7 @@ class DenoiserEngine:
     ) -> None:
         self.tower, self.link, self.settings = tower, link, settings
         self._passes = passes_for(tower, link.cache, settings.capture)
+        self._decisions = decisions_for(tower.device, settings.capture)
         self._emit, self._trace = emit, trace
         self._sequences: dict[int, _Sequence] = {}
         self._numbers: dict[RequestId, int] = {}
@@ -111,6 +113,7 @@ class DenoiserEngine:
     def prepare(self) -> None:
         """Before the first request: make ready for the usual passes."""
         self._passes.prepare(USUAL_WIDTH)
+        self._decisions.prepare(USUAL_WIDTH, self.tower.config.vocab_size)
 
     def takes(self, request: AnyRequest) -> bool:
         return request.needs_denoiser
@@ -220,29 +223,27 @@ class DenoiserEngine:
         raise error
 
     def _step_blocks(self, sequences: list[_Sequence]) -> _Step:
-        lengths = [len(s.tokens) for s in sequences]
-        width = max(lengths)
-        tokens_RL = self._tensor([_padded(s.tokens, width, 0) for s in sequences])
-        masked_RL = self._tensor([_padded(s.masked, width, False) for s in sequences])
+        width = max(len(s.tokens) for s in sequences)
         t = [sum(s.masked) / len(s.masked) for s in sequences]
         logits_RLV = self._passes.run([s.slot for s in sequences], [s.tokens for s in sequences], t)
-        result = unmask(logits_RLV, tokens_RL, masked_RL, [_step_params(s) for s in sequences])
-        if self._trace is not None:
-            self._report(sequences, t, result)
-        ends_R2 = torch.stack([packed(result.margin_R), result.finite_R], dim=1)
-        return _Step(
-            torch.cat([result.tokens_RL, result.committed_RL, ends_R2], dim=1), partial(self._has_stepped, sequences)
+        blocks = Blocks(
+            [_padded(s.tokens, width, 0) for s in sequences],
+            [_padded(s.masked, width, False) for s in sequences],
+            [_step_params(s) for s in sequences],
         )
+        return _Step(self._decisions.run(logits_RLV, blocks), partial(self._have_stepped, sequences, blocks))
 
-    def _has_stepped(self, sequences: list[_Sequence], outcome: list[list[int]]) -> None:
-        for sequence, (*both, margin, finite) in zip(sequences, outcome, strict=True):
-            if not finite:
+    def _have_stepped(self, sequences: list[_Sequence], blocks: Blocks, outcome: list[list[float]]) -> None:
+        for sequence, decision in zip(sequences, blocks.read(outcome), strict=True):
+            if self._trace is not None:
+                self._report(sequence, decision)
+            if not decision.finite:
                 self._fail(sequence, self._not_finite(sequence))
                 continue
-            self._has_decided(sequence, margin)
-            width = len(both) // 2
-            sequence.tokens = both[: len(sequence.tokens)]
-            sequence.masked = [masked and not both[width + i] for i, masked in enumerate(sequence.masked)]
+            self._has_decided(sequence, decision.margin)
+            sequence.tokens = decision.tokens[: len(sequence.tokens)]
+            # Padding is not masked and so cannot have been fixed.
+            sequence.masked = [m and not now for m, now in zip(sequence.masked, decision.committed, strict=False)]
             sequence.step += 1
             if not any(sequence.masked):
                 self._block_is_full(sequence)
@@ -268,19 +269,18 @@ class DenoiserEngine:
         logits_RV = self._passes.run([s.slot for s in sequences], [s.tokens for s in sequences])[:, 0]
         finite_R = torch.isfinite(logits_RV).all(1)
         sampled = sample(logits_RV, [_token_params(s) for s in sequences])
-        outcome_R3 = torch.stack([sampled.tokens_R, finite_R.long(), packed(sampled.margin_R)], dim=1)
+        outcome_R3 = torch.stack([sampled.tokens_R.float(), sampled.margin_R, finite_R.float()], dim=1)
         return _Step(outcome_R3, partial(self._have_tokens, sequences))
 
-    def _have_tokens(self, sequences: list[_Sequence], outcome: list[list[int]]) -> None:
-        for sequence, (token, finite, margin) in zip(sequences, outcome, strict=True):
+    def _have_tokens(self, sequences: list[_Sequence], outcome: list[list[float]]) -> None:
+        for sequence, (token, margin, finite) in zip(sequences, outcome, strict=True):
             if not finite:
                 self._fail(sequence, self._not_finite(sequence))
                 continue
             self._has_decided(sequence, margin)
-            self._has_token(sequence, token)
+            self._has_token(sequence, int(token))
 
-    def _has_decided(self, sequence: _Sequence, packed_margin: int) -> None:
-        margin = unpacked(packed_margin)
+    def _has_decided(self, sequence: _Sequence, margin: float) -> None:
         self.near_ties += margin < NEAR_TIE
         sequence.margin = min(sequence.margin, margin)
 
@@ -300,30 +300,25 @@ class DenoiserEngine:
             f"(block {sequence.block}, step {sequence.step})"
         )
 
-    def _report(self, sequences: list[_Sequence], t: list[float], result: Unmasked) -> None:
+    def _report(self, sequence: _Sequence, decision: Decision) -> None:
         assert self._trace is not None
-        for row, sequence in enumerate(sequences):
-            size = len(sequence.tokens)
-            committed = [i for i, now in enumerate(result.committed_RL[row].tolist()) if now]
-            self._trace(
-                StepTrace(
-                    sequence.request.id,
-                    sequence.block,
-                    sequence.step,
-                    t[row],
-                    tuple(sequence.tokens),
-                    tuple(result.predicted_RL[row, :size].tolist()),
-                    tuple(result.confidence_RL[row, :size].tolist()),
-                    tuple(committed),
-                    float(result.margin_R[row]),
-                )
+        size = len(sequence.tokens)
+        self._trace(
+            StepTrace(
+                sequence.request.id,
+                sequence.block,
+                sequence.step,
+                sum(sequence.masked) / size,
+                tuple(sequence.tokens),
+                tuple(decision.predicted[:size]),
+                tuple(decision.confidence[:size]),
+                tuple(place for place, now in enumerate(decision.committed) if now),
+                decision.margin,
             )
-
-    def _tensor(self, rows: Sequence[object]) -> Tensor:
-        return on_device(rows, self.tower.device)
+        )
 
 
-def _to_host(outcomes: Sequence[Tensor]) -> list[list[list[int]]]:
+def _to_host(outcomes: Sequence[Tensor]) -> list[list[list[float]]]:
     """All of them in one transfer."""
     if len(outcomes) <= 1:
         return [outcome.tolist() for outcome in outcomes]
@@ -336,13 +331,13 @@ def _to_host(outcomes: Sequence[Tensor]) -> list[list[list[int]]]:
     return rows
 
 
-def _padded(values: Sequence[int], width: int, fill: int) -> list[int]:
+def _padded(values: Sequence[Value], width: int, fill: Value) -> list[Value]:
     return [*values, *[fill] * (width - len(values))]
 
 
 def _step_params(sequence: _Sequence) -> StepParams:
     params = sequence.request.params
-    key = step_key(params.seed, sequence.block, sequence.step)
+    key = step_key(params.seed, sequence.block, sequence.step) if params.samples else 0
     # With steps_per_block 1 (or on the last step) everything still masked is fixed.
     steps_left = max(params.steps_per_block - sequence.step, 1)
     return StepParams(params.confidence_threshold, steps_left, params.temperature, key)
@@ -350,7 +345,8 @@ def _step_params(sequence: _Sequence) -> StepParams:
 
 def _token_params(sequence: _Sequence) -> TokenParams:
     params = sequence.request.params
-    return TokenParams(params.temperature, params.top_k, params.top_p, step_key(params.seed, sequence.generated, 0))
+    key = step_key(params.seed, sequence.generated, 0) if params.samples else 0
+    return TokenParams(params.temperature, params.top_k, params.top_p, key)
 
 
 def _of_like_width(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:

@@ -27,7 +27,7 @@ from twotower.model.transfer import on_device
 logger = logging.getLogger(__name__)
 
 OFTEN = 64  # uses of a form before it is recorded: a recording costs as much as some fifty passes
-_MOST_PROGRAMS = 16
+MOST_PROGRAMS = 16
 _WARM_UPS = 3  # TorchScript watches the first runs and tidies its program after them
 
 Program = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -75,7 +75,7 @@ class RecordedPasses:
 
     def _recorded(self, form: Form) -> Program | None:
         self._uses[form] += 1
-        if self._uses[form] < self._often or len(self._programs) >= _MOST_PROGRAMS:
+        if self._uses[form] < self._often or len(self._programs) >= MOST_PROGRAMS:
             return None
         return self._programs.setdefault(form, record(self._tower, form))
 
@@ -120,10 +120,16 @@ def record(tower: ContextTower | DenoiserTower, form: Form) -> Program:
     given = [[*range(form.width), row, 1, form.width, *[WASTE_PAGE] * pages] for row in range(rows)]
     t_R = torch.full((rows if form.timed else 0,), 0.5, device=tower.device)
     example = (on_device(given, tower.device), t_R, cache.conv, cache.ssm, cache.keys, cache.values)
+    program = traced(plain_pass(tower, form), example)
+    logger.debug("recorded a pass of %s", form)
+    return program
+
+
+def traced(run: Callable[..., Tensor], example: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """What `run` does with tensors of these shapes, as a program."""
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is deprecated; and of constants, which are constant in this form
-        program: Program = torch.jit.trace(plain_pass(tower, form), example, check_trace=False)
+        program: Callable[..., Tensor] = torch.jit.trace(run, example, check_trace=False)
         for _ in range(_WARM_UPS):
             program(*example)
-    logger.debug("recorded a pass of %s", form)
     return program
