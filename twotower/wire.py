@@ -17,6 +17,7 @@ from twotower.errors import FieldError, InvalidRequest, TwoTowerError
 Message = TypeVar("Message")
 _Read = Callable[[Any], Any]
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # `json.dumps` would make one each time
 _ERRORS: dict[str, type[TwoTowerError]] = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, TwoTowerError)
 }
@@ -60,7 +61,7 @@ class Codec(Generic[Message]):
 
 
 def to_json(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def from_json(data: bytes) -> Any:

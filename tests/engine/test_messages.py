@@ -27,10 +27,10 @@ def test_one_message_a_tick(modes: Sequence[Mode], most: int) -> None:
     sent: list[Sequence[Command]] = []
     submit = exchange.link.submit
 
-    def counting(commands: Sequence[Command]) -> None:
+    def counting(commands: Sequence[Command], reading: bool = False) -> None:
         if commands:
             sent.append(list(commands))
-        submit(commands)
+        submit(commands, reading)
 
     exchange.link.submit = counting  # type: ignore[method-assign]
     for number in range(12):

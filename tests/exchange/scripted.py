@@ -31,11 +31,9 @@ def new_cache(slots: int = 8, pages: int = 64, config: ModelConfig = CONFIG) -> 
 
 def state_after(cache: TowerCache, sequence: int, length: int) -> list[Tensor]:
     """The delta [0, length) of a sequence, as a scripted engine with a cache of this shape makes it."""
-    keys, values, conv, ssm = [
-        torch.zeros(shape, dtype=dtype) for shape, dtype in cache.delta_shapes([Span(0, 0, length)])
-    ]
+    keys, values, conv, ssm = [torch.zeros(shape, dtype=dtype) for shape, dtype in cache.delta_shapes(length, 1)]
     for position in range(length):
-        key, value, conv, ssm = _state_at(sequence, position, tuple(cache.delta_shapes([Span(0, 0, 1)])))
+        key, value, conv, ssm = _state_at(sequence, position, tuple(cache.delta_shapes(1, 1)))
         keys[:, position], values[:, position] = key[:, 0], value[:, 0]
     return [keys, values, conv, ssm]
 

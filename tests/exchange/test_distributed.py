@@ -23,6 +23,7 @@ from twotower.exchange.distributed_link import DistributedLink
 from twotower.exchange.distributed_port import DistributedPort
 from twotower.exchange.protocol import Attach, Commit, Delta, Failed, LinkEvent, Prefill, Release, Released
 from twotower.exchange.settings import EngineHooks, LinkSettings
+from twotower.exchange.staging import StagingBuffer
 
 
 def _tokens(count: int) -> tuple[int, ...]:
@@ -75,14 +76,30 @@ def test_a_mirror_slot_is_reused_only_after_both_sides_released_it() -> None:
 def test_a_delta_on_its_way_when_its_sequence_is_released_is_discarded() -> None:
     rig = distributed_rig(mirror=new_cache(slots=1, pages=4))
     rig.delta(Prefill(1, _tokens(3), 16))
-    before = mirrored(rig.link.cache, 0)
     rig.link.submit([Commit(1, 3, _tokens(5))])
     rig.tick_until(lambda: len(rig.engine.histories[1]) == 8)
     wait_until(lambda: rig.link._inbox)  # type: ignore[attr-defined]
     rig.link.submit([Release(1)])
     assert rig.link.poll() == []
-    assert same(mirrored(rig.link.cache, 0), before)
     assert rig.run(lambda seen: bool(seen)) == [Released(1)]
+    assert rig.mirrors(rig.delta(Prefill(2, _tokens(4), 16))), "the slot's next tenant has nothing of it"
+    rig.close()
+
+
+def test_a_delta_is_written_beside_the_engine_unless_it_reads_the_sequence() -> None:
+    rig = distributed_rig()
+    link = rig.link
+    slot = rig.delta(Prefill(1, _tokens(3), 64)).slot
+    for start, reading in ((3, False), (8, True), (13, False)):
+        before = mirrored(link.cache, slot)
+        link.submit([Commit(1, start, _tokens(5))], reading)
+        rig.tick_until(lambda start=start: len(rig.engine.histories[1]) == start + 5)  # type: ignore[misc]
+        wait_until(lambda: link._inbox)  # type: ignore[attr-defined]
+        assert link.cache.length(slot) == start, "counted before anybody was told"
+        assert same(mirrored(link.cache, slot), before) == reading
+        (delta,) = link.poll()
+        link.submit(())
+        assert isinstance(delta, Delta) and delta.end == start + 5 and rig.mirrors(delta)
     rig.close()
 
 
@@ -217,9 +234,9 @@ def test_the_denoiser_side_makes_ready_while_a_payload_is_packed(monkeypatch: py
         announced.set()
         return fetch(group, payload)
 
-    def late_pack(deltas: Sequence[Delta], flat: torch.Tensor) -> None:
+    def late_pack(deltas: Sequence[Delta], buffer: StagingBuffer) -> None:
         assert announced.wait(5), "nothing was announced before packing"
-        pack(deltas, flat)
+        pack(deltas, buffer)
 
     monkeypatch.setattr(rig.link, "_fetch", watched_fetch)
     monkeypatch.setattr(rig.port._layout, "pack", late_pack)

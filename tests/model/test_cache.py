@@ -96,7 +96,7 @@ def test_delta_shapes_are_what_delta_yields(tokens: int, with_states: bool) -> N
     slot = cache.allocate(40)
     _read(cache, slot, list(range(5, 5 + tokens)))
     spans = [Span(slot, 0, tokens, with_states)]
-    assert cache.delta_shapes(spans) == [(t.shape, t.dtype) for t in cache.delta(spans)]
+    assert cache.delta_shapes(tokens, int(with_states)) == [(t.shape, t.dtype) for t in cache.delta(spans)]
 
 
 def test_outgrowing_the_reservation_is_our_own_fault() -> None:

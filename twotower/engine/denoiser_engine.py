@@ -147,32 +147,42 @@ class DenoiserEngine:
         return bool(ready)
 
     def _take_inbox(self) -> None:
+        requests: list[Request] = []
         while self._inbox:
             message = self._inbox.popleft()
             if isinstance(message, Request):
-                self._open(message)
-            elif message in self._numbers:
+                requests.append(message)
+                continue
+            self._open(requests)
+            requests = []
+            if message in self._numbers:
                 self._release(self._sequences[self._numbers[message]])
+        self._open(requests)
 
-    def _open(self, request: Request) -> None:
-        prompt = request.prompt_token_ids
-        # Mock-AR steps on the last token itself, so its mirror stays one token behind.
-        read = prompt[:-1] if request.params.mode is Mode.MOCK_AR else prompt
-        number = self._next_number
-        self._next_number += 1
-        try:
-            self.link.submit([Prefill(number, read, request.positions)])
-        except TwoTowerError as error:
-            self._emit(FailureEvent(request.id, error))
-            self._emit(ReleasedEvent(request.id))
+    def _open(self, requests: Sequence[Request]) -> None:
+        """As one message. The link takes all or none of them: where there is no room for all, each on its own."""
+        if not requests:
             return
-        sequence = _Sequence(request, number)
-        if request.params.mode is Mode.MOCK_AR:
-            sequence.tokens = [prompt[-1]]
-        else:
-            sequence.fresh_block()
-        self._sequences[number] = sequence
-        self._numbers[request.id] = number
+        sequences = {self._next_number + i: request for i, request in enumerate(requests)}
+        self._next_number += len(requests)
+        try:
+            self.link.submit([_prefill(*each) for each in sequences.items()])
+        except TwoTowerError as error:
+            if len(requests) > 1:
+                for request in requests:
+                    self._open([request])
+                return
+            self._emit(FailureEvent(requests[0].id, error))
+            self._emit(ReleasedEvent(requests[0].id))
+            return
+        for number, request in sequences.items():
+            sequence = _Sequence(request, number)
+            if request.params.mode is Mode.MOCK_AR:
+                sequence.tokens = [request.prompt_token_ids[-1]]
+            else:
+                sequence.fresh_block()
+            self._sequences[number] = sequence
+            self._numbers[request.id] = number
 
     def _take_replies(self) -> None:
         for reply in self.link.poll():
@@ -203,9 +213,9 @@ class DenoiserEngine:
             sequence.closing = True
             self._commands.append(Release(sequence.number))
 
-    def _submit(self) -> None:
+    def _submit(self, reading: bool = False) -> None:
         """All that has gathered, as one message."""
-        self.link.submit(self._commands)
+        self.link.submit(self._commands, reading)
         self._commands = []
 
     def _fail(self, sequence: _Sequence, error: TwoTowerError) -> None:
@@ -265,7 +275,7 @@ class DenoiserEngine:
     def _step_tokens(self, sequences: list[_Sequence]) -> _Step:
         """Mock-AR: step on the newest token while the context tower reads it."""
         self._commands += [Commit(s.number, s.length, tuple(s.tokens)) for s in sequences]
-        self._submit()  # before the forward, so that both towers work at the same time
+        self._submit(reading=True)  # before the forward, so that both towers work at the same time
         logits_RV = self._passes.run([s.slot for s in sequences], [s.tokens for s in sequences])[:, 0]
         finite_R = torch.isfinite(logits_RV).all(1)
         sampled = sample(logits_RV, [_token_params(s) for s in sequences])
@@ -316,6 +326,13 @@ class DenoiserEngine:
                 decision.margin,
             )
         )
+
+
+def _prefill(number: int, request: Request) -> Prefill:
+    prompt = request.prompt_token_ids
+    # Mock-AR steps on the last token itself, so its mirror stays one token behind.
+    read = prompt[:-1] if request.params.mode is Mode.MOCK_AR else prompt
+    return Prefill(number, read, request.positions)
 
 
 def _to_host(outcomes: Sequence[Tensor]) -> list[list[list[float]]]:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Protocol, cast
 
@@ -62,6 +62,10 @@ def choose_backend(wanted: str, context_device: str, denoiser_device: str) -> st
     return ("nccl" if two_gpus else "gloo") if wanted == "auto" else wanted
 
 
+def _nothing() -> None:
+    return None
+
+
 class _Work(Protocol):
     def wait(self, timeout: timedelta) -> bool: ...
 
@@ -101,8 +105,11 @@ class DataGroup:
             work.wait(timedelta(seconds=timeout_s))
             self._finish(deadline)
 
-    def receive(self, buffer: StagingBuffer, nbytes: int, number: int, timeout_s: float) -> None:
-        """Returns when the bytes are in `buffer.flat`. Raises what `send` does."""
+    def receive(
+        self, buffer: StagingBuffer, nbytes: int, number: int, timeout_s: float, unpack: Callable[[], None] = _nothing
+    ) -> None:
+        """Returns when the bytes are in `buffer.flat` and what `unpack` then does with them, on the link's stream, is
+        done. Raises what `send` does."""
         deadline = time.monotonic() + timeout_s
         wire = buffer.wire[:nbytes]
         with _explained("broke", timeout_s), self._after(buffer.fence):
@@ -110,6 +117,8 @@ class DataGroup:
             work.wait(timedelta(seconds=timeout_s))
             if buffer.wire is not buffer.flat:
                 buffer.flat[:nbytes].copy_(wire, non_blocking=True)
+            self._finish(deadline)  # a transfer that broke must not be unpacked
+            unpack()
             self._finish(deadline)
 
     def abort(self) -> None:
@@ -120,14 +129,15 @@ class DataGroup:
     @contextlib.contextmanager
     def _after(self, fence: "torch.cuda.Event | None") -> Iterator[None]:
         """On the link's stream, once the compute stream is done with the buffer."""
-        if self._stream is None:
-            yield
-            return
-        # A buffer that grew on an engine's thread is an inference tensor, written to only in inference mode.
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            if fence is not None:
-                self._stream.wait_event(fence)
-            yield
+        # Caches, and buffers that grew on an engine's thread, are inference tensors, written to only in inference mode.
+        with torch.inference_mode():
+            if self._stream is None:
+                yield
+                return
+            with torch.cuda.stream(self._stream):
+                if fence is not None:
+                    self._stream.wait_event(fence)
+                yield
 
     def _finish(self, deadline: float) -> None:
         """Wait until the link's stream is empty: by polling, because a CUDA wait knows no deadline."""

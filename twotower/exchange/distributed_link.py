@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from twotower.errors import LinkDown, TwoTowerError
@@ -26,23 +27,38 @@ from twotower.exchange.protocol import (
     Release,
     Released,
 )
-from twotower.exchange.staging import DeltaLayout, StagingBuffer, StagingPool
+from twotower.exchange.staging import DeltaLayout, StagingBuffer, StagingPool, fence_on
 from twotower.model.cache import Span, TowerCache
 
 
 @dataclass(slots=True)
 class _Mirror:
-    """A sequence's place in the mirror. `deaf`: it has failed or is being released, no delta changes it any more."""
+    """A sequence's place in the mirror. `arrived`: positions that have come, and are written unless the engine reads.
+
+    `deaf`: it has failed or is being released, no delta changes it any more. `read`: by the engine, until it polls.
+    `fence`: after it, the memory that the sequence was given is its own (CUDA).
+    """
 
     slot: int
     reserve: int
+    fence: torch.cuda.Event | None
+    arrived: int = 0
     deaf: bool = False
+    read: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Arrived:
-    deltas: tuple[Delta, ...]
+    """A payload: what to tell the engine, which parts of the mirror grow, and by what.
+
+    `written`: into the mirror, and the buffer is given back.
+    """
+
+    events: list[Delta | Failed]
+    spans: list[Span]
+    tensors: list[Tensor]
     buffer: StagingBuffer
+    written: bool = False
 
 
 class DistributedLink:
@@ -56,13 +72,15 @@ class DistributedLink:
         self._taken: list[Message] = []  # to be said with the next commands: one message a tick
         self._ended = False
 
-    def submit(self, commands: Sequence[Command]) -> None:
+    def submit(self, commands: Sequence[Command], reading: bool = False) -> None:
         if self._endpoint.lost is not None:
             return
         self._allocate([c for c in commands if isinstance(c, Prefill | Attach)])
         for command in commands:
-            if isinstance(command, Release) and command.sequence in self._mirrors:
-                self._mirrors[command.sequence].deaf = True
+            mirror = self._mirrors.get(command.sequence)
+            if mirror is not None:
+                mirror.deaf = mirror.deaf or isinstance(command, Release)
+                mirror.read = reading
         self._say(commands)
 
     def poll(self) -> list[LinkEvent]:
@@ -101,7 +119,7 @@ class DistributedLink:
                 known = command.sequence in self._mirrors or command.sequence in taken
                 assert not known, "a sequence number was used twice"
                 slot = self.cache.allocate(command.reserve)
-                taken[command.sequence] = _Mirror(slot, command.reserve)
+                taken[command.sequence] = _Mirror(slot, command.reserve, fence_on(self.cache.device))
         except BaseException:
             for mirror in taken.values():
                 self.cache.free(mirror.slot)
@@ -121,12 +139,20 @@ class DistributedLink:
         if isinstance(message, Payload):
             self._inbox.append(self._fetch(group, message))
         elif isinstance(message, Failed | Released):
+            self._hush(message.sequence)
             self._inbox.append(message)
         else:
             raise LinkDown(f"the context side sent a {type(message).__name__}, wanted a reply")
         self._endpoint.hooks.on_activity()
 
+    def _hush(self, sequence: int) -> None:
+        """No delta of it is taken any more: its slot is about to be another's."""
+        mirror = self._mirrors.get(sequence)
+        if mirror is not None:
+            mirror.deaf = True
+
     def _fetch(self, group: DataGroup, payload: Payload) -> _Arrived:
+        """Receive a payload and write it into the mirror, beside what the engine computes. On the receiver thread."""
         wanted = self._layout.nbytes(payload.deltas)
         if payload.nbytes != wanted:
             raise LinkDown(f"payload {payload.number} announced {payload.nbytes} bytes, its deltas need {wanted}")
@@ -134,56 +160,74 @@ class DistributedLink:
         if buffer is None:
             raise LinkDown(f"payload {payload.number} was announced without a free staging buffer")
         buffer.grow(payload.nbytes)
-        group.receive(buffer, payload.nbytes, payload.number, self._endpoint.settings.link_timeout_s)
-        return _Arrived(payload.deltas, buffer)
+        arrived = self._sift(payload.deltas, buffer)
+        unpack = partial(self._write_beside, arrived)
+        group.receive(buffer, payload.nbytes, payload.number, self._endpoint.settings.link_timeout_s, unpack)
+        if arrived.written:
+            self._pool.give(buffer)
+        return arrived
 
-    def _take(self, item: _Arrived | Failed | Released) -> list[LinkEvent]:
+    def _write_beside(self, arrived: _Arrived) -> None:
+        """On the receiver thread and the link's stream; not where the engine reads one of the sequences."""
+        slots = {span.slot for span in arrived.spans}
+        mirrors = [mirror for mirror in self._mirrors.copy().values() if mirror.slot in slots]
+        if any(mirror.read for mirror in mirrors):
+            return
+        for mirror in mirrors:
+            if mirror.fence is not None:
+                torch.cuda.current_stream(self.cache.device).wait_event(mirror.fence)
+        self._write(arrived)
+
+    def _write(self, arrived: _Arrived) -> None:
+        if arrived.spans:
+            self.cache.write(arrived.spans, arrived.tensors)
+        arrived.written = True
+
+    def _take(self, item: _Arrived | Failed | Released) -> Sequence[LinkEvent]:
         if isinstance(item, _Arrived):
-            return self._unpack(item)
+            return self._take_deltas(item)
         mirror = self._mirrors.get(item.sequence)
         if mirror is None:
             return []
-        mirror.deaf = True
         if isinstance(item, Released):
             self.cache.free(self._mirrors.pop(item.sequence).slot)
         return [item]
 
-    def _unpack(self, arrived: _Arrived) -> list[LinkEvent]:
-        events, spans, kept = self._sift(arrived.deltas)
-        tensors = self._layout.views(arrived.deltas, arrived.buffer.flat)
-        if len(kept) < len(arrived.deltas):
-            tensors = _only(kept, arrived.deltas, tensors)
-        if spans:
-            self.cache.apply(spans, tensors)
-        arrived.buffer.mark()
-        self._pool.give(arrived.buffer)
+    def _take_deltas(self, arrived: _Arrived) -> Sequence[LinkEvent]:
+        if not arrived.written:
+            self._write(arrived)
+            arrived.buffer.mark()
+            self._pool.give(arrived.buffer)
+        for span in arrived.spans:
+            self.cache.advance(span.slot, span.end - span.start)
         self._taken.append(Taken())
-        return events
+        return [
+            event for event in arrived.events if not (isinstance(event, Delta) and self._mirrors[event.sequence].deaf)
+        ]
 
-    def _sift(self, deltas: Sequence[Delta]) -> tuple[list[LinkEvent], list[Span], list[int]]:
-        """What to tell the engine, which parts of the mirror grow, and by which of the deltas."""
-        events: list[LinkEvent] = []
-        spans: list[Span] = []
+    def _sift(self, deltas: Sequence[Delta], buffer: StagingBuffer) -> _Arrived:
+        """What of a payload is taken. On the receiver thread."""
+        arrived = _Arrived([], [], self._layout.views(deltas, buffer), buffer)
         kept: list[int] = []
-        lengths: dict[int, int] = {}
         for place, delta in enumerate(deltas):
             mirror = self._mirrors.get(delta.sequence)
             if mirror is None or mirror.deaf:
                 continue
-            length = lengths.get(mirror.slot, self.cache.length(mirror.slot))
-            if delta.end <= length and delta.start < length:
+            if delta.end <= mirror.arrived and delta.start < mirror.arrived:
                 continue  # we have it already
-            if delta.start != length or delta.end > mirror.reserve:
+            if delta.start != mirror.arrived or delta.end > mirror.reserve:
                 mirror.deaf = True
-                wanted = f"[{length}, …) within {mirror.reserve}"
+                wanted = f"[{mirror.arrived}, …) within {mirror.reserve}"
                 message = f"sequence {delta.sequence}: got a delta [{delta.start}, {delta.end}), wanted {wanted}"
-                events.append(Failed(delta.sequence, TwoTowerError(message)))
+                arrived.events.append(Failed(delta.sequence, TwoTowerError(message)))
                 continue
-            lengths[mirror.slot] = delta.end
-            events.append(replace(delta, slot=mirror.slot))
-            spans.append(Span(mirror.slot, delta.start, delta.end, delta.complete))
+            mirror.arrived = delta.end
+            arrived.events.append(replace(delta, slot=mirror.slot))
+            arrived.spans.append(Span(mirror.slot, delta.start, delta.end, delta.complete))
             kept.append(place)
-        return events, spans, kept
+        if len(kept) < len(deltas):
+            arrived.tensors = _only(kept, deltas, arrived.tensors)
+        return arrived
 
 
 def _only(kept: Sequence[int], deltas: Sequence[Delta], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -128,7 +128,7 @@ class DistributedPort:
         # Announced before it is packed where possible: the other side wakes meanwhile.
         announced = self._endpoint.post_at_once(announcement)
         buffer.grow(nbytes)
-        self._layout.pack(deltas, buffer.flat)
+        self._layout.pack(deltas, buffer)
         buffer.mark()
         self._endpoint.post_payload(Outgoing([] if announced else announcement, buffer, nbytes, self._payloads))
         return True

@@ -61,7 +61,7 @@ class LocalLink:
         self.cache = cache
         self._commands, self._replies, self._port, self._wake = commands, replies, port, wake
 
-    def submit(self, commands: Sequence[Command]) -> None:
+    def submit(self, commands: Sequence[Command], reading: bool = False) -> None:
         if commands and self._port.lost is None:
             self._commands.extend(commands)
             self._wake()

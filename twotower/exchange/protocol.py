@@ -108,15 +108,17 @@ class Link(Protocol):
 
     cache: TowerCache
 
-    def submit(self, commands: Sequence[Command]) -> None:
+    def submit(self, commands: Sequence[Command], reading: bool = False) -> None:
         """Send commands, in order. Never blocks. `Prefill` and `Attach` take their mirror slot here (Overloaded).
 
+        `reading`: the caller goes on reading these sequences in `cache` until it polls (mock-AR steps on a token while
+        the context tower reads it), so what answers them must not be written before. Otherwise it may be, at any time.
         Called in every tick, without commands too: what the link itself has to say since `poll` goes along.
         """
         ...
 
     def poll(self) -> list[LinkEvent]:
-        """What has arrived since the last call, already written into `cache`. Never blocks."""
+        """What has arrived since the last call, by now written into `cache`. Never blocks."""
         ...
 
     def close(self) -> None:

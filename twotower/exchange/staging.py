@@ -1,12 +1,13 @@
 """The flat byte buffers in which deltas cross, and how a delta's tensors lie in one.
 
-Packing and unpacking happen on the engine's thread and compute stream, so that no forward pass can overtake them.
-Knows nothing of how the bytes cross.
+Packing happens on the engine's thread and compute stream, so that no forward pass can overtake it. Knows nothing of how
+the bytes cross.
 """
 
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ from twotower.model.cache import Span, TowerCache
 
 _ALIGNMENT = 16  # a view as another dtype must start at a multiple of its size
 _SSM = 3  # its place among a delta's tensors: keys, values, conv, ssm
+_MOST_VIEWS, _MOST_LAYOUTS = 64, 1024  # kept by a buffer, by a layout
+
+Shapes: TypeAlias = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+def fence_on(device: torch.device) -> torch.cuda.Event | None:
+    """After it, what is queued on the calling thread's stream by now has run; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    fence = torch.cuda.Event()
+    fence.record(torch.cuda.current_stream(device))
+    return fence
 
 
 class StagingBuffer:
@@ -39,11 +52,23 @@ class StagingBuffer:
 
     def mark(self) -> None:
         """The compute stream's work queued so far is the last that touches this buffer."""
-        if self._device.type == "cuda":
-            self.fence = torch.cuda.Event()
-            self.fence.record(torch.cuda.current_stream(self._device))
+        self.fence = fence_on(self._device)
+
+    def views(self, shapes: Shapes) -> list[Tensor]:
+        """Tensors of these shapes, one behind the other in `flat`. Kept: most messages are like one before."""
+        if shapes not in self._views:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            offset, views = 0, []
+            for shape, dtype in shapes:
+                length = _nbytes(shape, dtype)
+                views.append(self.flat[offset : offset + length].view(dtype).view(shape))
+                offset += _aligned(length)
+            self._views[shapes] = views
+        return self._views[shapes]
 
     def _allocate(self, nbytes: int) -> None:
+        self._views: dict[Shapes, list[Tensor]] = {}
         self.flat = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         staged = self._through_host and self._device.type == "cuda"
         self.wire = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if staged else self.flat
@@ -74,33 +99,41 @@ class DeltaLayout:
     def __init__(self, cache: TowerCache, ssm_wire_dtype: str) -> None:
         self._cache = cache
         self._ssm_dtype: torch.dtype = getattr(torch, ssm_wire_dtype)
+        self._known: dict[tuple[int, int], tuple[Shapes, int]] = {}
 
     @property
     def fingerprint(self) -> str:
         """Equal where two caches can exchange deltas."""
-        return " ".join(f"{dtype}{list(shape)}" for shape, dtype in self._shapes([Span(0, 0, 1)]))
+        shapes, _ = self._layout(1, 1)
+        return " ".join(f"{dtype}{list(shape)}" for shape, dtype in shapes)
 
     def nbytes(self, deltas: Sequence[Delta]) -> int:
         """Bytes on the wire; never 0, because the data group carries no empty message."""
-        shapes = self._shapes([span_of(delta) for delta in deltas])
-        return max(sum(_aligned(_nbytes(shape, dtype)) for shape, dtype in shapes), _ALIGNMENT)
+        return self._of(deltas)[1]
 
-    def pack(self, deltas: Sequence[Delta], flat: Tensor) -> None:
+    def pack(self, deltas: Sequence[Delta], buffer: StagingBuffer) -> None:
         """Copy the deltas' tensors out of the cache."""
-        self._cache.copy_delta([span_of(delta) for delta in deltas], self.views(deltas, flat))
+        self._cache.copy_delta([span_of(delta) for delta in deltas], self.views(deltas, buffer))
 
-    def views(self, deltas: Sequence[Delta], flat: Tensor) -> list[Tensor]:
+    def views(self, deltas: Sequence[Delta], buffer: StagingBuffer) -> list[Tensor]:
         """The tensors of `TowerCache.delta`, as views of the buffer."""
-        offset, views = 0, []
-        for shape, dtype in self._shapes([span_of(delta) for delta in deltas]):
-            length = _nbytes(shape, dtype)
-            views.append(flat[offset : offset + length].view(dtype).view(shape))
-            offset += _aligned(length)
-        return views
+        return buffer.views(self._of(deltas)[0])
 
-    def _shapes(self, spans: Sequence[Span]) -> list[tuple[torch.Size, torch.dtype]]:
-        shapes = self._cache.delta_shapes(spans)
-        return [(shape, self._ssm_dtype if i == _SSM else dtype) for i, (shape, dtype) in enumerate(shapes)]
+    def _of(self, deltas: Sequence[Delta]) -> tuple[Shapes, int]:
+        return self._layout(sum(d.end - d.start for d in deltas), sum(d.complete for d in deltas))
+
+    def _layout(self, tokens: int, states: int) -> tuple[Shapes, int]:
+        """Shapes and bytes of deltas that bring so many positions and Mamba states together."""
+        known = self._known.get((tokens, states))
+        if known is None:
+            of_cache = self._cache.delta_shapes(tokens, states)
+            shapes = tuple(
+                (shape, self._ssm_dtype if i == _SSM else dtype) for i, (shape, dtype) in enumerate(of_cache)
+            )
+            known = shapes, max(sum(_aligned(_nbytes(*each)) for each in shapes), _ALIGNMENT)
+            if len(self._known) < _MOST_LAYOUTS:
+                self._known[tokens, states] = known
+        return known
 
 
 def span_of(delta: Delta) -> Span:

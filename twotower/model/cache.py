@@ -118,7 +118,9 @@ class TowerCache:
         """What carries the spans to a mirror, side by side in their order: keys and values [layers, tokens, S, E], conv
         windows [layers, n, K, C] and SSM states [layers, n, H, P, N] of the n spans that bring states. Copies.
         """
-        out = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.delta_shapes(spans)]
+        tokens, states = sum(span.end - span.start for span in spans), sum(span.with_states for span in spans)
+        shapes = self.delta_shapes(tokens, states)
+        out = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes]
         self.copy_delta(spans, out)
         return out
 
@@ -135,14 +137,17 @@ class TowerCache:
 
         Each span starts where its sequence ends.
         """
-        for (target, where), tensor in zip(self._indexed(spans), tensors, strict=True):
-            target.index_copy_(1, where, tensor.to(target.dtype))
+        self.write(spans, tensors)
         for span in spans:
             self.advance(span.slot, span.end - span.start)
 
-    def delta_shapes(self, spans: Sequence[Span]) -> list[tuple[torch.Size, torch.dtype]]:
-        """Shapes and dtypes of the tensors of a delta."""
-        tokens, states = sum(span.end - span.start for span in spans), sum(span.with_states for span in spans)
+    def write(self, spans: Sequence[Span], tensors: Sequence[Tensor]) -> None:
+        """`apply` without counting. From any thread, as long as nobody reads or frees these sequences meanwhile."""
+        for (target, where), tensor in zip(self._indexed(spans), tensors, strict=True):
+            target.index_copy_(1, where, tensor.to(target.dtype))
+
+    def delta_shapes(self, tokens: int, states: int) -> list[tuple[torch.Size, torch.dtype]]:
+        """Shapes and dtypes of the tensors of a delta that brings so many positions and Mamba states."""
         page = torch.Size((self.keys.shape[0], tokens, *self.keys.shape[3:]))
         both = [(torch.Size((t.shape[0], states, *t.shape[2:])), t.dtype) for t in (self.conv, self.ssm)]
         return [(page, self.keys.dtype), (page, self.values.dtype), *both]
