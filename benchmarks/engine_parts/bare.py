@@ -16,8 +16,7 @@ import torch
 
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams
-from twotower.engine.capture import decisions_for, passes_for
-from twotower.engine.decisions import Decisions
+from twotower.engine.capture import passes_for
 from twotower.engine.passes import SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes
 from twotower.model.cache import Span, TowerCache
 from twotower.model.pages import pages_for
@@ -50,11 +49,8 @@ class Bench:
         self._fresh = [self.cache.allocate(longest) for _ in range(rows)]
         self._eager = EagerPasses(tower, self.cache)
         self._captured = passes_for(tower, self.cache, capture)
-        self._decisions = decisions_for(tower.device, capture)
-        self._eager_decisions = decisions_for(tower.device, "off")
         with torch.inference_mode():
             self._captured.prepare(_BLOCK)
-            self._decisions.prepare(_BLOCK, tower.config.vocab_size)
 
     @torch.inference_mode()
     def read(self) -> list[list[Any]]:
@@ -95,8 +91,7 @@ class Bench:
         slots, prompts = self._slots[:rows], self._prompts[:rows]
         blocks = [(prompt * _BLOCK)[:_BLOCK] for prompt in prompts]
         if kind == DENOISE:
-            decisions = self._eager_decisions if passes is self._eager else self._decisions
-            return _denoise(passes, slots, blocks, decisions if decide else None)
+            return _denoise(passes, slots, blocks, decide)
         if kind == COMMIT:
             return lambda: passes.run(slots, blocks, head=False)
         if kind == AR:
@@ -108,7 +103,7 @@ class Bench:
 
 
 def _denoise(
-    passes: Passes, slots: Sequence[int], blocks: Sequence[Sequence[int]], decisions: Decisions | None
+    passes: Passes, slots: Sequence[int], blocks: Sequence[Sequence[int]], decide: bool
 ) -> Callable[[], object]:
     masked = [[i % 2 == 0 for i in range(_BLOCK)] for _ in blocks]
     tokens = [[MASK_TOKEN_ID if i % 2 == 0 else block[i] for i in range(_BLOCK)] for block in blocks]
@@ -116,10 +111,9 @@ def _denoise(
     params = [StepParams(0.8, 8)] * len(blocks)
 
     def step() -> object:
-        logits_RLV = passes.run(slots, tokens, t)
-        if decisions is None:
-            return logits_RLV
-        return decisions.run(logits_RLV, Blocks(tokens, masked, params)).tolist()
+        if not decide:
+            return passes.run(slots, tokens, t)
+        return passes.step(slots, Blocks(tokens, masked, params)).tolist()
 
     return step
 

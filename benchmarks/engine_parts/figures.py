@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from benchmarks.engine_parts.experiment import Experiment, LongPrompt, Square
 from benchmarks.engine_parts.plan import Variant
-from benchmarks.engine_parts.recorder import FORWARD
+from benchmarks.engine_parts.recorder import FORWARD, STEP
 from benchmarks.engine_parts.shares import Overlap, TickParts, overlap, tick_parts
 from twotower.core import Mode
 
@@ -52,20 +52,28 @@ class Figures:
                     yield tower, square, ticks
 
     def forward_to_bare(self, tower: str, square: Square) -> float | None:
-        """CPU time of an engine's blocks or AR steps over that of bare passes of as many rows; prompts left out."""
-        bare = self.results.costs(cpu=True)
-        costs, width = (bare.denoise, _BLOCK) if tower == "denoiser" else (bare.commit, _BLOCK)
+        """CPU time of an engine's steps, commits or AR forwards over that of bare ones of as many rows; prompts left
+        out."""
+        bare, decided = self.results.costs(cpu=True), self.results.costs(True, cpu=True)
+        costs, name, width = (decided.denoise, STEP, _BLOCK) if tower == "denoiser" else (bare.commit, FORWARD, _BLOCK)
         if square[0].mode is Mode.AR:
             costs, width = bare.ar, 1
         spans = self.results.watched[square].recordings[tower].spans
-        forwards = [span for span in spans if span.name == FORWARD and span.width == width]
+        forwards = [span for span in spans if span.name == name and span.width == width]
         if not forwards:
             return None
         return sum(span.cpu_s for span in forwards) / sum(costs(len(span.slots)) for span in forwards)
 
     def ticks(self, tower: str, square: Square) -> TickParts | None:
         watched = self.results.watched.get(square)
-        return None if watched is None else tick_parts(watched.recordings[tower])
+        if watched is None:
+            return None
+        recording = watched.recordings[tower]
+        steps = [len(span.slots) for span in recording.spans if span.name == STEP]
+        if not steps:
+            return tick_parts(recording)
+        forward, step = self.results.costs().denoise, self.results.costs(True).denoise
+        return tick_parts(recording, min(sum(map(forward, steps)) / sum(map(step, steps)), 1.0))
 
     def overlaps(self) -> Iterator[tuple[Square, Overlap]]:
         """Of every watched diffusion run, while at least two sequences (at concurrency 1: one) were active."""

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from twotower.engine import context_engine
+from twotower.engine import context_engine, denoiser_engine
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.exchange.protocol import Commit, Delta, Port
 
-FORWARD, DECISION, EXCHANGE, DELIVERY = "forward", "decision", "exchange", "delivery"
-PARTS = (FORWARD, DECISION, EXCHANGE)  # of a tick; what is left of it is bookkeeping
+# A step is a denoiser's forward and decision, which may be one recorded program.
+FORWARD, STEP, DECISION, EXCHANGE, DELIVERY = "forward", "step", "decision", "exchange", "delivery"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Recorder:
         self._wrap_tick(engine)
         self._wrap(runner, "_deliver", DELIVERY)
         if isinstance(engine, DenoiserEngine):
-            self._wrap(engine._decisions, "run", DECISION)
+            self._wrap(denoiser_engine, "sample", DECISION)
             self._wrap(engine.link, "poll", EXCHANGE, self._polled)
             self._wrap(engine.link, "submit", EXCHANGE, self._submitted)
         else:
@@ -118,19 +118,30 @@ class Recorder:
         setattr(owner, method, watched)
 
     def _wrap_passes(self, passes: Any) -> None:
-        run = passes.run
+        run, step = passes.run, passes.step
 
-        def watched(slots: Sequence[int], tokens: Sequence[Sequence[int]], *rest: Any, **named: Any) -> Any:
+        def watched_run(slots: Sequence[int], tokens: Sequence[Sequence[int]], *rest: Any, **named: Any) -> Any:
             if not self._on:
                 return run(slots, tokens, *rest, **named)
-            start, cpu = time.monotonic(), time.thread_time()
-            result = run(slots, tokens, *rest, **named)
-            end, cpu_s = time.monotonic(), time.thread_time() - cpu
-            width = max(len(ids) for ids in tokens)
-            self._seen.spans.append(Span(FORWARD, start, end, cpu_s, tuple(slots), width))
-            return result
+            return self._timed(FORWARD, slots, max(map(len, tokens)), lambda: run(slots, tokens, *rest, **named))
 
-        passes.run = watched
+        def watched_step(slots: Sequence[int], blocks: Any) -> Any:
+            if not self._on:
+                return step(slots, blocks)
+            passes.run = run  # a step that is not one program calls it
+            try:
+                return self._timed(STEP, slots, blocks.width, lambda: step(slots, blocks))
+            finally:
+                passes.run = watched_run
+
+        passes.run, passes.step = watched_run, watched_step
+
+    def _timed(self, name: str, slots: Sequence[int], width: int, call: Callable[[], Any]) -> Any:
+        start, cpu = time.monotonic(), time.thread_time()
+        result = call()
+        end, cpu_s = time.monotonic(), time.thread_time() - cpu
+        self._seen.spans.append(Span(name, start, end, cpu_s, tuple(slots), width))
+        return result
 
     def _wrap_tick(self, engine: ContextEngine | DenoiserEngine) -> None:
         tick = engine.tick

@@ -167,9 +167,10 @@ def parts_of_a_tick(figures: Figures) -> str:
 {table([*head, "CPU ÷ wall", "forward ÷ bare"], body)}
 
 Shares of the wall time of ticks that had work, recorders on. Forward: states, tower, head. Decision: unmask or sample,
-without the reading on the host. Exchange: calls of link and port inside the tick, packing and applying of deltas
-included. CPU below wall: the thread waited for a core or for the interpreter. Forward ÷ bare: CPU time of blocks and AR
-steps over that of bare passes of as many rows, prompts left out; above 1, the engine's passes found caches cold."""
+without the reading on the host; a denoiser's forward and decision are one program, so its time is shared out as that of
+bare passes with and without decision. Exchange: calls of link and port inside the tick, packing of deltas included. CPU
+below wall: the thread waited for a core or for the interpreter. Forward ÷ bare: CPU time of a denoiser's steps, of
+commits and AR steps over that of bare ones of as many rows, prompts left out; above 1, the engine found caches cold."""
 
 
 def who_computes(figures: Figures) -> str:

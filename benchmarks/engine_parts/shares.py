@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from benchmarks.engine_parts.intervals import Interval, difference, intersection, total, union
-from benchmarks.engine_parts.recorder import DECISION, DELIVERY, EXCHANGE, FORWARD, PARTS, Recording, Span, Tick
+from benchmarks.engine_parts.recorder import DECISION, DELIVERY, EXCHANGE, FORWARD, STEP, Recording, Span, Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +48,22 @@ class Overlap:
     active: float
 
 
-def tick_parts(recording: Recording) -> TickParts | None:
-    """None where the tower had nothing to do."""
+def tick_parts(recording: Recording, forward_of_step: float = 1.0) -> TickParts | None:
+    """None where the tower had nothing to do. `forward_of_step`: the share of a step that is no decision."""
     worked = [tick for tick in recording.ticks if tick.worked]
     if not worked:
         return None
     wall = sum(tick.seconds for tick in worked)
     within = union((tick.start, tick.end) for tick in worked)
-    shares = {name: total(intersection(_of(recording.spans, name), within)) / wall for name in PARTS}
+    names = (FORWARD, STEP, DECISION, EXCHANGE)
+    shares = {name: total(intersection(_of(recording.spans, name), within)) / wall for name in names}
     return TickParts(
         ticks=len(worked),
         rows=sum(tick.rows for tick in worked) / len(worked),
         tick_s=statistics.median(tick.seconds for tick in worked),
-        **shares,
+        forward=shares[FORWARD] + shares[STEP] * forward_of_step,
+        decision=shares[DECISION] + shares[STEP] * (1 - forward_of_step),
+        exchange=shares[EXCHANGE],
         rest=1 - sum(shares.values()),
         cpu=sum(tick.cpu_s for tick in worked) / wall,
     )
@@ -75,7 +78,7 @@ def overlap(recordings: Mapping[str, Recording], least_active: int) -> Overlap |
         return None
     ticking = {name: union((t.start, t.end) for t in r.ticks if t.worked) for name, r in recordings.items()}
     computing = union(
-        [*_of(denoiser.spans, FORWARD, DECISION), *_of(context.spans, FORWARD, DECISION)],
+        [*_of(denoiser.spans, FORWARD, STEP, DECISION), *_of(context.spans, FORWARD, DECISION)],
     )
     idle = difference(when, computing)
     in_exchange = union([*_of(denoiser.spans, EXCHANGE), *_of(context.spans, EXCHANGE)])
@@ -116,7 +119,7 @@ def step_gaps(recording: Recording, since: float, until: float, widest: int) -> 
     last: dict[int, float] = {}
     gaps = []
     for span in recording.spans:
-        if span.name != FORWARD or span.width > widest:
+        if span.name not in (FORWARD, STEP) or span.width > widest:
             continue
         for slot in span.slots:
             if slot in last and since <= span.start < until:

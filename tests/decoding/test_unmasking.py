@@ -1,9 +1,6 @@
 """What a diffusion step may and must do, whatever the logits: counts, order, immutability, independence of rows."""
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -12,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.decoding.deciding import decide, fresh
-from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams, unmask
-from twotower.engine.decisions import record_decision
+from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams
 
 VOCAB, WIDTH = 11, 12
 
@@ -62,27 +58,6 @@ def test_every_step(step: tuple[Tensor, Blocks]) -> None:
         assert fixed == set(order[len(order) - len(fixed) :])
         [alone] = decide(logits[r : r + 1], Blocks([tokens], [masked], [row]))
         assert (alone.tokens, alone.committed) == (result.tokens, result.committed)
-
-
-@settings(deadline=None, derandomize=True, max_examples=40)
-@given(steps())
-def test_a_recorded_decision_is_the_eager_one(step: tuple[Tensor, Blocks]) -> None:
-    """To the last bit, for any number of rows; rows that sample are never recorded."""
-    logits, blocks = step
-    if not blocks.greedy:
-        blocks = replace(blocks, rows=[replace(row, temperature=0.0) for row in blocks.rows])
-    eager = unmask(logits.clone(), blocks)
-    assert torch.equal(_recorded(logits.clone(), blocks.given(logits.device)), eager)
-
-
-@cache
-def _program() -> Callable[..., Tensor]:
-    return record_decision(WIDTH, VOCAB, torch.device("cpu"))
-
-
-def _recorded(*tensors: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return _program()(*tensors)
 
 
 @pytest.mark.parametrize("left", range(1, 9))

@@ -8,6 +8,7 @@ import torch
 from tests.engine.decode import SETTINGS, decode_all
 from tests.goldens import CPU, MODELS, causal_request, diffusion_request, golden
 from twotower.core import Mode
+from twotower.decoding.unmasking import Blocks, StepParams
 from twotower.engine.capture import passes_for
 from twotower.engine.passes import EagerPasses
 from twotower.engine.recorded import Form, RecordedPasses, plain_pass, record
@@ -53,6 +54,32 @@ def test_the_same_bits_for_any_number_of_rows_and_pages(name: str, which: str, f
             got = program(torch.tensor(given), t_R, *again)
         assert torch.equal(got, wanted)
         assert all(torch.equal(ours, plain) for ours, plain in zip(again, states, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 9])
+def test_a_recorded_step_decides_as_an_eager_one(name: str, rows: int) -> None:
+    """Tokens, positions, margins: to the last bit where rows are of the recorded width; with a sampled row, too."""
+    tower, draw = golden(name).denoiser, random.Random(rows)
+    cache = TowerCache(tower.config, rows, 4 * rows, CPU, torch.float32)
+    with torch.inference_mode():
+        slots = [cache.allocate(40) for _ in range(rows)]
+        for slot in slots:
+            cache.advance(slot, draw.randint(0, 40))
+        for tensor in (cache.conv, cache.ssm, cache.keys, cache.values):
+            tensor.normal_(generator=torch.Generator().manual_seed(rows))
+        recorded, eager = RecordedPasses(tower, cache), EagerPasses(tower, cache)
+        recorded.prepare(16)
+        for widths, temperature in (([16] * rows, 0.0), ([draw.randint(1, 16) for _ in range(rows)], 0.0), ([16], 0.7)):
+            masked = [[draw.random() < 0.7 for _ in range(width - 1)] + [True] for width in widths]
+            tokens = [[3 if m else draw.randrange(4, 60) for m in mask] for mask in masked]
+            params = [StepParams(draw.choice([0.0, 0.3, 1.0]), draw.randint(1, 9), temperature, 5) for _ in widths]
+            blocks = Blocks(tokens, masked, params)
+            ours, theirs = (p.step(slots[: len(widths)], blocks).tolist() for p in (recorded, eager))
+            for mine, other, size in zip(blocks.read(ours), blocks.read(theirs), widths, strict=True):
+                assert (mine.tokens[:size], mine.committed[:size]) == (other.tokens[:size], other.committed[:size])
+                assert mine.finite and other.finite and mine.margin == pytest.approx(other.margin, abs=1e-5)
+            assert ours == theirs or widths != [16] * rows
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -45,14 +45,21 @@ class StepParams:
 
 @dataclass(frozen=True)
 class Blocks:
-    """R rows before a step, on the host: tokens, which positions are still masked, parameters.
-
-    All rows are padded to L positions; padding is not masked.
-    """
+    """R blocks before a step, on the host: tokens, which positions are still masked, parameters."""
 
     tokens: Sequence[Sequence[int]]
     masked: Sequence[Sequence[bool]]
     rows: Sequence[StepParams]
+
+    @property
+    def width(self) -> int:
+        """L, that of the widest."""
+        return max(map(len, self.tokens))
+
+    @property
+    def mask_fractions(self) -> list[float]:
+        """t of each."""
+        return [sum(mask) / len(mask) for mask in self.masked]
 
     @cached_property
     def at_least(self) -> list[int]:
@@ -63,10 +70,15 @@ class Blocks:
     def greedy(self) -> bool:
         return not any(row.samples for row in self.rows)
 
-    def given(self, device: torch.device) -> Tensor:
-        """What a step needs of them on the device: tokens, masked, threshold and `at_least`, [R,2L+2] in fp32."""
-        rows = zip(self.tokens, self.masked, self.rows, self.at_least, strict=True)
-        given = [[*ids, *mask, row.threshold, at_least] for ids, mask, row, at_least in rows]
+    def given(self, device: torch.device, width: int) -> Tensor:
+        """What a step needs of them on the device: tokens, masked, threshold and `at_least`, [R,2L+2] in fp32.
+
+        Padded to L = `width` with positions that are not masked.
+        """
+        given = []
+        for ids, mask, row, at_least in zip(self.tokens, self.masked, self.rows, self.at_least, strict=True):
+            padding = [0] * (width - len(ids))
+            given.append([*ids, *padding, *mask, *padding, row.threshold, at_least])
         return on_device(given, device, torch.float32)
 
     def read(self, outcome: Sequence[Sequence[float]]) -> "list[Decision]":
@@ -133,7 +145,7 @@ def unmask(
     in time, the most confident first and among equals the later one first. `noise` [R,L,V] replaces the uniform
     numbers of sampled rows (for the golden vectors). Overwrites the mask token's logits.
     """
-    given_RX = blocks.given(logits_RLV.device)
+    given_RX = blocks.given(logits_RLV.device, logits_RLV.shape[1])
     if blocks.greedy:
         return unmask_greedily(logits_RLV, given_RX, mask_token_id)
     sum_R1 = logits_RLV.sum((1, 2))[:, None]

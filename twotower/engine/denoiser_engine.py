@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -19,15 +19,13 @@ from twotower.decoding.randomness import step_key
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import cut
 from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, Decision, StepParams
-from twotower.engine.capture import decisions_for, passes_for
+from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
 from twotower.engine.passes import USUAL_WIDTH
 from twotower.engine.settings import EngineSettings
 from twotower.errors import LinkDown, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Command, Commit, Delta, Failed, Link, LinkLost, Prefill, Release, Released
 from twotower.model.tower import DenoiserTower
-
-Value = TypeVar("Value")
 
 _NARROW = 16
 _MAX_POSITIONS = 2048
@@ -94,7 +92,6 @@ class DenoiserEngine:
     ) -> None:
         self.tower, self.link, self.settings = tower, link, settings
         self._passes = passes_for(tower, link.cache, settings.capture)
-        self._decisions = decisions_for(tower.device, settings.capture)
         self._emit, self._trace = emit, trace
         self._sequences: dict[int, _Sequence] = {}
         self._numbers: dict[RequestId, int] = {}
@@ -113,7 +110,6 @@ class DenoiserEngine:
     def prepare(self) -> None:
         """Before the first request: make ready for the usual passes."""
         self._passes.prepare(USUAL_WIDTH)
-        self._decisions.prepare(USUAL_WIDTH, self.tower.config.vocab_size)
 
     def takes(self, request: AnyRequest) -> bool:
         return request.needs_denoiser
@@ -233,15 +229,11 @@ class DenoiserEngine:
         raise error
 
     def _step_blocks(self, sequences: list[_Sequence]) -> _Step:
-        width = max(len(s.tokens) for s in sequences)
-        t = [sum(s.masked) / len(s.masked) for s in sequences]
-        logits_RLV = self._passes.run([s.slot for s in sequences], [s.tokens for s in sequences], t)
         blocks = Blocks(
-            [_padded(s.tokens, width, 0) for s in sequences],
-            [_padded(s.masked, width, False) for s in sequences],
-            [_step_params(s) for s in sequences],
+            [s.tokens for s in sequences], [s.masked for s in sequences], [_step_params(s) for s in sequences]
         )
-        return _Step(self._decisions.run(logits_RLV, blocks), partial(self._have_stepped, sequences, blocks))
+        outcome = self._passes.step([s.slot for s in sequences], blocks)
+        return _Step(outcome, partial(self._have_stepped, sequences, blocks))
 
     def _have_stepped(self, sequences: list[_Sequence], blocks: Blocks, outcome: list[list[float]]) -> None:
         for sequence, decision in zip(sequences, blocks.read(outcome), strict=True):
@@ -346,10 +338,6 @@ def _to_host(outcomes: Sequence[Tensor]) -> list[list[list[float]]]:
         end += outcome.numel()
         rows.append([flat[i : i + width] for i in range(start, end, width)])
     return rows
-
-
-def _padded(values: Sequence[Value], width: int, fill: Value) -> list[Value]:
-    return [*values, *[fill] * (width - len(values))]
 
 
 def _step_params(sequence: _Sequence) -> StepParams:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from twotower.decoding.unmasking import Blocks, unmask
 from twotower.engine.passes import USUAL_WIDTH, EagerPasses, forward, padded
 from twotower.model import mamba
 from twotower.model.cache import WASTE_PAGE, TowerCache
@@ -183,6 +184,9 @@ class FixedPasses:
             for slot, start, ids in zip(slots, starts, tokens, strict=True)
         ]
         return self._pass(shape).run(rows, t or [])[:, :longest]
+
+    def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
+        return unmask(self.run(slots, blocks.tokens, blocks.mask_fractions), blocks)
 
     def prepare(self, width: int) -> None:
         """Nothing: a shape is captured when it first comes up."""

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from twotower.decoding.unmasking import Blocks, unmask
 from twotower.model.cache import TowerCache
 from twotower.model.states import LayerStates
 from twotower.model.tower import ContextTower, DenoiserTower
@@ -31,6 +32,10 @@ class Passes(Protocol):
         denoiser's block. A context tower's pass extends the slots' states; their caller advances them. The result may
         be overwritten by the next `run`.
         """
+        ...
+
+    def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
+        """A denoiser's step over `blocks`: its pass, and what it decides (`unmask`)."""
         ...
 
     def prepare(self, width: int) -> None:
@@ -68,6 +73,9 @@ class EagerPasses:
         rows = (slots, lengths, width)
         states = cache.extending(*rows) if tower.causal else cache.reading(*rows)
         return forward(tower, tokens_RL, states, None if t is None else on_device(t, tower.device), head)
+
+    def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
+        return unmask(self.run(slots, blocks.tokens, blocks.mask_fractions), blocks)
 
     def prepare(self, width: int) -> None:
         """Nothing to prepare."""

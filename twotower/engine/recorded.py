@@ -10,12 +10,13 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from twotower.config import ModelConfig
+from twotower.decoding.unmasking import Blocks, StepParams, unmask, unmask_greedily
 from twotower.engine.graphs import FixedStates
 from twotower.engine.passes import EagerPasses, forward, padded
 from twotower.model.cache import WASTE_PAGE, TowerCache
@@ -27,20 +28,22 @@ from twotower.model.transfer import on_device
 logger = logging.getLogger(__name__)
 
 OFTEN = 64  # uses of a form before it is recorded: a recording costs as much as some fifty passes
-MOST_PROGRAMS = 16
+_MOST_PROGRAMS = 16
 _WARM_UPS = 3  # TorchScript watches the first runs and tidies its program after them
 
-Program = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Program = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a program is fixed to. `few`: no more than `FEW_TOKENS` tokens in all rows together."""
+    """What a program is fixed to. `few`: no more than `FEW_TOKENS` tokens in all rows together. `decides`: a denoiser's
+    pass goes on to a greedy step's decision, some thirty small operations that would cost half as much again apart."""
 
     width: int
     head: bool
     timed: bool
     few: bool
+    decides: bool = False
 
 
 class RecordedPasses:
@@ -61,35 +64,46 @@ class RecordedPasses:
         program = self._programs.get(form) or self._recorded(form)
         if program is None:
             return self._eager.run(slots, tokens, t, head)
-        cache = self._cache
-        given_RX, t_R = self._given(slots, tokens, width), on_device(t or [], self._tower.device, torch.float32)
-        out_RLX = program(given_RX, t_R, cache.conv, cache.ssm, cache.keys, cache.values)
-        return out_RLX[:, :longest]
+        return program(*self._given(slots, tokens, t or [], width))[:, :longest]
+
+    def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
+        width = padded(blocks.width)
+        form = Form(width, True, True, width * len(slots) <= FEW_TOKENS, decides=True)
+        program = (self._programs.get(form) or self._recorded(form)) if blocks.greedy else None
+        if program is None:
+            return unmask(self.run(slots, blocks.tokens, blocks.mask_fractions), blocks)
+        given = self._given(slots, blocks.tokens, blocks.mask_fractions, width)
+        return program(*given, blocks.given(self._tower.device, width))
 
     def prepare(self, width: int) -> None:
         denoiser = not self._tower.causal
         for few in (True, False):
-            for form in (Form(width, denoiser, denoiser, few), Form(1, True, False, few)):
+            block = Form(width, denoiser, denoiser, few)
+            for form in (block, Form(1, True, False, few), *([replace(block, decides=True)] if denoiser else [])):
                 if form not in self._programs:
                     self._programs[form] = record(self._tower, form)
 
     def _recorded(self, form: Form) -> Program | None:
         self._uses[form] += 1
-        if self._uses[form] < self._often or len(self._programs) >= MOST_PROGRAMS:
+        if self._uses[form] < self._often or len(self._programs) >= _MOST_PROGRAMS:
             return None
         return self._programs.setdefault(form, record(self._tower, form))
 
-    def _given(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], width: int) -> Tensor:
-        """A row each: tokens, slot, cached length, new length, pages."""
-        starts = [self._cache.length(slot) for slot in slots]
+    def _given(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float], width: int
+    ) -> tuple[Tensor, ...]:
+        """What a program reads: a row each of tokens, slot, cached length, new length, pages; t; the cache."""
+        cache, device = self._cache, self._tower.device
+        starts = [cache.length(slot) for slot in slots]
         new = width if self._tower.causal else 0
         pages = max(pages_for(max(starts) + new), 1)
         rows = []
         for slot, start, ids in zip(slots, starts, tokens, strict=True):
-            table = list(self._cache.pages_of(slot)[:pages])
+            table = list(cache.pages_of(slot)[:pages])
             padding = [0] * (width - len(ids))
             rows.append([*ids, *padding, slot, start, len(ids), *table, *[0] * (pages - len(table))])
-        return on_device(rows, self._tower.device)
+        t_R = on_device(t, device, torch.float32)
+        return on_device(rows, device), t_R, cache.conv, cache.ssm, cache.keys, cache.values
 
 
 class _Borrowed:
@@ -109,27 +123,28 @@ def plain_pass(tower: ContextTower | DenoiserTower, form: Form) -> Program:
         states = FixedStates(memory, places_RX, form.width, updates=tower.causal)
         return forward(tower, tokens_RL, states, t_R if form.timed else None, form.head)
 
-    return run
+    def step(*given: Tensor) -> Tensor:
+        return unmask_greedily(run(*given[:-1]), given[-1])
+
+    return step if form.decides else run
 
 
 def record(tower: ContextTower | DenoiserTower, form: Form) -> Program:
     """Run a pass of this form over a cache of its own and keep what it did."""
-    rows = max(1, min(2, FEW_TOKENS // form.width)) if form.few else max(2, FEW_TOKENS // form.width + 1)
-    pages = pages_for(form.width) + 1
-    cache = TowerCache(tower.config, rows, rows * pages, tower.device, tower.dtype)
-    given = [[*range(form.width), row, 1, form.width, *[WASTE_PAGE] * pages] for row in range(rows)]
-    t_R = torch.full((rows if form.timed else 0,), 0.5, device=tower.device)
-    example = (on_device(given, tower.device), t_R, cache.conv, cache.ssm, cache.keys, cache.values)
-    program = traced(plain_pass(tower, form), example)
-    logger.debug("recorded a pass of %s", form)
-    return program
-
-
-def traced(run: Callable[..., Tensor], example: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-    """What `run` does with tensors of these shapes, as a program."""
+    device, width = tower.device, form.width
+    rows = max(1, min(2, FEW_TOKENS // width)) if form.few else max(2, FEW_TOKENS // width + 1)
+    pages = pages_for(width) + 1
+    cache = TowerCache(tower.config, rows, rows * pages, device, tower.dtype)
+    given = [[*range(width), row, 1, width, *[WASTE_PAGE] * pages] for row in range(rows)]
+    t_R = torch.full((rows if form.timed else 0,), 0.5, device=device)
+    example: tuple[Tensor, ...] = (on_device(given, device), t_R, cache.conv, cache.ssm, cache.keys, cache.values)
+    if form.decides:
+        blocks = Blocks([[0] * width] * rows, [[True] * width] * rows, [StepParams(0.5, 1)] * rows)
+        example = (*example, blocks.given(device, width))
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is deprecated; and of constants, which are constant in this form
-        program: Callable[..., Tensor] = torch.jit.trace(run, example, check_trace=False)
+        program: Program = torch.jit.trace(plain_pass(tower, form), example, check_trace=False)
         for _ in range(_WARM_UPS):
             program(*example)
+    logger.debug("recorded a pass of %s", form)
     return program

@@ -49,12 +49,13 @@ class _Mirror:
 
 @dataclass(slots=True)
 class _Arrived:
-    """A payload: what to tell the engine, which parts of the mirror grow, and by what.
+    """A payload: what to tell the engine, whose parts of the mirror grow, and by what.
 
     `written`: into the mirror, and the buffer is given back.
     """
 
     events: list[Delta | Failed]
+    mirrors: list[_Mirror]
     spans: list[Span]
     tensors: list[Tensor]
     buffer: StagingBuffer
@@ -169,11 +170,9 @@ class DistributedLink:
 
     def _write_beside(self, arrived: _Arrived) -> None:
         """On the receiver thread and the link's stream; not where the engine reads one of the sequences."""
-        slots = {span.slot for span in arrived.spans}
-        mirrors = [mirror for mirror in self._mirrors.copy().values() if mirror.slot in slots]
-        if any(mirror.read for mirror in mirrors):
+        if any(mirror.read for mirror in arrived.mirrors):
             return
-        for mirror in mirrors:
+        for mirror in arrived.mirrors:
             if mirror.fence is not None:
                 torch.cuda.current_stream(self.cache.device).wait_event(mirror.fence)
         self._write(arrived)
@@ -207,7 +206,7 @@ class DistributedLink:
 
     def _sift(self, deltas: Sequence[Delta], buffer: StagingBuffer) -> _Arrived:
         """What of a payload is taken. On the receiver thread."""
-        arrived = _Arrived([], [], self._layout.views(deltas, buffer), buffer)
+        arrived = _Arrived([], [], [], self._layout.views(deltas, buffer), buffer)
         kept: list[int] = []
         for place, delta in enumerate(deltas):
             mirror = self._mirrors.get(delta.sequence)
@@ -223,6 +222,7 @@ class DistributedLink:
                 continue
             mirror.arrived = delta.end
             arrived.events.append(replace(delta, slot=mirror.slot))
+            arrived.mirrors.append(mirror)
             arrived.spans.append(Span(mirror.slot, delta.start, delta.end, delta.complete))
             kept.append(place)
         if len(kept) < len(deltas):

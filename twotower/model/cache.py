@@ -156,7 +156,8 @@ class TowerCache:
         """The four memories, each with the places along its dimension 1 that the spans cover."""
         positions = [p for span in spans for p in self.flat_positions(span.slot, span.start, span.end)]
         slots = [span.slot for span in spans if span.with_states]
-        positions_S, slots_N = (on_device(places, self.device, torch.long) for places in (positions, slots))
+        # As one transfer.
+        positions_S, slots_N = on_device(positions + slots, self.device, torch.long).split([len(positions), len(slots)])
         keys, values = self.keys.flatten(1, 2), self.values.flatten(1, 2)
         return [(keys, positions_S), (values, positions_S), (self.conv, slots_N), (self.ssm, slots_N)]
 
