@@ -7,12 +7,13 @@
 parity    the golden checkpoints in fp32 and bf16, with the chosen kernels and with plain torch, against the CPU in
           fp32: logits, states, and the released code's tokens in every mode.
 passes    two towers of the 30B-A3B's shapes (random weights, made on the device: 2 × 59 GiB of bf16) side by side:
-          denoiser step, commit and AR step at each batch size, eagerly and as a CUDA graph; how many experts a pass
-          uses, the bytes it moves, the time those bytes alone would take; peak memory; where the host waits.
+          denoiser step, commit and AR step at each batch size, eagerly and as a CUDA graph, compared; how many experts a
+          pass uses, the bytes it moves, the time those bytes alone would take; peak memory; where the host waits.
 exchange  two processes on the one device over the `distributed` exchange, gloo staged through pinned memory: times,
           every byte checked, either process killed, a replacement under the next epoch.
 
-Not here, because it needs two GPUs: the NCCL data group. Library only: needs neither Ray nor gRPC.
+Exit status 1 if a section broke or a number was wrong (in bf16: not finite); the report's end lists what. Not here,
+because it needs two GPUs: the NCCL data group. Library only: needs neither Ray nor gRPC.
 """
 
 import argparse
@@ -44,24 +45,26 @@ def main(arguments: list[str] | None = None) -> int:
     if site.device.type == "cpu":
         torch.set_num_threads(1)
     report = Report(site, " ".join(["python -m benchmarks.gpu", *given]), options.output)
-    failed = [name for name in options.sections if not _run(name, site, report)]
+    for name in options.sections:
+        _run(name, site, report)
+    report.close()
     if options.output is not None:
         print(f"report in {options.output}", file=sys.stderr)
-    return 1 if failed else 0
+    for fault in report.faults:
+        print(f"gpu: {fault}", file=sys.stderr)
+    return 1 if report.faults else 0
 
 
-def _run(name: str, site: Site, report: Report) -> bool:
+def _run(name: str, site: Site, report: Report) -> None:
     """A section that breaks is said so in the report, and the next one still runs."""
     try:
         SECTIONS[name](site, report)
     except Exception as error:
         report.add(f"## {name} BROKE\n\n`{type(error).__name__}: {error}`")
-        print(f"gpu: section {name} broke: {type(error).__name__}: {error}", file=sys.stderr)
-        return False
+        report.fault(f"section {name} broke: {type(error).__name__}: {error}")
     finally:
         if site.device.type == "cuda":
             torch.cuda.empty_cache()
-    return True
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -200,7 +200,9 @@ def run(site: Site, report: Report) -> None:
         bar.update()
         lines = [_context_killed(site, side, context)]
         bar.update()
-    lines.append(_next_epoch(site, mirror))
+        if wrong := int(side.wrong.item()):
+            report.fault(f"exchange: {wrong} elements arrived wrong")
+    lines.append(_next_epoch(site, mirror, report))
     lines.append(_denoiser_killed(site))
     bar.update()
     bar.close()
@@ -255,7 +257,7 @@ def _context_killed(site: Site, side: DenoiserSide, context: _Child) -> list[str
     return ["context process, mid-transfer", f"noticed after {noticed * 1e3:.0f} ms: “{side.lost}”; {free}"]
 
 
-def _next_epoch(site: Site, mirror: TowerCache) -> list[str]:
+def _next_epoch(site: Site, mirror: TowerCache, report: Report) -> list[str]:
     started = time.monotonic()
     with _child(context_process, site, 1) as context:
         side = DenoiserSide(site, context.pipe.recv(), mirror)
@@ -264,6 +266,8 @@ def _next_epoch(site: Site, mirror: TowerCache) -> list[str]:
         served = time.monotonic() - started
         wrong = int(side.wrong.item())
         side.link.close()
+    if wrong:
+        report.fault(f"exchange under the next epoch: {wrong} elements arrived wrong")
     verdict = "right" if wrong == 0 else f"{wrong} WRONG ELEMENTS"
     return ["a replacement under epoch 1", f"linked after {up:.1f} s, first delta after {served:.1f} s, {verdict}"]
 

@@ -22,6 +22,7 @@ class Report:
     def __init__(self, site: Site, command: str, output: Path | None) -> None:
         self._output = output
         self._parts: list[str] = []
+        self.faults: list[str] = []
         title = "# Towers and exchange on a GPU"
         if site.tiny:
             title += "\n\n**A tiny model: this shows that everything runs; no time in it means anything.**"
@@ -34,6 +35,15 @@ class Report:
         else:
             self._output.parent.mkdir(parents=True, exist_ok=True)
             self._output.write_text("\n\n".join(self._parts) + "\n", encoding="utf-8")
+
+    def fault(self, what: str) -> None:
+        """A number that is not what it should be, whatever the times say."""
+        self.faults.append(what)
+
+    def close(self) -> None:
+        """The verdict."""
+        lines = [f"- {fault}" for fault in self.faults] or ["None: every number that was checked is right."]
+        self.add("## Faults\n\n" + "\n".join(lines))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -26,6 +26,7 @@ def test_a_section_alone(section: str, tmp_path: Path, monkeypatch: pytest.Monke
     report = output.read_text()
     assert "no time in it means anything" in report
     assert f"--sections {section}" in report
+    assert "every number that was checked is right" in report
     if section == "passes":
         rows = [line for line in report.splitlines() if line.startswith(("| denoiser step", "| commit", "| AR step"))]
         assert len(rows) == 3 * 2
@@ -36,6 +37,19 @@ def test_a_section_alone(section: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert "3 of 3 mirror slots free again" in report
         assert "first delta after" in report
         assert "the denoiser side is gone" in report
+
+
+def test_a_captured_pass_that_is_off_is_a_fault(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch.inference_mode():
+        assert bench.graph_off(COMMIT, 3) <= 1e-4 and bench.graph_off(DENOISE, 1) <= 1e-4
+    graph = Bench.graph
+    monkeypatch.setattr(Bench, "graph", lambda self, kind, rows: graph(self, kind, rows) * (1.0 if kind.head else 1.1))
+    arguments = ["--tiny", "--sections", "passes", "--batches", "1", "--output", str(tmp_path / "report.md")]
+    assert main(arguments) == 1
+    assert "commit of 1 rows: the captured pass is off by 1.0e-01" in capsys.readouterr().err
+    assert (tmp_path / "report.md").read_text().count("the captured pass is off") == 1
 
 
 @pytest.mark.slow

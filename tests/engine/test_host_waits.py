@@ -36,6 +36,7 @@ from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.scores import ScoredRow, ScoreSheet, score_rows
 from twotower.engine.settings import EngineSettings
 from twotower.exchange.local import LocalExchange
+from twotower.exchange.protocol import Commit, Prefill
 from twotower.model.cache import Span, TowerCache
 from twotower.model.kernels.flash_attention import ByNumber
 from twotower.model.tower import ContextTower, DenoiserTower
@@ -228,3 +229,33 @@ def test_a_tick_that_scores_reads_once_and_one_that_only_reads_the_prompt_never(
             context.tick()
         reads_per_tick.append(sum(reads.values()))
     assert reads_per_tick == [0, 0, 1, 1, 1]
+
+
+def test_a_chunk_ends_before_the_next_work_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU chunks would otherwise pile up before a commit that comes meanwhile. A stand-in for CUDA's event says
+    when the engine waits; a commit that comes during the wait goes before the next chunk."""
+    log: list[str] = []
+    settings = EngineSettings(max_sequences=4, max_sequence_length=128, prefill_chunk_tokens=16)
+    context = ContextEngine(golden(MODELS[0]).context, settings, lambda event: None)
+    exchange = LocalExchange(context.cache, lambda: None)
+    context.connect(exchange.port)
+    exchange.link.submit([Prefill(1, (5, 6), 16)])
+    context.tick()
+    read = context._read
+
+    class Fence:
+        def synchronize(self) -> None:
+            log.append("waited")
+            if log.count("waited") == 2:
+                exchange.link.submit([Commit(1, 2, (7, 8, 9))])
+
+    def logged(passes: Any, sequences: Any, tokens: Any, head: bool) -> Any:
+        log.append("chunk" if len(tokens[0]) == 16 else "commit")
+        return read(passes, sequences, tokens, head)
+
+    monkeypatch.setattr(context, "_read", logged)
+    monkeypatch.setattr("twotower.engine.context_engine.fence_on", lambda device: Fence())
+    context.add(ScoreRequest(RequestId("long"), tuple(range(4, 53)), 40))
+    for _ in range(4):
+        context.tick()
+    assert log == ["chunk", "waited", "chunk", "waited", "commit", "chunk"]

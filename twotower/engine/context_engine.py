@@ -36,6 +36,7 @@ from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Attach, Command, Commit, Delta, Failed, Port, Prefill, Release, Released, Reply
 from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower
+from twotower.model.transfer import fence_on
 
 
 @dataclass(slots=True)
@@ -74,6 +75,7 @@ class ContextEngine:
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens)
         self._replies: dict[int, list[Reply]] = {}
         self._inbox: deque[AnyRequest | RequestId | Port] = deque()
+        self._last_chunk: torch.cuda.Event | None = None
         self.ticks = self.rows = self.near_ties = 0
 
     def stats(self, busy_s: float) -> EngineStats:
@@ -109,6 +111,10 @@ class ContextEngine:
 
     def tick(self) -> bool:
         """Take what has arrived, run one forward, send what came of it. False where there was nothing to do."""
+        if self._last_chunk is not None:
+            # On a GPU the host would queue chunk after chunk, and a commit that comes meanwhile behind them all.
+            self._last_chunk.synchronize()
+            self._last_chunk = None
         self._take_inbox()
         for index in list(self._ports):
             self._take_commands(index)
@@ -265,6 +271,7 @@ class ContextEngine:
             self._next_tokens([sequence for sequence, _ in finished], logits_RV)
         if scores_PX is not None:
             self._take_scores(scored, scores_PX)
+        self._last_chunk = fence_on(self.tower.device)
 
     def _take_scores(self, rows: Sequence[ScoredRow], scores_PX: Tensor) -> None:
         for row, scores in zip(rows, to_host(scores_PX, rows), strict=True):

@@ -27,8 +27,9 @@ from twotower.exchange.protocol import (
     Release,
     Released,
 )
-from twotower.exchange.staging import DeltaLayout, StagingBuffer, StagingPool, fence_on
+from twotower.exchange.staging import DeltaLayout, StagingBuffer, StagingPool
 from twotower.model.cache import Span, TowerCache
+from twotower.model.transfer import fence_on
 
 
 @dataclass(slots=True)

@@ -14,21 +14,14 @@ from torch import Tensor
 
 from twotower.exchange.protocol import Delta
 from twotower.model.cache import Span, TowerCache
+from twotower.model.transfer import fence_on
 
 _ALIGNMENT = 16  # a view as another dtype must start at a multiple of its size
+_USUAL_BLOCK, _USUAL_DELTAS, _LEAST_BYTES = 16, 4, 8 << 20
 _SSM = 3  # its place among a delta's tensors: keys, values, conv, ssm
 _MOST_VIEWS, _MOST_LAYOUTS = 64, 1024  # kept by a buffer, by a layout
 
 Shapes: TypeAlias = tuple[tuple[torch.Size, torch.dtype], ...]
-
-
-def fence_on(device: torch.device) -> torch.cuda.Event | None:
-    """After it, what is queued on the calling thread's stream by now has run; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    fence = torch.cuda.Event()
-    fence.record(torch.cuda.current_stream(device))
-    return fence
 
 
 class StagingBuffer:
@@ -72,6 +65,12 @@ class StagingBuffer:
         self.flat = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         staged = self._through_host and self._device.type == "cuda"
         self.wire = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if staged else self.flat
+
+
+def usual_bytes(cache: TowerCache, ssm_wire_dtype: str) -> int:
+    """A buffer's size: room for a few committed blocks, so that what is committed together mostly crosses together."""
+    block = Delta(0, 0, _USUAL_BLOCK, 0)
+    return max(_LEAST_BYTES, _USUAL_DELTAS * DeltaLayout(cache, ssm_wire_dtype).nbytes([block]))
 
 
 class StagingPool:

@@ -1,4 +1,4 @@
-"""Small host values onto a device, without making the host wait for it."""
+"""Between host and device: small values onto it without making the host wait, and marks in a stream."""
 
 from collections.abc import Sequence
 
@@ -15,3 +15,12 @@ def on_device(values: Sequence[object], device: torch.device, dtype: torch.dtype
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def fence_on(device: torch.device) -> torch.cuda.Event | None:
+    """After it, what is queued on the calling thread's stream by now has run; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    fence = torch.cuda.Event()
+    fence.record(torch.cuda.current_stream(device))
+    return fence
