@@ -7,8 +7,8 @@
 parity    the golden checkpoints in fp32 and bf16, with the chosen kernels and with plain torch, against the CPU in
           fp32: logits, states, and the released code's tokens in every mode.
 passes    two towers of the 30B-A3B's shapes (random weights, made on the device: 2 × 59 GiB of bf16) side by side:
-          denoiser step, commit and AR step at each batch size, eagerly and as a CUDA graph, compared; how many experts a
-          pass uses, the bytes it moves, the time those bytes alone would take; peak memory; where the host waits.
+          denoiser step, commit and AR step at each batch size, eagerly and as a CUDA graph, compared; experts a pass
+          uses, the bytes it moves, the time those bytes alone would take; peak memory; where the host waits.
 exchange  two processes on the one device over the `distributed` exchange, gloo staged through pinned memory: times,
           every byte checked, either process killed, a replacement under the next epoch.
 

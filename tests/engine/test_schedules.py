@@ -1,12 +1,15 @@
-"""Over a thousand random schedules against scripted towers: no leak, no starvation, order holds, tokens and scores are
+"""Some two thousand random schedules against scripted towers: no leak, no starvation, order holds, tokens and scores are
 right.
 
-One simulated cell a schedule: a ledger, a context engine, one or more denoiser engines over in-place exchanges. Who
-ticks when, who arrives when, who gives up when is drawn at random.
+One simulated cell a schedule: a ledger, a context engine, one or more denoiser engines over exchanges in place, or, in
+some, over those of processes: mirrors, payloads, threads. Who ticks when, who arrives when, who gives up when and whose
+logits are not finite is drawn at random.
 """
 
 import random
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -31,13 +34,18 @@ from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.ledger import Ledger, Place, Room
 from twotower.engine.settings import EngineSettings
-from twotower.errors import Overloaded
+from twotower.errors import NumericalError, Overloaded
+from twotower.exchange.distributed import connect, open_port
 from twotower.exchange.local import LocalExchange
+from twotower.exchange.protocol import Link
+from twotower.exchange.settings import LinkSettings
+from twotower.model.cache import TowerCache
 from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower, scripted_scores, scripted_tokens
 from twotower.testing.towers import VOCAB
 
-SCHEDULES = 1200
+SCHEDULES = 2040
 BATCHES = 12
+MIRRORED = 60  # further ones over the exchange of processes
 MAX_TICKS = 3000  # far more than any schedule needs: reaching it is starvation
 
 
@@ -73,14 +81,37 @@ class Seen:
     scores: ScoreEvent | None = None
     tokens: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
+    failed: bool = False
     released: int = 0
 
 
-class SimulatedCell:
-    """Engines, ledger and clients of one schedule."""
+class _Failing:
+    """A tower whose logits of some row now and then hold a NaN."""
 
-    def __init__(self, draw: random.Random) -> None:
-        self.draw = draw
+    draw: random.Random
+    failures = 0.0
+
+    def logits(self, hidden_RLD: torch.Tensor) -> torch.Tensor:
+        logits = super().logits(hidden_RLD)  # type: ignore[misc]
+        if self.draw.random() < self.failures:
+            logits[self.draw.randrange(len(logits))] = float("nan")
+        return cast(torch.Tensor, logits)
+
+
+class _Context(_Failing, ScriptedContextTower):
+    pass
+
+
+class _Denoiser(_Failing, ScriptedDenoiserTower):
+    pass
+
+
+class SimulatedCell:
+    """Engines, ledger and clients of one schedule. `mirrored`: over the exchange of processes."""
+
+    def __init__(self, draw: random.Random, mirrored: bool, closing: ExitStack) -> None:
+        self.draw, self.mirrored = draw, mirrored
+        failures = draw.choice([0.0, 0.02])
         slots, pages = draw.randint(1, 6), draw.randint(5, 24)
         settings = EngineSettings(
             max_sequences=slots,
@@ -90,13 +121,12 @@ class SimulatedCell:
             capture="off",
         )
         self.events: list[Event] = []
-        self.context = ContextEngine(cast(Any, ScriptedContextTower()), settings, self.events.append)
+        self.context = ContextEngine(cast(Any, self._tower(_Context, failures)), settings, self.events.append)
         self.denoisers = []
-        for _ in range(draw.choice([1, 1, 2, 3])):
-            exchange = LocalExchange(self.context.cache, lambda: None)
-            self.context.connect(exchange.port)
-            tower = cast(Any, ScriptedDenoiserTower())
-            self.denoisers.append(DenoiserEngine(tower, exchange.link, settings, self.events.append))
+        for number in range(draw.choice([1, 2] if mirrored else [1, 1, 2, 3])):
+            link = self._mirror(number, settings, closing) if mirrored else self._in_place()
+            tower = cast(Any, self._tower(_Denoiser, failures))
+            self.denoisers.append(DenoiserEngine(tower, link, settings, self.events.append))
         self.max_passed = draw.choice([1, 2, 64])
         self.ledger = Ledger(Room(slots, pages), [], settings.max_queued_requests, self.max_passed)
         self.priorities: dict[RequestId, int] = {}
@@ -105,6 +135,27 @@ class SimulatedCell:
         self.started: list[RequestId] = []
         self.queued: list[RequestId] = []
         self.cancelled: set[RequestId] = set()
+
+    def _tower(self, kind: type[_Failing], failures: float) -> _Failing:
+        tower = kind()
+        tower.draw, tower.failures = self.draw, failures
+        return tower
+
+    def _in_place(self) -> Link:
+        exchange = LocalExchange(self.context.cache, lambda: None)
+        self.context.connect(exchange.port)
+        return exchange.link
+
+    def _mirror(self, number: int, settings: EngineSettings, closing: ExitStack) -> Link:
+        patience = LinkSettings(staging_bytes=1 << 12, staging_buffers=self.draw.choice([1, 2, 3]))
+        port, address = open_port(self.context.cache, number, 0, patience)
+        self.context.connect(port)
+        device, dtype = torch.device("cpu"), torch.float32
+        mirror = TowerCache(ScriptedContextTower.config, settings.max_sequences, settings.pages, device, dtype)
+        link = connect(address, mirror)
+        closing.callback(port.close)
+        closing.callback(link.close)
+        return link
 
     def arrive(self, request: AnyRequest) -> bool:
         try:
@@ -136,15 +187,20 @@ class SimulatedCell:
     def tick(self) -> None:
         engine = self.draw.choice([self.context, self.context, *self.denoisers])
         engine.tick()
+        if self.mirrored:
+            time.sleep(0.0002)  # what is on its way has threads to run
         for event in self.events:
             self._take(event)
         self.events.clear()
         self.admit()
 
     def _take(self, event: Event) -> None:
-        assert not isinstance(event, FailureEvent), event
         seen = self.seen[event.request_id]
         assert not seen.released, "an event after the release"
+        assert not seen.failed or isinstance(event, ReleasedEvent), "an event after the failure"
+        if isinstance(event, FailureEvent):
+            assert isinstance(event.error, NumericalError), event
+            seen.failed = True
         if isinstance(event, ReleasedEvent):
             seen.released += 1
             self.ledger.release(event.request_id)
@@ -161,16 +217,20 @@ class SimulatedCell:
         return [r for r in self.queued if not self.seen[r].released]
 
 
-def _play(seed: int) -> tuple[int, int]:
-    """One schedule. Returns how many requests finished and how many were cancelled in time."""
-    draw = random.Random(seed)
-    cell = SimulatedCell(draw)
+def _play(seed: int, mirrored: bool = False) -> Counter[str]:
+    """One schedule. Returns how many requests finished, were cancelled in time, and failed."""
+    with ExitStack() as closing:
+        return _played(seed, random.Random(seed), mirrored, closing)
+
+
+def _played(seed: int, draw: random.Random, mirrored: bool, closing: ExitStack) -> Counter[str]:
+    cell = SimulatedCell(draw, mirrored, closing)
     requests = [_request(n, draw) for n in range(draw.randint(1, 12))]
     biggest = 16 * cell.ledger.context.pages
     waiting = [r for r in requests if r.positions <= biggest]
     asked = {r.id: r for r in waiting}
     order = [r.id for r in waiting]
-    for _ in range(MAX_TICKS):
+    for _ in range(MAX_TICKS * (10 if mirrored else 1)):
         if waiting and draw.random() < 0.3:
             request = waiting.pop(0)
             if not cell.arrive(request):
@@ -190,13 +250,15 @@ def _play(seed: int) -> tuple[int, int]:
     for request_id in cell.started:
         request, seen = asked[request_id], cell.seen[request_id]
         done = seen.scores is not None or seen.finish is not None
-        assert done or request_id in cell.cancelled
+        assert done or seen.failed or request_id in cell.cancelled
         if isinstance(request, Request):
             tokens = scripted_tokens(request)
             assert (tokens if done else tokens[: len(seen.tokens)]) == seen.tokens, f"schedule {seed}, {request_id}"
         elif seen.scores is not None:
             _scores_are_right(request, seen.scores, seed)
-    return sum(s.scores is not None or s.finish is not None for s in cell.seen.values()), len(cell.cancelled)
+    finished = sum(s.scores is not None or s.finish is not None for s in cell.seen.values())
+    failed = sum(s.failed for s in cell.seen.values())
+    return Counter(finished=finished, cancelled=len(cell.cancelled), failed=failed)
 
 
 def _scores_are_right(request: ScoreRequest, event: ScoreEvent, seed: int) -> None:
@@ -223,11 +285,19 @@ def _nothing_is_left(cell: SimulatedCell, seed: int) -> None:
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_random_schedules(batch: int) -> None:
-    finished = cancelled = 0
+    seen: Counter[str] = Counter()
     per_batch = SCHEDULES // BATCHES
     with torch.inference_mode():
         for seed in range(batch * per_batch, (batch + 1) * per_batch):
-            done, gone = _play(seed)
-            finished, cancelled = finished + done, cancelled + gone
-    assert finished > 2 * per_batch
-    assert cancelled > per_batch // 20, "too few cancellations to show anything"
+            seen += _play(seed)
+    assert seen["finished"] > 2 * per_batch
+    assert seen["cancelled"] > per_batch // 20, "too few cancellations to show anything"
+    assert seen["failed"] > per_batch // 20, "too few failures to show anything"
+
+
+def test_random_schedules_over_mirrors() -> None:
+    seen: Counter[str] = Counter()
+    with torch.inference_mode():
+        for seed in range(SCHEDULES, SCHEDULES + MIRRORED):
+            seen += _play(seed, mirrored=True)
+    assert seen["finished"] > 2 * MIRRORED and seen["cancelled"] > 3 and seen["failed"] > 3, seen

@@ -6,7 +6,7 @@ two ends found each other.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -50,16 +50,17 @@ class _Mirror:
 
 @dataclass(slots=True)
 class _Arrived:
-    """A payload: what to tell the engine, whose parts of the mirror grow, and by what.
+    """A payload: its deltas, which of them are taken, what to tell the engine, whose parts of the mirror grow.
 
     `written`: into the mirror, and the buffer is given back.
     """
 
-    events: list[Delta | Failed]
-    mirrors: list[_Mirror]
-    spans: list[Span]
-    tensors: list[Tensor]
+    deltas: Sequence[Delta]
     buffer: StagingBuffer
+    kept: list[int] = field(default_factory=list)
+    events: list[Delta | Failed] = field(default_factory=list)
+    mirrors: list[_Mirror] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     written: bool = False
 
 
@@ -179,8 +180,11 @@ class DistributedLink:
         self._write(arrived)
 
     def _write(self, arrived: _Arrived) -> None:
+        tensors = self._layout.views(arrived.deltas, arrived.buffer)
+        if len(arrived.kept) < len(arrived.deltas):
+            tensors = _only(arrived.kept, arrived.deltas, tensors)
         if arrived.spans:
-            self.cache.write(arrived.spans, arrived.tensors)
+            self.cache.write(arrived.spans, tensors)
         arrived.written = True
 
     def _take(self, item: _Arrived | Failed | Released) -> Sequence[LinkEvent]:
@@ -207,8 +211,7 @@ class DistributedLink:
 
     def _sift(self, deltas: Sequence[Delta], buffer: StagingBuffer) -> _Arrived:
         """What of a payload is taken. On the receiver thread."""
-        arrived = _Arrived([], [], [], self._layout.views(deltas, buffer), buffer)
-        kept: list[int] = []
+        arrived = _Arrived(deltas, buffer)
         for place, delta in enumerate(deltas):
             mirror = self._mirrors.get(delta.sequence)
             if mirror is None or mirror.deaf:
@@ -225,9 +228,7 @@ class DistributedLink:
             arrived.events.append(replace(delta, slot=mirror.slot))
             arrived.mirrors.append(mirror)
             arrived.spans.append(Span(mirror.slot, delta.start, delta.end, delta.complete))
-            kept.append(place)
-        if len(kept) < len(deltas):
-            arrived.tensors = _only(kept, deltas, arrived.tensors)
+            arrived.kept.append(place)
         return arrived
 
 
