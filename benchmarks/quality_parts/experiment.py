@@ -5,12 +5,12 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tokenizers import Tokenizer as BpeTokenizer
 from tqdm import tqdm
 
-from benchmarks.quality_parts.plan import QUALITY_CONCURRENCY, Plan
+from benchmarks.quality_parts.plan import LONG_TOKENS, QUALITY_CONCURRENCY, Plan
 from benchmarks.quality_parts.record import Record, Run
 from benchmarks.reference.paths import Path, Piece, Running
 from twotower.core import Request, RequestId
@@ -73,24 +73,41 @@ class Experiment:
             ways = self.plan.speed_ways(concurrency)
             # Whoever went first in one round goes last in the next.
             for way in ways if number % 2 == 0 else ways[::-1]:
-                if (str(way), concurrency, number) not in self.record.runs:
+                if (str(way), concurrency, number, False) not in self.record.runs:
                     self._bar.set_postfix_str(f"speed: {way} x{concurrency}, round {number + 1}")
                     await self._ask_all(running, sample[:_WARM_UP], way, concurrency, f"w-{number}")
-                    self.record.add_run(await self._time(running, sample, way, concurrency, number))
+                    # Enough of them that the clients are busy together for most of the run.
+                    many = list(sample) * -(-8 * concurrency // len(sample))
+                    self.record.add_run(await self._time(running, many, way, concurrency, number))
                 self._bar.update()
+        few = self.plan.few_ways()
+        for way in few if number % 2 == 0 else few[::-1]:
+            if (str(way), 1, number, True) not in self.record.runs:
+                self._bar.set_postfix_str(f"speed of long answers: {way}, round {number + 1}")
+                one_each = sample[: len(self.plan.families)]
+                self.record.add_run(await self._time(running, one_each, way, 1, number, long=True))
+            self._bar.update()
 
-    async def _time(self, running: Running, sample: Sequence[Instance], way: Way, concurrency: int, number: int) -> Run:
-        # Enough of them that the clients are busy together for most of the run.
-        many = list(sample) * -(-8 * concurrency // len(sample))
-        asked, seconds = await self._ask_all(running, many, way, concurrency, f"s-{number}")
+    async def _time(
+        self, running: Running, many: Sequence[Instance], way: Way, concurrency: int, number: int, long: bool = False
+    ) -> Run:
+        name = f"{'l' if long else 's'}-{number}"
+        asked, seconds = await self._ask_all(running, many, way, concurrency, name, long)
         first = statistics.median(one.first_token_s for one in asked)
         tokens, steps = sum(one.num_tokens for one in asked), sum(one.num_steps for one in asked)
-        return Run(str(way), concurrency, number, seconds, tokens, steps, first)
+        return Run(str(way), concurrency, number, seconds, tokens, steps, first, long)
 
     async def _ask_all(
-        self, running: Running, instances: Sequence[Instance], way: Way, concurrency: int, name: str
+        self,
+        running: Running,
+        instances: Sequence[Instance],
+        way: Way,
+        concurrency: int,
+        name: str,
+        long: bool = False,
     ) -> tuple[list[Asked], float]:
         """Answers in the instances' order, and how long all of them took: `concurrency` closed-loop clients."""
+        params = replace(way.params(), max_new_tokens=LONG_TOKENS, ignore_eos=True) if long else way.params()
         prefix = f"{self._name}-{name}-{way}-{concurrency}".replace(" ", "-")
         waiting = deque(enumerate(instances))
         answers: dict[int, Asked] = {}
@@ -99,7 +116,7 @@ class Experiment:
             while waiting:
                 number, instance = waiting.popleft()
                 prompt = tuple(encode_prompt(self._tokenizer, instance.prompt))
-                answers[number] = await _ask(running, Request(RequestId(f"{prefix}-{number}"), prompt, way.params()))
+                answers[number] = await _ask(running, Request(RequestId(f"{prefix}-{number}"), prompt, params))
 
         started = time.perf_counter()
         async with asyncio.TaskGroup() as clients:

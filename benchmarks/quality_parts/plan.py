@@ -9,6 +9,7 @@ from twotower.demo.families import FAMILIES
 from twotower.demo.scores import AR, USUAL, Way, every_way
 
 QUALITY_CONCURRENCY = 16
+LONG_TOKENS = 128  # of an answer that goes on past eos
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Plan:
         """All thresholds at concurrency 1, which the curve is drawn from; a few beyond."""
         if concurrency == 1:
             return [way for way in self.ways if way.mode is not Mode.MOCK_AR]
+        return self.few_ways()
+
+    def few_ways(self) -> Sequence[Way]:
         few = (AR, Way(Mode.DIFFUSION, 0.6), USUAL, Way(Mode.DIFFUSION, 0.95))
         return [way for way in few if way in self.ways]
 
@@ -52,10 +56,11 @@ class Plan:
             "instances per family": self.per_family,
             "concurrency": list(self.concurrency),
             "timed instances per family": self.sample_per_family,
+            "tokens of a long answer": LONG_TOKENS,
         }
 
     @property
     def num_runs(self) -> int:
         """Squares of quality and runs of speed together."""
         speed = sum(len(self.speed_ways(concurrency)) for concurrency in self.concurrency)
-        return len(self.families) * len(self.ways) + self.rounds * speed
+        return len(self.families) * len(self.ways) + self.rounds * (speed + len(self.few_ways()))

@@ -11,7 +11,8 @@ from twotower.errors import ConfigError
 
 @dataclass(frozen=True)
 class Run:
-    """One timed run of the sample. Seconds; `first_token_s` is the median. `num_steps`: 0 in the causal modes."""
+    """One timed run of the sample. Seconds; `first_token_s` is the median. `num_steps`: 0 in the causal modes. `long`:
+    answers went on past eos."""
 
     way: str
     concurrency: int
@@ -20,14 +21,15 @@ class Run:
     num_tokens: int
     num_steps: int
     first_token_s: float
+    long: bool = False
 
     @property
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.seconds
 
     @property
-    def key(self) -> tuple[str, int, int]:
-        return self.way, self.concurrency, self.round
+    def key(self) -> tuple[str, int, int, bool]:
+        return self.way, self.concurrency, self.round, self.long
 
 
 class Record:
@@ -39,7 +41,7 @@ class Record:
 
     def __init__(self, path: Path, about: dict[str, object], resume: bool = False, overwrite: bool = False) -> None:
         self.scores: dict[tuple[str, str], Score] = {}
-        self.runs: dict[tuple[str, int, int], Run] = {}
+        self.runs: dict[tuple[str, int, int, bool], Run] = {}
         self._path, self._about = path, about
         path.parent.mkdir(parents=True, exist_ok=True)
         there = path.exists() and path.stat().st_size > 0
@@ -63,9 +65,10 @@ class Record:
     def close(self) -> None:
         self._file.close()
 
-    def of(self, way: str, concurrency: int) -> list[Run]:
+    def of(self, way: str, concurrency: int, long: bool = False) -> list[Run]:
         """The rounds of one kind of run, in order."""
-        return [run for run in self.runs.values() if (run.way, run.concurrency) == (way, concurrency)]
+        kind = (way, concurrency, long)
+        return [run for run in self.runs.values() if (run.way, run.concurrency, run.long) == kind]
 
     def _read(self) -> None:
         for kind, text in self._lines():

@@ -3,7 +3,7 @@
 import statistics
 from dataclasses import dataclass
 
-from benchmarks.quality_parts.plan import Plan
+from benchmarks.quality_parts.plan import LONG_TOKENS, Plan
 from benchmarks.quality_parts.record import Record
 from benchmarks.reference.report import setup, spread
 from twotower.core import Mode
@@ -56,14 +56,15 @@ class Findings:
     def tokens_per_s(self, way: Way, concurrency: int) -> float:
         return statistics.median(run.tokens_per_s for run in self.record.of(str(way), concurrency))
 
-    def timed_tokens_per_step(self, way: Way) -> float:
+    def timed_tokens_per_step(self, way: Way, long: bool = False) -> float:
         """Of the requests that were timed at concurrency 1."""
-        runs = self.record.of(str(way), 1)
+        runs = self.record.of(str(way), 1, long)
         return sum(run.num_tokens for run in runs) / max(1, sum(run.num_steps for run in runs))
 
-    def times_ar(self, way: Way, concurrency: int) -> list[float]:
+    def times_ar(self, way: Way, concurrency: int, long: bool = False) -> list[float]:
         """Throughput over that of `ar`, round by round."""
-        pairs = zip(self.record.of(str(way), concurrency), self.record.of(str(AR), concurrency), strict=True)
+        ours, theirs = (self.record.of(str(each), concurrency, long) for each in (way, AR))
+        pairs = zip(ours, theirs, strict=True)
         return [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
 
     @property
@@ -85,6 +86,7 @@ def render(findings: Findings, target: str, load_before: float, command: str) ->
         "## By task\n\n" + by_task(findings),
         "## By way of decoding\n\n" + _by_way(findings),
         "## Speed\n\n" + _speed(findings),
+        "## Long answers, concurrency 1\n\n" + _long(findings),
         _blocks(findings),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -166,6 +168,30 @@ def _speed(findings: Findings) -> str:
     where = f"concurrency {', '.join(map(str, slower))}" if slower else "no concurrency measured"
     said = f"`ar` is faster than {USUAL} at {where} (medians)."
     return as_markdown(rows) + "\n\n" + said
+
+
+def _long(findings: Findings) -> str:
+    """Where nothing but blocks and commits counts, as in the ceiling."""
+    rows = [["way", "tokens/s", "× AR", "τ", "ceiling", "of the ceiling"], ["---"] * 6]
+    for way in findings.plan.few_ways():
+        times = findings.times_ar(way, 1, long=True)
+        cells = [str(way), spread([run.tokens_per_s for run in findings.record.of(str(way), 1, True)], 0)]
+        cells.append(spread(times, 2))
+        if findings.costs is None or way.mode is not Mode.DIFFUSION:
+            rows.append([*cells, "", "", ""])
+            continue
+        per_step = findings.timed_tokens_per_step(way, long=True)
+        ceiling = findings.costs.ceiling(per_step)
+        shares = spread([100 * each / ceiling for each in times])
+        rows.append([*cells, f"{per_step:.2f}", f"{ceiling:.2f}", f"{shares} %"])
+    short = findings.record.of(str(USUAL), 1)
+    asked = len(findings.plan.sample()) * -(-8 // len(findings.plan.sample())) * len(short)
+    mean = sum(run.num_tokens for run in short) / max(1, asked)
+    return as_markdown(rows) + (
+        "\n\nThe ceiling knows blocks and commits, but neither prompts nor a request's way through a service; the "
+        f"tasks' own answers, {mean:.0f} tokens on average, are mostly those. Here one instance a family goes on to "
+        f"{LONG_TOKENS} tokens past eos: text nobody asked for, so with fewer tokens a step."
+    )
 
 
 def _blocks(findings: Findings) -> str:

@@ -82,6 +82,9 @@ async def test_what_is_found_is_what_was_answered(tokenizer: BpeTokenizer, tmp_p
     assert not findings.record.of(str(MOCK_AR), 1), "mock-AR has no speed that anybody wants to know"
     report = render(findings, "an oracle", 0.0, "the command")
     assert "| roman | 100.0 % | 100.0 % | 100.0 % |" in report
+    assert [len(findings.record.of(str(USUAL), 1, long)) for long in (False, True)] == [2, 2]
+    assert {r.params.max_new_tokens for r in oracle.asked if r.params.ignore_eos} == {128}
+    assert "| diffusion 0.8 |" in report.partition("## Long answers")[2]
     assert "c = 2.00" in report and "## Steps per block" in report
     assert "| diffusion 0.5 | 50.0 % | 50.0 % (" in report
     per_step = findings.timed_tokens_per_step(USUAL)

@@ -1,4 +1,4 @@
-"""Some two thousand random schedules against scripted towers: no leak, no starvation, order holds, tokens and scores are
+"""Two thousand random schedules against scripted towers: no leak, no starvation, order holds, tokens and scores are
 right.
 
 One simulated cell a schedule: a ledger, a context engine, one or more denoiser engines over exchanges in place, or, in
