@@ -128,6 +128,18 @@ class BlockEvent:
     def is_last(self) -> bool:
         return self.finish_reason is not None
 
+    def joined(self, following: "BlockEvent") -> "BlockEvent":
+        """This one and the next of its request as one."""
+        return BlockEvent(
+            self.request_id,
+            self.start,
+            self.token_ids + following.token_ids,
+            self.num_steps + following.num_steps,
+            self.num_blocks + following.num_blocks,
+            following.finish_reason,
+            following.margin,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreEvent:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import deque
-from dataclasses import replace
 
 from twotower.core import AnswerEvent, BlockEvent, FailureEvent
 
@@ -31,18 +30,7 @@ class Inbox:
             if not isinstance(following, BlockEvent):
                 break
             self._events.popleft()
-            event = _joined(event, following)
+            event = event.joined(following)
         if not self._events:
             self._arrived.clear()
         return event
-
-
-def _joined(event: BlockEvent, following: BlockEvent) -> BlockEvent:
-    return replace(
-        event,
-        token_ids=event.token_ids + following.token_ids,
-        num_steps=event.num_steps + following.num_steps,
-        num_blocks=event.num_blocks + following.num_blocks,
-        finish_reason=following.finish_reason,
-        margin=following.margin,
-    )

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from twotower.core import AnyRequest, BlockEvent, Event, ReleasedEvent, RequestId
+from twotower.core import AnyRequest, BlockEvent, Event, Mode, ReleasedEvent, Request, RequestId
 from twotower.engine.handle import EngineStats
 from twotower.errors import TwoTowerError, Unavailable
 
@@ -53,6 +53,8 @@ class EngineRunner:
         self._stopping = False
         self._failure: str | None = None
         self._events: list[Event] = []
+        # Of causal requests, whose tokens may be joined: where in `_events` the newest block of each waits.
+        self._joining: dict[RequestId, int | None] = {}
         self._lock = threading.Lock()
         self._ring: Callable[[], object] | None = None
         self._sink: Sink | None = None
@@ -72,12 +74,29 @@ class EngineRunner:
         self._wake.set()
 
     def emit(self, event: Event) -> None:
-        """Hand an event to whoever awaits `events`. From the runner's thread."""
+        """Hand an event to whoever awaits `events`. From the runner's thread.
+
+        Tokens of `ar` and `mock_ar` that nobody has fetched yet are joined: everybody on their way has less to do.
+        """
         with self._lock:
-            self._events.append(event)
+            self._append(event)
             if not isinstance(event, ReleasedEvent):
                 first_or_last = not isinstance(event, BlockEvent) or event.start == 0 or event.is_last
                 self._urgent = self._urgent or first_or_last
+
+    def _append(self, event: Event) -> None:
+        if event.request_id in self._joining:
+            if isinstance(event, BlockEvent):
+                place = self._joining[event.request_id]
+                if place is not None:
+                    waiting = self._events[place]
+                    assert isinstance(waiting, BlockEvent)
+                    self._events[place] = waiting.joined(event)
+                    return
+                self._joining[event.request_id] = len(self._events)
+            elif isinstance(event, ReleasedEvent):
+                del self._joining[event.request_id]
+        self._events.append(event)
 
     def progress(self) -> int:
         """Turns made so far: grows at least once a second while the engines live, stands still while a tick hangs."""
@@ -93,7 +112,11 @@ class EngineRunner:
     def add(self, requests: Sequence[AnyRequest]) -> None:
         self.check()
         for request in requests:
-            self._engine_for(request).add(request)
+            engine = self._engine_for(request)
+            if isinstance(request, Request) and request.params.mode is not Mode.DIFFUSION:
+                with self._lock:
+                    self._joining[request.id] = None
+            engine.add(request)
         self._wake.set()
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
@@ -131,6 +154,7 @@ class EngineRunner:
 
     def _take_events(self) -> list[Event]:
         events, self._events, self._ring, self._urgent = self._events, [], None, False
+        self._joining = dict.fromkeys(self._joining)
         return events
 
     async def stats(self) -> list[EngineStats]:
