@@ -24,6 +24,7 @@ from benchmarks.reference.paths import InProcessPath, NaivePath, ServedPath
 from benchmarks.reference.service import started
 from twotower.core import Mode
 from twotower.engine.memory import Memory, memory_of
+from twotower.engine.passes import PROMPT_PARTS
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.tower import ContextTower, DenoiserTower
 
@@ -292,12 +293,14 @@ class Experiment:
         self.results.long_prompts[variant] = LongPrompt(
             before=tuple(step_gaps(leader, run.started, asked, _BLOCK)),
             during=tuple(step_gaps(leader, asked, min(read, run.ended), _BLOCK)),
-            chunks=tuple(tick.seconds for tick in chunks),
+            chunks=tuple(
+                sum(tick.seconds for tick in parts) for parts in zip(*[iter(chunks)] * PROMPT_PARTS, strict=False)
+            ),
             first_token_s=answer.arrivals[0] - asked,
         )
 
     def _chunk_ticks(self, context: Recording, since: float) -> list[Tick]:
-        """Ticks that read more positions of a row than any usual pass does."""
+        """Ticks that read more positions of a row than any usual pass does: `PROMPT_PARTS` of them a chunk."""
         usual = max(_BLOCK, *(len(prompt) for prompt in self.questions.prompts))
         starts = [s.start for s in context.spans if s.name == FORWARD and s.width > usual and s.start >= since]
         return [tick for tick in context.ticks if any(tick.start <= start < tick.end for start in starts)]

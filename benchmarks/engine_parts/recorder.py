@@ -5,7 +5,7 @@ it is off, a wrapped call costs a tenth of a microsecond. Times are `time.monoto
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,7 @@ class Recorder:
             self._wrap(engine.link, "submit", EXCHANGE, self._submitted)
         else:
             self._wrap_passes(engine._eager)
+            self._wrap_parts(engine._eager)
             self._wrap(context_engine, "sample", DECISION)
 
     def attach_port(self, port: Port) -> None:
@@ -135,6 +136,19 @@ class Recorder:
                 passes.run = watched_run
 
         passes.run, passes.step = watched_run, watched_step
+
+    def _wrap_parts(self, passes: Any) -> None:
+        parts = passes.parts
+
+        def watched(slots: Sequence[int], tokens: Sequence[Sequence[int]], count: int) -> Iterator[Any]:
+            under_way = parts(slots, tokens, count)
+            for _ in range(count):
+                if self._on:
+                    yield self._timed(FORWARD, slots, max(map(len, tokens)), lambda: next(under_way))
+                else:
+                    yield next(under_way)
+
+        passes.parts = watched
 
     def _timed(self, name: str, slots: Sequence[int], width: int, call: Callable[[], Any]) -> Any:
         start, cpu = time.monotonic(), time.thread_time()

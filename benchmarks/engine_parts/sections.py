@@ -222,7 +222,8 @@ As the client sees it; all modes mixed, answers of a quarter, a half and all of 
 
 {prompts}
 
-p50 / p99 / max; {figures.plan.running_beside} requests were running. Chunks: ticks of the context engine."""
+p50 / p99 / max; {figures.plan.running_beside} requests were running. Chunks: ticks of the context engine, all parts
+of a chunk together."""
 
 
 def _percentiles_ms(values: tuple[float, ...]) -> str:

@@ -241,7 +241,7 @@ def test_a_chunk_ends_before_the_next_work_is_chosen(monkeypatch: pytest.MonkeyP
     context.connect(exchange.port)
     exchange.link.submit([Prefill(1, (5, 6), 16)])
     context.tick()
-    read = context._read
+    run = context._passes.run
 
     class Fence:
         def synchronize(self) -> None:
@@ -249,11 +249,11 @@ def test_a_chunk_ends_before_the_next_work_is_chosen(monkeypatch: pytest.MonkeyP
             if log.count("waited") == 2:
                 exchange.link.submit([Commit(1, 2, (7, 8, 9))])
 
-    def logged(passes: Any, sequences: Any, tokens: Any, head: bool) -> Any:
+    def logged(slots: Any, tokens: Any, *rest: Any, **named: Any) -> Any:
         log.append("chunk" if len(tokens[0]) == 16 else "commit")
-        return read(passes, sequences, tokens, head)
+        return run(slots, tokens, *rest, **named)
 
-    monkeypatch.setattr(context, "_read", logged)
+    monkeypatch.setattr(context._passes, "run", logged)
     monkeypatch.setattr("twotower.engine.context_engine.fence_on", lambda device: Fence())
     context.add(ScoreRequest(RequestId("long"), tuple(range(4, 53)), 40))
     for _ in range(4):

@@ -16,12 +16,33 @@ from twotower.engine.scheduler import (
 )
 
 
+def _next(scheduler: ContextScheduler) -> Work | None:
+    """The next work, done at once."""
+    work = scheduler.next()
+    if isinstance(work, PrefillBatch):
+        scheduler.has_read()
+    return work
+
+
+def test_chunks_that_are_read_in_parts_come_again_until_they_are_done() -> None:
+    scheduler = ContextScheduler(16)
+    scheduler.add_decoding("a")
+    for key in ("p", "q"):
+        scheduler.add_prompt(key, 0, 16)
+    steps, first, second = DecodeBatch(("a",)), *(PrefillBatch((PrefillChunk(key, 0, 16),)) for key in "pq")
+    assert [scheduler.next() for _ in range(4)] == [steps, first, steps, first]
+    scheduler.has_read()
+    assert [scheduler.next() for _ in range(4)] == [steps, second, steps, second]
+    scheduler.has_read()
+    assert [scheduler.next() for _ in range(2)] == [steps, steps]
+
+
 def _kinds(scheduler: ContextScheduler, count: int) -> list[str]:
-    return [type(scheduler.next()).__name__ for _ in range(count)]
+    return [type(_next(scheduler)).__name__ for _ in range(count)]
 
 
 def test_nothing_to_do() -> None:
-    assert ContextScheduler(16).next() is None
+    assert _next(ContextScheduler(16)) is None
 
 
 def test_commits_first_then_each_kind_once() -> None:
@@ -30,11 +51,11 @@ def test_commits_first_then_each_kind_once() -> None:
     scheduler.add_decoding("a")
     scheduler.add_commit("c", 16)
     scheduler.add_commit("d", 4)
-    assert scheduler.next() == CommitBatch(("c", "d"))
-    assert scheduler.next() == DecodeBatch(("a",))
-    assert scheduler.next() == PrefillBatch((PrefillChunk("p", 0, 16),))
-    assert scheduler.next() == DecodeBatch(("a",))
-    assert scheduler.next() == PrefillBatch((PrefillChunk("p", 16, 32),))
+    assert _next(scheduler) == CommitBatch(("c", "d"))
+    assert _next(scheduler) == DecodeBatch(("a",))
+    assert _next(scheduler) == PrefillBatch((PrefillChunk("p", 0, 16),))
+    assert _next(scheduler) == DecodeBatch(("a",))
+    assert _next(scheduler) == PrefillBatch((PrefillChunk("p", 16, 32),))
 
 
 def test_a_commit_that_arrives_waits_at_most_for_the_rest_of_the_cycle() -> None:
@@ -67,20 +88,20 @@ def test_a_wide_block_does_not_make_everybody_wide() -> None:
     scheduler.add_commit("half", 64)
     for number in range(8, 16):
         scheduler.add_commit(number, 1)
-    assert scheduler.next() == CommitBatch(tuple(range(16)))
-    assert scheduler.next() == CommitBatch(("wide",))
+    assert _next(scheduler) == CommitBatch(tuple(range(16)))
+    assert _next(scheduler) == CommitBatch(("wide",))
     scheduler.add_commit("other half", 33)
     scheduler.add_commit("third", 33)
-    assert scheduler.next() == CommitBatch(("half", "other half"))
-    assert scheduler.next() == CommitBatch(("third",))
-    assert scheduler.next() is None
+    assert _next(scheduler) == CommitBatch(("half", "other half"))
+    assert _next(scheduler) == CommitBatch(("third",))
+    assert _next(scheduler) is None
 
 
 def test_prompts_are_read_in_the_order_they_came() -> None:
     scheduler = ContextScheduler(16)
     scheduler.add_prompt("first", 0, 40)
     scheduler.add_prompt("second", 0, 20)
-    chunks = [_chunks(scheduler.next()) for _ in range(4)]
+    chunks = [_chunks(_next(scheduler)) for _ in range(4)]
     assert chunks == [
         [PrefillChunk("first", 0, 16)],
         [PrefillChunk("first", 16, 32)],
@@ -98,9 +119,9 @@ def test_short_prompts_share_a_forward() -> None:
     scheduler = ContextScheduler(16)
     for key, length in [("a", 5), ("b", 4), ("c", 5), ("d", 2)]:
         scheduler.add_prompt(key, 0, length)
-    assert [chunk.key for chunk in _chunks(scheduler.next())] == ["a", "b", "c"]
-    assert [chunk.key for chunk in _chunks(scheduler.next())] == ["d"]
-    assert scheduler.next() is None
+    assert [chunk.key for chunk in _chunks(_next(scheduler))] == ["a", "b", "c"]
+    assert [chunk.key for chunk in _chunks(_next(scheduler))] == ["d"]
+    assert _next(scheduler) is None
 
 
 @settings(deadline=None, derandomize=True)
@@ -118,7 +139,7 @@ def test_chunk_boundaries_are_absolute(chunk: int, prompts: list[tuple[int, int]
     for turn in range(1000):
         if turn < commits:
             scheduler.add_commit(f"c{turn}", 3)
-        work = scheduler.next()
+        work = _next(scheduler)
         if work is None:
             break
         if not isinstance(work, PrefillBatch):
@@ -141,7 +162,7 @@ def test_dropped_sequences_are_never_picked(key: str) -> None:
     scheduler.add_prompt("prompt", 0, 5)
     scheduler.drop(key)
     scheduler.drop("unknown")
-    works = [scheduler.next(), scheduler.next()]
+    works = [_next(scheduler), _next(scheduler)]
     picked = {k for work in works for k in (getattr(work, "keys", None) or [c.key for c in _chunks(work)])}
     assert picked == {"commit", "decode", "prompt"} - {key}
 
@@ -151,6 +172,6 @@ def test_a_decoding_sequence_goes_on_until_dropped() -> None:
     scheduler.add_decoding("a")
     scheduler.add_decoding("b")
     scheduler.add_decoding("a")
-    assert [scheduler.next() for _ in range(3)] == [DecodeBatch(("a", "b"))] * 3
+    assert [_next(scheduler) for _ in range(3)] == [DecodeBatch(("a", "b"))] * 3
     scheduler.drop("a")
-    assert scheduler.next() == DecodeBatch(("b",))
+    assert _next(scheduler) == DecodeBatch(("b",))

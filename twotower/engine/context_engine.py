@@ -6,7 +6,7 @@ Owns the tower and the cache. One thread calls it; `tick` runs at most one forwa
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,7 @@ from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import cut
 from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
-from twotower.engine.passes import SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes
+from twotower.engine.passes import PROMPT_PARTS, SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes
 from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, PrefillBatch, PrefillChunk
 from twotower.engine.scores import ScoredRow, ScoreSheet, score_rows, to_host
 from twotower.engine.settings import EngineSettings
@@ -62,6 +62,15 @@ class _Sequence:
 _Key = tuple[int, int] | RequestId
 
 
+@dataclass(slots=True)
+class _Parts:
+    """Chunks of prompts being read, and the pass that reads them, of which `left` parts are to come."""
+
+    chunks: Sequence[PrefillChunk]
+    passes: Iterator[Tensor]
+    left: int = PROMPT_PARTS
+
+
 class ContextEngine:
     """Serves any number of ports, its own `ar` requests, and scoring."""
 
@@ -75,7 +84,8 @@ class ContextEngine:
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens)
         self._replies: dict[int, list[Reply]] = {}
         self._inbox: deque[AnyRequest | RequestId | Port] = deque()
-        self._last_chunk: torch.cuda.Event | None = None
+        self._parts: _Parts | None = None
+        self._last_part: torch.cuda.Event | None = None
         self.ticks = self.rows = self.near_ties = 0
 
     def stats(self, busy_s: float) -> EngineStats:
@@ -111,10 +121,10 @@ class ContextEngine:
 
     def tick(self) -> bool:
         """Take what has arrived, run one forward, send what came of it. False where there was nothing to do."""
-        if self._last_chunk is not None:
+        if self._last_part is not None:
             # On a GPU the host would queue chunk after chunk, and a commit that comes meanwhile behind them all.
-            self._last_chunk.synchronize()
-            self._last_chunk = None
+            self._last_part.synchronize()
+            self._last_part = None
         self._take_inbox()
         for index in list(self._ports):
             self._take_commands(index)
@@ -142,7 +152,9 @@ class ContextEngine:
                 self._ports[self._next_port] = message
                 self._next_port += 1
             elif message in self._sequences:
-                self._close_own(message)
+                self._end_parts_of(message)
+                if message in self._sequences:  # it may have ended with its last part
+                    self._close_own(message)
 
     def _open_own(self, request: AnyRequest) -> None:
         try:
@@ -167,6 +179,7 @@ class ContextEngine:
         self._close_own(request_id)
 
     def _forget(self, key: _Key) -> None:
+        self._end_parts_of(key)
         sequence = self._sequences.pop(key)
         self._scheduler.drop(key)
         self.cache.free(sequence.slot)
@@ -250,10 +263,33 @@ class ContextEngine:
             self._tell(sequence, start, complete=True)
 
     def _prefill(self, chunks: Sequence[PrefillChunk]) -> None:
+        """Read these chunks; long ones in parts, a part each time they are asked for, so that rows which step meanwhile
+        wait for one part only."""
+        if self._parts is None:
+            sequences = [self._sequences[chunk.key] for chunk in chunks]  # type: ignore[index]
+            slots = [sequence.slot for sequence in sequences]
+            tokens = [s.to_read[: c.end - c.start] for s, c in zip(sequences, chunks, strict=True)]
+            if max(map(len, tokens)) <= SHORT_PROMPT:
+                self._has_prefilled(chunks, self._passes.run(slots, tokens, head=False))
+                self._last_part = fence_on(self.tower.device)
+                return
+            self._parts = _Parts(chunks, self._eager.parts(slots, tokens, PROMPT_PARTS))
+        hidden_RLD = next(self._parts.passes)
+        self._parts.left -= 1
+        self._last_part = fence_on(self.tower.device)
+        if not self._parts.left:
+            self._parts = None
+            self._has_prefilled(chunks, hidden_RLD)
+
+    def _end_parts_of(self, key: _Key) -> None:
+        """A pass under way writes to this sequence's slot: it ends before the slot may be another's."""
+        while self._parts is not None and any(chunk.key == key for chunk in self._parts.chunks):
+            self._prefill(self._parts.chunks)
+
+    def _has_prefilled(self, chunks: Sequence[PrefillChunk], hidden_RLD: Tensor) -> None:
+        self._scheduler.has_read()
         sequences = [self._sequences[chunk.key] for chunk in chunks]  # type: ignore[index]
-        tokens = [s.to_read[: c.end - c.start] for s, c in zip(sequences, chunks, strict=True)]
-        passes = self._passes if max(map(len, tokens)) <= SHORT_PROMPT else self._eager
-        hidden_RLD = self._read(passes, sequences, tokens, head=False)
+        self._extended(sequences, [chunk.end - chunk.start for chunk in chunks])
         finished: list[tuple[_Sequence, Tensor]] = []
         scored: list[ScoredRow] = []
         for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
@@ -271,7 +307,6 @@ class ContextEngine:
             self._next_tokens([sequence for sequence, _ in finished], logits_RV)
         if scores_PX is not None:
             self._take_scores(scored, scores_PX)
-        self._last_chunk = fence_on(self.tower.device)
 
     def _take_scores(self, rows: Sequence[ScoredRow], scores_PX: Tensor) -> None:
         for row, scores in zip(rows, to_host(scores_PX, rows), strict=True):
@@ -311,10 +346,13 @@ class ContextEngine:
         """One causal forward that extends each sequence by its tokens. Returns what `Passes.run` does."""
         slots = [sequence.slot for sequence in sequences]
         out = passes.run(slots, tokens, head=head)
-        for slot, ids in zip(slots, tokens, strict=True):
-            self.cache.advance(slot, len(ids))
-        self.rows += len(sequences)
+        self._extended(sequences, list(map(len, tokens)))
         return out
+
+    def _extended(self, sequences: Sequence[_Sequence], lengths: Sequence[int]) -> None:
+        for sequence, length in zip(sequences, lengths, strict=True):
+            self.cache.advance(sequence.slot, length)
+        self.rows += len(sequences)
 
     def _next_tokens(self, sequences: list[_Sequence], logits_RV: Tensor) -> None:
         finite_R = torch.isfinite(logits_RV).all(1)

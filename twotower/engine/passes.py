@@ -5,7 +5,7 @@ the shapes that come up all the time can be *captured*: on a CPU as a recorded p
 as a CUDA graph (`engine/graphs.py`). A captured pass runs the same operations on the same numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from twotower.model.transfer import on_device
 
 USUAL_WIDTH = 16  # the released block size
 SHORT_PROMPT = 4 * USUAL_WIDTH  # up to here a prompt's pass is worth capturing: few widths, and most of it is overhead
+PROMPT_PARTS = 2  # in which a longer one is read, so that rows which step meanwhile wait for less
 
 
 class Passes(Protocol):
@@ -73,6 +74,15 @@ class EagerPasses:
         rows = (slots, lengths, width)
         states = cache.extending(*rows) if tower.causal else cache.reading(*rows)
         return forward(tower, tokens_RL, states, None if t is None else on_device(t, tower.device), head)
+
+    def parts(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], count: int) -> Iterator[Tensor]:
+        """A context tower's `run` without head in `count` parts: the last yields what it returns. Passes over other
+        slots may come between them."""
+        tower, cache, lengths = self._tower, self._cache, [len(ids) for ids in tokens]
+        assert isinstance(tower, ContextTower)
+        width = max(lengths)
+        tokens_RL = on_device([[*ids, *[0] * (width - len(ids))] for ids in tokens], tower.device)
+        return tower.parts(tokens_RL, cache.extending(slots, lengths, width), count)
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
         return unmask(self.run(slots, blocks.tokens, blocks.mask_fractions), blocks)

@@ -60,6 +60,7 @@ class ContextScheduler:
         self._decoding: dict[Key, None] = {}
         self._prompts: OrderedDict[Key, _Prompt] = OrderedDict()
         self._done_this_cycle: set[type] = set()
+        self._reading: PrefillBatch | None = None
 
     def add_prompt(self, key: Key, done: int, length: int) -> None:
         """Read positions [done, length) of a prompt when its turn comes."""
@@ -79,6 +80,10 @@ class ContextScheduler:
         self._prompts.pop(key, None)
         self._commits.pop(key, None)
 
+    def has_read(self) -> None:
+        """The prefill batch under way is done; until then `next` gives it again in every cycle."""
+        self._reading = None
+
     def next(self) -> Work | None:
         """The next forward's work, or None where nothing waits."""
         work = self._pick()
@@ -94,8 +99,9 @@ class ContextScheduler:
             return self._commit_batch()
         if self._decoding and DecodeBatch not in self._done_this_cycle:
             return DecodeBatch(tuple(self._decoding))
-        if self._prompts and PrefillBatch not in self._done_this_cycle:
-            return self._prefill_batch()
+        if (self._reading or self._prompts) and PrefillBatch not in self._done_this_cycle:
+            self._reading = self._reading or self._prefill_batch()
+            return self._reading
         return None
 
     def _commit_batch(self) -> CommitBatch:

@@ -1,6 +1,6 @@
 """The towers: a stack of one-mixer layers with an embedding and a head; the denoiser's is time-conditioned."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,10 +86,17 @@ class ContextTower(Tower):
 
     def forward(self, tokens_RL: Tensor, states: LayerStates) -> Tensor:
         """Hidden states [R,L,D] after the last layer, before the final norm."""
-        x_RLD: Tensor = self.embeddings(tokens_RL)
-        for layer in self.layers:
-            x_RLD = layer(x_RLD, states, None)
+        [x_RLD] = self.parts(tokens_RL, states, 1)
         return x_RLD
+
+    def parts(self, tokens_RL: Tensor, states: LayerStates, count: int) -> Iterator[Tensor]:
+        """The same pass in `count` parts of about as many layers; what the last one yields is its result."""
+        x_RLD: Tensor = self.embeddings(tokens_RL)
+        for part in range(count):
+            first, end = (len(self.layers) * place // count for place in (part, part + 1))
+            for layer in self.layers[first:end]:
+                x_RLD = layer(x_RLD, states, None)
+            yield x_RLD
 
 
 class DenoiserTower(Tower):
