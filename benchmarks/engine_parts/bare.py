@@ -1,7 +1,7 @@
 """Bare passes: what a tower's forward costs without an engine, inside the process that hosts the tower.
 
 `pass`: the states made, the tower run, the logits where an engine needs them, through the same `Passes` an engine has.
-`pass + decision`: also what an engine must do with the logits, unmask or sample, and read on the host. `eager`: the
+`pass + decision`: also what an engine must do with the logits, unmask or sample. `eager`: the
 pass without capture. After a pause a pass is dearer, because caches and core have gone cold. Rows hold different text,
 so that the mixture of experts is as busy as in earnest.
 """
@@ -113,7 +113,7 @@ def _denoise(
     def step() -> object:
         if not decide:
             return passes.run(slots, tokens, t)
-        return passes.step(slots, Blocks(tokens, masked, params)).tolist()
+        return passes.step(slots, Blocks(tokens, masked, params))
 
     return step
 

@@ -24,7 +24,7 @@ from benchmarks.reference.paths import InProcessPath, NaivePath, ServedPath
 from benchmarks.reference.service import started
 from twotower.core import Mode
 from twotower.engine.memory import Memory, memory_of
-from twotower.engine.passes import PROMPT_PARTS
+from twotower.engine.passes import PROMPT_PARTS, SHORT_PROMPT
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.tower import ContextTower, DenoiserTower
 
@@ -300,9 +300,9 @@ class Experiment:
         )
 
     def _chunk_ticks(self, context: Recording, since: float) -> list[Tick]:
-        """Ticks that read more positions of a row than any usual pass does: `PROMPT_PARTS` of them a chunk."""
-        usual = max(_BLOCK, *(len(prompt) for prompt in self.questions.prompts))
-        starts = [s.start for s in context.spans if s.name == FORWARD and s.width > usual and s.start >= since]
+        """Ticks that read a part of a long chunk: `PROMPT_PARTS` of them a chunk."""
+        starts = [s.start for s in context.spans if s.name == FORWARD and s.width > SHORT_PROMPT and s.start >= since]
+        assert len(starts) % PROMPT_PARTS == 0, "a chunk whose parts were not all seen"
         return [tick for tick in context.ticks if any(tick.start <= start < tick.end for start in starts)]
 
     async def _profiles(self, split: SplitPair) -> None:

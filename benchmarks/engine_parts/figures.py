@@ -73,7 +73,7 @@ class Figures:
         if not steps:
             return tick_parts(recording)
         forward, step = self.results.costs().denoise, self.results.costs(True).denoise
-        return tick_parts(recording, min(sum(map(forward, steps)) / sum(map(step, steps)), 1.0))
+        return tick_parts(recording, sum(map(forward, steps)) / sum(map(step, steps)))
 
     def overlaps(self) -> Iterator[tuple[Square, Overlap]]:
         """Of every watched diffusion run, while at least two sequences (at concurrency 1: one) were active."""

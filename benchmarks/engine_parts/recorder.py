@@ -16,6 +16,7 @@ from twotower.exchange.protocol import Commit, Delta, Port
 
 # A step is a denoiser's forward and decision, which may be one recorded program.
 FORWARD, STEP, DECISION, EXCHANGE, DELIVERY = "forward", "step", "decision", "exchange", "delivery"
+WRITING = "writing"  # of deltas, by the link's receiver thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,8 @@ class Recorder:
             self._wrap(denoiser_engine, "sample", DECISION)
             self._wrap(engine.link, "poll", EXCHANGE, self._polled)
             self._wrap(engine.link, "submit", EXCHANGE, self._submitted)
+            if hasattr(engine.link, "_write_beside"):
+                self._wrap(engine.link, "_write_beside", WRITING)
         else:
             self._wrap_passes(engine._eager)
             self._wrap_parts(engine._eager)
@@ -141,12 +144,15 @@ class Recorder:
         parts = passes.parts
 
         def watched(slots: Sequence[int], tokens: Sequence[Sequence[int]], count: int) -> Iterator[Any]:
-            under_way = parts(slots, tokens, count)
+            under_way: Iterator[Any] | None = None
+
+            def part() -> Any:
+                nonlocal under_way
+                under_way = under_way or parts(slots, tokens, count)
+                return next(under_way)
+
             for _ in range(count):
-                if self._on:
-                    yield self._timed(FORWARD, slots, max(map(len, tokens)), lambda: next(under_way))
-                else:
-                    yield next(under_way)
+                yield self._timed(FORWARD, slots, max(map(len, tokens)), part) if self._on else part()
 
         passes.parts = watched
 

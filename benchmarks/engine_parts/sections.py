@@ -45,7 +45,8 @@ def bare_passes(figures: Figures) -> str:
 {table(["rows", *map(str, rows)], body)}
 
 Wall / CPU time of the calling thread, medians. In the tower processes, without an engine: the states made, the tower
-run, the head where an engine needs it. `+ decision`: unmask or sample too, read on the host. `eager`: without capture.
+run, the head where an engine needs it. `+ decision`: unmask or sample too (a sample is read on the host). `eager`:
+without capture.
 `both at once`: the two towers at the same time, each on its core. `after a pause`: each after {1e3 * PAUSE_S:g} ms of
 sleep. Denoiser step and commit are [rows,16], AR step [rows,1], prompts as asked; in all but prompts the sequences have
 read {figures.questions.cached} tokens. c = {c:.2f} (eager {eager_c:.2f}).
@@ -177,7 +178,7 @@ def who_computes(figures: Figures) -> str:
     body = []
     for square, seen in figures.overlaps():
         shares = (seen.denoiser, seen.context, seen.neither, seen.exchange, seen.on_the_way, seen.delivery)
-        cells = [f"{seen.rows:.1f}", f"{seen.active:.1f}", *(f"{share:.1%}" for share in shares)]
+        cells = [f"{seen.rows:.1f}", f"{seen.active:.1f}", *(f"{share:.1%}" for share in shares), f"{seen.writing:.1%}"]
         for ms in crossings_ms(figures.results.watched[square].recordings).values():
             cells.append(f"{percentile(ms, 50):.2f} / {percentile(ms, 99):.2f}" if ms else "–")
         body.append([square[0].name, str(square[1]), *cells])
@@ -185,6 +186,8 @@ def who_computes(figures: Figures) -> str:
     head += [
         "of it exchange",
         "of that no tick",
+        "of it events",
+        "deltas written",
         "commit on its way, ms",
         "at the context tower, ms",
         "delta until applied, ms",
@@ -195,9 +198,11 @@ def who_computes(figures: Figures) -> str:
 
 Shares of the time in which at least two sequences (one at concurrency 1) are known to the denoiser engine, from being
 opened to being released. `neither computes`: no forward and no decision runs on either tower. `of it exchange`: the
-part of that in which an engine sends, receives, packs or applies, or no engine does anything (no tick, no delivery of
-events), so that whatever is awaited is on its way. The last three columns follow every commit, p50 / p99; waiting until
-the engine looks is counted in them, though others' work fills it."""
+part of that in which an engine sends, receives or packs, or the link's thread writes into the mirror, or no engine
+does anything (no tick, no delivery of events), so that whatever is awaited is on its way. `of it events`: the part in
+which events go out between ticks. `deltas written`: by the link's thread, whatever else went on: where a tower computes
+meanwhile, what that takes from it shows as longer forwards. The last three columns follow every commit, p50 / p99;
+waiting until the engine looks is counted in them, though others' work fills it."""
 
 
 def latency(figures: Figures) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from benchmarks.engine_parts.intervals import Interval, difference, intersection, total, union
-from benchmarks.engine_parts.recorder import DECISION, DELIVERY, EXCHANGE, FORWARD, STEP, Recording, Span, Tick
+from benchmarks.engine_parts.recorder import DECISION, DELIVERY, EXCHANGE, FORWARD, STEP, WRITING, Recording, Span, Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class Overlap:
     `denoiser` and `context`: that tower was in a tick with work. `neither`: not one of them computed (forward or
     decision); of that, `exchange` is what sending, receiving, packing, unpacking and waiting for what is on its way
     took, and the rest other work inside ticks; of `exchange`, `on_the_way` is the time in which no tick ran.
-    `delivery`, of `neither` too and no exchange, is events going out between ticks.
+    `delivery`, of `neither` too and no exchange, is events going out between ticks. `writing`: the link's thread wrote
+    deltas, whatever else went on.
     """
 
     seconds: float
@@ -44,6 +45,7 @@ class Overlap:
     exchange: float
     on_the_way: float
     delivery: float
+    writing: float
     rows: float
     active: float
 
@@ -81,7 +83,7 @@ def overlap(recordings: Mapping[str, Recording], least_active: int) -> Overlap |
         [*_of(denoiser.spans, FORWARD, STEP, DECISION), *_of(context.spans, FORWARD, DECISION)],
     )
     idle = difference(when, computing)
-    in_exchange = union([*_of(denoiser.spans, EXCHANGE), *_of(context.spans, EXCHANGE)])
+    in_exchange = union([*_of(denoiser.spans, EXCHANGE, WRITING), *_of(context.spans, EXCHANGE)])
     in_a_tick = union([*ticking["denoiser"], *ticking["context"]])
     delivering = _of([*denoiser.spans, *context.spans], DELIVERY)
     on_the_way = difference(idle, union([*in_a_tick, *delivering]))
@@ -94,6 +96,7 @@ def overlap(recordings: Mapping[str, Recording], least_active: int) -> Overlap |
         exchange=total(union([*on_the_way, *intersection(idle, in_exchange)])) / seconds,
         on_the_way=total(on_the_way) / seconds,
         delivery=total(intersection(idle, delivering)) / seconds,
+        writing=total(intersection(when, _of(denoiser.spans, WRITING))) / seconds,
         rows=statistics.fmean(tick.rows for tick in worked) if worked else 0.0,
         active=statistics.fmean(tick.active for tick in worked) if worked else 0.0,
     )

@@ -85,6 +85,7 @@ class Experiment:
             if (str(way), 1, number, True) not in self.record.runs:
                 self._bar.set_postfix_str(f"speed of long answers: {way}, round {number + 1}")
                 one_each = sample[: len(self.plan.families)]
+                await self._ask_all(running, one_each[:_WARM_UP], way, 1, f"wl-{number}", long=True)
                 self.record.add_run(await self._time(running, one_each, way, 1, number, long=True))
             self._bar.update()
 

@@ -35,9 +35,10 @@ class Costs:
     def c(self) -> float:
         return self.denoise_s / self.ar_s
 
-    def ceiling(self, per_step: float) -> float:
-        """Diffusion over AR at concurrency 1 at most, with a commit as dear as a step."""
-        return BLOCK / (self.c * (BLOCK / per_step + 1))
+    def ceiling(self, per_step: float, committed: float = 1.0) -> float:
+        """Diffusion over AR at concurrency 1 at most, with a commit as dear as a step; `committed`: the share of blocks
+        that are, all of them in issue 4's formula."""
+        return BLOCK / (self.c * (BLOCK / per_step + committed))
 
 
 class Findings:
@@ -172,18 +173,20 @@ def _speed(findings: Findings) -> str:
 
 def _long(findings: Findings) -> str:
     """Where nothing but blocks and commits counts, as in the ceiling."""
-    rows = [["way", "tokens/s", "× AR", "τ", "ceiling", "of the ceiling"], ["---"] * 6]
+    head = ["way", "tokens/s", "× AR", "τ", "ceiling", "of the ceiling", "of it, the last block not committed"]
+    rows = [head, ["---"] * len(head)]
+    blocks = LONG_TOKENS // BLOCK
     for way in findings.plan.few_ways():
         times = findings.times_ar(way, 1, long=True)
         cells = [str(way), spread([run.tokens_per_s for run in findings.record.of(str(way), 1, True)], 0)]
         cells.append(spread(times, 2))
         if findings.costs is None or way.mode is not Mode.DIFFUSION:
-            rows.append([*cells, "", "", ""])
+            rows.append([*cells, "", "", "", ""])
             continue
         per_step = findings.timed_tokens_per_step(way, long=True)
-        ceiling = findings.costs.ceiling(per_step)
-        shares = spread([100 * each / ceiling for each in times])
-        rows.append([*cells, f"{per_step:.2f}", f"{ceiling:.2f}", f"{shares} %"])
+        ceilings = [findings.costs.ceiling(per_step, committed) for committed in (1.0, (blocks - 1) / blocks)]
+        shares = [f"{spread([100 * each / ceiling for each in times])} %" for ceiling in ceilings]
+        rows.append([*cells, f"{per_step:.2f}", f"{ceilings[0]:.2f}", *shares])
     short = findings.record.of(str(USUAL), 1)
     asked = len(findings.plan.sample()) * -(-8 // len(findings.plan.sample())) * len(short)
     mean = sum(run.num_tokens for run in short) / max(1, asked)

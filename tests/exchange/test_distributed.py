@@ -362,3 +362,27 @@ def test_a_mirror_slot_of_a_lost_link_is_free_again() -> None:
     rig.run(lambda seen: bool(seen))
     assert mirror.free_slots == 8
     rig.close()
+
+
+def test_what_comes_after_the_end_is_not_written() -> None:
+    """The slots are given back by then, and may be another link's on the same mirror."""
+    rig = distributed_rig()
+    link = rig.link
+    assert isinstance(link, DistributedLink)
+    slot = rig.delta(Prefill(1, _tokens(3), 64)).slot
+    buffer = link._pool.take()
+    assert buffer is not None
+    buffer.grow(1 << 16)
+    for ended in (False, True):
+        arrived = link._sift([Delta(1, 3, 8, 0)] if not ended else [Delta(1, 8, 12, 0)], buffer)
+        buffer.flat.fill_(1)
+        before = [tensor.clone() for tensor in (link.cache.conv, link.cache.ssm, link.cache.keys)]
+        if ended:
+            link._end()
+        with torch.inference_mode(), link._unpacking(arrived):
+            pass
+        assert arrived.written != ended
+        after = (link.cache.conv, link.cache.ssm, link.cache.keys)
+        assert all(torch.equal(then, now) for then, now in zip(before, after, strict=True)) == ended
+    assert slot in link.cache._free_slots
+    rig.close()

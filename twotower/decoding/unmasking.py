@@ -216,6 +216,8 @@ def _outcome(chosen: _Chosen, predicted_RL: Tensor, confidence_RL: Tensor, ratio
 
 
 def _divided(above: float, below: float) -> float:
+    if above <= 0:
+        return 0.0  # nobody
     return above / below if below else math.inf
 
 

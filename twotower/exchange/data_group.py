@@ -9,7 +9,8 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Protocol, cast
 
@@ -62,10 +63,6 @@ def choose_backend(wanted: str, context_device: str, denoiser_device: str) -> st
     return ("nccl" if two_gpus else "gloo") if wanted == "auto" else wanted
 
 
-def _nothing() -> None:
-    return None
-
-
 class _Work(Protocol):
     def wait(self, timeout: timedelta) -> bool: ...
 
@@ -106,10 +103,15 @@ class DataGroup:
             self._finish(deadline)
 
     def receive(
-        self, buffer: StagingBuffer, nbytes: int, number: int, timeout_s: float, unpack: Callable[[], None] = _nothing
+        self,
+        buffer: StagingBuffer,
+        nbytes: int,
+        number: int,
+        timeout_s: float,
+        unpacking: AbstractContextManager[None] | None = None,
     ) -> None:
-        """Returns when the bytes are in `buffer.flat` and what `unpack` then does with them, on the link's stream, is
-        done. Raises what `send` does."""
+        """Returns when the bytes are in `buffer.flat`, and what entering `unpacking` then does with them, on the link's
+        stream, has ended; it is left after that. Raises what `send` does."""
         deadline = time.monotonic() + timeout_s
         wire = buffer.wire[:nbytes]
         with _explained("broke", timeout_s), self._after(buffer.fence):
@@ -118,8 +120,8 @@ class DataGroup:
             if buffer.wire is not buffer.flat:
                 buffer.flat[:nbytes].copy_(wire, non_blocking=True)
             self._finish(deadline)  # a transfer that broke must not be unpacked
-            unpack()
-            self._finish(deadline)
+            with unpacking or contextlib.nullcontext():
+                self._finish(deadline)
 
     def abort(self) -> None:
         """End what is under way (NCCL; gloo's operations run to their deadline, or end with the other side)."""

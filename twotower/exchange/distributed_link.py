@@ -4,8 +4,10 @@ Owns the mirror's slots of the link's sequences and the order in which deltas en
 two ends found each other.
 """
 
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -74,6 +76,7 @@ class DistributedLink:
         self._inbox: deque[_Arrived | Failed | Released] = deque()
         self._taken: list[Message] = []  # to be said with the next commands: one message a tick
         self._ended = False
+        self._writing = threading.Lock()  # who has it may write into the mirror, or end the link
 
     def submit(self, commands: Sequence[Command], reading: bool = False) -> None:
         if self._endpoint.lost is not None:
@@ -82,7 +85,8 @@ class DistributedLink:
         for command in commands:
             mirror = self._mirrors.get(command.sequence)
             if mirror is not None:
-                mirror.deaf = mirror.deaf or isinstance(command, Release)
+                if isinstance(command, Release):
+                    mirror.deaf = True  # never back to False: the receiver thread sets it too
                 mirror.read = reading
         self._say(commands)
 
@@ -130,8 +134,9 @@ class DistributedLink:
         self._mirrors.update(taken)
 
     def _end(self) -> None:
-        """Every sequence of the link has ended."""
-        self._ended = True
+        """Every sequence of the link has ended. A payload that still comes is not written: the slots may be others'."""
+        with self._writing:
+            self._ended = True
         self._inbox.clear()
         for mirror in self._mirrors.values():
             self.cache.free(mirror.slot)
@@ -164,15 +169,22 @@ class DistributedLink:
             raise LinkDown(f"payload {payload.number} was announced without a free staging buffer")
         buffer.grow(payload.nbytes)
         arrived = self._sift(payload.deltas, buffer)
-        unpack = partial(self._write_beside, arrived)
-        group.receive(buffer, payload.nbytes, payload.number, self._endpoint.settings.link_timeout_s, unpack)
+        timeout_s = self._endpoint.settings.link_timeout_s
+        group.receive(buffer, payload.nbytes, payload.number, timeout_s, self._unpacking(arrived))
         if arrived.written:
             self._pool.give(buffer)
         return arrived
 
+    @contextmanager
+    def _unpacking(self, arrived: _Arrived) -> Iterator[None]:
+        """The link does not end, nor its slots go to others, until what was written is written."""
+        with self._writing:
+            self._write_beside(arrived)
+            yield
+
     def _write_beside(self, arrived: _Arrived) -> None:
         """On the receiver thread and the link's stream; not where the engine reads one of the sequences."""
-        if any(mirror.read for mirror in arrived.mirrors):
+        if self._ended or any(mirror.read for mirror in arrived.mirrors):
             return
         for mirror in arrived.mirrors:
             if mirror.fence is not None:
