@@ -25,6 +25,7 @@ _ALIASES = {
     "mamba_conv_bias": "use_conv_bias",
     "mamba_dt_limit": "time_step_limit",
 }
+_MOST_TOKENS = 1 << 24  # ids beyond are not exact in fp32, in which engines read what was decided
 _SIZES = (
     "vocab_size hidden_size head_dim mamba_head_dim ssm_state_size conv_kernel chunk_size intermediate_size "
     "moe_intermediate_size moe_shared_expert_intermediate_size max_position_embeddings"
@@ -140,6 +141,8 @@ class ModelConfig:
         for name in _SIZES:
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.vocab_size > _MOST_TOKENS:
+            raise CheckpointError(f"vocab_size: got {self.vocab_size}, wanted at most {_MOST_TOKENS}")
         if self.mamba_hidden_act not in ("silu", "swish"):
             raise CheckpointError(f"mamba_hidden_act: got {self.mamba_hidden_act!r}, wanted 'silu'")
         if "*" in self.hybrid_override_pattern:

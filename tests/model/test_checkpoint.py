@@ -266,6 +266,7 @@ def test_other_spellings_of_the_config() -> None:
         ({"time_step_limit": 5}, ["time_step_limit", "5", "two numbers"]),
         ({"time_step_limit": [0.0]}, ["time_step_limit", "two numbers"]),
         ({"time_step_limit": [0.0, "wide"]}, ["time_step_limit", "wide", "two numbers"]),
+        ({"vocab_size": 20_000_000}, ["vocab_size", "20000000", "16777216"]),
         ({"mamba_hidden_act": "tanh"}, ["mamba_hidden_act", "tanh"]),
         ({"mlp_hidden_act": "tanh"}, ["mlp_hidden_act", "tanh"]),
     ],

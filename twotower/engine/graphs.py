@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from twotower.decoding.unmasking import Blocks, unmask
-from twotower.engine.passes import USUAL_WIDTH, EagerPasses, forward, padded
+from twotower.decoding.unmasking import Blocks
+from twotower.engine.passes import USUAL_WIDTH, EagerPasses, decided_apart, forward, padded
 from twotower.model import mamba
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.pages import PAGE_TOKENS, pages_for
@@ -186,7 +186,7 @@ class FixedPasses:
         return self._pass(shape).run(rows, t or [])[:, :longest]
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
-        return unmask(self.run(slots, blocks.tokens, blocks.mask_fractions), blocks)
+        return decided_apart(self, slots, blocks)
 
     def prepare(self, width: int) -> None:
         """Nothing: a shape is captured when it first comes up."""

@@ -59,6 +59,11 @@ def forward(
     return tower.logits(hidden) if head else hidden
 
 
+def decided_apart(passes: Passes, slots: Sequence[int], blocks: Blocks) -> Tensor:
+    """A step as a pass and then a decision."""
+    return unmask(passes.run(slots, blocks.tokens, blocks.mask_fractions), blocks)
+
+
 class EagerPasses:
     """Any shape, as it comes."""
 
@@ -68,24 +73,25 @@ class EagerPasses:
     def run(
         self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float] | None = None, head: bool = True
     ) -> Tensor:
-        tower, cache, lengths = self._tower, self._cache, [len(ids) for ids in tokens]
-        width = max(lengths)
-        tokens_RL = on_device([[*ids, *[0] * (width - len(ids))] for ids in tokens], tower.device)
-        rows = (slots, lengths, width)
-        states = cache.extending(*rows) if tower.causal else cache.reading(*rows)
+        tower = self._tower
+        tokens_RL, states = self._given(slots, tokens)
         return forward(tower, tokens_RL, states, None if t is None else on_device(t, tower.device), head)
+
+    def _given(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, LayerStates]:
+        lengths = [len(ids) for ids in tokens]
+        width = max(lengths)
+        states = self._cache.extending if self._tower.causal else self._cache.reading
+        tokens_RL = on_device([[*ids, *[0] * (width - len(ids))] for ids in tokens], self._tower.device)
+        return tokens_RL, states(slots, lengths, width)
 
     def parts(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], count: int) -> Iterator[Tensor]:
         """A context tower's `run` without head in `count` parts: the last yields what it returns. Passes over other
         slots may come between them."""
-        tower, cache, lengths = self._tower, self._cache, [len(ids) for ids in tokens]
-        assert isinstance(tower, ContextTower)
-        width = max(lengths)
-        tokens_RL = on_device([[*ids, *[0] * (width - len(ids))] for ids in tokens], tower.device)
-        return tower.parts(tokens_RL, cache.extending(slots, lengths, width), count)
+        assert isinstance(self._tower, ContextTower)
+        return self._tower.parts(*self._given(slots, tokens), count)
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
-        return unmask(self.run(slots, blocks.tokens, blocks.mask_fractions), blocks)
+        return decided_apart(self, slots, blocks)
 
     def prepare(self, width: int) -> None:
         """Nothing to prepare."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from twotower.config import ModelConfig
-from twotower.decoding.unmasking import Blocks, StepParams, unmask, unmask_greedily
+from twotower.decoding.unmasking import Blocks, StepParams, unmask_greedily
 from twotower.engine.graphs import FixedStates
-from twotower.engine.passes import EagerPasses, forward, padded
+from twotower.engine.passes import EagerPasses, decided_apart, forward, padded
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.moe import FEW_TOKENS
 from twotower.model.pages import pages_for
@@ -71,7 +71,7 @@ class RecordedPasses:
         form = Form(width, True, True, width * len(slots) <= FEW_TOKENS, decides=True)
         program = (self._programs.get(form) or self._recorded(form)) if blocks.greedy else None
         if program is None:
-            return unmask(self.run(slots, blocks.tokens, blocks.mask_fractions), blocks)
+            return decided_apart(self, slots, blocks)
         given = self._given(slots, blocks.tokens, blocks.mask_fractions, width)
         return program(*given, blocks.given(self._tower.device, width))
 
