@@ -45,8 +45,8 @@ class CellSettings:
         return 1.0 if self.device.startswith("cuda") else 0.0
 
     @property
-    def threads(self) -> int:
-        """Compute threads of one tower process: its share of this machine's cores, so that towers do not fight."""
+    def cores(self) -> int:
+        """One tower process's share of this machine's cores, so that towers do not fight for them."""
         return max(1, len(os.sched_getaffinity(0)) // self.processes)
 
 

@@ -27,6 +27,7 @@ from twotower.exchange.staging import usual_bytes
 from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
+from twotower.model.threads import threads_for
 from twotower.model.tower import ContextTower, DenoiserTower
 
 
@@ -44,8 +45,8 @@ class TowerProcess:
     async def load(self) -> dict[str, str]:
         """Read the weights; then where this process lives. Raises CheckpointError or ConfigError."""
         log_to_stderr()
-        torch.set_num_threads(self.settings.threads)
         self.checkpoint = Checkpoint.open(self.settings.checkpoint)
+        torch.set_num_threads(threads_for(self.checkpoint.config, self.settings.cores))
         self.device = pick_device(self.settings.device)
         self.dtype = pick_dtype(self.settings.dtype)
         await asyncio.to_thread(self._load)

@@ -17,7 +17,7 @@ import torch
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams
 from twotower.engine.capture import passes_for
-from twotower.engine.passes import SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes
+from twotower.engine.passes import SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes, Want
 from twotower.model.cache import Span, TowerCache
 from twotower.model.pages import pages_for
 from twotower.model.tower import ContextTower, DenoiserTower
@@ -58,7 +58,7 @@ class Bench:
         contents = []
         for slot, prompt in zip(self._slots, self._prompts, strict=True):
             text = (prompt * (self._cached // len(prompt) + 1))[: self._cached]
-            self._eager.run([slot], [text], head=False)
+            self._eager.run([slot], [text], want=Want.STATES)
             self.cache.advance(slot, self._cached)
             contents.append([tensor.numpy().copy() for tensor in self.cache.delta([Span(slot, 0, self._cached)])])
         return contents
@@ -93,13 +93,13 @@ class Bench:
         if kind == DENOISE:
             return _denoise(passes, slots, blocks, decide)
         if kind == COMMIT:
-            return lambda: passes.run(slots, blocks, head=False)
+            return lambda: passes.run(slots, blocks, want=Want.STATES)
         if kind == AR:
             return _decode(passes, slots, [[prompt[-1]] for prompt in prompts], decide)
         assert kind == PROMPT, kind
         if max(map(len, prompts)) > SHORT_PROMPT:
             passes = self._eager  # as an engine does
-        return lambda: passes.run(self._fresh[:rows], prompts, head=False)
+        return lambda: passes.run(self._fresh[:rows], prompts, want=Want.STATES)
 
 
 def _denoise(

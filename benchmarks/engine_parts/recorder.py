@@ -143,12 +143,12 @@ class Recorder:
     def _wrap_parts(self, passes: Any) -> None:
         parts = passes.parts
 
-        def watched(slots: Sequence[int], tokens: Sequence[Sequence[int]], count: int) -> Iterator[Any]:
+        def watched(slots: Sequence[int], tokens: Sequence[Sequence[int]], count: int, want: Any) -> Iterator[Any]:
             under_way: Iterator[Any] | None = None
 
             def part() -> Any:
                 nonlocal under_way
-                under_way = under_way or parts(slots, tokens, count)
+                under_way = under_way or parts(slots, tokens, count, want)
                 return next(under_way)
 
             for _ in range(count):

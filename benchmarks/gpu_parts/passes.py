@@ -15,6 +15,7 @@ from benchmarks.gpu_parts.site import Site
 from benchmarks.gpu_parts.towers import filled_cache, random_tower
 from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams, unmask
 from twotower.engine.graphs import FixedPasses
+from twotower.engine.passes import Want, forward
 from twotower.model.cache import TowerCache
 from twotower.model.kernels import describe
 from twotower.model.moe import Router
@@ -31,16 +32,16 @@ class Kind:
 
     name: str
     width: int
-    head: bool
+    want: Want
     timed: bool = False
 
 
 # Rows are padded to a power of two, so products may sum up in another order.
 _GRAPH_OFF = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
-DENOISE = Kind("denoiser step", _BLOCK, head=True, timed=True)
-COMMIT = Kind("commit", _BLOCK, head=False)
-AR_STEP = Kind("AR step", 1, head=True)
+DENOISE = Kind("denoiser step", _BLOCK, Want.LOGITS, timed=True)
+COMMIT = Kind("commit", _BLOCK, Want.STATES)
+AR_STEP = Kind("AR step", 1, Want.LOGITS)
 
 
 class Bench:
@@ -63,25 +64,26 @@ class Bench:
         tokens_RL = on_device(self._tokens(kind, rows), self.site.device)
         if kind.timed:
             states = self.cache.reading(slots, lengths, kind.width)
-            hidden: Tensor = self.denoiser(tokens_RL, states, on_device([0.75] * rows, self.site.device))
-        else:
-            hidden = self.context(tokens_RL, self.cache.extending(slots, lengths, kind.width))
-        return self.tower(kind).logits(hidden) if kind.head else hidden
+            t_R = on_device([0.75] * rows, self.site.device)
+            return forward(self.denoiser, tokens_RL, states, t_R, kind.want)
+        return forward(self.context, tokens_RL, self.cache.extending(slots, lengths, kind.width), None, kind.want)
 
     def graph(self, kind: Kind, rows: int) -> Tensor:
         t = [0.75] * rows if kind.timed else None
-        return self._fixed[id(self.tower(kind))].run(self.slots[:rows], self._tokens(kind, rows), t, kind.head)
+        return self._fixed[id(self.tower(kind))].run(self.slots[:rows], self._tokens(kind, rows), t, kind.want)
 
     def graph_off(self, kind: Kind, rows: int) -> float:
-        """Largest difference between a captured pass and an eager one from the same states, by the largest number."""
+        """Largest difference between a captured pass and an eager one from the same states, in its result and in the
+        states after it, by the largest number of each."""
         states = [(tensor, tensor[:, self.slots[:rows]].clone()) for tensor in (self.cache.conv, self.cache.ssm)]
-        outputs = []
+        outcomes = []
         for run in (self.eager, self.graph):
-            outputs.append(run(kind, rows).clone())
+            out = run(kind, rows).clone()
+            outcomes.append([out, *(tensor[:, self.slots[:rows]].clone() for tensor, _ in states)])
             for tensor, before in states:
                 tensor[:, self.slots[:rows]] = before
-        eager, graph = outputs
-        return ((eager - graph).abs().max() / eager.abs().max()).item()
+        pairs = zip(*outcomes, strict=True)
+        return max(((eager - graph).abs().max() / eager.abs().max()).item() for eager, graph in pairs)
 
     def experts(self, kind: Kind, rows: int) -> list[int]:
         """Different experts used, layer by layer."""
@@ -101,17 +103,31 @@ class Bench:
         moved = 0
         experts = iter(used)
         for name, parameter in self.tower(kind).named_parameters():
+            if self._spared(kind, name):
+                continue
             if name.endswith("experts.up_proj"):
                 layer_used = next(experts)
             if ".mixer.experts." in name:
                 moved += parameter[0].nbytes * layer_used
-            elif not name.startswith("embeddings") and (kind.head or not name.startswith("head")):
+            elif not name.startswith("embeddings"):
                 moved += parameter.nbytes
         cache = self.cache
         states = cache.conv[:, 0].nbytes + cache.ssm[:, 0].nbytes
         per_token = 2 * cache.keys[:, 0, 0].nbytes
         moved += rows * (states * (1 if kind.timed else 2) + per_token * self.site.cached)
-        return moved + kind.head * rows * kind.width * self.site.config.vocab_size * 4
+        if kind.want is Want.LOGITS:
+            moved += rows * kind.width * self.site.config.vocab_size * 4
+        return moved
+
+    def _spared(self, kind: Kind, name: str) -> bool:
+        """Whether a pass for states alone leaves this parameter out: what follows the last state, and the head."""
+        if kind.want is not Want.STATES:
+            return False
+        if not name.startswith("layers."):
+            return not name.startswith("embeddings")
+        layer = int(name.split(".")[1])
+        last = self.context.last_kept
+        return layer > last or (layer == last and name.endswith(("q_proj.weight", "o_proj.weight")))
 
     def _tokens(self, kind: Kind, rows: int) -> list[list[int]]:
         """Half of a block is masked, as midway through it."""

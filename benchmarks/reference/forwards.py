@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.reference.naive_loop import NaiveLoop
+from twotower.engine.passes import Want
 from twotower.engine.recorded import RecordedPasses
 from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
@@ -97,21 +98,21 @@ def _passes(context: ContextTower, denoiser: DenoiserTower, cached: int) -> dict
         f"denoiser step [1,{_BLOCK}]": (
             denoise,
             lambda: loop.denoise(naive_cache, block, 0.5),
-            lambda: steps.run([slot], [block.tolist()], [0.5], head=False),
+            lambda: steps.run([slot], [block.tolist()], [0.5], Want.HIDDEN),
         ),
         f"commit [1,{_BLOCK}]": (
             lambda: extend(slot, block.tolist()),
             lambda: loop.extend(naive_cache, block.tolist()),
-            lambda: reads.run([slot], [block.tolist()], head=False),
+            lambda: reads.run([slot], [block.tolist()], want=Want.STATES),
         ),
         "AR step [1,1]": (
             lambda: extend(slot, [5]),
             lambda: loop.extend(naive_cache, [5]),
-            lambda: reads.run([slot], [[5]], head=False),
+            lambda: reads.run([slot], [[5]], want=Want.HIDDEN),
         ),
         f"prompt [1,{cached}]": (
             lambda: extend(fresh, seen),
             lambda: loop.extend(empty, seen),
-            lambda: reads.run([fresh], [seen], head=False),
+            lambda: reads.run([fresh], [seen], want=Want.STATES),
         ),
     }

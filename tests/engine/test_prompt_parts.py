@@ -8,7 +8,7 @@ import torch
 from tests.goldens import CPU, MODELS, golden
 from twotower.core import BlockEvent, DecodingParams, Event, Mode, ReleasedEvent, Request, RequestId, ScoreRequest
 from twotower.engine.context_engine import ContextEngine
-from twotower.engine.passes import PROMPT_PARTS, EagerPasses
+from twotower.engine.passes import PROMPT_PARTS, EagerPasses, Want
 from twotower.engine.settings import EngineSettings
 from twotower.model.cache import TowerCache
 
@@ -43,7 +43,8 @@ def no_grad() -> object:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_pass_in_parts_has_the_same_bits(name: str, count: int) -> None:
+@pytest.mark.parametrize("want", [Want.HIDDEN, Want.STATES])
+def test_a_pass_in_parts_has_the_same_bits(name: str, count: int, want: Want) -> None:
     tower = golden(name).context
     found = []
     for parts in (0, count):
@@ -51,7 +52,7 @@ def test_a_pass_in_parts_has_the_same_bits(name: str, count: int) -> None:
         slots = [cache.allocate(100), cache.allocate(80)]
         tokens = [[4 + i % 50 for i in range(length)] for length in (100, 70)]
         passes = EagerPasses(tower, cache)
-        out = list(passes.parts(slots, tokens, parts))[-1] if parts else passes.run(slots, tokens, head=False)
+        out = list(passes.parts(slots, tokens, parts, want))[-1] if parts else passes.run(slots, tokens, want=want)
         found.append((out, cache.conv.clone(), cache.ssm.clone(), cache.keys.clone(), cache.values.clone()))
     assert all(torch.equal(whole, parted) for whole, parted in zip(*found, strict=True))
 

@@ -10,20 +10,22 @@ from tests.goldens import CPU, MODELS, causal_request, diffusion_request, golden
 from twotower.core import Mode
 from twotower.decoding.unmasking import Blocks, StepParams
 from twotower.engine.capture import passes_for
-from twotower.engine.passes import EagerPasses
+from twotower.engine.graphs import FixedPasses
+from twotower.engine.passes import EagerPasses, Passes, Want
 from twotower.engine.recorded import Form, RecordedPasses, plain_pass, record
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
-from twotower.model.cache import TowerCache
+from twotower.model.cache import Span, TowerCache
 from twotower.model.moe import FEW_TOKENS
 
 FORMS = [
-    (tower, Form(width, head, timed, few))
-    for tower, width, head, timed in (
-        ("context", 1, True, False),
-        ("context", 16, False, False),
-        ("denoiser", 16, True, True),
-        ("denoiser", 1, True, False),
+    (tower, Form(width, want, timed, few))
+    for tower, width, want, timed in (
+        ("context", 1, Want.LOGITS, False),
+        ("context", 16, Want.HIDDEN, False),
+        ("context", 16, Want.STATES, False),
+        ("denoiser", 16, Want.LOGITS, True),
+        ("denoiser", 1, Want.LOGITS, False),
     )
     for few in (True, False)
 ]
@@ -54,6 +56,45 @@ def test_the_same_bits_for_any_number_of_rows_and_pages(name: str, which: str, f
             got = program(torch.tensor(given), t_R, *again)
         assert torch.equal(got, wanted)
         assert all(torch.equal(ours, plain) for ours, plain in zip(again, states, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", [EagerPasses, RecordedPasses, FixedPasses])
+def test_a_pass_for_states_alone_leaves_the_same_ones(name: str, kind: type[Passes]) -> None:
+    tower = golden(name).context
+    found = []
+    for want in (Want.HIDDEN, Want.STATES):
+        cache = TowerCache(tower.config, 4, 40, CPU, torch.float32)
+        with torch.inference_mode():
+            slots = [cache.allocate(100) for _ in range(3)]
+            passes = FixedPasses(tower, cache, slots[2]) if kind is FixedPasses else kind(tower, cache)  # type: ignore[call-arg]
+            passes.prepare(16)
+            for width in (16, 9, 40):
+                passes.run(slots[:2], [[4 + (7 * i + width) % 50 for i in range(width)], [9] * 5], want=want)
+                for slot, length in zip(slots, (width, 5), strict=False):
+                    cache.advance(slot, length)
+        found.append(
+            [
+                cache.conv[:, slots[:2]],
+                cache.ssm[:, slots[:2]],
+                *cache.delta([Span(s, 0, cache.length(s)) for s in slots[:2]]),
+            ]
+        )
+    assert all(torch.equal(whole, spared) for whole, spared in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pass_for_states_alone_runs_nothing_behind_the_last(name: str) -> None:
+    tower = golden(name).context
+    cache = TowerCache(tower.config, 1, 4, CPU, torch.float32)
+    ran: list[int] = []
+    hooks = [layer.register_forward_hook(lambda layer, *_: ran.append(layer.index)) for layer in tower.layers]
+    with torch.inference_mode():
+        EagerPasses(tower, cache).run([cache.allocate(16)], [[5] * 16], want=Want.STATES)
+    for hook in hooks:
+        hook.remove()
+    pattern = tower.config.hybrid_override_pattern
+    assert ran == list(range(max(pattern.rfind("M"), pattern.rfind("*"))))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -106,9 +147,11 @@ def test_what_comes_up_often_or_is_prepared_is_recorded() -> None:
             cache.advance(slot, 1)
             assert len(passes._programs) == wanted
         passes.prepare(16)
-        assert len(passes._programs) == 4
-        passes.run([slot], [[5] * 16], head=False)
-        assert len(passes._programs) == 4, "a block's commit was prepared"
+        prepared = len(passes._programs)
+        for want in (Want.STATES, Want.HIDDEN):
+            for _ in range(3):
+                passes.run([slot], [[5] * 16], want=want)
+        assert len(passes._programs) == prepared, "commits and short prompts were prepared"
 
 
 def test_the_setting_chooses() -> None:

@@ -22,6 +22,7 @@ from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
 from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.model.threads import threads_for
 from twotower.validation import parse_params
 
 _MAX_SEQUENCES = 32
@@ -29,7 +30,6 @@ _MAX_SEQUENCES = 32
 # the rooms themselves do not count.
 _IN_FLIGHT = 288
 _BIG_CHECKPOINT_BYTES = 256 * 2**20
-_SMALL_WIDTH = 256  # up to here a CPU's second thread costs more than it brings
 
 _Outcome = Result | TwoTowerError
 
@@ -47,8 +47,7 @@ def generate(options: Namespace) -> Outcome:
     pick_device(options.device)
     pick_dtype(options.dtype)
     model = open_model(options.checkpoint, options.max_sequence_length)
-    if model.checkpoint.config.hidden_size <= _SMALL_WIDTH:
-        torch.set_num_threads(1)
+    torch.set_num_threads(threads_for(model.checkpoint.config, torch.get_num_threads()))
     given = {name: getattr(options, name) for name in PARAMS if hasattr(options, name)}
     if options.input is None:
         return _generate_one(options, model, given)

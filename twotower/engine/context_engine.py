@@ -28,7 +28,7 @@ from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import cut
 from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
-from twotower.engine.passes import PROMPT_PARTS, SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes
+from twotower.engine.passes import PROMPT_PARTS, SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes, Want
 from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, PrefillBatch, PrefillChunk
 from twotower.engine.scores import ScoredRow, ScoreSheet, score_rows, to_host
 from twotower.engine.settings import EngineSettings
@@ -256,7 +256,7 @@ class ContextEngine:
         self._scheduler.add_commit(key, len(sequence.to_read))
 
     def _commit(self, sequences: list[_Sequence]) -> None:
-        self._read(self._passes, sequences, [sequence.to_read for sequence in sequences], head=False)
+        self._read(self._passes, sequences, [sequence.to_read for sequence in sequences], Want.STATES)
         for sequence in sequences:
             start = len(sequence.read)
             self._has_read(sequence, len(sequence.to_read))
@@ -269,17 +269,24 @@ class ContextEngine:
             sequences = [self._sequences[chunk.key] for chunk in chunks]  # type: ignore[index]
             slots = [sequence.slot for sequence in sequences]
             tokens = [s.to_read[: c.end - c.start] for s, c in zip(sequences, chunks, strict=True)]
+            want = Want.HIDDEN if any(map(self._decodes_from, chunks)) else Want.STATES
             if max(map(len, tokens)) <= SHORT_PROMPT:
-                self._has_prefilled(chunks, self._passes.run(slots, tokens, head=False))
+                self._has_prefilled(chunks, self._passes.run(slots, tokens, want=want))
                 self._last_part = fence_on(self.tower.device)
                 return
-            self._parts = _Parts(chunks, self._eager.parts(slots, tokens, PROMPT_PARTS))
+            self._parts = _Parts(chunks, self._eager.parts(slots, tokens, PROMPT_PARTS, want))
         hidden_RLD = next(self._parts.passes)
         self._parts.left -= 1
         self._last_part = fence_on(self.tower.device)
         if not self._parts.left:
             self._parts = None
             self._has_prefilled(chunks, hidden_RLD)
+
+    def _decodes_from(self, chunk: PrefillChunk) -> bool:
+        """Whether something follows here from what this chunk gives: scores, or an `ar` answer's first token."""
+        sequence = self._sequences[chunk.key]  # type: ignore[index]
+        ends = chunk.end - chunk.start == len(sequence.to_read)
+        return sequence.sheet is not None or (sequence.request is not None and ends)
 
     def _end_parts_of(self, key: _Key) -> None:
         """A pass under way writes to this sequence's slot: it ends before the slot may be another's."""
@@ -335,17 +342,18 @@ class ContextEngine:
         self._reply(sequence.link, delta)
 
     def _decode(self, sequences: list[_Sequence]) -> None:
-        logits_RLV = self._read(self._passes, sequences, [[sequence.to_read[0]] for sequence in sequences], head=True)
+        tokens = [[sequence.to_read[0]] for sequence in sequences]
+        logits_RLV = self._read(self._passes, sequences, tokens, Want.LOGITS)
         for sequence in sequences:
             self._has_read(sequence, 1)
         self._next_tokens(sequences, logits_RLV[:, 0])
 
     def _read(
-        self, passes: Passes, sequences: Sequence[_Sequence], tokens: Sequence[Sequence[int]], head: bool
+        self, passes: Passes, sequences: Sequence[_Sequence], tokens: Sequence[Sequence[int]], want: Want
     ) -> Tensor:
         """One causal forward that extends each sequence by its tokens. Returns what `Passes.run` does."""
         slots = [sequence.slot for sequence in sequences]
-        out = passes.run(slots, tokens, head=head)
+        out = passes.run(slots, tokens, want=want)
         self._extended(sequences, list(map(len, tokens)))
         return out
 

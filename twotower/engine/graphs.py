@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twotower.decoding.unmasking import Blocks
-from twotower.engine.passes import USUAL_WIDTH, EagerPasses, decided_apart, forward, padded
+from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want, decided_apart, forward, padded
 from twotower.model import mamba
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.pages import PAGE_TOKENS, pages_for
@@ -26,12 +26,12 @@ _FEWEST_PAGES = 4
 
 @dataclass(frozen=True, slots=True)
 class PassShape:
-    """What a captured pass is fixed to. `head`: it ends in logits, not in hidden states. `timed`: it is given t."""
+    """What a captured pass is fixed to. `timed`: it is given t."""
 
     rows: int
     width: int
     pages: int
-    head: bool
+    want: Want
     timed: bool = False
 
 
@@ -142,7 +142,7 @@ class FixedPass:
         width, tower = self._shape.width, self._tower
         tokens_RL, given_RX = self._given_RX.split([width, self._given_RX.shape[1] - width], dim=1)
         states = FixedStates(self._cache, given_RX, width, updates=tower.causal)
-        self._out.copy_(forward(tower, tokens_RL, states, self._t_R if self._shape.timed else None, self._shape.head))
+        self._out.copy_(forward(tower, tokens_RL, states, self._t_R if self._shape.timed else None, self._shape.want))
 
 
 class FixedPasses:
@@ -164,21 +164,21 @@ class FixedPasses:
         self._pool = torch.cuda.graph_pool_handle() if graphs and tower.device.type == "cuda" else None
 
     def run(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float] | None = None, head: bool = True
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        t: Sequence[float] | None = None,
+        want: Want = Want.LOGITS,
     ) -> Tensor:
-        """Logits [R,L,V] fp32, or hidden states [R,L,D], of rows that read `tokens`; L is the longest row's length.
-
-        A context tower's slots are the caller's to advance, as after `extending`.
-        """
         longest = max(len(ids) for ids in tokens)
         if longest > USUAL_WIDTH:
-            return self._eager.run(slots, tokens, t, head)
+            return self._eager.run(slots, tokens, t, want)
         width = padded(longest)
         updates = self._tower.causal
         starts = [self._cache.length(slot) for slot in slots]
         seen = max(start + (width if updates else 0) for start in starts)
         pages = _power_of_two(max(pages_for(seen), _FEWEST_PAGES))
-        shape = PassShape(_power_of_two(len(slots)), width, pages, head, t is not None)
+        shape = PassShape(_power_of_two(len(slots)), width, pages, want, t is not None)
         rows = [
             [*ids, *[0] * (width - len(ids)), slot, start, len(ids), *self._table(slot, pages)]
             for slot, start, ids in zip(slots, starts, tokens, strict=True)
@@ -208,12 +208,13 @@ class FixedPasses:
     def _output(self, shape: PassShape) -> Tensor:
         """Room for a shape's output, shared with the others; passes captured before it grew keep what they had."""
         config = self._tower.config
-        columns = config.vocab_size if shape.head else config.hidden_size
-        dtype = torch.float32 if shape.head or config.residual_in_fp32 else self._tower.dtype
+        logits = shape.want is Want.LOGITS
+        columns = config.vocab_size if logits else config.hidden_size
+        dtype = torch.float32 if logits or config.residual_in_fp32 else self._tower.dtype
         numbers = shape.rows * shape.width * columns
-        if shape.head not in self._outputs or self._outputs[shape.head].numel() < numbers:
-            self._outputs[shape.head] = torch.empty(numbers, dtype=dtype, device=self._tower.device)
-        return self._outputs[shape.head][:numbers].view(shape.rows, shape.width, columns)
+        if logits not in self._outputs or self._outputs[logits].numel() < numbers:
+            self._outputs[logits] = torch.empty(numbers, dtype=dtype, device=self._tower.device)
+        return self._outputs[logits][:numbers].view(shape.rows, shape.width, columns)
 
 
 def _power_of_two(count: int) -> int:

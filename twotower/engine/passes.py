@@ -6,6 +6,7 @@ as a CUDA graph (`engine/graphs.py`). A captured pass runs the same operations o
 """
 
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from typing import Protocol
 
 from torch import Tensor
@@ -21,13 +22,26 @@ SHORT_PROMPT = 4 * USUAL_WIDTH  # up to here a prompt's pass is worth capturing:
 PROMPT_PARTS = 2  # in which a longer one is read, so that rows which step meanwhile wait for less
 
 
+class Want(Enum):
+    """What a pass is for: logits [R,L,V] fp32, hidden states [R,L,D], or a context tower's states alone. Those spare
+    it all that comes after the last layer that keeps one, and its result [R,L,D] means nothing."""
+
+    LOGITS = "logits"
+    HIDDEN = "hidden states"
+    STATES = "states"
+
+
 class Passes(Protocol):
     """A tower's forwards over a cache."""
 
     def run(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float] | None = None, head: bool = True
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        t: Sequence[float] | None = None,
+        want: Want = Want.LOGITS,
     ) -> Tensor:
-        """Logits [R,L,V] fp32, or without `head` hidden states [R,L,D], of rows that read `tokens`.
+        """What is wanted of rows that read `tokens`.
 
         L is the longest row's length; what lies beyond a shorter row's end means nothing. `t`: mask fractions, for a
         denoiser's block. A context tower's pass extends the slots' states; their caller advances them. The result may
@@ -52,11 +66,11 @@ def padded(longest: int) -> int:
 
 
 def forward(
-    tower: ContextTower | DenoiserTower, tokens_RL: Tensor, states: LayerStates, t_R: Tensor | None, head: bool
+    tower: ContextTower | DenoiserTower, tokens_RL: Tensor, states: LayerStates, t_R: Tensor | None, want: Want
 ) -> Tensor:
-    """One pass of either tower, to its logits or its hidden states."""
-    hidden: Tensor = tower(tokens_RL, states) if tower.causal else tower(tokens_RL, states, t_R)
-    return tower.logits(hidden) if head else hidden
+    """One pass of either tower."""
+    hidden: Tensor = tower(tokens_RL, states, want is Want.STATES if tower.causal else t_R)
+    return tower.logits(hidden) if want is Want.LOGITS else hidden
 
 
 def decided_apart(passes: Passes, slots: Sequence[int], blocks: Blocks) -> Tensor:
@@ -71,11 +85,15 @@ class EagerPasses:
         self._tower, self._cache = tower, cache
 
     def run(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float] | None = None, head: bool = True
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        t: Sequence[float] | None = None,
+        want: Want = Want.LOGITS,
     ) -> Tensor:
         tower = self._tower
         tokens_RL, states = self._given(slots, tokens)
-        return forward(tower, tokens_RL, states, None if t is None else on_device(t, tower.device), head)
+        return forward(tower, tokens_RL, states, None if t is None else on_device(t, tower.device), want)
 
     def _given(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, LayerStates]:
         lengths = [len(ids) for ids in tokens]
@@ -84,11 +102,11 @@ class EagerPasses:
         tokens_RL = on_device([[*ids, *[0] * (width - len(ids))] for ids in tokens], self._tower.device)
         return tokens_RL, states(slots, lengths, width)
 
-    def parts(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], count: int) -> Iterator[Tensor]:
-        """A context tower's `run` without head in `count` parts: the last yields what it returns. Passes over other
-        slots may come between them."""
-        assert isinstance(self._tower, ContextTower)
-        return self._tower.parts(*self._given(slots, tokens), count)
+    def parts(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], count: int, want: Want) -> Iterator[Tensor]:
+        """A context tower's `run` for hidden states or less in `count` parts: the last yields what it returns. Passes
+        over other slots may come between them."""
+        assert isinstance(self._tower, ContextTower) and want is not Want.LOGITS
+        return self._tower.parts(*self._given(slots, tokens), count, want is Want.STATES)
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
         return decided_apart(self, slots, blocks)

@@ -18,7 +18,7 @@ from torch import Tensor
 from twotower.config import ModelConfig
 from twotower.decoding.unmasking import Blocks, StepParams, unmask_greedily
 from twotower.engine.graphs import FixedStates
-from twotower.engine.passes import EagerPasses, decided_apart, forward, padded
+from twotower.engine.passes import EagerPasses, Want, decided_apart, forward, padded
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.moe import FEW_TOKENS
 from twotower.model.pages import pages_for
@@ -40,7 +40,7 @@ class Form:
     pass goes on to a greedy step's decision, some thirty small operations that would cost half as much again apart."""
 
     width: int
-    head: bool
+    want: Want
     timed: bool
     few: bool
     decides: bool = False
@@ -56,19 +56,23 @@ class RecordedPasses:
         self._uses: Counter[Form] = Counter()
 
     def run(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float] | None = None, head: bool = True
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        t: Sequence[float] | None = None,
+        want: Want = Want.LOGITS,
     ) -> Tensor:
         longest = max(len(ids) for ids in tokens)
         width = padded(longest)
-        form = Form(width, head, t is not None, width * len(slots) <= FEW_TOKENS)
+        form = Form(width, want, t is not None, width * len(slots) <= FEW_TOKENS)
         program = self._programs.get(form) or self._recorded(form)
         if program is None:
-            return self._eager.run(slots, tokens, t, head)
+            return self._eager.run(slots, tokens, t, want)
         return program(*self._given(slots, tokens, t or [], width))[:, :longest]
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
         width = padded(blocks.width)
-        form = Form(width, True, True, width * len(slots) <= FEW_TOKENS, decides=True)
+        form = Form(width, Want.LOGITS, True, width * len(slots) <= FEW_TOKENS, decides=True)
         program = (self._programs.get(form) or self._recorded(form)) if blocks.greedy else None
         if program is None:
             return decided_apart(self, slots, blocks)
@@ -76,10 +80,13 @@ class RecordedPasses:
         return program(*given, blocks.given(self._tower.device, width))
 
     def prepare(self, width: int) -> None:
-        denoiser = not self._tower.causal
         for few in (True, False):
-            block = Form(width, denoiser, denoiser, few)
-            for form in (block, Form(1, True, False, few), *([replace(block, decides=True)] if denoiser else [])):
+            block = Form(width, Want.LOGITS, True, few)
+            read = Form(width, Want.STATES, False, few)
+            usual = (
+                [read, replace(read, want=Want.HIDDEN)] if self._tower.causal else [block, replace(block, decides=True)]
+            )
+            for form in (*usual, Form(1, Want.LOGITS, False, few)):
                 if form not in self._programs:
                     self._programs[form] = record(self._tower, form)
 
@@ -121,7 +128,7 @@ def plain_pass(tower: ContextTower | DenoiserTower, form: Form) -> Program:
         tokens_RL, places_RX = given_RX[:, : form.width], given_RX[:, form.width :]
         memory = _Borrowed(tower.config, (conv, ssm, keys, values))
         states = FixedStates(memory, places_RX, form.width, updates=tower.causal)
-        return forward(tower, tokens_RL, states, t_R if form.timed else None, form.head)
+        return forward(tower, tokens_RL, states, t_R if form.timed else None, form.want)
 
     def step(*given: Tensor) -> Tensor:
         return unmask_greedily(run(*given[:-1]), given[-1])

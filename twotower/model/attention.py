@@ -42,9 +42,13 @@ class Attention(nn.Module):
 
     def forward(self, x_RLD: Tensor, layer: int, states: LayerStates) -> Tensor:
         queries_RLHE = self.q_proj(x_RLD).unflatten(-1, (self.heads, self.head_dim))
-        keys_RLSE = self.k_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
-        values_RLSE = self.v_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
-        keys_RTSE, values_RTSE = states.keys_values(layer, keys_RLSE, values_RLSE)
+        keys_RTSE, values_RTSE = self.project(x_RLD, layer, states)
         out_RLHE = self.attend(queries_RLHE, keys_RTSE, values_RTSE, states)
         out: Tensor = self.o_proj(out_RLHE.flatten(2))
         return out
+
+    def project(self, x_RLD: Tensor, layer: int, states: LayerStates) -> tuple[Tensor, Tensor]:
+        """The new positions' keys and values into `states`; all that these may look at [R,T,S,E]."""
+        keys_RLSE = self.k_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
+        values_RLSE = self.v_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
+        return states.keys_values(layer, keys_RLSE, values_RLSE)

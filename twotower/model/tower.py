@@ -1,6 +1,7 @@
 """The towers: a stack of one-mixer layers with an embedding and a head; the denoiser's is time-conditioned."""
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,14 @@ class Layer(nn.Module):
         # Sequence mixers are modulated before their norm, position-wise ones after it.
         hidden = self.norm(modulation(x_RLD)) if self.kind in "M*" else modulation(self.norm(x_RLD))
         return torch.addcmul(residual, self._mix(hidden, states), modulation.gate)
+
+    def keep(self, x_RLD: Tensor, states: LayerStates) -> None:
+        """Extend the states as `forward` does, for nothing else."""
+        hidden = self.norm(x_RLD)
+        if isinstance(self.mixer, Attention):
+            self.mixer.project(hidden, self.index, states)
+        else:
+            self._mix(hidden, states)
 
     def _mix(self, hidden: Tensor, states: LayerStates) -> Tensor:
         out: Tensor = self.mixer(hidden, self.index, states) if self.kind in "M*" else self.mixer(hidden)
@@ -84,18 +93,29 @@ class ContextTower(Tower):
 
     causal = True
 
-    def forward(self, tokens_RL: Tensor, states: LayerStates) -> Tensor:
-        """Hidden states [R,L,D] after the last layer, before the final norm."""
-        [x_RLD] = self.parts(tokens_RL, states, 1)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.last_kept = max(config.hybrid_override_pattern.rfind(kind) for kind in "M*")  # the last layer with a state
+
+    def forward(self, tokens_RL: Tensor, states: LayerStates, only_states: bool = False) -> Tensor:
+        """Hidden states [R,L,D] after the last layer, before the final norm.
+
+        `only_states`: what comes after the last state is not computed, and the result means nothing.
+        """
+        [x_RLD] = self.parts(tokens_RL, states, 1, only_states)
         return x_RLD
 
-    def parts(self, tokens_RL: Tensor, states: LayerStates, count: int) -> Iterator[Tensor]:
+    def parts(self, tokens_RL: Tensor, states: LayerStates, count: int, only_states: bool = False) -> Iterator[Tensor]:
         """The same pass in `count` parts of about as many layers; what the last one yields is its result."""
         x_RLD: Tensor = self.embeddings(tokens_RL)
         for part in range(count):
             first, end = (len(self.layers) * place // count for place in (part, part + 1))
-            for layer in self.layers[first:end]:
-                x_RLD = layer(x_RLD, states, None)
+            for index in range(first, end):
+                layer = cast(Layer, self.layers[index])
+                if not only_states or index < self.last_kept:
+                    x_RLD = layer(x_RLD, states, None)
+                elif index == self.last_kept:
+                    layer.keep(x_RLD, states)
             yield x_RLD
 
 

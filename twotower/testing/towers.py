@@ -45,7 +45,7 @@ class ScriptedContextTower(_ScriptedTower):
 
     causal = True
 
-    def __call__(self, tokens_RL: Tensor, states: ExtendStates) -> Tensor:
+    def __call__(self, tokens_RL: Tensor, states: ExtendStates, only_states: bool = False) -> Tensor:
         new = tokens_RL[..., None, None].float()
         keys_RT = states.keys_values(0, new, new)[0][..., 0, 0]
         weight_T = torch.arange(1, keys_RT.shape[1] + 1).float()

@@ -1,0 +1,30 @@
+"""How many compute threads a tower is given, and that a tower process sets them."""
+
+import asyncio
+from dataclasses import replace
+
+import torch
+
+from actors.settings import CellSettings
+from actors.towers import ColocatedActor
+from tests.actors.test_cell import DEMO
+from tests.goldens import MODELS, golden
+from twotower.model.threads import threads_for
+
+
+def test_only_a_wide_model_is_worth_more_than_one() -> None:
+    config = golden(MODELS[0]).context.config
+    assert [threads_for(replace(config, hidden_size=256), cores) for cores in (1, 2, 64)] == [1, 1, 1]
+    assert [threads_for(replace(config, hidden_size=2688), cores) for cores in (0, 1, 2, 64)] == [1, 1, 2, 64]
+
+
+def test_a_tower_process_of_the_demo_computes_on_one() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    actor = ColocatedActor(CellSettings(str(DEMO), device="cpu", placement="colocated"))
+    try:
+        place = asyncio.run(actor.load())
+        assert (place["threads"], torch.get_num_threads()) == ("1", 1)
+    finally:
+        actor.runner.stop()
+        torch.set_num_threads(before)
