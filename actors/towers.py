@@ -6,7 +6,6 @@ cell is put together, and for counters; requests and events go over the line.
 
 import asyncio
 import os
-from dataclasses import replace
 
 import torch
 
@@ -23,7 +22,7 @@ from twotower.engine.in_process import colocated_runner, pick_device, pick_dtype
 from twotower.engine.runner import EngineRunner
 from twotower.exchange.distributed import connect, open_port
 from twotower.exchange.settings import EngineHooks, LinkAddress, LinkSettings
-from twotower.exchange.staging import usual_bytes
+from twotower.exchange.staging import fitted
 from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
@@ -92,8 +91,8 @@ class ContextActor(TowerProcess):
         """Listen for one denoiser; returns at once with the address to connect to."""
         engine = self.settings.engine
         settings = LinkSettings(link_timeout_s=engine.link_timeout_s, stall_timeout_s=engine.stall_timeout_s)
-        settings = replace(settings, staging_bytes=usual_bytes(self._engine.cache, settings.ssm_wire_dtype))
-        port, address = open_port(self._engine.cache, link, epoch, settings, self._hooks())
+        cache = self._engine.cache
+        port, address = open_port(cache, link, epoch, fitted(settings, cache), self._hooks())
         self._engine.connect(port)
         self.runner.wake()
         return address

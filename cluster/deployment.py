@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,28 @@ def device(config: ServiceConfig) -> str:
 
     with failures_told("Ray"):
         return device_choice(config, ray.cluster_resources().get("GPU", 0.0)).why
+
+
+def crowding(config: ServiceConfig) -> str | None:
+    """What to say where this machine alone runs all of it and a placement with fewer processes is faster."""
+    import ray
+
+    from cluster.app import device_choice
+
+    with failures_told("Ray"):
+        choice = device_choice(config, ray.cluster_resources().get("GPU", 0.0))
+    return crowded(config, choice.device, len(os.sched_getaffinity(0)))
+
+
+def crowded(config: ServiceConfig, device: str, cores: int) -> str | None:
+    """Measured on two cores (README): towers that take them all leave none to routers, cells and clients."""
+    from actors.settings import tower_processes
+
+    cell = config.cell
+    towers = tower_processes(cell.placement, cell.denoisers_per_context)
+    if device != "cpu" or cell.placement != "split" or cores > towers:
+        return None
+    return f"{towers} tower processes on {cores} cores: --set cell.placement=colocated is faster here"
 
 
 def shortage(config: ServiceConfig) -> str | None:

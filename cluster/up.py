@@ -59,6 +59,9 @@ class Up:
         local_ray.start_ray(self._address, show_worker_logs=self._verbose)
         _listen_to_signals()  # Ray has put its own there
         self._say(deployment.device(self._config))
+        crowding = deployment.crowding(self._config) if self._address is None else None
+        if crowding is not None:
+            self._say(crowding)
         self._check_room()
         self._say("starting Serve")
         ingress = self._config.ingress

@@ -13,7 +13,7 @@ import pytest
 from cluster import client, run_state
 from cluster.cli import main
 from cluster.config import load_config
-from cluster.deployment import Progress, device, failure_of, missing, progress, reason, shortage
+from cluster.deployment import Progress, crowded, device, failure_of, missing, progress, reason, shortage
 from cluster.run_state import RunState
 from cluster.up import Up, _what_next, check_host
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
@@ -170,6 +170,24 @@ CELL = [{"CPU": 0.1}, {"CPU": 0.1, "GPU": 1.0}, {"CPU": 0.1, "GPU": 1.0}]
 )
 def test_what_does_not_fit_is_said(cells: int, there: dict[str, float], words: str | None) -> None:
     assert missing(CELL, cells, there) == words
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "cores", "towers"),
+    [
+        ([], "cpu", 2, 2),
+        (["cell.denoisers_per_context=3"], "cpu", 4, 4),
+        ([], "cpu", 3, None),
+        ([], "cuda", 2, None),
+        (["cell.placement=colocated"], "cpu", 1, None),
+    ],
+)
+def test_towers_that_leave_no_core_are_told_of(
+    settings: list[str], device: str, cores: int, towers: int | None
+) -> None:
+    said = crowded(load_config(None, settings), device, cores)
+    words = f"{towers} tower processes on {cores} cores: --set cell.placement=colocated is faster here"
+    assert said == (None if towers is None else words)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from twotower.core import BlockEvent, FinishReason, Request
+from twotower.core import BlockEvent, DecodingParams, FinishReason, Mode, Request, RequestId
 from twotower.engine.denoiser_engine import StepTrace
 from twotower.engine.in_process import pair_of
 from twotower.engine.pair import Pair
@@ -56,3 +56,7 @@ def decode_all(
             return [await collect(pair, request) for request in requests]
 
     return asyncio.run(run())
+
+
+def plain_request(name: object, mode: Mode = Mode.AR, new: int = 16, prompt: Sequence[int] = (5, 6, 7)) -> Request:
+    return Request(RequestId(str(name)), tuple(prompt), DecodingParams(mode=mode, max_new_tokens=new, ignore_eos=True))

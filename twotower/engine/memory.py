@@ -10,7 +10,7 @@ from twotower.config import ModelConfig
 from twotower.engine.settings import EngineSettings
 from twotower.exchange.protocol import Delta
 from twotower.exchange.settings import LinkSettings
-from twotower.exchange.staging import DeltaLayout, usual_bytes
+from twotower.exchange.staging import DeltaLayout, fitted
 from twotower.model.cache import TowerCache
 from twotower.model.loading import materialise
 from twotower.model.pages import PAGE_TOKENS
@@ -56,7 +56,7 @@ def memory_of(
 ) -> Memory:
     """The memory of a process that hosts these towers over one cache (or mirror) and `num_links` ends of links."""
     cache = TowerCache(config, settings.max_sequences, settings.pages, _META, dtype)
-    link = link or LinkSettings(staging_bytes=usual_bytes(cache, LinkSettings().ssm_wire_dtype))
+    link = link or fitted(LinkSettings(), cache)
     return Memory(
         sequences=settings.max_sequences,
         tokens=settings.pages * PAGE_TOKENS,

@@ -7,12 +7,14 @@ the bytes cross.
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from twotower.exchange.protocol import Delta
+from twotower.exchange.settings import LinkSettings
 from twotower.model.cache import Span, TowerCache
 from twotower.model.transfer import fence_on
 
@@ -67,10 +69,10 @@ class StagingBuffer:
         self.wire = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if staged else self.flat
 
 
-def usual_bytes(cache: TowerCache, ssm_wire_dtype: str) -> int:
-    """A buffer's size: room for a few committed blocks, so that what is committed together mostly crosses together."""
-    block = Delta(0, 0, _USUAL_BLOCK, 0)
-    return max(_LEAST_BYTES, _USUAL_DELTAS * DeltaLayout(cache, ssm_wire_dtype).nbytes([block]))
+def fitted(settings: LinkSettings, cache: TowerCache) -> LinkSettings:
+    """With buffers for a few committed blocks of this cache: what is committed together mostly crosses together."""
+    block = DeltaLayout(cache, settings.ssm_wire_dtype).nbytes([Delta(0, 0, _USUAL_BLOCK, 0)])
+    return replace(settings, staging_bytes=max(_LEAST_BYTES, _USUAL_DELTAS * block))
 
 
 class StagingPool:
