@@ -32,6 +32,7 @@ _BLOCK = 16
 PAUSE_S = 0.006  # about as long as one tower waits for the other at concurrency 1
 _ALONE_S = 0.5  # of the running requests, before the long prompt comes
 _CPU = torch.device("cpu")
+_TURNS = 3  # requests of a run through the service, times those of the other runs
 Square = tuple[Variant, int]
 
 
@@ -346,5 +347,7 @@ class Experiment:
     async def _drive(self, path: InProcessPath | ServedPath, variant: Variant) -> Measured:
         most = self.plan.most
         warm = self.questions.requests(variant, most, self._fresh())
-        requests = self.questions.requests(variant, self.plan.requests_at(most), self._fresh())
+        # At full load all answers end together, and how soon the next ones are there is luck: several times over.
+        count = _TURNS * self.plan.requests_at(most)
+        requests = self.questions.requests(variant, count, self._fresh())
         return await drive(path, warm, requests, most)
