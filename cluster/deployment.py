@@ -2,13 +2,13 @@
 
 import contextlib
 import io
-import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+from actors.settings import DeviceChoice, tower_processes
 from cluster.config import ServiceConfig
 from cluster.local_ray import failures_told
 from twotower.errors import CheckpointError, ConfigError, TwoTowerError, Unavailable
@@ -49,31 +49,19 @@ def deploy(config: ServiceConfig) -> None:
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
-def device(config: ServiceConfig) -> str:
+def device(config: ServiceConfig) -> DeviceChoice:
     """What the towers run on, and why. Raises Unavailable."""
     import ray
 
     from cluster.app import device_choice
 
     with failures_told("Ray"):
-        return device_choice(config, ray.cluster_resources().get("GPU", 0.0)).why
-
-
-def crowding(config: ServiceConfig) -> str | None:
-    """What to say where this machine alone runs all of it and a placement with fewer processes is faster."""
-    import ray
-
-    from cluster.app import device_choice
-
-    with failures_told("Ray"):
-        choice = device_choice(config, ray.cluster_resources().get("GPU", 0.0))
-    return crowded(config, choice.device, len(os.sched_getaffinity(0)))
+        return device_choice(config, ray.cluster_resources().get("GPU", 0.0))
 
 
 def crowded(config: ServiceConfig, device: str, cores: int) -> str | None:
-    """Measured on two cores (README): towers that take them all leave none to routers, cells and clients."""
-    from actors.settings import tower_processes
-
+    """What to say where towers take all cores of the one machine and leave none to routers, cells and clients; measured
+    on two (README)."""
     cell = config.cell
     towers = tower_processes(cell.placement, cell.denoisers_per_context)
     if device != "cpu" or cell.placement != "split" or cores > towers:

@@ -58,10 +58,11 @@ class Up:
         self._say("starting Ray" if self._address is None else f"joining the Ray at {self._address}")
         local_ray.start_ray(self._address, show_worker_logs=self._verbose)
         _listen_to_signals()  # Ray has put its own there
-        self._say(deployment.device(self._config))
-        crowding = deployment.crowding(self._config) if self._address is None else None
-        if crowding is not None:
-            self._say(crowding)
+        choice = deployment.device(self._config)
+        self._say(choice.why)
+        crowded = deployment.crowded(self._config, choice.device, len(os.sched_getaffinity(0)))
+        if crowded is not None and self._address is None:
+            self._say(crowded)
         self._check_room()
         self._say("starting Serve")
         ingress = self._config.ingress

@@ -32,7 +32,7 @@ class Service:
 
 @asynccontextmanager
 async def started(settings: Sequence[str], first: Request) -> AsyncIterator[Service]:
-    """`python -m cluster up` in split placement on free loopback ports, until the block is left.
+    """`python -m cluster up` on free loopback ports, until the block is left; in split placement unless told otherwise.
 
     `settings` are `section.name=value` strings. Raises RuntimeError with the end of the service's output where it
     does not come up in time.

@@ -201,7 +201,7 @@ def test_towers_that_leave_no_core_are_told_of(
 def test_the_default_cell_fits_whatever_is_there(gpus: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "GPU": float(gpus)} if gpus else {"CPU": 2.0})
     config = load_config(None)
-    assert (device(config), shortage(config)) == (told, None)
+    assert (device(config).why, shortage(config)) == (told, None)
 
 
 class Starting(Up):

@@ -28,8 +28,8 @@ from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import cut
 from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
-from twotower.engine.passes import PROMPT_PARTS, SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes, Want
-from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, PrefillBatch, PrefillChunk
+from twotower.engine.passes import PROMPT_PARTS, SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Want
+from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, Key, PrefillBatch, PrefillChunk
 from twotower.engine.scores import ScoredRow, ScoreSheet, score_rows, to_host
 from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
@@ -59,9 +59,6 @@ class _Sequence:
     margin: float = 1.0
 
 
-_Key = tuple[int, int] | RequestId
-
-
 @dataclass(slots=True)
 class _Parts:
     """Chunks of prompts being read, and the pass that reads them, of which `left` parts are to come."""
@@ -80,7 +77,8 @@ class ContextEngine:
         self._passes, self._eager = passes_for(tower, self.cache, settings.capture), EagerPasses(tower, self.cache)
         self._ports: dict[int, Port] = {}
         self._next_port = 0
-        self._sequences: dict[_Key, _Sequence] = {}
+        # By request, or by link and number where a denoiser leads.
+        self._sequences: dict[Key, _Sequence] = {}
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens)
         self._replies: dict[int, list[Reply]] = {}
         self._inbox: deque[AnyRequest | RequestId | Port] = deque()
@@ -130,9 +128,9 @@ class ContextEngine:
             self._take_commands(index)
         work = self._scheduler.next()
         if isinstance(work, CommitBatch):
-            self._commit([self._sequences[key] for key in work.keys])  # type: ignore[index]
+            self._commit([self._sequences[key] for key in work.keys])
         elif isinstance(work, DecodeBatch):
-            self._decode([self._sequences[key] for key in work.keys])  # type: ignore[index]
+            self._decode([self._sequences[key] for key in work.keys])
         elif isinstance(work, PrefillBatch):
             self._prefill(work.chunks)
         for index, replies in self._replies.items():
@@ -178,7 +176,7 @@ class ContextEngine:
         self._emit(FailureEvent(request_id, error))
         self._close_own(request_id)
 
-    def _forget(self, key: _Key) -> None:
+    def _forget(self, key: Key) -> None:
         self._end_parts_of(key)
         sequence = self._sequences.pop(key)
         self._scheduler.drop(key)
@@ -256,7 +254,7 @@ class ContextEngine:
         self._scheduler.add_commit(key, len(sequence.to_read))
 
     def _commit(self, sequences: list[_Sequence]) -> None:
-        self._read(self._passes, sequences, [sequence.to_read for sequence in sequences], Want.STATES)
+        self._read(sequences, [sequence.to_read for sequence in sequences], Want.STATES)
         for sequence in sequences:
             start = len(sequence.read)
             self._has_read(sequence, len(sequence.to_read))
@@ -266,7 +264,7 @@ class ContextEngine:
         """Read these chunks; long ones in parts, a part each time they are asked for, so that rows which step meanwhile
         wait for one part only."""
         if self._parts is None:
-            sequences = [self._sequences[chunk.key] for chunk in chunks]  # type: ignore[index]
+            sequences = [self._sequences[chunk.key] for chunk in chunks]
             slots = [sequence.slot for sequence in sequences]
             tokens = [s.to_read[: c.end - c.start] for s, c in zip(sequences, chunks, strict=True)]
             want = Want.HIDDEN if any(map(self._decodes_from, chunks)) else Want.STATES
@@ -284,18 +282,18 @@ class ContextEngine:
 
     def _decodes_from(self, chunk: PrefillChunk) -> bool:
         """Whether something follows here from what this chunk gives: scores, or an `ar` answer's first token."""
-        sequence = self._sequences[chunk.key]  # type: ignore[index]
+        sequence = self._sequences[chunk.key]
         ends = chunk.end - chunk.start == len(sequence.to_read)
         return sequence.sheet is not None or (sequence.request is not None and ends)
 
-    def _end_parts_of(self, key: _Key) -> None:
+    def _end_parts_of(self, key: Key) -> None:
         """A pass under way writes to this sequence's slot: it ends before the slot may be another's."""
         while self._parts is not None and any(chunk.key == key for chunk in self._parts.chunks):
             self._prefill(self._parts.chunks)
 
     def _has_prefilled(self, chunks: Sequence[PrefillChunk], hidden_RLD: Tensor) -> None:
         self._scheduler.has_read()
-        sequences = [self._sequences[chunk.key] for chunk in chunks]  # type: ignore[index]
+        sequences = [self._sequences[chunk.key] for chunk in chunks]
         self._extended(sequences, [chunk.end - chunk.start for chunk in chunks])
         finished: list[tuple[_Sequence, Tensor]] = []
         scored: list[ScoredRow] = []
@@ -343,17 +341,14 @@ class ContextEngine:
 
     def _decode(self, sequences: list[_Sequence]) -> None:
         tokens = [[sequence.to_read[0]] for sequence in sequences]
-        logits_RLV = self._read(self._passes, sequences, tokens, Want.LOGITS)
+        logits_RLV = self._read(sequences, tokens, Want.LOGITS)
         for sequence in sequences:
             self._has_read(sequence, 1)
         self._next_tokens(sequences, logits_RLV[:, 0])
 
-    def _read(
-        self, passes: Passes, sequences: Sequence[_Sequence], tokens: Sequence[Sequence[int]], want: Want
-    ) -> Tensor:
+    def _read(self, sequences: Sequence[_Sequence], tokens: Sequence[Sequence[int]], want: Want) -> Tensor:
         """One causal forward that extends each sequence by its tokens. Returns what `Passes.run` does."""
-        slots = [sequence.slot for sequence in sequences]
-        out = passes.run(slots, tokens, want=want)
+        out = self._passes.run([sequence.slot for sequence in sequences], tokens, want=want)
         self._extended(sequences, list(map(len, tokens)))
         return out
 
