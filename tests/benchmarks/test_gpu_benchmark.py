@@ -1,5 +1,6 @@
 """The GPU benchmark on a CPU: every section runs on a tiny model, and what it measures with is right."""
 
+import math
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import main
-from benchmarks.gpu_parts.passes import AR_STEP, COMMIT, DENOISE, Bench
+from benchmarks.gpu_parts.passes import AR_STEP, COMMIT, DENOISE, Bench, Kind
 from benchmarks.gpu_parts.site import FULL, Site
 from twotower.model.tower import ContextTower, DenoiserTower
 
@@ -52,6 +53,20 @@ def test_a_captured_pass_that_is_off_is_a_fault(
     assert main(arguments) == 1
     assert "commit of 1 rows: the captured pass is off by 1.0e-01" in capsys.readouterr().err
     assert (tmp_path / "report.md").read_text().count("the captured pass is off") == 1
+
+
+def test_a_captured_pass_that_leaves_a_nan_in_a_state_is_off(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Bench.graph
+
+    def sick(self: Bench, kind: Kind, rows: int) -> torch.Tensor:
+        out = graph(self, kind, rows)
+        self.cache.ssm[:, self.slots[0]] = math.nan
+        return out
+
+    monkeypatch.setattr(Bench, "graph", sick)
+    with torch.inference_mode():
+        assert math.isnan(bench.graph_off(COMMIT, 1))
+        assert bool(torch.isfinite(bench.cache.ssm).all()), "the states are as before"
 
 
 @pytest.mark.slow
