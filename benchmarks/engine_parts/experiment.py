@@ -30,6 +30,7 @@ from twotower.model.tower import ContextTower, DenoiserTower
 
 _BLOCK = 16
 PAUSE_S = 0.006  # about as long as one tower waits for the other at concurrency 1
+_SWEEPS = 3  # over all bare passes; the median of them counts
 _ALONE_S = 0.5  # of the running requests, before the long prompt comes
 _CPU = torch.device("cpu")
 _TURNS = 3  # requests of a run through the service, times those of the other runs
@@ -131,7 +132,7 @@ class Experiment:
         plan = self.plan
         squares = len(plan.variants) * len(plan.concurrency)
         served = 3 * plan.rounds * 2 if plan.served else 0
-        total = 4 + len(plan.variants) * (1 + plan.rounds) + squares * (plan.rounds + 1) + 7 + served
+        total = 1 + _SWEEPS + len(plan.variants) * (1 + plan.rounds) + squares * (plan.rounds + 1) + 7 + served
         with tqdm(total=total, unit="part", smoothing=0) as self._bar:
             self._bar.set_postfix_str("starting two tower processes")
             async with split_pair(str(plan.checkpoint.directory), plan.engine, plan.threads) as split:
@@ -175,38 +176,44 @@ class Experiment:
                 self.results.memory[name] = (predicted, await actor.tensor_bytes.remote())
 
     async def _bare_passes(self, split: SplitPair) -> None:
-        """One tower after the other, then both at once."""
-        plan, passes = self.plan, self.results.passes
+        """Several times, because the machine is faster and slower by turns."""
         with self._part("bare passes: states"):
-            prompts = self.questions.rows(plan.most)
+            prompts = self.questions.rows(self.plan.most)
             for actor in (split.context, split.denoiser):
                 await actor.prepare_bench.remote(prompts, self.questions.cached)
             await split.denoiser.mirror_bench.remote(await split.context.read_bench.remote())
+        taken: dict[tuple[Kind, int], list[PassTime]] = {}
+        for sweep in range(_SWEEPS):
+            with self._part(f"bare passes, {sweep + 1} of {_SWEEPS}"):
+                await self._sweep(split, taken)
+        for which, times in taken.items():
+            self.results.passes[which] = sorted(times, key=lambda time: time.wall_s)[len(times) // 2]
+
+    async def _sweep(self, split: SplitPair, taken: dict[tuple[Kind, int], list[PassTime]]) -> None:
+        """One tower after the other, after pauses, then both at once."""
 
         async def one(actor: object, kind: Kind, rows: int) -> None:
             call = actor.time_pass.remote  # type: ignore[attr-defined]
-            pause_s = PAUSE_S if kind.rested else 0.0
-            passes[kind, rows] = await call(kind.name, rows, kind.decide, kind.eager, pause_s, plan.pass_s)
+            pause_s, seconds = PAUSE_S if kind.rested else 0.0, self.plan.pass_s / _SWEEPS
+            time_taken = await call(kind.name, rows, kind.decide, kind.eager, pause_s, seconds)
+            taken.setdefault((kind, rows), []).append(time_taken)
 
-        with self._part("bare passes, one tower at a time"):
-            for rows in plan.rows:
-                for eager in (False, True):
-                    for decide in (False, True):
-                        await one(split.denoiser, Kind(bare.DENOISE, decide, eager), rows)
-                        await one(split.context, Kind(bare.AR, decide, eager), rows)
-                    for name in (bare.COMMIT, bare.PROMPT):
-                        await one(split.context, Kind(name, eager=eager), rows)
-        with self._part("bare passes, after pauses"):
-            for decide in (False, True):
-                await one(split.denoiser, Kind(bare.DENOISE, decide, rested=True), 1)
-            await one(split.context, Kind(bare.COMMIT, rested=True), 1)
-        with self._part("bare passes, both towers at once"):
-            for rows in plan.rows:
+        for rows in self.plan.rows:
+            for eager in (False, True):
                 for decide in (False, True):
-                    await asyncio.gather(
-                        one(split.denoiser, Kind(bare.DENOISE, decide, both=True), rows),
-                        one(split.context, Kind(bare.COMMIT, both=True), rows),
-                    )
+                    await one(split.denoiser, Kind(bare.DENOISE, decide, eager), rows)
+                    await one(split.context, Kind(bare.AR, decide, eager), rows)
+                for name in (bare.COMMIT, bare.PROMPT):
+                    await one(split.context, Kind(name, eager=eager), rows)
+        for decide in (False, True):
+            await one(split.denoiser, Kind(bare.DENOISE, decide, rested=True), 1)
+        await one(split.context, Kind(bare.COMMIT, rested=True), 1)
+        for rows in self.plan.rows:
+            for decide in (False, True):
+                await asyncio.gather(
+                    one(split.denoiser, Kind(bare.DENOISE, decide, both=True), rows),
+                    one(split.context, Kind(bare.COMMIT, both=True), rows),
+                )
 
     async def _bare_again(self, split: SplitPair) -> None:
         """A few of them at the end: how much the machine has drifted since the ceilings were written down."""

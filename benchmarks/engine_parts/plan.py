@@ -33,7 +33,7 @@ class Plan:
     prompts: int = 32
     per_client: int = 6
     rounds: int = 3
-    pass_s: float = 0.4
+    pass_s: float = 0.6
     watched_per_client: int = 3
     arrivals_per_client: int = 8
     long_prompt: int = LONG_PROMPT

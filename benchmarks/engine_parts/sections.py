@@ -44,8 +44,9 @@ def bare_passes(figures: Figures) -> str:
 
 {table(["rows", *map(str, rows)], body)}
 
-Wall / CPU time of the calling thread, medians. In the tower processes, without an engine: the states made, the tower
-run, the head where an engine needs it. `+ decision`: unmask or sample too (a sample is read on the host). `eager`:
+Wall / CPU time of the calling thread, medians; each pass timed in three turns, spread over the time before the engines
+run, of which the middle one counts. In the tower processes, without an engine: the states made, the tower run, the head
+where an engine needs it. `+ decision`: unmask or sample too (a sample is read on the host). `eager`:
 without capture.
 `both at once`: the two towers at the same time, each on its core. `after a pause`: each after {1e3 * PAUSE_S:g} ms of
 sleep. Denoiser step and commit are [rows,16], AR step [rows,1], prompts as asked; in all but prompts the sequences have

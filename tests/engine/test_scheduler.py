@@ -97,6 +97,19 @@ def test_a_wide_block_does_not_make_everybody_wide() -> None:
     assert _next(scheduler) is None
 
 
+def test_what_is_put_back_comes_first_and_in_its_order() -> None:
+    scheduler = ContextScheduler(16)
+    for key in "abcd":
+        scheduler.add_commit(key, 16)
+    assert _next(scheduler) == CommitBatch(tuple("abcd"))
+    scheduler.add_commit("e", 16)
+    scheduler.put_back({"c": 16, "d": 16})
+    scheduler.add_commit("a", 16)
+    scheduler.drop("c")
+    assert _next(scheduler) == CommitBatch(tuple("dea"))
+    assert _next(scheduler) is None
+
+
 def test_prompts_are_read_in_the_order_they_came() -> None:
     scheduler = ContextScheduler(16)
     scheduler.add_prompt("first", 0, 40)

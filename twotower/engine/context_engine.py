@@ -128,7 +128,7 @@ class ContextEngine:
             self._take_commands(index)
         work = self._scheduler.next()
         if isinstance(work, CommitBatch):
-            self._commit([self._sequences[key] for key in work.keys])
+            self._commit(self._due(work.keys))
         elif isinstance(work, DecodeBatch):
             self._decode([self._sequences[key] for key in work.keys])
         elif isinstance(work, PrefillBatch):
@@ -252,6 +252,24 @@ class ContextEngine:
             raise InvalidRequest.of("sequence", f"got a second commit to {command.sequence} before the first was read")
         sequence.to_read = list(command.token_ids)
         self._scheduler.add_commit(key, len(sequence.to_read))
+
+    def _due(self, keys: Sequence[Key]) -> list[_Sequence]:
+        """Those of a commit batch that are read now.
+
+        A denoiser on another device whose sequences all wait for this tower has nothing to do until they are read, and
+        rows that come back together fill their next blocks together, too. So half of them is read first: it steps
+        those while the others are read, and from then on they are out of step.
+        """
+        now = {key: self._sequences[key] for key in keys}
+        later: dict[Key, int] = {}
+        for index, port in self._ports.items():
+            waiting = {key: s for key, s in now.items() if s.link == index and len(s.to_read) > 1}
+            led = [sequence for sequence in self._sequences.values() if sequence.link == index]
+            if port.apart and len(waiting) > 1 and all(sequence.to_read for sequence in led):
+                for key in list(waiting)[-(-len(waiting) // 2) :]:
+                    later[key] = len(now.pop(key).to_read)
+        self._scheduler.put_back(later)
+        return list(now.values())
 
     def _commit(self, sequences: list[_Sequence]) -> None:
         self._read(sequences, [sequence.to_read for sequence in sequences], Want.STATES)

@@ -5,7 +5,7 @@ because a denoiser waits for them; but each kind runs once a cycle, so nobody st
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 Key = Hashable
@@ -70,6 +70,12 @@ class ContextScheduler:
         """Read a block of `length` tokens when its turn comes. A sequence has one at a time."""
         assert key not in self._commits, "a second block before the first was read"
         self._commits[key] = length
+
+    def put_back(self, lengths: Mapping[Key, int]) -> None:
+        """These blocks of the commit batch are not read yet: they are the first of the next one."""
+        for key, length in reversed(list(lengths.items())):
+            self._commits[key] = length
+            self._commits.move_to_end(key, last=False)
 
     def add_decoding(self, key: Key) -> None:
         self._decoding[key] = None

@@ -30,6 +30,8 @@ from twotower.model.cache import TowerCache
 class DistributedPort:
     """Replies sent before the denoiser side has connected, or while all buffers are under way, wait in the backlog."""
 
+    apart = True
+
     def __init__(self, cache: TowerCache, endpoint: Endpoint, layout: DeltaLayout) -> None:
         self._cache, self._endpoint, self._layout = cache, endpoint, layout
         self._inbox: deque[Command] = deque()

@@ -29,6 +29,8 @@ class LocalExchange:
 class LocalPort:
     """The context engine's end."""
 
+    apart = False
+
     def __init__(self, commands: deque[Command], replies: deque[LinkEvent], wake: Callable[[], None]) -> None:
         self.lost: str | None = None
         self._commands, self._replies, self._wake = commands, replies, wake

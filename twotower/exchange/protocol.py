@@ -127,7 +127,12 @@ class Link(Protocol):
 
 
 class Port(Protocol):
-    """The context tower's end of one link. All methods are called from the context engine's thread."""
+    """The context tower's end of one link. All methods are called from the context engine's thread.
+
+    `apart`: the denoiser computes while the context tower does, on a thread or device of its own.
+    """
+
+    apart: bool
 
     @property
     def lost(self) -> str | None:
