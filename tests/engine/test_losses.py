@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+import torch
 
+from tests.engine.arrangements import LINK, hooks_of
 from tests.engine.decode import SETTINGS, collect
-from tests.goldens import vendored
+from tests.goldens import CPU, vendored
 from twotower.core import BlockEvent, DecodingParams, Event, FinishReason, Mode, ReleasedEvent, Request, RequestId
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
@@ -15,7 +17,9 @@ from twotower.engine.ledger import Ledger, Room
 from twotower.engine.pair import Pair
 from twotower.engine.runner import EngineRunner
 from twotower.errors import LinkDown, Overloaded, Unavailable
-from twotower.exchange.local import LocalExchange
+from twotower.exchange.distributed import connect, open_port
+from twotower.exchange.distributed_link import DistributedLink
+from twotower.model.cache import TowerCache
 
 
 def _request(name: str, mode: Mode = Mode.DIFFUSION, tokens: int = 200) -> Request:
@@ -27,34 +31,31 @@ async def test_a_lost_link_ends_the_pair_though_both_engines_live() -> None:
     model = vendored("tt_moe")
     first, second = EngineRunner(), EngineRunner()
     context = ContextEngine(model.context, SETTINGS, first.emit)
-
-    def wake() -> None:
-        first.wake()
-        second.wake()
-
-    exchange = LocalExchange(context.cache, wake)
-    context.connect(exchange.port)
+    port, address = open_port(context.cache, 0, 0, LINK, hooks_of(first))
+    context.connect(port)
     first.start([context])
-    second.start([DenoiserEngine(model.denoiser, exchange.link, SETTINGS, second.emit)])
-    room = Room(SETTINGS.max_sequences, SETTINGS.pages)
-    async with Pair(first, [second], Ledger(room, [], 8)) as pair:
+    mirror = TowerCache(model.context.config, SETTINGS.max_sequences, SETTINGS.pages, CPU, torch.float32)
+    link = await asyncio.to_thread(connect, address, mirror, hooks_of(second))
+    assert isinstance(link, DistributedLink)
+    second.start([DenoiserEngine(model.denoiser, link, SETTINGS, second.emit)])
+    rooms = [Room(SETTINGS.max_sequences, SETTINGS.pages) for _ in range(2)]
+    async with Pair(first, [second], Ledger(rooms[0], rooms[1:], 8)) as pair:
         stream = pair.generate(_request("running"))
         assert (await anext(stream)).token_ids
-        exchange.port.close()
-        wake()
-        with pytest.raises(LinkDown, match="closed by the context side"):
+        link._endpoint.lose("the wire was cut")
+        with pytest.raises(LinkDown, match="link 0 epoch 0: the wire was cut"):
             while True:
                 await anext(stream)
         for _ in range(30):
             if pair.failure is not None:
                 break
             await asyncio.sleep(0.1)
-        assert "closed by the context side" in str(pair.failure)
+        assert "the wire was cut" in str(pair.failure)
         for mode in (Mode.AR, Mode.DIFFUSION):
             with pytest.raises(Unavailable):
                 await collect(pair, _request("later", mode))
-    first.stop()
-    second.stop()
+    for runner in (second, first):
+        await asyncio.to_thread(runner.stop)
 
 
 class SlowToAdd:
