@@ -76,8 +76,7 @@ class Experiment:
                 if (str(way), concurrency, number, False) not in self.record.runs:
                     self._bar.set_postfix_str(f"speed: {way} x{concurrency}, round {number + 1}")
                     await self._ask_all(running, sample[:_WARM_UP], way, concurrency, f"w-{number}")
-                    # Enough of them that the clients are busy together for most of the run.
-                    many = list(sample) * -(-8 * concurrency // len(sample))
+                    many = self.plan.timed(concurrency)
                     self.record.add_run(await self._time(running, many, way, concurrency, number))
                 self._bar.update()
         few = self.plan.few_ways()

@@ -10,6 +10,7 @@ from twotower.demo.scores import AR, USUAL, Way, every_way
 
 QUALITY_CONCURRENCY = 16
 LONG_TOKENS = 128  # of an answer that goes on past eos
+_PER_CLIENT = 8  # requests of a run of speed, at least
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Plan:
         """What is asked for speed: all families in turn, the same in every run, none of the quality ones."""
         columns = [held_out(family, self.sample_per_family, after=self.per_family) for family in self.families]
         return [column[i] for i in range(self.sample_per_family) for column in columns]
+
+    def timed(self, concurrency: int) -> list[Instance]:
+        """What a run of speed asks: the sample, so often that the clients are busy together for most of the run."""
+        sample = self.sample()
+        return sample * -(-_PER_CLIENT * concurrency // len(sample))
 
     def speed_ways(self, concurrency: int) -> Sequence[Way]:
         """All thresholds at concurrency 1, which the curve is drawn from; a few beyond."""

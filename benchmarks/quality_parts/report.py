@@ -188,8 +188,7 @@ def _long(findings: Findings) -> str:
         shares = [f"{spread([100 * each / ceiling for each in times])} %" for ceiling in ceilings]
         rows.append([*cells, f"{per_step:.2f}", f"{ceilings[0]:.2f}", *shares])
     short = findings.record.of(str(USUAL), 1)
-    asked = len(findings.plan.sample()) * -(-8 // len(findings.plan.sample())) * len(short)
-    mean = sum(run.num_tokens for run in short) / max(1, asked)
+    mean = sum(run.num_tokens for run in short) / max(1, len(findings.plan.timed(1)) * len(short))
     return as_markdown(rows) + (
         "\n\nThe ceiling knows blocks and commits, but neither prompts nor a request's way through a service; the "
         f"tasks' own answers, {mean:.0f} tokens on average, are mostly those. Here one instance a family goes on to "

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 
+import pytest
 import torch
 
 from actors.settings import CellSettings
@@ -18,6 +19,7 @@ def test_only_a_wide_model_is_worth_more_than_one() -> None:
     assert [threads_for(replace(config, hidden_size=2688), cores) for cores in (0, 1, 2, 64)] == [1, 1, 2, 64]
 
 
+@pytest.mark.slow
 def test_a_tower_process_of_the_demo_computes_on_one() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -19,7 +19,7 @@ def bench() -> Bench:
         return Bench(Site.of("cpu", True, None))
 
 
-@pytest.mark.parametrize("section", ["passes", "exchange"])
+@pytest.mark.parametrize("section", ["passes", pytest.param("exchange", marks=pytest.mark.slow)])
 def test_a_section_alone(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
     output = tmp_path / "new" / "report.md"

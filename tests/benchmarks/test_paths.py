@@ -35,6 +35,7 @@ async def _drive(path: Path, requests: list[Request]) -> Measured:
     return await drive(path, [], requests, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(Mode))
 async def test_naive_and_in_process_give_the_same_tokens(model: Golden, mode: Mode) -> None:
     requests = _requests(model, mode, 5)

@@ -47,6 +47,7 @@ async def test_the_demo_keeps_its_bounds(demo: Towers) -> None:
     await _try_out(demo, tuple(Mode))
 
 
+@pytest.mark.slow
 async def test_a_cell_without_a_queue_does_not_refuse_its_own_sample(demo: Towers) -> None:
     expected = Expectation.load(DEMO)
     async with split_pair(demo, 1, replace(SETTINGS, max_sequences=4, max_queued_requests=0)) as pair:

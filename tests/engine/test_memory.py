@@ -35,7 +35,8 @@ CHECKPOINTS = [*(GOLDEN_DIR / name for name in MODELS), DEMO]
 SETTINGS = EngineSettings(max_sequences=5, max_sequence_length=160, cache_tokens=500, prefill_chunk_tokens=64)
 SMALL_LINK = replace(QUICK, staging_bytes=1024)
 BOTH = (ContextTower, DenoiserTower)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+_HALF = pytest.param(torch.bfloat16, marks=pytest.mark.slow)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, _HALF])
 
 
 def _live() -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from twotower.decoding.unmasking import Blocks, StepParams
 from twotower.engine.capture import passes_for
 from twotower.engine.graphs import FixedPasses
 from twotower.engine.passes import EagerPasses, Passes, Want
-from twotower.engine.recorded import Form, RecordedPasses, plain_pass, record
+from twotower.engine.recorded import Form, Program, RecordedPasses, plain_pass, record
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 from twotower.model.cache import Span, TowerCache
 from twotower.model.moe import FEW_TOKENS
+from twotower.model.tower import ContextTower, DenoiserTower
 
 FORMS = [
     (tower, Form(width, want, timed, few))
@@ -59,8 +61,22 @@ def test_the_same_bits_for_any_number_of_rows_and_pages(name: str, which: str, f
         assert all(torch.equal(ours, plain) for ours, plain in zip(again, states, strict=True))
 
 
+@cache
+def _programs(tower: ContextTower | DenoiserTower) -> dict[Form, Program]:
+    """Those an engine prepares. They hold no cache, so one recording serves all tests."""
+    passes = RecordedPasses(tower, TowerCache(tower.config, 1, 1, CPU, torch.float32))
+    passes.prepare(16)
+    return passes._programs
+
+
+def _prepared(tower: ContextTower | DenoiserTower, memory: TowerCache) -> RecordedPasses:
+    passes = RecordedPasses(tower, memory)
+    passes._programs.update(_programs(tower))
+    return passes
+
+
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("passes_of", [EagerPasses, RecordedPasses, lambda tower, cache: FixedPasses(tower, cache, 3)])
+@pytest.mark.parametrize("passes_of", [EagerPasses, _prepared, lambda tower, cache: FixedPasses(tower, cache, 3)])
 def test_a_pass_for_states_alone_leaves_the_same_ones(name: str, passes_of: Callable[..., Passes]) -> None:
     tower = golden(name).context
     found = []
@@ -70,7 +86,6 @@ def test_a_pass_for_states_alone_leaves_the_same_ones(name: str, passes_of: Call
             slots = [cache.allocate(100) for _ in range(4)]  # the last is the fixed passes' scratch
             assert slots[3] == 3
             passes = passes_of(tower, cache)
-            passes.prepare(16)
             for width in (16, 9, 40):
                 passes.run(slots[:2], [[4 + (7 * i + width) % 50 for i in range(width)], [9] * 5], want=want)
                 for slot, length in zip(slots, (width, 5), strict=False):
@@ -111,8 +126,7 @@ def test_a_recorded_step_decides_as_an_eager_one(name: str, rows: int) -> None:
             cache.advance(slot, draw.randint(0, 40))
         for tensor in (cache.conv, cache.ssm, cache.keys, cache.values):
             tensor.normal_(generator=torch.Generator().manual_seed(rows))
-        recorded, eager = RecordedPasses(tower, cache), EagerPasses(tower, cache)
-        recorded.prepare(16)
+        recorded, eager = _prepared(tower, cache), EagerPasses(tower, cache)
         for widths, temperature in (([16] * rows, 0.0), ([draw.randint(1, 16) for _ in range(rows)], 0.0), ([16], 0.7)):
             masked = [[draw.random() < 0.7 for _ in range(width - 1)] + [True] for width in widths]
             tokens = [[3 if m else draw.randrange(4, 60) for m in mask] for mask in masked]
