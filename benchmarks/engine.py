@@ -74,7 +74,7 @@ def _plan(options: argparse.Namespace, checkpoint: Checkpoint) -> Plan:
     )
     if options.quick:
         return replace(
-            plan, rounds=1, prompts=8, per_client=2, pass_s=0.05, watched_per_client=1, arrivals_per_client=2,
+            plan, rounds=1, prompts=8, per_client=2, pass_s=0.15, watched_per_client=1, arrivals_per_client=2,
             profile_s=2, served=False,
         )  # fmt: skip
     return plan

@@ -30,7 +30,7 @@ from twotower.model.tower import ContextTower, DenoiserTower
 
 _BLOCK = 16
 PAUSE_S = 0.006  # about as long as one tower waits for the other at concurrency 1
-_SWEEPS = 3  # over all bare passes; the median of them counts
+SWEEPS = 3  # over all bare passes, of which the median counts
 _ALONE_S = 0.5  # of the running requests, before the long prompt comes
 _CPU = torch.device("cpu")
 _TURNS = 3  # requests of a run through the service, times those of the other runs
@@ -132,7 +132,7 @@ class Experiment:
         plan = self.plan
         squares = len(plan.variants) * len(plan.concurrency)
         served = 3 * plan.rounds * 2 if plan.served else 0
-        total = 1 + _SWEEPS + len(plan.variants) * (1 + plan.rounds) + squares * (plan.rounds + 1) + 7 + served
+        total = 1 + SWEEPS + len(plan.variants) * (1 + plan.rounds) + squares * (plan.rounds + 1) + 7 + served
         with tqdm(total=total, unit="part", smoothing=0) as self._bar:
             self._bar.set_postfix_str("starting two tower processes")
             async with split_pair(str(plan.checkpoint.directory), plan.engine, plan.threads) as split:
@@ -183,8 +183,8 @@ class Experiment:
                 await actor.prepare_bench.remote(prompts, self.questions.cached)
             await split.denoiser.mirror_bench.remote(await split.context.read_bench.remote())
         taken: dict[tuple[Kind, int], list[PassTime]] = {}
-        for sweep in range(_SWEEPS):
-            with self._part(f"bare passes, {sweep + 1} of {_SWEEPS}"):
+        for sweep in range(SWEEPS):
+            with self._part(f"bare passes, {sweep + 1} of {SWEEPS}"):
                 await self._sweep(split, taken)
         for which, times in taken.items():
             self.results.passes[which] = sorted(times, key=lambda time: time.wall_s)[len(times) // 2]
@@ -194,7 +194,7 @@ class Experiment:
 
         async def one(actor: object, kind: Kind, rows: int) -> None:
             call = actor.time_pass.remote  # type: ignore[attr-defined]
-            pause_s, seconds = PAUSE_S if kind.rested else 0.0, self.plan.pass_s / _SWEEPS
+            pause_s, seconds = PAUSE_S if kind.rested else 0.0, self.plan.pass_s / SWEEPS
             time_taken = await call(kind.name, rows, kind.decide, kind.eager, pause_s, seconds)
             taken.setdefault((kind, rows), []).append(time_taken)
 

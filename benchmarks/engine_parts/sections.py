@@ -5,7 +5,7 @@ import statistics
 from benchmarks.engine_parts import ceiling as ceilings
 from benchmarks.engine_parts.bare import AR, COMMIT, DENOISE, PROMPT
 from benchmarks.engine_parts.ceiling import issue_ratio, turns_ceiling
-from benchmarks.engine_parts.experiment import PAUSE_S, Kind, Loaded, Square
+from benchmarks.engine_parts.experiment import PAUSE_S, SWEEPS, Kind, Loaded, Square
 from benchmarks.engine_parts.figures import Figures
 from benchmarks.engine_parts.load import diffusion_gaps
 from benchmarks.engine_parts.shares import crossings_ms, percentile
@@ -44,10 +44,10 @@ def bare_passes(figures: Figures) -> str:
 
 {table(["rows", *map(str, rows)], body)}
 
-Wall / CPU time of the calling thread, medians; each pass timed in three turns, spread over the time before the engines
-run, of which the middle one counts. In the tower processes, without an engine: the states made, the tower run, the head
-where an engine needs it. `+ decision`: unmask or sample too (a sample is read on the host). `eager`:
-without capture.
+Wall / CPU time of the calling thread, medians. {SWEEPS} sweeps over all passes, of which each pass's middle one counts
+(of `both at once` each tower's own). In the tower processes, without an engine: the states made, the tower run, the
+head where an engine needs it. `+ decision`: unmask or sample too (a sample is read on the host). `eager`: without
+capture.
 `both at once`: the two towers at the same time, each on its core. `after a pause`: each after {1e3 * PAUSE_S:g} ms of
 sleep. Denoiser step and commit are [rows,16], AR step [rows,1], prompts as asked; in all but prompts the sequences have
 read {figures.questions.cached} tokens. c = {c:.2f} (eager {eager_c:.2f}).

@@ -19,6 +19,7 @@ from twotower.engine.runner import EngineRunner
 from twotower.errors import LinkDown, Overloaded, Unavailable
 from twotower.exchange.distributed import connect, open_port
 from twotower.exchange.distributed_link import DistributedLink
+from twotower.exchange.distributed_port import DistributedPort
 from twotower.model.cache import TowerCache
 
 
@@ -26,7 +27,8 @@ def _request(name: str, mode: Mode = Mode.DIFFUSION, tokens: int = 200) -> Reque
     return Request(RequestId(name), (1, 5, 9), DecodingParams(mode=mode, max_new_tokens=tokens, ignore_eos=True))
 
 
-async def test_a_lost_link_ends_the_pair_though_both_engines_live() -> None:
+@pytest.mark.parametrize("end", ["link", "port"])
+async def test_a_lost_link_ends_the_pair_though_both_engines_live(end: str) -> None:
     """Two runners, as in two processes: the link between them goes, neither dies."""
     model = vendored("tt_moe")
     first, second = EngineRunner(), EngineRunner()
@@ -36,26 +38,31 @@ async def test_a_lost_link_ends_the_pair_though_both_engines_live() -> None:
     first.start([context])
     mirror = TowerCache(model.context.config, SETTINGS.max_sequences, SETTINGS.pages, CPU, torch.float32)
     link = await asyncio.to_thread(connect, address, mirror, hooks_of(second))
-    assert isinstance(link, DistributedLink)
+    assert isinstance(link, DistributedLink) and isinstance(port, DistributedPort)
     second.start([DenoiserEngine(model.denoiser, link, SETTINGS, second.emit)])
     rooms = [Room(SETTINGS.max_sequences, SETTINGS.pages) for _ in range(2)]
-    async with Pair(first, [second], Ledger(rooms[0], rooms[1:], 8)) as pair:
-        stream = pair.generate(_request("running"))
-        assert (await anext(stream)).token_ids
-        link._endpoint.lose("the wire was cut")
-        with pytest.raises(LinkDown, match="link 0 epoch 0: the wire was cut"):
-            while True:
-                await anext(stream)
-        for _ in range(30):
-            if pair.failure is not None:
-                break
-            await asyncio.sleep(0.1)
-        assert "the wire was cut" in str(pair.failure)
-        for mode in (Mode.AR, Mode.DIFFUSION):
-            with pytest.raises(Unavailable):
-                await collect(pair, _request("later", mode))
-    for runner in (second, first):
-        await asyncio.to_thread(runner.stop)
+    try:
+        async with Pair(first, [second], Ledger(rooms[0], rooms[1:], 8)) as pair:
+            stream = pair.generate(_request("running"))
+            assert (await anext(stream)).token_ids
+            (link if end == "link" else port)._endpoint.lose("the wire was cut")
+            said = "the wire was cut" if end == "link" else "the context side is gone"
+            with pytest.raises(LinkDown, match=f"link 0 epoch 0: {said}"):
+                while True:
+                    await anext(stream)
+            for _ in range(30):
+                if pair.failure is not None:
+                    break
+                await asyncio.sleep(0.1)
+            assert said in str(pair.failure)
+            for mode in (Mode.AR, Mode.DIFFUSION):
+                with pytest.raises(Unavailable):
+                    await collect(pair, _request("later", mode))
+        while context.stats(0.0).sequences:
+            await asyncio.sleep(0.01)
+    finally:
+        for runner in (second, first):
+            await asyncio.to_thread(runner.stop)
 
 
 class SlowToAdd:

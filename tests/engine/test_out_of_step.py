@@ -1,20 +1,20 @@
-"""A denoiser that would wait for all of its rows gets half of them back sooner, and then they are out of step."""
+"""A denoiser that waits for all of its rows gets half of them back sooner, and from then on they are out of step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
 import torch
 
-from twotower.core import BlockEvent, DecodingParams, Event, Mode, ReleasedEvent, Request, RequestId
+from twotower.core import BlockEvent, DecodingParams, Event, Mode, ReleasedEvent, Request, RequestId, ScoreRequest
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.settings import EngineSettings
 from twotower.exchange.local import LocalExchange
-from twotower.exchange.protocol import Commit, Delta, Port, Prefill
+from twotower.exchange.protocol import Command, Commit, Delta, Port, Prefill, Release
 from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower, scripted_tokens
 
-SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=256, capture="off")
+SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=256, prefill_chunk_tokens=64, capture="off")
 BLOCKS, STEPS = 6, 4
 
 
@@ -67,35 +67,64 @@ def test_rows_of_equal_blocks(rows: int, apart: bool) -> None:
         assert set(commits) == {rows}
 
 
-def _ask(exchange: LocalExchange, commands: Sequence[Prefill | Commit]) -> None:
+def _asked(exchange: LocalExchange, context: ContextEngine, *commands: Command) -> None:
     exchange.link.submit(commands)
+    context.tick()
 
 
-def test_while_one_of_them_still_steps_nobody_waits_longer() -> None:
+def _block(number: int, start: int, width: int = 8) -> Commit:
+    return Commit(number, start, (9,) * width)
+
+
+@pytest.fixture
+def four() -> Iterator[tuple[ContextEngine, LocalExchange, list[int]]]:
+    """A context engine that has read four prompts for a denoiser apart."""
     context, exchange, commits, _ = _context(apart=True)
-    _ask(exchange, [Prefill(number, (5, 6), 64) for number in range(4)])
     with torch.inference_mode():
-        context.tick()
-        _ask(exchange, [Commit(number, 2, (9,) * 8) for number in range(3)])
-        context.tick()
-        assert commits == [3]
-        _ask(exchange, [Commit(number, 2 if number == 3 else 10, (9,) * 8) for number in range(4)])
-        exchange.link.poll()
-        context.tick()
-        _ask(exchange, [Commit(number, 18, (9,) * 8) for number in range(2)])  # they were read first, and go before
-        context.tick()
-        context.tick()
-    assert commits == [3, 2, 2, 2]
-    told = [event.sequence for event in exchange.link.poll() if isinstance(event, Delta)]
-    assert told == [0, 1, 2, 3, 0, 1], "first come, first served"
+        _asked(exchange, context, *(Prefill(number, (5, 6), 64) for number in range(4)))
+        yield context, exchange, commits
 
 
-def test_single_tokens_are_read_together() -> None:
+Four = tuple[ContextEngine, LocalExchange, list[int]]
+
+
+def test_while_one_of_them_still_steps_nobody_waits_longer(four: Four) -> None:
+    context, exchange, commits = four
+    _asked(exchange, context, *(_block(number, 2) for number in range(3)))
+    assert commits == [3]
+    _asked(exchange, context, _block(3, 2), *(_block(number, 10) for number in range(3)))
+    _asked(exchange, context, _block(3, 10), _block(0, 18))
+    assert commits == [3, 2, 4], "3 and 0, then 1 and 2 and those two again"
+    told = [event.sequence for event in exchange.link.poll() if isinstance(event, Delta) and event.start > 0]
+    assert told == [0, 1, 2, 3, 0, 1, 2, 3, 0], "first come, first served"
+
+
+def test_single_tokens_are_read_together(four: Four) -> None:
     """Mock-AR's: its denoiser steps on them meanwhile, and waits for nobody."""
-    context, exchange, commits, _ = _context(apart=True)
-    _ask(exchange, [Prefill(number, (5, 6), 64) for number in range(4)])
-    with torch.inference_mode():
+    context, exchange, commits = four
+    _asked(exchange, context, *(_block(number, 2, 1) for number in range(4)))
+    _asked(exchange, context, _block(0, 3, 1), *(_block(number, 3) for number in range(1, 4)))
+    assert commits == [4, 4]
+
+
+def test_a_prompt_that_is_read_meanwhile_makes_nobody_wait_twice(four: Four) -> None:
+    context, exchange, commits = four
+    context.add(ScoreRequest(RequestId("long"), tuple(range(4, 32)) * 7, 100))
+    for block in range(5):  # the fourth and last chunk is read behind the fourth batch of blocks
+        _asked(exchange, context, *(_block(number, 2 + 8 * block) for number in range(4)))
         context.tick()
-        _ask(exchange, [Commit(number, 2, (9,)) for number in range(4)])
-        context.tick()
-    assert commits == [4]
+    assert commits == [4, 4, 4, 4, 2, 2]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_ends_between_the_halves_is_not_read(four: Four, lost: bool) -> None:
+    context, exchange, commits = four
+    _asked(exchange, context, *(_block(number, 2) for number in range(4)))
+    if lost:
+        exchange.link.close()
+    else:
+        exchange.link.submit([Release(2), Release(3)])
+    context.tick()
+    assert commits == [2]
+    stats = context.stats(0.0)
+    assert stats.sequences == stats.total_slots - stats.free_slots == (0 if lost else 2)

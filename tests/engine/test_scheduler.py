@@ -97,16 +97,61 @@ def test_a_wide_block_does_not_make_everybody_wide() -> None:
     assert _next(scheduler) is None
 
 
-def test_what_is_put_back_comes_first_and_in_its_order() -> None:
-    scheduler = ContextScheduler(16)
-    for key in "abcd":
+def _waited_for(*keys: str) -> ContextScheduler:
+    """With these blocks to read, for which everybody waits."""
+    scheduler = ContextScheduler(128, waited_for=lambda _: True)
+    for key in keys:
         scheduler.add_commit(key, 16)
-    assert _next(scheduler) == CommitBatch(tuple("abcd"))
-    scheduler.add_commit("e", 16)
-    scheduler.put_back({"c": 16, "d": 16})
-    scheduler.add_commit("a", 16)
+    return scheduler
+
+
+def test_blocks_that_all_wait_for_are_read_in_two_halves() -> None:
+    for keys, first, second in (("abcd", "ab", "cd"), ("abc", "ab", "c"), ("ab", "a", "b")):
+        scheduler = _waited_for(*keys)
+        assert [_next(scheduler), _next(scheduler)] == [CommitBatch(tuple(first)), CommitBatch(tuple(second))]
+        assert _next(scheduler) is None
+    assert _next(_waited_for("a")) == CommitBatch(("a",))
+    scheduler = ContextScheduler(128, waited_for=lambda keys: "d" in keys)
+    for key in "abc":
+        scheduler.add_commit(key, 16)
+    assert _next(scheduler) == CommitBatch(tuple("abc"))
+
+
+def test_the_second_half_is_not_halved_again() -> None:
+    """However fast the first rows come back: they and those that were left are one batch, in their order."""
+    scheduler, read = _waited_for(*"abcd"), []
+    for _ in range(6):
+        work = _next(scheduler)
+        assert isinstance(work, CommitBatch)
+        read.append("".join(map(str, work.keys)))
+        for key in work.keys:
+            scheduler.add_commit(key, 16)
+    assert read == ["ab", "cdab", "cd", "abcd", "ab", "cdab"]
+
+
+def test_where_something_else_is_to_be_read_nothing_is_halved() -> None:
+    """The other half would wait for it, too."""
+    for add in (
+        lambda scheduler: scheduler.add_prompt("p", 0, 300),
+        lambda scheduler: scheduler.add_decoding("x"),
+        lambda scheduler: scheduler.add_commit("wide", 1024),
+    ):
+        scheduler = _waited_for(*"abcd")
+        add(scheduler)
+        assert _next(scheduler) == CommitBatch(tuple("abcd"))
+    scheduler = ContextScheduler(128, waited_for=lambda _: True)
+    scheduler.add_prompt("p", 0, 300)
+    scheduler.next()  # a part of it; the rest is under way
+    for key in "ab":
+        scheduler.add_commit(key, 16)
+    assert scheduler.next() == CommitBatch(tuple("ab"))
+
+
+def test_what_is_dropped_between_the_halves_is_not_read() -> None:
+    scheduler = _waited_for(*"abcd")
+    assert _next(scheduler) == CommitBatch(tuple("ab"))
     scheduler.drop("c")
-    assert _next(scheduler) == CommitBatch(tuple("dea"))
+    assert _next(scheduler) == CommitBatch(("d",))
     assert _next(scheduler) is None
 
 

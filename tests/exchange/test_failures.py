@@ -79,7 +79,6 @@ def test_a_killed_denoiser_side_is_noticed() -> None:
     port.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("in_flight", [False, True], ids=["idle", "while a delta is due"])
 def test_a_stopped_context_side_is_noticed_in_time(in_flight: bool) -> None:
     with _other_side("context", IMPATIENT) as process:

@@ -79,7 +79,7 @@ class ContextEngine:
         self._next_port = 0
         # By request, or by link and number where a denoiser leads.
         self._sequences: dict[Key, _Sequence] = {}
-        self._scheduler = ContextScheduler(settings.prefill_chunk_tokens)
+        self._scheduler = ContextScheduler(settings.prefill_chunk_tokens, self._waited_for)
         self._replies: dict[int, list[Reply]] = {}
         self._inbox: deque[AnyRequest | RequestId | Port] = deque()
         self._parts: _Parts | None = None
@@ -128,7 +128,7 @@ class ContextEngine:
             self._take_commands(index)
         work = self._scheduler.next()
         if isinstance(work, CommitBatch):
-            self._commit(self._due(work.keys))
+            self._commit([self._sequences[key] for key in work.keys])
         elif isinstance(work, DecodeBatch):
             self._decode([self._sequences[key] for key in work.keys])
         elif isinstance(work, PrefillBatch):
@@ -253,23 +253,12 @@ class ContextEngine:
         sequence.to_read = list(command.token_ids)
         self._scheduler.add_commit(key, len(sequence.to_read))
 
-    def _due(self, keys: Sequence[Key]) -> list[_Sequence]:
-        """Those of a commit batch that are read now.
-
-        A denoiser on another device whose sequences all wait for this tower has nothing to do until they are read, and
-        rows that come back together fill their next blocks together, too. So half of them is read first: it steps
-        those while the others are read, and from then on they are out of step.
-        """
-        now = {key: self._sequences[key] for key in keys}
-        later: dict[Key, int] = {}
-        for index, port in self._ports.items():
-            waiting = {key: s for key, s in now.items() if s.link == index and len(s.to_read) > 1}
-            led = [sequence for sequence in self._sequences.values() if sequence.link == index]
-            if port.apart and len(waiting) > 1 and all(sequence.to_read for sequence in led):
-                for key in list(waiting)[-(-len(waiting) // 2) :]:
-                    later[key] = len(now.pop(key).to_read)
-        self._scheduler.put_back(later)
-        return list(now.values())
+    def _waited_for(self, keys: Sequence[Key]) -> bool:
+        """Whether the denoisers that gave these blocks, beside this tower, can step nothing until they are read."""
+        links = {self._sequences[key].link for key in keys}
+        led = (sequence for sequence in self._sequences.values() if sequence.link in links)
+        # A mock-AR token is read while its denoiser steps on it.
+        return all(self._ports[link].apart for link in links) and all(len(each.to_read) > 1 for each in led)
 
     def _commit(self, sequences: list[_Sequence]) -> None:
         self._read(sequences, [sequence.to_read for sequence in sequences], Want.STATES)

@@ -5,7 +5,7 @@ because a denoiser waits for them; but each kind runs once a cycle, so nobody st
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 Key = Hashable
@@ -52,10 +52,16 @@ class _Prompt:
 
 
 class ContextScheduler:
-    """Queues of a context engine: blocks to commit, prompts to read, AR sequences to decode."""
+    """Queues of a context engine: blocks to commit, prompts to read, AR sequences to decode.
 
-    def __init__(self, prefill_chunk_tokens: int) -> None:
-        self._chunk = prefill_chunk_tokens
+    `waited_for`: whether those who gave these blocks have nothing to do until they are read.
+    """
+
+    def __init__(
+        self, prefill_chunk_tokens: int, waited_for: Callable[[Sequence[Key]], bool] = lambda keys: False
+    ) -> None:
+        self._chunk, self._waited_for = prefill_chunk_tokens, waited_for
+        self._halved = False  # the last commit batch was the first half of one
         self._commits: OrderedDict[Key, int] = OrderedDict()
         self._decoding: dict[Key, None] = {}
         self._prompts: OrderedDict[Key, _Prompt] = OrderedDict()
@@ -70,12 +76,6 @@ class ContextScheduler:
         """Read a block of `length` tokens when its turn comes. A sequence has one at a time."""
         assert key not in self._commits, "a second block before the first was read"
         self._commits[key] = length
-
-    def put_back(self, lengths: Mapping[Key, int]) -> None:
-        """These blocks of the commit batch are not read yet: they are the first of the next one."""
-        for key, length in reversed(list(lengths.items())):
-            self._commits[key] = length
-            self._commits.move_to_end(key, last=False)
 
     def add_decoding(self, key: Key) -> None:
         self._decoding[key] = None
@@ -113,6 +113,10 @@ class ContextScheduler:
     def _commit_batch(self) -> CommitBatch:
         """All blocks that wait, in order. A wide one shares a forward only as far as the padded tokens fit one chunk:
         its width would be everybody's. What does not fit goes first next time.
+
+        Blocks for which everybody waits are read in two halves. Rows that come back together fill their next blocks
+        together, too: their denoiser would wait for all of them every time. As it is it steps the first half while
+        the other one is read, and from then on they are out of step.
         """
         keys: list[Key] = []
         widest = 0
@@ -122,9 +126,17 @@ class ContextScheduler:
                 continue
             keys.append(key)
             widest = wider
+        self._halved = not self._halved and self._is_all_there_is(keys) and self._waited_for(keys)
+        if self._halved:
+            keys = keys[: -(-len(keys) // 2)]
         for key in keys:
             del self._commits[key]
         return CommitBatch(tuple(keys))
+
+    def _is_all_there_is(self, keys: Sequence[Key]) -> bool:
+        """Where something else comes between, or one was left out already, the other half would wait for longer than
+        the first one is sooner."""
+        return len(keys) == len(self._commits) > 1 and not (self._decoding or self._prompts or self._reading)
 
     def _prefill_batch(self) -> PrefillBatch:
         """The oldest prompts' next chunks, as many as fit one chunk's worth of padded tokens.

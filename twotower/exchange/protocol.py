@@ -129,7 +129,7 @@ class Link(Protocol):
 class Port(Protocol):
     """The context tower's end of one link. All methods are called from the context engine's thread.
 
-    `apart`: the denoiser computes while the context tower does, on a thread or device of its own.
+    `apart`: the denoiser computes while the context tower does (`split` placement).
     """
 
     apart: bool
