@@ -62,11 +62,15 @@ class Cell:
         logger.info("the towers are ready")
 
     async def run(self, request: AnyRequest, timeout_s: float, reply_to: ReplyTo) -> None:
-        """Decode or score one request; its events go to the router that asked. An error of ours is the last of them."""
+        """Decode or score one request; its events go to the router that asked. An error of ours is the last of them.
+
+        Raises Unavailable where that router is gone; the sequence is given up.
+        """
         line = await self._lines.to(reply_to.address)
-        async with aclosing(self.events(request, timeout_s)) as events:
-            async for event in events:
-                await line.send(reply_to.key, event)
+        with line.held():
+            async with aclosing(self.events(request, timeout_s)) as events:
+                async for event in events:
+                    await line.send(reply_to.key, event)
 
     async def events(self, request: AnyRequest, timeout_s: float) -> AsyncGenerator[AnswerEvent | FailureEvent, None]:
         """Events of one request. An error of ours is the last of them, not an exception."""

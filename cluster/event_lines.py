@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from actors.frames import (
     GREETING_S,
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _CODEC: Codec[AnswerEvent | FailureEvent] = Codec(BlockEvent, ScoreEvent, FailureEvent)
 _CONNECT_S = 5.0
+_GONE = "the router that asked is gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,24 @@ class EventLine:
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
+        self._held_by: set[asyncio.Task[Any]] = set()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """For as long as a call has events to send. Raises Unavailable in it as soon as the router is gone: nobody
+        waits for them any more."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._held_by.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.lost:
+                raise
+            task.uncancel()
+            raise Unavailable(_GONE) from None
+        finally:
+            self._held_by.discard(task)
 
     @property
     def lost(self) -> bool:
@@ -123,10 +144,18 @@ class EventLine:
                 return
         except OSError:
             pass
-        raise Unavailable("the router that asked is gone")
+        raise Unavailable(_GONE)
 
     def close(self) -> None:
         self._writer.close()
+
+    async def watch(self, reader: asyncio.StreamReader) -> None:
+        """A router says nothing on its line: reading only shows when it is gone."""
+        with contextlib.suppress(OSError):
+            await reader.read(1)
+        self._writer.close()
+        for task in self._held_by:
+            task.cancel()
 
 
 class EventLines:
@@ -150,18 +179,12 @@ class EventLines:
             reader, writer = await connect(address, _CONNECT_S)
         except OSError as error:
             raise Unavailable(f"the router at {address.host}:{address.port} cannot be reached") from error
-        watch = asyncio.create_task(_close_at_end(reader, writer))
+        line = EventLine(writer)
+        watch = asyncio.create_task(line.watch(reader))
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)
-        return EventLine(writer)
+        return line
 
     def close(self) -> None:
         for line in self._lines.values():
             line.close()
-
-
-async def _close_at_end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """A router says nothing on its line: reading only shows when it is gone."""
-    with contextlib.suppress(OSError):
-        await reader.read(1)
-    writer.close()

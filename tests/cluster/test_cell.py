@@ -10,6 +10,7 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from actors.settings import CellSettings
 from cluster.cell import Cell
+from cluster.event_lines import EventServer
 from cluster.readiness import Readiness
 from cluster.remote_cells import plain_error
 from cluster.streams import merged
@@ -73,8 +74,8 @@ class ScriptedEngine:
 class RunningFake:
     """What `start_pair` gives, without processes."""
 
-    def __init__(self, engine: ScriptedEngine, max_queued: int = 1) -> None:
-        self.pair = Pair(engine, [engine], Ledger(Room(1, 100), [], max_queued))
+    def __init__(self, engine: ScriptedEngine, max_queued: int = 1, slots: int = 1) -> None:
+        self.pair = Pair(engine, [engine], Ledger(Room(slots, 100), [], max_queued))
         self.places = [{"pid": "1"}]
         self.closed = False
 
@@ -168,6 +169,33 @@ async def test_a_reader_that_leaves_frees_the_sequence() -> None:
             await asyncio.gather(waiting, return_exceptions=True)
         await asyncio.sleep(0.01)
         assert way in engine.cancelled and (await cell.stats()).running == 0
+    await cell.shutdown()
+
+
+async def test_a_router_that_is_gone_frees_its_sequences_at_once() -> None:
+    """Those of another router go on, and a cancel that comes from elsewhere is one."""
+    engine = ScriptedEngine()
+    cell = await started(RunningFake(engine, slots=3))
+    routers = [EventServer(), EventServer()]
+    calls = []
+    async with asyncio.timeout(5):
+        for number, router in enumerate([*routers, routers[1]]):
+            if number < 2:
+                await router.start("127.0.0.1")
+            reply_to, inbox = router.open(merging=False)
+            calls.append(asyncio.ensure_future(cell.run(request(f"r{number}"), 60.0, reply_to)))
+            assert (await inbox.get()).token_ids == (1, 2)
+        routers[0].stop()
+        with pytest.raises(Unavailable, match="the router that asked is gone"):
+            await calls[0]
+        calls[2].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calls[2]
+        await asyncio.sleep(0.01)
+        assert engine.cancelled == ["r0", "r2"] and (await cell.stats()).running == 1
+        engine.go.set()
+        await calls[1]
+    routers[1].stop()
     await cell.shutdown()
 
 
