@@ -100,6 +100,8 @@ class Cell:
             raise RuntimeError(f"this cell cannot serve any more: {failure}")
 
     async def shutdown(self) -> None:
-        """Ends the tower processes."""
-        self._lines.close()
-        await self._running.close()
+        """Ends the tower processes; what still runs is told why."""
+        try:
+            await self._running.close()
+        finally:
+            await self._lines.close()

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _CODEC: Codec[AnswerEvent | FailureEvent] = Codec(BlockEvent, ScoreEvent, FailureEvent)
 _CONNECT_S = 5.0
+_END_S = 1.0  # a failure is told in less
 _GONE = "the router that asked is gone"
 
 
@@ -108,11 +109,11 @@ class EventServer:
 
 
 class EventLine:
-    """The cell's end of one connection."""
+    """The cell's end of one connection. `held_by`: the calls that send on it."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
-        self._held_by: set[asyncio.Task[Any]] = set()
+        self.held_by: set[asyncio.Task[Any]] = set()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -120,16 +121,15 @@ class EventLine:
         waits for them any more."""
         task = asyncio.current_task()
         assert task is not None
-        self._held_by.add(task)
+        self.held_by.add(task)
         try:
             yield
         except asyncio.CancelledError:
-            if not self.lost:
-                raise
-            task.uncancel()
+            if task in self.held_by or task.uncancel():
+                raise  # somebody else wants it to end, too or alone
             raise Unavailable(_GONE) from None
         finally:
-            self._held_by.discard(task)
+            self.held_by.discard(task)
 
     @property
     def lost(self) -> bool:
@@ -154,7 +154,8 @@ class EventLine:
         with contextlib.suppress(OSError):
             await reader.read(1)
         self._writer.close()
-        for task in self._held_by:
+        given_up, self.held_by = self.held_by, set()
+        for task in given_up:
             task.cancel()
 
 
@@ -185,6 +186,10 @@ class EventLines:
         watch.add_done_callback(self._watches.discard)
         return line
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Once the calls that hold a line have ended, or soon."""
+        calls = [call for line in self._lines.values() for call in line.held_by]
+        if calls:
+            await asyncio.wait(calls, timeout=_END_S)
         for line in self._lines.values():
             line.close()

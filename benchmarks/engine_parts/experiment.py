@@ -33,7 +33,7 @@ PAUSE_S = 0.006  # about as long as one tower waits for the other at concurrency
 SWEEPS = 3  # over all bare passes, of which the median counts
 _ALONE_S = 0.5  # of the running requests, before the long prompt comes
 _CPU = torch.device("cpu")
-_TURNS = 3  # requests of a run through the service, times those of the other runs
+SERVED_TIMES = 3  # requests of a run through the service, times those of the other runs
 Square = tuple[Variant, int]
 
 
@@ -355,6 +355,6 @@ class Experiment:
         most = self.plan.most
         warm = self.questions.requests(variant, most, self._fresh())
         # At full load all answers end together, and how soon the next ones are there is luck: several times over.
-        count = _TURNS * self.plan.requests_at(most)
+        count = SERVED_TIMES * self.plan.requests_at(most)
         requests = self.questions.requests(variant, count, self._fresh())
         return await drive(path, warm, requests, most)

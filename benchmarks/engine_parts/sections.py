@@ -5,7 +5,7 @@ import statistics
 from benchmarks.engine_parts import ceiling as ceilings
 from benchmarks.engine_parts.bare import AR, COMMIT, DENOISE, PROMPT
 from benchmarks.engine_parts.ceiling import issue_ratio, turns_ceiling
-from benchmarks.engine_parts.experiment import PAUSE_S, SWEEPS, Kind, Loaded, Square
+from benchmarks.engine_parts.experiment import PAUSE_S, SERVED_TIMES, SWEEPS, Kind, Loaded, Square
 from benchmarks.engine_parts.figures import Figures
 from benchmarks.engine_parts.load import diffusion_gaps
 from benchmarks.engine_parts.shares import crossings_ms, percentile
@@ -254,7 +254,7 @@ def served(figures: Figures) -> str:
 
 In process: both towers on one thread of this process (`twotower.engine.in_process`), before and after each service.
 Served: `python -m cluster up`, split placement. The split pair was measured earlier in this run.
-Three times the requests of other runs."""
+{SERVED_TIMES} times the requests of other runs."""
 
 
 def memory(figures: Figures) -> str:

@@ -28,6 +28,7 @@ from twotower.core import (
     ScoreRequest,
 )
 from twotower.engine.handle import EngineStats
+from twotower.engine.inbox import Inbox
 from twotower.engine.ledger import Ledger, Room
 from twotower.engine.pair import Pair
 from twotower.errors import Cancelled, NumericalError, Overloaded, TwoTowerError, Unavailable
@@ -197,6 +198,42 @@ async def test_a_router_that_is_gone_frees_its_sequences_at_once() -> None:
         await calls[1]
     routers[1].stop()
     await cell.shutdown()
+
+
+async def _routed(cell: Cell, router: EventServer, name: str) -> tuple[asyncio.Task[None], Inbox]:
+    reply_to, inbox = router.open(merging=False)
+    return asyncio.create_task(cell.run(request(name), 60.0, reply_to)), inbox
+
+
+async def test_a_router_that_is_gone_frees_its_place_in_the_queue() -> None:
+    cell, router = await started(RunningFake(ScriptedEngine())), EventServer()
+    await router.start("127.0.0.1")
+    async with asyncio.timeout(5):
+        (running, inbox), (waiting, _) = [await _routed(cell, router, name) for name in ("runs", "waits")]
+        await inbox.get()
+        while (await cell.stats()).waiting == 0:
+            await asyncio.sleep(0.01)
+        router.stop()
+        for call in (running, waiting):
+            with pytest.raises(Unavailable, match="the router that asked is gone"):
+                await call
+        await asyncio.sleep(0.01)
+        stats = await cell.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    await cell.shutdown()
+
+
+async def test_what_runs_when_a_cell_is_shut_down_is_told_so() -> None:
+    cell, router = await started(RunningFake(ScriptedEngine())), EventServer()
+    await router.start("127.0.0.1")
+    async with asyncio.timeout(5):
+        call, inbox = await _routed(cell, router, "runs")
+        await inbox.get()
+        await cell.shutdown()
+        failure = await inbox.get()
+        assert isinstance(failure, FailureEvent) and str(failure.error) == "the cell is shutting down"
+        await call
+    router.stop()
 
 
 async def test_a_broken_pair_fails_its_health_check() -> None:

@@ -25,7 +25,7 @@ async def _ends() -> AsyncIterator[tuple[EventServer, EventLines]]:
     try:
         yield server, lines
     finally:
-        lines.close()
+        await lines.close()
         server.stop()
 
 
@@ -89,6 +89,32 @@ async def test_a_router_that_is_gone_is_noticed() -> None:
             await line.send(reply_to.key, _block(1))
         with pytest.raises(Unavailable, match="cannot be reached"):
             await lines.to(server.address)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_cancel_that_comes_with_the_routers_end_stays_one(cancelled: bool) -> None:
+    """And of the line's own nothing is left."""
+    async with _ends() as (server, lines), asyncio.timeout(5):
+        line = await lines.to(server.address)
+
+        async def call() -> int:
+            task = asyncio.current_task()
+            assert task is not None
+            with pytest.raises(Unavailable, match="the router that asked is gone"), line.held():
+                await asyncio.Event().wait()
+            return task.cancelling()
+
+        calling = asyncio.create_task(call())
+        await asyncio.sleep(0)
+        ended = asyncio.StreamReader()
+        ended.feed_eof()
+        await line.watch(ended)  # does not wait: what follows is in the same turn of the loop
+        if cancelled:
+            calling.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await calling
+        else:
+            assert await calling == 0
 
 
 async def test_strangers_and_nonsense_end_their_own_connection_only() -> None:

@@ -1,47 +1,50 @@
 """A denoiser that waits for all of its rows gets half of them back sooner, and from then on they are out of step."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 import torch
 
+from tests.engine.arrangements import LINK
 from twotower.core import BlockEvent, DecodingParams, Event, Mode, ReleasedEvent, Request, RequestId, ScoreRequest
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.settings import EngineSettings
+from twotower.exchange.distributed import connect, open_port
 from twotower.exchange.local import LocalExchange
-from twotower.exchange.protocol import Command, Commit, Delta, Port, Prefill, Release
+from twotower.exchange.protocol import Command, Commit, Delta, Link, Port, Prefill, Release
+from twotower.model.cache import TowerCache
 from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower, scripted_tokens
 
 SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=256, prefill_chunk_tokens=64, capture="off")
 BLOCKS, STEPS = 6, 4
 
 
-def _context(apart: bool) -> tuple[ContextEngine, LocalExchange, list[int], list[Event]]:
-    """With how many blocks each of its commits will have read."""
-    events: list[Event] = []
-    engine = ContextEngine(cast(Any, ScriptedContextTower()), SETTINGS, events.append)
-    exchange = LocalExchange(engine.cache, lambda: None)
+class Counting(ContextEngine):
+    """With how many blocks each of its commits has read."""
+
+    def __init__(self, emit: Callable[[Event], None] = lambda _: None) -> None:
+        super().__init__(cast(Any, ScriptedContextTower()), SETTINGS, emit)
+        self.commits: list[int] = []
+
+    def _commit(self, sequences: list[Any]) -> None:
+        self.commits.append(len(sequences))
+        super()._commit(sequences)
+
+
+def _joined(context: ContextEngine, apart: bool) -> LocalExchange:
+    """With one more denoiser."""
+    exchange = LocalExchange(context.cache, lambda: None)
     cast(Port, exchange.port).apart = apart
-    engine.connect(exchange.port)
-    commits: list[int] = []
-    commit = engine._commit
-
-    def counting(sequences: list[Any]) -> None:
-        commits.append(len(sequences))
-        commit(sequences)
-
-    engine._commit = counting  # type: ignore[method-assign]
-    return engine, exchange, commits, events
+    context.connect(exchange.port)
+    return exchange
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9])
-@pytest.mark.parametrize("apart", [False, True])
-def test_rows_of_equal_blocks(rows: int, apart: bool) -> None:
-    """Of 4 steps each. In one process, where nothing is gained by it, they stay together: larger batches."""
-    context, exchange, commits, events = _context(apart)
-    denoiser = DenoiserEngine(cast(Any, ScriptedDenoiserTower()), exchange.link, SETTINGS, events.append)
+def _decode(rows: int, link: Link, context: Counting, events: list[Event], rest_s: float = 0.0) -> int:
+    """Rows alike, of blocks of 4 steps, until all of them are released. How often the denoiser had nothing to step."""
+    denoiser = DenoiserEngine(cast(Any, ScriptedDenoiserTower()), link, SETTINGS, events.append)
     params = DecodingParams(
         Mode.DIFFUSION, 8 * BLOCKS, block_size=8, steps_per_block=STEPS, confidence_threshold=1.0, ignore_eos=True
     )
@@ -52,19 +55,44 @@ def test_rows_of_equal_blocks(rows: int, apart: bool) -> None:
     with torch.inference_mode():
         while sum(isinstance(event, ReleasedEvent) for event in events) < rows:
             context.tick()
+            time.sleep(rest_s)
             idle += not denoiser.tick()
             ticks += 1
             assert ticks < 1000
-    tokens = {
-        request.id: [t for e in events if isinstance(e, BlockEvent) and e.request_id == request.id for t in e.token_ids]
-        for request in requests
-    }
+    blocks = [event for event in events if isinstance(event, BlockEvent)]
+    tokens = {r.id: [t for block in blocks if block.request_id == r.id for t in block.token_ids] for r in requests}
     assert tokens == {request.id: scripted_tokens(request) for request in requests}
-    assert sum(commits) == rows * (BLOCKS - 1)
+    assert sum(context.commits) == rows * (BLOCKS - 1)
+    return idle
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_of_equal_blocks(rows: int, apart: bool) -> None:
+    """In one process, where nothing is gained by it, they stay together: larger batches."""
+    events: list[Event] = []
+    context = Counting(events.append)
+    idle = _decode(rows, _joined(context, apart).link, context, events)
     if apart and rows > 1:
-        assert max(commits) == -(-rows // 2) and idle <= 4
+        assert max(context.commits) == -(-rows // 2) and idle <= 4
     else:
-        assert set(commits) == {rows}
+        assert set(context.commits) == {rows}
+
+
+def test_over_a_mirror() -> None:
+    events: list[Event] = []
+    context = Counting(events.append)
+    port, address = open_port(context.cache, 0, 0, LINK)
+    context.connect(port)
+    tower, pages = ScriptedContextTower, SETTINGS.pages
+    mirror = TowerCache(tower.config, SETTINGS.max_sequences, pages, tower.device, tower.dtype)
+    link = connect(address, mirror)
+    try:
+        _decode(4, link, context, events, rest_s=0.002)
+    finally:
+        link.close()
+        port.close()
+    assert context.commits[:2] == [2, 2], "the first blocks, which all of them wait for"
 
 
 def _asked(exchange: LocalExchange, context: ContextEngine, *commands: Command) -> None:
@@ -79,10 +107,11 @@ def _block(number: int, start: int, width: int = 8) -> Commit:
 @pytest.fixture
 def four() -> Iterator[tuple[ContextEngine, LocalExchange, list[int]]]:
     """A context engine that has read four prompts for a denoiser apart."""
-    context, exchange, commits, _ = _context(apart=True)
+    context = Counting()
+    exchange = _joined(context, apart=True)
     with torch.inference_mode():
         _asked(exchange, context, *(Prefill(number, (5, 6), 64) for number in range(4)))
-        yield context, exchange, commits
+        yield context, exchange, context.commits
 
 
 Four = tuple[ContextEngine, LocalExchange, list[int]]
@@ -128,3 +157,18 @@ def test_what_ends_between_the_halves_is_not_read(four: Four, lost: bool) -> Non
     assert commits == [2]
     stats = context.stats(0.0)
     assert stats.sequences == stats.total_slots - stats.free_slots == (0 if lost else 2)
+
+
+@pytest.mark.parametrize(
+    ("apart", "waits", "read"), [(True, True, [4, 3]), (True, False, [6]), (False, True, [7]), (False, False, [6])]
+)
+def test_of_two_denoisers_both_must_wait(four: Four, apart: bool, waits: bool, read: list[int]) -> None:
+    """Beside the tower, the second one too; and with all it has."""
+    context, exchange, commits = four
+    other = _joined(context, apart)
+    _asked(other, context, *(Prefill(number, (5, 6), 64) for number in range(3)))
+    other.link.submit([_block(number, 2) for number in range(3 if waits else 2)])
+    _asked(exchange, context, *(_block(number, 2) for number in range(4)))
+    while sum(commits) < sum(read):
+        context.tick()
+    assert commits == read

@@ -183,11 +183,11 @@ def test_the_seed_decides(mode: Mode, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_both_engines_in_one_process_have_the_configured_patience(alone: bool) -> None:
+def test_both_engines_in_one_process_have_the_configured_patience(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, go_on = vendored("tt_moe"), threading.Event()
     settings = replace(SETTINGS, stall_timeout_s=0.05)
     runner = colocated_runner(model.context, None if alone else model.denoiser, settings)
-    runner.engines[0].tick = lambda: go_on.wait(10)  # type: ignore[method-assign]
+    monkeypatch.setattr(runner.engines[0], "tick", lambda: go_on.wait(10))
     try:
         with pytest.raises(Unavailable, match=r"in one tick for more than 0\.05 s"):
             for _ in range(300):
@@ -196,5 +196,5 @@ def test_both_engines_in_one_process_have_the_configured_patience(alone: bool) -
                 runner.check()
     finally:
         go_on.set()
-        runner.engines[0].tick = lambda: False  # type: ignore[method-assign]
+        monkeypatch.undo()
         runner.stop()

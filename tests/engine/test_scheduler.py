@@ -140,11 +140,23 @@ def test_where_something_else_is_to_be_read_nothing_is_halved() -> None:
         add(scheduler)
         assert _next(scheduler) == CommitBatch(tuple("abcd"))
     scheduler = ContextScheduler(128, waited_for=lambda _: True)
-    scheduler.add_prompt("p", 0, 300)
-    scheduler.next()  # a part of it; the rest is under way
+    scheduler.add_prompt("p", 0, 100)
+    scheduler.next()  # the front part of all of it
     for key in "ab":
         scheduler.add_commit(key, 16)
     assert scheduler.next() == CommitBatch(tuple("ab"))
+
+
+def test_what_comes_between_the_halves_waits_for_both() -> None:
+    """As it would have for the whole."""
+    scheduler = _waited_for(*"abcd")
+    assert _next(scheduler) == CommitBatch(tuple("ab"))
+    scheduler.add_prompt("p", 0, 100)
+    scheduler.add_decoding("x")
+    assert _next(scheduler) == CommitBatch(tuple("cd"))
+    for key in "ab":
+        scheduler.add_commit(key, 16)
+    assert _kinds(scheduler, 3) == ["DecodeBatch", "PrefillBatch", "CommitBatch"]
 
 
 def test_what_is_dropped_between_the_halves_is_not_read() -> None:

@@ -239,7 +239,7 @@ def _play(seed: int, mirrored: bool = False) -> Counter[str]:
 def _played(seed: int, draw: random.Random, mirrored: bool, closing: ExitStack) -> Counter[str]:
     cell = SimulatedCell(draw, mirrored, closing)
     requests = [_request(n, draw) for n in range(draw.randint(1, 12))]
-    if draw.random() < 0.3:
+    if draw.random() < (0.6 if mirrored else 0.3):
         requests = _alike(requests, draw)
     biggest = 16 * cell.ledger.context.pages
     waiting = [r for r in requests if r.positions <= biggest]
@@ -253,7 +253,7 @@ def _played(seed: int, draw: random.Random, mirrored: bool, closing: ExitStack) 
                 waiting.append(replace(request, id=RequestId(request.id + "+")))
                 order.append(waiting[-1].id)
                 asked[waiting[-1].id] = waiting[-1]
-        elif cell.open() and draw.random() < 0.02:
+        elif cell.open() and draw.random() < (0.01 if mirrored else 0.02):  # those take more ticks
             cell.cancel(draw.choice(cell.open()))
         cell.tick()
         if not waiting and not cell.open():
@@ -323,4 +323,4 @@ def test_random_schedules_over_mirrors(batch: int) -> None:
     with torch.inference_mode():
         for seed in range(first, first + per_batch):
             seen += _play(seed, mirrored=True)
-    assert seen["finished"] > 2 * per_batch and seen["cancelled"] + seen["failed"] > 2, seen
+    assert seen["finished"] > 2 * per_batch and seen["cancelled"] > 1 and seen["failed"] > 1, seen

@@ -1,13 +1,14 @@
 """The next token of causal modes (`ar`, `mock_ar`): greedy, or temperature with top-k and top-p, per row."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from twotower.core import GREEDY_BELOW
+from twotower.core import GREEDY_BELOW, DecodingParams
 from twotower.decoding.margins import runner_up
-from twotower.decoding.randomness import uniform
+from twotower.decoding.randomness import step_key, uniform
 from twotower.model.transfer import on_device
 
 _SMALLEST = 1e-38
@@ -22,6 +23,12 @@ class TokenParams:
     top_k: int = 0
     top_p: float = 1.0
     key: int = 0
+
+    @classmethod
+    def of(cls, params: DecodingParams, place: int) -> Self:
+        """Of the answer's token at `place`, in every causal mode."""
+        key = step_key(params.seed, place, 0) if params.samples else 0
+        return cls(params.temperature, params.top_k, params.top_p, key)
 
     @property
     def cuts(self) -> bool:

@@ -7,7 +7,7 @@ Owns the tower and the cache. One thread calls it; `tick` runs at most one forwa
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ from twotower.core import (
     ScoreRequest,
 )
 from twotower.decoding.margins import NEAR_TIE
-from twotower.decoding.randomness import step_key
-from twotower.decoding.sampling import TokenParams, sample
+from twotower.decoding.sampling import sample
 from twotower.decoding.stopping import cut
 from twotower.engine.capture import passes_for
+from twotower.engine.context_sequence import ContextSequence
 from twotower.engine.handle import EngineStats
 from twotower.engine.passes import PROMPT_PARTS, SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Want
 from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, Key, PrefillBatch, PrefillChunk
@@ -37,26 +37,6 @@ from twotower.exchange.protocol import Attach, Command, Commit, Delta, Failed, P
 from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower
 from twotower.model.transfer import fence_on
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """A sequence the context tower knows: what it has read and what it still has to.
-
-    `request` is set for an `ar` sequence, `sheet` for one that is scored, `link` and `number` for one that a denoiser
-    leads.
-    """
-
-    slot: int
-    to_read: list[int]
-    read: list[int] = field(default_factory=list)
-    link: int = -1
-    number: int = -1
-    attach_known: int | None = None
-    request: Request | None = None
-    sheet: ScoreSheet | None = None
-    generated: int = 0
-    margin: float = 1.0
 
 
 @dataclass(slots=True)
@@ -78,7 +58,7 @@ class ContextEngine:
         self._ports: dict[int, Port] = {}
         self._next_port = 0
         # By request, or by link and number where a denoiser leads.
-        self._sequences: dict[Key, _Sequence] = {}
+        self._sequences: dict[Key, ContextSequence] = {}
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens, self._waited_for)
         self._replies: dict[int, list[Reply]] = {}
         self._inbox: deque[AnyRequest | RequestId | Port] = deque()
@@ -162,9 +142,9 @@ class ContextEngine:
             self._emit(ReleasedEvent(request.id))
             return
         if isinstance(request, ScoreRequest):
-            sequence = _Sequence(slot, list(request.token_ids[:-1]), sheet=ScoreSheet(request))
+            sequence = ContextSequence(slot, list(request.token_ids[:-1]), sheet=ScoreSheet(request))
         else:
-            sequence = _Sequence(slot, list(request.prompt_token_ids), request=request)
+            sequence = ContextSequence(slot, list(request.prompt_token_ids), request=request)
         self._sequences[request.id] = sequence
         self._scheduler.add_prompt(request.id, 0, len(sequence.to_read))
 
@@ -208,10 +188,10 @@ class ContextEngine:
                 self._forget(key)
             self._reply(index, Released(command.sequence))
 
-    def _open(self, key: tuple[int, int], reserve: int, token_ids: Sequence[int]) -> _Sequence:
+    def _open(self, key: tuple[int, int], reserve: int, token_ids: Sequence[int]) -> ContextSequence:
         if key in self._sequences:
             raise InvalidRequest.of("sequence", f"got {key[1]}, which is already open on this link")
-        sequence = _Sequence(self.cache.allocate(reserve), list(token_ids), link=key[0], number=key[1])
+        sequence = ContextSequence(self.cache.allocate(reserve), list(token_ids), link=key[0], number=key[1])
         self._sequences[key] = sequence
         if token_ids:
             self._scheduler.add_prompt(key, 0, len(token_ids))
@@ -260,11 +240,11 @@ class ContextEngine:
         # A mock-AR token is read while its denoiser steps on it.
         return all(self._ports[link].apart for link in links) and all(len(each.to_read) > 1 for each in led)
 
-    def _commit(self, sequences: list[_Sequence]) -> None:
+    def _commit(self, sequences: list[ContextSequence]) -> None:
         self._read(sequences, [sequence.to_read for sequence in sequences], Want.STATES)
         for sequence in sequences:
             start = len(sequence.read)
-            self._has_read(sequence, len(sequence.to_read))
+            sequence.has_read(len(sequence.to_read))
             self._tell(sequence, start, complete=True)
 
     def _prefill(self, chunks: Sequence[PrefillChunk]) -> None:
@@ -302,10 +282,10 @@ class ContextEngine:
         self._scheduler.has_read()
         sequences = [self._sequences[chunk.key] for chunk in chunks]
         self._extended(sequences, [chunk.end - chunk.start for chunk in chunks])
-        finished: list[tuple[_Sequence, Tensor]] = []
+        finished: list[tuple[ContextSequence, Tensor]] = []
         scored: list[ScoredRow] = []
         for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
-            self._has_read(sequence, chunk.end - chunk.start)
+            sequence.has_read(chunk.end - chunk.start)
             if sequence.sheet is not None:
                 scored.append(ScoredRow.of(row, sequence.sheet, chunk))
             elif sequence.request is None:
@@ -332,47 +312,38 @@ class ContextEngine:
                 self._emit(row.sheet.event())
                 self._close_own(request_id)
 
-    def _has_read(self, sequence: _Sequence, count: int) -> None:
-        sequence.read.extend(sequence.to_read[:count])
-        del sequence.to_read[:count]
+    def _tell(self, sequence: ContextSequence, start: int, complete: bool) -> None:
+        delta = sequence.delta(start, complete)
+        if delta is not None:
+            self._reply(sequence.link, delta)
 
-    def _tell(self, sequence: _Sequence, start: int, complete: bool) -> None:
-        """Send the delta from `start` on; to one that attaches, everything at once when all of it is read."""
-        missing: tuple[int, ...] = ()
-        if sequence.attach_known is not None:
-            if not complete:
-                return
-            start, missing, sequence.attach_known = 0, tuple(sequence.read[sequence.attach_known :]), None
-        delta = Delta(sequence.number, start, len(sequence.read), sequence.slot, complete, missing)
-        self._reply(sequence.link, delta)
-
-    def _decode(self, sequences: list[_Sequence]) -> None:
+    def _decode(self, sequences: list[ContextSequence]) -> None:
         tokens = [[sequence.to_read[0]] for sequence in sequences]
         logits_RLV = self._read(sequences, tokens, Want.LOGITS)
         for sequence in sequences:
-            self._has_read(sequence, 1)
+            sequence.has_read(1)
         self._next_tokens(sequences, logits_RLV[:, 0])
 
-    def _read(self, sequences: Sequence[_Sequence], tokens: Sequence[Sequence[int]], want: Want) -> Tensor:
+    def _read(self, sequences: Sequence[ContextSequence], tokens: Sequence[Sequence[int]], want: Want) -> Tensor:
         """One causal forward that extends each sequence by its tokens. Returns what `Passes.run` does."""
         out = self._passes.run([sequence.slot for sequence in sequences], tokens, want=want)
         self._extended(sequences, list(map(len, tokens)))
         return out
 
-    def _extended(self, sequences: Sequence[_Sequence], lengths: Sequence[int]) -> None:
+    def _extended(self, sequences: Sequence[ContextSequence], lengths: Sequence[int]) -> None:
         for sequence, length in zip(sequences, lengths, strict=True):
             self.cache.advance(sequence.slot, length)
         self.rows += len(sequences)
 
-    def _next_tokens(self, sequences: list[_Sequence], logits_RV: Tensor) -> None:
+    def _next_tokens(self, sequences: list[ContextSequence], logits_RV: Tensor) -> None:
         finite_R = torch.isfinite(logits_RV).all(1)
-        sampled = sample(logits_RV, [_token_params(sequence) for sequence in sequences])
+        sampled = sample(logits_RV, [sequence.params for sequence in sequences])
         # The host waits for the device here and in `_take_scores` only.
         outcome_R3 = torch.stack([sampled.tokens_R.float(), sampled.margin_R, finite_R.float()], dim=1)
         for sequence, (token, margin, finite) in zip(sequences, outcome_R3.tolist(), strict=True):
             self._emit_token(sequence, int(token), bool(finite), margin)
 
-    def _emit_token(self, sequence: _Sequence, token: int, finite: bool, margin: float) -> None:
+    def _emit_token(self, sequence: ContextSequence, token: int, finite: bool, margin: float) -> None:
         request = sequence.request
         assert request is not None
         if not finite:
@@ -396,10 +367,3 @@ class ContextEngine:
 
 def _not_finite(request_id: RequestId) -> NumericalError:
     return NumericalError(f"request {request_id}: the context tower's logits hold a NaN or an infinity")
-
-
-def _token_params(sequence: _Sequence) -> TokenParams:
-    assert sequence.request is not None
-    params = sequence.request.params
-    key = step_key(params.seed, sequence.generated, 0) if params.samples else 0
-    return TokenParams(params.temperature, params.top_k, params.top_p, key)

@@ -270,7 +270,7 @@ class DenoiserEngine:
         self._submit(reading=True)  # before the forward, so that both towers work at the same time
         logits_RV = self._passes.run([s.slot for s in sequences], [s.tokens for s in sequences])[:, 0]
         finite_R = torch.isfinite(logits_RV).all(1)
-        sampled = sample(logits_RV, [_token_params(s) for s in sequences])
+        sampled = sample(logits_RV, [TokenParams.of(s.request.params, s.generated) for s in sequences])
         outcome_R3 = torch.stack([sampled.tokens_R.float(), sampled.margin_R, finite_R.float()], dim=1)
         return _Step(outcome_R3, partial(self._have_tokens, sequences))
 
@@ -346,12 +346,6 @@ def _step_params(sequence: _Sequence) -> StepParams:
     # With steps_per_block 1 (or on the last step) everything still masked is fixed.
     steps_left = max(params.steps_per_block - sequence.step, 1)
     return StepParams(params.confidence_threshold, steps_left, params.temperature, key)
-
-
-def _token_params(sequence: _Sequence) -> TokenParams:
-    params = sequence.request.params
-    key = step_key(params.seed, sequence.generated, 0) if params.samples else 0
-    return TokenParams(params.temperature, params.top_k, params.top_p, key)
 
 
 def _of_like_width(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:

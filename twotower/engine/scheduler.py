@@ -1,7 +1,7 @@
 """Which work the context engine does next. Pure Python: knows sequences by their keys, not by their tensors.
 
-A cycle runs at most one commit batch, one decode batch and one prefill batch. Commits come first whenever some wait,
-because a denoiser waits for them; but each kind runs once a cycle, so nobody starves.
+A cycle runs at most one commit batch (perhaps in two halves), one decode batch and one prefill batch. Commits come
+first whenever some wait, because a denoiser waits for them; but each kind runs once a cycle, so nobody starves.
 """
 
 from collections import OrderedDict
@@ -96,7 +96,7 @@ class ContextScheduler:
         if work is None and self._done_this_cycle:
             self._done_this_cycle.clear()
             work = self._pick()
-        if work is not None:
+        if work is not None and not (isinstance(work, CommitBatch) and self._halved):
             self._done_this_cycle.add(type(work))
         return work
 
