@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 from twotower.core import Mode
@@ -10,7 +11,7 @@ from twotower.demo.corpus import families_of, held_out
 from twotower.demo.tokenizer import encode_answer, encode_prompt, load_tokenizer
 from twotower.engine.expectation import Bounds, Expectation, Known
 from twotower.engine.in_process import open_pair
-from twotower.engine.self_test import decode_sample
+from twotower.engine.self_test import decode_sample, score_sample
 from twotower.engine.settings import EngineSettings
 
 _AFTER = 300  # other instances than those that scores and speeds are of
@@ -31,10 +32,12 @@ async def _expectation(directory: Path) -> Expectation:
     families = families_of(directory)
     per_family = -(-_SAMPLE // len(families))
     instances = [instance for family in families for instance in held_out(family, per_family, _AFTER)]
-    sample = tuple(
-        Known(tuple(encode_prompt(tokenizer, i.prompt)), tuple(encode_answer(tokenizer, i.answer))) for i in instances
-    )
+    texts = [(encode_prompt(tokenizer, i.prompt), encode_answer(tokenizer, i.answer)) for i in instances]
+    unscored = [Known(tuple(prompt), tuple(answer), 0.0) for prompt, answer in texts]
     async with open_pair(directory, _SETTINGS, "cpu") as pair:
+        likelihoods = await score_sample(pair, unscored, _TIMEOUT_S)
+        pairs = zip(unscored, likelihoods, strict=True)
+        sample = tuple(replace(known, mean_log_prob=round(likelihood, 4)) for known, likelihood in pairs)
         bounds = [Bounds.around(m, sample, await decode_sample(pair, sample, m, _TIMEOUT_S)) for m in Mode]
     # A mode in which these weights get next to nothing right has no bound that could be broken.
     return Expectation(sample, tuple(bound for bound in bounds if bound.min_right > 0))

@@ -6,10 +6,13 @@ A broken kernel stack shows here, as one clear error, and not in a user's answer
 
 import asyncio
 import logging
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
-from twotower.core import DecodingParams, Mode, Request, RequestId
+from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreRequest
 from twotower.engine.expectation import Expectation, Known, Outcome
 from twotower.engine.pair import Pair
 from twotower.errors import Overloaded, TwoTowerError, Unavailable
@@ -21,31 +24,58 @@ _PAUSE_S = 0.005
 
 logger = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
 
 async def self_test(pair: Pair, modes: Sequence[Mode], timeout_s: float, expected: Expectation | None = None) -> None:
-    """Decode a short prompt in each mode, then what the checkpoint knows the answers to.
+    """Decode a short prompt in each mode, then what the checkpoint knows the answers to; where `ar` is among the modes,
+    score these texts too.
 
-    Raises Unavailable with the mode and the reason.
+    Raises Unavailable with what was tried and the reason.
     """
+    if expected is not None and max(map(_pages, expected.sample)) > pair.ledger.context.pages:
+        logger.warning("self-test: the cache is too small for the checkpoint's own sample; left out")
+        expected = None
     for mode in modes:
-        try:
+        with _named(f"in {mode} mode"):
             await _count_tokens(pair, mode, timeout_s)
             if expected is not None:
-                await _check(pair, expected, mode, timeout_s)
-        except TwoTowerError as error:
-            raise Unavailable(f"self-test in {mode} mode failed: {error}") from error
+                await _check_answers(pair, expected, mode, timeout_s)
+    if expected is not None and Mode.AR in modes:
+        with _named("of scores"):
+            _refuse(expected.misread(await score_sample(pair, expected.sample, timeout_s)))
+            logger.info("self-test of scores: %d known texts are as likely as they should be", len(expected.sample))
 
 
 async def decode_sample(pair: Pair, sample: Sequence[Known], mode: Mode, timeout_s: float) -> list[Outcome]:
     """What the pair makes of the sample, in order: greedily, as many at once as it has room for."""
-    room = pair.ledger.context
-    limit = asyncio.Semaphore(max(1, min(room.slots, room.pages // max(map(_pages, sample)))))
 
     async def decode(number: int, known: Known) -> Outcome:
-        async with limit:
-            return await _decode(pair, known, mode, number, timeout_s)
+        request = _request(known, mode, number)
+        events = [event async for event in pair.generate(request, timeout_s)]
+        tokens = tuple(token for event in events for token in event.token_ids)
+        return Outcome(tokens, sum(event.num_steps for event in events) if mode is Mode.DIFFUSION else len(tokens))
 
-    return await asyncio.gather(*(decode(number, known) for number, known in enumerate(sample)))
+    return await _of_all(pair, sample, decode, timeout_s)
+
+
+async def score_sample(pair: Pair, sample: Sequence[Known], timeout_s: float) -> list[float]:
+    """How likely the pair finds each text of the sample, in order: `Known.mean_log_prob`."""
+
+    async def score(number: int, known: Known) -> float:
+        text = known.prompt_token_ids + known.answer_token_ids
+        event = await pair.score(ScoreRequest(RequestId(f"self-test-score-{number}"), text, 1), timeout_s)
+        return statistics.mean(event.log_probs)
+
+    return await _of_all(pair, sample, score, timeout_s)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except TwoTowerError as error:
+        raise Unavailable(f"self-test {what} failed: {error}") from error
 
 
 async def _count_tokens(pair: Pair, mode: Mode, timeout_s: float) -> None:
@@ -57,18 +87,39 @@ async def _count_tokens(pair: Pair, mode: Mode, timeout_s: float) -> None:
         raise Unavailable(f"got {got} tokens, wanted {wanted}")
 
 
-async def _check(pair: Pair, expected: Expectation, mode: Mode, timeout_s: float) -> None:
+async def _check_answers(pair: Pair, expected: Expectation, mode: Mode, timeout_s: float) -> None:
     bounds = next((bounds for bounds in expected.bounds if bounds.mode is mode), None)
     if bounds is None:
         return
-    if max(map(_pages, expected.sample)) > pair.ledger.context.pages:
-        logger.warning("self-test in %s mode: the cache is too small for the checkpoint's own sample; left out", mode)
-        return
     outcomes = await decode_sample(pair, expected.sample, mode, timeout_s)
-    short = bounds.shortfall(expected.sample, outcomes)
-    if short is not None:
-        raise Unavailable(f"{short}: kernels, cache or exchange do not do what these weights were trained with")
+    _refuse(bounds.shortfall(expected.sample, outcomes))
     logger.info("self-test in %s mode: %d known prompts are within the checkpoint's bounds", mode, len(outcomes))
+
+
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        raise Unavailable(f"{problem}: kernels, cache or exchange do not do what these weights were trained with")
+
+
+async def _of_all(
+    pair: Pair, sample: Sequence[Known], ask: Callable[[int, Known], Awaitable[Answer]], timeout_s: float
+) -> list[Answer]:
+    room = pair.ledger.context
+    limit = asyncio.Semaphore(max(1, min(room.slots, room.pages // max(map(_pages, sample)))))
+
+    async def patiently(number: int, known: Known) -> Answer:
+        deadline = time.monotonic() + timeout_s
+        async with limit:
+            while True:
+                try:
+                    return await ask(number, known)
+                except Overloaded:
+                    # A sequence's room is back a moment after its last event, and there may be no queue to wait in.
+                    if time.monotonic() > deadline:
+                        raise
+                    await asyncio.sleep(_PAUSE_S)
+
+    return await asyncio.gather(*(patiently(number, known) for number, known in enumerate(sample)))
 
 
 def _params(known: Known, mode: Mode) -> DecodingParams:
@@ -81,18 +132,3 @@ def _pages(known: Known) -> int:
 
 def _request(known: Known, mode: Mode, number: int) -> Request:
     return Request(RequestId(f"self-test-{mode}-{number}"), known.prompt_token_ids, _params(known, mode))
-
-
-async def _decode(pair: Pair, known: Known, mode: Mode, number: int, timeout_s: float) -> Outcome:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            events = [event async for event in pair.generate(_request(known, mode, number), timeout_s)]
-            break
-        except Overloaded:
-            # A sequence's room is back a moment after its last event, and there may be no queue to wait in.
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(_PAUSE_S)
-    tokens = tuple(token for event in events for token in event.token_ids)
-    return Outcome(tokens, sum(event.num_steps for event in events) if mode is Mode.DIFFUSION else len(tokens))
