@@ -35,6 +35,7 @@ from benchmarks.quality_parts.record import Record
 from benchmarks.quality_parts.report import Costs, Findings, render, summary
 from benchmarks.quality_parts.targets import runs_here, served_fingerprint, target_of
 from benchmarks.reference.workload import DEMO
+from twotower.commands.journal import Journal
 from twotower.commands.parser import count
 from twotower.demo.corpus import families_of
 from twotower.demo.tokenizer import load_tokenizer
@@ -86,8 +87,8 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     if theirs is not None and theirs != mine:
         raise ConfigError(f"{options.target}: serves checkpoint {theirs}, wanted {mine}: {options.checkpoint}")
     about = {**plan.about(), "checkpoint": mine, "target": options.target.partition("://")[0]}
-    record = Record(_file(options.output, ".jsonl"), about, options.resume, options.overwrite)
-    return Experiment(plan, target, tokenizer, record)
+    journal = Journal(_file(options.output, ".jsonl"), about, options.resume, options.overwrite)
+    return Experiment(plan, target, tokenizer, Record(journal))
 
 
 def write(prefix: Path, target: str, findings: Findings, load_before: float, command: str) -> None:

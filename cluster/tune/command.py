@@ -5,14 +5,20 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from cluster import run_state
 from cluster.flag_types import host_and_port, seconds
 from cluster.tune.report import Findings
+from twotower.commands.journal import Journal
 from twotower.commands.parser import count, share
-from twotower.errors import InvalidRequest
+from twotower.errors import ConfigError, InvalidRequest
+
+if TYPE_CHECKING:
+    from cluster.tune.record import Record
+    from cluster.tune.sweep import Sweep
 
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 DESCRIPTION = """Ask the running service your own prompts at several confidence thresholds γ and in ar mode, and say
@@ -45,6 +51,9 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", action="store_true", help="one JSON object instead of the table")
     add("--output", type=Path, metavar="PREFIX", help="also write PREFIX.json and PREFIX.png, the curve")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--resume", action="store_true", help="go on with PREFIX.part, which a run cut short has left")
+    kept.add_argument("--overwrite", action="store_true", help="begin PREFIX.part anew")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
             "--input",
             f"{address} serves {model.model_name} without a tokenizer: wanted prompt_token_ids and no answers",
         )
+    served = {"address": address, "model": model.model_name, "checkpoint": model.checkpoint_fingerprint}
     sweep = Sweep(
         address,
         questions,
@@ -69,16 +79,34 @@ def run(options: argparse.Namespace) -> int:
         options.max_new_tokens,
         options.timeout,
     )
+    record, told = _record(options, sweep, served["checkpoint"]), False
     try:
-        with tqdm(total=sweep.num_calls, unit="answer", file=sys.stderr, disable=None) as bar:
-            passes = asyncio.run(sweep.run(bar.update))
+        done = len(questions) * len(record.passes.keys() & {None, *sweep.thresholds})
+        with tqdm(total=sweep.num_calls, initial=done, unit="answer", file=sys.stderr, disable=None) as bar:
+            passes = asyncio.run(sweep.run(record.passes, bar.update, record.add))
+        _tell(options, served, Findings.of(questions, passes, options.quality_floor, record.resumed))
+        told = True
     except Refused as refused:
         where = f"{options.input}, " if refused.mistake else ""
         print(f"error: {where}{refused}", file=sys.stderr)
         return 2 if refused.mistake else 1
-    served = {"address": address, "model": model.model_name, "checkpoint": model.checkpoint_fingerprint}
-    _tell(options, served, Findings.of(questions, passes, options.quality_floor))
+    finally:
+        record.close(told)
+        if record.passes and not told and options.output is not None:
+            print(f"{len(record.passes)} passes are kept; --resume goes on from there", file=sys.stderr)
     return 0
+
+
+def _record(options: argparse.Namespace, sweep: "Sweep", checkpoint: str) -> "Record":
+    """Raises ConfigError for a journal that is in the way, or of something else."""
+    from cluster.tune.record import Record
+
+    if options.output is None:
+        if options.resume or options.overwrite:
+            raise ConfigError("--resume and --overwrite: wanted --output PREFIX too, whose PREFIX.part they mean")
+        return Record(None)
+    about = {"checkpoint": checkpoint, **sweep.about()}
+    return Record(Journal(_file(options.output, ".part"), about, options.resume, options.overwrite))
 
 
 def _tell(options: argparse.Namespace, served: dict[str, str], findings: Findings) -> None:

@@ -23,13 +23,16 @@ class Findings:
     prompts: int
     by_answers: bool
     asked_again: int
+    resumed: bool
 
     @classmethod
-    def of(cls, questions: Sequence[Question], passes: Sequence[Pass], floor: float) -> "Findings":
+    def of(
+        cls, questions: Sequence[Question], passes: Sequence[Pass], floor: float, resumed: bool = False
+    ) -> "Findings":
         rated = rate(questions, passes)
         by_answers = questions[0].answer is not None
         again = sum(one.asked_again for one in passes)
-        return cls(rated, advise(rated, floor, len(questions)), floor, len(questions), by_answers, again)
+        return cls(rated, advise(rated, floor, len(questions)), floor, len(questions), by_answers, again, resumed)
 
     def figures(self) -> dict[str, object]:
         """All of it as JSON."""
@@ -41,6 +44,7 @@ class Findings:
             "quality": "answers" if self.by_answers else "agreement",
             "prompts": self.prompts,
             "asked_again": self.asked_again,
+            "resumed": self.resumed,
             "ways": [asdict(one) for one in self.rated],
         }
 
@@ -54,6 +58,8 @@ class Findings:
             head.append(
                 f"asked again because the service was full or had no cell: {self.asked_again}; speeds are too low"
             )
+        if self.resumed:
+            head.append("measured in more than one sitting (--resume): speeds may be of different days")
         return "\n".join([*head, "", _HEAD, *map(self._row, self.rated), "", *self._advice()])
 
     def draw(self, path: Path) -> None:

@@ -1,10 +1,12 @@
 """Asks the service every prompt in every way, a bounded number at a time, and keeps what came."""
 
 import asyncio
+import hashlib
+import json
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -73,15 +75,31 @@ class Sweep:
     def num_calls(self) -> int:
         return len(self.questions) * (1 + len(self.thresholds))
 
-    async def run(self, answered: Callable[[], object]) -> list[Pass]:
-        """`ar` first, then each threshold; `answered` is called once an answer. Raises Refused or Unavailable."""
+    def about(self) -> dict[str, object]:
+        """What decides a pass. Not the thresholds: there may be more of them another time."""
+        asked = json.dumps([(question.prompt, question.answer) for question in self.questions])
+        return {
+            "prompts and answers": hashlib.sha256(asked.encode()).hexdigest()[:16],
+            "prompts at once": self.concurrency,
+            "tokens of an answer": self.max_new_tokens,
+        }
+
+    async def run(
+        self, known: Mapping[float | None, Pass], answered: Callable[[], object], keep: Callable[[Pass], object]
+    ) -> list[Pass]:
+        """`ar` first, then each threshold, but for those `known` already; `answered` is called once an answer, `keep`
+        once a pass. Raises Refused or Unavailable."""
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             stub = pb_grpc.GenerationServiceStub(channel)
             passes = []
             for threshold in (None, *self.thresholds):
-                for question in self.questions[:_WARM_UP]:
-                    await self._ask(stub, question, threshold)
-                passes.append(await self._pass(stub, threshold, answered))
+                one = known.get(threshold)
+                if one is None:
+                    for question in self.questions[:_WARM_UP]:
+                        await self._ask(stub, question, threshold)
+                    one = await self._pass(stub, threshold, answered)
+                    keep(one)
+                passes.append(one)
             return passes
 
     async def _pass(

@@ -17,6 +17,7 @@ from benchmarks.quality_parts.report import Costs, Findings, render
 from benchmarks.quality_parts.targets import HttpPath, LocalPath, target_of
 from benchmarks.reference.paths import Piece, ServedPath
 from benchmarks.reference.workload import DEMO
+from twotower.commands.journal import Journal
 from twotower.core import Mode, Request
 from twotower.demo.corpus import held_out
 from twotower.demo.scores import AR, MOCK_AR, USUAL, Way
@@ -66,7 +67,7 @@ def tokenizer() -> BpeTokenizer:
 
 
 async def _findings(tokenizer: BpeTokenizer, path: Path, resume: bool = False) -> tuple[Findings, Oracle]:
-    record, oracle = Record(path, PLAN.about(), resume), Oracle()
+    record, oracle = Record(Journal(path, PLAN.about(), resume)), Oracle()
     await Experiment(PLAN, oracle, tokenizer, record).run()
     record.close()
     return Findings(PLAN, record, Costs(0.004, 0.002)), oracle
@@ -108,16 +109,22 @@ async def test_a_run_that_was_cut_short_goes_on(tokenizer: BpeTokenizer, tmp_pat
 
 def test_a_record_is_neither_erased_nor_gone_on_with_unasked(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
-    Record(path, PLAN.about()).close()
+    Journal(path, PLAN.about()).close()
     with pytest.raises(ConfigError, match="--resume goes on with it, --overwrite begins anew"):
-        Record(path, PLAN.about())
+        Journal(path, PLAN.about())
     other = replace(PLAN, per_family=200).about()
     with pytest.raises(ConfigError, match="instances per family was 4, now it is 200"):
-        Record(path, other, resume=True)
+        Journal(path, other, resume=True)
     more_rounds = replace(PLAN, rounds=7).about()
-    Record(path, more_rounds, resume=True).close()
-    Record(path, other, overwrite=True).close()
-    Record(path, other, resume=True).close()
+    Journal(path, more_rounds, resume=True).close()
+    Journal(path, other, overwrite=True).close()
+    Journal(path, other, resume=True).close()
+    path.write_text("score {}\n")
+    with pytest.raises(ConfigError, match="it does not say what it is about"):
+        Journal(path, other, resume=True)
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(ConfigError, match=r"q\.jsonl: "):
+        Journal(path, other, resume=True)
 
 
 async def test_four_files_are_written(tokenizer: BpeTokenizer, tmp_path: Path) -> None:

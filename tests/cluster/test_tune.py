@@ -16,7 +16,7 @@ from cluster.tune.recommendation import Rated, advise, rate
 from cluster.tune.sweep import Answered, Pass
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
 from twotower.core import BlockEvent, FinishReason, Mode, Request
-from twotower.errors import InvalidRequest, Overloaded
+from twotower.errors import InvalidRequest, Overloaded, TwoTowerError
 
 ANSWER = "forty-two"
 
@@ -24,9 +24,13 @@ ANSWER = "forty-two"
 class GammaCells(ScriptedCells):
     """Like `ar` from γ 0.7 on; below it, every second prompt gets another answer. Fewer steps with a lower γ."""
 
+    broken_at: float | None = None
+
     async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
         self.requests.append(request)
         params = request.params
+        if params.confidence_threshold == self.broken_at:
+            raise TwoTowerError("the cell failed")
         ar = params.mode is Mode.AR
         wrong = not ar and params.confidence_threshold < 0.7 and request.prompt_token_ids[-1] % 2 == 0
         await asyncio.sleep(0.02 if ar else 0.01 * params.confidence_threshold)
@@ -99,6 +103,32 @@ def test_json_and_files(address: str, prompts: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sweep_that_was_cut_short_goes_on(
+    address: str, cells: GammaCells, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["tune", "--address", address, "--input", str(prompts), "--output", str(tmp_path / "t")]
+    arguments += ["--confidence-thresholds", "0.5,0.7,1"]
+    cells.broken_at = 0.7
+    assert main(arguments) == 1
+    assert "2 passes are kept; --resume goes on from there" in capsys.readouterr().err
+    cells.broken_at = None
+    cells.requests.clear()
+    assert main(arguments) == 2
+    assert "t.part: holds an earlier run; --resume goes on with it" in capsys.readouterr().err
+    assert main([*arguments, "--concurrency", "3", "--resume"]) == 2
+    assert "cannot be gone on with: prompts at once was 16, now it is 3" in capsys.readouterr().err
+    assert not cells.requests
+    assert main([*arguments, "--resume"]) == 0
+    assert {request.params.confidence_threshold for request in cells.requests} == {0.7, 1.0}
+    said = capsys.readouterr().out
+    assert "Take γ 0.7." in said and "in more than one sitting" in said
+    assert json.loads((tmp_path / "t.json").read_text())["resumed"] is True
+    assert not (tmp_path / "t.part").exists(), "all of it is in the other files now"
+    assert main(arguments) == 0, "and nothing is in the way of the next run"
+    assert main(["tune", "--address", address, "--input", str(prompts), "--resume"]) == 2
+    assert "wanted --output PREFIX too" in capsys.readouterr().err
+
+
 def test_with_answers_of_his_own(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = [{"prompt": f"what is {n}", "answer": ANSWER if n < 6 else "no"} for n in range(8)]
     prompts = _lines(tmp_path / "p.jsonl", *values)
@@ -131,7 +161,9 @@ async def test_a_service_that_is_full_for_a_while_is_asked_again(monkeypatch: py
 
     monkeypatch.setattr(sweep, "_PAUSES_S", (0.01, 0.01, 0.01, 0.01))
     async with grpc_server(generation(FullForAWhile())) as (where, _):
-        passes = await sweep.Sweep(where, [Question(1, "a")], [0.8], 1, None, 10.0).run(lambda: None)
+        passes = await sweep.Sweep(where, [Question(1, "a")], [0.8], 1, None, 10.0).run(
+            {}, lambda: None, lambda _: None
+        )
     assert [one.answers[0].token_ids for one in passes] == [tokens(ANSWER)] * 2
     assert [one.asked_again for one in passes] == [2, 0]
 
@@ -145,7 +177,7 @@ async def test_one_that_stays_full_is_named_without_a_line(monkeypatch: pytest.M
     monkeypatch.setattr(sweep, "_PAUSES_S", (0.01,))
     async with grpc_server(generation(Full())) as (where, _):
         with pytest.raises(Refused, match="every cell is full") as caught:
-            await sweep.Sweep(where, [Question(1, "a")], [0.8], 1, None, 10.0).run(lambda: None)
+            await sweep.Sweep(where, [Question(1, "a")], [0.8], 1, None, 10.0).run({}, lambda: None, lambda _: None)
     assert not caught.value.mistake and "line" not in str(caught.value)
 
 
