@@ -20,14 +20,14 @@ serve: env
 	@echo "Starting the service; Ctrl-C stops it"
 	@exec $(PY) -m cluster up
 
-# Two at a time. On a local Ray the tests of a file stay together, because they share what they started; in this order
+# Two at a time, each with neighbours, which share what they load. On a local Ray the tests of a file stay together, because they share what they started; in this order
 # both workers are busy equally long. (`--dist loadgroup` does nothing: xdist 3.8 cannot rename this pytest's tests.)
 test: env
 ifdef PYTEST_ARGS
 	@$(PY) -m pytest $(PYTEST_ARGS)
 else
 	@echo "[1/2] Tests without a cluster, but for slow ones"
-	@$(PY) -m pytest --quiet --numprocesses 2 -m "not ray and not slow"
+	@$(PY) -m pytest --quiet --numprocesses 2 --dist worksteal -m "not ray and not slow"
 	@echo "[2/2] Tests on a local Ray, and slow ones"
 	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "ray or slow"
 endif

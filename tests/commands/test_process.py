@@ -5,6 +5,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 import twotower
 from tests.commands.running import GOOD
 
@@ -21,6 +23,7 @@ def test_version_and_help_in_a_process() -> None:
     assert out.count("python -m twotower generate --checkpoint demo") == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_process() -> None:
     """After the first tokens, in the middle of decoding."""
     process = _process("generate", *GOOD, "--mode", "ar", "--max-new-tokens", "4000", "--ignore-eos", bufsize=1)

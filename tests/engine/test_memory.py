@@ -70,6 +70,7 @@ def test_colocated(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     assert predicted.staging == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "num_denoisers"), [(torch.float32, 1), (torch.bfloat16, 2)])
 def test_split(checkpoint: Checkpoint, dtype: torch.dtype, num_denoisers: int) -> None:
     link = LinkSettings()

@@ -14,7 +14,7 @@ from twotower.decoding.unmasking import Blocks, StepParams
 from twotower.engine.capture import passes_for
 from twotower.engine.graphs import FixedPasses
 from twotower.engine.passes import EagerPasses, Passes, Want
-from twotower.engine.recorded import Form, Program, RecordedPasses, plain_pass, record
+from twotower.engine.recorded import Form, Program, RecordedPasses, plain_pass
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 from twotower.model.cache import Span, TowerCache
@@ -34,11 +34,19 @@ FORMS = [
 ]
 
 
+@cache
+def _programs(tower: ContextTower | DenoiserTower) -> dict[Form, Program]:
+    """Those an engine prepares. They hold no cache, so one recording serves all tests."""
+    passes = RecordedPasses(tower, TowerCache(tower.config, 1, 1, CPU, torch.float32))
+    passes.prepare(16)
+    return passes._programs
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("which", "form"), FORMS, ids=[f"{which}-{form}" for which, form in FORMS])
 def test_the_same_bits_for_any_number_of_rows_and_pages(name: str, which: str, form: Form) -> None:
     tower = getattr(golden(name), which)
-    program = record(tower, form)
+    program = _programs(tower)[form]
     most = FEW_TOKENS // form.width
     for rows, pages in [(1, 2), (most, 3), (max(1, most // 2), 8)] if form.few else [(most + 1, 2), (most + 9, 5)]:
         draw = random.Random(rows)
@@ -59,14 +67,6 @@ def test_the_same_bits_for_any_number_of_rows_and_pages(name: str, which: str, f
             got = program(torch.tensor(given), t_R, *again)
         assert torch.equal(got, wanted)
         assert all(torch.equal(ours, plain) for ours, plain in zip(again, states, strict=True))
-
-
-@cache
-def _programs(tower: ContextTower | DenoiserTower) -> dict[Form, Program]:
-    """Those an engine prepares. They hold no cache, so one recording serves all tests."""
-    passes = RecordedPasses(tower, TowerCache(tower.config, 1, 1, CPU, torch.float32))
-    passes.prepare(16)
-    return passes._programs
 
 
 def _prepared(tower: ContextTower | DenoiserTower, memory: TowerCache) -> RecordedPasses:
@@ -139,6 +139,7 @@ def test_a_recorded_step_decides_as_an_eager_one(name: str, rows: int) -> None:
             assert ours == theirs or widths != [16] * rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_golden_tokens(name: str) -> None:
     model = golden(name)

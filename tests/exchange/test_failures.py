@@ -18,6 +18,8 @@ from twotower.exchange.protocol import Commit, Delta, Link, LinkEvent, Prefill
 from twotower.exchange.settings import EngineHooks, LinkSettings
 from twotower.testing import ChannelFaults
 
+pytestmark = pytest.mark.slow  # other processes, and waiting for what does not come
+
 PATIENCE_S = 1.2
 IMPATIENT = replace(QUICK, link_timeout_s=PATIENCE_S, stall_timeout_s=PATIENCE_S)
 
