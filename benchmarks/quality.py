@@ -28,7 +28,7 @@ import grpc
 import httpx
 import torch
 
-from benchmarks.engine_parts.bare import AR, DENOISE, Bench
+from benchmarks.engine_parts.bare import AR, COMMIT, DENOISE, PROMPT, Bench
 from benchmarks.quality_parts.experiment import Experiment
 from benchmarks.quality_parts.plan import Plan
 from benchmarks.quality_parts.record import Record
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         experiment.record.close()
     command = shlex.join(["python", "-m", "benchmarks.quality", *(arguments or sys.argv[1:])])
-    costs = _costs(options.checkpoint, options.pass_s) if runs_here(options.target) else None
+    costs = _costs(options.checkpoint, experiment.mean_prompt, options.pass_s) if runs_here(options.target) else None
     served = f"{options.target}, checkpoint {Checkpoint.open(options.checkpoint).fingerprint}"
     write(options.output, served, Findings(experiment.plan, experiment.record, costs), load_before, command)
     return 0
@@ -108,17 +108,16 @@ def _file(prefix: Path, ending: str) -> Path:
     return prefix.with_name(prefix.name + ending)
 
 
-def _costs(checkpoint: Path, seconds: float) -> Costs:
+def _costs(checkpoint: Path, prompt_tokens: int, seconds: float) -> Costs:
     """Bare passes at one row, in this process."""
     opened, cpu = Checkpoint.open(checkpoint), torch.device("cpu")
-    prompt = [list(range(4, 20))]
+    prompt = [list(range(4, 4 + prompt_tokens))]
     context = Bench(load_context_tower(opened, cpu, torch.float32), prompt, _CACHED, "auto")
     denoiser = Bench(load_denoiser_tower(opened, cpu, torch.float32), prompt, _CACHED, "auto")
     denoiser.mirror(context.read())
-    denoise, step = (
-        bench.time(kind, 1, False, False, 0.0, seconds) for bench, kind in ((denoiser, DENOISE), (context, AR))
-    )
-    return Costs(denoise.wall_s, step.wall_s)
+    timed = ((denoiser, DENOISE), (context, AR), (context, COMMIT), (context, PROMPT))
+    walls = [bench.time(kind, 1, False, False, 0.0, seconds).wall_s for bench, kind in timed]
+    return Costs(*walls, prompt_tokens)
 
 
 def _plan(options: argparse.Namespace) -> Plan:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from tokenizers import Tokenizer as BpeTokenizer
 from tqdm import tqdm
 
-from benchmarks.quality_parts.plan import LONG_TOKENS, QUALITY_CONCURRENCY, Plan
-from benchmarks.quality_parts.record import Record, Run
+from benchmarks.quality_parts.plan import BLOCK, LONG_TOKENS, QUALITY_CONCURRENCY, Plan
+from benchmarks.quality_parts.record import Record, Run, Spent
 from benchmarks.reference.paths import Path, Piece, Running
 from twotower.core import Request, RequestId
 from twotower.demo.corpus import Instance
@@ -24,10 +24,11 @@ _WARM_UP = 4
 
 @dataclass(slots=True)
 class Asked:
-    """One answer as it came. `first_token_s`: from asking to its first tokens."""
+    """One answer as it came. Seconds from asking: to its first tokens, and to its end."""
 
     pieces: list[Piece] = field(default_factory=list)
     first_token_s: float = 0.0
+    seconds: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -45,6 +46,11 @@ class Experiment:
         self.plan, self.record = plan, record
         self._target, self._tokenizer = target, tokenizer
         self._name = f"{time.time_ns():x}"  # a service takes each request id once
+
+    @property
+    def mean_prompt(self) -> int:
+        """Tokens of a timed prompt."""
+        return round(statistics.mean(len(encode_prompt(self._tokenizer, i.prompt)) for i in self.plan.sample()))
 
     async def run(self) -> None:
         with tqdm(total=self.plan.num_runs, unit="run", smoothing=0.05) as self._bar:
@@ -95,7 +101,8 @@ class Experiment:
         asked, seconds = await self._ask_all(running, many, way, concurrency, name, long)
         first = statistics.median(one.first_token_s for one in asked)
         tokens, steps = sum(one.num_tokens for one in asked), sum(one.num_steps for one in asked)
-        return Run(str(way), concurrency, number, seconds, tokens, steps, first, long)
+        tasks = _by_task(many, asked) if concurrency == 1 else {}
+        return Run(str(way), concurrency, number, seconds, tokens, steps, first, long, tasks)
 
     async def _ask_all(
         self,
@@ -132,4 +139,14 @@ async def _ask(running: Running, request: Request) -> Asked:
         if piece.token_ids and not asked.num_tokens:
             asked.first_token_s = time.perf_counter() - started
         asked.pieces.append(piece)
+    asked.seconds = time.perf_counter() - started
     return asked
+
+
+def _by_task(many: Sequence[Instance], asked: Sequence[Asked]) -> dict[str, Spent]:
+    tasks: dict[str, Spent] = {}
+    for instance, one in zip(many, asked, strict=True):
+        commits = max(0, -(-one.num_tokens // BLOCK) - 1) if one.num_steps else 0
+        spent = Spent(1, one.num_tokens, one.num_steps, commits, one.seconds)
+        tasks[instance.family] = tasks.get(instance.family, Spent()) + spent
+    return tasks

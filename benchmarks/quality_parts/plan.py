@@ -9,6 +9,7 @@ from twotower.demo.families import FAMILIES
 from twotower.demo.scores import AR, USUAL, Way, every_way
 
 QUALITY_CONCURRENCY = 16
+BLOCK = 16
 LONG_TOKENS = 128  # of an answer that goes on past eos
 _PER_CLIENT = 8  # requests of a run of speed, at least
 

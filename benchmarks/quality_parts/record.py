@@ -1,16 +1,37 @@
 """What has been measured so far."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 
 from twotower.commands.journal import Journal
 from twotower.demo.scores import Score, from_json, to_json
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Of requests that came one after the other: how many, what they were given, and the seconds it took.
+
+    `num_commits`: blocks that another one followed.
+    """
+
+    num_answers: int = 0
+    num_tokens: int = 0
+    num_steps: int = 0
+    num_commits: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+@dataclass(frozen=True)
 class Run:
     """One timed run of the sample. Seconds; `first_token_s` is the median. `num_steps`: 0 in the causal modes. `long`:
-    answers went on past eos."""
+    answers went on past eos. `tasks`: the same by family, at concurrency 1."""
 
     way: str
     concurrency: int
@@ -20,6 +41,17 @@ class Run:
     num_steps: int
     first_token_s: float
     long: bool = False
+    tasks: dict[str, Spent] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, line: str) -> "Run":
+        plain = json.loads(line)
+        return cls(**{**plain, "tasks": {family: Spent(**each) for family, each in plain["tasks"].items()}})
+
+    @property
+    def spent(self) -> Spent:
+        """All tasks together."""
+        return sum(self.tasks.values(), Spent())
 
     @property
     def tokens_per_s(self) -> float:
@@ -41,7 +73,7 @@ class Record:
             if kind == "score":
                 self._keep_score(from_json(line))
             else:
-                self._keep_run(Run(**json.loads(line)))
+                self._keep_run(Run.from_json(line))
 
     @property
     def resumed(self) -> bool:

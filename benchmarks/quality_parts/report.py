@@ -1,10 +1,10 @@
 """The result as markdown: the trade of quality for throughput, what bounds it, and every figure behind it."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from benchmarks.quality_parts.plan import LONG_TOKENS, Plan
-from benchmarks.quality_parts.record import Record
+from benchmarks.quality_parts.plan import BLOCK, LONG_TOKENS, Plan
+from benchmarks.quality_parts.record import Record, Spent
 from benchmarks.reference.report import setup, spread
 from twotower.core import Mode
 from twotower.demo.scores import (
@@ -21,15 +21,17 @@ from twotower.demo.scores import (
     tokens_per_step,
 )
 
-BLOCK = 16
-
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of bare passes at one row: a denoiser step over a block, an AR step."""
+    """Seconds of bare passes at one row: a denoiser step over a block, an AR step, the commit of a block, and a prompt
+    of `prompt_tokens`."""
 
     denoise_s: float
     ar_s: float
+    commit_s: float
+    prompt_s: float
+    prompt_tokens: int
 
     @property
     def c(self) -> float:
@@ -39,6 +41,13 @@ class Costs:
         """Diffusion over AR at concurrency 1 at most, with a commit as dear as a step; `committed`: the share of blocks
         that are, all of them in issue 4's formula."""
         return BLOCK / (self.c * (BLOCK / per_step + committed))
+
+    def passes_s(self, spent: Spent) -> float:
+        """The passes such requests cannot do without, one after the other. The prompt's gives `ar` its first token."""
+        steps_s = spent.num_steps * self.denoise_s + spent.num_commits * self.commit_s
+        if not spent.num_steps:
+            steps_s = (spent.num_tokens - spent.num_answers) * self.ar_s
+        return spent.num_answers * self.prompt_s + steps_s
 
 
 class Findings:
@@ -68,6 +77,12 @@ class Findings:
         pairs = zip(ours, theirs, strict=True)
         return [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
 
+    def task_times_ar(self, way: Way, family: str) -> list[float]:
+        """The same of one task, at concurrency 1."""
+        ours, theirs = (self.record.of(str(each), 1) for each in (way, AR))
+        pairs = zip(ours, theirs, strict=True)
+        return [ours.tasks[family].tokens_per_s / theirs.tasks[family].tokens_per_s for ours, theirs in pairs]
+
     @property
     def swept(self) -> list[Way]:
         """The thresholds, at the usual number of steps."""
@@ -87,6 +102,7 @@ def render(findings: Findings, target: str, load_before: float, command: str) ->
         "## By task\n\n" + by_task(findings),
         "## By way of decoding\n\n" + _by_way(findings),
         "## Speed\n\n" + _speed(findings),
+        _whose_time(findings),
         "## Long answers, concurrency 1\n\n" + _long(findings),
         _blocks(findings),
     ]
@@ -95,16 +111,18 @@ def render(findings: Findings, target: str, load_before: float, command: str) ->
 
 def by_task(findings: Findings) -> str:
     """Tasks down, `ar` against diffusion at the usual threshold; the last row is throughput."""
-    rows = [["task", "AR", str(USUAL), "retained", "tokens per step"], ["---"] * 5]
+    rows = [["task", "AR", str(USUAL), "retained", "tokens per step", "tokens an answer", "× AR at 1"], ["---"] * 7]
+    timed = findings.record.of(str(AR), 1)[0].tasks
     for ar, usual in zip(findings.scores(AR), findings.scores(USUAL), strict=True):
         share = _percent(usual.accuracy / ar.accuracy) if ar.accuracy else "–"
-        rows.append(
-            [ar.family, _percent(ar.accuracy), _percent(usual.accuracy), share, f"{tokens_per_step([usual]):.2f}"]
-        )
+        cells = [ar.family, _percent(ar.accuracy), _percent(usual.accuracy), share, f"{tokens_per_step([usual]):.2f}"]
+        length = timed[ar.family].num_tokens / timed[ar.family].num_answers
+        rows.append([*cells, f"{length:.0f}", f"{statistics.median(findings.task_times_ar(USUAL, ar.family)):.2f}"])
     both = [findings.scores(way) for way in (AR, USUAL)]
     means = [_percent(mean_accuracy(scores)) for scores in both]
-    rows.append(["**mean**", *means, _percent(findings.kept(USUAL)), f"{tokens_per_step(both[1]):.2f}"])
-    rows.append(["throughput at concurrency 1", "1.00 ×", f"{spread(findings.times_ar(USUAL, 1), 2)} ×", "", ""])
+    rows.append(["**mean**", *means, _percent(findings.kept(USUAL)), f"{tokens_per_step(both[1]):.2f}", "", ""])
+    throughput = f"{spread(findings.times_ar(USUAL, 1), 2)} ×"
+    rows.append(["throughput at concurrency 1", "1.00 ×", throughput, "", "", "", ""])
     return as_markdown(rows)
 
 
@@ -171,6 +189,33 @@ def _speed(findings: Findings) -> str:
     return as_markdown(rows) + "\n\n" + said
 
 
+def _whose_time(findings: Findings) -> str:
+    """What of an answer's time no service can save, and what it would be without one."""
+    costs = findings.costs
+    if costs is None:
+        return ""
+    head = ["way", "an answer, ms", "passes alone", "all else", "× AR", "by passes alone", "of that"]
+    rows, alone = [head, ["---"] * len(head)], {}
+    for way in findings.plan.few_ways():
+        spent = [run.spent for run in findings.record.of(str(way), 1)]
+        took = [1e3 * each.seconds / each.num_answers for each in spent]
+        passes = 1e3 * statistics.median(costs.passes_s(each) / each.num_answers for each in spent)
+        tokens = statistics.median(each.num_tokens / each.num_answers for each in spent)
+        alone[way] = tokens / passes
+        times, bound = statistics.median(findings.times_ar(way, 1)), alone[way] / alone[AR]
+        rest = statistics.median(took) - passes
+        cells = [str(way), spread(took), f"{passes:.1f}", f"{rest:.1f}", f"{times:.2f}", f"{bound:.2f}"]
+        rows.append([*cells, _percent(times / bound)])
+    return (
+        "## Where an answer's time goes, concurrency 1\n\n"
+        + as_markdown(rows)
+        + f"\n\nPasses alone: a prompt ({costs.prompt_tokens} tokens, {1e3 * costs.prompt_s:.2f} ms), then steps, and "
+        f"commits ({1e3 * costs.commit_s:.2f} ms) of blocks that another one follows; × AR by them is what these "
+        "weights on this machine come to where passes, one after the other, are all that takes time. All else: client, "
+        "service, exchange, and what an engine does beside its passes."
+    )
+
+
 def _long(findings: Findings) -> str:
     """Where nothing but blocks and commits counts, as in the ceiling."""
     head = ["way", "tokens/s", "× AR", "τ", "ceiling", "of the ceiling", "of it, the last block not committed"]
@@ -224,7 +269,7 @@ def summary(findings: Findings) -> dict[str, object]:
     return {
         "costs": None if findings.costs is None else {"c": findings.costs.c, **vars(findings.costs)},
         "quality": [_quality(findings, way) for way in findings.plan.ways],
-        "speed": [{**vars(run), "tokens_per_s": run.tokens_per_s} for run in findings.record.runs.values()],
+        "speed": [{**asdict(run), "tokens_per_s": run.tokens_per_s} for run in findings.record.runs.values()],
         "families": {
             family: {str(way): _of_family(findings, family, way) for way in findings.plan.ways}
             for family in findings.plan.families

@@ -1,6 +1,7 @@
 """The quality benchmark against targets that are made up: what it asks, what it keeps, what it writes."""
 
 import json
+import statistics
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,8 +13,8 @@ from tokenizers import Tokenizer as BpeTokenizer
 from benchmarks.quality import main, write
 from benchmarks.quality_parts.experiment import Experiment
 from benchmarks.quality_parts.plan import Plan
-from benchmarks.quality_parts.record import Record
-from benchmarks.quality_parts.report import Costs, Findings, render
+from benchmarks.quality_parts.record import Record, Spent
+from benchmarks.quality_parts.report import Costs, Findings, by_task, render
 from benchmarks.quality_parts.targets import HttpPath, LocalPath, target_of
 from benchmarks.reference.paths import Piece, ServedPath
 from benchmarks.reference.workload import DEMO
@@ -32,6 +33,7 @@ PLAN = Plan(
     rounds=2,
     families=("roman", "count"),
 )
+COSTS = Costs(0.004, 0.002, 0.003, 0.005, 12)
 
 
 class Oracle:
@@ -70,7 +72,7 @@ async def _findings(tokenizer: BpeTokenizer, path: Path, resume: bool = False) -
     record, oracle = Record(Journal(path, PLAN.about(), resume)), Oracle()
     await Experiment(PLAN, oracle, tokenizer, record).run()
     record.close()
-    return Findings(PLAN, record, Costs(0.004, 0.002)), oracle
+    return Findings(PLAN, record, COSTS), oracle
 
 
 async def test_what_is_found_is_what_was_answered(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
@@ -89,7 +91,28 @@ async def test_what_is_found_is_what_was_answered(tokenizer: BpeTokenizer, tmp_p
     assert "c = 2.00" in report and "## Steps per block" in report
     assert "| diffusion 0.5 | 50.0 % | 50.0 % (" in report
     per_step = findings.timed_tokens_per_step(USUAL)
-    assert f"| {per_step:.2f} | {Costs(0.004, 0.002).ceiling(per_step):.2f} |" in report
+    assert f"| {per_step:.2f} | {COSTS.ceiling(per_step):.2f} |" in report
+
+
+async def test_whose_time_it_is(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
+    assert COSTS.passes_s(Spent(2, 40, 8, 1, 9.9)) == pytest.approx(2 * 0.005 + 8 * 0.004 + 0.003)
+    assert COSTS.passes_s(Spent(2, 40, 0, 0, 9.9)) == pytest.approx(2 * 0.005 + 38 * 0.002)
+    findings, _ = await _findings(tokenizer, tmp_path / "q.jsonl")
+    [run, _] = findings.record.of(str(USUAL), 1)
+    asked = PLAN.timed(1)
+    assert set(run.tasks) == {"roman", "count"} and run.spent.num_answers == len(asked) == 8
+    assert (run.spent.num_tokens, run.spent.num_steps) == (run.num_tokens, run.num_steps)
+    blocks = sum(-(-len(encode_answer(tokenizer, instance.answer)) // 16) for instance in asked)
+    assert run.spent.num_commits == blocks - 8 > 0 and 0 < run.spent.seconds <= run.seconds
+    [row] = [line for line in by_task(findings).splitlines() if line.startswith("| count |")]
+    mean = statistics.mean(len(encode_answer(tokenizer, i.answer)) for i in PLAN.sample() if i.family == "count")
+    times = statistics.median(findings.task_times_ar(USUAL, "count"))
+    assert row.endswith(f"| {mean:.0f} | {times:.2f} |")
+    report = render(findings, "an oracle", 0.0, "the command").partition("## Where an answer's time goes")[2]
+    passes = 1e3 * COSTS.passes_s(run.spent) / 8
+    assert f"| {passes:.1f} |" in report and "a prompt (12 tokens, 5.00 ms)" in report
+    without = Findings(PLAN, findings.record, None)
+    assert "Where an answer's time goes" not in render(without, "an oracle", 0.0, "the command")
 
 
 async def test_a_run_that_was_cut_short_goes_on(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
