@@ -121,8 +121,12 @@ def _costs(checkpoint: Path, prompt_tokens: int, seconds: float) -> Costs:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    plan = Plan.quick() if options.quick else Plan(per_family=options.num_instances, rounds=options.rounds)
-    return replace(plan, families=families_of(options.checkpoint))
+    whole = Plan(per_family=options.num_instances, rounds=options.rounds, concurrency=options.concurrency)
+    return replace(Plan.quick() if options.quick else whole, families=families_of(options.checkpoint))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted({1, *map(count, text.split(","))}))
 
 
 def _answers_badly(error: BaseException) -> str | None:
@@ -146,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--target", default="local", metavar="local|grpc://HOST:PORT|http://HOST:PORT", help="what answers (local)")
     add("--checkpoint", type=Path, default=DEMO, metavar="DIR", help="what the target serves (the demo)")
     add("--num-instances", type=count, default=200, help="per family, for quality (%(default)s)")
+    clients = "clients at once in the speed runs; 1, which the curve is of, is always among them (1,4,16)"
+    add("--concurrency", type=_counts, default=(1, 4, 16), metavar="N,N", help=clients)
     add("--rounds", type=count, default=3, help="of the speed runs (%(default)s)")
     add("--pass-s", type=float, default=2.0, help="seconds to time each bare pass (%(default)s)")
     add("--quick", action="store_true", help="16 instances a family, four ways, one round, whatever else is said")

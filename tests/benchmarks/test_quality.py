@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as BpeTokenizer
 
-from benchmarks.quality import main, write
+from benchmarks.quality import _parser, main, write
 from benchmarks.quality_parts.experiment import Experiment
 from benchmarks.quality_parts.plan import Plan
 from benchmarks.quality_parts.record import Record, Spent
@@ -187,3 +187,10 @@ def test_what_goes_wrong_is_one_line(
     assert main([*arguments, "--output", str(tmp_path / "q")]) == status
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in last and last.startswith("quality: ")
+
+
+def test_speed_is_measured_at_concurrency_1_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _parser().parse_args(["--concurrency", "64,16"]).concurrency == (1, 16, 64)
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["--concurrency", "4,0"])
+    assert "--concurrency: got '0', wanted a whole number from 1" in capsys.readouterr().err
