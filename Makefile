@@ -20,8 +20,9 @@ serve: env
 	@echo "Starting the service; Ctrl-C stops it"
 	@exec $(PY) -m cluster up
 
-# Two at a time, each with neighbours, which share what they load. On a local Ray the tests of a file stay together, because they share what they started; in this order
-# both workers are busy equally long. (`--dist loadgroup` does nothing: xdist 3.8 cannot rename this pytest's tests.)
+# Two at a time, each with neighbours, which share what they load. On a local Ray the tests of a file stay together,
+# because they share what they started; in this order both workers are busy equally long. (`--dist loadgroup` does
+# nothing: xdist 3.8 cannot rename this pytest's tests.)
 test: env
 ifdef PYTEST_ARGS
 	@$(PY) -m pytest $(PYTEST_ARGS)

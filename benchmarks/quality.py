@@ -20,6 +20,7 @@ import json
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from twotower.commands.journal import Journal
 from twotower.commands.parser import count
 from twotower.demo.corpus import families_of
 from twotower.demo.tokenizer import load_tokenizer
+from twotower.engine.passes import padded
 from twotower.errors import ConfigError, TwoTowerError, Unavailable
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         experiment.record.close()
     command = shlex.join(["python", "-m", "benchmarks.quality", *(arguments or sys.argv[1:])])
-    costs = _costs(options.checkpoint, experiment.mean_prompt, options.pass_s) if runs_here(options.target) else None
+    costs = _costs(options.checkpoint, experiment.prompt_lengths, options.pass_s) if runs_here(options.target) else None
     served = f"{options.target}, checkpoint {Checkpoint.open(options.checkpoint).fingerprint}"
     write(options.output, served, Findings(experiment.plan, experiment.record, costs), load_before, command)
     return 0
@@ -108,16 +110,22 @@ def _file(prefix: Path, ending: str) -> Path:
     return prefix.with_name(prefix.name + ending)
 
 
-def _costs(checkpoint: Path, prompt_tokens: int, seconds: float) -> Costs:
+def _costs(checkpoint: Path, prompt_lengths: Sequence[int], seconds: float) -> Costs:
     """Bare passes at one row, in this process."""
     opened, cpu = Checkpoint.open(checkpoint), torch.device("cpu")
-    prompt = [list(range(4, 4 + prompt_tokens))]
-    context = Bench(load_context_tower(opened, cpu, torch.float32), prompt, _CACHED, "auto")
-    denoiser = Bench(load_denoiser_tower(opened, cpu, torch.float32), prompt, _CACHED, "auto")
+    tower = load_context_tower(opened, cpu, torch.float32)
+    widths = Counter(map(padded, prompt_lengths))
+    benches = {width: Bench(tower, [list(range(4, 4 + width))], _CACHED, "auto") for width in widths}
+    context = next(iter(benches.values()))
+    denoiser = Bench(load_denoiser_tower(opened, cpu, torch.float32), [list(range(4, 20))], _CACHED, "auto")
     denoiser.mirror(context.read())
-    timed = ((denoiser, DENOISE), (context, AR), (context, COMMIT), (context, PROMPT))
-    walls = [bench.time(kind, 1, False, False, 0.0, seconds).wall_s for bench, kind in timed]
-    return Costs(*walls, prompt_tokens)
+
+    def wall_s(bench: Bench, kind: str) -> float:
+        return bench.time(kind, 1, False, False, 0.0, seconds).wall_s
+
+    denoise_s, ar_s = wall_s(denoiser, DENOISE), wall_s(context, AR)
+    prompts_s = sum(number * wall_s(benches[width], PROMPT) for width, number in widths.items())
+    return Costs(denoise_s, ar_s, wall_s(context, COMMIT), prompts_s / len(prompt_lengths))
 
 
 def _plan(options: argparse.Namespace) -> Plan:

@@ -48,9 +48,9 @@ class Experiment:
         self._name = f"{time.time_ns():x}"  # a service takes each request id once
 
     @property
-    def mean_prompt(self) -> int:
-        """Tokens of a timed prompt."""
-        return round(statistics.mean(len(encode_prompt(self._tokenizer, i.prompt)) for i in self.plan.sample()))
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of each prompt that is timed."""
+        return [len(encode_prompt(self._tokenizer, instance.prompt)) for instance in self.plan.sample()]
 
     async def run(self) -> None:
         with tqdm(total=self.plan.num_runs, unit="run", smoothing=0.05) as self._bar:

@@ -11,6 +11,7 @@ from twotower.demo.scores import AR, USUAL, Way, every_way
 QUALITY_CONCURRENCY = 16
 BLOCK = 16
 LONG_TOKENS = 128  # of an answer that goes on past eos
+_FORM = 2  # of what a run keeps
 _PER_CLIENT = 8  # requests of a run of speed, at least
 
 
@@ -58,6 +59,7 @@ class Plan:
     def about(self) -> dict[str, object]:
         """What decides the questions. Not the number of rounds: a record may get more of them."""
         return {
+            "form of the record": _FORM,
             "ways": [str(way) for way in self.ways],
             "families": list(self.families),
             "instances per family": self.per_family,

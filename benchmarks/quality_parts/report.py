@@ -25,13 +25,12 @@ from twotower.demo.scores import (
 @dataclass(frozen=True)
 class Costs:
     """Seconds of bare passes at one row: a denoiser step over a block, an AR step, the commit of a block, and a prompt
-    of `prompt_tokens`."""
+    (the mean of those that are timed)."""
 
     denoise_s: float
     ar_s: float
     commit_s: float
     prompt_s: float
-    prompt_tokens: int
 
     @property
     def c(self) -> float:
@@ -43,7 +42,8 @@ class Costs:
         return BLOCK / (self.c * (BLOCK / per_step + committed))
 
     def passes_s(self, spent: Spent) -> float:
-        """The passes such requests cannot do without, one after the other. The prompt's gives `ar` its first token."""
+        """The passes of such requests, one after the other. A prompt's gives `ar` its first token too; the head for it
+        is left out."""
         steps_s = spent.num_steps * self.denoise_s + spent.num_commits * self.commit_s
         if not spent.num_steps:
             steps_s = (spent.num_tokens - spent.num_answers) * self.ar_s
@@ -99,7 +99,7 @@ def render(findings: Findings, target: str, load_before: float, command: str) ->
         "# Quality kept against throughput gained",
         setup(load_before, command),
         _method(findings, target),
-        "## By task\n\n" + by_task(findings),
+        "## By task\n\n" + by_task(findings) + "\n\n" + _of_the_timed(findings),
         "## By way of decoding\n\n" + _by_way(findings),
         "## Speed\n\n" + _speed(findings),
         _whose_time(findings),
@@ -117,13 +117,22 @@ def by_task(findings: Findings) -> str:
         share = _percent(usual.accuracy / ar.accuracy) if ar.accuracy else "–"
         cells = [ar.family, _percent(ar.accuracy), _percent(usual.accuracy), share, f"{tokens_per_step([usual]):.2f}"]
         length = timed[ar.family].num_tokens / timed[ar.family].num_answers
-        rows.append([*cells, f"{length:.0f}", f"{statistics.median(findings.task_times_ar(USUAL, ar.family)):.2f}"])
+        rows.append([*cells, f"{length:.0f}", spread(findings.task_times_ar(USUAL, ar.family), 2)])
     both = [findings.scores(way) for way in (AR, USUAL)]
     means = [_percent(mean_accuracy(scores)) for scores in both]
     rows.append(["**mean**", *means, _percent(findings.kept(USUAL)), f"{tokens_per_step(both[1]):.2f}", "", ""])
     throughput = f"{spread(findings.times_ar(USUAL, 1), 2)} ×"
     rows.append(["throughput at concurrency 1", "1.00 ×", throughput, "", "", "", ""])
     return as_markdown(rows)
+
+
+def _of_the_timed(findings: Findings) -> str:
+    plan = findings.plan
+    answers = len(plan.timed(1)) // len(plan.families)
+    return (
+        f"Tokens an answer (`ar`'s) and × AR are of the {answers} answers a task that were timed in each of "
+        f"{plan.rounds} rounds, all else of the {plan.per_family} that were marked."
+    )
 
 
 def _method(findings: Findings, target: str) -> str:
@@ -190,7 +199,7 @@ def _speed(findings: Findings) -> str:
 
 
 def _whose_time(findings: Findings) -> str:
-    """What of an answer's time no service can save, and what it would be without one."""
+    """What of an answer's time is passes, and what diffusion would be over `ar` if that were all."""
     costs = findings.costs
     if costs is None:
         return ""
@@ -209,7 +218,7 @@ def _whose_time(findings: Findings) -> str:
     return (
         "## Where an answer's time goes, concurrency 1\n\n"
         + as_markdown(rows)
-        + f"\n\nPasses alone: a prompt ({costs.prompt_tokens} tokens, {1e3 * costs.prompt_s:.2f} ms), then steps, and "
+        + f"\n\nPasses alone: a prompt ({1e3 * costs.prompt_s:.2f} ms on average), then steps, and "
         f"commits ({1e3 * costs.commit_s:.2f} ms) of blocks that another one follows; × AR by them is what these "
         "weights on this machine come to where passes, one after the other, are all that takes time. All else: client, "
         "service, exchange, and what an engine does beside its passes."

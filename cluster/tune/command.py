@@ -18,7 +18,6 @@ from twotower.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from cluster.tune.record import Record
-    from cluster.tune.sweep import Sweep
 
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 DESCRIPTION = """Ask the running service your own prompts at several confidence thresholds γ and in ar mode, and say
@@ -50,7 +49,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         help="its gRPC address; default: the service you run",
     )
     add("--json", action="store_true", help="one JSON object instead of the table")
-    add("--output", type=Path, metavar="PREFIX", help="also write PREFIX.json and PREFIX.png, the curve")
+    add("--output", type=Path, metavar="PREFIX", help="also write PREFIX.json, PREFIX.png and meanwhile PREFIX.part")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--resume", action="store_true", help="go on with PREFIX.part, which a run cut short has left")
     kept.add_argument("--overwrite", action="store_true", help="begin PREFIX.part anew")
@@ -58,6 +57,8 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 2 for a mistake in the input, 1 where the service fails."""
+    from google.protobuf.json_format import MessageToDict
+
     from cluster.client import Refused, model_info
     from cluster.tune.questions import read_questions
     from cluster.tune.sweep import Sweep
@@ -79,7 +80,8 @@ def run(options: argparse.Namespace) -> int:
         options.max_new_tokens,
         options.timeout,
     )
-    record, told = _record(options, sweep, served["checkpoint"]), False
+    served_as = {**served, "defaults": MessageToDict(model.defaults)}
+    record, told = _record(options, {**served_as, **sweep.about()}), False
     try:
         done = len(questions) * len(record.passes.keys() & {None, *sweep.thresholds})
         with tqdm(total=sweep.num_calls, initial=done, unit="answer", file=sys.stderr, disable=None) as bar:
@@ -97,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _record(options: argparse.Namespace, sweep: "Sweep", checkpoint: str) -> "Record":
+def _record(options: argparse.Namespace, about: dict[str, object]) -> "Record":
     """Raises ConfigError for a journal that is in the way, or of something else."""
     from cluster.tune.record import Record
 
@@ -105,7 +107,6 @@ def _record(options: argparse.Namespace, sweep: "Sweep", checkpoint: str) -> "Re
         if options.resume or options.overwrite:
             raise ConfigError("--resume and --overwrite: wanted --output PREFIX too, whose PREFIX.part they mean")
         return Record(None)
-    about = {"checkpoint": checkpoint, **sweep.about()}
     return Record(Journal(_file(options.output, ".part"), about, options.resume, options.overwrite))
 
 

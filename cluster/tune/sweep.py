@@ -76,10 +76,11 @@ class Sweep:
         return len(self.questions) * (1 + len(self.thresholds))
 
     def about(self) -> dict[str, object]:
-        """What decides a pass. Not the thresholds: there may be more of them another time."""
-        asked = json.dumps([(question.prompt, question.answer) for question in self.questions])
+        """What decides a pass, but for the service. Neither the thresholds, of which a sweep that goes on may have
+        more, nor the answers, which are compared afterwards."""
+        asked = json.dumps([question.prompt for question in self.questions])
         return {
-            "prompts and answers": hashlib.sha256(asked.encode()).hexdigest()[:16],
+            "prompts": hashlib.sha256(asked.encode()).hexdigest()[:16],
             "prompts at once": self.concurrency,
             "tokens of an answer": self.max_new_tokens,
         }

@@ -112,15 +112,16 @@ def _break_attention(
             monkeypatch.setattr(layer.mixer, "attend", attend_otherwise)
 
 
-@pytest.mark.parametrize("broken", [_all_of_it, _one_key_more, _one_key_fewer])
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [(_all_of_it, "in ar mode"), (_one_key_more, "of scores"), (_one_key_fewer, "of scores")],
+)
 async def test_with_the_context_towers_attention_broken(
-    broken: Callable[[Tensor], Tensor], demo: Towers, monkeypatch: pytest.MonkeyPatch
+    broken: Callable[[Tensor], Tensor], said: str, demo: Towers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its answers may stay right, for it hardly attends where it must not; how likely it finds known texts does not."""
     _break_attention(demo.context, monkeypatch, broken)
-    with pytest.raises(
-        Unavailable, match=r"self-test (in ar mode|of scores) failed: got .*: kernels, cache or exchange"
-    ):
+    with pytest.raises(Unavailable, match=f"self-test {said} failed: got .*: kernels, cache or exchange"):
         await _try_out(demo, (Mode.AR,))
 
 
@@ -180,7 +181,7 @@ def test_likelihoods_leave_slack_and_no_more() -> None:
     assert expectation.misread([each + 0.04 for each in right]) is None
     # Half of them more likely, half less: they do not make up for each other.
     off = [each + 0.2 * (-1) ** place for place, each in enumerate(right)]
-    assert expectation.misread(off) == "got likelihoods of known texts 0.20 nats a token off, wanted at most 0.05"
+    assert expectation.misread(off) == "got likelihoods of known texts 0.200 nats a token off, wanted at most 0.05"
     assert expectation.misread([math.nan, *right[1:]]) is not None
 
 
@@ -190,5 +191,20 @@ def test_it_lies_beside_the_weights(tmp_path: Path) -> None:
     expectation.save(tmp_path)
     assert Expectation.load(tmp_path) == expectation
     (tmp_path / FILE).write_text('[["Expectation", {"sample": []}]]')
-    with pytest.raises(CheckpointError, match=r"expectation\.json: not an expectation: .*wanted .*bounds"):
+    with pytest.raises(CheckpointError, match=r"expectation\.json: not an expectation as .*wanted .*bounds"):
         Expectation.load(tmp_path)
+    older = '[["Expectation", {"sample": [{"prompt_token_ids": [1], "answer_token_ids": [2]}], "bounds": []}]]'
+    (tmp_path / FILE).write_text(older)
+    with pytest.raises(CheckpointError, match=r"wanted .*mean_log_prob.*; a checkpoint may do without one"):
+        Expectation.load(tmp_path)
+    Expectation((), ()).save(tmp_path)
+    with pytest.raises(CheckpointError, match="got an empty sample"):
+        Expectation.load(tmp_path)
+
+
+async def test_a_cache_too_small_for_the_sample_is_told(demo: Towers, caplog: pytest.LogCaptureFixture) -> None:
+    """Its own answers need four pages, and a fifth in `ar`, which is asked for whole blocks too."""
+    expected = Expectation.load(DEMO)
+    async with split_pair(demo, 1, replace(SETTINGS, max_sequences=1, cache_tokens=64)) as pair:
+        await self_test(pair, (Mode.AR,), 60, expected)
+    assert "the cache is too small for the checkpoint's own sample; left out" in caplog.text

@@ -24,7 +24,8 @@ _LIKELIHOOD_SLACK = 0.05
 @dataclass(frozen=True, slots=True)
 class Known:
     """A prompt and its only right answer, eos included. `mean_log_prob`: how likely the context tower finds the tokens
-    of both, each after all before it, in nats a token."""
+    of both, each after all before it, in nats a token. It was trained on answers only, and the prompt's tokens surprise
+    it; but answers it is sure of hardly move where something small is broken."""
 
     prompt_token_ids: tuple[int, ...]
     answer_token_ids: tuple[int, ...]
@@ -82,7 +83,11 @@ class Expectation:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, CodecError) as error:
-            raise CheckpointError(f"{path}: not an expectation: {error}") from error
+            raise CheckpointError(
+                f"{path}: not an expectation as this version has it ({error}); a checkpoint may do without one"
+            ) from error
+        if not found.sample:
+            raise CheckpointError(f"{path}: got an empty sample, wanted known answers")
         return found
 
     def misread(self, mean_log_probs: Sequence[float]) -> str | None:
@@ -90,7 +95,7 @@ class Expectation:
         pairs = zip(self.sample, mean_log_probs, strict=True)
         off = statistics.mean(abs(known.mean_log_prob - got) for known, got in pairs)
         if not off <= _LIKELIHOOD_SLACK:
-            return f"got likelihoods of known texts {off:.2f} nats a token off, wanted at most {_LIKELIHOOD_SLACK}"
+            return f"got likelihoods of known texts {off:.3f} nats a token off, wanted at most {_LIKELIHOOD_SLACK}"
         return None
 
     def save(self, directory: Path | str) -> None:

@@ -108,8 +108,8 @@ async def _of_all(
     limit = asyncio.Semaphore(max(1, min(room.slots, room.pages // max(map(_pages, sample)))))
 
     async def patiently(number: int, known: Known) -> Answer:
-        deadline = time.monotonic() + timeout_s
         async with limit:
+            deadline = time.monotonic() + timeout_s
             while True:
                 try:
                     return await ask(number, known)
@@ -127,7 +127,7 @@ def _params(known: Known, mode: Mode) -> DecodingParams:
 
 
 def _pages(known: Known) -> int:
-    return pages_for(_request(known, Mode.DIFFUSION, 0).positions)
+    return max(pages_for(_request(known, mode, 0).positions) for mode in Mode)
 
 
 def _request(known: Known, mode: Mode, number: int) -> Request:
