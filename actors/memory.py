@@ -1,8 +1,12 @@
 """What each process of a cell is going to allocate, known before any is started."""
 
+import torch
+
 from actors.settings import CellSettings
 from twotower.engine.in_process import pick_dtype
 from twotower.engine.memory import Memory, memory_of
+from twotower.exchange.staging import fitted
+from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.tower import ContextTower, DenoiserTower
 
@@ -13,6 +17,8 @@ def memories(settings: CellSettings) -> list[Memory]:
     if settings.placement != "split":
         towers = (ContextTower,) if settings.placement == "ar_only" else (ContextTower, DenoiserTower)
         return [memory_of(config, settings.engine, dtype, towers)]
-    denoisers = settings.denoisers_per_context
-    context = memory_of(config, settings.engine, dtype, [ContextTower], num_links=denoisers)
-    return [context, *[memory_of(config, settings.engine, dtype, [DenoiserTower], num_links=1)] * denoisers]
+    denoisers, engine = settings.denoisers_per_context, settings.engine
+    cache = TowerCache(config, engine.max_sequences, engine.pages, torch.device("meta"), dtype)
+    link = fitted(settings.link_settings, cache)
+    context = memory_of(config, settings.engine, dtype, [ContextTower], denoisers, link)
+    return [context, *[memory_of(config, settings.engine, dtype, [DenoiserTower], 1, link)] * denoisers]

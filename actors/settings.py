@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
+from twotower.exchange.settings import LinkSettings
 
 PLACEMENTS = ("split", "colocated", "ar_only")
 STRATEGY = "STRICT_PACK"
@@ -14,7 +15,10 @@ _REPLICA_CPUS, _TOWER_CPUS = 0.1, 0.1
 
 @dataclass(frozen=True, slots=True)
 class CellSettings:
-    """A cell. `gpus_per_tower` None: one where the towers run on CUDA, none where they run on the CPU."""
+    """A cell. `gpus_per_tower` None: one where the towers run on CUDA, none where they run on the CPU.
+
+    `ssm_wire_dtype`: of Mamba states on their way from tower to tower; only `split` sends any.
+    """
 
     checkpoint: str
     dtype: str = "float32"
@@ -22,6 +26,7 @@ class CellSettings:
     placement: str = "split"
     denoisers_per_context: int = 1
     gpus_per_tower: float | None = None
+    ssm_wire_dtype: str = "float32"
     engine: EngineSettings = field(default_factory=EngineSettings)
 
     def __post_init__(self) -> None:
@@ -31,6 +36,21 @@ class CellSettings:
             raise ConfigError(f"denoisers_per_context: got {self.denoisers_per_context}, wanted at least 1")
         if self.device == "auto" and self.gpus_per_tower is None:
             raise ConfigError("device: got 'auto', which must be resolved by `resolve_device` before a cell is built")
+
+        if self.placement != "split" and self.ssm_wire_dtype != "float32":
+            raise ConfigError(
+                f"ssm_wire_dtype: got {self.ssm_wire_dtype!r} with placement {self.placement}, which sends no states"
+            )
+
+    @property
+    def link_settings(self) -> LinkSettings:
+        """What the towers' links are told. Raises ConfigError."""
+        engine = self.engine
+        return LinkSettings(
+            link_timeout_s=engine.link_timeout_s,
+            stall_timeout_s=engine.stall_timeout_s,
+            ssm_wire_dtype=self.ssm_wire_dtype,
+        )
 
     @property
     def processes(self) -> int:

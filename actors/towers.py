@@ -21,7 +21,7 @@ from twotower.engine.handle import EngineStats
 from twotower.engine.in_process import colocated_runner, pick_device, pick_dtype
 from twotower.engine.runner import EngineRunner
 from twotower.exchange.distributed import connect, open_port
-from twotower.exchange.settings import EngineHooks, LinkAddress, LinkSettings
+from twotower.exchange.settings import EngineHooks, LinkAddress
 from twotower.exchange.staging import fitted
 from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
@@ -89,10 +89,8 @@ class ContextActor(TowerProcess):
 
     async def open_link(self, link: int, epoch: int) -> LinkAddress:
         """Listen for one denoiser; returns at once with the address to connect to."""
-        engine = self.settings.engine
-        settings = LinkSettings(link_timeout_s=engine.link_timeout_s, stall_timeout_s=engine.stall_timeout_s)
         cache = self._engine.cache
-        port, address = open_port(cache, link, epoch, fitted(settings, cache), self._hooks())
+        port, address = open_port(cache, link, epoch, fitted(self.settings.link_settings, cache), self._hooks())
         self._engine.connect(port)
         self.runner.wake()
         return address

@@ -80,6 +80,7 @@ def cell_settings(config: ServiceConfig, gpus_in_cluster: float) -> CellSettings
         placement=cell.placement,
         denoisers_per_context=cell.denoisers_per_context,
         gpus_per_tower=cell.gpus_per_tower,
+        ssm_wire_dtype=cell.ssm_wire_dtype,
         engine=engine,
     )
 

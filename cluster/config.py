@@ -54,7 +54,8 @@ class CellSection(Section):
     """One cell: where its towers run and how much they hold.
 
     `device` auto: CUDA where the cluster has GPUs for all towers of a cell, else the CPU. `cache_tokens` 0: room for
-    every sequence's longest. `gpus_per_tower` not given: one on CUDA, none on the CPU.
+    every sequence's longest. `gpus_per_tower` not given: one on CUDA, none on the CPU. `ssm_wire_dtype` bfloat16 rounds
+    the Mamba states that a context tower sends to its denoisers, which is half the bytes of a commit.
     """
 
     placement: Literal["split", "colocated", "ar_only"] = "split"
@@ -65,11 +66,21 @@ class CellSection(Section):
     prefill_chunk_tokens: Count = 512
     capture: Literal["auto", "on", "off"] = "auto"
     gpus_per_tower: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    ssm_wire_dtype: Literal["float32", "bfloat16"] = "float32"
     link_timeout_s: Annotated[float, Field(ge=3, allow_inf_nan=False)] = (
         10.0  # a tower with nothing to say speaks every second
     )
     stall_timeout_s: Seconds = 60.0
     start_timeout_s: Seconds = 600.0
+
+    @model_validator(mode="after")
+    def _no_wire_but_when_split(self) -> "CellSection":
+        if self.placement != "split" and self.ssm_wire_dtype != "float32":
+            raise ValueError(
+                f"ssm_wire_dtype: got {self.ssm_wire_dtype} with placement {self.placement}, which sends no states; "
+                "wanted float32"
+            )
+        return self
 
     @model_validator(mode="after")
     def _several_denoisers_only_when_split(self) -> "CellSection":

@@ -1,12 +1,16 @@
-"""What a cell asks Ray for, without Ray."""
+"""What a cell asks Ray for, and what its processes are told, without Ray."""
 
 from pathlib import Path
 
 import pytest
 
+from actors.memory import memories
 from actors.settings import CellSettings, bundles, resolve_device
+from actors.towers import ContextActor
 from cluster.app import cell_settings
 from cluster.config import load_config
+from tests.goldens import VENDORED
+from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 
 
@@ -66,9 +70,33 @@ def test_a_named_device_is_taken_at_its_word() -> None:
     [
         ({"placement": "spilt"}, "placement: got 'spilt'"),
         ({"denoisers_per_context": 0}, "denoisers_per_context: got 0"),
+        ({"placement": "ar_only", "ssm_wire_dtype": "bfloat16"}, "ssm_wire_dtype: got 'bfloat16' with placement ar_"),
         ({"device": "auto"}, "device: got 'auto'"),
     ],
 )
 def test_impossible_settings(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         CellSettings("x", **{"device": "cpu", **changes})  # type: ignore[arg-type]
+
+
+async def test_a_link_is_told_what_the_cell_says() -> None:
+    engine = EngineSettings(4, 64, link_timeout_s=7, stall_timeout_s=9, capture="off")
+    checkpoint = str(VENDORED / "tt_dense")
+    settings = CellSettings(checkpoint, device="cpu", engine=engine, ssm_wire_dtype="bfloat16")
+    actor = ContextActor(settings)
+    await actor.load()
+    try:
+        told = (await actor.open_link(0, 1)).settings
+    finally:
+        actor.runner.stop()
+    assert (told.ssm_wire_dtype, told.link_timeout_s, told.stall_timeout_s) == ("bfloat16", 7, 9)
+
+
+def test_rounded_states_need_smaller_buffers() -> None:
+    """Where one chunk of a prompt is more than they would hold anyway."""
+    long, checkpoint = EngineSettings(2, 1 << 18, prefill_chunk_tokens=1 << 18), str(VENDORED / "tt_moe")
+    rounded, plain = (
+        memories(CellSettings(checkpoint, device="cpu", engine=long, ssm_wire_dtype=dtype))[1].staging
+        for dtype in ("bfloat16", "float32")
+    )
+    assert rounded < plain

@@ -56,6 +56,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         (["cell.link_timeout_s=2.9"], "cell.link_timeout_s: got 2.9, wanted greater than or equal to 3"),
         (['cell."a\nb"=1'], "unknown setting"),
         (["decode.confidence_threshold=1.5"], "decode.confidence_threshold: got 1.5"),
+        (["cell.placement=colocated", "cell.ssm_wire_dtype=bfloat16"], "cell.ssm_wire_dtype: got bfloat16 with"),
         (["cell.placement=colocated", "cell.denoisers_per_context=2"], "cell.denoisers_per_context: got 2 with"),
         (["cluster.min_cells=3"], "cluster.max_cells: got 1, wanted at least min_cells (3)"),
         (["ingress.grpc_port=8000"], "ingress.grpc_port: got 8000, which is http_port too"),

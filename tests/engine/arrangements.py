@@ -138,13 +138,15 @@ async def _in_company(pair: Pair, requests: Sequence[Request], draw: random.Rand
 
 
 @asynccontextmanager
-async def split_pair(towers: Towers, num_denoisers: int, settings: EngineSettings = SETTINGS) -> AsyncIterator[Pair]:
+async def split_pair(
+    towers: Towers, num_denoisers: int, settings: EngineSettings = SETTINGS, told: LinkSettings = LINK
+) -> AsyncIterator[Pair]:
     """Engines on threads of their own, each denoiser with a mirror, joined by gloo."""
     runners = [EngineRunner() for _ in range(1 + num_denoisers)]
     context = ContextEngine(towers.context, settings, runners[0].emit)
     runners[0].start([context])
     for number, runner in enumerate(runners[1:]):
-        port, address = open_port(context.cache, number, 0, LINK, hooks_of(runners[0]))
+        port, address = open_port(context.cache, number, 0, told, hooks_of(runners[0]))
         context.connect(port)
         tower = towers.denoiser
         mirror = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)

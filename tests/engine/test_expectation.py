@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import twotower
-from tests.engine.arrangements import Towers, split_pair
+from tests.engine.arrangements import LINK, Towers, split_pair
 from twotower.core import Mode
 from twotower.engine.expectation import FILE, Bounds, Expectation, Known, Outcome
 from twotower.engine.self_test import self_test
@@ -58,6 +58,12 @@ async def test_a_cell_without_a_queue_does_not_refuse_its_own_sample(demo: Tower
     expected = Expectation.load(DEMO)
     async with split_pair(demo, 1, replace(SETTINGS, max_sequences=4, max_queued_requests=0)) as pair:
         await self_test(pair, tuple(Mode), 60, expected)
+
+
+@pytest.mark.slow
+async def test_states_rounded_on_the_wire_are_within_its_bounds(demo: Towers) -> None:
+    async with split_pair(demo, 1, SETTINGS, replace(LINK, ssm_wire_dtype="bfloat16")) as pair:
+        await self_test(pair, tuple(Mode), 60, Expectation.load(DEMO))
 
 
 async def test_without_the_mamba_seed(demo: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
