@@ -15,8 +15,9 @@ from twotower.errors import CheckpointError
 from twotower.wire import Codec, CodecError, to_json
 
 FILE = "expectation.json"
-# Rounding in another dtype, not a broken part: shares of the sample's answers and of its tokens per step.
-_ANSWERS_SLACK, _PACE_SLACK = 0.1, 0.15
+# Rounding in another dtype, not a broken part: shares of the sample's answers and of its tokens per step. The demo in
+# bf16 is 1 % slower; a denoiser whose blocks see themselves only backwards, and answer as well, 9 %.
+_ANSWERS_SLACK, _PACE_SLACK = 0.1, 0.06
 # Nats a token. The demo in bf16 is 0.01 off; with attention that sees one key too few 0.18, one too many 1.2.
 _LIKELIHOOD_SLACK = 0.05
 

@@ -20,6 +20,7 @@ from twotower.model.pages import pages_for
 
 _PROMPT = (1, 2, 3, 4, 5)
 _BLOCK = 16  # answers are asked for in whole blocks
+_THRESHOLD = 0.9  # of diffusion: where more confidence is asked for than usual, a pace tells more of what is broken
 _PAUSE_S = 0.005
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,8 @@ async def _of_all(
 
 
 def _params(known: Known, mode: Mode) -> DecodingParams:
-    return DecodingParams(mode=mode, max_new_tokens=-(-len(known.answer_token_ids) // _BLOCK) * _BLOCK)
+    longest = -(-len(known.answer_token_ids) // _BLOCK) * _BLOCK
+    return DecodingParams(mode=mode, max_new_tokens=longest, confidence_threshold=_THRESHOLD)
 
 
 def _pages(known: Known) -> int:
