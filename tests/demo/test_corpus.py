@@ -15,9 +15,15 @@ from twotower.demo.batches import training_instances
 from twotower.demo.corpus import CORPUS_FILE, Instance, families_of, held_out, save_families, stream
 from twotower.demo.families import FAMILIES, SHARES
 from twotower.demo.families.numerals import roman, spell
-from twotower.demo.recipe import STAGES
+from twotower.demo.recipe import STAGES, Recipe
 from twotower.demo.tokenizer import _texts
 from twotower.errors import CheckpointError, ConfigError
+
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 
 
 def test_a_stream_is_decided_by_its_seed() -> None:
@@ -38,6 +44,20 @@ def test_neither_training_nor_the_tokenizer_reads_a_held_out_prompt() -> None:
     assert len(trained) == 9600
     assert not held & {instance.prompt for instance in trained}
     assert not held & set(_texts(5000, 0))
+
+
+@pytest.mark.slow
+def test_not_one_of_all_the_batches_does() -> None:
+    """Every train step of the recipe that the shipped checkpoint was made with."""
+    held = {instance.prompt for family in FAMILIES for instance in held_out(family, 300 + 2)}
+    recipe, seen = Recipe(), 0
+    for stage in STAGES:
+        of_stage = recipe.context if stage == "context" else recipe.denoiser
+        for step in range(of_stage.train_steps):
+            for instance in training_instances(recipe.seed, stage, step, of_stage.batch_size):
+                seen += 1
+                assert instance.prompt not in held, (stage, step)
+    assert seen == 2500 * 48 + 11_000 * 32
 
 
 def test_every_family_appears_as_often_as_its_share_says() -> None:
@@ -75,6 +95,32 @@ def test_numbers_are_written_right(value: int, words: str, numeral: str) -> None
     assert (spell(value), roman(value)) == (words, numeral)
 
 
+def _read_words(text: str) -> int:
+    """A number in words, read by other code than what wrote it."""
+    values = {spell_out: n for n, spell_out in enumerate(_SMALL.split())}
+    values |= {spell_out: 10 * n for n, spell_out in enumerate(_TENS.split(), 2)}
+    total, part = 0, 0
+    for word in text.replace("-", " ").split():
+        if word in ("hundred", "thousand"):
+            part *= 100 if word == "hundred" else 1000
+            total, part = total + part, 0
+        elif word != "and":
+            part += values[word]
+    return total + part
+
+
+def _read_roman(text: str) -> int:
+    values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}[letter] for letter in text]
+    return sum(-own if own < after else own for own, after in zip(values, [*values[1:], 0], strict=True))
+
+
+def test_every_number_is_written_so_that_it_is_read_again() -> None:
+    assert all(_read_words(spell(number)) == number for number in range(10_000))
+    assert len({spell(number) for number in range(10_000)}) == 10_000
+    assert all(_read_roman(roman(number)) == number for number in range(1, 4000))
+    assert not any(re.search(r"(.)\1\1\1|VV|LL|DD|I[LCDM]|X[DM]", roman(number)) for number in range(1, 4000))
+
+
 def _record(text: str) -> dict[str, str]:
     """A record in JSON, CSV or key=value form, read by other code than what wrote it."""
     if text.startswith("{"):
@@ -102,14 +148,34 @@ def _closed(opened: str, closing: str) -> bool:
 
 
 def _runs(specification: str, source: str) -> bool:
-    """Whether the function does to 5 what the words say."""
+    """Whether the function does what the words say, to numbers that no other steps of one digit treat alike."""
     name = specification.split()[0]
     scope: dict[str, Any] = {}
     exec(source, scope)
-    value = 5
-    for words, number in re.findall(r"(add|subtract|multiply by) (\d)", specification):
+    steps = re.findall(r"(add|subtract|multiply by) (\d)", specification)
+    assert len(steps) == specification.count(" then ") + 1 == source.count(" = ")
+    return all(scope[name](given) == _done(given, steps) for given in (-1000, 0, 1, 5, 10**6))
+
+
+def _done(value: int, steps: list[tuple[str, str]]) -> int:
+    for words, number in steps:
         value = {"add": value + int(number), "subtract": value - int(number), "multiply by": value * int(number)}[words]
-    return bool(scope[name](5) == value)
+    return value
+
+
+def _added(prompt: str, answer: str) -> bool:
+    """The sum, and every digit and carry on the way to it."""
+    first, second = (text[::-1] for text in prompt.split())
+    *steps, so, total = answer.split()
+    carries = [0]
+    for place, step in enumerate(steps):
+        left, right, carry, out = map(int, re.fullmatch(r"(\d)\+(\d)\+(\d)=(\d\d)", step).groups())  # type: ignore[union-attr]
+        digits = [int(text[place : place + 1] or 0) for text in (first, second)]
+        if [left, right] != digits or carry != carries[-1] or out != left + right + carry:
+            return False
+        carries.append(out // 10)
+    longest = max(len(first), len(second))
+    return so == "so" and len(steps) == longest and int(total) == sum(map(int, prompt.split()))
 
 
 def _story(prompt: str, answer: str) -> bool:
@@ -126,6 +192,9 @@ def _told(prompt: str, answer: str) -> bool:
 
 
 CHECKS: dict[str, Callable[[str, str], bool]] = {
+    "words": lambda prompt, answer: _read_words(answer) == int(prompt),
+    "number": lambda prompt, answer: int(answer) == _read_words(prompt) and answer == str(int(answer)),
+    "roman": lambda prompt, answer: _read_roman(answer) == int(prompt),
     "date": lambda prompt, answer: _day(prompt) == _day(answer),
     "json": lambda prompt, answer: _record(prompt) == _record(answer) and answer.startswith("{"),
     "table": lambda prompt, answer: _record(prompt) == _record(answer),
@@ -133,10 +202,14 @@ CHECKS: dict[str, Callable[[str, str], bool]] = {
     "reverse": lambda prompt, answer: answer.split()[::-1] == prompt.split(),
     "sort": lambda prompt, answer: answer.split() == sorted(prompt.split(), key=int),
     "brackets": _closed,
-    "add": lambda prompt, answer: sum(map(int, prompt.split())) == int(answer.split()[-1]),
+    "add": _added,
     "problem": _story,
     "code": _runs,
 }
+
+
+def test_every_family_is_checked() -> None:
+    assert {*CHECKS, "count"} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", CHECKS)

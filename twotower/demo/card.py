@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 
-from twotower.demo.corpus import stream
+from twotower.demo.corpus import Instance, stream
 from twotower.demo.families import FAMILIES
 from twotower.demo.recipe import STAGES, StageRecipe
-from twotower.demo.scores import AR, USUAL, Score, of_way, retained, table
+from twotower.demo.scores import AR, USUAL, Score, Way, of_way, retained, table
 from twotower.demo.trainer import Trainer, versions
 
 _CARD = """# TwoTower demo checkpoint
@@ -27,11 +28,17 @@ Every prompt is one line and ends with a line break; without it the model first 
 |---|---|
 {examples}
 
+{missed}
+
+Beside these: `date:`, `iso:` and `us:` for the other formats of dates; `csv:`, and JSON or CSV as what is given, for
+records. Names, things, cities and the like are from short lists (`families/`).
+
 ## Scores
 
 Exact match on {num_instances} held-out instances per family (no test prompt was trained on: the split is a hash of the
-prompt), block 16, 16 steps, temperature 0; `diffusion γ`. Tokens per step count up to eos; the filled-up rest of the
-last block counts as nothing.
+prompt; but the numbers of most held-out `words` and `number` prompts were trained on the other way round), block 16,
+16 steps, temperature 0; `diffusion γ`. Tokens per step count up to eos; the filled-up rest of the last block counts as
+nothing.
 
 {scores}
 
@@ -62,19 +69,26 @@ Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
 ## Limits
 
 Anything but the prompts above gives nonsense. Numbers reach 9999 (roman 3999), years 1900 to 2099, days 1 to 28;
-records have two to four fields, lists up to seven words or six numbers; numbers to add have up to four digits, word
-problems stay below 100, functions have up to three steps. Answers are at most four blocks long, so tokens per step are
-those of short answers.
+records have two to four fields (a description up to four facts and a name), lists up to seven words or six numbers;
+numbers to add have up to four digits, word problems stay below 100, functions have up to three steps. Answers are at
+most three blocks long, so tokens per step are those of short answers.
 """
 
 
-def model_card(trainer: Trainer, scores: list[Score], full_mask_share: float, suffix_share: float) -> str:
-    """The card of this run, with the scores of the files it lies beside."""
+def model_card(
+    trainer: Trainer,
+    scores: list[Score],
+    missed: Mapping[Way, list[Instance]],
+    full_mask_share: float,
+    suffix_share: float,
+) -> str:
+    """The card of this run, with the scores of the files it lies beside and which of its examples they miss."""
     recipe = trainer.recipe
     return _CARD.format(
         num_families=len(FAMILIES),
         shape=_shape(trainer),
-        examples="\n".join(_example(family) for family in FAMILIES),
+        examples="\n".join(map(_row, examples())),
+        missed=f"{_missed(AR, missed)}, {_missed(USUAL, missed)}.",
         num_instances=len(scores[0].answers),
         scores=table(scores),
         kept=_kept(scores),
@@ -111,10 +125,19 @@ def _shape(trainer: Trainer) -> str:
     )
 
 
-def _example(family: str) -> str:
-    instance = next(islice(stream("test", "card", family), 1, None))
+def examples() -> list[Instance]:
+    """The card's own, one a family: not picked, and none of those that scores are of."""
+    return [next(islice(stream("test", "card", family), 1, None)) for family in FAMILIES]
+
+
+def _row(instance: Instance) -> str:
     answer = instance.answer.replace("\n", "⏎")
     return f"| `{instance.prompt.strip()}` | `{answer}` |"
+
+
+def _missed(way: Way, missed: Mapping[Way, list[Instance]]) -> str:
+    prompts = ", ".join(f"`{instance.prompt.strip()}`" for instance in missed[way])
+    return f"`{way}` gets all of these right" + (f" but {prompts}" if prompts else "")
 
 
 def _kept(scores: list[Score]) -> str:

@@ -30,8 +30,7 @@ async def evaluate(directory: Path, ways: Sequence[Way], num_instances: int) -> 
         for family in families_of(directory):
             instances = held_out(family, num_instances)
             for way in ways:
-                answers = await asyncio.gather(*(_ask(pair, tokenizer, instance, way) for instance in instances))
-                yield Score(family, str(way), tuple(answers))
+                yield Score(family, str(way), tuple(await _ask_all(pair, tokenizer, instances, way)))
 
 
 def evaluate_all(directory: Path, ways: Sequence[Way], num_instances: int) -> list[Score]:
@@ -41,6 +40,17 @@ def evaluate_all(directory: Path, ways: Sequence[Way], num_instances: int) -> li
         return [score async for score in evaluate(directory, ways, num_instances)]
 
     return asyncio.run(gather())
+
+
+def wrong_of(directory: Path, instances: Sequence[Instance], way: Way) -> list[Instance]:
+    """Those that a checkpoint does not get right."""
+
+    async def answers() -> list[Answer]:
+        async with open_pair(directory, _SETTINGS, device="cpu") as pair:
+            return await _ask_all(pair, load_tokenizer(directory), instances, way)
+
+    pairs = zip(instances, asyncio.run(answers()), strict=True)
+    return [instance for instance, answer in pairs if not answer.right]
 
 
 class Part(Protocol):
@@ -60,6 +70,10 @@ def answer_of(tokenizer: BpeTokenizer, instance: Instance, mode: Mode, parts: Se
     if mode is not Mode.DIFFUSION:
         steps = (1,) * len(tokens)
     return Answer(instance.is_answered_by(decode_answer(tokenizer, tokens)), len(tokens), steps)
+
+
+async def _ask_all(pair: Pair, tokenizer: BpeTokenizer, instances: Sequence[Instance], way: Way) -> list[Answer]:
+    return await asyncio.gather(*(_ask(pair, tokenizer, instance, way) for instance in instances))
 
 
 async def _ask(pair: Pair, tokenizer: BpeTokenizer, instance: Instance, way: Way) -> Answer:

@@ -14,9 +14,9 @@ import torch
 
 from twotower.config import ModelConfig
 from twotower.core import Mode
-from twotower.demo.card import model_card
+from twotower.demo.card import examples, model_card
 from twotower.demo.corpus import save_families
-from twotower.demo.evaluate import evaluate_all
+from twotower.demo.evaluate import evaluate_all, wrong_of
 from twotower.demo.expect import write_expectation
 from twotower.demo.objectives import FULL_MASK_SHARE, SUFFIX_SHARE
 from twotower.demo.scores import AR, MOCK_AR, USUAL, Way
@@ -42,7 +42,9 @@ def ship(trainer: Trainer, directory: Path, num_instances: int = 200) -> None:
     save_families(directory)
     write_expectation(directory)
     scores = evaluate_all(directory, [AR, MOCK_AR, USUAL, Way(Mode.DIFFUSION, 0.95)], num_instances)
-    (directory / "README.md").write_text(model_card(trainer, scores, FULL_MASK_SHARE, SUFFIX_SHARE), encoding="utf-8")
+    missed = {way: wrong_of(directory, examples(), way) for way in (AR, USUAL)}
+    card = model_card(trainer, scores, missed, FULL_MASK_SHARE, SUFFIX_SHARE)
+    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def tempered(denoiser: DenoiserTower, temperature: float) -> DenoiserTower:
