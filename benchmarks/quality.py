@@ -33,8 +33,9 @@ from benchmarks.engine_parts.bare import AR, COMMIT, DENOISE, PROMPT, Bench
 from benchmarks.quality_parts.experiment import Experiment
 from benchmarks.quality_parts.plan import Plan
 from benchmarks.quality_parts.record import Record
-from benchmarks.quality_parts.report import Costs, Findings, render, summary
+from benchmarks.quality_parts.report import Costs, Findings, by_task, render, summary
 from benchmarks.quality_parts.targets import runs_here, served_fingerprint, target_of
+from benchmarks.reference.report import commit, setting
 from benchmarks.reference.workload import DEMO
 from twotower.commands.journal import Journal
 from twotower.commands.parser import count
@@ -88,7 +89,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     theirs = served_fingerprint(options.target)
     if theirs is not None and theirs != mine:
         raise ConfigError(f"{options.target}: serves checkpoint {theirs}, wanted {mine}: {options.checkpoint}")
-    about = {**plan.about(), "checkpoint": mine, "target": options.target.partition("://")[0]}
+    about = {**plan.about(), "checkpoint": mine, "target": options.target, "commit": commit()}
     journal = Journal(_file(options.output, ".jsonl"), about, options.resume, options.overwrite)
     return Experiment(plan, target, tokenizer, Record(journal))
 
@@ -102,7 +103,9 @@ def write(prefix: Path, target: str, findings: Findings, load_before: float, com
     shown = "\n\n".join(f"![{name}]({path.name})" for name, path in pictures.items())
     report = render(findings, target, load_before, command) + f"\n{shown}\n"
     _file(prefix, ".md").write_text(report, encoding="utf-8")
-    _file(prefix, ".json").write_text(json.dumps(summary(findings), indent=1) + "\n", encoding="utf-8")
+    figures = {"setup": setting(load_before, command), "target": target, **summary(findings)}
+    _file(prefix, ".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{by_task(findings)}\n")
     print(f"written to {prefix}.md, .json, _trade.png and _steps.png")
 
 

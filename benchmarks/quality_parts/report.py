@@ -143,7 +143,8 @@ def _method(findings: Findings, target: str) -> str:
         f"temperature 0, blocks of 16, one pass at concurrency 16. Speed: {plan.sample_per_family} other instances a "
         f"family in turn, the same for every way, closed-loop clients, {plan.rounds} rounds whose order alternates; "
         "tokens up to eos. "
-        "Brackets behind a ratio of qualities: 95 % paired bootstrap; behind a speed: smallest and largest round."
+        "Brackets behind a ratio of qualities: 95 % paired bootstrap, its lower end no higher than what so many "
+        "answers can show; behind a speed: smallest and largest round."
     )
 
 

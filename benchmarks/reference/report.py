@@ -39,17 +39,21 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
-def setup(load_before: float, command: str) -> str:
+def setting(load_before: float, command: str) -> dict[str, str]:
     """Where and with what this ran."""
-    lines = {
+    return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "hardware": f"{_cpu_name()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB, {_gpu()}",
         "load average over a minute": f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} at the end",
         "software": ", ".join([f"Python {platform.python_version()}", *_versions("torch", "ray", "grpcio")]),
-        "commit": _commit(),
+        "commit": commit(),
         "command": f"`{command}`",
     }
-    return bullets(lines)
+
+
+def setup(load_before: float, command: str) -> str:
+    """The same as a list."""
+    return bullets(setting(load_before, command))
 
 
 def _config(plan: Plan, workload: Workload) -> str:
@@ -174,7 +178,9 @@ def _versions(*names: str) -> Iterable[str]:
             continue
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What is checked out, and whether it was changed since."""
+
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""

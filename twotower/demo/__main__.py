@@ -21,7 +21,7 @@ from twotower.demo.corpus import families_of, stream
 from twotower.demo.evaluate import evaluate
 from twotower.demo.families import FAMILIES
 from twotower.demo.recipe import Recipe
-from twotower.demo.scores import AR, MOCK_AR, Score, Way, every_way, table, to_json
+from twotower.demo.scores import AR, MOCK_AR, Score, Way, every_way, of_way, retained, table, to_json
 from twotower.demo.ship import ship
 from twotower.demo.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from twotower.demo.trainer import STATE_FILE, Trainer, saved_recipe
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
     score = commands.add_parser(
         "evaluate",
-        help="exact match and tokens per step of a checkpoint, family by family",
+        help="exact match, tokens per step and what is kept of ar's, family by family",
         epilog="With intervals, steps by block, speed and plots: python -m benchmarks.quality --target local",
     )
     score.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
@@ -118,6 +118,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     scores = asyncio.run(_scores(options))
     if not options.json:
         print(table(scores))
+        for way in dict.fromkeys(score.way for score in scores):
+            if way != str(AR):
+                kept = retained([score for score in scores if score.way == way], of_way(scores, AR)).of_means
+                print(f"{way} keeps {100 * kept.value:.1f} % of ar's ({100 * kept.low:.1f} to {100 * kept.high:.1f})")
 
 
 async def _scores(options: argparse.Namespace) -> list[Score]:
