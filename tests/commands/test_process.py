@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,8 +26,10 @@ def test_version_and_help_in_a_process() -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_process() -> None:
-    """After the first tokens, in the middle of decoding."""
-    process = _process("generate", *GOOD, "--mode", "ar", "--max-new-tokens", "4000", "--ignore-eos", bufsize=1)
+    """After the first tokens, in the middle of decoding. (What runs in a shell's background inherits deaf ears.)"""
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    long = ("--mode", "ar", "--max-new-tokens", "4000", "--ignore-eos")
+    process = _process("generate", *GOOD, *long, bufsize=1, preexec_fn=listens)
     assert process.stdout is not None and process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
