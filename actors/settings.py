@@ -36,7 +36,6 @@ class CellSettings:
             raise ConfigError(f"denoisers_per_context: got {self.denoisers_per_context}, wanted at least 1")
         if self.device == "auto" and self.gpus_per_tower is None:
             raise ConfigError("device: got 'auto', which must be resolved by `resolve_device` before a cell is built")
-
         if self.placement != "split" and self.ssm_wire_dtype != "float32":
             raise ConfigError(
                 f"ssm_wire_dtype: got {self.ssm_wire_dtype!r} with placement {self.placement}, which sends no states"

@@ -27,8 +27,12 @@ class Record:
 
     def close(self, told: bool) -> None:
         """`told`: everything has been written elsewhere, and nobody will want to go on from here."""
-        if self._journal is not None:
-            self._journal.remove() if told else self._journal.close()
+        if self._journal is None:
+            return
+        if told:
+            self._journal.remove()
+        else:
+            self._journal.close()
 
 
 def _pass(line: str) -> Pass:

@@ -169,7 +169,8 @@ def _added(prompt: str, answer: str) -> bool:
     *steps, so, total = answer.split()
     carries = [0]
     for place, step in enumerate(steps):
-        left, right, carry, out = map(int, re.fullmatch(r"(\d)\+(\d)\+(\d)=(\d\d)", step).groups())  # type: ignore[union-attr]
+        [digits_and_sum] = re.findall(r"^(\d)\+(\d)\+(\d)=(\d\d)$", step)
+        left, right, carry, out = map(int, digits_and_sum)
         digits = [int(text[place : place + 1] or 0) for text in (first, second)]
         if [left, right] != digits or carry != carries[-1] or out != left + right + carry:
             return False

@@ -130,28 +130,23 @@ def _break_attention(
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
-    [(_all_of_it, "in ar mode"), (_one_key_more, "of scores"), (_one_key_fewer, "of scores")],
+    ("tower", "broken", "said"),
+    [
+        ("context", _all_of_it, "in ar mode failed: got .* known answers right"),
+        # Its answers stay right, for it hardly attends where it must not; how likely it finds known texts does not.
+        ("context", _one_key_more, "of scores failed: got likelihoods"),
+        ("context", _one_key_fewer, "of scores failed: got likelihoods"),
+        ("denoiser", _nothing_cached, "in diffusion mode failed: got .* known answers right"),
+        # The same answers, but more slowly.
+        ("denoiser", _causal_in_the_block, "in diffusion mode failed: got .* tokens per step on known"),
+    ],
 )
-async def test_with_the_context_towers_attention_broken(
-    broken: Callable[[Tensor], Tensor], said: str, demo: Towers, monkeypatch: pytest.MonkeyPatch
+async def test_with_attention_broken(
+    tower: str, broken: Callable[[Tensor], Tensor], said: str, demo: Towers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its answers may stay right, for it hardly attends where it must not; how likely it finds known texts does not."""
-    _break_attention(demo.context, monkeypatch, broken)
-    with pytest.raises(Unavailable, match=f"self-test {said} failed: got .*: kernels, cache or exchange"):
-        await _try_out(demo, (Mode.AR,))
-
-
-@pytest.mark.parametrize(
-    ("broken", "said"), [(_nothing_cached, "known answers right"), (_causal_in_the_block, "tokens per step on known")]
-)
-async def test_with_the_denoisers_attention_broken(
-    broken: Callable[[Tensor], Tensor], said: str, demo: Towers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A block that sees itself only backwards gives the same answers, but more slowly."""
-    _break_attention(demo.denoiser, monkeypatch, broken)
-    with pytest.raises(Unavailable, match=f"self-test in diffusion mode failed: got .*{said}"):
-        await _try_out(demo, (Mode.DIFFUSION,))
+    _break_attention(getattr(demo, tower), monkeypatch, broken)
+    with pytest.raises(Unavailable, match=f"self-test {said}"):
+        await _try_out(demo, (Mode.AR if tower == "context" else Mode.DIFFUSION,))
 
 
 async def test_with_deltas_lost(demo: Towers, monkeypatch: pytest.MonkeyPatch) -> None:

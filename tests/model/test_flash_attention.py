@@ -83,12 +83,10 @@ def test_agrees_with_the_plain_path(adapter: Callable[[Load], ByNumber], dtype: 
 def test_the_real_ones_agree_on_cuda(adapter: Callable[[Load], ByNumber]) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    if adapter is ADAPTERS["torch varlen_attn"]:
-        from torch.nn.attention import varlen  # brings two seconds of torch's compiler
-
-        if why := varlen_misfit(varlen):
-            pytest.skip(why)
-    kernel = adapter(pytest.importorskip)
+    load = pytest.importorskip  # here and not above: torch's brings two seconds of its compiler
+    if adapter is ADAPTERS["torch varlen_attn"] and (why := varlen_misfit(load("torch.nn.attention.varlen"))):
+        pytest.skip(why)
+    kernel = adapter(load)
     wide = replace(CONFIG, num_attention_heads=32, head_dim=128)
     for case, deviation in attention_deviations(attention(kernel, _unused), wide, torch.device("cuda"), torch.bfloat16):
         assert deviation <= TOLERANCE, case
