@@ -1,4 +1,4 @@
-"""How close the engines come to what their towers allow: issue 3's table of speed, every ratio within one run.
+"""How close the engines come to what their towers allow: a table of targets, every ratio within one run.
 
     python -m benchmarks.engine --output benchmarks/results/engine_<hardware>_<date>.md   # some fifteen minutes
     python -m benchmarks.engine --quick                                                   # a first look, two minutes

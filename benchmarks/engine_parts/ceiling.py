@@ -23,8 +23,8 @@ A tower that has waited for the other one starts cold. `turns_ceiling` takes the
 commit and the first step of every block, at what they cost after one: at concurrency 1 in `split` placement nothing
 else can be had.
 
-The issue's own ratio at concurrency 1, `16/(c·(16/τ + 1))` with c = D(1)/A(1) and τ = N/S, is the same thing with a
-commit as dear as a step, no prompts, and as many commits as blocks.
+`simple_ratio`, diffusion over AR at concurrency 1, `16/(c·(16/τ + 1))` with c = D(1)/A(1) and τ = N/S, takes a commit
+to cost as much as a step, knows no prompts, and counts as many commits as blocks.
 """
 
 from collections.abc import Mapping
@@ -114,6 +114,6 @@ def turns_ceiling(costs: PassCosts, rested: PassCosts, demand: Demand) -> float:
     return demand.tokens / (steps_s + demand.commits * rested.commit(1) + costs.prompt(1))
 
 
-def issue_ratio(costs: PassCosts, tokens_per_step: float) -> float:
-    """Diffusion over AR at concurrency 1 at most, by the issue's formula."""
+def simple_ratio(costs: PassCosts, tokens_per_step: float) -> float:
+    """Diffusion over AR at concurrency 1 at most, every block committed, a commit as dear as a step."""
     return BLOCK / (costs.c * (BLOCK / tokens_per_step + 1))

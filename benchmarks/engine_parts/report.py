@@ -1,4 +1,4 @@
-"""The result as markdown: where it ran, the issue's table, then what lies behind every line of it."""
+"""The result as markdown: where it ran, the table of targets, then what lies behind every line of it."""
 
 from benchmarks.engine_parts import sections
 from benchmarks.engine_parts.experiment import Experiment

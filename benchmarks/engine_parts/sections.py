@@ -1,10 +1,10 @@
-"""What lies behind the issue's table, a section each."""
+"""What lies behind the table of targets, a section each."""
 
 import statistics
 
 from benchmarks.engine_parts import ceiling as ceilings
 from benchmarks.engine_parts.bare import AR, COMMIT, DENOISE, PROMPT
-from benchmarks.engine_parts.ceiling import issue_ratio, turns_ceiling
+from benchmarks.engine_parts.ceiling import simple_ratio, turns_ceiling
 from benchmarks.engine_parts.experiment import PAUSE_S, SERVED_TIMES, SWEEPS, Kind, Loaded, Square
 from benchmarks.engine_parts.figures import Figures
 from benchmarks.engine_parts.load import diffusion_gaps
@@ -81,7 +81,7 @@ pause:
 
 Diffusion ÷ AR at concurrency 1, 16/(c·(16/τ + 1)):
 
-{_issue_ratios(figures)}
+{_simple_ratios(figures)}
 
 {_quoted(ceilings.__doc__ or "")}"""
 
@@ -97,10 +97,10 @@ def _turns(figures: Figures) -> str:
     return "\n".join(lines)
 
 
-def _issue_ratios(figures: Figures) -> str:
+def _simple_ratios(figures: Figures) -> str:
     results, lines = figures.results, []
     for variant, demand in results.demands.items():
-        line = f"- {variant.name}: {issue_ratio(results.costs(), demand.tokens_per_step):.2f} allowed"
+        line = f"- {variant.name}: {simple_ratio(results.costs(), demand.tokens_per_step):.2f} allowed"
         diffusion, ar = results.split.get((variant, 1)), results.split.get((figures.ar, 1))
         if diffusion and ar:
             pairs = zip(diffusion, ar, strict=True)

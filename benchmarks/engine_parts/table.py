@@ -1,4 +1,4 @@
-"""The issue's table: measure, what we got, what is to be reached, whether it is."""
+"""The table of targets: measure, what we got, what is to be reached, whether it is."""
 
 import statistics
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Line:
 def main_table(figures: Figures) -> str:
     parts = (_ceiling, _naive, _busy, _exchange, _served, _between_blocks, _long_prompt, _outside, _memory)
     cells = [line.cells for part in parts for line in part(figures)]
-    return "## Issue 3, section 2\n\n" + table(["measure", "got", "to reach", "reached"], cells)
+    return "## Targets\n\n" + table(["measure", "got", "to reach", "reached"], cells)
 
 
 def _ceiling(figures: Figures) -> Iterator[Line]:

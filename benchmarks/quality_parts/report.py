@@ -38,7 +38,7 @@ class Costs:
 
     def ceiling(self, per_step: float, committed: float = 1.0) -> float:
         """Diffusion over AR at concurrency 1 at most, with a commit as dear as a step; `committed`: the share of blocks
-        that are, all of them in issue 4's formula."""
+        that are; the usual formula counts all of them."""
         return BLOCK / (self.c * (BLOCK / per_step + committed))
 
     def passes_s(self, spent: Spent) -> float:

@@ -1,4 +1,4 @@
-"""The engine benchmark on a tiny model: everything runs once, and the report has every line of the issue's table."""
+"""The engine benchmark on a tiny model: everything runs once, and the report has every line of the table of targets."""
 
 from pathlib import Path
 

@@ -8,7 +8,7 @@ from benchmarks.engine_parts.ceiling import (
     PassCosts,
     ar_ceiling,
     diffusion_ceiling,
-    issue_ratio,
+    simple_ratio,
     turns_ceiling,
 )
 from benchmarks.engine_parts.intervals import difference, intersection, total, union
@@ -71,8 +71,8 @@ def test_passes_after_a_pause_have_their_own_price() -> None:
     assert turns_ceiling(costs, rested, Demand(128, 20, 7)) == pytest.approx(128 / (12 * 2 + 8 * 2.5 + 7 * 4 + 5))
 
 
-def test_the_issues_ratio() -> None:
-    assert issue_ratio(_costs(2.0, 2.0, 1.0), 4.0) == pytest.approx(16 / (2 * (16 / 4 + 1)))
+def test_the_simple_ratio() -> None:
+    assert simple_ratio(_costs(2.0, 2.0, 1.0), 4.0) == pytest.approx(16 / (2 * (16 / 4 + 1)))
 
 
 def _span(name: str, start: float, end: float, slots: tuple[int, ...] = (), width: int = 16) -> Span:
