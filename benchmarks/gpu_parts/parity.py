@@ -25,7 +25,7 @@ from twotower.model.tower import ContextTower, DenoiserTower
 _GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 _CPU = torch.device("cpu")
 _BLOCK = 16
-# The tolerances of the golden vectors' FORMAT.md, for fp32.
+# The tolerances of tests/golden/FORMAT.md, for fp32.
 _AS_WANTED, _REPORTED = "as wanted", "reported"
 _WANTED = {"context logits": 1e-3, "denoiser logits": 3e-3, "SSM states": 1e-3}
 

@@ -2,7 +2,7 @@
 
 FROZEN. This is the fixed baseline that later results are divided by; change it only where it is wrong, and say so in
 the result that follows. It shares the towers with the library, so it gains whatever a tower's forward gains, and
-nothing of what engines, scheduling, paging and exchange bring. It keeps the released structure (semantics.md §6, §7):
+nothing of what engines, scheduling, paging and exchange bring. It keeps the released structure (docs/semantics.md):
 two-pass prefill, snapshot of the Mamba states, extension after the last block, whole blocks, no cut at EOS.
 
 Shape suffixes as in `twotower.model.states`; R is always 1.

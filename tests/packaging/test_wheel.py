@@ -32,3 +32,12 @@ def test_holds_every_file_of_the_library(wheel_files: set[str]) -> None:
 @pytest.mark.parametrize("data", ["twotower/py.typed", "twotower/demo/checkpoint/config.json"])
 def test_holds_data(wheel_files: set[str], data: str) -> None:
     assert data in wheel_files
+
+
+def test_holds_its_license(wheel_files: set[str]) -> None:
+    [name] = [name for name in wheel_files if name.endswith(".dist-info/licenses/LICENSE")]
+    assert name.startswith("twotower-")
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text and "The TwoTower Serve authors" in text
+    ignored = (ROOT / "deploy" / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    assert "!LICENSE" in ignored, "the image's build reads it"

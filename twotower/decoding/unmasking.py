@@ -1,6 +1,7 @@
 """One diffusion step's decision: what each masked position would become, and which of them are fixed now.
 
-Follows the released script (semantics §7.4) with every parameter per row: a row's result depends on that row alone.
+Follows the released script (docs/semantics.md, Modes). Every parameter is per row, so a row's result depends on
+that row alone.
 """
 
 import math

@@ -10,7 +10,7 @@ from twotower.errors import CheckpointError
 
 
 class RmsNorm(nn.Module):
-    """`w ⊙ x / sqrt(mean(x²) + eps)`, in fp32 including the product with w (semantics: released RMSNorm)."""
+    """`w ⊙ x / sqrt(mean(x²) + eps)`, in fp32 including the product with w, as in the released code."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
