@@ -1,8 +1,8 @@
 """What a GPU has to show: same numbers as the CPU, full-size passes against the memory roofline, two processes.
 
-    python -m benchmarks.gpu --output benchmarks/results/gpu_h200_DATE.md   # everything; within 8 minutes on an H200
-    python -m benchmarks.gpu --sections passes --batches 1,16               # one part of it
-    python -m benchmarks.gpu --tiny                                         # all of it on a CPU; no time counts
+    python -m benchmarks.gpu --output benchmarks/results/gpu_<gpu>_<date>.md # everything; within 8 minutes on an H200
+    python -m benchmarks.gpu --sections passes --batches 1,16                # one part of it
+    python -m benchmarks.gpu --tiny                                          # all of it on a CPU; no time counts
 
 parity    the golden checkpoints in fp32 and bf16, with the chosen kernels and with plain torch, against the CPU in
           fp32: logits, states, and the released code's tokens in every mode.

@@ -1,0 +1,58 @@
+"""Documents cite what the repository holds: links lead somewhere, and nobody refers to what only its authors saw."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("actors", "benchmarks", "cluster", "deploy", "docs", "protos", "scripts", "tests", "twotower")
+SUFFIXES = {".md", ".proto", ".py", ".yaml"}
+GENERATED = "twotower/pb/"
+# Commands in results name the files they wrote, under whatever name they have now.
+RECORDS = "benchmarks/results/"
+CITED = re.compile(
+    r"(?<![\w/])(?:docs|benchmarks|deploy|twotower|cluster|actors|tests)/[\w/.-]+\.(?:md|yaml|proto|png)\b"
+)
+PRIVATE = re.compile(
+    r"\bissues? \d|\bissue's\b|\bdesign\.md|\bstyle\.md|\bfaults\.md|semantics(\.md)? §|shared/\w", re.IGNORECASE
+)
+# KubeRay's schema is not ours to ship: where it is looked for beside a checkout.
+SCHEMA = "tests/deploy/crd.py"
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """(path, text) of every file that a person reads."""
+    for path in (*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))):
+        name = path.relative_to(ROOT).as_posix()
+        if path.suffix in SUFFIXES and path.is_file() and not name.startswith(GENERATED):
+            yield name, path.read_text(encoding="utf-8")
+
+
+DOCUMENTS = [(name, text) for name, text in texts() if name.endswith(".md")]
+
+
+@pytest.mark.parametrize(("name", "text"), DOCUMENTS, ids=[name for name, _ in DOCUMENTS])
+def test_links(name: str, text: str) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    missing = [t for t in targets if "://" not in t and not (ROOT / name).parent.joinpath(t).exists()]
+    assert not missing
+
+
+def test_cited_files_exist() -> None:
+    cited = {(name, file) for name, text in texts() if not name.startswith(RECORDS) for file in CITED.findall(text)}
+    assert len(cited) > 10
+    assert not {(name, file) for name, file in cited if not (ROOT / file).exists()}
+
+
+def test_nothing_cites_what_the_repository_does_not_hold() -> None:
+    mine = Path(__file__).relative_to(ROOT).as_posix()
+    found = [
+        f"{name}: {match.group()}"
+        for name, text in texts()
+        if name != mine
+        for match in PRIVATE.finditer(text)
+        if not (name == SCHEMA and match.group().startswith("shared/"))
+    ]
+    assert not found
