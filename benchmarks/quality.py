@@ -163,13 +163,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-instances", type=count, default=200, help="per family, for quality (%(default)s)")
     clients = "clients at once in the speed runs; 1, which the curve is of, is always among them (1,4,16)"
     add("--concurrency", type=_counts, default=(1, 4, 16), metavar="N,N", help=clients)
-    add("--rounds", type=count, default=3, help="of the speed runs (%(default)s)")
+    add("--rounds", type=count, default=3, help="rounds of the speed runs (%(default)s)")
     add("--pass-s", type=float, default=2.0, help="seconds to time each bare pass (%(default)s)")
     add("--quick", action="store_true", help="16 instances a family, four ways, one round, whatever else is said")
     kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--resume", action="store_true", help="go on with what PREFIX.jsonl has already")
-    kept.add_argument("--overwrite", action="store_true", help="begin PREFIX.jsonl anew")
-    add("--output", type=Path, default=Path("quality"), metavar="PREFIX", help="of the files written (%(default)s)")
+    kept.add_argument("--resume", action="store_true", help="continue the run that left PREFIX.jsonl")
+    kept.add_argument("--overwrite", action="store_true", help="replace PREFIX.jsonl")
+    add("--output", type=Path, default=Path("quality"), metavar="PREFIX", help="where the files go (%(default)s)")
     return parser
 
 

@@ -36,12 +36,18 @@ EPILOG = """examples:
 def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", type=Path, required=True, metavar="FILE.jsonl", help="your prompts")
-    add("--answers", type=Path, metavar="FILE.jsonl", help="id and answer a line, where --input has only ids")
-    add("--quality-floor", type=share, default=0.98, metavar="X", help="least quality, a share of ar's (%(default)s)")
+    add("--answers", type=Path, metavar="FILE.jsonl", help="the right answers by id, an object a line")
+    add(
+        "--quality-floor",
+        type=share,
+        default=0.98,
+        metavar="X",
+        help="quality to keep, as a share of ar's (%(default)s)",
+    )
     add("--confidence-thresholds", type=_shares, default=_THRESHOLDS, metavar="X,Y", help="γ to try (0.5 to 1)")
     add("--concurrency", type=count, default=16, metavar="N", help="prompts at once (%(default)s)")
-    add("--max-new-tokens", type=count, metavar="N", help="of each answer (the service's default)")
-    add("--timeout", type=seconds, default=120.0, metavar="SECONDS", help="of one answer (%(default)s)")
+    add("--max-new-tokens", type=count, metavar="N", help="tokens of an answer at most (the service's default)")
+    add("--timeout", type=seconds, default=120.0, metavar="SECONDS", help="deadline of one answer (%(default)s)")
     add(
         "--address",
         type=host_and_port,
@@ -51,8 +57,8 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="one JSON object instead of the table")
     add("--output", type=Path, metavar="PREFIX", help="also write PREFIX.json, PREFIX.png and meanwhile PREFIX.part")
     kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--resume", action="store_true", help="go on with PREFIX.part, which a run cut short has left")
-    kept.add_argument("--overwrite", action="store_true", help="begin PREFIX.part anew")
+    kept.add_argument("--resume", action="store_true", help="continue the run that left PREFIX.part")
+    kept.add_argument("--overwrite", action="store_true", help="replace PREFIX.part")
 
 
 def run(options: argparse.Namespace) -> int:

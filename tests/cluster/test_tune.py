@@ -114,9 +114,9 @@ def test_a_sweep_that_was_cut_short_goes_on(
     cells.broken_at = None
     cells.requests.clear()
     assert main(arguments) == 2
-    assert "t.part: holds an earlier run; --resume goes on with it" in capsys.readouterr().err
+    assert "t.part: holds an earlier run; --resume continues it" in capsys.readouterr().err
     assert main([*arguments, "--concurrency", "3", "--resume"]) == 2
-    assert "cannot be gone on with: prompts at once was 16, now it is 3" in capsys.readouterr().err
+    assert "cannot be resumed: prompts at once was 16, now it is 3" in capsys.readouterr().err
     assert not cells.requests
     assert main([*arguments, "--resume"]) == 0
     assert {request.params.confidence_threshold for request in cells.requests} == {0.7, 1.0}

@@ -50,7 +50,7 @@ def test_what_was_half_written_is_dropped(path: Path) -> None:
 
 def test_it_is_neither_erased_nor_gone_on_with_unasked(path: Path) -> None:
     whole = _written(path, "1")
-    with pytest.raises(ConfigError, match="--resume goes on with it, --overwrite begins anew"):
+    with pytest.raises(ConfigError, match="--resume continues it, --overwrite replaces it"):
         Journal(path, ABOUT)
     with pytest.raises(ConfigError, match="at once was 16, now it is 3"):
         Journal(path, {**ABOUT, "at once": 3}, resume=True)
@@ -63,15 +63,15 @@ def test_it_is_neither_erased_nor_gone_on_with_unasked(path: Path) -> None:
 def test_one_in_which_nothing_was_found_is_in_nobodys_way(path: Path) -> None:
     Journal(path, ABOUT).close()
     assert not path.exists()
-    with pytest.raises(ConfigError, match="there is no earlier run to go on with"):
+    with pytest.raises(ConfigError, match="there is no earlier run to continue"):
         Journal(path, ABOUT, resume=True)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"my own prompts\n", "it does not say what it is about"),
-        (b"no end of line", "it does not say what it is about"),
+        (b"my own prompts\n", "its first line does not name the experiment"),
+        (b"no end of line", "its first line does not name the experiment"),
         (b"about {broken\n", "Expecting"),
         (b"\xff\n", "can't decode"),
     ],

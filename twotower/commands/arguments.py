@@ -83,11 +83,15 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", "tokens to generate at most (default: 128)")
     add("--block-size", "positions decoded together in diffusion (default: 16)")
     add("--steps-per-block", "denoiser steps a block may take at most (default: 16)")
-    add("--confidence-threshold", "fix positions the denoiser is surer of than this, 0 to 1 (default: 0.8)", "P")
+    add("--confidence-threshold", "fix positions whose probability is above this, 0 to 1 (default: 0.8)", "P")
     add("--temperature", "0 is greedy (default: 0)", "T")
     add("--top-k", "sample among the k likeliest tokens; ar and mock_ar only (default: 0, off)")
-    add("--top-p", "sample among the likeliest tokens of this total; ar and mock_ar only (default: 1, off)", "P")
-    add("--seed", "decides every random number; drawn and reported where it is not given")
+    add(
+        "--top-p",
+        "sample among the likeliest tokens whose probabilities reach this sum; ar and mock_ar only (default: 1, off)",
+        "P",
+    )
+    add("--seed", "decides every random number; drawn and reported if not given")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
     group.add_argument(
         "--stop-token-ids", type=ids, default=argparse.SUPPRESS, metavar="IDS", help="end after any of these: 7,8"

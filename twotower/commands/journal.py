@@ -1,4 +1,4 @@
-"""What a long command has found so far, on disk line by line, so that a run that was cut short goes on where it was."""
+"""The findings of a long command, on disk line by line: a run that was cut short continues from them."""
 
 import json
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from twotower.errors import ConfigError
 class Journal:
     """Entries of a kind and one line of JSON; each is on disk before the next one is made.
 
-    `about` says what is found on what: a run goes on only with the same. `entries` are those that were there; a line
-    that a killed run left half written is dropped, to be found again. Raises ConfigError where `path` cannot be
-    written, holds entries that are neither to be gone on with (`resume`) nor to be replaced (`overwrite`), holds those
-    of something else, or none to go on with.
+    `about` names the experiment. `entries` are those of the earlier run; a line that a killed run left half written is
+    dropped. Raises ConfigError where `path` cannot be written, or
+    - holds entries, and neither `resume` nor `overwrite` is given;
+    - is to be resumed, and is empty or belongs to another experiment.
     """
 
     def __init__(self, path: Path, about: Mapping[str, object], resume: bool = False, overwrite: bool = False) -> None:
@@ -23,9 +23,9 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             there = path.exists() and path.stat().st_size > 0
             if there and not (resume or overwrite):
-                raise ConfigError(f"{path}: holds an earlier run; --resume goes on with it, --overwrite begins anew")
+                raise ConfigError(f"{path}: holds an earlier run; --resume continues it, --overwrite replaces it")
             if resume and not there:
-                raise ConfigError(f"{path}: --resume: there is no earlier run to go on with")
+                raise ConfigError(f"{path}: --resume: there is no earlier run to continue")
             if resume:
                 self._read()
             self._file = path.open("a" if resume else "w", encoding="utf-8")
@@ -34,7 +34,7 @@ class Journal:
 
     @property
     def resumed(self) -> bool:
-        """What it holds comes from more than one sitting."""
+        """Whether its entries come from more than one run."""
         return bool(self.entries)
 
     def add(self, kind: str, line: str) -> None:
@@ -44,14 +44,14 @@ class Journal:
         self._file.flush()
 
     def close(self) -> None:
-        """A journal in which nothing was found is in nobody's way."""
+        """Removes a journal without findings."""
         empty = self._file.tell() == 0
         self._file.close()
         if empty:
             self._path.unlink()
 
     def remove(self) -> None:
-        """All of it is told elsewhere."""
+        """For when the findings are written elsewhere."""
         self._file.close()
         self._path.unlink()
 
@@ -59,12 +59,12 @@ class Journal:
         whole, end, _ = self._path.read_bytes().rpartition(b"\n")
         lines = [(kind, line) for kind, _, line in (each.partition(" ") for each in whole.decode().splitlines())]
         if not lines or lines[0][0] != "about":
-            raise ConfigError(f"{self._path}: cannot be gone on with: it does not say what it is about")
+            raise ConfigError(f"{self._path}: cannot be resumed: its first line does not name the experiment")
         found, wanted = json.loads(lines[0][1]), json.loads(self._about)
         for name in wanted:
             if found.get(name) != wanted[name]:
                 raise ConfigError(
-                    f"{self._path}: cannot be gone on with: {name} was {found.get(name)}, now it is {wanted[name]}"
+                    f"{self._path}: cannot be resumed: {name} was {found.get(name)}, now it is {wanted[name]}"
                 )
         with self._path.open("r+b") as file:
             file.truncate(len(whole) + len(end))
