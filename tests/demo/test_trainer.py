@@ -62,7 +62,7 @@ def test_a_run_is_resumed_as_what_it_began_as(tiny_recipe: Recipe, tokenizer: Bp
 def test_a_run_is_not_begun_over_another(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (output / STATE_FILE).write_bytes(b"weights")
     assert main(["train", "--output", str(output)]) == 2
-    assert "holds a run; --resume goes on with it" in capsys.readouterr().err
+    assert "holds an earlier run; --resume continues it" in capsys.readouterr().err
     assert (output / STATE_FILE).read_bytes() == b"weights"
     assert list(output.iterdir()) == [output / STATE_FILE]
 

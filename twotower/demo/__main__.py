@@ -93,7 +93,7 @@ def _train(options: argparse.Namespace) -> None:
         trainer.resume()
     else:
         if (output / STATE_FILE).exists():
-            raise ConfigError(f"{output}: holds a run; --resume goes on with it, another --output begins anew")
+            raise ConfigError(f"{output}: holds an earlier run; --resume continues it, or name another --output")
         output.mkdir(parents=True, exist_ok=True)
         recipe = Recipe(seed=options.seed or 0)
         tokenizer = train_tokenizer(seed=recipe.seed)
