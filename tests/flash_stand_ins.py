@@ -1,6 +1,8 @@
-"""flash-attn and torch's varlen attention as their documentation has them (flash-attn 2.6 to 2.8, torch 2.12), slowly.
+"""flash-attn and torch's varlen attention as their sources have them (2.8.3 and 2.13), slowly, in our own words.
 
-What ours never passes they do not take. Nor do they insist on 16 bits, so that towers can be compared in fp32.
+What ours never passes they do not take; what the real ones refuse they refuse, but for values, which the host cannot
+see. `fwd_kvcache` and `flash_attention_forward` stand for the compiled parts, and the real Python runs over them:
+flash-attn's in `tests/kernels`, torch's in `tests/model/test_flash_attention.py`.
 """
 
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from tests.mamba_stand_ins import aligned, refuse_unless
 from twotower.model.attention import attend
 from twotower.model.kernels import choose, install
 from twotower.model.kernels.flash_attention import ByNumber, attention, flash_attn, varlen_attn
@@ -25,10 +28,13 @@ ADAPTERS: dict[str, Callable[[Load], ByNumber]] = {
 
 
 class FlashStandIns:
-    """Counts its calls. Methods beginning with an underscore are what a wrong kernel gets wrong."""
+    """Counts its calls. Methods beginning with an underscore are what a wrong kernel gets wrong.
 
-    def __init__(self) -> None:
-        self.calls = 0
+    The real ones compute in 16 bits only; towers are compared in fp32 where `any_dtype`.
+    """
+
+    def __init__(self, any_dtype: bool = False) -> None:
+        self.calls, self.any_dtype = 0, any_dtype
 
     def load(self, name: str) -> ModuleType:
         functions = {"flash_attn": self.flash_attn_with_kvcache, "torch.nn.attention.varlen": self.varlen_attn}
@@ -39,14 +45,49 @@ class FlashStandIns:
     def flash_attn_with_kvcache(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, causal: bool = False
     ) -> Tensor:
-        rows, room = k_cache.shape[:2]
-        assert cache_seqlens.shape == (rows,)
-        assert cache_seqlens.dtype is torch.int32
-        assert cache_seqlens.is_contiguous()
-        assert q.stride(-1) == k_cache.stride(-1) == v_cache.stride(-1) == 1
-        at_L, keys_T = (torch.arange(count, device=q.device) for count in (q.shape[1], room))
-        seen_RLT = self._seen(at_L[None, :, None], keys_T, q.shape[1], cache_seqlens[:, None, None], causal)
-        return self._weighed(q, k_cache, v_cache, seen_RLT.expand(rows, len(at_L), room))
+        assert k_cache.stride(-1) == 1, "k_cache must have contiguous last dimension"
+        assert v_cache.stride(-1) == 1, "v_cache must have contiguous last dimension"
+        unused, scale = (None,) * 6, q.shape[-1] ** -0.5
+        filled = (None, None, cache_seqlens, *unused, None, scale, causal, -1, -1, 0.0, True, 0)
+        return self.fwd_kvcache(q.contiguous() if q.stride(-1) != 1 else q, k_cache, v_cache, *filled)[0]
+
+    def fwd_kvcache(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        k: None,
+        v: None,
+        seqlens_k: Tensor,
+        rotary_cos: None,
+        rotary_sin: None,
+        cache_batch_idx: None,
+        leftpad_k: None,
+        block_table: None,
+        alibi_slopes: None,
+        out: None,
+        softmax_scale: float,
+        causal: bool,
+        window_left: int,
+        window_right: int,
+        softcap: float,
+        rotary_interleaved: bool,
+        num_splits: int,
+    ) -> tuple[Tensor, Tensor]:
+        never = (k, v, rotary_cos, rotary_sin, cache_batch_idx, leftpad_k, block_table, alibi_slopes, out)
+        assert never == (None,) * len(never), "what ours never passes"
+        assert (window_left, window_right, softcap, num_splits) == (-1, -1, 0.0, 0), "what ours never passes"
+        rows, length, heads, width = q.shape
+        room, kv_heads = k_cache.shape[1:3]
+        self._refuse_misfits(q, k_cache, v_cache)
+        refuse_unless(rows > 0, "batch size must be positive")
+        for part in (k_cache, v_cache):
+            refuse_unless(part.shape == (rows, room, kv_heads, width), "the caches must have shape")
+        _refuse_numbers(seqlens_k, rows)
+        at_L, keys_T = (torch.arange(count, device=q.device) for count in (length, room))
+        seen_RLT = self._seen(at_L[None, :, None], keys_T, length, seqlens_k[:, None, None], causal)
+        found = self._weighed(q, k_cache, v_cache, seen_RLT.expand(rows, length, room), softmax_scale)
+        return found, found.new_empty((rows, heads, length), dtype=torch.float32)
 
     def varlen_attn(
         self,
@@ -60,15 +101,67 @@ class FlashStandIns:
         *,
         window_size: tuple[int, int] = (-1, -1),
         enable_gqa: bool = False,
-        seqused_k: Tensor,
+        seqused_k: Tensor | None = None,
     ) -> Tensor:
-        assert cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32
-        assert enable_gqa or query.shape[1] == key.shape[1]
-        assert window_size in ((-1, -1), (-1, 0))
-        (row_q, at_q), (row_k, at_k) = (_unpacked(cu, len(t)) for cu, t in ((cu_seq_q, query), (cu_seq_k, key)))
-        lengths_q = cu_seq_q.diff()[row_q, None]
-        seen = self._seen(at_q[:, None], at_k, lengths_q, seqused_k[row_q, None], window_size == (-1, 0))
-        return self._weighed(query[None], key[None], value[None], (seen & (row_q[:, None] == row_k))[None])[0]
+        if not enable_gqa and query.shape[1] != key.shape[1]:
+            raise ValueError("Expect query and key/value to have the same number of heads")
+        left, right = window_size
+        lengths = (cu_seq_q, cu_seq_k, max_q, max_k)
+        given = {"window_size_left": left, "window_size_right": right, "seqused_k": seqused_k}
+        causal = window_size == (-1, 0)
+        return self.flash_attention_forward(query, key, value, *lengths, 0.0, causal, False, **given)[0]
+
+    def flash_attention_forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cum_seq_q: Tensor,
+        cum_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        dropout_p: float,
+        is_causal: bool,
+        return_debug_mask: bool,
+        *,
+        scale: float | None = None,
+        window_size_left: int | None = None,
+        window_size_right: int | None = None,
+        seqused_k: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        block_table: Tensor | None = None,
+        num_splits: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        assert (scale, alibi_slopes, block_table, num_splits) == (None,) * 4, "what ours never passes"
+        assert seqused_k is not None, "what ours always passes"
+        assert (window_size_left, window_size_right) == (-1, 0 if is_causal else -1)
+        rows = cum_seq_q.shape[0] - 1
+        self._refuse_misfits(query, key, value)
+        refuse_unless(query.shape[-1] % 8 == 0, "head_size must be a multiple of 8, this is ensured by padding!")
+        refuse_unless(key.shape == value.shape, "v must have shape (total_k, num_heads_k, head_size)")
+        refuse_unless(query.shape[0] == rows * max_q and key.shape[0] == rows * max_k, "rows as ours packs them")
+        for offsets in (cum_seq_q, cum_seq_k):
+            _refuse_numbers(offsets, rows + 1)
+        _refuse_numbers(seqused_k, rows)
+        (row_q, at_q), (row_k, at_k) = (_unpacked(cu, len(t)) for cu, t in ((cum_seq_q, query), (cum_seq_k, key)))
+        lengths_q = cum_seq_q.diff()[row_q, None]
+        seen = self._seen(at_q[:, None], at_k, lengths_q, seqused_k[row_q, None], is_causal)
+        seen = seen & (row_q[:, None] == row_k)
+        out = self._weighed(query[None], key[None], value[None], seen[None], query.shape[-1] ** -0.5)[0]
+        unread = torch.empty(0, device=query.device)
+        return out, unread, unread, unread, unread
+
+    def _refuse_misfits(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """What both kernels refuse, where heads and their width come last."""
+        heads, width = query.shape[-2:]
+        dtypes = (torch.float16, torch.bfloat16)
+        refuse_unless(self.any_dtype or query.dtype in dtypes, "FlashAttention only support fp16 and bf16 data type")
+        refuse_unless(key.dtype is value.dtype is query.dtype, "query, key and value must have the same dtype")
+        refuse_unless(width <= 256, "FlashAttention forward only supports head dimension at most 256")
+        refuse_unless(heads % key.shape[-2] == 0, "Number of heads in key/value must divide number of heads in query")
+        for part in (query, key, value):
+            refuse_unless(part.stride(-1) == 1, "Input tensor must have contiguous last dimension")
+            refuse_unless(aligned(part, *range(part.dim() - 1)), "misaligned address")
 
     def _seen(self, at_q: Tensor, at_k: Tensor, num_q: Tensor | int, used_k: Tensor, causal: bool) -> Tensor:
         """Which keys a query sees. Causal is aligned to the bottom right."""
@@ -77,11 +170,11 @@ class FlashStandIns:
     def _grouped(self, part_RTSE: Tensor, heads: int) -> Tensor:
         return part_RTSE.unsqueeze(3).expand(-1, -1, -1, heads // part_RTSE.shape[2], -1).flatten(2, 3)
 
-    def _weighed(self, q: Tensor, k: Tensor, v: Tensor, seen_RLT: Tensor) -> Tensor:
+    def _weighed(self, q: Tensor, k: Tensor, v: Tensor, seen_RLT: Tensor, scale: float) -> Tensor:
         """A query that sees nothing comes out as zero."""
         self.calls += 1
         k, v = (self._grouped(part, q.shape[2]) for part in (k, v))
-        scores_RHLT = torch.einsum("rlhe,rthe->rhlt", q.float(), k.float()) * q.shape[-1] ** -0.5
+        scores_RHLT = torch.einsum("rlhe,rthe->rhlt", q.float(), k.float()) * scale
         weights_RHLT = scores_RHLT.masked_fill(~seen_RLT[:, None], -torch.inf).softmax(-1).nan_to_num(0)
         return torch.einsum("rhlt,rthe->rlhe", weights_RHLT, v.float()).to(q.dtype)
 
@@ -92,6 +185,12 @@ def through(kernel: ByNumber, tower: AnyTower) -> AnyTower:
     ours.load_state_dict(tower.state_dict())
     install(ours, replace(choose(tower.config, tower.device, tower.dtype, "torch"), attend=attention(kernel, attend)))
     return ours
+
+
+def _refuse_numbers(numbers: Tensor, count: int) -> None:
+    """Lengths or offsets as both kernels want them."""
+    refuse_unless(numbers.dtype is torch.int32, "must have dtype int32")
+    refuse_unless(numbers.is_contiguous() and numbers.shape == (count,), f"must be contiguous with shape ({count})")
 
 
 def _unpacked(offsets: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ def _run(context: ContextTower, denoiser: DenoiserTower, kind: Kind) -> tuple[li
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS.keys())
 def test_both_towers_give_what_the_plain_path_gives(name: str, kind: Kind, adapter: Callable[[Load], ByNumber]) -> None:
-    model, stand_ins = golden(name), FlashStandIns()
+    model, stand_ins = golden(name), FlashStandIns(any_dtype=True)
     kernel = adapter(stand_ins.load)
     found = _run(through(kernel, model.context), through(kernel, model.denoiser), kind)
     wanted = _run(model.context, model.denoiser, EagerPasses)
@@ -68,7 +68,7 @@ def test_both_towers_give_what_the_plain_path_gives(name: str, kind: Kind, adapt
 
 def test_padding_beyond_the_gathered_pages_takes_the_masked_path() -> None:
     """71 keys lie in pages for 80, but a row 16 wide would end at 86."""
-    model, stand_ins = golden(MODELS[0]), FlashStandIns()
+    model, stand_ins = golden(MODELS[0]), FlashStandIns(any_dtype=True)
     logits = []
     for tower in (through(flash_attn(stand_ins.load("flash_attn")), model.context), model.context):
         cache = TowerCache(tower.config, 2, 16, CPU, torch.float32)

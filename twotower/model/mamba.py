@@ -179,6 +179,8 @@ def _scan_chunk(part: ScanInputs, ssm_RHPN: Tensor, heads: int, groups: int, wit
 
 
 Convolve = Callable[[Tensor, nn.Conv1d], Tensor]
+Scan = Callable[[ScanInputs, Tensor, int, bool], tuple[Tensor, list[Tensor]]]
+Step = Callable[[ScanInputs, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +188,8 @@ class MambaKernels:
     """What computes a mixer's three parts; `twotower.model.kernels` puts faster functions in place of the plain."""
 
     convolve: Convolve
-    scan: Callable[[ScanInputs, Tensor, int, bool], tuple[Tensor, list[Tensor]]]
-    step: Callable[[ScanInputs, Tensor], tuple[Tensor, Tensor]]
+    scan: Scan
+    step: Step
 
 
 PLAIN = MambaKernels(convolve, scan, step)

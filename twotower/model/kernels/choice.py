@@ -1,5 +1,6 @@
 """Picking implementations for a tower's device and dtype; saying which and why.
 
+Each part is chosen by itself: a kernel that is declined takes no other with it, whatever package they share.
 fp32 models take the plain path for their Mamba layers: they are the reference, and the fused products are TF32. For
 attention they may fold heads, no more: flash-attn computes in 16 bits only.
 """
@@ -18,15 +19,16 @@ from twotower.errors import ConfigError
 from twotower.model import mamba
 from twotower.model.attention import Attend, Attention, attend
 from twotower.model.kernels import flash_attention, fused_mamba, parity
-from twotower.model.kernels.flash_attention import ByNumber
 from twotower.model.kernels.folded_attention import attend_folded
-from twotower.model.mamba import Convolve, MambaKernels, MambaMixer
+from twotower.model.mamba import Convolve, MambaKernels, MambaMixer, Scan, Step
 from twotower.model.tower import Tower
 
 logger = logging.getLogger(__name__)
 
 WANTED = ("auto", "torch")
 _Kernel = TypeVar("_Kernel")
+_Build = Callable[[], _Kernel]
+_Deviations = Callable[[_Kernel], Iterable[tuple[str, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +71,9 @@ def choose(
     if wanted not in WANTED:
         raise ConfigError(f"kernels: got {wanted!r}, wanted one of {', '.join(WANTED)}")
     candidates = _Candidates(config, device, dtype, wanted, load)
-    plain: tuple[Convolve, Attend] = mamba.convolve, attend
-    convolve, how_convolution = _first("convolution", {"causal_conv1d": candidates.convolution}, plain[0])
-    scans, how_scan = _first("scan and step", {"mamba_ssm": candidates.scan_and_step}, mamba.PLAIN)
-    masked, how_masked = _first("attention by mask", {"torch, heads folded": candidates.folded}, plain[1])
-    by_number = {
-        "flash_attn": lambda: candidates.flash_attn(masked),
-        "torch varlen_attn": lambda: candidates.varlen_attn(masked),
-    }
-    attention, how_attention = _first("attention", by_number, masked, how_masked.implementation)
-    choices = (how_convolution, how_scan, how_attention, how_masked, _experts(device, dtype))
-    return Kernels(MambaKernels(convolve, scans.scan, scans.step), attention, choices)
+    mixer, how_mixer = _choose_mixer(candidates)
+    attention, how_attention = _choose_attention(candidates)
+    return Kernels(mixer, attention, (*how_mixer, *how_attention, _experts(device, dtype)))
 
 
 def install(tower: Tower, kernels: Kernels) -> None:
@@ -100,7 +94,7 @@ def describe(tower: Tower) -> str:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """What could replace the plain functions. Each method raises _Declined where it does not."""
+    """What could replace the plain functions. Methods raise where it cannot: _Declined where that is no surprise."""
 
     config: ModelConfig
     device: torch.device
@@ -111,50 +105,34 @@ class _Candidates:
     def convolution(self) -> Convolve:
         self._allowed(bfloat16_only=True)
         module = self._module("causal_conv1d")
-        problem = fused_mamba.convolution_misfit(self.config.conv_channels, self.config.conv_kernel)
-        if problem is not None:
-            raise _Declined(f"causal_conv1d: {problem}")
-        convolve = fused_mamba.convolution(module)
-        self._agrees("causal_conv1d", MambaKernels(convolve, mamba.scan, mamba.step))
-        return convolve
+        _fits(fused_mamba.convolution_misfit(self.config.conv_channels, self.config.conv_kernel))
+        return fused_mamba.convolution(module)
 
-    def scan_and_step(self) -> MambaKernels:
+    def scan(self) -> Scan:
         self._allowed(bfloat16_only=True)
-        combined = self._module("mamba_ssm.ops.triton.ssd_combined")
-        selective = self._module("mamba_ssm.ops.triton.selective_state_update")
-        kernels = fused_mamba.scan_and_step(combined, selective)
-        self._agrees("mamba_ssm", kernels)
-        return kernels
+        return fused_mamba.scan(self._module("mamba_ssm.ops.triton.ssd_combined"))
+
+    def step(self) -> Step:
+        self._allowed(bfloat16_only=True)
+        return fused_mamba.step(self._module("mamba_ssm.ops.triton.selective_state_update"))
 
     def flash_attn(self, masked: Attend) -> Attend:
         self._allowed(bfloat16_only=True)
-        return self._by_number("flash_attn", flash_attention.flash_attn(self._module("flash_attn")), masked)
+        module = self._module("flash_attn")
+        _fits(flash_attention.heads_misfit(self.config.head_dim))
+        return flash_attention.attention(flash_attention.flash_attn(module), masked)
 
     def varlen_attn(self, masked: Attend) -> Attend:
         self._allowed(bfloat16_only=True)
         module = self._module("torch.nn.attention.varlen")
-        problem = flash_attention.varlen_misfit(module)
-        if problem is not None:
-            raise _Declined(problem)
-        return self._by_number("varlen_attn", flash_attention.varlen_attn(module), masked)
-
-    def _by_number(self, name: str, kernel: ByNumber, masked: Attend) -> Attend:
-        attention = flash_attention.attention(kernel, masked)
-        self._attends(name, attention)
-        return attention
+        _fits(flash_attention.varlen_misfit(module) or flash_attention.heads_misfit(self.config.head_dim))
+        return flash_attention.attention(flash_attention.varlen_attn(module), masked)
 
     def folded(self) -> Attend:
         self._allowed(bfloat16_only=False)
         if self.config.num_attention_heads == self.config.num_key_value_heads:
             raise _Declined("no grouped heads to fold")
-        self._attends("folded attention", attend_folded)
         return attend_folded
-
-    def _attends(self, name: str, attention: Attend) -> None:
-        _check(name, lambda: parity.attention_deviations(attention, self.config, self.device, self.dtype))
-
-    def _agrees(self, name: str, kernels: MambaKernels) -> None:
-        _check(name, lambda: parity.mamba_deviations(kernels, self.config, self.device))
 
     def _allowed(self, bfloat16_only: bool) -> None:
         if self.wanted == "torch":
@@ -165,38 +143,86 @@ class _Candidates:
             raise _Declined("a model that is not bfloat16")
 
     def _module(self, name: str) -> Any:
-        package = name.partition(".")[0]
         try:
             return self.load(name)
         except ModuleNotFoundError as error:
             raise _Declined(str(error)) from error
-        except Exception as error:  # a package built for another torch fails in many ways
-            logger.warning("%s is installed but cannot be imported", package, exc_info=True)
-            raise _Declined(f"{package} is installed but broken: {type(error).__name__}") from error
+
+
+def _choose_mixer(candidates: _Candidates) -> tuple[MambaKernels, tuple[Choice, ...]]:
+    config, device, plain = candidates.config, candidates.device, mamba.PLAIN
+    convolve, how_convolution = _first(
+        "convolution",
+        {"causal_conv1d": candidates.convolution},
+        lambda kernel: parity.convolution_deviations(kernel, config, device),
+        plain.convolve,
+    )
+    scan, how_scan = _first(
+        "scan",
+        {"mamba_ssm": candidates.scan},
+        lambda kernel: parity.scan_deviations(kernel, config, device),
+        plain.scan,
+    )
+    step, how_step = _first(
+        "step",
+        {"mamba_ssm": candidates.step},
+        lambda kernel: parity.step_deviations(kernel, config, device),
+        plain.step,
+    )
+    return MambaKernels(convolve, scan, step), (how_convolution, how_scan, how_step)
+
+
+def _choose_attention(candidates: _Candidates) -> tuple[Attend, tuple[Choice, ...]]:
+    def deviations(kernel: Attend) -> Iterable[tuple[str, float]]:
+        return parity.attention_deviations(kernel, candidates.config, candidates.device, candidates.dtype)
+
+    plain: Attend = attend
+    masked, how_masked = _first("attention by mask", {"torch, heads folded": candidates.folded}, deviations, plain)
+    by_number: dict[str, _Build[Attend]] = {
+        "flash_attn": lambda: candidates.flash_attn(masked),
+        "torch varlen_attn": lambda: candidates.varlen_attn(masked),
+    }
+    attention, how = _first("attention", by_number, deviations, masked, how_masked.implementation)
+    return attention, (how, how_masked)
 
 
 def _first(
-    part: str, candidates: Mapping[str, Callable[[], _Kernel]], plain: _Kernel, plain_name: str = "torch"
+    part: str,
+    candidates: Mapping[str, _Build[_Kernel]],
+    deviations: _Deviations[_Kernel],
+    plain: _Kernel,
+    plain_name: str = "torch",
 ) -> tuple[_Kernel, Choice]:
-    """The first candidate that is not declined. The reason given includes why those before it were."""
+    """The first candidate that agrees with torch on this device. The reason given includes why those before it do not.
+
+    One that cannot be built, fails or differs is declined loudly.
+    """
     declined: list[str] = []
     for name, build in candidates.items():
         try:
-            return build(), Choice(part, name, ", ".join(["agrees with torch here", *declined]))
+            kernel = build()
+            _hold(deviations(kernel), part, name)
         except _Declined as why:
             declined.append(str(why))
+        except Exception as error:  # a package built for another torch or GPU fails in many ways
+            logger.warning("%s: %s does not run here", part, name, exc_info=True)
+            said = str(error).partition("\n")[0]
+            declined.append(f"{name} failed: {type(error).__name__}{said and ': '}{said}")
+        else:
+            return kernel, Choice(part, name, ", ".join(["agrees with torch here", *declined]))
     return plain, Choice(part, plain_name, ", ".join(dict.fromkeys(declined)))
 
 
-def _check(name: str, deviations: Callable[[], Iterable[tuple[str, float]]]) -> None:
-    """Run it once on this device. A kernel that fails or differs is declined, loudly."""
-    try:
-        case, worst = max(deviations(), key=lambda deviation: deviation[1])
-    except Exception as error:
-        logger.warning("%s does not run here", name, exc_info=True)
-        raise _Declined(f"{name} failed: {type(error).__name__}") from error
+def _fits(misfit: str | None) -> None:
+    if misfit is not None:
+        raise _Declined(misfit)
+
+
+def _hold(deviations: Iterable[tuple[str, float]], part: str, name: str) -> None:
+    """Run it once on this device, and compare."""
+    case, worst = max(deviations, key=lambda deviation: deviation[1])
     if worst > parity.TOLERANCE:
-        logger.warning("%s differs from torch by %.1e of the largest value in %s", name, worst, case)
+        logger.warning("%s: %s differs from torch by %.1e of the largest value in %s", part, name, worst, case)
         raise _Declined(f"{name} differs from torch by {worst:.1e} in {case}")
 
 

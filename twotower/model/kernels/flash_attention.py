@@ -49,11 +49,20 @@ def _move_own(part_RTSE: Tensor, starts_R: Tensor, length: int) -> None:
 
 def flash_attn(module: Any) -> ByNumber:
     """Over the module `flash_attn`. Its keys are a cache of which each row has filled a part."""
+    with_kvcache = module.flash_attn_with_kvcache
 
     def kernel(queries_RLHE: Tensor, keys_RTSE: Tensor, values_RTSE: Tensor, ends_R: Tensor, causal: bool) -> Tensor:
-        return module.flash_attn_with_kvcache(queries_RLHE, keys_RTSE, values_RTSE, cache_seqlens=ends_R, causal=causal)
+        out: Tensor = with_kvcache(queries_RLHE, keys_RTSE, values_RTSE, cache_seqlens=ends_R, causal=causal)
+        return out
 
     return kernel
+
+
+def heads_misfit(head_dim: int) -> str | None:
+    """Why neither takes heads of this width; None where both do. flash-attn would pad others, all keys at each call."""
+    if head_dim <= 256 and head_dim % 8 == 0:
+        return None
+    return f"flash attention wants heads of a multiple of 8, at most 256, the model has {head_dim}"
 
 
 def varlen_attn(module: Any) -> ByNumber:

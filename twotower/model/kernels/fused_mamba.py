@@ -1,6 +1,7 @@
 """mamba-ssm's Triton scan and step, and causal-conv1d's convolution, behind our functions' signatures.
 
-Imported only where those packages are. Seen so far with stand-ins for them, never with the real ones on a GPU.
+Imported only where those packages are. Seen so far: mamba-ssm's kernels under Triton's interpreter on a CPU;
+causal-conv1d's Python over a stand-in for its compiled part; neither on a GPU.
 """
 
 from typing import Any
@@ -9,32 +10,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.model import mamba
-from twotower.model.mamba import Convolve, MambaKernels, ScanInputs
+from twotower.model.mamba import Convolve, Scan, ScanInputs, Step
 
 _SMALLEST_CHUNK = 16  # tl.dot multiplies no smaller tiles
 
 
-def scan_and_step(combined: Any, selective: Any) -> MambaKernels:
-    """Kernels over the modules `mamba_ssm.ops.triton.ssd_combined` and `….selective_state_update`."""
-    chunk_scan, state_update = combined.mamba_chunk_scan_combined, selective.selective_state_update
+def scan(module: Any) -> Scan:
+    """`mamba.scan` over the module `mamba_ssm.ops.triton.ssd_combined`."""
+    chunk_scan = module.mamba_chunk_scan_combined
 
     def scan(inputs: ScanInputs, ssm_RHPN: Tensor, chunk: int, with_end: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """As `mamba.scan`; of the states only the first and the last. The kernel's products are TF32."""
+        """Of the states only the first and the last. The kernel's products are TF32."""
         length = inputs.x.shape[1]
         chunk = scan_chunk(chunk, length)
         x, dt, b, c = (_padded(part, chunk) for part in (inputs.x, inputs.dt, inputs.b, inputs.c))
         y, end = chunk_scan(x, dt, inputs.a, b, c, chunk, initial_states=ssm_RHPN, return_final_states=True)
         return y[:, :length], [ssm_RHPN, end]
 
-    def step(inputs: ScanInputs, ssm_RHPN: Tensor) -> tuple[Tensor, Tensor]:
-        """As `mamba.step`. The kernel writes into the state it is given, which may be the cache itself: so a copy."""
-        state = ssm_RHPN.clone()
-        dt_RHP = inputs.dt[:, 0, :, None].expand(-1, -1, state.shape[2])
-        a_HPN = inputs.a[:, None, None].expand(state.shape[1:])
-        y_RHP = state_update(state, inputs.x[:, 0], dt_RHP, a_HPN, inputs.b[:, 0], inputs.c[:, 0])
-        return y_RHP[:, None], state
+    return scan
 
-    return MambaKernels(mamba.convolve, scan, step)
+
+def step(module: Any) -> Step:
+    """`mamba.step` over the module `mamba_ssm.ops.triton.selective_state_update`."""
+    state_update = module.selective_state_update
+
+    def step(inputs: ScanInputs, ssm_RHPN: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernel writes into the state it is given, which may be the cache itself: so a copy."""
+        state = ssm_RHPN.clone()
+        by_head = state.shape[1:3]
+        dt_RHP = inputs.dt[:, 0, :, None].expand(-1, *by_head)
+        a_HPN = inputs.a[:, None, None].expand(state.shape[1:])
+        # Optional by its signature, but its launcher reads the strides of both. Stride 0 keeps it on its way for dt
+        # and A that are one number a head.
+        zero_HP = inputs.a.new_zeros(()).expand(by_head)
+        now = (inputs.x[:, 0], dt_RHP, a_HPN, inputs.b[:, 0], inputs.c[:, 0])
+        return state_update(state, *now, D=zero_HP, dt_bias=zero_HP)[:, None], state
+
+    return step
 
 
 def scan_chunk(wanted: int, length: int) -> int:
@@ -73,7 +85,7 @@ def convolution(module: Any) -> Convolve:
 def convolution_misfit(channels: int, taps: int) -> str | None:
     """Why the kernel cannot take these shapes; None where it can."""
     if not 2 <= taps <= 4:
-        return f"it wants 2 to 4 taps, the model has {taps}"
+        return f"causal_conv1d wants 2 to 4 taps, the model has {taps}"
     if channels % 8:
-        return f"it wants a multiple of 8 channels, the model has {channels}"
+        return f"causal_conv1d wants a multiple of 8 channels, the model has {channels}"
     return None

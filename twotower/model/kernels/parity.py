@@ -4,7 +4,7 @@ Inputs are like a bf16 model's: values that bf16 holds, computed with in fp32. A
 model's own dtype and are held to the plain one in fp32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from twotower.config import ModelConfig
 from twotower.model import mamba
 from twotower.model.attention import Attend, attend
-from twotower.model.mamba import MambaKernels, ScanInputs
+from twotower.model.mamba import Convolve, Scan, ScanInputs, Step
 
 # Of the largest value. Three bf16 roundings (torch's convolution rounds twice, a fused one once) make 3 · 2⁻⁹ ≈ 6e-3,
 # TF32 products less; a wrong kernel is off by its whole output.
@@ -24,24 +24,38 @@ _ROWS = 3
 _CACHED = (37, 1040)  # by the row that has read most: within one tile of a kernel, and enough to be shared out
 
 
-def mamba_deviations(kernels: MambaKernels, config: ModelConfig, device: torch.device) -> Iterator[tuple[str, float]]:
+def convolution_deviations(
+    convolve: Convolve, config: ModelConfig, device: torch.device, lengths: Iterable[int] = LENGTHS
+) -> Iterator[tuple[str, float]]:
     """Every case's name and deviation."""
-    for length in LENGTHS:
+    for length in lengths:
         stream_RTC, conv1d = _stream(config, length, device)
-        yield (
-            f"convolution [{_ROWS},{length}]",
-            _off(kernels.convolve(stream_RTC, conv1d), mamba.convolve(stream_RTC, conv1d)),
-        )
-        inputs, ssm_RHPN = scan_inputs(config, length, device)
-        before = ssm_RHPN.clone()
-        if length == 1:
-            (y, end), (plain_y, plain_end) = kernels.step(inputs, ssm_RHPN), mamba.step(inputs, before)
-        else:
-            y, (*_, end) = kernels.scan(inputs, ssm_RHPN, config.chunk_size, True)
+        plain = mamba.convolve(stream_RTC, conv1d)
+        yield f"convolution [{_ROWS},{length}]", _off(convolve(stream_RTC, conv1d), plain)
+
+
+def scan_deviations(
+    scan: Scan, config: ModelConfig, device: torch.device, lengths: Iterable[int] = LENGTHS
+) -> Iterator[tuple[str, float]]:
+    """Of the lengths, those of more than one position."""
+    for length in lengths:
+        if length > 1:
+            inputs, ssm_RHPN = scan_inputs(config, length, device)
+            before = ssm_RHPN.clone()
+            y, (*_, end) = scan(inputs, ssm_RHPN, config.chunk_size, True)
             plain_y, (*_, plain_end) = mamba.scan(inputs, before, config.chunk_size, True)
-        yield f"scan [{_ROWS},{length}]", _off(y, plain_y)
-        yield f"state after [{_ROWS},{length}]", _off(end, plain_end)
-        yield f"state before [{_ROWS},{length}] left alone", _off(ssm_RHPN, before)
+            yield f"scan [{_ROWS},{length}]", _off(y, plain_y)
+            yield f"state after [{_ROWS},{length}]", _off(end, plain_end)
+            yield f"state before [{_ROWS},{length}] left alone", _off(ssm_RHPN, before)
+
+
+def step_deviations(step: Step, config: ModelConfig, device: torch.device) -> Iterator[tuple[str, float]]:
+    inputs, ssm_RHPN = scan_inputs(config, 1, device)
+    before = ssm_RHPN.clone()
+    (y, end), (plain_y, plain_end) = step(inputs, ssm_RHPN), mamba.step(inputs, before)
+    yield f"step [{_ROWS},1]", _off(y, plain_y)
+    yield f"state after [{_ROWS},1]", _off(end, plain_end)
+    yield f"state before [{_ROWS},1] left alone", _off(ssm_RHPN, before)
 
 
 @dataclass
@@ -98,25 +112,26 @@ def _queries_keys_values(
 
 
 def scan_inputs(config: ModelConfig, length: int, device: torch.device) -> tuple[ScanInputs, Tensor]:
-    """Inputs of a scan over `length` positions, the last of the first row padding, and a state that is not zero."""
+    """Inputs of a scan over `length` positions as a mixer cuts them out of its convolution's output.
+
+    The first row has a state of zeros, as one that has read nothing, and padding as its last position.
+    """
     random = _generator(device)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, device=device).bfloat16().float()
 
-    heads, width, groups, state = (
-        config.mamba_num_heads,
-        config.mamba_head_dim,
-        config.n_groups,
-        config.ssm_state_size,
-    )
+    heads, by_group = config.mamba_num_heads, (config.n_groups, config.ssm_state_size)
     dt = torch.rand(_ROWS, length, heads, generator=random, device=device) * 0.2
     if length > 1:
         dt[0, -1] = 0
     a = -1 - 15 * torch.rand(heads, generator=random, device=device)
-    x = normal(_ROWS, length, heads, width)
-    b, c = normal(_ROWS, length, groups, state), normal(_ROWS, length, groups, state)
-    return ScanInputs(x, dt, a, b, c), normal(_ROWS, heads, width, state)
+    group_width = config.n_groups * config.ssm_state_size
+    x, b, c = normal(_ROWS, length, config.conv_channels).split([config.mamba_width, group_width, group_width], dim=-1)
+    ssm_RHPN = normal(_ROWS, heads, config.mamba_head_dim, config.ssm_state_size)
+    ssm_RHPN[0] = 0
+    by_head = (heads, config.mamba_head_dim)
+    return ScanInputs(x.unflatten(-1, by_head), dt, a, b.unflatten(-1, by_group), c.unflatten(-1, by_group)), ssm_RHPN
 
 
 def _stream(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, nn.Conv1d]:
