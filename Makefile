@@ -1,17 +1,19 @@
 # Every target first makes .venv where it is missing or stale; nothing else has to be prepared.
 SHELL := /bin/sh
 PY := .venv/bin/python
+KERNELS_PY := .venv-kernels/bin/python
 export PYTHON
 
-.PHONY: help env serve test check check-format check-lint check-types check-imports check-proto format proto
+.PHONY: help env kernels-env serve test test-kernels check check-format check-lint check-types check-imports check-proto format proto
 
 help:
-	@echo "make serve    start the service on this machine; Ctrl-C stops it"
-	@echo "make test     run the tests (PYTEST_ARGS='-m \"not ray\"' for a part of them)"
-	@echo "make check    formatting, lint, types, import contracts, proto drift"
-	@echo "make format   format the code and mend what lint can mend"
-	@echo "make proto    regenerate twotower/pb from protos/"
-	@echo "make env      only make the environment"
+	@echo "make serve         start the service on this machine; Ctrl-C stops it"
+	@echo "make test          run the tests (PYTEST_ARGS='-m \"not ray\"' for a part of them)"
+	@echo "make test-kernels  only those of the real kernel packages, which need no GPU but .venv-kernels"
+	@echo "make check         formatting, lint, types, import contracts, proto drift"
+	@echo "make format        format the code and mend what lint can mend"
+	@echo "make proto         regenerate twotower/pb from protos/"
+	@echo "make env           only make the environment"
 
 env:
 	@sh scripts/bootstrap.sh
@@ -27,11 +29,21 @@ test: env
 ifdef PYTEST_ARGS
 	@$(PY) -m pytest $(PYTEST_ARGS)
 else
-	@echo "[1/2] Tests without a cluster, but for slow ones"
-	@$(PY) -m pytest --quiet --numprocesses 2 --dist worksteal -m "not ray and not slow"
-	@echo "[2/2] Tests on a local Ray, and slow ones"
-	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "ray or slow"
+	@echo "[1/3] Tests without a cluster, but for slow ones"
+	@$(PY) -m pytest --quiet --numprocesses 2 --dist worksteal -m "not ray and not slow and not kernels"
+	@echo "[2/3] Tests on a local Ray, and slow ones"
+	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "(ray or slow) and not kernels"
+	@echo "[3/3] Tests of the real kernels"
+	@$(MAKE) --no-print-directory test-kernels
 endif
+
+# Triton's interpreter is chosen for a whole process, and these packages are built without CUDA: nothing of it may
+# reach .venv.
+kernels-env:
+	@sh scripts/bootstrap.sh kernels_env.py
+
+test-kernels: kernels-env
+	@$(KERNELS_PY) -m pytest --quiet --numprocesses 2 --dist worksteal tests/kernels
 
 check: check-format check-lint check-types check-imports check-proto
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Finds a Python that can run this project and hands over to bootstrap.py. Knows nothing about what gets installed.
+# Finds a Python that can run this project and hands over to bootstrap.py, or to the script of this directory that is
+# named. Knows nothing about what gets installed.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 probe='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
@@ -8,7 +9,7 @@ seen=""
 for candidate in ${PYTHON:-python3 python3.12 python3.13 python3.11 python}; do
     path=$(command -v "$candidate" 2>/dev/null) || continue
     if "$path" -c "$probe" >/dev/null 2>&1; then
-        exec "$path" "$here/bootstrap.py" "$@"
+        exec "$path" "$here/${1:-bootstrap.py}"
     fi
     # A pyenv shim may exist and not run; then there is no version to show.
     version=$("$path" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || version="does not run"

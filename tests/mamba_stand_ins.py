@@ -4,7 +4,10 @@ What ours never passes they do not take; what the real ones refuse they refuse. 
 packages, and runs the real causal-conv1d over `causal_conv1d_fwd`, which stands for its compiled part.
 """
 
+import inspect
+from collections.abc import Callable, Mapping
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,3 +152,22 @@ def causal_conv1d_fwd(
         joined = torch.cat([initial_states, x], 2)
     summed = F.conv1d(joined.float(), weight.float()[:, None], None if bias is None else bias.float(), groups=channels)
     out.copy_(F.silu(summed) if silu else summed)
+
+
+def signature_misfits(stand_in: Callable[..., Any], real: Callable[..., Any]) -> list[str]:
+    """What a stand-in takes and the real function does not, or takes otherwise. It may take less, and want more."""
+    ours, theirs = inspect.signature(stand_in).parameters, inspect.signature(real).parameters
+    found = [name for name in ours if name not in theirs]
+    for name in ours.keys() & theirs.keys():
+        mine, real_one = ours[name], theirs[name]
+        if mine.default is not mine.empty and mine.default != real_one.default:
+            found.append(f"{name}: {mine.default}, not {real_one.default}")
+        if mine.kind is mine.POSITIONAL_OR_KEYWORD and list(ours).index(name) != _place(theirs, name):
+            found.append(f"{name}: by place")
+    return sorted(found)
+
+
+def _place(parameters: Mapping[str, inspect.Parameter], name: str) -> int | None:
+    """Where it may be passed by place."""
+    by_name = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+    return None if by_name else list(parameters).index(name)

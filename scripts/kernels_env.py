@@ -1,0 +1,53 @@
+"""Makes .venv-kernels for this checkout: what the tests of the real kernels need, without a GPU and without CUDA.
+
+mamba-ssm's Triton kernels run on a CPU, under Triton's interpreter. causal-conv1d and flash-attn come without their
+compiled parts: enough to run their Python over stand-ins for these.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+
+from environment import ROOT, TORCH, Environment
+
+HERE = Path(__file__).resolve()
+KERNELS = Environment(
+    ROOT / ".venv-kernels",
+    (HERE, HERE.with_name("environment.py"), HERE.with_name("bootstrap.sh"), ROOT / "pyproject.toml"),
+)
+
+SOURCES = ("mamba-ssm==2.3.2.post1", "causal-conv1d==1.7.0", "flash-attn==2.8.3.post2")
+# The first makes their builds go on where no CUDA compiler is, the second keeps them from asking for a ready wheel.
+WITHOUT_CUDA = {
+    f"{package}_{setting}": "TRUE"
+    for package in ("MAMBA", "CAUSAL_CONV1D", "FLASH_ATTENTION")
+    for setting in ("SKIP_CUDA_BUILD", "FORCE_BUILD")
+}
+BUILT_WITH = ("setuptools>=77", "wheel", "packaging")
+RUN_WITH = ("triton==3.9.0", "einops==0.8.2")
+
+
+def project_packages() -> list[str]:
+    """What the library imports in these tests, and pytest with the plugins that its settings name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    library = [package for package in project["dependencies"] if not package.startswith("transformers")]
+    return library + [package for package in project["optional-dependencies"]["dev"] if package.startswith("pytest")]
+
+
+def build(env: Environment) -> None:
+    print(f"[1/4] Python {sys.version.split()[0]} ({sys.executable}) in {env.venv.name}", flush=True)
+    env.make()
+    print(f"[2/4] {TORCH}, CPU build", flush=True)
+    env.install_cpu_torch()
+    print(f"[3/4] {RUN_WITH[0]} and what the tests need", flush=True)
+    env.pip(TORCH, *BUILT_WITH, *RUN_WITH, *project_packages(), wanted="what the tests of the kernels need")
+    print(f"[4/4] {', '.join(SOURCES)}, from source, without CUDA", flush=True)
+    # Not from pip's cache and not into it: a machine with a GPU must never meet these wheels.
+    options = ("--no-deps", "--no-build-isolation", "--no-cache-dir")
+    env.pip(*options, *SOURCES, wanted="the kernels' packages", settings=WITHOUT_CUDA)
+
+
+if __name__ == "__main__":
+    sys.exit(KERNELS.bring_up(build))
