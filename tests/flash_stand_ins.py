@@ -107,9 +107,18 @@ class FlashStandIns:
             raise ValueError("Expect query and key/value to have the same number of heads")
         left, right = window_size
         lengths = (cu_seq_q, cu_seq_k, max_q, max_k)
-        given = {"window_size_left": left, "window_size_right": right, "seqused_k": seqused_k}
-        causal = window_size == (-1, 0)
-        return self.flash_attention_forward(query, key, value, *lengths, 0.0, causal, False, **given)[0]
+        return self.flash_attention_forward(
+            query,
+            key,
+            value,
+            *lengths,
+            0.0,
+            window_size == (-1, 0),
+            False,
+            window_size_left=left,
+            window_size_right=right,
+            seqused_k=seqused_k,
+        )[0]
 
     def flash_attention_forward(
         self,

@@ -11,9 +11,9 @@ from tests.goldens import CPU, causal_request, diffusion_request, vendored
 from tests.kernels import real
 from twotower.config import ModelConfig
 from twotower.core import Mode
-from twotower.model.kernels import Kernels, choice, choose, install
+from twotower.model.kernels import Kernels, choice, choose, install, parity
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.timeout(300)]
 
 TINY = ModelConfig(
     hybrid_override_pattern="M*",
@@ -37,7 +37,7 @@ def chosen() -> Kernels:
     """As on a GPU with all packages: what is chosen there for a small model. It computes others as well."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice._Candidates, "_allowed", lambda self, bfloat16_only: None)
-        patch.setattr(choice.parity, "_CACHED", (37,))
+        patch.setattr(parity, "_CACHED", (37,))
         return choose(TINY, CPU, torch.bfloat16, load=real.load)
 
 

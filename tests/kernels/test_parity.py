@@ -12,7 +12,7 @@ from twotower.config import ModelConfig
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.kernels import flash_attention, fused_mamba, parity
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.timeout(300)]
 
 FP32_NOISE = 2e-5  # of the largest value; the interpreter multiplies in fp32, where a GPU uses TF32
 LARGE = ModelConfig(

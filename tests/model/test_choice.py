@@ -1,6 +1,7 @@
 """Which kernel computes what, and why: each part by itself, as a GPU would meet them, over stand-ins on the CPU."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -104,7 +105,7 @@ def _of_another_release(function: Any) -> Any:
     return renamed
 
 
-WAYS = {
+WAYS: dict[Callable[[Any], Any], str] = {
     _missing: "No module named 'cuda_part'",
     _not_importable: "{package} failed: ImportError: undefined symbol: _ZN3c10",
     _failing: "{package} failed: RuntimeError: no kernel image is available",
@@ -141,6 +142,15 @@ def test_a_package_without_the_function_is_declined(monkeypatch: pytest.MonkeyPa
     for part, (package, _, function) in PARTS.items():
         why = next(how.reason for how in kernels.choices if how.part == part)
         assert f"{package} failed: AttributeError: " in why and function in why
+
+
+def test_attention_of_heads_that_no_kernel_takes_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for head_dim in (12, 264):
+        monkeypatch.setattr(choice._Candidates, "_allowed", lambda self, bfloat16_only: None)
+        kernels = choose(replace(CONFIG, head_dim=head_dim), CPU, torch.bfloat16, load=Modules().load)
+        assert kernels.attend is attend_folded
+        wanted = f"flash attention wants heads of a multiple of 8, at most 256, the model has {head_dim}"
+        assert f"attention: torch, heads folded ({wanted}" in str(kernels)
 
 
 def test_on_a_cpu_everything_is_torch_and_says_why() -> None:

@@ -3,7 +3,7 @@
 Both read the first so many keys of each row. A denoiser's own come after everything gathered and are copied to right
 behind what their row has cached: attention knows no positions, so order is free, but a gap would be seen. Pages are
 gathered as for the plain path, because flash-attn's own paging wants pages of 256 tokens.
-Seen so far with stand-ins for both kernels, never with the real ones on a GPU.
+Seen so far: the Python of both packages over a stand-in for what they compile, never on a GPU.
 """
 
 import inspect
