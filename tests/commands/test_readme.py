@@ -1,6 +1,6 @@
 """Every command and program of README.md is run, and gives what stands there. One that no test runs fails here."""
 
-import importlib.util
+import importlib
 import os
 import re
 import shlex
@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import httpx
 import pytest
@@ -102,22 +101,22 @@ def test_what_the_first_start_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The lines above the Makefile's own. Nothing is installed."""
-    bootstrap = _bootstrap()
-    monkeypatch.setattr(bootstrap, "STAMP", tmp_path / "stamp")
-    for step in ("make_venv", "install_torch", "pip", "compile_what_is_used", "check_torch", "runs"):
-        monkeypatch.setattr(bootstrap, step, lambda *_, **__: False)
-    bootstrap.build()
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    environment, bootstrap = importlib.import_module("environment"), importlib.import_module("bootstrap")
+    for step in ("make", "pip", "torch_build"):
+        monkeypatch.setattr(environment.Environment, step, lambda *_, **__: True)
+    for step in ("compile_what_is_used", "check_torch", "runs"):
+        monkeypatch.setattr(bootstrap, step, lambda *_: False)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    (tmp_path / ".venv").mkdir()
+    recipe = tmp_path / "recipe"
+    recipe.write_text("")
+    environment.Environment(tmp_path / ".venv", (recipe,)).bring_up(bootstrap.build)
+    for script in ("environment", "bootstrap"):
+        del sys.modules[script]
     *made, said = command("make serve").shown.split("Starting", 1)
     assert shape(capsys.readouterr().out) == shape(*made)
     assert f'@echo "Starting{said.splitlines()[0]}"' in (ROOT / "Makefile").read_text(encoding="utf-8")
-
-
-def _bootstrap() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "scripts" / "bootstrap.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass(frozen=True)
