@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import torch
 from ray.util.placement_group import PlacementGroup
 
 from actors.memory import memories
@@ -16,10 +17,13 @@ from actors.remote import RemoteEngine, start_tower
 from actors.settings import CellSettings
 from actors.towers import ColocatedActor, ContextActor, DenoiserActor
 from twotower.core import Mode
+from twotower.device_names import parse_device
 from twotower.engine.expectation import Expectation
+from twotower.engine.free_memory import check_fits
 from twotower.engine.handle import EngineStats
 from twotower.engine.in_process import pick_dtype
 from twotower.engine.ledger import Ledger, Room
+from twotower.engine.memory import together
 from twotower.engine.pair import Pair
 from twotower.engine.self_test import self_test
 from twotower.errors import ConfigError, TwoTowerError
@@ -73,6 +77,8 @@ async def start_pair(settings: CellSettings, group: PlacementGroup) -> RunningPa
     """
     modes, expected = check_settings(settings), Expectation.load(settings.checkpoint)
     wanted = memories(settings)
+    if parse_device(settings.device).kind == "cpu":
+        check_fits(together(wanted), torch.device("cpu"))  # one memory for all of them, before any has taken its part
     engines = _start_towers(settings, group)
     for engine, memory in zip(engines, wanted, strict=True):
         logger.info("%s: %s", engine.name, memory)

@@ -19,6 +19,6 @@ def memories(settings: CellSettings) -> list[Memory]:
         return [memory_of(config, settings.engine, dtype, towers)]
     denoisers, engine = settings.denoisers_per_context, settings.engine
     cache = TowerCache(config, engine.max_sequences, engine.pages, torch.device("meta"), dtype)
-    link = fitted(settings.link_settings, cache)
+    link = fitted(settings.link_settings, cache, engine.longest_delta)
     context = memory_of(config, settings.engine, dtype, [ContextTower], denoisers, link)
     return [context, *[memory_of(config, settings.engine, dtype, [DenoiserTower], 1, link)] * denoisers]

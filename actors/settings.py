@@ -1,8 +1,10 @@
 """What a cell is made of, and the bundles of resources it asks Ray for."""
 
+import math
 import os
 from dataclasses import dataclass, field
 
+from twotower.device_names import parse_device
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 from twotower.exchange.settings import LinkSettings
@@ -17,6 +19,8 @@ _REPLICA_CPUS, _TOWER_CPUS = 0.1, 0.1
 class CellSettings:
     """A cell. `gpus_per_tower` None: one where the towers run on CUDA, none where they run on the CPU.
 
+    `device` cuda:N is the Nth of the GPUs that a tower process sees. Ray shows a process those it was given: one, or
+    `gpus_per_tower` where that is more; with 0 the process sees all GPUs of its node.
     `ssm_wire_dtype`: of Mamba states on their way from tower to tower; only `split` sends any.
     """
 
@@ -30,16 +34,21 @@ class CellSettings:
     engine: EngineSettings = field(default_factory=EngineSettings)
 
     def __post_init__(self) -> None:
+        self._check_device()
         if self.placement not in PLACEMENTS:
             raise ConfigError(f"placement: got {self.placement!r}, wanted one of {', '.join(PLACEMENTS)}")
         if self.denoisers_per_context < 1:
             raise ConfigError(f"denoisers_per_context: got {self.denoisers_per_context}, wanted at least 1")
-        if self.device == "auto" and self.gpus_per_tower is None:
-            raise ConfigError("device: got 'auto', which must be resolved by `resolve_device` before a cell is built")
         if self.placement != "split" and self.ssm_wire_dtype != "float32":
             raise ConfigError(
                 f"ssm_wire_dtype: got {self.ssm_wire_dtype!r} with placement {self.placement}, which sends no states"
             )
+
+    def _check_device(self) -> None:
+        if parse_device(self.device).kind == "auto" and self.gpus_per_tower is None:
+            raise ConfigError("device: got 'auto', which must be resolved by `resolve_device` before a cell is built")
+        if (problem := unseen_device(self.device, self.gpus_per_tower)) is not None:
+            raise ConfigError(problem)
 
     @property
     def link_settings(self) -> LinkSettings:
@@ -61,7 +70,7 @@ class CellSettings:
         """GPUs of one tower process."""
         if self.gpus_per_tower is not None:
             return self.gpus_per_tower
-        return 1.0 if self.device.startswith("cuda") else 0.0
+        return 1.0 if parse_device(self.device).kind == "cuda" else 0.0
 
     @property
     def cores(self) -> int:
@@ -74,9 +83,22 @@ def tower_processes(placement: str, denoisers_per_context: int) -> int:
     return 1 + denoisers_per_context if placement == "split" else 1
 
 
+def unseen_device(device: str, gpus_per_tower: float | None) -> str | None:
+    """What is wrong with a device whose index is beyond the GPUs that a tower process is given; else None.
+
+    Raises ConfigError for what is no device's name.
+    """
+    index, given = parse_device(device).index, 1.0 if gpus_per_tower is None else gpus_per_tower
+    seen = math.ceil(given)
+    if index is None or seen == 0 or index < seen:
+        return None
+    got = f"device: got {device!r}, but with gpus_per_tower {given:g} a tower process sees {_gpus(seen)}"
+    return f"{got}, wanted {'cuda or cuda:0' if seen == 1 else f'cuda:0 to cuda:{seen - 1}'}"
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceChoice:
-    """What the towers run on, `cpu` or `cuda`, and why, in one line for whoever started the service."""
+    """What the towers run on, a `device` but auto, and why, in one line for whoever started the service."""
 
     device: str
     why: str

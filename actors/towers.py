@@ -13,10 +13,12 @@ import twotower
 from actors.frames import LineAddress
 from actors.line import TowerLine
 from actors.loading_progress import reported
+from actors.memory import memories
 from actors.process_logs import log_to_stderr
 from actors.settings import CellSettings
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.free_memory import check_fits
 from twotower.engine.handle import EngineStats
 from twotower.engine.in_process import colocated_runner, pick_device, pick_dtype
 from twotower.engine.runner import EngineRunner
@@ -28,27 +30,32 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.threads import threads_for
 from twotower.model.tower import ContextTower, DenoiserTower
+from twotower.model.transfer import current
 
 
 class TowerProcess:
-    """What every tower process can do: load, run its engines, and say where it lives.
+    """What every tower process can do: load, run its engines, and say where it lives. `place`: its bundle's among those
+    of the cell's tower processes.
 
     Loading is a call of its own and not the constructor's work, so that what goes wrong in it comes back as the error
     it is and not as an actor that could not be made.
     """
+
+    place = 0
 
     def __init__(self, settings: CellSettings) -> None:
         self.settings = settings
         self.runner = EngineRunner(settings.engine.stall_timeout_s)
 
     async def load(self) -> dict[str, str]:
-        """Read the weights; then where this process lives. Raises CheckpointError or ConfigError."""
+        """Read the weights; then where this process lives. Raises CheckpointError, or ConfigError for a device that is
+        not there or has too little memory left."""
         log_to_stderr()
         self.checkpoint = Checkpoint.open(self.settings.checkpoint)
         torch.set_num_threads(threads_for(self.checkpoint.config, self.settings.cores))
         self.device = pick_device(self.settings.device)
         self.dtype = pick_dtype(self.settings.dtype)
-        await asyncio.to_thread(self._load)
+        await asyncio.to_thread(self._load_what_fits)
         return {
             "tower": type(self).__name__,
             "pid": str(os.getpid()),
@@ -57,6 +64,11 @@ class TowerProcess:
             "threads": str(torch.get_num_threads()),
             "library": os.path.dirname(os.path.abspath(twotower.__file__)),
         }
+
+    def _load_what_fits(self) -> None:
+        with current(self.device):
+            check_fits(memories(self.settings)[self.place], self.device)
+            self._load()
 
     def _load(self) -> None:
         raise NotImplementedError
@@ -85,12 +97,13 @@ class ContextActor(TowerProcess):
         tower = self._context_tower()
         self._engine = ContextEngine(tower, self.settings.engine, self.runner.emit)
         self._engine.prepare()
-        self.runner.start([self._engine])
+        self.runner.start([self._engine], self.device)
 
     async def open_link(self, link: int, epoch: int) -> LinkAddress:
         """Listen for one denoiser; returns at once with the address to connect to."""
         cache = self._engine.cache
-        port, address = open_port(cache, link, epoch, fitted(self.settings.link_settings, cache), self._hooks())
+        told = fitted(self.settings.link_settings, cache, self.settings.engine.longest_delta)
+        port, address = open_port(cache, link, epoch, told, self._hooks())
         self._engine.connect(port)
         self.runner.wake()
         return address
@@ -98,6 +111,8 @@ class ContextActor(TowerProcess):
 
 class DenoiserActor(TowerProcess):
     """Hosts the denoiser tower and its mirror; decodes nothing before it is connected."""
+
+    place = 1
 
     def _load(self) -> None:
         self._tower = self._denoiser_tower()
@@ -108,11 +123,12 @@ class DenoiserActor(TowerProcess):
 
     def _connect(self, address: LinkAddress) -> None:
         engine = self.settings.engine
-        mirror = TowerCache(self.checkpoint.config, engine.max_sequences, engine.pages, self.device, self.dtype)
-        link = connect(address, mirror, self._hooks())
-        denoiser = DenoiserEngine(self._tower, link, engine, self.runner.emit)
-        denoiser.prepare()
-        self.runner.start([denoiser])
+        with current(self.device):
+            mirror = TowerCache(self.checkpoint.config, engine.max_sequences, engine.pages, self.device, self.dtype)
+            link = connect(address, mirror, self._hooks())
+            denoiser = DenoiserEngine(self._tower, link, engine, self.runner.emit)
+            denoiser.prepare()
+        self.runner.start([denoiser], self.device)
 
 
 class ColocatedActor(TowerProcess):

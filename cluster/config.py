@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from actors.settings import unseen_device
 from twotower.core import Mode
 from twotower.errors import ConfigError, InvalidRequest
 from twotower.validation import ModelLimits, make_request, one_line, parse_params, show, show_name
@@ -53,13 +54,14 @@ class DecodeSection(Section):
 class CellSection(Section):
     """One cell: where its towers run and how much they hold.
 
-    `device` auto: CUDA where the cluster has GPUs for all towers of a cell, else the CPU. `cache_tokens` 0: room for
+    `device` auto: CUDA where the cluster has GPUs for all towers of a cell, else the CPU; cuda:N is the Nth of the GPUs
+    that a tower process sees, of which Ray shows it `gpus_per_tower` (0: all of its node). `cache_tokens` 0: room for
     every sequence's longest. `gpus_per_tower` not given: one on CUDA, none on the CPU. `ssm_wire_dtype` bfloat16 rounds
     the Mamba states that a context tower sends to its denoisers, which is half the bytes of a commit.
     """
 
     placement: Literal["split", "colocated", "ar_only"] = "split"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     denoisers_per_context: Count = 1
     max_sequences: Count = 32
     cache_tokens: Annotated[int, Field(ge=0)] = 0
@@ -72,6 +74,16 @@ class CellSection(Section):
     )
     stall_timeout_s: Seconds = 60.0
     start_timeout_s: Seconds = 600.0
+
+    @model_validator(mode="after")
+    def _device_that_is_seen(self) -> "CellSection":
+        try:
+            problem = unseen_device(self.device, self.gpus_per_tower)
+        except ConfigError as error:
+            problem = str(error)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
     @model_validator(mode="after")
     def _no_wire_but_when_split(self) -> "CellSection":

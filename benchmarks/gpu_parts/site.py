@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 
 from twotower.config import ModelConfig
+from twotower.engine.in_process import pick_device
+from twotower.errors import ConfigError
 
 # The released 30B-A3B's config.json, as far as it changes inference.
 FULL = ModelConfig(
@@ -66,10 +68,10 @@ class Site:
     @classmethod
     def of(cls, device: str, tiny: bool, batches: tuple[int, ...] | None) -> "Site":
         """Raises ValueError where the device is not there."""
-        found = torch.device("cpu" if tiny and device == "auto" else "cuda" if device == "auto" else device)
-        if found.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: got {device!r}, but torch sees no CUDA device here; --tiny runs on the CPU")
-        site = cls(found, tiny)
+        try:
+            site = cls(pick_device(("cpu" if tiny else "cuda") if device == "auto" else device), tiny)
+        except ConfigError as error:
+            raise ValueError(f"{error}; --tiny runs on the CPU") from None
         if tiny:
             site = replace(
                 site, batches=(1, 3), cached=40, repetitions=2, bandwidth_bytes=1 << 20, exchange_rows=(1, 3)

@@ -128,8 +128,8 @@ async def _sizes_after_use(checkpoint: Checkpoint) -> list[int]:
 
 
 def test_the_line_in_the_log() -> None:
-    memory = Memory(32, 131_072, 3 * 2**30, 2**30 + 2**29, 800, 5 * 2**20, 8192)
+    memory = Memory(32, 131_072, 3 * 2**30, 2**30 + 2**29, 800, 5 * 2**20, 8192, 7 * 2**20)
     assert str(memory) == (
         "32 sequences and 131072 tokens fit; 4.5 GiB: weights 3.0 GiB, slots 1.5 GiB, pages 800 B, staging 5.0 MiB, "
-        "scratch 8.0 KiB"
+        "scratch 8.0 KiB; beside it passing 7.0 MiB"
     )

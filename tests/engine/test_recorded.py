@@ -175,7 +175,9 @@ def test_the_setting_chooses() -> None:
     model = golden(MODELS[0])
     cache = TowerCache(model.context.config, 1, 4, CPU, torch.float32)
     assert isinstance(passes_for(model.context, cache, "off"), EagerPasses)
-    assert isinstance(passes_for(model.context, cache, "auto"), RecordedPasses)
+    auto, on = (passes_for(model.context, cache, capture) for capture in ("auto", "on"))
+    assert isinstance(auto, RecordedPasses) and not auto._programs
+    assert isinstance(on, RecordedPasses) and {form.width for form in on._programs} == {1, 16, 32, 48, 64}
     assert SETTINGS.capture == "auto"
     with pytest.raises(ConfigError, match="capture: got 'often', wanted one of auto, on, off"):
         passes_for(model.context, cache, "often")

@@ -25,6 +25,7 @@ from twotower.demo.scores import AR, MOCK_AR, Score, Way, every_way, of_way, ret
 from twotower.demo.ship import ship
 from twotower.demo.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from twotower.demo.trainer import STATE_FILE, Trainer, saved_recipe
+from twotower.engine.in_process import pick_device
 from twotower.errors import ConfigError, TwoTowerError
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--train-steps", type=count, nargs=2, metavar=("CONTEXT", "DENOISER"), help="of the two stages")
     train.add_argument("--seed", type=int, help="0, or that of the run resumed")
     train.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one"
+        "--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto, a GPU where there is one)"
     )
     train.set_defaults(run=_train)
 
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     output: Path = options.output
-    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
+    device = pick_device(options.device)
     if options.resume:
         recipe = saved_recipe(output)
         if options.seed not in (None, recipe.seed):

@@ -33,6 +33,7 @@ from twotower.model.tower import DenoiserTower, Tower
 STATE_FILE = "training.pt"
 # The largest below 2**63: the remainder of a text depends on all of it, not only on its end.
 _PRIME = 2**63 - 25
+_CPU = torch.device("cpu")
 _logger = logging.getLogger(__name__)
 
 
@@ -49,10 +50,8 @@ class LogEntry:
 class Trainer:
     """Trains the context tower, freezes it, then trains the denoiser that started as its copy."""
 
-    def __init__(
-        self, recipe: Recipe, tokenizer: BpeTokenizer, output: Path, device: torch.device | str = "cpu"
-    ) -> None:
-        self.recipe, self.tokenizer, self.output, self.device = recipe, tokenizer, output, torch.device(device)
+    def __init__(self, recipe: Recipe, tokenizer: BpeTokenizer, output: Path, device: torch.device = _CPU) -> None:
+        self.recipe, self.tokenizer, self.output, self.device = recipe, tokenizer, output, device
         self.stage: Stage = "context"
         self.step = 0
         self.history: list[LogEntry] = []

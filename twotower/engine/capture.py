@@ -1,22 +1,40 @@
 """Which kind of passes an engine makes of its usual shapes."""
 
 from twotower.engine.graphs import FixedPasses
-from twotower.engine.passes import EagerPasses, Passes
+from twotower.engine.passes import SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes
 from twotower.engine.recorded import OFTEN, RecordedPasses
 from twotower.errors import ConfigError
 from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
 
 CAPTURES = ("auto", "on", "off")
+_NEVER = 1 << 62
 
 
-def passes_for(tower: ContextTower | DenoiserTower, cache: TowerCache, capture: str) -> Passes:
-    """On a CPU, `auto` captures what comes up often and `on` everything at once; on CUDA only `on` captures, because no
-    capture has been seen running there yet."""
+def passes_for(
+    tower: ContextTower | DenoiserTower, cache: TowerCache, capture: str, longest: int | None = None
+) -> Passes:
+    """`on` captures here, before anything is served, all that can be asked for in the usual widths, and nothing later.
+    `auto` captures on a CPU what comes up often; on CUDA nothing, because no capture has been seen running there yet.
+
+    `longest`: positions of the longest sequence, where that is less than the whole cache.
+    """
     if capture not in CAPTURES:
         raise ConfigError(f"capture: got {capture!r}, wanted one of {', '.join(CAPTURES)}")
-    if capture == "on" and tower.device.type == "cuda":
-        return FixedPasses(tower, cache, cache.scratch_slot)
-    if capture != "off" and tower.device.type == "cpu":
-        return RecordedPasses(tower, cache, often=1 if capture == "on" else OFTEN)
+    if capture == "on":
+        return _captured(tower, cache, longest)
+    if capture == "auto" and tower.device.type == "cpu":
+        return RecordedPasses(tower, cache, often=OFTEN)
     return EagerPasses(tower, cache)
+
+
+def _captured(tower: ContextTower | DenoiserTower, cache: TowerCache, longest: int | None) -> Passes:
+    passes: Passes
+    if tower.device.type == "cuda":
+        passes = FixedPasses(tower, cache, cache.scratch_slot, longest=longest)
+    else:
+        passes = RecordedPasses(tower, cache, often=_NEVER)
+    widest = SHORT_PROMPT if tower.causal else USUAL_WIDTH
+    for width in (*range(widest, 0, -USUAL_WIDTH), 1):
+        passes.prepare(width)
+    return passes

@@ -54,7 +54,8 @@ class ContextEngine:
     def __init__(self, tower: ContextTower, settings: EngineSettings, emit: Callable[[Event], None]) -> None:
         self.tower, self.settings, self._emit = tower, settings, emit
         self.cache = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
-        self._passes, self._eager = passes_for(tower, self.cache, settings.capture), EagerPasses(tower, self.cache)
+        self._passes = passes_for(tower, self.cache, settings.capture, settings.max_sequence_length)
+        self._eager = EagerPasses(tower, self.cache)
         self._ports: dict[int, Port] = {}
         self._next_port = 0
         # By request, or by link and number where a denoiser leads.

@@ -21,14 +21,13 @@ from twotower.decoding.stopping import cut
 from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, Decision, StepParams
 from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
-from twotower.engine.passes import USUAL_WIDTH
+from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH
 from twotower.engine.settings import EngineSettings
 from twotower.errors import LinkDown, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Command, Commit, Delta, Failed, Link, LinkLost, Prefill, Release, Released
 from twotower.model.tower import DenoiserTower
 
 _NARROW = 16
-_MAX_POSITIONS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ class DenoiserEngine:
         trace: Callable[[StepTrace], None] | None = None,
     ) -> None:
         self.tower, self.link, self.settings = tower, link, settings
-        self._passes = passes_for(tower, link.cache, settings.capture)
+        self._passes = passes_for(tower, link.cache, settings.capture, settings.max_sequence_length)
         self._emit, self._trace = emit, trace
         self._sequences: dict[int, _Sequence] = {}
         self._numbers: dict[RequestId, int] = {}
@@ -352,7 +351,7 @@ def _of_like_width(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
     """Batches for one forward each. Rows are padded to the widest, so a wide block must not widen everybody's.
 
     Blocks of up to `_NARROW` positions share one forward, wider ones those of the same power of two; no forward takes
-    more than `_MAX_POSITIONS`, so that its logits fit into memory whatever was asked for.
+    more than `MAX_POSITIONS`, so that its logits fit into memory whatever was asked for.
     """
     by_width: dict[int, list[_Sequence]] = {}
     for sequence in sequences:
@@ -360,6 +359,6 @@ def _of_like_width(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
         by_width.setdefault(_NARROW if size <= _NARROW else 1 << (size - 1).bit_length(), []).append(sequence)
     batches = []
     for width, group in by_width.items():
-        rows = max(1, _MAX_POSITIONS // width)
+        rows = max(1, MAX_POSITIONS // width)
         batches += [group[first : first + rows] for first in range(0, len(group), rows)]
     return batches

@@ -1,12 +1,16 @@
-"""Passes of fixed shape: one upload, then nothing the host has to do; on a GPU captured once and replayed.
+"""Passes of fixed shape: one upload, then nothing the host has to do; on a GPU captured at start and replayed.
 
 A pass of a 52-layer tower is some four thousand launches, which cost the host more than the GPU needs for a few rows.
 Rows and pages are rounded up to powers of two, so that few shapes occur; rows nobody asked for read and write a scratch
-slot. Only what comes up all the time is captured: single tokens and blocks of up to the released size; wider rows run
-eagerly. On a CPU the same passes run without capture, which is how they are tested; a capture has not been seen yet.
+slot. Single tokens and blocks of up to the released size are captured, by `prepare`, for every number of rows and pages
+that the cache allows. Everything else runs eagerly: wider rows, and many rows of very long sequences. Nothing is
+captured while serving. On a CPU the same passes run without capture, which is how they are tested; a capture has not
+been seen yet.
 """
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,14 +18,19 @@ import torch
 from torch import Tensor
 
 from twotower.decoding.unmasking import Blocks
-from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want, decided_apart, forward, padded
+from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH, EagerPasses, Want, decided_apart, forward, padded
 from twotower.model import mamba
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.pages import PAGE_TOKENS, pages_for
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import on_device
 
+logger = logging.getLogger(__name__)
+
 _FEWEST_PAGES = 4
+# Rows times pages of a captured pass: what it gathers stays in the graphs' memory, 256 MiB a layer at the 30B's shape.
+# Beyond, a pass takes long enough for its launches not to matter.
+_MOST_PAGES = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,7 @@ class FixedPass:
     def __init__(
         self, tower: ContextTower | DenoiserTower, cache: TowerCache, shape: PassShape, scratch: int, out: Tensor
     ) -> None:
-        self._tower, self._cache, self._shape, self._out = tower, cache, shape, out
+        self._tower, self._cache, self.shape, self._out = tower, cache, shape, out
         self._idle = [0] * shape.width + [scratch, 0, 1] + [WASTE_PAGE] * shape.pages
         self._given_RX = on_device([self._idle] * shape.rows, tower.device)
         self._t_R = torch.ones(shape.rows, device=tower.device)
@@ -115,6 +124,7 @@ class FixedPass:
 
     def capture(self, pool: Any) -> None:
         """Record the forward. What runs meanwhile are the idle rows: a warm-up must not extend anybody's state."""
+        # Of its own: the one that torch would take belongs to whichever device captured first.
         stream = torch.cuda.Stream(self._tower.device)
         stream.wait_stream(torch.cuda.current_stream(self._tower.device))
         with torch.cuda.stream(stream):
@@ -123,14 +133,14 @@ class FixedPass:
         torch.cuda.current_stream(self._tower.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (a link's) may use CUDA meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._forward()
 
     def run(self, rows: Sequence[Sequence[int]], t: Sequence[float]) -> Tensor:
         """`rows`: tokens, slot, start, length and pages of each. Output of these rows [R,…]."""
-        idle = self._shape.rows - len(rows)
+        idle = self.shape.rows - len(rows)
         self._given_RX.copy_(on_device([*rows, *[self._idle] * idle], self._tower.device))
-        if self._shape.timed:
+        if self.shape.timed:
             self._t_R.copy_(on_device([*t, *[1.0] * idle], self._tower.device))
         if self._graph is not None:
             self._graph.replay()
@@ -139,25 +149,31 @@ class FixedPass:
         return self._out[: len(rows)]
 
     def _forward(self) -> None:
-        width, tower = self._shape.width, self._tower
+        width, tower = self.shape.width, self._tower
         tokens_RL, given_RX = self._given_RX.split([width, self._given_RX.shape[1] - width], dim=1)
         states = FixedStates(self._cache, given_RX, width, updates=tower.causal)
-        self._out.copy_(forward(tower, tokens_RL, states, self._t_R if self._shape.timed else None, self._shape.want))
+        self._out.copy_(forward(tower, tokens_RL, states, self._t_R if self.shape.timed else None, self.shape.want))
 
 
 class FixedPasses:
-    """A tower's passes over a cache, a FixedPass for each shape that has occurred.
+    """A tower's passes over a cache, a FixedPass for each shape that was captured, or on a CPU has occurred.
 
     All shapes write their output to the same memory: a large vocabulary's logits for each of them would fill a GPU.
 
     `scratch` is a slot of the cache that no sequence uses (a denoiser's is only read: any slot will do). `graphs` is
-    the switch: without it, and on a CPU, passes run eagerly.
+    the switch: without it, and on a CPU, passes run as they are. `longest`: positions of the longest sequence, where
+    that is less than the whole cache.
     """
 
     def __init__(
-        self, tower: ContextTower | DenoiserTower, cache: TowerCache, scratch: int, graphs: bool = True
+        self,
+        tower: ContextTower | DenoiserTower,
+        cache: TowerCache,
+        scratch: int,
+        graphs: bool = True,
+        longest: int | None = None,
     ) -> None:
-        self._tower, self._cache, self._scratch = tower, cache, scratch
+        self._tower, self._cache, self._scratch, self._longest = tower, cache, scratch, longest
         self._passes: dict[PassShape, FixedPass] = {}
         self._outputs: dict[bool, Tensor] = {}
         self._eager = EagerPasses(tower, cache)
@@ -171,39 +187,73 @@ class FixedPasses:
         want: Want = Want.LOGITS,
     ) -> Tensor:
         longest = max(len(ids) for ids in tokens)
-        if longest > USUAL_WIDTH:
+        fixed = self._pass(self._shape(slots, longest, t is not None, want)) if longest <= USUAL_WIDTH else None
+        if fixed is None:
             return self._eager.run(slots, tokens, t, want)
-        width = padded(longest)
-        updates = self._tower.causal
-        starts = [self._cache.length(slot) for slot in slots]
-        seen = max(start + (width if updates else 0) for start in starts)
-        pages = _power_of_two(max(pages_for(seen), _FEWEST_PAGES))
-        shape = PassShape(_power_of_two(len(slots)), width, pages, want, t is not None)
+        width, pages = fixed.shape.width, fixed.shape.pages
         rows = [
-            [*ids, *[0] * (width - len(ids)), slot, start, len(ids), *self._table(slot, pages)]
-            for slot, start, ids in zip(slots, starts, tokens, strict=True)
+            [*ids, *[0] * (width - len(ids)), slot, self._cache.length(slot), len(ids), *self._table(slot, pages)]
+            for slot, ids in zip(slots, tokens, strict=True)
         ]
-        return self._pass(shape).run(rows, t or [])[:, :longest]
+        return fixed.run(rows, t or [])[:, :longest]
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
         return decided_apart(self, slots, blocks)
 
     def prepare(self, width: int) -> None:
-        """Nothing: a shape is captured when it first comes up."""
+        if self._pool is None or width > USUAL_WIDTH:
+            return
+        started, before = time.monotonic(), len(self._passes)
+        for shape in self._shapes(padded(width)):
+            self._capture(shape)
+        captured, seconds = len(self._passes) - before, time.monotonic() - started
+        logger.info("captured %d passes of width %d in %.1f s", captured, padded(width), seconds)
+
+    def capture(self, slots: Sequence[int], width: int, timed: bool, want: Want) -> None:
+        """The one pass that these slots' rows take, instead of all that `prepare` prepares."""
+        if self._pool is not None:
+            self._capture(self._shape(slots, width, timed, want))
+
+    def _shape(self, slots: Sequence[int], longest: int, timed: bool, want: Want) -> PassShape:
+        width = padded(longest)
+        seen = max(map(self._cache.length, slots)) + (width if self._tower.causal else 0)
+        pages = _power_of_two(max(pages_for(seen), _FEWEST_PAGES))
+        return PassShape(_power_of_two(len(slots)), width, pages, want, timed)
+
+    def _shapes(self, width: int) -> Iterator[PassShape]:
+        """All that the engines can ask for at this width. The largest first: the others fit into its memory."""
+        if self._tower.causal:
+            forms = [(want, False) for want in _wants(width)]
+        else:
+            forms = [(Want.LOGITS, True)] + [(Want.LOGITS, False)] * (width == 1)
+        room = self._cache.keys.shape[1] * PAGE_TOKENS
+        most_pages = _power_of_two(pages_for(min(self._longest or room, room) + width))
+        for rows in _powers_down(_power_of_two(self._cache.scratch_slot), 1):
+            for pages in _powers_down(max(most_pages, _FEWEST_PAGES), _FEWEST_PAGES):
+                if rows * pages <= _MOST_PAGES and rows * width <= MAX_POSITIONS:
+                    yield from (PassShape(rows, width, pages, want, timed) for want, timed in forms)
 
     def _table(self, slot: int, pages: int) -> list[int]:
         """Beyond a sequence's own pages nothing is seen, and padding is not written."""
         table = list(self._cache.pages_of(slot)[:pages])
         return table + [0] * (pages - len(table))
 
-    def _pass(self, shape: PassShape) -> FixedPass:
+    def _pass(self, shape: PassShape) -> FixedPass | None:
+        """None where captures are wanted and this shape was not captured at start."""
         found = self._passes.get(shape)
-        if found is None:
-            out = self._output(shape)
-            found = self._passes[shape] = FixedPass(self._tower, self._cache, shape, self._scratch, out)
-            if self._pool is not None:
-                found.capture(self._pool)
+        if found is None and self._pool is None:
+            found = self._passes[shape] = self._made(shape)
         return found
+
+    @torch.inference_mode()
+    def _capture(self, shape: PassShape) -> None:
+        if shape not in self._passes:
+            made = self._made(shape)
+            made.capture(self._pool)
+            self._passes[shape] = made
+
+    def _made(self, shape: PassShape) -> FixedPass:
+        return FixedPass(self._tower, self._cache, shape, self._scratch, self._output(shape))
 
     def _output(self, shape: PassShape) -> Tensor:
         """Room for a shape's output, shared with the others; passes captured before it grew keep what they had."""
@@ -217,5 +267,17 @@ class FixedPasses:
         return self._outputs[logits][:numbers].view(shape.rows, shape.width, columns)
 
 
+def _wants(width: int) -> tuple[Want, ...]:
+    """What a context engine asks for: commits and prompts at any width, an `ar` token's logits at width 1."""
+    return (Want.HIDDEN, Want.STATES, Want.LOGITS) if width == 1 else (Want.HIDDEN, Want.STATES)
+
+
 def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
+
+
+def _powers_down(first: int, last: int) -> Iterator[int]:
+    """Powers of two."""
+    while first >= last:
+        yield first
+        first //= 2

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from twotower.device_names import parse_device
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine, StepTrace
+from twotower.engine.free_memory import check_fits
 from twotower.engine.ledger import Ledger, Room
 from twotower.engine.memory import memory_of
 from twotower.engine.pair import Pair
@@ -19,6 +21,7 @@ from twotower.exchange.local import LocalExchange
 from twotower.model.checkpoint import Checkpoint, Layout
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.tower import ContextTower, DenoiserTower
+from twotower.model.transfer import current
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +29,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a setting names; `auto` is CUDA where there is one. Raises ConfigError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: got {name!r}, wanted auto, cpu, cuda or cuda:N")
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and not 0 <= (device.index or 0) < devices:
-        raise ConfigError(f"device: got {name!r}, but this process sees {devices} CUDA devices")
-    return device
+    """The device a setting names; `auto` is CUDA where there is one. Raises ConfigError for one that is not there.
+
+    A CUDA device always has its index, also where none was named: streams, NCCL's communicators and tensors are looked
+    up by it, and one without an index is not found.
+    """
+    wanted = parse_device(name)
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.kind == "cpu" or (wanted.kind == "auto" and seen == 0):
+        return torch.device("cpu")
+    if (wanted.index or 0) >= seen:
+        raise ConfigError(f"device: got {name!r}, but this process sees {seen} CUDA devices")
+    return torch.device("cuda", torch.cuda.current_device() if wanted.index is None else wanted.index)
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -72,7 +74,7 @@ def colocated_runner(
         if prepare:
             denoiser_engine.prepare()
         engines.append(denoiser_engine)
-    runner.start(engines)
+    runner.start(engines, context.device)
     return runner
 
 
@@ -103,14 +105,20 @@ async def open_pair(
     dtype: str = "float32",
     progress: bool = False,
 ) -> AsyncIterator[Pair]:
-    """Load a checkpoint and run a pair on it. A base checkpoint gives a pair that serves `ar` only."""
+    """Load a checkpoint and run a pair on it. A base checkpoint gives a pair that serves `ar` only.
+
+    Raises CheckpointError, or ConfigError for a device that is not there or has too little memory left.
+    """
     opened = Checkpoint.open(checkpoint)
     where, kind = pick_device(device), pick_dtype(dtype)
     hosted = (ContextTower, DenoiserTower) if opened.layout is Layout.TWO_TOWER else (ContextTower,)
-    logger.info("one process on %s: %s", where, memory_of(opened.config, settings, kind, hosted))
-    context = load_context_tower(opened, where, kind, progress)
+    memory = memory_of(opened.config, settings, kind, hosted)
+    logger.info("one process on %s: %s", where, memory)
+    check_fits(memory, where)
     denoiser = None
-    if opened.layout is Layout.TWO_TOWER:
-        denoiser = load_denoiser_tower(opened, where, kind, progress)
+    with current(where):
+        context = load_context_tower(opened, where, kind, progress)
+        if opened.layout is Layout.TWO_TOWER:
+            denoiser = load_denoiser_tower(opened, where, kind, progress)
     async with pair_of(context, denoiser, settings) as pair:
         yield pair

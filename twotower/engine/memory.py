@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower.config import ModelConfig
+from twotower.engine.passing import passing_bytes
 from twotower.engine.settings import EngineSettings
 from twotower.exchange.protocol import Delta
 from twotower.exchange.settings import LinkSettings
@@ -15,7 +16,6 @@ from twotower.model.cache import TowerCache
 from twotower.model.loading import materialise
 from twotower.model.pages import PAGE_TOKENS
 from twotower.model.tower import ContextTower, DenoiserTower
-from twotower.validation import MAX_BLOCK
 
 _META = torch.device("meta")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -26,7 +26,7 @@ class Memory:
     """Bytes of the tensors a tower process keeps, and the sequences and positions that its cache or mirror holds.
 
     `slots` are conv windows and SSM states, `pages` keys and values, `staging` the buffers of its links once they have
-    grown as far as they can. What a forward pass needs for a moment is not counted.
+    grown as far as they can; together they are `total`. `passing` is what a forward pass needs for a moment, at most.
     """
 
     sequences: int
@@ -36,14 +36,27 @@ class Memory:
     pages: int
     staging: int
     scratch: int
+    passing: int = 0
 
     @property
     def total(self) -> int:
         return self.weights + self.slots + self.pages + self.staging + self.scratch
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by name, `passing` included."""
+        return {name: getattr(self, name) for name in self.__slots__[2:]}
+
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_readable(getattr(self, name))}" for name in self.__slots__[2:])
-        return f"{self.sequences} sequences and {self.tokens} tokens fit; {_readable(self.total)}: {parts}"
+        *kept, passing = (f"{name} {_readable(nbytes)}" for name, nbytes in self.parts.items())
+        fit = f"{self.sequences} sequences and {self.tokens} tokens fit"
+        return f"{fit}; {_readable(self.total)}: {', '.join(kept)}; beside it {passing}"
+
+
+def together(memories: Sequence[Memory]) -> Memory:
+    """Of processes that share one device."""
+    sums = {name: sum(memory.parts[name] for memory in memories) for name in memories[0].parts}
+    return Memory(memories[0].sequences, memories[0].tokens, **sums)
 
 
 def memory_of(
@@ -56,7 +69,7 @@ def memory_of(
 ) -> Memory:
     """The memory of a process that hosts these towers over one cache (or mirror) and `num_links` ends of links."""
     cache = TowerCache(config, settings.max_sequences, settings.pages, _META, dtype)
-    link = link or fitted(LinkSettings(), cache)
+    link = link or fitted(LinkSettings(), cache, settings.longest_delta)
     return Memory(
         sequences=settings.max_sequences,
         tokens=settings.pages * PAGE_TOKENS,
@@ -65,6 +78,8 @@ def memory_of(
         pages=_bytes([cache.keys, cache.values]),
         staging=num_links * link.staging_buffers * _staging_buffer(cache, settings, link),
         scratch=cache.positions(0).untyped_storage().nbytes(),
+        # Captured passes keep theirs.
+        passing=(1 + (settings.capture == "on")) * passing_bytes(config, settings, dtype, towers),
     )
 
 
@@ -77,8 +92,7 @@ def _weights(tower: type[ContextTower] | type[DenoiserTower], config: ModelConfi
 
 def _staging_buffer(cache: TowerCache, settings: EngineSettings, link: LinkSettings) -> int:
     """A buffer grows to the largest single delta: a prompt chunk's or a block's, with the states."""
-    longest = min(max(settings.prefill_chunk_tokens, MAX_BLOCK), settings.max_sequence_length)
-    largest = DeltaLayout(cache, link.ssm_wire_dtype).nbytes([Delta(0, 0, longest, 0)])
+    largest = DeltaLayout(cache, link.ssm_wire_dtype).nbytes([Delta(0, 0, settings.longest_delta, 0)])
     return max(link.staging_bytes, largest)
 
 

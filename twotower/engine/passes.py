@@ -19,6 +19,7 @@ from twotower.model.transfer import on_device
 
 USUAL_WIDTH = 16  # the released block size
 SHORT_PROMPT = 4 * USUAL_WIDTH  # up to here a prompt's pass is worth capturing: few widths, and most of it is overhead
+MAX_POSITIONS = 2048  # of a denoiser's pass, rows times width: their logits must fit into memory
 PROMPT_PARTS = 2  # in which a longer one is read, so that rows which step meanwhile wait for less
 
 

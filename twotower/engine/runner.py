@@ -16,12 +16,14 @@ import torch
 from twotower.core import AnyRequest, BlockEvent, Event, Mode, ReleasedEvent, Request, RequestId
 from twotower.engine.handle import EngineStats
 from twotower.errors import TwoTowerError, Unavailable
+from twotower.model.transfer import current
 
 logger = logging.getLogger(__name__)
 
 # Waking the event loop takes the interpreter from the engine for a good part of a small model's forward. While the
 # engines are busy it is done for the first and the last event of a request, for others no oftener than this.
 _DELIVER_S = 0.02
+_CPU = torch.device("cpu")
 _QUIET_S = 1.0  # how long `events` waits before it answers with nothing: shows its caller that the process lives
 
 
@@ -48,6 +50,7 @@ class EngineRunner:
 
     def __init__(self, stall_timeout_s: float = 60.0) -> None:
         self.engines: list[Engine] = []
+        self._device = _CPU
         self._stall_timeout_s = stall_timeout_s
         self._wake = threading.Event()
         self._stopping = False
@@ -65,8 +68,9 @@ class EngineRunner:
         self._delivered = 0.0
         self.turns = 0
 
-    def start(self, engines: Sequence[Engine]) -> None:
-        self.engines = list(engines)
+    def start(self, engines: Sequence[Engine], device: torch.device = _CPU) -> None:
+        """`device`: that of the engines."""
+        self.engines, self._device = list(engines), device
         self._thread.start()
 
     def wake(self) -> None:
@@ -178,7 +182,7 @@ class EngineRunner:
 
     def _run(self) -> None:
         try:
-            with torch.inference_mode():
+            with current(self._device), torch.inference_mode():
                 while not self._stopping:
                     self._turn()
         except Exception as error:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from twotower.model.pages import pages_for
+from twotower.validation import MAX_BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,11 @@ class EngineSettings:
     start_timeout_s: float = 600.0
     max_queued_requests: int = 64
     capture: str = "auto"
+
+    @property
+    def longest_delta(self) -> int:
+        """Positions that one cache delta brings at most: a prompt's chunk or a block."""
+        return min(max(self.prefill_chunk_tokens, MAX_BLOCK), self.max_sequence_length)
 
     @property
     def pages(self) -> int:

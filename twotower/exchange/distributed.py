@@ -29,6 +29,7 @@ from twotower.exchange.endpoint import Endpoint, MessageStream
 from twotower.exchange.settings import EngineHooks, LinkAddress, LinkSettings
 from twotower.exchange.staging import DeltaLayout, StagingPool
 from twotower.model.cache import TowerCache
+from twotower.model.transfer import current
 from twotower.wire import CodecError
 
 _VERSION = 1
@@ -57,7 +58,7 @@ def open_port(
     listener = Listener(host)
     store = serve_store(host, settings.setup_timeout_s)
     address = LinkAddress(link, epoch, host, listener.port, store.port, settings, listener.authkey)
-    endpoint = Endpoint(address.name, "the denoiser side", settings, hooks or EngineHooks())
+    endpoint = Endpoint(address.name, "the denoiser side", settings, hooks or EngineHooks(), cache.device)
     layout = DeltaLayout(cache, settings.ssm_wire_dtype)
     port = DistributedPort(cache, endpoint, layout)
     welcome = _Reception(address, endpoint, layout, device_name(cache.device), wrap_channel)
@@ -83,7 +84,7 @@ def connect(
 ) -> DistributedLink:
     """Connect `cache`, the mirror, to the port at `address`. Blocks up to `setup_timeout_s`. Raises LinkDown."""
     settings = address.settings
-    endpoint = Endpoint(address.name, "the context side", settings, hooks or EngineHooks())
+    endpoint = Endpoint(address.name, "the context side", settings, hooks or EngineHooks(), cache.device)
     layout = DeltaLayout(cache, settings.ssm_wire_dtype)
     deadline = time.monotonic() + settings.setup_timeout_s
     try:
@@ -94,7 +95,8 @@ def connect(
         backend = _introduce(stream, hello)
         left = max(deadline - time.monotonic(), 0.1)
         store = join_store(address.host, address.store_port, left)
-        group, pool = _build(backend, store, DENOISER_RANK, cache, address, endpoint, left)
+        with current(cache.device):
+            group, pool = _build(backend, store, DENOISER_RANK, cache, address, endpoint, left)
         channel.set_timeout(settings.link_timeout_s)
     except (OSError, EOFError, AuthenticationError, TwoTowerError, RuntimeError) as error:
         reason = endpoint.explain(error, settings.setup_timeout_s)

@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from queue import Empty, SimpleQueue
 
+import torch
+
 from twotower.errors import LinkDown
 from twotower.exchange.codec import Heartbeat, Message, decode, encode
 from twotower.exchange.control import Channel
 from twotower.exchange.data_group import DataGroup
 from twotower.exchange.settings import EngineHooks, LinkSettings
 from twotower.exchange.staging import StagingBuffer
+from twotower.model.transfer import current
 from twotower.wire import CodecError
 
+_CPU = torch.device("cpu")
 _JOIN_S = 2.0
 
 
@@ -60,12 +64,19 @@ class Outgoing:
 
 
 class Endpoint:
-    """`name` is the link's, for messages; `peer` what the other side is called in them."""
+    """`name` is the link's, for messages; `peer` the other side's in them; `device` is that of the buffers."""
 
-    def __init__(self, name: str, peer: str, settings: LinkSettings, hooks: EngineHooks) -> None:
+    def __init__(
+        self,
+        name: str,
+        peer: str,
+        settings: LinkSettings,
+        hooks: EngineHooks,
+        device: torch.device = _CPU,
+    ) -> None:
         self.lost: str | None = None
         self.settings, self.hooks = settings, hooks
-        self._name, self._peer = name, peer
+        self._name, self._peer, self._device = name, peer, device
         self._outbox: SimpleQueue[Outgoing | None] = SimpleQueue()
         self._sending = threading.Lock()  # who has it numbers and sends frames; `_unsent` posts wait for the sender
         self._counting = threading.Lock()
@@ -133,7 +144,8 @@ class Endpoint:
 
         def guarded() -> None:
             try:
-                body()
+                with current(self._device):
+                    body()
             except Exception as error:
                 self.lose(self.explain(error, self.settings.link_timeout_s))
 

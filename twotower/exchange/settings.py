@@ -18,8 +18,8 @@ class LinkSettings:
     """Times in seconds, sizes in bytes.
 
     `staging_buffers` messages of up to `staging_bytes` may be under way at once; one delta that is larger makes its
-    buffer grow. `data_backend` auto: NCCL between two GPUs, gloo otherwise. `ssm_wire_dtype` bfloat16 halves the SSM
-    states' bytes and rounds them.
+    buffer grow (`staging.fitted` leaves nothing to grow for). `data_backend` auto: NCCL between two GPUs, gloo
+    otherwise. `ssm_wire_dtype` bfloat16 halves the SSM states' bytes and rounds them.
     """
 
     link_timeout_s: float = 10.0

@@ -38,12 +38,13 @@ class StagingBuffer:
         self._allocate(nbytes)
 
     def grow(self, nbytes: int) -> None:
-        """Room for at least `nbytes`; what it held is lost."""
+        """Room for at least `nbytes`; what it held is lost. Buffers that `fitted` sizes never need to grow."""
         if nbytes > self.flat.numel():
             self._allocate(nbytes)
-            if self._device.type == "cuda":
-                # Rare, and spares every later user the question which stream the new and old memory belong to.
-                torch.cuda.synchronize(self._device)
+            # The allocator hands out memory for the calling thread's compute stream, whose earlier work may still touch
+            # it: the link's stream waits for that work. Waiting for the device instead would break another thread's
+            # capture.
+            self.mark()
 
     def mark(self) -> None:
         """The compute stream's work queued so far is the last that touches this buffer."""
@@ -69,10 +70,12 @@ class StagingBuffer:
         self.wire = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if staged else self.flat
 
 
-def fitted(settings: LinkSettings, cache: TowerCache) -> LinkSettings:
-    """With buffers for a few committed blocks of this cache: what is committed together mostly crosses together."""
-    block = DeltaLayout(cache, settings.ssm_wire_dtype).nbytes([Delta(0, 0, _USUAL_BLOCK, 0)])
-    return replace(settings, staging_bytes=max(_LEAST_BYTES, _USUAL_DELTAS * block))
+def fitted(settings: LinkSettings, cache: TowerCache, longest_delta: int) -> LinkSettings:
+    """With buffers for a few committed blocks of this cache (what is committed together mostly crosses together), and
+    for a delta of `longest_delta` positions."""
+    layout = DeltaLayout(cache, settings.ssm_wire_dtype)
+    block, longest = (layout.nbytes([Delta(0, 0, length, 0)]) for length in (_USUAL_BLOCK, longest_delta))
+    return replace(settings, staging_bytes=max(_LEAST_BYTES, _USUAL_DELTAS * block, longest))
 
 
 class StagingPool:

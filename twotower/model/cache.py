@@ -39,7 +39,7 @@ class TowerCache:
     """Conv windows, SSM states (fp32) and key/value pages of up to `slots` sequences with `pages` pages together."""
 
     def __init__(self, config: ModelConfig, slots: int, pages: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.config, self.device = config, device
+        self.config = config
         mamba, attention = config.layers_of("M"), config.layers_of("*")
         self._mamba_row = {layer: i for i, layer in enumerate(mamba)}
         self._attention_row = {layer: i for i, layer in enumerate(attention)}
@@ -51,6 +51,7 @@ class TowerCache:
         self.scratch_slot = slots
         self.conv = torch.zeros(len(mamba), slots + 1, window, channels, device=device, dtype=dtype)
         self.ssm = torch.zeros(len(mamba), slots + 1, *state, device=device)
+        self.device = self.ssm.device  # with its index, whatever it was called
         self.keys = torch.zeros(len(attention), all_pages, *page, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self._free_slots = list(range(slots - 1, -1, -1))

@@ -1,6 +1,8 @@
-"""Between host and device: small values onto it without making the host wait, and marks in a stream."""
+"""Between host and device: small values onto it without making the host wait, marks in a stream, a thread's device."""
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -15,6 +17,12 @@ def on_device(values: Sequence[object], device: torch.device, dtype: torch.dtype
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` the calling thread's current one: pinned memory, kernels that are not torch's, and streams that
+    name no device belong to that. A new thread's is GPU 0, whichever the process uses."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def fence_on(device: torch.device) -> torch.cuda.Event | None:

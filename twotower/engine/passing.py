@@ -1,0 +1,101 @@
+"""What a forward pass needs for a moment: an upper bound, from shapes alone.
+
+Layers run one after the other and leave nothing behind but the residual stream, so the bound is that of the largest
+layer. Two things a batch may need more of are not counted: rows padded to a far longer one, which read its padding too,
+and more than one wide block beside others, which share passes up to `MAX_POSITIONS` only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from twotower.config import ModelConfig
+from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH
+from twotower.engine.scores import MAX_LOGITS
+from twotower.engine.settings import EngineSettings
+from twotower.model.pages import PAGE_TOKENS
+from twotower.model.tower import ContextTower, DenoiserTower
+from twotower.validation import MAX_BLOCK
+
+_FP32 = 4
+_COPIES = 4  # of a large intermediate at once: before and after an operation, in fp32 and in the model's dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A kind of batch at its largest. `seen`: cached positions of all rows; `logits`: positions with logits."""
+
+    rows: int
+    width: int
+    seen: int
+    logits: int
+
+    @property
+    def positions(self) -> int:
+        return self.rows * self.width
+
+
+def passing_bytes(
+    config: ModelConfig,
+    settings: EngineSettings,
+    dtype: torch.dtype,
+    towers: Sequence[type[ContextTower] | type[DenoiserTower]],
+) -> int:
+    """Of these towers in one process, which take turns."""
+    batches = [batch for tower in towers for batch in _batches(config, settings, tower)]
+    return max(_bytes(config, dtype, batch) for batch in batches)
+
+
+def _batches(
+    config: ModelConfig, settings: EngineSettings, tower: type[ContextTower] | type[DenoiserTower]
+) -> list[_Batch]:
+    rows, longest, seen = settings.max_sequences, settings.max_sequence_length, settings.pages * PAGE_TOKENS
+    if tower is DenoiserTower:
+        wide = min(MAX_BLOCK, longest)
+        few = min(rows, max(1, MAX_POSITIONS // wide))
+        return [
+            _Batch(rows, USUAL_WIDTH, seen, rows * USUAL_WIDTH),
+            _Batch(few, wide, min(few * longest, seen), few * wide),
+        ]
+    chunk = min(settings.prefill_chunk_tokens, longest)
+    scored = min(chunk, max(1, MAX_LOGITS // config.vocab_size))
+    return [_Batch(rows, USUAL_WIDTH, seen, rows), _Batch(1, chunk, min(longest, seen), scored)]
+
+
+def _bytes(config: ModelConfig, dtype: torch.dtype, batch: _Batch) -> int:
+    layers = {
+        "M": _mamba(config, batch),
+        "*": _attention(config, dtype, batch),
+        "E": _experts(config, batch),
+        "-": _COPIES * batch.positions * config.intermediate_size * _FP32,
+    }
+    largest = max(layers[kind] for kind in set(config.hybrid_override_pattern))
+    logits = _COPIES * batch.logits * config.vocab_size * _FP32
+    return _COPIES * batch.positions * config.hidden_size * _FP32 + max(largest, logits)
+
+
+def _mamba(config: ModelConfig, batch: _Batch) -> int:
+    """Gathered states and new ones; the projections; decays and scores of each pair of a chunk's positions."""
+    state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size
+    chunk = min(config.chunk_size, batch.width)
+    ends = 1 + -(-batch.width // chunk)
+    pairs = batch.rows * chunk * chunk * config.mamba_num_heads
+    projected = batch.positions * (config.mamba_width + config.conv_channels + config.mamba_num_heads)
+    return _FP32 * (batch.rows * state * (ends + 2) + _COPIES * (projected + pairs))
+
+
+def _attention(config: ModelConfig, dtype: torch.dtype, batch: _Batch) -> int:
+    """Keys and values of all positions, gathered and then joined with a block's own; the mask; queries and outputs.
+    torch's fused attention keeps no scores."""
+    keys = batch.seen + batch.positions
+    gathered = 2 * keys * config.num_key_value_heads * config.head_dim * dtype.itemsize * 2
+    mask = keys * batch.width * _FP32
+    return gathered + mask + _COPIES * batch.positions * config.num_attention_heads * config.head_dim * _FP32
+
+
+def _experts(config: ModelConfig, batch: _Batch) -> int:
+    """What goes into the experts and what comes out, once for each expert of a token; the shared expert's own."""
+    per_token = config.num_experts_per_tok * (config.hidden_size + config.moe_intermediate_size)
+    shared = config.moe_shared_expert_intermediate_size
+    return _COPIES * batch.positions * (per_token + shared) * _FP32
