@@ -144,14 +144,14 @@ async def split_pair(
     """Engines on threads of their own, each denoiser with a mirror, joined by gloo."""
     runners = [EngineRunner() for _ in range(1 + num_denoisers)]
     context = ContextEngine(towers.context, settings, runners[0].emit)
-    runners[0].start([context])
+    runners[0].start([context], towers.context.device)
     for number, runner in enumerate(runners[1:]):
         port, address = open_port(context.cache, number, 0, told, hooks_of(runners[0]))
         context.connect(port)
         tower = towers.denoiser
         mirror = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
         link = await asyncio.to_thread(connect, address, mirror, hooks_of(runner))
-        runner.start([DenoiserEngine(tower, link, settings, runner.emit)])
+        runner.start([DenoiserEngine(tower, link, settings, runner.emit)], tower.device)
     rooms = [Room(settings.max_sequences, settings.pages) for _ in runners]
     try:
         async with Pair(runners[0], runners[1:], Ledger(rooms[0], rooms[1:], settings.max_queued_requests)) as pair:

@@ -63,17 +63,18 @@ def colocated_runner(
     `prepare` takes a moment before the first request, for a process that is going to serve many.
     """
     runner = EngineRunner(settings.stall_timeout_s)
-    context_engine = ContextEngine(context, settings, runner.emit)
-    if prepare:
-        context_engine.prepare()
-    engines: list[Engine] = [context_engine]
-    if denoiser is not None:
-        exchange = LocalExchange(context_engine.cache, runner.wake)
-        context_engine.connect(exchange.port)
-        denoiser_engine = DenoiserEngine(denoiser, exchange.link, settings, runner.emit, trace)
+    with current(context.device):
+        context_engine = ContextEngine(context, settings, runner.emit)
         if prepare:
-            denoiser_engine.prepare()
-        engines.append(denoiser_engine)
+            context_engine.prepare()
+        engines: list[Engine] = [context_engine]
+        if denoiser is not None:
+            exchange = LocalExchange(context_engine.cache, runner.wake)
+            context_engine.connect(exchange.port)
+            denoiser_engine = DenoiserEngine(denoiser, exchange.link, settings, runner.emit, trace)
+            if prepare:
+                denoiser_engine.prepare()
+            engines.append(denoiser_engine)
     runner.start(engines, context.device)
     return runner
 

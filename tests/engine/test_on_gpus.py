@@ -1,0 +1,164 @@
+"""Whole pairs on GPUs that are none (`tests/cuda_stand_in.py`): the tokens are those of the CPU, CUDA's rules are kept.
+
+The stand-in refuses every tensor, stream, event and group of a device without an index, wherever it is made.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests import cuda_stand_in
+from tests.cuda_stand_in import Gpus, gpus
+from tests.engine.arrangements import Towers, split_pair
+from tests.engine.decode import collect
+from tests.exchange.rig import QUICK
+from tests.goldens import CPU, GOLDEN_DIR, MODELS
+from tests.nccl_stand_in import ProcessGroupNCCL, stand_in
+from twotower.core import DecodingParams, Mode, Request, RequestId
+from twotower.engine.capture import passes_for
+from twotower.engine.graphs import FixedPasses, PassShape
+from twotower.engine.in_process import open_pair, pick_device
+from twotower.engine.pair import Pair
+from twotower.engine.passes import Want
+from twotower.engine.settings import EngineSettings
+from twotower.errors import ConfigError
+from twotower.model.cache import TowerCache
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.loading import load_context_tower, load_denoiser_tower
+
+SETTINGS = EngineSettings(max_sequences=2, max_sequence_length=60, prefill_chunk_tokens=32, capture="off")
+SECOND = torch.device("cuda", 1)
+NAMES = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
+    with gpus(2, monkeypatch) as found, stand_in(monkeypatch):
+        yield found
+
+
+def _requests() -> list[Request]:
+    params = DecodingParams(max_new_tokens=10, block_size=8, confidence_threshold=0.2, ignore_eos=True)
+    prompt = tuple(range(4, 40))
+    return [Request(RequestId(mode), prompt[: 36 - i], replace(params, mode=mode)) for i, mode in enumerate(Mode)]
+
+
+async def _decode(pair: Pair) -> list[list[int]]:
+    return [list(d.token_ids) for d in await asyncio.gather(*(collect(pair, request) for request in _requests()))]
+
+
+async def _in_process(name: str, device: str, settings: EngineSettings = SETTINGS) -> list[list[int]]:
+    async with open_pair(GOLDEN_DIR / name, settings, device) as pair:
+        cuda_stand_in.GPUS.serving = True
+        return await _decode(pair)
+
+
+@NAMES
+@pytest.mark.slow
+async def test_a_pair_on_the_second_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = await _in_process(name, "cpu")
+    with gpus(2, monkeypatch) as machine:
+        assert await _in_process(name, "cuda:1") == wanted
+    assert machine.captures == machine.device_waits == 0
+    assert machine.pinned_for == {1}, "every thread's current device is the process's"
+    assert set(machine.streams) == {SECOND}
+
+
+@NAMES
+@pytest.mark.slow
+async def test_captured_at_start_and_never_while_serving(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = await _in_process(name, "cpu")
+    with gpus(2, monkeypatch) as machine:
+        assert await _in_process(name, "cuda:1", replace(SETTINGS, capture="on")) == wanted
+    # Rows 1 and 2, each with 4 or 8 pages where blocks are read and 4 where tokens are: of a context tower 2 forms of
+    # blocks and 3 of tokens, of a denoiser 1 and 2.
+    assert machine.captures == 2 * (2 * (2 + 1) + (3 + 2))
+    assert machine.replays > 10
+    assert machine.device_waits == 0
+    assert machine.pinned_for == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "capture"), [(MODELS[0], "off"), *(pytest.param(name, "on", marks=pytest.mark.slow) for name in MODELS)]
+)
+async def test_two_gpus_over_nccl(name: str, capture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, settings = await _in_process(name, "cpu"), replace(SETTINGS, capture=capture)
+    with gpus(2, monkeypatch) as machine, stand_in(monkeypatch):
+        checkpoint, dtype = Checkpoint.open(GOLDEN_DIR / name), torch.float32
+        context, denoiser = pick_device("cuda"), pick_device("cuda:1")
+        towers = Towers(
+            name,
+            load_context_tower(checkpoint, context, dtype, kernels="torch"),
+            load_denoiser_tower(checkpoint, denoiser, dtype, kernels="torch"),
+        )
+        async with split_pair(towers, 1, settings, QUICK) as pair:
+            machine.serving = True
+            assert await _decode(pair) == wanted
+    groups = sorted(ProcessGroupNCCL.groups, key=lambda group: group.rank)
+    assert [group.communicators for group in groups] == [{0}, {1}]
+    works = [work for group in groups for work in group.works]
+    assert len(works) > 4 and not any(work.slept for work in works)
+    assert machine.device_waits == 0
+
+
+def test_what_was_not_captured_runs_eagerly(machine: Gpus) -> None:
+    checkpoint = Checkpoint.open(GOLDEN_DIR / MODELS[0])
+    tower = load_context_tower(checkpoint, SECOND, torch.float32, kernels="torch")
+    cache = TowerCache(tower.config, 2, 40, SECOND, torch.float32)
+    passes = passes_for(tower, cache, "on", longest=60)
+    assert isinstance(passes, FixedPasses)
+    captured, machine.serving = machine.captures, True
+    long, short = cache.allocate(400), cache.allocate(60)
+    cache.advance(long, 300)
+    with torch.inference_mode():
+        passes.run([short], [[5] * 16], want=Want.STATES)
+        replays = machine.replays
+        assert replays == 1
+        passes.run([short], [[5] * 16], want=Want.LOGITS)  # a form that no engine asks for
+        passes.run([long], [[5]])  # longer than was said
+        passes.run([short], [[5] * 17], want=Want.STATES)  # wide
+    assert (machine.captures, machine.replays) == (captured, replays)
+
+
+def test_a_capture_while_serving_would_be_seen(machine: Gpus) -> None:
+    """The stand-in's own rules."""
+    machine.serving = True
+    with pytest.raises(AssertionError, match="while serving"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        raise RuntimeError("captured")
+    for made in (lambda: torch.zeros(2, device="cuda"), lambda: torch.cuda.Stream("cuda"), lambda: _mixed()):
+        with pytest.raises(AssertionError, match=r"without an index|operands on"):
+            made()
+
+
+def _mixed() -> None:
+    torch.zeros(2, device="cuda:0") + torch.zeros(2, device="cuda:1")
+
+
+def test_many_long_rows_are_not_captured() -> None:
+    """Their keys and values would fill the graphs' memory; and a denoiser's pass has no more positions than it may."""
+    checkpoint = Checkpoint.open(GOLDEN_DIR / MODELS[0])
+    tower = load_denoiser_tower(checkpoint, CPU, torch.float32)
+    cache = TowerCache(tower.config, 256, 100_000, torch.device("meta"), torch.float32)
+    shapes = list(FixedPasses(tower, cache, 256, longest=1 << 17)._shapes(16))
+    assert len(set(shapes)) == len(shapes)
+    assert max(shape.rows * shape.pages for shape in shapes) == 1 << 14
+    assert max(shape.rows for shape in shapes) == 128
+    assert shapes[0].rows == 128, "the largest first"
+    assert PassShape(1, 16, 1 << 14, Want.LOGITS, True) in shapes
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 1), ("cuda", 1), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_device_has_its_index(machine: Gpus, name: str, index: int) -> None:
+    with machine.on(SECOND):
+        assert pick_device(name) == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:99999", "cuda:-1", "cuda:01", "cuda:", "gpu", "mps", "", "CUDA:0"])
+def test_a_device_that_is_not_there(machine: Gpus, name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"device: got '{name}', (but this process sees 2 CUDA devices|wanted auto, )"
+    ):
+        pick_device(name)
