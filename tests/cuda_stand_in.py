@@ -2,7 +2,7 @@
 
 What on a real GPU fails late, or only sometimes, is an AssertionError here: a device without an index, operands on two
 devices, a capture while serving, on another device's stream, or that reads the host's memory or lets the host wait.
-Waits for a whole device are counted, and for which device memory was pinned is noted.
+Waits for a whole device are counted, and uploads by a thread whose current device is another one.
 """
 
 import threading
@@ -103,13 +103,12 @@ def _compute(operation: Any, args: Any, kwargs: Any) -> Any:
     devices = {tensor.device for tensor in tensors if isinstance(tensor, GpuTensor) or tensor.dim()}
     moves = name in _MOVES
     assert moves or len(devices) <= 1, f"{name}: operands on {devices}"
-    pins = bool(kwargs.get("pin_memory"))
-    if pins:
-        GPUS.has_pinned()
     gpus = [tensor.device for tensor in tensors if isinstance(tensor, GpuTensor)]
     target = named or (gpus[0] if gpus else CPU)
     if name == "copy_" and not isinstance(args[0], GpuTensor):
         target = CPU
+    if moves and target.type == "cuda" and CPU in devices:
+        GPUS.has_uploaded(target)
     recording = GPUS.recording()
     assert recording is None or name not in _WAITS, f"{name}: a capture that lets the host wait"
     assert recording is None or not (moves and len(devices | {target}) > 1), f"{name}: a capture that reads the host"
@@ -191,10 +190,9 @@ class Gpus:
     def __init__(self, count: int) -> None:
         self.count = count
         self.serving = False
-        self.captures = self.replays = self.device_waits = 0
+        self.captures = self.replays = self.device_waits = self.uploads = self.foreign_uploads = 0
         self.free = {index: 80 << 30 for index in range(count)}
         self.streams: list[torch.device] = []
-        self.pinned_for: set[int] = set()
         self._own = threading.local()
 
     @property
@@ -211,9 +209,9 @@ class Gpus:
         """What the calling thread captures."""
         return getattr(self._own, "operations", None)
 
-    def has_pinned(self) -> None:
-        assert self.recording() is None, "a capture that pins memory"
-        self.pinned_for.add(self.device)
+    def has_uploaded(self, target: torch.device) -> None:
+        self.uploads += 1
+        self.foreign_uploads += target.index != self.device
 
     @contextmanager
     def on(self, device: Any) -> Iterator[None]:
@@ -267,8 +265,6 @@ def gpus(count: int, patch: pytest.MonkeyPatch) -> Iterator[Gpus]:
     tensor, generator, run = torch.tensor, torch.Generator, threading.Thread.run
 
     def new_tensor(values: Any, pin_memory: bool = False, device: Any = CPU, **others: Any) -> torch.Tensor:
-        if pin_memory:
-            machine.has_pinned()
         made = tensor(values, **others)
         return made if device is None else made.to(indexed(device))
 

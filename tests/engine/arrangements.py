@@ -26,6 +26,7 @@ from twotower.exchange.local import LocalExchange
 from twotower.exchange.settings import EngineHooks, LinkSettings
 from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
+from twotower.model.transfer import current
 
 SETTINGS = EngineSettings(max_sequences=12, max_sequence_length=192, prefill_chunk_tokens=64, max_queued_requests=512)
 LINK = LinkSettings(link_timeout_s=20, setup_timeout_s=20, staging_bytes=1 << 18)
@@ -149,9 +150,10 @@ async def split_pair(
         port, address = open_port(context.cache, number, 0, told, hooks_of(runners[0]))
         context.connect(port)
         tower = towers.denoiser
-        mirror = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
-        link = await asyncio.to_thread(connect, address, mirror, hooks_of(runner))
-        runner.start([DenoiserEngine(tower, link, settings, runner.emit)], tower.device)
+        with current(tower.device):
+            mirror = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
+            link = await asyncio.to_thread(connect, address, mirror, hooks_of(runner))
+            runner.start([DenoiserEngine(tower, link, settings, runner.emit)], tower.device)
     rooms = [Room(settings.max_sequences, settings.pages) for _ in runners]
     try:
         async with Pair(runners[0], runners[1:], Ledger(rooms[0], rooms[1:], settings.max_queued_requests)) as pair:
