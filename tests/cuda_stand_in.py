@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 CPU = torch.device("cpu")
 _ATEN = torch.ops.aten
-_MOVES = {"_to_copy", "copy_", "_copy_from", "is_pinned", "_pin_memory"}
+_MOVES = {"_to_copy", "to", "copy_", "_copy_from", "is_pinned", "_pin_memory"}
 _WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2"}
 
 
