@@ -2,9 +2,14 @@
 
 import pytest
 
+from actors.cell import start_pair
 from actors.memory import memories
 from actors.settings import CellSettings, bundles
+from actors.towers import ColocatedActor, ContextActor, DenoiserActor, TowerProcess
 from tests.goldens import VENDORED
+from twotower.engine import free_memory
+from twotower.engine.memory import together
+from twotower.errors import ConfigError
 
 CHECKPOINT = str(VENDORED / "tt_moe")
 
@@ -28,3 +33,38 @@ def test_weights_are_counted_where_they_are() -> None:
     }
     weights = {name: [memory.weights for memory in memories(cell)] for name, cell in settings.items()}
     assert sum(weights["split"]) == weights["colocated"][0] > weights["split"][0] == weights["ar_only"][0]
+
+
+@pytest.mark.parametrize(
+    ("actor", "placement", "place"),
+    [(ContextActor, "split", 0), (DenoiserActor, "split", 1), (ColocatedActor, "ar_only", 0)],
+)
+async def test_a_tower_process_that_does_not_fit_reads_no_weights(
+    actor: type[TowerProcess], placement: str, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = CellSettings(CHECKPOINT, device="cpu", placement=placement)
+    memory = memories(settings)[place]
+    wanted = memory.total + memory.passing + free_memory.MARGINS["cpu"]
+    monkeypatch.setattr(actor, "_load", lambda _: pytest.fail("weights were read"))
+    monkeypatch.setattr(free_memory, "free_bytes", lambda _: wanted - 1)
+    with pytest.raises(
+        ConfigError, match=r"GiB free on cpu, wanted .* = weights .* margin 0\.06; change max_sequences"
+    ):
+        await actor(settings).load()
+
+
+async def test_tower_processes_share_one_memory_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each alone would fit. Refused before any process is started, so no placement group is needed."""
+    settings = CellSettings(CHECKPOINT, device="cpu", placement="split")
+    both = together(memories(settings))
+    monkeypatch.setattr(free_memory, "free_bytes", lambda _: both.total + both.passing)
+    with pytest.raises(ConfigError, match="GiB free on cpu"):
+        await start_pair(settings, None)  # type: ignore[arg-type]
+
+
+def test_two_towers_in_one_process_count_once_together() -> None:
+    [one] = memories(CellSettings(CHECKPOINT, device="cpu", placement="colocated"))
+    context, denoiser = memories(CellSettings(CHECKPOINT, device="cpu", placement="split"))
+    assert one.weights == context.weights + denoiser.weights
+    assert one.pages == context.pages == denoiser.pages
+    assert one.passing == max(context.passing, denoiser.passing)

@@ -60,6 +60,13 @@ def test_the_local_configuration_fits_whatever_is_there(there: int) -> None:
         assert sum(bundle.get("GPU", 0) for bundle in bundles(settings)) <= there
 
 
+@pytest.mark.parametrize(("device", "gpus_per_tower"), [("cuda:0", None), ("cuda:1", 2.0), ("cuda:3", 0.0)])
+def test_an_index_among_the_gpus_that_a_process_sees(device: str, gpus_per_tower: float | None) -> None:
+    """With none of its own, Ray hides none of the node's."""
+    settings = CellSettings("x", device=device, gpus_per_tower=gpus_per_tower)
+    assert settings.gpus == (1.0 if gpus_per_tower is None else gpus_per_tower)
+
+
 def test_a_named_device_is_taken_at_its_word() -> None:
     assert resolve_device("cpu", 2, None, 2).device == "cpu"
     assert resolve_device("cuda", 2, None, 0).device == "cuda"
@@ -72,6 +79,13 @@ def test_a_named_device_is_taken_at_its_word() -> None:
         ({"denoisers_per_context": 0}, "denoisers_per_context: got 0"),
         ({"placement": "ar_only", "ssm_wire_dtype": "bfloat16"}, "ssm_wire_dtype: got 'bfloat16' with placement ar_"),
         ({"device": "auto"}, "device: got 'auto'"),
+        ({"device": "gpu"}, "device: got 'gpu', wanted auto, cpu, cuda or cuda:N"),
+        (
+            {"device": "cuda:1"},
+            "device: got 'cuda:1', but with gpus_per_tower 1 a tower process sees 1 GPU, wanted cuda",
+        ),
+        ({"device": "cuda:1", "gpus_per_tower": 0.5}, "gpus_per_tower 0.5 a tower process sees 1 GPU, wanted cuda or"),
+        ({"device": "cuda:2", "gpus_per_tower": 2.0}, "sees 2 GPUs, wanted cuda:0 to cuda:1"),
     ],
 )
 def test_impossible_settings(changes: dict[str, object], said: str) -> None:

@@ -36,6 +36,9 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         (["cells.placement=split"], "cells: unknown setting; did you mean cell?"),
         (["cell.zzz=1"], "cell.zzz: unknown setting, wanted one of placement, device"),
         (["cell.placement=spilt"], "cell.placement: got 'spilt', wanted one of 'split', 'colocated' or 'ar_only'"),
+        (["cell.device=gpu"], "cell.device: got 'gpu', wanted auto, cpu, cuda or cuda:N"),
+        (["cell.device=3"], "cell.device: got 3, wanted string"),
+        (["cell.device=cuda:1"], "cell.device: got 'cuda:1', but with gpus_per_tower 1 a tower process sees 1 GPU"),
         (["cell.max_sequences=0"], "cell.max_sequences: got 0, wanted greater than or equal to 1"),
         (["cell.max_sequences='8'"], "cell.max_sequences: got '8', wanted integer"),
         (["cell.max_sequences=true"], "cell.max_sequences: got True, wanted integer"),
@@ -114,3 +117,8 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_config(None).cell.max_sequences = 3  # type: ignore[misc]
+
+
+def test_a_device_may_name_a_gpu() -> None:
+    assert load_config(None, ["cell.device=cuda:0"]).cell.device == "cuda:0"
+    assert load_config(None, ["cell.device=cuda:1", "cell.gpus_per_tower=2"]).cell.device == "cuda:1"
