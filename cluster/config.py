@@ -56,8 +56,9 @@ class CellSection(Section):
 
     `device` auto: CUDA where the cluster has GPUs for all towers of a cell, else the CPU; cuda:N is the Nth of the GPUs
     that a tower process sees, of which Ray shows it `gpus_per_tower` (0: all of its node). `cache_tokens` 0: room for
-    every sequence's longest. `gpus_per_tower` not given: one on CUDA, none on the CPU. `ssm_wire_dtype` bfloat16 rounds
-    the Mamba states that a context tower sends to its denoisers, which is half the bytes of a commit.
+    every sequence's longest. `capture` on: all usual passes at start, which takes a while. `gpus_per_tower` not
+    given: one on CUDA, none on the CPU. `ssm_wire_dtype` bfloat16 rounds the Mamba states that a context tower sends to
+    its denoisers, which is half the bytes of a commit.
     """
 
     placement: Literal["split", "colocated", "ar_only"] = "split"

@@ -175,9 +175,21 @@ def test_the_setting_chooses() -> None:
     model = golden(MODELS[0])
     cache = TowerCache(model.context.config, 1, 4, CPU, torch.float32)
     assert isinstance(passes_for(model.context, cache, "off"), EagerPasses)
-    auto, on = (passes_for(model.context, cache, capture) for capture in ("auto", "on"))
-    assert isinstance(auto, RecordedPasses) and not auto._programs
-    assert isinstance(on, RecordedPasses) and {form.width for form in on._programs} == {1, 16, 32, 48, 64}
+    assert isinstance(passes_for(model.context, cache, "auto"), RecordedPasses)
     assert SETTINGS.capture == "auto"
     with pytest.raises(ConfigError, match="capture: got 'often', wanted one of auto, on, off"):
         passes_for(model.context, cache, "often")
+
+
+@pytest.mark.slow
+def test_on_records_at_start_and_never_while_serving() -> None:
+    model = golden(MODELS[0])
+    for tower, widths in ((model.context, {1, 16, 32, 48, 64}), (model.denoiser, {1, 16})):
+        cache = TowerCache(tower.config, 1, 20, CPU, torch.float32)
+        passes = passes_for(tower, cache, "on")
+        assert isinstance(passes, RecordedPasses) and {form.width for form in passes._programs} == widths
+        programs, slot = set(passes._programs), cache.allocate(300)
+        with torch.inference_mode():
+            for _ in range(OFTEN + 1):
+                passes.run([slot], [[5] * 80])
+        assert set(passes._programs) == programs
