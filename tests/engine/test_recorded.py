@@ -14,7 +14,7 @@ from twotower.decoding.unmasking import Blocks, StepParams
 from twotower.engine.capture import passes_for
 from twotower.engine.graphs import FixedPasses
 from twotower.engine.passes import EagerPasses, Passes, Want
-from twotower.engine.recorded import Form, Program, RecordedPasses, plain_pass
+from twotower.engine.recorded import OFTEN, Form, Program, RecordedPasses, plain_pass
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 from twotower.model.cache import Span, TowerCache
