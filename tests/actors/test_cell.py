@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -113,7 +114,9 @@ async def test_the_demo_over_two_processes_gives_the_tokens_of_one() -> None:
     async with cell(DEMO, engine=replace(ENGINE, capture="auto")) as running:
         assert all("tokens fit" in place["memory"] for place in running.places)
         results = await asyncio.gather(*(collect(running.pair, request) for request in requests))
+        taken = [psutil.Process(int(place["pid"])).memory_info().rss for place in running.places]
     assert [result.token_ids for result in results] == wanted
+    assert max(taken) < 500e6, f"a demo tower's process takes {max(taken) / 1e6:.0f} MB"
 
 
 def _demo_request(text: str, mode: Mode) -> Request:

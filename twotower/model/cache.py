@@ -3,10 +3,12 @@
 The context tower extends it; the denoiser's mirror is the same thing, written by cache deltas only.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -52,8 +54,8 @@ class TowerCache:
         self.conv = torch.zeros(len(mamba), slots + 1, window, channels, device=device, dtype=dtype)
         self.ssm = torch.zeros(len(mamba), slots + 1, *state, device=device)
         self.device = self.ssm.device  # with its index, whatever it was called
-        self.keys = torch.zeros(len(attention), all_pages, *page, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        self.keys = _untouched_zeros((len(attention), all_pages, *page), device, dtype)
+        self.values = _untouched_zeros(self.keys.shape, device, dtype)
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free_pages = list(range(all_pages - 1, _RESERVED_PAGES - 1, -1))
         self._sequences: dict[int, _Sequence] = {}
@@ -189,6 +191,14 @@ class TowerCache:
 
     def attention_row(self, layer: int) -> int:
         return self._attention_row[layer]
+
+
+def _untouched_zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros. On a CPU a part of them takes memory only once it is written: `torch.zeros` writes them all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    memory = numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 class _RowStates:

@@ -69,7 +69,10 @@ class Tower(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = "torch"  # what computes the layers, in words; `twotower.model.kernels.install` changes both
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Weights come from a checkpoint or a recipe. Drawing `nn.Embedding`'s own on the meta device would make torch
+        # import its compiler: 80 MB and a second in every process that loads a tower.
+        unset_VD = torch.zeros(config.vocab_size, config.hidden_size)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, _weight=unset_VD)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm_f = RmsNorm(config.hidden_size, config.layer_norm_epsilon)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
