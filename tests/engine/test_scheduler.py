@@ -167,17 +167,84 @@ def test_what_is_dropped_between_the_halves_is_not_read() -> None:
     assert _next(scheduler) is None
 
 
-def test_prompts_are_read_in_the_order_they_came() -> None:
+def test_the_first_prompt_and_the_shortest_lead_in_turn() -> None:
     scheduler = ContextScheduler(16)
     scheduler.add_prompt("first", 0, 40)
     scheduler.add_prompt("second", 0, 20)
     chunks = [_chunks(_next(scheduler)) for _ in range(4)]
     assert chunks == [
         [PrefillChunk("first", 0, 16)],
-        [PrefillChunk("first", 16, 32)],
-        [PrefillChunk("first", 32, 40)],
         [PrefillChunk("second", 0, 16)],
+        [PrefillChunk("first", 16, 32)],
+        [PrefillChunk("second", 16, 20), PrefillChunk("first", 32, 40)],
     ]
+
+
+def test_prompts_of_one_length_are_read_in_the_order_they_came() -> None:
+    """One that is read can be decoded while the others are."""
+    scheduler = ContextScheduler(16)
+    for key in "abc":
+        scheduler.add_prompt(key, 0, 64)
+    assert "".join(str(_chunks(_next(scheduler))[0].key) for _ in range(12)) == "aaaabbbbcccc"
+
+
+def test_a_short_prompt_does_not_wait_for_the_long_ones_before_it() -> None:
+    scheduler = ContextScheduler(512)
+    for key in range(8):
+        scheduler.add_prompt(key, 0, 4000)
+    for waited in range(3):
+        scheduler.add_prompt("short", 0, 9)
+        batches = [_chunks(_next(scheduler)) for _ in range(2)]
+        assert PrefillChunk("short", 0, 9) in [chunk for batch in batches for chunk in batch], waited
+
+
+def test_a_long_prompt_goes_on_under_a_stream_of_short_ones() -> None:
+    scheduler = ContextScheduler(512)
+    scheduler.add_prompt("long", 0, 4000)
+    read = 0
+    for number in range(16):
+        scheduler.add_prompt(number, 0, 9)
+        read += sum(chunk.key == "long" for chunk in _chunks(_next(scheduler)))
+    assert read == 8
+
+
+def test_long_prompts_hold_up_steps_and_commits_by_one_batch() -> None:
+    scheduler = ContextScheduler(512)
+    for key in range(4):
+        scheduler.add_prompt(key, 0, 4000)
+    scheduler.add_decoding("a")
+    for number in range(20):
+        scheduler.add_commit(number, 16)
+        assert _kinds(scheduler, 3) == ["CommitBatch", "DecodeBatch", "PrefillBatch"]
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.integers(1, 40),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 200)), min_size=1, max_size=20),
+)
+def test_no_prompt_starves(chunk: int, arrivals: list[tuple[int, int]]) -> None:
+    """Whatever comes before it and after it: twice as many batches as chunks were left to read, its own included."""
+    scheduler = ContextScheduler(chunk)
+    left: dict[int, int] = {}
+    latest: dict[int, int] = {}
+    batches = 0
+    pending = list(enumerate(arrivals))
+    while pending or left:
+        if pending and (not left or pending[0][1][0] == 0):
+            key, (_, length) = pending.pop(0)
+            scheduler.add_prompt(key, 0, length)
+            left[key] = -(-length // chunk)
+            latest[key] = batches + 2 * sum(left.values())
+            continue
+        pending[:1] = [(key, (pause - 1, length)) for key, (pause, length) in pending[:1]]
+        batches += 1
+        for read in _chunks(_next(scheduler)):
+            key = int(str(read.key))
+            left[key] -= 1
+            if not left[key]:
+                del left[key]
+                assert batches <= latest[key], key
 
 
 def _chunks(work: Work | None) -> list[PrefillChunk]:

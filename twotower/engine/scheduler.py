@@ -2,6 +2,10 @@
 
 A cycle runs at most one commit batch (perhaps in two halves), one decode batch and one prefill batch. Commits come
 first whenever some wait, because a denoiser waits for them; but each kind runs once a cycle, so nobody starves.
+
+Prompts are read a chunk at a time. Prefill batches are led in turn by the prompt that came first and by the one with
+the least left to read. So the shortest prompt waits for at most one batch of another, and every prompt is read after at
+most twice as many batches as there were chunks to read when it came, its own included.
 """
 
 from collections import OrderedDict
@@ -50,6 +54,15 @@ class _Prompt:
     done: int
     length: int
 
+    @property
+    def left(self) -> int:
+        return self.length - self.done
+
+    def chunk_end(self, chunk: int) -> int:
+        """A chunk ends at a multiple of the chunk size, never at leftover budget: a prompt's numbers must not depend on
+        the load."""
+        return min(self.length, (self.done // chunk + 1) * chunk)
+
 
 class ContextScheduler:
     """Queues of a context engine: blocks to commit, prompts to read, AR sequences to decode.
@@ -67,6 +80,7 @@ class ContextScheduler:
         self._prompts: OrderedDict[Key, _Prompt] = OrderedDict()
         self._done_this_cycle: set[type] = set()
         self._reading: PrefillBatch | None = None
+        self._shortest_leads = False  # the next prefill batch
 
     def add_prompt(self, key: Key, done: int, length: int) -> None:
         """Read positions [done, length) of a prompt when its turn comes."""
@@ -139,21 +153,29 @@ class ContextScheduler:
         return len(keys) == len(self._commits) > 1 and not (self._decoding or self._prompts or self._reading)
 
     def _prefill_batch(self) -> PrefillBatch:
-        """The oldest prompts' next chunks, as many as fit one chunk's worth of padded tokens.
-
-        A chunk ends at a multiple of the chunk size, never at leftover budget: a prompt's numbers must not depend on
-        the load.
-        """
+        """The leading prompt's next chunk, and the others' next chunks, oldest first, as far as they fit one chunk's
+        worth of padded tokens with it."""
         chunks: list[PrefillChunk] = []
         widest = 0
-        for key, prompt in self._prompts.items():
-            end = min(prompt.length, (prompt.done // self._chunk + 1) * self._chunk)
-            widest = max(widest, end - prompt.done)
-            if chunks and widest * (len(chunks) + 1) > self._chunk:
-                break
+        for key in self._leader_first():
+            prompt = self._prompts[key]
+            end = prompt.chunk_end(self._chunk)
+            wider = max(widest, end - prompt.done)
+            if chunks and wider * (len(chunks) + 1) > self._chunk:
+                continue
             chunks.append(PrefillChunk(key, prompt.done, end))
+            widest = wider
         for chunk in chunks:
             self._prompts[chunk.key].done = chunk.end
-            if chunk.end == self._prompts[chunk.key].length:
+            if not self._prompts[chunk.key].left:
                 del self._prompts[chunk.key]
         return PrefillBatch(tuple(chunks))
+
+    def _leader_first(self) -> list[Key]:
+        keys = list(self._prompts)
+        if self._shortest_leads:
+            shortest = min(keys, key=lambda key: self._prompts[key].left)
+            keys.remove(shortest)
+            keys.insert(0, shortest)
+        self._shortest_leads = not self._shortest_leads
+        return keys
