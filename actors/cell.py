@@ -59,13 +59,16 @@ class RunningPair:
             engine.kill()
 
 
-def check_settings(settings: CellSettings) -> tuple[Mode, ...]:
-    """The modes a cell of these settings serves. Raises CheckpointError or ConfigError before anything is started."""
+def check_settings(settings: CellSettings, asked: str | None = None) -> tuple[Mode, ...]:
+    """The modes a cell of these settings serves. Raises CheckpointError or ConfigError before anything is started.
+
+    `asked`: the placement in the user's words, where it is not the settings' own.
+    """
     pick_dtype(settings.dtype)
     checkpoint = Checkpoint.open(settings.checkpoint)
     if settings.placement != "ar_only" and checkpoint.layout is not Layout.TWO_TOWER:
         raise ConfigError(
-            f"placement: got {settings.placement!r} for a {checkpoint.layout} checkpoint, wanted 'ar_only'"
+            f"placement: got {(asked or settings.placement)!r} for a {checkpoint.layout} checkpoint, wanted 'ar_only'"
         )
     return (Mode.AR,) if settings.placement == "ar_only" else checkpoint.modes
 

@@ -104,14 +104,14 @@ class DeviceChoice:
     why: str
 
 
-def resolve_device(device: str, processes: int, gpus_per_tower: float | None, gpus_in_cluster: float) -> DeviceChoice:
-    """`auto` is CUDA where the cluster's GPUs suffice for a cell, else the CPU. Another name is taken at its word."""
+def resolve_device(device: str, processes: int, gpus_per_tower: float | None, gpus_of_node: float) -> DeviceChoice:
+    """`auto` is CUDA where the largest node's GPUs suffice for a cell, else the CPU. Another name is taken as it is."""
     if device != "auto":
         return DeviceChoice(device, f"device {device}, as configured")
     wanted = processes * (1.0 if gpus_per_tower is None else gpus_per_tower)
     needs = f"a cell of {processes} tower {'process' if processes == 1 else 'processes'} wants {_gpus(wanted)}"
-    chosen = "cuda" if 0 < wanted <= gpus_in_cluster else "cpu"
-    return DeviceChoice(chosen, f"device auto is {chosen}: {needs}, Ray has {gpus_in_cluster:g}")
+    chosen = "cuda" if 0 < wanted <= gpus_of_node else "cpu"
+    return DeviceChoice(chosen, f"device auto is {chosen}: {needs}, a node has {gpus_of_node:g}")
 
 
 def _gpus(number: float) -> str:

@@ -11,9 +11,10 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from actors.settings import STRATEGY, CellSettings, DeviceChoice, bundles, resolve_device, tower_processes
+from actors.settings import STRATEGY, CellSettings, bundles
 from cluster.cell import Cell
 from cluster.config import ServiceConfig
+from cluster.placing import Nodes, choose
 from cluster.router import Router
 from cluster.served_paths import checkpoint_directory
 from twotower.engine.settings import EngineSettings
@@ -46,21 +47,14 @@ class RouterReplica(Router):
 def build(args: Mapping[str, Any] | ServiceConfig) -> Application:
     """The application of a configuration. Raises ConfigError naming every wrong setting."""
     config = args if isinstance(args, ServiceConfig) else ServiceConfig.parse(args)
-    gpus = _gpus_in_cluster()
-    logger.info("%s", device_choice(config, gpus).why)
-    cells = cell_deployment(config).bind(cell_settings(config, gpus))
-    return router_deployment(config).bind(config, cells)
+    choice = choose(config, nodes_there())  # once, for all cells that are ever to come
+    logger.info("%s", choice.why)
+    cells = cell_deployment(choice.config).bind(cell_settings(choice.config))
+    return router_deployment(choice.config).bind(choice.config, cells)
 
 
-def device_choice(config: ServiceConfig, gpus_in_cluster: float) -> DeviceChoice:
-    """What the towers of a cell run on, in a cluster of so many GPUs."""
-    cell = config.cell
-    processes = tower_processes(cell.placement, cell.denoisers_per_context)
-    return resolve_device(cell.device, processes, cell.gpus_per_tower, gpus_in_cluster)
-
-
-def cell_settings(config: ServiceConfig, gpus_in_cluster: float) -> CellSettings:
-    """What the actors are told of the configuration."""
+def cell_settings(config: ServiceConfig) -> CellSettings:
+    """What the actors are told of a configuration without `auto`."""
     cell = config.cell
     engine = EngineSettings(
         max_sequences=cell.max_sequences,
@@ -76,7 +70,7 @@ def cell_settings(config: ServiceConfig, gpus_in_cluster: float) -> CellSettings
     return CellSettings(
         checkpoint=str(checkpoint_directory(config.model.checkpoint)),
         dtype=config.model.dtype,
-        device=device_choice(config, gpus_in_cluster).device,
+        device=cell.device,
         placement=cell.placement,
         denoisers_per_context=cell.denoisers_per_context,
         gpus_per_tower=cell.gpus_per_tower,
@@ -86,9 +80,9 @@ def cell_settings(config: ServiceConfig, gpus_in_cluster: float) -> CellSettings
 
 
 def cell_deployment(config: ServiceConfig) -> serve.Deployment:
-    """Cells scale as units; Serve's queues follow from the cell's own ledger."""
+    """Cells scale as units; Serve's queues follow from the cell's own ledger. Takes a configuration without `auto`."""
     cluster = config.cluster
-    requested = bundles(cell_settings(config, _gpus_in_cluster()))
+    requested = bundles(cell_settings(config))
     return _deployment(CellReplica).options(
         name="Cell",
         autoscaling_config={
@@ -134,5 +128,6 @@ def _ongoing_requests(config: ServiceConfig) -> int:
     return config.cell.max_sequences + config.cluster.max_queued_requests + _HEADROOM
 
 
-def _gpus_in_cluster() -> float:
-    return float(ray.cluster_resources().get("GPU", 0.0))
+def nodes_there() -> Nodes:
+    """What each node of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

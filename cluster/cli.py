@@ -31,7 +31,7 @@ _EXAMPLES = """examples:
 _UP_EXAMPLES = """examples:
   python -m cluster up
   python -m cluster up --set ingress.http_port=8080 --set ingress.grpc_port=50052
-  python -m cluster up --set cell.placement=colocated --set cell.max_sequences=8
+  python -m cluster up --set cell.placement=split --set cell.max_sequences=8
   python -m cluster up --config deploy/serve/local.yaml --set decode.mode=ar
 
 Every setting, its default and its meaning: cluster/config.py. Ctrl-C stops the service.
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML, such as deploy/serve/local.yaml")
     up.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides", help="one setting")
     up.add_argument("--address", help="join a running Ray ('auto' finds it) instead of starting one on loopback")
+    up.add_argument("--replace", action="store_true", help="with --address: end the application that is there")
     up.add_argument("--verbose", action="store_true", help="show the log lines of every process")
     up.set_defaults(run=_up)
     for name, run, text in (("status", _status, "say how it is"), ("down", _down, "stop it")):
@@ -90,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 def _up(options: argparse.Namespace) -> int:
     from cluster.up import Up
 
-    Up(load_config(options.config, options.overrides), options.address, options.verbose).run()
+    config = load_config(options.config, options.overrides)
+    Up(config, options.address, options.verbose, options.replace).run()
     return 0
 
 

@@ -20,6 +20,7 @@ from twotower.validation import ModelLimits, make_request, one_line, parse_param
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+_MAY_BE_SPLIT = ("auto", "split")
 
 
 class Section(BaseModel):
@@ -54,14 +55,16 @@ class DecodeSection(Section):
 class CellSection(Section):
     """One cell: where its towers run and how much they hold.
 
-    `device` auto: CUDA where the cluster has GPUs for all towers of a cell, else the CPU; cuda:N is the Nth of the GPUs
-    that a tower process sees, of which Ray shows it `gpus_per_tower` (0: all of its node). `cache_tokens` 0: room for
-    every sequence's longest. `capture` on: all usual passes at start, which takes a while. `gpus_per_tower` not
-    given: one on CUDA, none on the CPU. `ssm_wire_dtype` bfloat16 rounds the Mamba states that a context tower sends to
-    its denoisers, which is half the bytes of a commit.
+    `placement` auto: `split` where one node has a GPU for each tower or, on the CPU, more cores than towers; else
+    `colocated`; with several denoisers or a rounded wire always `split`. `device` auto: CUDA where one node has GPUs
+    for all towers of a cell, else the CPU; cuda:N is the Nth of the GPUs that a tower process sees, of which Ray shows
+    it `gpus_per_tower` (0: all of its node). `cache_tokens` 0: room for every sequence's longest. `capture` on: all
+    usual passes at start, which takes a while. `gpus_per_tower` not given: one on CUDA, none on the CPU.
+    `ssm_wire_dtype` bfloat16 rounds the Mamba states that a context tower sends to its denoisers, which is half the
+    bytes of a commit.
     """
 
-    placement: Literal["split", "colocated", "ar_only"] = "split"
+    placement: Literal["auto", "split", "colocated", "ar_only"] = "auto"
     device: str = "auto"
     denoisers_per_context: Count = 1
     max_sequences: Count = 32
@@ -88,7 +91,7 @@ class CellSection(Section):
 
     @model_validator(mode="after")
     def _no_wire_but_when_split(self) -> "CellSection":
-        if self.placement != "split" and self.ssm_wire_dtype != "float32":
+        if self.placement not in _MAY_BE_SPLIT and self.ssm_wire_dtype != "float32":
             raise ValueError(
                 f"ssm_wire_dtype: got {self.ssm_wire_dtype} with placement {self.placement}, which sends no states; "
                 "wanted float32"
@@ -97,7 +100,7 @@ class CellSection(Section):
 
     @model_validator(mode="after")
     def _several_denoisers_only_when_split(self) -> "CellSection":
-        if self.placement != "split" and self.denoisers_per_context != 1:
+        if self.placement not in _MAY_BE_SPLIT and self.denoisers_per_context != 1:
             raise ValueError(
                 f"denoisers_per_context: got {self.denoisers_per_context} with placement {self.placement}, wanted 1"
             )

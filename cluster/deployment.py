@@ -4,28 +4,31 @@ import contextlib
 import io
 import re
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from actors.settings import DeviceChoice, tower_processes
+from actors.settings import bundles
 from cluster.config import ServiceConfig
 from cluster.local_ray import failures_told
+from cluster.placing import Choice, Nodes, choose, missing
 from twotower.errors import CheckpointError, ConfigError, TwoTowerError, Unavailable
 
 _OUR_ERROR = re.compile(r"twotower\.errors\.(\w+): (.+)")
 _ANY_ERROR = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception)): (.+)", re.MULTILINE)
 _STOP_S, _ANSWER_S = 15.0, 10.0
-_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the deployments are: replicas running of those wanted, by deployment's name."""
+    """How far the deployments are: replicas running of those wanted, by deployment's name.
+
+    `failure`: why they will not come up. `lost`: why the application is not the asking `up`'s any more.
+    """
 
     routers: int
     cells: int
     failure: TwoTowerError | None = None
+    lost: str | None = None
 
 
 def check(config: ServiceConfig) -> None:
@@ -34,8 +37,21 @@ def check(config: ServiceConfig) -> None:
     from cluster.app import cell_settings
     from cluster.served_model import load_served_model
 
-    check_settings(cell_settings(config, gpus_in_cluster=0))
+    check_settings(cell_settings(choose(config, nodes=()).config), asked=config.cell.placement)
     load_served_model(config)
+
+
+def choice(config: ServiceConfig) -> Choice:
+    """The configuration without `auto`, by what the running Ray has. Raises Unavailable."""
+    return choose(config, _nodes())
+
+
+def take(where: str, replace: bool) -> bytes:
+    """The application's place on this Ray, for us alone. Raises Unavailable where there is one already."""
+    from cluster import ownership
+
+    with failures_told("Ray"):
+        return ownership.take(where, replace)
 
 
 def deploy(config: ServiceConfig) -> None:
@@ -49,56 +65,29 @@ def deploy(config: ServiceConfig) -> None:
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
-def device(config: ServiceConfig) -> DeviceChoice:
-    """What the towers run on, and why. Raises Unavailable."""
-    import ray
-
-    from cluster.app import device_choice
-
-    with failures_told("Ray"):
-        return device_choice(config, ray.cluster_resources().get("GPU", 0.0))
-
-
-def crowded(config: ServiceConfig, device: str, cores: int) -> str | None:
-    """What to say where towers take all cores of the one machine and leave none to routers, cells and clients; measured
-    on two (README)."""
-    cell = config.cell
-    towers = tower_processes(cell.placement, cell.denoisers_per_context)
-    if device != "cpu" or cell.placement != "split" or cores > towers:
-        return None
-    return f"{towers} tower processes on {cores} cores: --set cell.placement=colocated is faster here"
-
-
 def shortage(config: ServiceConfig) -> str | None:
-    """What the cluster, idle, lacks to hold the first cells; None where it has all."""
-    import ray
-
-    from actors.settings import bundles
+    """What the cluster, idle, lacks to hold the first cells; None where it has all. Raises Unavailable."""
     from cluster.app import cell_settings
 
+    nodes = _nodes()
+    return missing(bundles(cell_settings(choose(config, nodes).config)), config.cluster.min_cells, nodes)
+
+
+def _nodes() -> Nodes:
+    from cluster.app import nodes_there
+
     with failures_told("Ray"):
-        there = ray.cluster_resources()
-    wanted = bundles(cell_settings(config, there.get("GPU", 0.0)))
-    return missing(wanted, config.cluster.min_cells, there)
+        return nodes_there()
 
 
-def missing(cell: Sequence[Mapping[str, float]], cells: int, there: Mapping[str, float]) -> str | None:
-    """The resources of which `cells` cells of these bundles want more than is `there`, in words."""
-    lacking = []
-    for name in ("GPU", "CPU"):
-        wanted = cells * sum(bundle.get(name, 0.0) for bundle in cell)
-        if wanted > there.get(name, 0.0) + _ROUNDING:
-            lacking.append(f"{wanted:g} {name}s where Ray has {there.get(name, 0.0):g}")
-    return f"{cells} {'cell wants' if cells == 1 else 'cells want'} {' and '.join(lacking)}" if lacking else None
-
-
-def progress() -> Progress:
-    """Where the application stands now. Raises Unavailable where Serve does not say within some seconds."""
+def progress(mark: bytes | None = None) -> Progress:
+    """Where the application stands now, and whether it still has this mark. Raises Unavailable where Serve does not say
+    within some seconds."""
     answers: SimpleQueue[Progress | Exception] = SimpleQueue()
 
     def ask() -> None:
         try:
-            answers.put(_progress())
+            answers.put(_progress(mark))
         except Exception as error:
             answers.put(error)
 
@@ -113,14 +102,17 @@ def progress() -> Progress:
         return answer
 
 
-def _progress() -> Progress:
+def _progress(mark: bytes | None) -> Progress:
     from ray import serve
 
+    from cluster import ownership
     from cluster.app import APP_NAME
 
     application = serve.status().applications.get(APP_NAME)
-    if application is None:
-        return Progress(0, 0)
+    if mark is not None and not ownership.has(mark):
+        return Progress(0, 0, lost="another `up` has put its own application in its place")
+    if application is None or application.status == "DELETING":
+        return Progress(0, 0, lost=None if mark is None else "somebody has deleted it")
     running = {
         name: sum(count for state, count in d.replica_states.items() if state == "RUNNING")
         for name, d in application.deployments.items()
@@ -151,25 +143,29 @@ def reason(message: str) -> str:
     return lines[-1] if lines else "no reason given"
 
 
-def take_down() -> None:
-    """Ends our application, and with our process our own Ray too. Waits no longer than some seconds for Serve."""
+def take_down(mark: bytes | None) -> None:
+    """Ends the application if it has this mark, and with our process our own Ray too. Waits no longer than some seconds
+    for Serve."""
     import ray
 
     if not ray.is_initialized():
         return
-    ending = threading.Thread(target=_delete, daemon=True)
+    ending = threading.Thread(target=_delete, args=(mark,), daemon=True)
     with contextlib.redirect_stdout(io.StringIO()):  # where Ray wonders at every process that ends
         ending.start()
         ending.join(_STOP_S)
         ray.shutdown()
 
 
-def _delete() -> None:
+def _delete(mark: bytes | None) -> None:
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
+    from cluster import ownership
     from cluster.app import APP_NAME
 
     with contextlib.suppress(RayError, RayServeException):  # Serve may not have come up yet
-        serve.delete(APP_NAME)
+        if mark is not None and ownership.has(mark):
+            serve.delete(APP_NAME)
+            ownership.give_up()

@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from twotower.errors import TwoTowerError, Unavailable
+from cluster.ray_room import check_room
+from twotower.errors import ConfigError, TwoTowerError, Unavailable
 from twotower.validation import one_line
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -23,6 +25,7 @@ _SETTINGS = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung cell must give its GPUs back
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # nothing of ours blocks a loop; see docs/adr/0007
     "RAY_DEDUP_LOGS": "0",  # it takes lines that differ in a process id for one
+    "RAY_local_fs_capacity_threshold": "1",  # a disk 95 % full may have room enough; see ray_room.py
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -32,15 +35,25 @@ def prepare_environment() -> None:
     """Sets what Ray reads when it is imported, and lets every worker import this checkout from any directory."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    bypass_proxies()
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(CHECKOUT) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, paths)])
+
+
+def bypass_proxies() -> None:
+    """gRPC of this process, and of those it starts, connects directly, whatever `http_proxy` says: Serve's calls go to
+    nodes, and every list of exceptions may lack a node's address. An empty `grpc_proxy` goes before the others."""
+    os.environ.update(grpc_proxy="")
 
 
 def start_ray(address: str | None = None, show_worker_logs: bool = False, **options: Any) -> None:
     """A Ray of our own on loopback, or a running one at `address`. Raises Unavailable."""
     if address is not None:
         _check_reachable(address)
+    else:
+        check_room(_OBJECT_STORE_BYTES)
+        _draw_token()
     with failures_told("Ray" if address is None else f"the Ray at {address}"):
         _init(address, show_worker_logs, options)
 
@@ -54,6 +67,7 @@ def _init(address: str | None, show_worker_logs: bool, options: dict[str, Any]) 
         return
     ray.init(
         address="local",
+        num_cpus=_cores(),
         include_dashboard=False,
         log_to_driver=show_worker_logs,
         logging_level=logging.WARNING,
@@ -61,6 +75,18 @@ def _init(address: str | None, show_worker_logs: bool, options: dict[str, Any]) 
         _node_ip_address=_NODE_IP,
         **options,
     )
+
+
+def _draw_token() -> None:
+    """A secret for our own Ray, which would otherwise write one into HOME, where it may not be allowed to."""
+    if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _cores() -> int | None:
+    """Of this machine, where this process may not use all; None leaves the count to Ray, which knows containers."""
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or 1) else None
 
 
 def _check_reachable(address: str) -> None:
@@ -86,16 +112,31 @@ def failures_told(who: str) -> Iterator[None]:
         raise Unavailable(f"{who} does not work: {type(error).__name__}: {one_line(str(error))}") from error
 
 
+def serve_runs() -> bool:
+    """Whether this Ray has a Serve already. Raises Unavailable."""
+    from ray.serve.context import _get_global_client
+
+    with failures_told("Serve"):
+        return _get_global_client(raise_if_no_controller_running=False) is not None
+
+
 def start_serve(host: str, port: int) -> None:
-    """Serve's controller and its HTTP proxy. Raises Unavailable."""
+    """Serve's controller and its HTTP proxy. Raises Unavailable, or ConfigError where it runs with another port."""
     with failures_told("Serve"):
         _start_serve(host, port)
 
 
 def _start_serve(host: str, port: int) -> None:
     from ray import serve
+    from ray.serve.context import _get_global_client
     from ray.serve.schema import LoggingConfig
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+    running = _get_global_client(raise_if_no_controller_running=False)
+    if running is None:
+        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+    elif running.http_config.port != port:
+        raise ConfigError(
+            f"ingress.http_port: got {port}, wanted {running.http_config.port}, where the Serve of this Ray listens"
+        )

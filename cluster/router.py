@@ -14,6 +14,7 @@ from cluster.event_lines import EventServer
 from cluster.generation import Generation
 from cluster.grpc_service import GrpcServer
 from cluster.http import make_app
+from cluster.local_ray import bypass_proxies
 from cluster.readiness import Readiness
 from cluster.remote_cells import RemoteCells
 from cluster.served_model import load_served_model
@@ -31,6 +32,7 @@ class Router:
 
     async def __init__(self, config: ServiceConfig, cells: "DeploymentHandle[Any]") -> None:  # type: ignore[misc]
         log_to_stderr()
+        bypass_proxies()  # before the handle connects to a cell
         ingress = config.ingress
         self._drain_timeout_s, self._max_bytes = config.cluster.drain_timeout_s, ingress.max_request_bytes
         model = await asyncio.to_thread(load_served_model, config)

@@ -33,12 +33,19 @@ class RunState:
 
 
 def directory() -> Path:
-    """This user's own directory for such notes, made where it is missing. Raises ConfigError if it is another's."""
+    """This user's own directory for such notes, made where it is missing. Raises ConfigError if it cannot be used."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(runtime) / "twotower" if runtime else Path(tempfile.gettempdir()) / f"twotower-{os.getuid()}"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be made ({error.strerror}); set XDG_RUNTIME_DIR to a directory of yours"
+        ) from None
     if path.is_symlink() or path.stat().st_uid != os.getuid():
         raise ConfigError(f"{path}: belongs to someone else; set XDG_RUNTIME_DIR to a directory of yours")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path}: cannot be written to; set XDG_RUNTIME_DIR to a directory of yours")
     return path
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import replace
@@ -11,14 +10,13 @@ from types import FrameType
 
 import psutil
 
-from cluster import deployment, local_ray, run_state, served_paths
+from cluster import deployment, local_ray, ports, run_state, served_paths
 from cluster.client import is_ready
 from cluster.config import ServiceConfig
 from cluster.deployment import Progress
 from cluster.invocation import command
 from cluster.run_state import RunState
-from twotower.errors import CheckpointError, ConfigError, TwoTowerError, Unavailable
-from twotower.validation import show
+from twotower.errors import CheckpointError, ConfigError, Unavailable
 
 _POLL_S = 0.25
 _WATCH_S = 2.0
@@ -29,48 +27,63 @@ _SILENCE_S = 30.0  # so long Serve may be without a controller, which Ray restar
 class Up:
     """One run of `up`."""
 
-    def __init__(self, config: ServiceConfig, address: str | None, verbose: bool) -> None:
-        self._config, self._address, self._verbose = config, address, verbose
+    def __init__(self, config: ServiceConfig, address: str | None, verbose: bool, replace: bool = False) -> None:
+        self._config, self._address, self._verbose, self._replace = config, address, verbose, replace
+        self._mark: bytes | None = None
         self._began = self._heard = time.monotonic()
         self._state = self._first_state()
 
     def run(self) -> None:
-        """Serves until SIGINT or SIGTERM. Raises a TwoTowerError if it never came up."""
-        self._check_ports()
-        _listen_to_signals()
-        self._check_model()
+        """Serves until SIGINT or SIGTERM. Raises a TwoTowerError if it never came up, or is not this one's any more."""
         port = self._config.ingress.http_port
-        try:
-            self._start()
-            self._wait_until_ready()
-            run_state.write(port, self._state)
-            self._say("ready")
-            print(_what_next(self._state, served_paths.example_prompt(self._config.model.checkpoint)), flush=True)
-            self._watch()
-        except KeyboardInterrupt:
-            self._say("stopping")
-        finally:
-            run_state.remove(port)
-            deployment.take_down()
+        ports.check_host(self._config.ingress.host)
+        run_state.directory()
+        with ports.held(**self._ports):
+            if self._address is None:
+                self._check_ports()
+            _listen_to_signals()
+            self._check_model()
+            try:
+                self._start()
+                self._wait_until_ready()
+                run_state.write(port, self._state)
+                self._say("ready")
+                prompt = served_paths.example_prompt(self._config.model.checkpoint)
+                print(_what_next(self._state, prompt), flush=True)
+                self._watch()
+            except KeyboardInterrupt:
+                self._say("stopping")
+            finally:
+                run_state.remove(port)
+                deployment.take_down(self._mark)
         self._say("stopped")
 
     def _start(self) -> None:
         self._say("starting Ray" if self._address is None else f"joining the Ray at {self._address}")
         local_ray.start_ray(self._address, show_worker_logs=self._verbose)
         _listen_to_signals()  # Ray has put its own there
-        choice = deployment.device(self._config)
+        if self._address is not None and not local_ray.serve_runs():
+            self._check_ports()
+        choice = deployment.choice(self._config)
+        self._config = choice.config
         self._say(choice.why)
-        crowded = deployment.crowded(self._config, choice.device, len(os.sched_getaffinity(0)))
-        if crowded is not None and self._address is None:
-            self._say(crowded)
         self._check_room()
         self._say("starting Serve")
         ingress = self._config.ingress
         local_ray.start_serve(ingress.host, ingress.http_port)
+        self._mark = deployment.take(self._address or "this machine", self._replace)
         deployment.deploy(self._config)
         self._heard = time.monotonic()
         hint = "" if self._verbose else "; --verbose shows how far they are"
         self._say(f"loading the towers ({self._config.cell.placement}) of {self._config.model.checkpoint}{hint}")
+
+    @property
+    def _ports(self) -> dict[str, int]:
+        ingress = self._config.ingress
+        return {"http_port": ingress.http_port, "grpc_port": ingress.grpc_port}
+
+    def _check_ports(self) -> None:
+        ports.check_free(self._config.ingress.host, **self._ports)
 
     def _check_room(self) -> None:
         """What does not fit waits silently, for ever. Another's cluster may grow; ours is what this machine has."""
@@ -113,14 +126,17 @@ class Up:
         return running if lacking is None else f"{running}; {lacking}"
 
     def _progress(self, last: Progress) -> Progress:
-        """Where the application stands; the `last` known while Serve is silent. Raises Unavailable if it stays so."""
+        """Where the application stands; the `last` known while Serve is silent. Raises Unavailable if it stays so, or
+        the application is gone."""
         try:
-            now = deployment.progress()
+            now = deployment.progress(self._mark)
         except Unavailable:
             if time.monotonic() - self._heard > _SILENCE_S:
                 raise
             return last
         self._heard = time.monotonic()
+        if now.lost is not None:
+            raise Unavailable(f"the application is not this service's any more: {now.lost}")
         return now
 
     def _watch(self) -> None:
@@ -145,20 +161,6 @@ class Up:
         except CheckpointError as error:
             raise ConfigError(f"model.checkpoint: {error}") from error
 
-    def _check_ports(self) -> None:
-        ingress = self._config.ingress
-        check_host(ingress.host)
-        for name, port in (("http_port", ingress.http_port), ("grpc_port", ingress.grpc_port)):
-            try:
-                _try_to_listen(ingress.host, port)
-            except OSError as error:
-                other = run_state.running().get(ingress.http_port)
-                whose = f" (by your service, pid {other.pid})" if other else ""
-                raise PortTaken(
-                    f"ingress.{name}: cannot listen on {ingress.host}:{port}{whose}: {os.strerror(error.errno or 0)}; "
-                    f"choose another with --set ingress.{name}=PORT"
-                ) from None
-
     def _first_state(self) -> RunState:
         ingress, me = self._config.ingress, psutil.Process()
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ingress.host, ingress.host)
@@ -168,31 +170,6 @@ class Up:
 
     def _say(self, what: str) -> None:
         print(f"[{time.monotonic() - self._began:5.1f} s] {what}", file=sys.stderr, flush=True)
-
-
-class PortTaken(TwoTowerError):
-    """Another process listens where the service should."""
-
-
-def check_host(host: str) -> None:
-    """Raises ConfigError unless something can listen there, whatever the port."""
-    try:
-        _try_to_listen(host, 0)
-    except (OSError, UnicodeError) as error:
-        told = isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno
-        reason = os.strerror(told) if told else "no such name"
-        raise ConfigError(
-            f"ingress.host: got {show(host)}, wanted an address of this machine, such as 127.0.0.1, 0.0.0.0 or ::1 "
-            f"({reason})"
-        ) from None
-
-
-def _try_to_listen(host: str, port: int) -> None:
-    """As Serve chooses: IPv6 for an address with colons, IPv4 for another and for every name."""
-    wanted = socket.AF_INET6 if ":" in host else socket.AF_INET
-    family, *_, address = socket.getaddrinfo(host, port, wanted, socket.SOCK_STREAM)[0]
-    with socket.create_server(address[:2], family=family):
-        pass
 
 
 def _listen_to_signals() -> None:

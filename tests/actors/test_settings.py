@@ -9,6 +9,7 @@ from actors.settings import CellSettings, bundles, resolve_device
 from actors.towers import ContextActor
 from cluster.app import cell_settings
 from cluster.config import load_config
+from cluster.placing import choose
 from tests.goldens import VENDORED
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
@@ -35,12 +36,12 @@ def test_a_gpu_for_each_tower_process(placement: str, denoisers: int, gpus: list
 @pytest.mark.parametrize(
     ("processes", "gpus_per_tower", "there", "device", "why"),
     [
-        (2, None, 0, "cpu", "a cell of 2 tower processes wants 2 GPUs, Ray has 0"),
-        (2, None, 1, "cpu", "a cell of 2 tower processes wants 2 GPUs, Ray has 1"),
-        (2, None, 2, "cuda", "a cell of 2 tower processes wants 2 GPUs, Ray has 2"),
-        (2, 0.5, 1, "cuda", "a cell of 2 tower processes wants 1 GPU, Ray has 1"),
-        (1, None, 1, "cuda", "a cell of 1 tower process wants 1 GPU, Ray has 1"),
-        (1, 0.0, 1, "cpu", "a cell of 1 tower process wants 0 GPUs, Ray has 1"),
+        (2, None, 0, "cpu", "a cell of 2 tower processes wants 2 GPUs, a node has 0"),
+        (2, None, 1, "cpu", "a cell of 2 tower processes wants 2 GPUs, a node has 1"),
+        (2, None, 2, "cuda", "a cell of 2 tower processes wants 2 GPUs, a node has 2"),
+        (2, 0.5, 1, "cuda", "a cell of 2 tower processes wants 1 GPU, a node has 1"),
+        (1, None, 1, "cuda", "a cell of 1 tower process wants 1 GPU, a node has 1"),
+        (1, 0.0, 1, "cpu", "a cell of 1 tower process wants 0 GPUs, a node has 1"),
     ],
 )
 def test_auto_is_cuda_only_where_a_cell_fits(
@@ -55,8 +56,9 @@ def test_the_local_configuration_fits_whatever_is_there(there: int) -> None:
     """`make serve` on a machine with any number of GPUs asks for no more than there are."""
     file = Path(__file__).resolve().parents[2] / "deploy" / "serve" / "local.yaml"
     for config in (load_config(None), load_config(file)):
-        settings = cell_settings(config, there)
-        assert settings.device == ("cuda" if there == 2 else "cpu")
+        settings = cell_settings(choose(config, [{"CPU": 8.0, "GPU": float(there)}]).config)
+        assert settings.device == ("cuda" if there else "cpu")
+        assert settings.placement == ("colocated" if there == 1 else "split")
         assert sum(bundle.get("GPU", 0) for bundle in bundles(settings)) <= there
 
 

@@ -59,7 +59,7 @@ def running_service(**sections: dict[str, Any]) -> Iterator[Service]:
     http_port, grpc_port = free_port(), free_port()
     values: dict[str, dict[str, Any]] = {
         "model": {"checkpoint": str((VENDORED / "tt_moe").resolve()), "max_sequence_length": 1024},
-        "cell": {"device": "cpu", "max_sequences": 16, "capture": "off"},
+        "cell": {"placement": "split", "device": "cpu", "max_sequences": 16, "capture": "off"},
         "cluster": {"drain_timeout_s": 5.0},
         "ingress": {"http_port": http_port, "grpc_port": grpc_port},
     }

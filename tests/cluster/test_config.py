@@ -12,7 +12,7 @@ SHIPPED = sorted((Path(__file__).parents[2] / "deploy" / "serve").glob("*.yaml")
 
 def test_defaults_are_designs() -> None:
     config = load_config(None)
-    assert config.model.checkpoint == "demo" and config.cell.placement == "split"
+    assert config.model.checkpoint == "demo" and config.cell.placement == "auto"
     assert (config.ingress.host, config.ingress.http_port, config.ingress.grpc_port) == ("127.0.0.1", 8000, 50051)
 
 
@@ -35,7 +35,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         (["cell.placment=split"], "cell.placment: unknown setting; did you mean placement?"),
         (["cells.placement=split"], "cells: unknown setting; did you mean cell?"),
         (["cell.zzz=1"], "cell.zzz: unknown setting, wanted one of placement, device"),
-        (["cell.placement=spilt"], "cell.placement: got 'spilt', wanted one of 'split', 'colocated' or 'ar_only'"),
+        (["cell.placement=spilt"], "cell.placement: got 'spilt', wanted one of 'auto', 'split', 'colocated' or 'ar_"),
         (["cell.device=gpu"], "cell.device: got 'gpu', wanted auto, cpu, cuda or cuda:N"),
         (["cell.device=3"], "cell.device: got 3, wanted string"),
         (["cell.device=cuda:1"], "cell.device: got 'cuda:1', but with gpus_per_tower 1 a tower process sees 1 GPU"),

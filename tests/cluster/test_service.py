@@ -259,5 +259,5 @@ async def test_what_is_killed_is_unavailable_and_then_replaced(service: Service,
 
 
 def test_a_cell_that_fits_nowhere_is_named(ray_cluster: None) -> None:
-    config = ServiceConfig.parse({"cell": {"device": "cpu", "gpus_per_tower": 99}})
+    config = ServiceConfig.parse({"cell": {"placement": "split", "device": "cpu", "gpus_per_tower": 99}})
     assert str(deployment.shortage(config)).startswith("1 cell wants 198 GPUs where Ray has ")

@@ -111,7 +111,8 @@ def test_the_serve_config_is_valid_for_serve_and_for_us(name: str) -> None:
     deployed = ServeDeploySchema.model_validate(_serve(manifest))
     [application] = deployed.applications
     assert (application.import_path, application.route_prefix) == ("cluster.app:build", "/")
-    assert _config(manifest).cell.placement == "split"
+    cell = _config(manifest).cell
+    assert "auto" not in (cell.placement, cell.device), "what pods are there when it is built must not decide"
 
 
 def test_a_typo_in_our_settings_is_found() -> None:
@@ -127,7 +128,7 @@ def test_a_worker_pod_is_a_cell(name: str) -> None:
     manifest = _manifest(name)
     config, limits = _config(manifest), _container(_workers(manifest))["resources"]["limits"]
     gpus = limits.get("nvidia.com/gpu", 0)
-    wanted = bundles(cell_settings(config, gpus))
+    wanted = bundles(cell_settings(config))
     router = router_deployment(config).ray_actor_options
     assert router is not None
     routers = config.cluster.num_routers * router["num_cpus"]
