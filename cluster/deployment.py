@@ -109,10 +109,10 @@ def _progress(mark: bytes | None) -> Progress:
     from cluster.app import APP_NAME
 
     application = serve.status().applications.get(APP_NAME)
-    if mark is not None and not ownership.has(mark):
-        return Progress(0, 0, lost="another `up` has put its own application in its place")
     if application is None or application.status == "DELETING":
         return Progress(0, 0, lost=None if mark is None else "somebody has deleted it")
+    if mark is not None and not ownership.has(mark):
+        return Progress(0, 0, lost="another `up` has put its own in its place")
     running = {
         name: sum(count for state, count in d.replica_states.items() if state == "RUNNING")
         for name, d in application.deployments.items()
@@ -150,14 +150,15 @@ def take_down(mark: bytes | None) -> None:
 
     if not ray.is_initialized():
         return
-    ending = threading.Thread(target=_delete, args=(mark,), daemon=True)
+    ending = threading.Thread(target=delete, args=(mark,), daemon=True)
     with contextlib.redirect_stdout(io.StringIO()):  # where Ray wonders at every process that ends
         ending.start()
         ending.join(_STOP_S)
         ray.shutdown()
 
 
-def _delete(mark: bytes | None) -> None:
+def delete(mark: bytes | None) -> None:
+    """Ends the application if it has this mark."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException

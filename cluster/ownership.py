@@ -23,7 +23,7 @@ def take(where: str, replace: bool) -> bytes:
     taken = _internal_kv_put(_KEY, mark, overwrite=replace, namespace=_NAMESPACE)
     if replace or not (taken or application):
         return mark
-    there = f"serves an application {APP_NAME!r} already ({application.status})" if application else _BEGUN
+    there = f"serves an application {APP_NAME!r} already ({application.status.value})" if application else _BEGUN
     if not taken:
         give_up()
     raise Unavailable(

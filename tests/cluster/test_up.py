@@ -1,4 +1,5 @@
-"""`python -m cluster up` from another directory: this checkout's code, loopback only, and nothing left afterwards."""
+"""`python -m cluster up` from another directory, in a machine with a proxy and an unwritable home, and two at once: one
+serves, with this checkout's code, on loopback only, and leaves nothing."""
 
 import ipaddress
 import json
@@ -27,6 +28,9 @@ START_S, STOP_S, SAMPLE_S = 120, 30, 0.5
 # Ray's own servers bind every interface and cannot be told otherwise; how many of them each of its processes has.
 # Whatever we listen on ourselves (HTTP, gRPC, the exchange) comes on top of these and must be on loopback.
 RAYS_OWN = {"ray::ServeReplica": 2, "ray::DashboardAgent": 2, "ray::": 1, "gcs_server": 3, "raylet": 4, "python": 3}
+# A proxy that is not there and a list of exceptions without the node's address; a home where nothing can be written.
+ADVERSE = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "localhost,127.0.0.1,::1", "HOME": "/sys/kernel"}
+NOT_PASSED_ON = ("PYTHONPATH", "grpc_proxy", "no_grpc_proxy", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _KERNEL_NAME = 15  # characters of a name that the kernel keeps; all there is while a process's command line reads empty
 
 
@@ -60,12 +64,12 @@ class Sampler:
 class Up:
     """A running `up` and everything it has said."""
 
-    def __init__(self, *settings: str) -> None:
-        self.http, self.grpc = free_port(), free_port()
+    def __init__(self, http: int, grpc: int, *settings: str) -> None:
+        self.http, self.grpc = http, grpc
         command = [sys.executable, "-m", "cluster", "up", "--verbose"]
         for setting in (f"ingress.http_port={self.http}", f"ingress.grpc_port={self.grpc}", *settings):
             command += ["--set", setting]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON} | ADVERSE
         self.process = subprocess.Popen(
             command, cwd="/", env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -107,13 +111,30 @@ class Up:
 
 @pytest.fixture(scope="module")
 def up() -> Iterator[Up]:
-    running = Up(f"model.checkpoint={(VENDORED / 'tt_moe').resolve()}", "cell.device=cpu", "cell.max_sequences=8")
+    checkpoint = f"model.checkpoint={(VENDORED / 'tt_moe').resolve()}"
+    http, grpc = free_port(), free_port()
+    settings = (checkpoint, "cell.placement=split", "cell.device=cpu", "cell.max_sequences=8")
+    running, refused = _first_of(Up(http, grpc, *settings), Up(http, grpc, *settings))
     try:
+        assert refused.stop() == 1
+        assert f"{http}: another `up` has it" in refused.said and "starting Ray" not in refused.said, refused.said
         running.wait_until_ready()
         yield running
     finally:
         if running.process.poll() is None:
             running.stop()
+
+
+def _first_of(*both: Up) -> tuple[Up, Up]:
+    """Two started together on the same ports: the one that stays, and the one that has ended."""
+    deadline = time.monotonic() + START_S
+    while True:
+        ended = [up for up in both if up.process.poll() is not None]
+        if ended:
+            [running] = [up for up in both if up not in ended]
+            return running, ended[0]
+        assert time.monotonic() < deadline, "\n".join(up.said for up in both)
+        time.sleep(0.1)
 
 
 def _ask(up: Up) -> list[int]:
