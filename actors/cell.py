@@ -55,8 +55,9 @@ class RunningPair:
         """Fail what still runs and end the tower processes."""
         await self.pair.close()
         for engine in self.engines:
-            await engine.close_line()
             engine.kill()
+        for engine in self.engines:
+            await engine.close_line()
 
 
 def check_settings(settings: CellSettings, asked: str | None = None) -> tuple[Mode, ...]:
@@ -137,6 +138,7 @@ async def _ended_on_failure(engines: list[RemoteEngine]) -> AsyncIterator[None]:
         yield
     except BaseException:
         for engine in engines:
-            await engine.close_line()
             engine.kill()
+        for engine in engines:
+            await engine.close_line()
         raise

@@ -46,6 +46,14 @@ def choice(config: ServiceConfig) -> Choice:
     return choose(config, _nodes())
 
 
+def check_free(where: str) -> None:
+    """Raises Unavailable where an application of ours is on this Ray already."""
+    from cluster import ownership
+
+    with failures_told("Ray"):
+        ownership.check_free(where)
+
+
 def take(where: str, replace: bool) -> bytes:
     """The application's place on this Ray, for us alone. Raises Unavailable where there is one already."""
     from cluster import ownership
@@ -109,10 +117,10 @@ def _progress(mark: bytes | None) -> Progress:
     from cluster.app import APP_NAME
 
     application = serve.status().applications.get(APP_NAME)
+    if mark is not None and ownership.holder() not in (mark, None):
+        return Progress(0, 0, lost="another `up` has taken its place")
     if application is None or application.status == "DELETING":
         return Progress(0, 0, lost=None if mark is None else "somebody has deleted it")
-    if mark is not None and not ownership.has(mark):
-        return Progress(0, 0, lost="another `up` has put its own in its place")
     running = {
         name: sum(count for state, count in d.replica_states.items() if state == "RUNNING")
         for name, d in application.deployments.items()
@@ -167,6 +175,6 @@ def delete(mark: bytes | None) -> None:
     from cluster.app import APP_NAME
 
     with contextlib.suppress(RayError, RayServeException):  # Serve may not have come up yet
-        if mark is not None and ownership.has(mark):
+        if mark is not None and ownership.holder() == mark:
             serve.delete(APP_NAME)
             ownership.give_up()

@@ -13,29 +13,43 @@ from cluster.app import APP_NAME
 from twotower.errors import Unavailable
 
 _KEY, _NAMESPACE = b"up", b"twotower"
-_BEGUN = "has another `up` that starts here, or died here"
+
+
+def check_free(where: str) -> None:
+    """Raises Unavailable where an application or another's mark is there."""
+    application = serve.status().applications.get(APP_NAME)
+    if application is not None:
+        raise _taken(where, f"serves an application {APP_NAME!r} already ({application.status.value})")
+    if holder() is not None:
+        raise _taken(where, "has another `up` that starts here, or died here")
 
 
 def take(where: str, replace: bool) -> bytes:
-    """A mark of our own. Raises Unavailable where an application or another's mark is there, unless it is to be
-    replaced."""
-    application, mark = serve.status().applications.get(APP_NAME), secrets.token_bytes(16)
-    taken = _internal_kv_put(_KEY, mark, overwrite=replace, namespace=_NAMESPACE)
-    if replace or not (taken or application):
+    """A mark of our own, in the place of all that is there if that is to be replaced. Raises Unavailable if not."""
+    mark = secrets.token_bytes(16)
+    if replace:
+        _internal_kv_put(_KEY, mark, overwrite=True, namespace=_NAMESPACE)
+        if APP_NAME in serve.status().applications:
+            serve.delete(APP_NAME)  # or its replicas would pass for ours
         return mark
-    there = f"serves an application {APP_NAME!r} already ({application.status.value})" if application else _BEGUN
-    if not taken:
-        give_up()
-    raise Unavailable(
-        f"--address: the Ray at {where} {there}: end that one first, or take its place with --replace, which ends its "
-        "requests"
-    )
+    check_free(where)
+    if _internal_kv_put(_KEY, mark, overwrite=False, namespace=_NAMESPACE):  # there was one: somebody was faster
+        check_free(where)
+    return mark
 
 
-def has(mark: bytes) -> bool:
-    """Whether the application is still this mark's."""
-    return bool(_internal_kv_get(_KEY, namespace=_NAMESPACE) == mark)
+def holder() -> bytes | None:
+    """The mark that is there."""
+    mark: bytes | None = _internal_kv_get(_KEY, namespace=_NAMESPACE)
+    return mark
 
 
 def give_up() -> None:
     _internal_kv_del(_KEY, namespace=_NAMESPACE)
+
+
+def _taken(where: str, by: str) -> Unavailable:
+    return Unavailable(
+        f"--address: the Ray at {where} {by}: end that one first, or take its place with --replace, which ends its "
+        "requests"
+    )

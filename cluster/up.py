@@ -62,8 +62,8 @@ class Up:
         self._say("starting Ray" if self._address is None else f"joining the Ray at {self._address}")
         local_ray.start_ray(self._address, show_worker_logs=self._verbose)
         _listen_to_signals()  # Ray has put its own there
-        if self._address is not None and not local_ray.serve_runs():
-            self._check_ports()
+        if self._address is not None:
+            self._check_joined(self._address)
         choice = deployment.choice(self._config)
         self._config = choice.config
         self._say(choice.why)
@@ -71,11 +71,19 @@ class Up:
         self._say("starting Serve")
         ingress = self._config.ingress
         local_ray.start_serve(ingress.host, ingress.http_port)
+        if self._replace:
+            self._say("ending the application that is there")
         self._mark = deployment.take(self._address or "this machine", self._replace)
         deployment.deploy(self._config)
         self._heard = time.monotonic()
         hint = "" if self._verbose else "; --verbose shows how far they are"
         self._say(f"loading the towers ({self._config.cell.placement}) of {self._config.model.checkpoint}{hint}")
+
+    def _check_joined(self, address: str) -> None:
+        if not self._replace:
+            deployment.check_free(address)
+        if not local_ray.serve_runs():
+            self._check_ports()
 
     @property
     def _ports(self) -> dict[str, int]:

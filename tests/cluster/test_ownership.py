@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from cluster import client, deployment, ownership
-from cluster.config import load_config
+from cluster.config import ServiceConfig, load_config
 from cluster.deployment import Progress
 from cluster.up import Up
 from tests.cluster.service import Service, free_port, running_service
+from tests.goldens import VENDORED
 from twotower.errors import Unavailable
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -45,20 +46,28 @@ def test_up_does_not_take_over(service: Service) -> None:
 @pytest.mark.timeout(180)
 def test_each_up_knows_what_became_of_its_application(service: Service) -> None:
     """Last: ends the service."""
+    checkpoint = str((VENDORED / "tt_moe").resolve())
+    ports = {"http_port": int(service.http.rpartition(":")[2]), "grpc_port": free_port()}
+    config = deployment.choice(
+        ServiceConfig.parse({"model": {"checkpoint": checkpoint}, "cell": {"device": "cpu"}, "ingress": ports})
+    ).config
     with pytest.raises(Unavailable, match="serves an application 'twotower' already"):
         ownership.take("there", replace=False)
     first = ownership.take("there", replace=True)
-    assert deployment.progress(first).lost is None
+    assert deployment.progress(first).lost == "somebody has deleted it"
+    deployment.deploy(config)
     second = ownership.take("there", replace=True)
+    assert not client.is_ready(service.http), "what is replaced must not pass for what replaces it"
+    deployment.deploy(config)
     assert "another `up`" in str(deployment.progress(first).lost) and deployment.progress(second).lost is None
     deployment.delete(first)
-    assert client.is_ready(service.http), "what was replaced must not end what has replaced it"
+    assert deployment.progress(second).lost is None, "what was replaced must not end what has replaced it"
     deployment.delete(second)
     assert "deleted" in str(deployment.progress(second).lost)
     third = ownership.take("there", replace=False)
     with pytest.raises(Unavailable, match="another `up` that starts here, or died here"):
         ownership.take("there", replace=False)
-    assert ownership.has(third)
+    assert ownership.holder() == third
 
 
 def test_an_up_whose_application_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
