@@ -11,6 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cluster.deadline import Deadline
 from cluster.served_model import ServedModel
 from cluster.streams import merged
 from twotower.core import BlockEvent, FinishReason, Request, ScoreEvent, ScoreRequest
@@ -127,56 +128,52 @@ class Generation:
     def __init__(self, model: ServedModel, cells: Cells, default_timeout_s: float = 600.0, at_once: int = 16) -> None:
         self.model, self.cells, self.default_timeout_s, self._at_once = model, cells, default_timeout_s, at_once
 
-    async def order(self, ask: Ask) -> Order:
-        """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked."""
+    def deadline(self, timeout_s: float | None = None) -> Deadline:
+        """For a request that comes in now; `timeout_s`: how long its client waits, where the client says."""
+        return Deadline.after(self.default_timeout_s if timeout_s is None else timeout_s)
+
+    async def order(self, ask: Ask, deadline: Deadline) -> Order:
+        """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked; DeadlineExceeded."""
         request_id = _checked_id(ask.request_id)
         prompt = await self._token_ids(ask.prompt)
         request = make_request(request_id + ask.suffix, prompt, ask.params, self.model.limits, ask.priority)
         return Order(request, check_stop(self.model.tokenizer, ask.stop))
 
-    async def score_request(self, ask: ScoreAsk) -> ScoreRequest:
-        """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked."""
+    async def score_request(self, ask: ScoreAsk, deadline: Deadline) -> ScoreRequest:
+        """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked; DeadlineExceeded."""
         request_id = _checked_id(ask.request_id)
         prompt = await self._token_ids(ask.prompt)
         continuation = await self._token_ids(ask.continuation, continues=True)
         return make_score_request(request_id, prompt, continuation, self.model.limits, ask.priority)
 
-    async def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreEvent:
+    async def score(self, request: ScoreRequest, deadline: Deadline) -> ScoreEvent:
         """Raises what the cell raises; cancelling it frees the sequence."""
-        return await self.cells.score(request, self.default_timeout_s if timeout_s is None else timeout_s)
+        try:
+            return await self.cells.score(request, deadline.left_s())
+        except DeadlineExceeded:
+            raise deadline.passed() from None
 
-    async def stream(self, order: Order, timeout_s: float | None = None) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, order: Order, deadline: Deadline) -> AsyncGenerator[Chunk, None]:
         """Chunks as blocks are committed. Raises what the cell raises; closing it frees the sequence."""
-        limit_s = self.default_timeout_s if timeout_s is None else timeout_s
-        events = self.cells.generate(order.request, limit_s)
-        async with aclosing(events), aclosing(self._chunks(order, events)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        try:
+            events = self.cells.generate(order.request, deadline.left_s())
+            async with aclosing(events), aclosing(self._chunks(order, events)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except DeadlineExceeded:
+            raise deadline.passed() from None
 
-    def many(self, orders: Sequence[Order], timeout_s: float | None = None) -> AsyncGenerator[tuple[int, Chunk], None]:
+    def many(self, orders: Sequence[Order], deadline: Deadline) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Chunks of all orders of a call as they come, each with its order's place. One deadline for all of them.
 
         The rest waits here, so that a call of many prompts needs no more room in the cells' queues than others do.
         """
-        limit_s = self.default_timeout_s if timeout_s is None else timeout_s
-        ends_at = asyncio.get_running_loop().time() + limit_s
-        return merged([self._until(order, ends_at, limit_s) for order in orders], at_once=self._at_once)
+        return merged([self.stream(order, deadline) for order in orders], at_once=self._at_once)
 
-    async def _until(self, order: Order, ends_at: float, limit_s: float) -> AsyncGenerator[Chunk, None]:
-        left_s = ends_at - asyncio.get_running_loop().time()
-        try:
-            if left_s <= 0:
-                raise DeadlineExceeded("no time left")
-            async with aclosing(self.stream(order, left_s)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        except DeadlineExceeded:
-            raise DeadlineExceeded(f"not finished within {limit_s:g} s") from None
-
-    async def whole(self, order: Order, timeout_s: float | None = None) -> Answer:
+    async def whole(self, order: Order, deadline: Deadline) -> Answer:
         """The answer at once. Raises what the cell raises."""
         answer = Answer.to(order)
-        async with aclosing(self.stream(order, timeout_s)) as chunks:
+        async with aclosing(self.stream(order, deadline)) as chunks:
             async for chunk in chunks:
                 answer.add(chunk)
         return answer

@@ -33,19 +33,22 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self._generation = generation
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        order = await self._generation.order(ask_of(request))
-        return answer_message(order, await self._generation.whole(order, _timeout_of(context)))
+        deadline = self._generation.deadline(_timeout_of(context))
+        order = await self._generation.order(ask_of(request), deadline)
+        return answer_message(order, await self._generation.whole(order, deadline))
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
-        order = await self._generation.order(ask_of(request))
-        async with aclosing(self._generation.stream(order, _timeout_of(context))) as chunks:
+        deadline = self._generation.deadline(_timeout_of(context))
+        order = await self._generation.order(ask_of(request), deadline)
+        async with aclosing(self._generation.stream(order, deadline)) as chunks:
             async for chunk in chunks:
                 for message in chunk_messages(order, chunk):
                     await context.write(message)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
-        order = await self._generation.score_request(score_ask_of(request))
-        return score_message(order, await self._generation.score(order, _timeout_of(context)))
+        deadline = self._generation.deadline(_timeout_of(context))
+        order = await self._generation.score_request(score_ask_of(request), deadline)
+        return score_message(order, await self._generation.score(order, deadline))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         return model_info_message(self._generation.model)

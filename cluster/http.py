@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.completion_bodies import chunk_body, error_body, usage_event, whole_body
 from cluster.completions import CompletionCall, outside_problems, parse_call
+from cluster.deadline import Deadline
 from cluster.error_codes import CODES, Failure, describe
 from cluster.generation import Answer, Chunk, Generation, Order
 from cluster.streams import until_disconnect
@@ -81,13 +82,14 @@ class CompletionsFace:
         self._generation, self._max_bytes = generation, max_bytes
 
     async def answer(self, request: Request) -> Response:
-        body = parse_json(await _read(request, self._max_bytes))
+        deadline = self._generation.deadline(_timeout_of(request.headers))
+        async with deadline.over():
+            body = parse_json(await _read(request, self._max_bytes))
         call = parse_call(body, request.headers.get("x-request-id") or f"cmpl-{uuid.uuid4().hex}")
-        timeout_s = _timeout_of(request.headers)
         if call.model not in (None, self._generation.model.name):
             return _no_such_model(call.model, self._generation.model.name)
-        orders = await self._orders(call)
-        chunks = self._generation.many(orders, timeout_s)
+        orders = await self._orders(call, deadline)
+        chunks = self._generation.many(orders, deadline)
         headers = {"x-request-id": call.request_id}
         if call.stream:
             first = await until_disconnect(request.receive, _next(chunks))
@@ -96,11 +98,11 @@ class CompletionsFace:
         name, created = self._generation.model.name, int(time.time())
         return JSONResponse(whole_body(call, name, created, orders, answers), headers=headers)
 
-    async def _orders(self, call: CompletionCall) -> list[Order]:
+    async def _orders(self, call: CompletionCall, deadline: Deadline) -> list[Order]:
         orders = []
         for place, ask in enumerate(call.asks):
             try:
-                orders.append(await self._generation.order(ask))
+                orders.append(await self._generation.order(ask, deadline))
             except InvalidRequest as error:
                 raise outside_problems(error, place if len(call.asks) > 1 else None) from None
         return orders

@@ -96,7 +96,7 @@ async def test_without_a_tokenizer_token_ids_work_and_text_is_refused(cells: Scr
     [
         (Overloaded("full"), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (Unavailable("gone"), grpc.StatusCode.UNAVAILABLE),
-        (DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED),
+        (DeadlineExceeded("not finished within 60 s"), grpc.StatusCode.DEADLINE_EXCEEDED),
         (Cancelled("left"), grpc.StatusCode.CANCELLED),
         (NumericalError("NaN"), grpc.StatusCode.ABORTED),
     ],
@@ -137,7 +137,7 @@ async def test_no_traceback_leaves_and_the_log_has_it(
 async def test_the_deadline_reaches_the_cell(stub: Stub, cells: ScriptedCells) -> None:
     await stub.Generate(ask(), timeout=20)
     await stub.Generate(ask())
-    assert 15 < cells.timeouts[0] < 21 and cells.timeouts[1] == 60.0
+    assert 15 < cells.timeouts[0] < 21 and 59 < cells.timeouts[1] <= 60
 
 
 @pytest.mark.parametrize("streaming", [False, True])
