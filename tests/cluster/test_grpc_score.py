@@ -133,7 +133,7 @@ async def test_without_a_tokenizer_only_token_ids(cells: ScriptedCells) -> None:
     [
         (Overloaded("full"), grpc.StatusCode.RESOURCE_EXHAUSTED, "full"),
         (Unavailable("gone"), grpc.StatusCode.UNAVAILABLE, "gone"),
-        (DeadlineExceeded("not finished within 60 s"), grpc.StatusCode.DEADLINE_EXCEEDED, "late"),
+        (DeadlineExceeded("not finished within 60 s"), grpc.StatusCode.DEADLINE_EXCEEDED, "not finished within 60 s"),
         (Cancelled("left"), grpc.StatusCode.CANCELLED, "left"),
         (NumericalError("NaN"), grpc.StatusCode.ABORTED, "NaN"),
         # The ledger's: more than the cell's whole cache.
