@@ -6,7 +6,7 @@ import twotower
 from cluster.config import ServiceConfig
 from cluster.served_paths import checkpoint_directory
 from twotower.core import DecodingParams, Mode
-from twotower.decoding.text import Tokenizer, load_tokenizer
+from twotower.decoding.tokenizer import Tokenizer, load_tokenizer
 from twotower.errors import ConfigError
 from twotower.model.checkpoint import Checkpoint
 from twotower.validation import ModelLimits

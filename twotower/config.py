@@ -30,6 +30,7 @@ _SIZES = (
     "vocab_size hidden_size head_dim mamba_head_dim ssm_state_size conv_kernel chunk_size intermediate_size "
     "moe_intermediate_size moe_shared_expert_intermediate_size max_position_embeddings"
 ).split()
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DENSE_52 = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 
 
@@ -143,6 +144,11 @@ class ModelConfig:
                 raise CheckpointError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.vocab_size > _MOST_TOKENS:
             raise CheckpointError(f"vocab_size: got {self.vocab_size}, wanted at most {_MOST_TOKENS}")
+        for name in _TOKENS:
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise CheckpointError(
+                    f"{name}: got {getattr(self, name)}, wanted a token id from 0 to {self.vocab_size - 1}"
+                )
         if self.mamba_hidden_act not in ("silu", "swish"):
             raise CheckpointError(f"mamba_hidden_act: got {self.mamba_hidden_act!r}, wanted 'silu'")
         if "*" in self.hybrid_override_pattern:

@@ -3,7 +3,7 @@
 Plain data without torch. The engine knows token ids only; text is the business of whoever holds the tokenizer.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NewType
 
@@ -127,6 +127,16 @@ class BlockEvent:
     @property
     def is_last(self) -> bool:
         return self.finish_reason is not None
+
+    def first(self, count: int) -> "BlockEvent":
+        """Its first `count` tokens with what they cost. A block costs the whole of it, however few of them are taken;
+        tokens of causal modes, each a block of its own, cost their share of what was merged.
+        """
+        if count >= len(self.token_ids):
+            return self
+        blocks = min(count, self.num_blocks)
+        steps = self.num_steps * blocks // max(1, self.num_blocks)
+        return replace(self, token_ids=self.token_ids[:count], num_steps=steps, num_blocks=blocks)
 
     def joined(self, following: "BlockEvent") -> "BlockEvent":
         """This one and the next of its request as one."""

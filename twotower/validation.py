@@ -3,10 +3,12 @@
 Command line, HTTP and gRPC all come through here with a plain mapping, so that the same mistake gets the same words.
 """
 
+import heapq
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
 from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreRequest
@@ -14,7 +16,10 @@ from twotower.errors import FieldError, InvalidRequest
 
 MAX_SEED = 2**63 - 1
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
-MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_COUNT = 2**31 - 1  # of tokens, of candidates: more than any model has
+_NAMED = 8  # unknown fields that are told by name
 _SHOWN = 60  # characters of a value or a name in a message
 MAX_BLOCK = 1024
 # The mask token is held out of the choice by a logit of -1e12, which a larger temperature would let back in.
@@ -80,7 +85,7 @@ def parse_params(given: Mapping[str, object], limits: ModelLimits) -> DecodingPa
     problems = Problems()
     mode = values.get("mode", limits.defaults.mode)
     _check_mode(mode, values, limits, problems)
-    _check_in_vocabulary("stop_token_ids", values.get("stop_token_ids", ()), limits.vocab_size, problems)
+    _check_ids("stop_token_ids", values.get("stop_token_ids", ()), limits.vocab_size, problems)
     problems.raise_any()
     values.setdefault("seed", draw_seed())
     chosen = {name: values.get(name, getattr(limits.defaults, name)) for name in _PARSERS}
@@ -118,9 +123,9 @@ def check_priority(priority: object) -> int:
 def check_token_ids(name: str, token_ids: Sequence[object], vocab_size: int) -> tuple[int, ...]:
     """Every one of them in range. Raises InvalidRequest that names the first which is not."""
     problems = Problems()
-    _check_in_vocabulary(name, token_ids, vocab_size, problems)
+    ids = _check_ids(name, token_ids, vocab_size, problems)
     problems.raise_any()
-    return tuple(token_ids)  # type: ignore[arg-type]
+    return ids
 
 
 def check_prompt(prompt_token_ids: Sequence[object], limits: ModelLimits) -> tuple[int, ...]:
@@ -134,34 +139,60 @@ def check_prompt(prompt_token_ids: Sequence[object], limits: ModelLimits) -> tup
 def parse_stop(stop: object) -> tuple[str, ...]:
     """Stop strings: one, or a list of them. Raises InvalidRequest."""
     strings = [stop] if isinstance(stop, str) else stop
-    if not isinstance(strings, list | tuple) or not all(isinstance(s, str) and s for s in strings):
-        raise InvalidRequest.of("stop", f"got {show(stop)}, wanted a string or a list of strings, none of them empty")
+    if isinstance(strings, str | bytes) or not isinstance(strings, Sequence):
+        raise _no_stop(stop)
     if len(strings) > MAX_STOP_STRINGS:
         raise InvalidRequest.of("stop", f"got {len(strings)} strings, wanted at most {MAX_STOP_STRINGS}")
+    if not all(isinstance(text, str) and text for text in strings):
+        raise _no_stop(stop)
     for text in strings:
-        check_text("stop", text)
-        if len(text) > MAX_STOP_CHARACTERS:
-            raise InvalidRequest.of(
-                "stop", f"got a string of {len(text)} characters, wanted at most {MAX_STOP_CHARACTERS}"
-            )
+        check_length("stop", text, MAX_STOP_CHARACTERS)
     return tuple(strings)
+
+
+def _no_stop(got: object) -> InvalidRequest:
+    return InvalidRequest.of("stop", f"got {show(got)}, wanted a string or a list of strings, none of them empty")
+
+
+def check_length(name: str, text: object, most: int) -> str:
+    """A string of whole Unicode characters, `most` at most. Raises InvalidRequest."""
+    if isinstance(text, str) and len(text) > most:
+        raise InvalidRequest.of(name, f"got a string of {len(text)} characters, wanted at most {most}")
+    return check_text(name, text)
+
+
+def check_bytes(name: str, text: object, tokens: int, bytes_per_token: int) -> str:
+    """Text that may have no more than `tokens` tokens, which none has that is longer than so many of the longest.
+
+    Raises InvalidRequest. To be asked before the text is tokenized, which takes far longer.
+    """
+    known = check_text(name, text)
+    size, most = len(known.encode()), tokens * bytes_per_token
+    if size > most:
+        raise InvalidRequest.of(
+            name,
+            f"got {size} bytes of text, wanted at most {most}: {tokens} tokens of no more than {bytes_per_token} bytes",
+        )
+    return known
 
 
 def check_text(name: str, text: object) -> str:
     """`text` as it is, if it is a string of whole Unicode characters. Raises InvalidRequest."""
-    problems = Problems()
     if not isinstance(text, str):
-        problems.add(name, text, "a string")
-    elif any("\ud800" <= character <= "\udfff" for character in text):
-        problems.say(name, "got text with half a surrogate pair or broken UTF-8 in it, wanted whole Unicode characters")
-    problems.raise_any()
-    return str(text)
+        raise InvalidRequest.of(name, f"got {show(text)}, wanted a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest.of(
+            name, "got text with half a surrogate pair or broken UTF-8 in it, wanted whole Unicode characters"
+        ) from None
+    return text
 
 
 def check_known(given: Iterable[str], known: Iterable[str], problems: Problems) -> None:
-    """Adds a problem for each field that is not a known one."""
+    """Adds a problem for each field that is not a known one, for the first few of them."""
     wanted = sorted(known)
-    for name in sorted(set(given) - set(wanted)):
+    for name in heapq.nsmallest(_NAMED, set(given) - set(wanted)):
         problems.say(show_name(name), f"unknown field, wanted one of {', '.join(wanted)}")
 
 
@@ -217,10 +248,14 @@ def _tokens_of(name: str, token_ids: object, limits: ModelLimits, problems: Prob
     if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Sequence):
         problems.add(f"{name}_token_ids", token_ids, "a list of token ids")
         return ()
+    most = limits.max_sequence_length
     if not token_ids:
         problems.say(name, f"got an empty {name}, wanted at least one token")
-    _check_in_vocabulary(f"{name}_token_ids", token_ids, limits.vocab_size, problems)
-    return tuple(token_ids)
+    elif len(token_ids) > most:
+        problems.say(name, f"got a {name} of {len(token_ids)} tokens, wanted at most {most}")
+    else:
+        return _check_ids(f"{name}_token_ids", token_ids, limits.vocab_size, problems)
+    return ()
 
 
 def _check_mode(mode: object, values: Mapping[str, object], limits: ModelLimits, problems: Problems) -> None:
@@ -237,12 +272,17 @@ def _check_mode(mode: object, values: Mapping[str, object], limits: ModelLimits,
                 problems.say(name, f"got {show(values[name])}, but {name} has no meaning in {mode} mode")
 
 
-def _check_in_vocabulary(name: str, token_ids: object, vocab_size: int, problems: Problems) -> None:
+def _check_ids(name: str, token_ids: object, vocab_size: int, problems: Problems) -> tuple[int, ...]:
+    """The ids of a list that is no longer than it may be; the first that is none goes to `problems`."""
     assert isinstance(token_ids, Sequence)
-    for place, token in enumerate(token_ids):
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+    ids = tuple(token_ids)
+    if set(map(type, ids)) <= {int} and 0 <= min(ids, default=0) <= max(ids, default=0) < vocab_size:
+        return ids
+    for place, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < vocab_size:
             problems.add(f"{name}[{place}]", token, f"a token id from 0 to {vocab_size - 1}")
             break
+    return ()
 
 
 def show_name(name: str) -> str:
@@ -257,13 +297,41 @@ def one_line(text: str, longest: int = 300) -> str:
 
 
 def show(value: object) -> str:
-    """A value on one line of bounded length, whatever it is."""
+    """A value on one line of bounded length, whatever it is; no more of it is looked at than is shown."""
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > _SHOWN:
+            return text[: _SHOWN - 3] + "..."
+    return text
+
+
+def _pieces(value: object) -> Iterator[str]:
+    """`repr` bit by bit, of what JSON knows."""
+    if type(value) in (list, tuple) and value:
+        yield from _within("[]" if isinstance(value, list) else "()", map(_pieces, value))  # type: ignore[call-overload]
+    elif isinstance(value, dict) and value:
+        yield from _within("{}", (chain(_pieces(key), [": "], _pieces(inner)) for key, inner in value.items()))
+    elif isinstance(value, str | bytes):
+        yield repr(value[: _SHOWN + 1])
+    else:
+        yield _plain(value)
+
+
+def _within(brackets: str, items: Iterable[Iterator[str]]) -> Iterator[str]:
+    yield brackets[0]
+    for place, item in enumerate(items):
+        yield ", " if place else ""
+        yield from item
+    yield brackets[1]
+
+
+def _plain(value: object) -> str:
     try:
-        text = repr(value)
+        return repr(value)
     except (ValueError, RecursionError):
         # Python writes no integer of more than a few thousand digits, and no nesting deeper than its stack.
-        text = f"a very large {type(value).__name__}"
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+        return f"a very large {type(value).__name__}"
 
 
 def _mode(name: str, value: object, out: dict[str, object], problems: Problems) -> None:
@@ -306,23 +374,25 @@ def _flag(name: str, value: object, out: dict[str, object], problems: Problems) 
         problems.add(name, value, "true or false")
 
 
-def _token_ids(name: str, value: object, out: dict[str, object], problems: Problems) -> None:
-    if isinstance(value, list | tuple):
-        out[name] = tuple(value)
-    else:
+def _stop_token_ids(name: str, value: object, out: dict[str, object], problems: Problems) -> None:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         problems.add(name, value, "a list of token ids")
+    elif len(value) > MAX_STOP_TOKEN_IDS:
+        problems.say(name, f"got {len(value)} token ids, wanted at most {MAX_STOP_TOKEN_IDS}")
+    else:
+        out[name] = tuple(value)
 
 
 _PARSERS: dict[str, _Parser] = {
     "mode": _mode,
-    "max_new_tokens": _integer(1),
+    "max_new_tokens": _integer(1, MAX_COUNT),
     "block_size": _integer(1, MAX_BLOCK),
     "steps_per_block": _integer(1, MAX_BLOCK),
     "confidence_threshold": _number(0, 1),
     "temperature": _number(0, MAX_TEMPERATURE),
-    "top_k": _integer(0),
+    "top_k": _integer(0, MAX_COUNT),
     "top_p": _number(0, 1, low_open=True),
     "seed": _integer(0, MAX_SEED),
-    "stop_token_ids": _token_ids,
+    "stop_token_ids": _stop_token_ids,
     "ignore_eos": _flag,
 }

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.reference.naive_loop import NaiveLoop
 from twotower.core import Mode, Request
-from twotower.decoding.stopping import cut
+from twotower.decoding.stopping import Stopping
 from twotower.engine.in_process import pair_of
 from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
@@ -61,10 +61,10 @@ class NaivePath:
     async def generate(self, request: Request) -> AsyncIterator[Piece]:
         async with self._turn:
             await asyncio.sleep(0)  # whoever else asks at this moment shall have asked before the work begins
-            generated = 0
+            generated, stopping = 0, Stopping(request.params, self._eos)
             for block in self._loop.generate(request):
                 # The released code returns whole blocks; what lies behind the stop counts for nobody.
-                kept, _ = cut(block.token_ids, generated, request.params, self._eos)
+                kept, _ = stopping.cut(block.token_ids, generated)
                 generated += len(kept)
                 yield Piece(kept, block.num_steps)
 

@@ -21,7 +21,7 @@ from actors.settings import STRATEGY, CellSettings, bundles
 from tests.engine.decode import collect
 from tests.goldens import VENDORED, causal_request, diffusion_request, vendored
 from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreRequest
-from twotower.decoding.text import PretrainedTokenizer
+from twotower.decoding.tokenizer import PretrainedTokenizer
 from twotower.engine.in_process import open_pair
 from twotower.engine.settings import EngineSettings
 from twotower.errors import CheckpointError, ConfigError, TwoTowerError, Unavailable

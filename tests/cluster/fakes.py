@@ -25,6 +25,8 @@ BLOCK = 4
 class ByteTokenizer:
     """A token is a byte, 4 above its value; 0 to 3 are the special ids of the released layout."""
 
+    bytes_per_token = 1
+
     def encode(self, text: str) -> list[int]:
         return [1, *(byte + 4 for byte in text.encode("utf-8"))]
 

@@ -1,9 +1,10 @@
 """Text as it grows: equal to the whole text decoded at once, never taken back, cut at stop strings, linear in cost."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower
-from tests.decoding.tokenizers_for_tests import Plain, byte_level, metaspace, save
+from tests.decoding.tokenizers_for_tests import SPECIAL, Plain, byte_level, metaspace, save, sentencepiece
 from tests.goldens import VENDORED
-from twotower.decoding.text import AnswerText, TextStream, check_stop, encode_prompt, load_tokenizer, require_tokenizer
+from twotower.decoding.text import AnswerText, TextStream
+from twotower.decoding.tokenizer import Tokenizer, check_stop, encode_prompt, load_tokenizer, require_tokenizer
 from twotower.errors import CheckpointError, InvalidRequest
 
 DEMO = Path(twotower.__file__).parent / "demo" / "checkpoint"
-TOKENIZERS = {"byte_level": cache(byte_level), "metaspace": cache(metaspace)}
+TOKENIZERS = {"byte_level": cache(byte_level), "metaspace": cache(metaspace), "sentencepiece": cache(sentencepiece)}
 FAST = settings(deadline=None, derandomize=True, max_examples=100)
+
+
+@cache
+def _demo() -> Tokenizer:
+    tokenizer = load_tokenizer(DEMO)
+    assert tokenizer is not None
+    return tokenizer
 
 
 def _plain(name: str = "byte_level") -> Plain:
@@ -52,7 +61,9 @@ def test_of_encoded_text(name: str, text: str, cuts: list[int]) -> None:
     assert out == stream.text == tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    "name", ["byte_level", "metaspace"]
+)  # byte fallback takes whole characters back for a bad byte
 @FAST
 @given(st.lists(st.integers(0, 119), max_size=80), CUTS)
 def test_of_any_tokens(name: str, ids: list[int], cuts: list[int]) -> None:
@@ -125,12 +136,66 @@ def test_the_cost_is_linear(block: int) -> None:
     assert costs[1] < 1.1 * costs[0] and costs[1] < 12
 
 
+@FAST
+@given(st.data(), CUTS)
+def test_of_bytes_and_special_tokens(data: st.DataObject, cuts: list[int]) -> None:
+    """Characters that are cut, broken, and interrupted by tokens that say nothing: as decoded all at once."""
+    tokenizer = _plain()
+    pieces = [[token] for token in range(len(SPECIAL))]
+    pieces += [tokenizer.encode(c)[:n] for c in "a日🦊é" for n in range(1, 5)]
+    pieces += [tokenizer.encode(c)[n:] for c in "日🦊é" for n in range(1, 4)]
+    ids = list(chain(*data.draw(st.lists(st.sampled_from(pieces), max_size=60))))
+    out, stream = _streamed(tokenizer, _split(ids, cuts))
+    assert out == stream.text == tokenizer.decode(ids)
+
+
+@FAST
+@given(st.text(st.sampled_from("ab:=\n é日🦊"), max_size=60), CUTS)
+def test_of_the_demo_s_tokenizer(text: str, cuts: list[int]) -> None:
+    tokenizer = _demo()
+    ids = tokenizer.encode(text)
+    stream = TextStream(tokenizer)
+    assert "".join([*map(stream.push, _split(ids, cuts)), stream.push((), last=True)]) == tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),  # byte fallback, decoding all at once, would take a fox of bytes back for a broken byte behind it
+    [*product(TOKENIZERS, ["", "so "]), ("byte_level", "\U0001f98a")],
+)
+def test_text_that_never_settles_is_settled(name: str, first: str) -> None:
+    """Special tokens without end, bytes that are no UTF-8 without end: each push decodes a bounded window."""
+    tokenizer = _plain(name)
+    begin = tokenizer.encode(first)
+    broken = next((t for t in range(4, 260) if tokenizer.decode([t]) == "\ufffd"), 2)
+    for endless in (2, broken):
+        tokenizer.decoded = 0
+        out, stream = _streamed(tokenizer, [begin, *([endless] for _ in range(2000))])
+        assert out == stream.text == tokenizer.decode([*begin, *[endless] * 2000])
+        assert tokenizer.decoded < 100 * 2000
+
+
+def test_half_a_character_waits_for_the_rest_through_special_tokens() -> None:
+    tokenizer = _plain()
+    first, *rest = tokenizer.encode("\U0001f419")
+    stream = TextStream(tokenizer)
+    assert "".join(stream.push([token]) for token in (first, *[2] * 50, *rest)) == "\U0001f419"
+
+
+def test_half_a_character_is_no_stop_string() -> None:
+    tokenizer = _plain()
+    ids = tokenizer.encode("a\U0001f419b")
+    stream = TextStream(tokenizer, ["\ufffd"])
+    assert "".join(stream.push([token]) for token in ids) == "a\U0001f419b" and not stream.stopped
+    stream.push(ids[1:2])
+    assert stream.push(ids[-1:]) == "" and stream.stopped
+
+
 def test_no_tokenizer() -> None:
     assert load_tokenizer(VENDORED / "tt_moe") is None
     with pytest.raises(InvalidRequest, match=r"prompt: got text, but .* has no tokenizer; wanted token ids"):
         require_tokenizer(None, "prompt")
     with pytest.raises(InvalidRequest, match="has no tokenizer"):
-        encode_prompt(None, "hello")
+        encode_prompt(None, "hello", 9)
 
 
 def test_a_directory_with_one(tmp_path: Path) -> None:
@@ -142,7 +207,34 @@ def test_a_directory_with_one(tmp_path: Path) -> None:
     ids = tokenizer.encode("stop. 🐙")
     assert ids == inner.encode("stop. 🐙").ids
     assert tokenizer.decode([1, *ids, 2]) == "stop. 🐙"
-    assert encode_prompt(tokenizer, "") == []
+    assert encode_prompt(tokenizer, "", 9) == []
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("odd", [{"layer_norm_epsilon": 1}, {"use_cache": 1}, {"hidden_size": None}, {"model_type": 7}])
+def test_the_model_s_config_has_no_say(odd: dict[str, object], named: bool, tmp_path: Path) -> None:
+    """Values that transformers' own reader of config.json refuses."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(DEMO / name, tmp_path)
+    _change(tmp_path / "config.json", odd)
+    _change(tmp_path / "tokenizer_config.json", {} if named else {"tokenizer_class": None})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert tokenizer.encode("words: 65\n") == _demo().encode("words: 65\n")
+
+
+def _change(path: Path, values: dict[str, object]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_prompt_that_cannot_fit_is_not_tokenized() -> None:
+    tokenizer = _plain()
+    most = tokenizer.bytes_per_token * 2
+    assert encode_prompt(tokenizer, "x" * most, 2) == tokenizer.encode("x" * most)
+    tokenizer.encode = lambda text: pytest.fail("tokenized")  # type: ignore[method-assign]
+    for text in ("x" * (most + 1), "é" * (most // 2 + 1)):
+        with pytest.raises(InvalidRequest, match=rf"prompt: got \d+ bytes of text, wanted at most {most}: 2 tok"):
+            encode_prompt(tokenizer, text, 2)
 
 
 @pytest.mark.parametrize("content", ["{", "", "[]", '{"model": 3}'])
@@ -166,7 +258,7 @@ def test_what_continues_a_prompt_has_no_special_tokens() -> None:
 @pytest.mark.parametrize("text", ["\ud800", "caf\udce9", 7, None, ["a"]])
 def test_prompts_that_are_no_text(text: object) -> None:
     with pytest.raises(InvalidRequest, match=r"prompt: got .*, wanted"):
-        encode_prompt(_plain(), text)
+        encode_prompt(_plain(), text, 9)
 
 
 @FAST

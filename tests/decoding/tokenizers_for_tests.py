@@ -1,9 +1,12 @@
 """Small tokenizers made on the spot."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from twotower.decoding.token_bytes import bytes_of
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")
 _TEXTS = [
@@ -39,11 +42,32 @@ def metaspace(vocab_size: int = 120) -> Tokenizer:
     return tokenizer
 
 
+def sentencepiece(vocab_size: int = 340) -> Tokenizer:
+    """SentencePiece's way with a token for every byte of what it does not know."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<pad>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(_TEXTS[:1], trainer)
+    return _without_byte_specials(tokenizer)
+
+
+def _without_byte_specials(tokenizer: Tokenizer) -> Tokenizer:
+    """The trainer makes the byte tokens special; in a real vocabulary they are said."""
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["content"].startswith("<0x")]
+    return Tokenizer.from_str(json.dumps(spec))
+
+
 class Plain:
     """A tokenizer as decoding knows it, that counts the ids it was asked to decode."""
 
     def __init__(self, inner: Tokenizer) -> None:
         self._inner = inner
+        self.bytes_per_token = bytes_of(json.loads(inner.to_str()))
         self.decoded = 0
 
     def encode(self, text: str) -> list[int]:

@@ -20,7 +20,7 @@ from tests.engine.decode import Decoded
 from tests.goldens import CPU, MODELS, golden
 from twotower.core import DecodingParams, Mode, Request, RequestId
 from twotower.decoding.margins import NEAR_TIE
-from twotower.decoding.text import encode_prompt, load_tokenizer
+from twotower.decoding.tokenizer import encode_prompt, load_tokenizer
 from twotower.demo.corpus import stream
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
@@ -88,7 +88,7 @@ def _causal(mode: Mode, draw: random.Random) -> DecodingParams:
 def _prompt(towers: Towers, draw: random.Random) -> tuple[int, ...]:
     if towers.name == "demo" and draw.random() < 0.7:
         instance = next(stream("test", draw.random()))  # type: ignore[arg-type]
-        return tuple(encode_prompt(load_tokenizer(DEMO), instance.prompt))
+        return tuple(encode_prompt(load_tokenizer(DEMO), instance.prompt, 4096))
     return tuple(draw.randrange(towers.config.vocab_size) for _ in range(draw.choice([1, 2, 15, 16, 17, 40, 70, 130])))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import twotower
 from twotower.core import DecodingParams, Request
-from twotower.decoding.text import Tokenizer, check_stop, encode_prompt, load_tokenizer
+from twotower.decoding.tokenizer import Tokenizer, check_stop, encode_prompt, load_tokenizer
 from twotower.errors import InvalidRequest
 from twotower.model.checkpoint import Checkpoint
 from twotower.strict_json import parse_line, read_lines
@@ -62,7 +62,7 @@ def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Ord
     problems = Problems()
     check_known(values, _FIELDS, problems)
     problems.raise_any()
-    prompt = _prompt(values, model.tokenizer)
+    prompt = _prompt(values, model)
     params = {name: value for name, value in values.items() if name in _PARAMS}
     request = make_request(str(number), prompt, params, model.limits, values.get("priority", 0))
     return Order(request, check_stop(model.tokenizer, values.get("stop", ())), _id(values))
@@ -83,12 +83,12 @@ def _order_of_line(line: bytes, model: Model, given: Mapping[str, object], numbe
         return BadLine(number, error)
 
 
-def _prompt(values: Mapping[str, object], tokenizer: Tokenizer | None) -> Sequence[object]:
+def _prompt(values: Mapping[str, object], model: Model) -> Sequence[object]:
     if ("prompt" in values) == ("prompt_token_ids" in values):
         got = "both" if "prompt" in values else "neither"
         raise InvalidRequest.of("prompt", f"got {got}, wanted either prompt (text) or prompt_token_ids")
     if "prompt" in values:
-        return encode_prompt(tokenizer, values["prompt"])
+        return encode_prompt(model.tokenizer, values["prompt"], model.limits.max_sequence_length)
     return values["prompt_token_ids"]  # type: ignore[return-value]
 
 

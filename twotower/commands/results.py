@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 from twotower.commands.orders import Order
 from twotower.core import FinishReason, Mode
-from twotower.decoding.text import AnswerText, Tokenizer
+from twotower.decoding.text import AnswerText
+from twotower.decoding.tokenizer import Tokenizer
 from twotower.engine.pair import Pair
 
 
@@ -42,8 +43,9 @@ async def decode(
     async with aclosing(pair.generate(order.request)) as events:
         async for event in events:
             taken, new = answer.push(event.token_ids, last=event.finish_reason is not None)
-            num_steps += event.num_steps
-            num_blocks += event.num_blocks
+            cost = event.first(len(taken))
+            num_steps += cost.num_steps
+            num_blocks += cost.num_blocks
             show("".join(f"{token} " for token in taken) if tokenizer is None else new, len(taken))
             reason = FinishReason.STOP if answer.stopped else event.finish_reason
             if reason is not None:

@@ -1,91 +1,13 @@
-"""Token ids to text and back, and text as it grows: incremental detokenization with stop strings.
-
-The only part of the library that knows a tokenizer. `transformers` is imported when one is first needed.
-"""
+"""Text as it grows: incremental detokenization with stop strings, at a cost that is linear in the text."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
 
-from twotower.errors import CheckpointError, InvalidRequest
-from twotower.validation import check_text, parse_stop
+from twotower.decoding.stop_strings import StopSearch
+from twotower.decoding.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 4  # bytes, and so tokens, of a UTF-8 character
-
-
-class Tokenizer(Protocol):
-    """What we use of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens the tokenizer's own settings put there (a BOS, say)."""
-        ...
-
-    def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of text that goes on after other tokens: without special tokens of its own."""
-        ...
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of these ids without special tokens."""
-        ...
-
-
-class PretrainedTokenizer:
-    """The checkpoint directory's own tokenizer. Never runs remote code, never asks the network."""
-
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        try:
-            if (directory / "tokenizer_config.json").exists():
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    str(directory), trust_remote_code=False, local_files_only=True
-                )
-            else:
-                self._tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{directory}: cannot load the tokenizer: {reason}") from error
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text))
-
-    def encode_continuation(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(
-            self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
-
-
-def load_tokenizer(directory: Path) -> Tokenizer | None:
-    """The directory's tokenizer, or None where it has none (token ids still work). Raises CheckpointError."""
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    return PretrainedTokenizer(directory)
-
-
-def require_tokenizer(tokenizer: Tokenizer | None, field: str) -> Tokenizer:
-    """The tokenizer, or InvalidRequest on the field that needs one."""
-    if tokenizer is None:
-        raise InvalidRequest.of(field, "got text, but this checkpoint has no tokenizer; wanted token ids")
-    return tokenizer
-
-
-def encode_prompt(tokenizer: Tokenizer | None, text: object) -> list[int]:
-    """Token ids of a prompt; none for an empty one. Raises InvalidRequest for no text, or no tokenizer."""
-    able = require_tokenizer(tokenizer, "prompt")
-    prompt = check_text("prompt", text)
-    return able.encode(prompt) if prompt else []
-
-
-def check_stop(tokenizer: Tokenizer | None, stop: object) -> tuple[str, ...]:
-    """Stop strings: one, or a list of them. Raises InvalidRequest for wrong ones, or for any without a tokenizer."""
-    strings = parse_stop(stop)
-    if strings:
-        require_tokenizer(tokenizer, "stop")
-    return strings
+_MOST_OPEN = 2 * _LONGEST_CHARACTER  # tokens that wait for the end of a character
 
 
 class AnswerText:
@@ -129,7 +51,7 @@ class AnswerText:
 
 
 class TextStream:
-    """The text of one request as its tokens arrive. Its cost is linear in the length of the text.
+    """The text of one request as its tokens arrive.
 
     `push` returns the text that has become certain: nothing that a later token may still change (half a UTF-8
     character), and nothing that may be the beginning of a stop string. After a stop string was found, `stopped` is
@@ -137,70 +59,100 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._growing, self._stop = _GrowingText(tokenizer), tuple(stop)
-        self._sent = 0
-        self.text = ""
+        self._growing, self._search = _GrowingText(tokenizer), StopSearch(stop)
+        self._certain: list[str] = []
+        self._held = ""  # may be the beginning of a stop string
+        self._open = ""  # may be half a character
         self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All of it, what is not certain yet included."""
+        return "".join(self._certain) + self._held + self._open
 
     def push(self, token_ids: Sequence[int], last: bool = False) -> str:
         """New text after these tokens; `last` lets everything out that was held back."""
         if self.stopped:
             return ""
-        tail = self._growing.push(token_ids)
-        self.text = self._growing.settled + tail
-        self._cut_at_stop()
-        certain = len(self.text) if last or self.stopped else self._certain_length()
-        new = self.text[self._sent : certain]
-        self._sent = max(self._sent, certain)
+        settled, self._open = self._growing.push(token_ids)
+        if last:
+            settled, self._open = settled + self._open, ""
+        self._held += settled
+        self._stop_at(self._search.push(settled))
+        if not self.stopped:
+            whole = self._open.rstrip(_REPLACEMENT)
+            self._stop_at(self._search.peek(whole), whole)
+        return self._let_out(0 if last or self.stopped else self._search.begun)
+
+    def _stop_at(self, found: int | None, following: str = "") -> None:
+        """End the text `found` characters before the end of what is held and `following`."""
+        if found is not None:
+            self._held = (self._held + following)[:-found]
+            self._open, self.stopped = "", True
+
+    def _let_out(self, held: int) -> str:
+        certain = len(self._held) - held
+        new, self._held = self._held[:certain], self._held[certain:]
+        self._certain.append(new)
         return new
-
-    def _cut_at_stop(self) -> None:
-        found = [at for at in (self.text.find(s, self._sent) for s in self._stop) if at >= 0]
-        if found:
-            self.text = self.text[: min(found)]
-            self.stopped = True
-
-    def _certain_length(self) -> int:
-        whole = len(self.text.rstrip(_REPLACEMENT))
-        return whole - max((_beginning(stop, self.text, whole) for stop in self._stop), default=0)
-
-
-def _beginning(stop: str, text: str, end: int) -> int:
-    """How many characters before `end` are the beginning of `stop`."""
-    longest = min(len(stop) - 1, end)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size], 0, end)), 0)
 
 
 class _GrowingText:
     """Text of a growing list of token ids, decoded a short window at a time.
 
-    `settled` is the text of all ids up to one that ends a character. The window begins with the ids whose text was
-    settled last, because a tokenizer may treat the first id it is given in its own way (SentencePiece drops a space).
+    The window begins with the ids whose text was settled last, because a tokenizer may treat the first id it is given
+    in its own way (SentencePiece drops a space). After them come the open ids, which end in half a character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._decode = tokenizer.decode
+        self._probe = tokenizer.encode_continuation("a")
+        self._silent: dict[int, bool] = {}
         self._window: list[int] = []
-        self._num_settled = 0
+        self._num_before = 0
         self._before = ""
-        self.settled = ""
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The text that follows `settled`."""
+    def push(self, token_ids: Sequence[int]) -> tuple[str, str]:
+        """The text that these settle, and the open text that follows it."""
         self._window.extend(token_ids)
-        text = self._decode(self._window)
-        tail, already = text[len(self._before) :], len(self.settled)
-        self._settle(text)
-        return tail[len(self.settled) - already :]
+        whole = self._decode(self._window)
+        found = self._whole_characters(whole)
+        if found is None and self._drop_silent():
+            found = self._whole_characters(whole)
+        if found is None and len(self._window) - self._num_before > _MOST_OPEN:
+            found = self._broken_characters(whole)
+        if found is None:
+            return "", whole[len(self._before) :]
+        count, text = found
+        settled = text[len(self._before) :]
+        self._window = self._window[self._num_before :]
+        self._num_before = count - self._num_before
+        self._before = self._decode(self._window[: self._num_before])
+        return settled, whole[len(text) :]
 
-    def _settle(self, text: str) -> None:
-        """Settle as many ids as end a character; a character is cut at most inside the last few."""
-        least = max(self._num_settled, len(self._window) - _LONGEST_CHARACTER)
+    def _whole_characters(self, whole: str) -> tuple[int, str] | None:
+        """As many ids as end a character, and their text: a character is cut at most inside the last few."""
+        least = max(self._num_before, len(self._window) - _LONGEST_CHARACTER)
         for count in range(len(self._window), least, -1):
-            text = text if count == len(self._window) else self._decode(self._window[:count])
+            text = whole if count == len(self._window) else self._decode(self._window[:count])
             if len(text) > len(self._before) and not text.endswith(_REPLACEMENT):
-                self.settled += text[len(self._before) :]
-                self._window = self._window[self._num_settled :]
-                self._num_settled = count - self._num_settled
-                self._before = self._decode(self._window[: self._num_settled])
-                return
+                return count, text
+        return None
+
+    def _broken_characters(self, whole: str) -> tuple[int, str]:
+        """Bytes that are no UTF-8 stay so. All but the last three ids, which may yet become a character, unless one
+        that has become whole lies across: then fewer.
+        """
+        most = len(self._window) - (_LONGEST_CHARACTER - 1)
+        heads = ((count, self._decode(self._window[:count])) for count in range(most, most - _LONGEST_CHARACTER, -1))
+        first = next(heads)
+        return next((head for head in (first, *heads) if whole.startswith(head[1])), first)
+
+    def _drop_silent(self) -> bool:
+        """Forget the open ids that decode to nothing wherever they stand: special ones, and those of no token."""
+        opened = self._window[self._num_before :]
+        for token in set(opened) - self._silent.keys():
+            said = self._decode(self._probe)
+            self._silent[token] = said != "" and self._decode([*self._probe, token]) == said
+        self._window[self._num_before :] = [token for token in opened if not self._silent[token]]
+        return len(self._window) < self._num_before + len(opened)

@@ -24,7 +24,7 @@ from twotower.core import (
 )
 from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.sampling import sample
-from twotower.decoding.stopping import cut
+from twotower.decoding.stopping import Stopping
 from twotower.engine.capture import passes_for
 from twotower.engine.context_sequence import ContextSequence
 from twotower.engine.handle import EngineStats
@@ -145,7 +145,8 @@ class ContextEngine:
         if isinstance(request, ScoreRequest):
             sequence = ContextSequence(slot, list(request.token_ids[:-1]), sheet=ScoreSheet(request))
         else:
-            sequence = ContextSequence(slot, list(request.prompt_token_ids), request=request)
+            stopping = Stopping(request.params, self.tower.config.eos_token_id)
+            sequence = ContextSequence(slot, list(request.prompt_token_ids), request=request, stopping=stopping)
         self._sequences[request.id] = sequence
         self._scheduler.add_prompt(request.id, 0, len(sequence.to_read))
 
@@ -346,13 +347,13 @@ class ContextEngine:
 
     def _emit_token(self, sequence: ContextSequence, token: int, finite: bool, margin: float) -> None:
         request = sequence.request
-        assert request is not None
+        assert request is not None and sequence.stopping is not None
         if not finite:
             self._fail_own(request.id, _not_finite(request.id))
             return
         self.near_ties += margin < NEAR_TIE
         sequence.margin = min(sequence.margin, margin)
-        kept, reason = cut([token], sequence.generated, request.params, self.tower.config.eos_token_id)
+        kept, reason = sequence.stopping.cut([token], sequence.generated)
         smallest = None if reason is None else sequence.margin
         self._emit(BlockEvent(request.id, sequence.generated, kept, 0, len(kept), reason, smallest))
         sequence.generated += 1

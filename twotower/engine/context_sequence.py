@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 
 from twotower.core import Request
 from twotower.decoding.sampling import TokenParams
+from twotower.decoding.stopping import Stopping
 from twotower.engine.scores import ScoreSheet
 from twotower.exchange.protocol import Delta
 
 
 @dataclass(slots=True)
 class ContextSequence:
-    """`request` is set for an `ar` sequence, `sheet` for one that is scored, `link` and `number` for one that a
+    """`request` and `stopping` are set for an `ar` sequence, `sheet` for one that is scored, `link` and `number` for one that a
     denoiser leads. `attach_known`: how many ids a denoiser knew that attaches and has not been answered yet.
     """
 
@@ -21,6 +22,7 @@ class ContextSequence:
     number: int = -1
     attach_known: int | None = None
     request: Request | None = None
+    stopping: Stopping | None = None
     sheet: ScoreSheet | None = None
     generated: int = 0
     margin: float = 1.0

@@ -17,7 +17,7 @@ from twotower.core import AnyRequest, BlockEvent, Event, FailureEvent, Mode, Rel
 from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.randomness import step_key
 from twotower.decoding.sampling import TokenParams, sample
-from twotower.decoding.stopping import cut
+from twotower.decoding.stopping import Stopping
 from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, Decision, StepParams
 from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
@@ -54,6 +54,7 @@ class _Sequence:
 
     request: Request
     number: int
+    stopping: Stopping
     slot: int = -1
     ready: bool = False
     closing: bool = False
@@ -171,7 +172,7 @@ class DenoiserEngine:
             self._emit(ReleasedEvent(requests[0].id))
             return
         for number, request in sequences.items():
-            sequence = _Sequence(request, number)
+            sequence = _Sequence(request, number, Stopping(request.params, self.tower.config.eos_token_id))
             if request.params.mode is Mode.MOCK_AR:
                 sequence.tokens = [request.prompt_token_ids[-1]]
             else:
@@ -250,8 +251,7 @@ class DenoiserEngine:
                 self._block_is_full(sequence)
 
     def _block_is_full(self, sequence: _Sequence) -> None:
-        params = sequence.request.params
-        kept, reason = cut(sequence.tokens, sequence.generated, params, self.tower.config.eos_token_id)
+        kept, reason = sequence.stopping.cut(sequence.tokens, sequence.generated)
         smallest = None if reason is None else sequence.margin
         self._emit(BlockEvent(sequence.request.id, sequence.generated, kept, sequence.step, 1, reason, smallest))
         sequence.generated += len(kept)
@@ -286,7 +286,7 @@ class DenoiserEngine:
         sequence.margin = min(sequence.margin, margin)
 
     def _has_token(self, sequence: _Sequence, token: int) -> None:
-        kept, reason = cut([token], sequence.generated, sequence.request.params, self.tower.config.eos_token_id)
+        kept, reason = sequence.stopping.cut([token], sequence.generated)
         smallest = None if reason is None else sequence.margin
         self._emit(BlockEvent(sequence.request.id, sequence.generated, kept, 1, len(kept), reason, smallest))
         sequence.generated += 1

@@ -1,0 +1,62 @@
+"""Stop strings found in text that grows: each character is looked at once, however the text is cut."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+
+class StopSearch:
+    """How much of each stop string ends the text so far. Knuth, Morris and Pratt's search, carried along."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._matched = [0] * len(self._stop)
+
+    @property
+    def begun(self) -> int:
+        """Characters at the end of the text that may be the beginning of a stop string."""
+        return max(self._matched, default=0)
+
+    def push(self, piece: str) -> int | None:
+        """Go on with `piece`: how many characters before its end the earliest stop string begins, None without one."""
+        self._matched, begins = self._after(piece)
+        return begins
+
+    def peek(self, piece: str) -> int | None:
+        """What `push` would say."""
+        return self._after(piece)[1]
+
+    def _after(self, piece: str) -> tuple[list[int], int | None]:
+        matched, begins = list[int](), list[int]()
+        for text, before in zip(self._stop, self._matched, strict=True):
+            count, end = _match(text, before, piece)
+            matched.append(count)
+            if count == len(text):
+                begins.append(len(piece) - end + count)
+        return matched, max(begins, default=None)
+
+
+def _match(text: str, matched: int, piece: str) -> tuple[int, int]:
+    """How much of `text` is matched after `piece`, and up to which place of it was looked: to the first whole match."""
+    place = 0
+    while place < len(piece) and matched < len(text):
+        if matched == 0:
+            place = piece.find(text[0], place)
+            if place < 0:
+                return 0, len(piece)
+        while matched and text[matched] != piece[place]:
+            matched = _borders(text)[matched - 1]
+        matched += text[matched] == piece[place]
+        place += 1
+    return matched, place
+
+
+@lru_cache(maxsize=256)
+def _borders(text: str) -> tuple[int, ...]:
+    """For each beginning of `text`: the length of the longest shorter beginning that also ends it."""
+    borders, length = [0], 0
+    for place in range(1, len(text)):
+        while length and text[place] != text[length]:
+            length = borders[length - 1]
+        length += text[place] == text[length]
+        borders.append(length)
+    return tuple(borders)
