@@ -4,6 +4,7 @@ A field that is unknown, or that asks for what this service cannot do, is refuse
 """
 
 import difflib
+import heapq
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from twotower.errors import FieldError, InvalidRequest
 from twotower.strict_json import kind_of
 from twotower.validation import Problems, show, show_name
 
-MAX_PROMPTS = 256
+MAX_PROMPTS, MAX_LABEL = 256, 512
 _MAX_NAMED = 8
 _LONGEST_NAME = 60  # of one that is looked up among ours
 
@@ -52,7 +53,7 @@ def parse_call(body: Mapping[str, object], request_id: str) -> CompletionCall:
     """Everything but the parameters' values, which the library checks. Raises InvalidRequest."""
     given = {name: value for name, value in body.items() if value is not None}
     problems = Problems()
-    for name in sorted(given.keys() - set(_KNOWN))[:_MAX_NAMED]:
+    for name in heapq.nsmallest(_MAX_NAMED, given.keys() - set(_KNOWN)):
         problems.say(show_name(name), f"unknown field{_near(name)}")
     for name, neutral in _ONLY_NEUTRAL.items():
         if name in given and not any(
@@ -101,7 +102,7 @@ def _diffusion(value: object, problems: Problems) -> dict[str, object]:
     if not isinstance(value, dict):
         problems.say("diffusion", f"got {kind_of(value)}, wanted an object with {', '.join(_DIFFUSION)}")
         return {}
-    for name in sorted(value.keys() - set(_DIFFUSION))[:_MAX_NAMED]:
+    for name in heapq.nsmallest(_MAX_NAMED, value.keys() - set(_DIFFUSION)):
         near = difflib.get_close_matches(name[:_LONGEST_NAME], _DIFFUSION, n=1)
         hint = f"; did you mean {near[0]}?" if near else f", wanted one of {', '.join(_DIFFUSION)}"
         problems.say(f"diffusion.{show_name(name)}", f"unknown field{hint}")
@@ -124,8 +125,11 @@ def _flag(name: str, value: object, problems: Problems) -> bool:
 def _text(name: str, value: object, problems: Problems) -> str:
     if not isinstance(value, str):
         problems.add(name, value, "a string")
-        return ""
-    return value
+    elif len(value) > MAX_LABEL:
+        problems.say(name, f"got a string of {len(value)} characters, wanted at most {MAX_LABEL}")
+    else:
+        return value
+    return ""
 
 
 def _prompts(value: object, problems: Problems) -> list[str | Sequence[object]]:
@@ -138,11 +142,12 @@ def _prompts(value: object, problems: Problems) -> list[str | Sequence[object]]:
             "prompt", f"missing, wanted {wanted}"
         )
         return []
-    if len({type(one) for one in value} & {str, list}) == 1 and all(isinstance(one, str | list) for one in value):
-        if len(value) > MAX_PROMPTS:
-            problems.say("prompt", f"got {len(value)} prompts, wanted at most {MAX_PROMPTS}")
-        return list(value)
-    return [value]
+    if not value or type(value[0]) not in (str, list):
+        return [value]
+    if len(value) > MAX_PROMPTS:
+        problems.say("prompt", f"got {len(value)} prompts, wanted at most {MAX_PROMPTS}")
+        return []
+    return value if len(set(map(type, value))) == 1 else [value]
 
 
 def _outside_name(field: str, prompt: str) -> str:

@@ -9,17 +9,20 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from cluster.deadline import Deadline
+from cluster.lanes import Lanes
 from cluster.served_model import ServedModel
 from cluster.streams import merged
 from twotower.core import BlockEvent, FinishReason, Request, ScoreEvent, ScoreRequest
-from twotower.decoding.text import AnswerText, check_stop, require_tokenizer
+from twotower.decoding.text import AnswerText
+from twotower.decoding.tokenizer import check_stop, require_tokenizer
 from twotower.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from twotower.validation import make_request, make_score_request, show
+from twotower.validation import check_bytes, make_request, make_score_request, show
 
-_INLINE_CHARACTERS = 4096
+_TOKENIZED_S = 1e-6  # a byte, about
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -81,10 +84,10 @@ class Usage:
     num_steps: int = 0
     num_blocks: int = 0
 
-    def plus(self, tokens: int, event: BlockEvent) -> "Usage":
+    def plus(self, event: BlockEvent) -> "Usage":
         return Usage(
             self.prompt_tokens,
-            self.completion_tokens + tokens,
+            self.completion_tokens + len(event.token_ids),
             self.num_steps + event.num_steps,
             self.num_blocks + event.num_blocks,
         )
@@ -109,8 +112,12 @@ class Answer:
 
     usage: Usage
     token_ids: list[int] = field(default_factory=list)
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
 
     @classmethod
     def to(cls, order: "Order") -> "Answer":
@@ -118,7 +125,7 @@ class Answer:
 
     def add(self, chunk: Chunk) -> None:
         self.token_ids.extend(chunk.token_ids)
-        self.text += chunk.text
+        self.texts.append(chunk.text)
         self.usage, self.finish_reason = chunk.usage, chunk.finish_reason
 
 
@@ -127,6 +134,7 @@ class Generation:
 
     def __init__(self, model: ServedModel, cells: Cells, default_timeout_s: float = 600.0, at_once: int = 16) -> None:
         self.model, self.cells, self.default_timeout_s, self._at_once = model, cells, default_timeout_s, at_once
+        self.lanes = Lanes()
 
     def deadline(self, timeout_s: float | None = None) -> Deadline:
         """For a request that comes in now; `timeout_s`: how long its client waits, where the client says."""
@@ -134,16 +142,16 @@ class Generation:
 
     async def order(self, ask: Ask, deadline: Deadline) -> Order:
         """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked; DeadlineExceeded."""
-        request_id = _checked_id(ask.request_id)
-        prompt = await self._token_ids(ask.prompt)
+        request_id, stop = _checked_id(ask.request_id), check_stop(self.model.tokenizer, ask.stop)
+        prompt = await self._token_ids("prompt", ask.prompt, deadline)
         request = make_request(request_id + ask.suffix, prompt, ask.params, self.model.limits, ask.priority)
-        return Order(request, check_stop(self.model.tokenizer, ask.stop))
+        return Order(request, stop)
 
     async def score_request(self, ask: ScoreAsk, deadline: Deadline) -> ScoreRequest:
         """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked; DeadlineExceeded."""
         request_id = _checked_id(ask.request_id)
-        prompt = await self._token_ids(ask.prompt)
-        continuation = await self._token_ids(ask.continuation, continues=True)
+        prompt = await self._token_ids("prompt", ask.prompt, deadline)
+        continuation = await self._token_ids("continuation", ask.continuation, deadline)
         return make_score_request(request_id, prompt, continuation, self.model.limits, ask.priority)
 
     async def score(self, request: ScoreRequest, deadline: Deadline) -> ScoreEvent:
@@ -183,24 +191,25 @@ class Generation:
         usage = Usage(len(order.request.prompt_token_ids))
         async for event in events:
             token_ids, text = answer.push(event.token_ids, last=event.finish_reason is not None)
-            usage = usage.plus(len(token_ids), event)
+            taken = event.first(len(token_ids))
+            usage = usage.plus(taken)
             reason = FinishReason.STOP if answer.stopped else event.finish_reason
-            yield Chunk(event.start, token_ids, text, event.num_steps, event.num_blocks, usage, reason)
+            yield Chunk(event.start, token_ids, text, taken.num_steps, taken.num_blocks, usage, reason)
             if reason is not None:
                 return
         raise Unavailable("the cell's answer ended before it was finished")
 
-    async def _token_ids(self, given: str | Sequence[object], continues: bool = False) -> Sequence[object]:
-        """Token ids of a prompt, or of text that continues one."""
+    async def _token_ids(self, name: str, given: str | Sequence[object], deadline: Deadline) -> Sequence[object]:
+        """Token ids of the prompt, or of the continuation of one. Text that cannot fit is not tokenized."""
         if not isinstance(given, str):
+            await asyncio.sleep(0)  # many prompts of a call, one after the other, hold the loop up
             return given
-        tokenizer = require_tokenizer(self.model.tokenizer, "continuation" if continues else "prompt")
-        encode = tokenizer.encode_continuation if continues else tokenizer.encode
-        if not given:
+        tokenizer = require_tokenizer(self.model.tokenizer, name)
+        text = check_bytes(name, given, self.model.limits.max_sequence_length, tokenizer.bytes_per_token)
+        if not text:
             return ()
-        if len(given) <= _INLINE_CHARACTERS:
-            return encode(given)
-        return await asyncio.to_thread(encode, given)
+        encode = tokenizer.encode if name == "prompt" else tokenizer.encode_continuation
+        return await self.lanes.run(len(text.encode()) * _TOKENIZED_S, partial(encode, text), deadline)
 
 
 def _checked_id(given: str) -> str:

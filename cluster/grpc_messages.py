@@ -1,4 +1,7 @@
-"""Between `twotower.v1` messages and the service's own words."""
+"""Between `twotower.v1` messages and the service's own words.
+
+Lists are handed on as the message has them: they may be far too long to be copied before they are counted.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,8 +26,8 @@ def ask_of(request: pb.GenerateRequest) -> Ask:
     if request.params.mode:
         params["mode"] = _mode_word(request.params.mode)
     if request.params.stop_token_ids:
-        params["stop_token_ids"] = tuple(request.params.stop_token_ids)
-    return Ask(_prompt(request), params, tuple(request.stop), request.request_id, request.priority)
+        params["stop_token_ids"] = request.params.stop_token_ids
+    return Ask(_prompt(request), params, request.stop, request.request_id, request.priority)
 
 
 def score_ask_of(request: pb.ScoreRequest) -> ScoreAsk:
@@ -100,7 +103,7 @@ def _prompt(request: pb.GenerateRequest) -> str | Sequence[object]:
         case "text":
             return request.text
         case "token_ids":
-            return list(request.token_ids.ids)
+            return request.token_ids.ids
     raise InvalidRequest.of("prompt", "missing, wanted text or token_ids")
 
 
@@ -109,7 +112,7 @@ def _score_part(request: pb.ScoreRequest, name: str) -> str | Sequence[object] |
     if field is None:
         return None
     given = getattr(request, field)
-    return list(given.ids) if isinstance(given, pb.TokenIds) else str(given)
+    return given.ids if isinstance(given, pb.TokenIds) else str(given)
 
 
 def _path(field: str) -> str:

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -22,7 +23,7 @@ from cluster.error_codes import CODES, Failure, describe
 from cluster.generation import Answer, Chunk, Generation, Order
 from cluster.streams import until_disconnect
 from twotower.errors import Cancelled, InvalidRequest
-from twotower.strict_json import parse_json
+from twotower.strict_json import PARSED_S, parse_json
 from twotower.validation import one_line, show
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ class CompletionsFace:
     async def answer(self, request: Request) -> Response:
         deadline = self._generation.deadline(_timeout_of(request.headers))
         async with deadline.over():
-            body = parse_json(await _read(request, self._max_bytes))
+            raw = await _read(request, self._max_bytes)
+        body = await self._generation.lanes.run(len(raw) * PARSED_S, partial(parse_json, raw), deadline)
         call = parse_call(body, request.headers.get("x-request-id") or f"cmpl-{uuid.uuid4().hex}")
         if call.model not in (None, self._generation.model.name):
             return _no_such_model(call.model, self._generation.model.name)

@@ -127,6 +127,7 @@ class ModelConfig:
             _check_type(name, value, known[name].type)
         config = cls(**chosen)
         config._check(given.get("num_hidden_layers"))
+        config._check_tokens({**{name: getattr(config, name) for name in _TOKENS}, **given})
         return config
 
     def _check(self, num_hidden_layers: int | None) -> None:
@@ -144,11 +145,6 @@ class ModelConfig:
                 raise CheckpointError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.vocab_size > _MOST_TOKENS:
             raise CheckpointError(f"vocab_size: got {self.vocab_size}, wanted at most {_MOST_TOKENS}")
-        for name in _TOKENS:
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise CheckpointError(
-                    f"{name}: got {getattr(self, name)}, wanted a token id from 0 to {self.vocab_size - 1}"
-                )
         if self.mamba_hidden_act not in ("silu", "swish"):
             raise CheckpointError(f"mamba_hidden_act: got {self.mamba_hidden_act!r}, wanted 'silu'")
         if "*" in self.hybrid_override_pattern:
@@ -163,6 +159,13 @@ class ModelConfig:
                 )
             if not 0 < self.topk_group <= self.n_group:
                 raise CheckpointError(f"topk_group: got {self.topk_group}, wanted 1 to {self.n_group}")
+
+    def _check_tokens(self, given: Mapping[str, Any]) -> None:
+        """An end of sequence that is no token would never be said."""
+        for name in (*_TOKENS, "mask_token_id"):
+            token = given.get(name, 0)
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise CheckpointError(f"{name}: got {token!r}, wanted a token id from 0 to {self.vocab_size - 1}")
 
     def _check_divides(self, many: str, few: str) -> None:
         whole, part = getattr(self, many), getattr(self, few)

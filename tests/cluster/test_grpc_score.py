@@ -52,11 +52,10 @@ async def test_a_drawn_id_and_the_deadline(stub: Stub, cells: ScriptedCells) -> 
     assert 15 < cells.timeouts[0] < 21 and 59 < cells.timeouts[1] <= 60
 
 
-async def test_long_text_is_tokenized_alike(stub: Stub, cells: ScriptedCells) -> None:
-    """Beside the event loop; too long for this model, of which the message tells the numbers."""
+async def test_text_that_cannot_fit_is_not_tokenized(stub: Stub, cells: ScriptedCells) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Score(ask(continuation_text="a" * 5000))
-    assert "got a prompt of 3 tokens and a continuation of 5000 (5003 together)" in caught.value.details()
+    assert "continuation: got 5000 bytes of text, wanted at most 256: 256 tokens of no" in caught.value.details()
     assert cells.scored == []
 
 
@@ -72,7 +71,12 @@ BAD: list[tuple[str, pb.ScoreRequest, list[str], str]] = [
     ("prompt id", ask(prompt_token_ids=ids(5, 260)), ["prompt_token_ids.ids[1]"], "got 260, wanted a token id from 0"),
     ("id", ask(continuation_token_ids=ids(5, 6, 2**32 - 1)), ["continuation_token_ids.ids[2]"], "got 4294967295"),
     ("too long", ask(continuation_token_ids=ids(*[5] * 254)), ["continuation"], "wanted at most 256 together"),
-    ("too long a prompt", ask(prompt_token_ids=ids(*[5] * 300)), ["continuation"], "(306 together)"),
+    (
+        "too long a prompt",
+        ask(prompt_token_ids=ids(*[5] * 300)),
+        ["prompt"],
+        "got a prompt of 300 tokens, wanted at most 256",
+    ),
     ("priority", ask(priority=-(2**40)), ["priority"], "wanted an integer from -2147483648"),
     ("request_id", ask(request_id="a b"), ["request_id"], "printable ASCII"),
 ]

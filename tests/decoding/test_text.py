@@ -159,7 +159,10 @@ def test_of_the_demo_s_tokenizer(text: str, cuts: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "first"),  # byte fallback, decoding all at once, would take a fox of bytes back for a broken byte behind it
+    (
+        "name",
+        "first",
+    ),  # byte fallback, all at once, takes back a fox of bytes before a broken one
     [*product(TOKENIZERS, ["", "so "]), ("byte_level", "\U0001f98a")],
 )
 def test_text_that_never_settles_is_settled(name: str, first: str) -> None:

@@ -11,8 +11,8 @@ from twotower.exchange.protocol import Delta
 
 @dataclass(slots=True)
 class ContextSequence:
-    """`request` and `stopping` are set for an `ar` sequence, `sheet` for one that is scored, `link` and `number` for one that a
-    denoiser leads. `attach_known`: how many ids a denoiser knew that attaches and has not been answered yet.
+    """`request` and `stopping` are set for an `ar` sequence, `sheet` for one that is scored, `link` and `number` for
+    one that a denoiser leads. `attach_known`: how many ids a denoiser knew that attaches and has not been answered yet.
     """
 
     slot: int
