@@ -9,13 +9,16 @@ import hmac
 import secrets
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 _LENGTH = struct.Struct("!I")
 _MAX_BYTES = 64 << 20
 TOKEN_BYTES = 32
 GREETING_S = 5.0
+
+Message = TypeVar("Message")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,20 @@ def framed(body: bytes) -> bytes:
     if len(body) > _MAX_BYTES:
         raise ValueError(f"got a frame of {len(body)} bytes, wanted at most {_MAX_BYTES}")
     return _LENGTH.pack(len(body)) + body
+
+
+def framed_all(
+    messages: Sequence[Message], encode: Callable[[Sequence[Message]], bytes]
+) -> tuple[bytes, list[Message]]:
+    """Frames of all the messages, in their order and as few as hold them, and the messages that fit in none."""
+    body = encode(messages)
+    if len(body) <= _MAX_BYTES:
+        return framed(body), []
+    if len(messages) == 1:
+        return b"", list(messages)
+    half = len(messages) // 2
+    (first, large), (second, larger) = (framed_all(part, encode) for part in (messages[:half], messages[half:]))
+    return first + second, large + larger
 
 
 def take_frames(received: bytearray) -> Iterator[bytes]:

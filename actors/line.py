@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.frames import GREETING_S, TOKEN_BYTES, LineAddress, at_once, framed, is_token, new_token, take_frames
+from actors.frames import GREETING_S, TOKEN_BYTES, LineAddress, at_once, framed_all, is_token, new_token, take_frames
 from twotower.core import (
     AnyRequest,
     BlockEvent,
@@ -158,7 +158,9 @@ class TowerLine:
 
     def _send(self, news: Sequence[Event | Ended]) -> None:
         """From the engine's thread and the line's. A cell that does not read for `timeout_s` is a dead cell."""
-        frame = framed(NEWS.encode(news))
+        frame, too_large = framed_all(news, NEWS.encode)
+        if too_large:
+            frame, _ = framed_all([_failed(one) if one in too_large else one for one in news], NEWS.encode)
         with self._sending:
             sock = self._socket
             if sock is None:
@@ -170,6 +172,13 @@ class TowerLine:
                 self._socket = None
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
+
+
+def _failed(news: Event | Ended) -> Event | Ended:
+    """Instead of an answer that no frame can hold."""
+    if isinstance(news, Ended):
+        return Ended("its reason is too long to be told")
+    return FailureEvent(news.request_id, TwoTowerError("its answer is too large for one message"))
 
 
 def _exactly(sock: socket.socket, count: int) -> bytes:

@@ -15,13 +15,13 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.frames import connect, framed, read_frame
+from actors.frames import connect, framed_all, read_frame
 from actors.line import NEWS, ORDERS, Cancel, Ended, Order, order_of
 from actors.settings import CellSettings, bundles
 from actors.towers import TowerProcess
-from twotower.core import AnyRequest, Event, RequestId
+from twotower.core import AnyRequest, Event, FailureEvent, ReleasedEvent, RequestId
 from twotower.engine.handle import EngineStats
-from twotower.errors import TwoTowerError, Unavailable
+from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
 
 
 class RemoteEngine:
@@ -35,6 +35,7 @@ class RemoteEngine:
         self._pid: int | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._refused: list[Event] = []
 
     async def open_line(self) -> None:
         """Connect to the process: `add`, `cancel` and `events` work from now on. Raises Unavailable."""
@@ -61,9 +62,15 @@ class RemoteEngine:
         assert self._writer is not None, "the line is not open"
         if self._writer.is_closing():
             raise Unavailable(f"the {self.name} process is gone")
-        self._writer.write(framed(ORDERS.encode(orders)))
+        frames, too_large = framed_all(orders, ORDERS.encode)
+        self._writer.write(frames)
+        for order in too_large:
+            assert not isinstance(order, Cancel)
+            error = InvalidRequest.of("request", f"too large for one message to the {self.name} process")
+            self._refused += [FailureEvent(order.request.id, error), ReleasedEvent(order.request.id)]
 
     async def events(self) -> list[Event]:
+        """What has come; a sign of life, which comes every second, is an empty list of them."""
         assert self._reader is not None, "the line is not open"
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -75,7 +82,8 @@ class RemoteEngine:
         match news:
             case [Ended(reason=reason)]:
                 raise Unavailable(reason)
-        return [event for event in news if not isinstance(event, Ended)]
+        refused, self._refused = self._refused, []
+        return refused + [event for event in news if not isinstance(event, Ended)]
 
     async def stats(self) -> list[EngineStats]:
         stats: list[EngineStats] = await self.call("stats")
