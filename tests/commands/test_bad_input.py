@@ -42,7 +42,7 @@ from twotower.errors import NumericalError, Unavailable
         (["--checkpoint", IDS_ONLY, "--prompt-token-ids", "5,,6"], ["prompt_token_ids[1]", "''"]),
         ([*GOOD, "--mode", "fast"], ["mode", "'fast'", "diffusion, mock_ar, ar"]),
         ([*GOOD, "--mode", "7"], ["mode", "7", "diffusion, mock_ar, ar"]),
-        ([*GOOD, "--max-new-tokens", "0"], ["max_new_tokens", "0", "at least 1"]),
+        ([*GOOD, "--max-new-tokens", "0"], ["max_new_tokens", "0", "from 1"]),
         ([*GOOD, "--max-new-tokens", "many"], ["max_new_tokens", "'many'", "an integer"]),
         ([*GOOD, "--max-new-tokens", "5.5"], ["max_new_tokens", "5.5", "an integer"]),
         ([*GOOD, "--max-new-tokens", "9" * 5000], ["max_new_tokens", "an integer"]),
