@@ -10,14 +10,13 @@ from typing import Any
 from cluster.flag_types import host_and_port, seconds
 from twotower.commands.parser import ids, number
 from twotower.core import Mode
-from twotower.errors import InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
-from twotower.validation import check_priority, check_text, check_token_ids, check_values, show
+from twotower.validation import check_priority, check_text, check_token_ids, check_values
 
 _INTEGERS = ("max_new_tokens", "block_size", "steps_per_block", "top_k", "seed")
 _NUMBERS = ("confidence_threshold", "temperature", "top_p")
 _PARAMS = ("mode", *_INTEGERS, *_NUMBERS, "stop_token_ids", "ignore_eos")
-_LARGEST_ID, _LARGEST_INTEGER = 2**32 - 1, 2**63 - 1  # of the message's uint32 and int64
+_LARGEST_ID = 2**32 - 1  # of the message's uint32
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,10 +61,6 @@ def _params(given: dict[str, object]) -> pb.DecodingParams:
     values: dict[str, Any] = check_values(given)
     mode = values.pop("mode", None)
     values["stop_token_ids"] = _ids("stop_token_ids", values.get("stop_token_ids", ()))
-    for name in _INTEGERS:
-        value = values.get(name, 0)
-        if isinstance(value, int) and value > _LARGEST_INTEGER:
-            raise InvalidRequest.of(name, f"got {show(value)}, wanted an integer up to {_LARGEST_INTEGER}")
     return pb.DecodingParams(mode=pb.MODE_UNSPECIFIED if mode is None else f"MODE_{mode.upper()}", **values)
 
 

@@ -47,7 +47,7 @@ def test_every_parameter_is_a_flag() -> None:
         (["--stop-token-ids", "7,4294967296"], "stop_token_ids[1]: got 4294967296"),
         (["--max-new-tokens", "abc"], "max_new_tokens: got 'abc', wanted an integer from 1"),
         (["--max-new-tokens", "1_0"], "max_new_tokens: got '1_0'"),
-        (["--max-new-tokens", str(2**63)], f"max_new_tokens: got {2**63}, wanted an integer up to {2**63 - 1}"),
+        (["--max-new-tokens", str(2**63)], f"max_new_tokens: got {2**63}, wanted an integer from 1 to {2**31 - 1}"),
         (["--top-k", "9" * 5000], "top_k: got inf, wanted an integer from 0"),
         (["--seed", "-1"], f"seed: got -1, wanted an integer from 0 to {2**63 - 1}"),
         (["--seed", str(2**63)], f"seed: got {2**63}, wanted an integer from 0"),
