@@ -15,7 +15,8 @@ from actors.settings import STRATEGY, CellSettings, bundles
 from cluster.cell import Cell
 from cluster.config import ServiceConfig
 from cluster.placing import Nodes, choose
-from cluster.router import Router
+from cluster.request_body import MAX_BODIES
+from cluster.router import Router, admission
 from cluster.served_paths import checkpoint_directory
 from twotower.engine.settings import EngineSettings
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 APP_NAME = "twotower"
 # Beyond what the ledger takes, so that it is the ledger that refuses, and health checks get through.
 _HEADROOM = 16
+# Beyond what a router has under way and lets arrive, so that it is the router that refuses, and answers probes at once.
+_PROBES = 1024
 _ROUTER_CPUS = 0.1
 _LOAD_AVERAGED_S = 10.5  # Serve wants more than 10
 _CONSTRUCTOR_TRIES = 1
@@ -94,7 +97,7 @@ def cell_deployment(config: ServiceConfig) -> serve.Deployment:
             "look_back_period_s": _LOAD_AVERAGED_S,
         },
         max_ongoing_requests=_ongoing_requests(config),
-        max_queued_requests=cluster.max_queued_requests,
+        max_queued_requests=max(1, cluster.max_queued_requests),  # Serve knows no 0; the ledger does
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         graceful_shutdown_timeout_s=cluster.drain_timeout_s,
         health_check_period_s=1.0,
@@ -112,7 +115,7 @@ def router_deployment(config: ServiceConfig) -> serve.Deployment:
     return _deployment(replica).options(
         name="Router",
         num_replicas=config.cluster.num_routers,
-        max_ongoing_requests=config.cluster.max_cells * _ongoing_requests(config) + _HEADROOM,
+        max_ongoing_requests=admission(config).capacity + MAX_BODIES + _PROBES,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         graceful_shutdown_timeout_s=config.cluster.drain_timeout_s,
         ray_actor_options={"num_cpus": _ROUTER_CPUS},

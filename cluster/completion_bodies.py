@@ -41,15 +41,16 @@ def usage_body(usages: Sequence[Usage]) -> dict[str, int]:
     }
 
 
-def error_body(failure: Failure, code: str | None = None) -> dict[str, object]:
+def error_body(failure: Failure) -> dict[str, object]:
     """OpenAI's error shape; `param` is the first field at fault."""
     param = failure.problems[0].field if failure.problems else None
-    return {"error": {"message": failure.message, "type": failure.code.type, "param": param, "code": code}}
+    return {"error": {"message": failure.message, "type": failure.code.type, "param": param, "code": failure.code.code}}
 
 
 def _envelope(call: CompletionCall, model: str, created: int, choices: Sequence[object]) -> dict[str, object]:
     return {
-        "id": call.request_id,
+        "id": call.id,
+        "request_id": call.label or call.id,
         "object": "text_completion",
         "created": created,
         "model": model,

@@ -6,10 +6,12 @@ A field that is unknown, or that asks for what this service cannot do, is refuse
 import difflib
 import heapq
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.generation import Ask
+from cluster.neutral_values import NEUTRAL
 from twotower.errors import FieldError, InvalidRequest
 from twotower.strict_json import kind_of
 from twotower.validation import Problems, show, show_name
@@ -24,60 +26,61 @@ _PARAMS = {
     **{name: name for name in ("temperature", "top_k", "top_p", "seed", "stop_token_ids", "ignore_eos")},
 }
 _OURS = ("model", "prompt", "diffusion", "stop", "stream", "stream_options", "request_id", "user", "priority")
-_ONLY_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (),
-    "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-}
-_KNOWN = (*_OURS, *_PARAMS, *_ONLY_NEUTRAL)
+_KNOWN = (*_OURS, *_PARAMS, *(name for name in NEUTRAL if "." not in name))
+_STREAM_FLAGS = ("include_usage", "continuous_usage_stats")
 _OUTSIDE_NAMES = {"max_new_tokens": "max_tokens", **{name: f"diffusion.{name}" for name in _DIFFUSION}}
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionCall:
-    """A completion request: one Ask per prompt."""
+    """A completion request: one Ask per prompt.
 
+    `id` is ours and unlike any other; `label` is the client's own name for the call, which may be any other call's too.
+    `include_usage`: an event of its own at the end of a stream; `continuous_usage`: on every event.
+    """
+
+    id: str
+    label: str
     model: str | None
     asks: tuple[Ask, ...]
     stream: bool
     include_usage: bool
-    request_id: str
+    continuous_usage: bool
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        return f"{self.id} ({self.label})" if self.label else self.id
 
 
-def parse_call(body: Mapping[str, object], request_id: str) -> CompletionCall:
+def parse_call(body: Mapping[str, object], label: str = "") -> CompletionCall:
     """Everything but the parameters' values, which the library checks. Raises InvalidRequest."""
     given = {name: value for name, value in body.items() if value is not None}
     problems = Problems()
     for name in heapq.nsmallest(_MAX_NAMED, given.keys() - set(_KNOWN)):
         problems.say(show_name(name), f"unknown field{_near(name)}")
-    for name, neutral in _ONLY_NEUTRAL.items():
-        if name in given and not any(
-            given[name] == value and not _is_mistyped(given[name], value) for value in neutral
-        ):
-            problems.say(name, f"got {show(given[name])}, but {name} is not supported here")
+    _check_neutral(given, "", problems)
     params = {inside: given[outside] for outside, inside in _PARAMS.items() if outside in given}
+    if params.get("top_k") == -1:  # as vLLM, SGLang and Hugging Face say that it is off
+        params["top_k"] = 0
     params |= _diffusion(given.get("diffusion", {}), problems)
-    options = _flags("stream_options", given.get("stream_options", {}), problems)
+    options = _stream_options(given.get("stream_options", {}), problems)
     stream = _flag("stream", given.get("stream", False), problems)
-    if options and not stream:
+    if any(options.values()) and not stream:
         problems.say("stream_options", "only with stream: true")
-    request_id = _text("request_id", given.get("request_id", ""), problems) or request_id  # empty: as over gRPC
+    label = _text("request_id", given.get("request_id", ""), problems) or label  # empty: as over gRPC
     model = _text("model", given.get("model", ""), problems)
     _text("user", given.get("user", ""), problems)
     prompts = _prompts(given.get("prompt"), problems)
     problems.raise_any()
-    suffixes = [""] if len(prompts) == 1 else [f"-{place}" for place in range(len(prompts))]
+    call_id = f"cmpl-{uuid.uuid4().hex}"
+    ids = [call_id] if len(prompts) == 1 else [f"{call_id}-{place}" for place in range(len(prompts))]
     stop, priority = given.get("stop", ()), given.get("priority", 0)
     asks = tuple(
-        Ask(prompt, params, stop, request_id, priority, suffix)
-        for prompt, suffix in zip(prompts, suffixes, strict=True)
+        Ask(prompt, params, stop, label, priority, own_id) for prompt, own_id in zip(prompts, ids, strict=True)
     )
-    return CompletionCall(model or None, asks, stream, options.get("include_usage", False), request_id)
+    usage, continuous = (options.get(flag, False) for flag in _STREAM_FLAGS)
+    return CompletionCall(call_id, label, model or None, asks, stream, usage, continuous)
 
 
 def outside_problems(error: InvalidRequest, place: int | None = None) -> InvalidRequest:
@@ -93,9 +96,12 @@ def _near(name: str) -> str:
     return f"; did you mean {f'diffusion.{near[0]}' if near[0] in _DIFFUSION else near[0]}?"
 
 
-def _is_mistyped(got: object, wanted: object) -> bool:
-    """Python finds True == 1; JSON does not."""
-    return isinstance(got, bool) is not isinstance(wanted, bool)
+def _check_neutral(given: Mapping[str, object], inside: str, problems: Problems) -> None:
+    """Fields that are taken only where they ask for nothing; `inside`: of which field these are."""
+    for name, value in given.items():
+        neutral = NEUTRAL.get(inside + name)
+        if neutral is not None and not neutral.takes(value):
+            problems.say(inside + name, f"got {show(value)}, wanted {neutral.wanted}: not supported here")
 
 
 def _diffusion(value: object, problems: Problems) -> dict[str, object]:
@@ -109,11 +115,20 @@ def _diffusion(value: object, problems: Problems) -> dict[str, object]:
     return {name: value[name] for name in _DIFFUSION if value.get(name) is not None}
 
 
-def _flags(name: str, value: object, problems: Problems) -> dict[str, bool]:
-    if not isinstance(value, dict) or value.keys() - {"include_usage"}:
-        problems.add(name, value, "an object with include_usage")
+def _stream_options(value: object, problems: Problems) -> dict[str, bool]:
+    name = "stream_options"
+    if not isinstance(value, dict):
+        problems.add(name, value, f"an object with {' and '.join(_STREAM_FLAGS)}")
         return {}
-    return {key: _flag(f"{name}.{key}", flag, problems) for key, flag in value.items() if flag is not None}
+    given = {key: flag for key, flag in value.items() if flag is not None}
+    for key in sorted(given.keys() - set(_STREAM_FLAGS) - _neutral_inside(name))[:_MAX_NAMED]:
+        problems.say(f"{name}.{show_name(key)}", f"unknown field, wanted one of {', '.join(_STREAM_FLAGS)}")
+    _check_neutral(given, f"{name}.", problems)
+    return {key: _flag(f"{name}.{key}", given[key], problems) for key in _STREAM_FLAGS if key in given}
+
+
+def _neutral_inside(name: str) -> set[str]:
+    return {inner.removeprefix(f"{name}.") for inner in NEUTRAL if inner.startswith(f"{name}.")}
 
 
 def _flag(name: str, value: object, problems: Problems) -> bool:

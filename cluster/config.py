@@ -19,6 +19,7 @@ from twotower.validation import ModelLimits, make_request, one_line, parse_param
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 _MAY_BE_SPLIT = ("auto", "split")
 
@@ -127,13 +128,17 @@ class ClusterSection(Section):
 
 
 class IngressSection(Section):
-    """Where the service listens, how big a request may be, and how long one without its own deadline may take."""
+    """Where the service listens, how big a request may be and how long its body may take to arrive, how long one
+    without its own deadline may take, and whose web pages (origins, or `*` for all) may read answers in a browser.
+    """
 
     host: str = Field(default="127.0.0.1", min_length=1)
     http_port: Port = 8000
     grpc_port: Port = 50051
     max_request_bytes: Count = 4 * 2**20
     request_timeout_s: Seconds = 600.0
+    body_timeout_s: Seconds = 30.0
+    cors_origins: list[Origin] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _two_ports(self) -> "IngressSection":
@@ -172,7 +177,8 @@ def _wrong_defaults(config: ServiceConfig) -> Iterator[str]:
     try:
         params = parse_params(values, limits)
         # The shortest of all prompts, in the mode that it would get.
-        make_request("decode", [0], {}, replace(limits, defaults=replace(params, mode=Mode(mode))))
+        given = {"max_new_tokens": config.decode.max_new_tokens}
+        make_request("decode", [0], given, replace(limits, defaults=replace(params, mode=Mode(mode))))
     except InvalidRequest as error:
         yield from (f"decode.{problem}" for problem in error.problems)
 

@@ -74,6 +74,11 @@ class EventServer:
         """What still comes for this call is dropped."""
         self._inboxes.pop(reply_to.key, None)
 
+    def tell_all(self, event: FailureEvent) -> None:
+        """Every call that is open hears of it."""
+        for inbox in self._inboxes.values():
+            inbox.put(event)
+
     def stop(self) -> None:
         """Hang up on every cell."""
         if self._server is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+from cluster.admission import Admission
 from cluster.deadline import Deadline
 from cluster.lanes import Lanes
 from cluster.served_model import ServedModel
@@ -23,7 +24,7 @@ from twotower.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from twotower.validation import check_bytes, make_request, make_score_request, show
 
 _TOKENIZED_S = 1e-6  # a byte, about
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_LABEL = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Cells(Protocol):
@@ -46,33 +47,42 @@ class Cells(Protocol):
 class Ask:
     """What a client sent, unchecked. `params` holds only what was given, under the names of DecodingParams.
 
-    `suffix` is ours: it tells the prompts of one call apart and does not count towards the id's length.
+    `label` is the client's name for it, echoed and logged; several requests may bear the same. `id` is ours.
     """
 
     prompt: str | Sequence[object]
     params: Mapping[str, object] = field(default_factory=dict)
     stop: object = ()
-    request_id: str = ""
+    label: str = ""
     priority: object = 0
-    suffix: str = ""
+    id: str = field(default_factory=lambda: drawn_id())
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreAsk:
-    """What a client wants scored, unchecked: the continuation, after the prompt. Each is text or token ids."""
+    """What a client wants scored, unchecked: the continuation, after the prompt. Each is text or token ids.
+
+    `label` as an Ask's.
+    """
 
     prompt: str | Sequence[object]
     continuation: str | Sequence[object]
-    request_id: str = ""
+    label: str = ""
     priority: object = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A checked request and the strings that end its text."""
+    """A checked request, the strings that end its text, and what its client calls it."""
 
     request: Request
     stop: tuple[str, ...]
+    label: str = ""
+
+    @property
+    def shown_id(self) -> str:
+        """What an answer is called: the client's name for it, else our id."""
+        return self.label or self.request.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +140,26 @@ class Answer:
 
 
 class Generation:
-    """Checks requests and has cells decode or score them. `at_once`: orders of one call that they hold at a time."""
+    """Checks requests and has cells decode or score them. `at_once`: orders of one call that they hold at a time.
 
-    def __init__(self, model: ServedModel, cells: Cells, default_timeout_s: float = 600.0, at_once: int = 16) -> None:
+    Faces take a place of the `admission` for as long as they are busy with a call.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        cells: Cells,
+        default_timeout_s: float = 600.0,
+        at_once: int = 16,
+        admission: Admission | None = None,
+    ) -> None:
         self.model, self.cells, self.default_timeout_s, self._at_once = model, cells, default_timeout_s, at_once
         self.lanes = Lanes()
+        self.admission = admission or Admission(capacity=1024, slots=at_once)
+
+    def places_of(self, orders: int) -> int:
+        """How many places a call of so many orders takes: those that the cells hold of it at a time."""
+        return min(orders, self._at_once)
 
     def deadline(self, timeout_s: float | None = None) -> Deadline:
         """For a request that comes in now; `timeout_s`: how long its client waits, where the client says."""
@@ -142,17 +167,18 @@ class Generation:
 
     async def order(self, ask: Ask, deadline: Deadline) -> Order:
         """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked; DeadlineExceeded."""
-        request_id, stop = _checked_id(ask.request_id), check_stop(self.model.tokenizer, ask.stop)
+        _check_label(ask.label)
+        stop = check_stop(self.model.tokenizer, ask.stop)
         prompt = await self._token_ids("prompt", ask.prompt, deadline)
-        request = make_request(request_id + ask.suffix, prompt, ask.params, self.model.limits, ask.priority)
-        return Order(request, stop)
+        request = make_request(ask.id, prompt, ask.params, self.model.limits, ask.priority)
+        return Order(request, stop, ask.label)
 
     async def score_request(self, ask: ScoreAsk, deadline: Deadline) -> ScoreRequest:
         """Raises InvalidRequest for everything wrong with `ask`, before any cell is asked; DeadlineExceeded."""
-        request_id = _checked_id(ask.request_id)
+        _check_label(ask.label)
         prompt = await self._token_ids("prompt", ask.prompt, deadline)
         continuation = await self._token_ids("continuation", ask.continuation, deadline)
-        return make_score_request(request_id, prompt, continuation, self.model.limits, ask.priority)
+        return make_score_request(drawn_id(), prompt, continuation, self.model.limits, ask.priority)
 
     async def score(self, request: ScoreRequest, deadline: Deadline) -> ScoreEvent:
         """Raises what the cell raises; cancelling it frees the sequence."""
@@ -212,10 +238,13 @@ class Generation:
         return await self.lanes.run(len(text.encode()) * _TOKENIZED_S, partial(encode, text), deadline)
 
 
-def _checked_id(given: str) -> str:
-    request_id = given or f"req-{uuid.uuid4().hex}"
-    if not _REQUEST_ID.fullmatch(request_id):
+def drawn_id() -> str:
+    """An id that no other request has, of this router or of another."""
+    return f"req-{uuid.uuid4().hex}"
+
+
+def _check_label(label: str) -> None:
+    if label and not _LABEL.fullmatch(label):
         raise InvalidRequest.of(
-            "request_id", f"got {show(request_id)}, wanted 1 to 128 printable ASCII characters without spaces"
+            "request_id", f"got {show(label)}, wanted 1 to 128 printable ASCII characters without spaces"
         )
-    return request_id

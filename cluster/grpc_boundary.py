@@ -66,8 +66,8 @@ def status_of(failure: Failure) -> status_pb2.Status:
             error_details_pb2.BadRequest.FieldViolation(field=p.field, description=p.message) for p in failure.problems
         ]
         _attach(status, error_details_pb2.BadRequest(field_violations=violations))
-    if failure.code.retry_after_s is not None:
-        delay = Duration(seconds=failure.code.retry_after_s)
+    if failure.retry_after_s is not None:
+        delay = Duration(seconds=failure.retry_after_s)
         _attach(status, error_details_pb2.RetryInfo(retry_delay=delay))
     return status
 

@@ -20,24 +20,24 @@ _SCALARS = (
 _PARAMS = {*_SCALARS, "mode", "stop_token_ids"}
 
 
-def ask_of(request: pb.GenerateRequest) -> Ask:
+def ask_of(request: pb.GenerateRequest, label: str) -> Ask:
     """What the client asked for; only the fields it gave."""
     params = {name: getattr(request.params, name) for name in _SCALARS if request.params.HasField(name)}
     if request.params.mode:
         params["mode"] = _mode_word(request.params.mode)
     if request.params.stop_token_ids:
         params["stop_token_ids"] = request.params.stop_token_ids
-    return Ask(_prompt(request), params, request.stop, request.request_id, request.priority)
+    return Ask(_prompt(request), params, request.stop, label, request.priority)
 
 
-def score_ask_of(request: pb.ScoreRequest) -> ScoreAsk:
+def score_ask_of(request: pb.ScoreRequest, label: str) -> ScoreAsk:
     """What the client wants scored. Raises InvalidRequest where it leaves out a part."""
     parts = {name: _score_part(request, name) for name in ("prompt", "continuation")}
     missing = [name for name, part in parts.items() if part is None]
     if missing:
         raise InvalidRequest([FieldError(n, f"missing, wanted {n}_text or {n}_token_ids") for n in missing])
     prompt, continuation = (part for part in parts.values() if part is not None)
-    return ScoreAsk(prompt, continuation, request.request_id, request.priority)
+    return ScoreAsk(prompt, continuation, label, request.priority)
 
 
 def outside_problems(error: InvalidRequest, kind: type[Message]) -> InvalidRequest:
@@ -49,7 +49,7 @@ def outside_problems(error: InvalidRequest, kind: type[Message]) -> InvalidReque
 def answer_message(order: Order, answer: Answer) -> pb.GenerateResponse:
     assert answer.finish_reason is not None
     return pb.GenerateResponse(
-        request_id=order.request.id,
+        request_id=order.shown_id,
         token_ids=answer.token_ids,
         text=answer.text,
         finished=_finished(order, answer.usage, answer.finish_reason),
@@ -58,7 +58,7 @@ def answer_message(order: Order, answer: Answer) -> pb.GenerateResponse:
 
 def chunk_messages(order: Order, chunk: Chunk) -> Iterator[pb.GenerateStreamResponse]:
     """The chunk as a `block` event where it holds anything, and `finished` after the last."""
-    request_id = order.request.id
+    request_id = order.shown_id
     if chunk.token_ids or chunk.text:
         block = pb.CommittedBlock(
             start=chunk.start,
@@ -73,9 +73,9 @@ def chunk_messages(order: Order, chunk: Chunk) -> Iterator[pb.GenerateStreamResp
         yield pb.GenerateStreamResponse(request_id=request_id, finished=finished)
 
 
-def score_message(request: ScoreRequest, event: ScoreEvent) -> pb.ScoreResponse:
+def score_message(request: ScoreRequest, event: ScoreEvent, label: str) -> pb.ScoreResponse:
     return pb.ScoreResponse(
-        request_id=request.id,
+        request_id=label or request.id,
         token_ids=request.token_ids[request.start :],
         log_probs=event.log_probs,
         is_greedy=event.is_greedy,

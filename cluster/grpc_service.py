@@ -22,6 +22,7 @@ from twotower.errors import ConfigError
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
+REQUEST_ID = "x-request-id"
 Context = Any  # grpc.aio.ServicerContext, generic only in its stubs
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
 
@@ -34,21 +35,24 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         deadline = self._generation.deadline(_timeout_of(context))
-        order = await self._generation.order(ask_of(request), deadline)
-        return answer_message(order, await self._generation.whole(order, deadline))
+        with self._generation.admission.place():
+            order = await self._generation.order(ask_of(request, _label_of(request, context)), deadline)
+            return answer_message(order, await self._generation.whole(order, deadline))
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
         deadline = self._generation.deadline(_timeout_of(context))
-        order = await self._generation.order(ask_of(request), deadline)
-        async with aclosing(self._generation.stream(order, deadline)) as chunks:
-            async for chunk in chunks:
-                for message in chunk_messages(order, chunk):
-                    await context.write(message)
+        with self._generation.admission.place():
+            order = await self._generation.order(ask_of(request, _label_of(request, context)), deadline)
+            async with aclosing(self._generation.stream(order, deadline)) as chunks:
+                async for chunk in chunks:
+                    for message in chunk_messages(order, chunk):
+                        await context.write(message)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
-        deadline = self._generation.deadline(_timeout_of(context))
-        order = await self._generation.score_request(score_ask_of(request), deadline)
-        return score_message(order, await self._generation.score(order, deadline))
+        deadline, label = self._generation.deadline(_timeout_of(context)), _label_of(request, context)
+        with self._generation.admission.place():
+            order = await self._generation.score_request(score_ask_of(request, label), deadline)
+            return score_message(order, await self._generation.score(order, deadline), label)
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         return model_info_message(self._generation.model)
@@ -57,11 +61,19 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 class GrpcServer:
     """A grpc.aio server of this process. Several processes of one node share the port."""
 
-    def __init__(self, generation: Generation, host: str, port: int, max_bytes: int = 4 * 2**20) -> None:
+    def __init__(
+        self, generation: Generation, host: str, port: int, max_bytes: int = 4 * 2**20, ping_interval_s: float = 5.0
+    ) -> None:
+        """`ping_interval_s`: clients may ask as often as this whether the connection lives."""
         messages = {f"/{SERVICE.full_name}/{method.name}": _message(method) for method in SERVICE.methods}
         self._server = grpc.aio.server(
             interceptors=[Boundary(messages)],
-            options=[("grpc.so_reuseport", 1), ("grpc.max_receive_message_length", max_bytes)],
+            options=[
+                ("grpc.so_reuseport", 1),
+                ("grpc.max_receive_message_length", max_bytes),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", round(1000 * ping_interval_s)),
+                ("grpc.keepalive_permit_without_calls", 1),  # without it: every two hours while no call runs
+            ],
         )
         pb_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generation), self._server)
         self._health = health.aio.HealthServicer()
@@ -98,6 +110,12 @@ def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
 def _message(method: Any) -> type[Message]:
     kind: type[Message] = getattr(pb, method.input_type.name)
     return kind
+
+
+def _label_of(request: Any, context: Context) -> str:
+    """What the client calls this request: its field, else the metadata of a gateway; empty where neither says."""
+    metadata = dict(context.invocation_metadata() or ())
+    return str(request.request_id or metadata.get(REQUEST_ID, ""))
 
 
 def _timeout_of(context: Context) -> float | None:

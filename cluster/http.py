@@ -4,42 +4,53 @@ import json
 import logging
 import math
 import time
-import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import ExitStack, aclosing
 from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.completion_bodies import chunk_body, error_body, usage_event, whole_body
+from cluster.completion_bodies import chunk_body, error_body, usage_body, usage_event, whole_body
 from cluster.completions import CompletionCall, outside_problems, parse_call
 from cluster.deadline import Deadline
-from cluster.error_codes import CODES, Failure, describe
+from cluster.error_codes import CODES, Failure, NoSuchModel, SlowBody, describe
 from cluster.generation import Answer, Chunk, Generation, Order
+from cluster.request_body import BodyReader
 from cluster.streams import until_disconnect
-from twotower.errors import Cancelled, InvalidRequest
+from twotower.errors import InvalidRequest
 from twotower.strict_json import PARSED_S, parse_json
 from twotower.validation import one_line, show
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT_HEADER = "x-request-timeout"
-_MEGABYTE = 2**20
+REQUEST_ID = "x-request-id"
+_CALL = "twotower.call"  # where in a scope the log finds what the call is named
+_READ = ("GET", "HEAD")
 
 Item = TypeVar("Item")
 
 
-def make_app(generation: Generation, is_ready: Callable[[], bool], max_bytes: int = 4 * _MEGABYTE) -> FastAPI:
-    """The ASGI application of one router."""
+def make_app(
+    generation: Generation,
+    is_ready: Callable[[], bool],
+    max_bytes: int = 4 * 2**20,
+    body_timeout_s: float = 30.0,
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
+    """The ASGI application of one router. `cors_origins`: whose pages may read its answers; `*` is everybody's."""
     app = FastAPI(title="TwoTower Serve", docs_url=None, redoc_url=None, openapi_url=None)
-    face = CompletionsFace(generation, max_bytes)
+    face = CompletionsFace(generation, BodyReader(max_bytes, body_timeout_s))
     model = generation.model
-    created = int(time.time())
+    card: dict[str, object] = {"id": model.name, "object": "model", "created": int(time.time()), "owned_by": "twotower"}
+    card["max_model_len"] = model.limits.max_sequence_length
+    card["modes"] = [str(mode) for mode in model.limits.modes]
+    card["checkpoint_fingerprint"] = model.fingerprint
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -49,56 +60,71 @@ def make_app(generation: Generation, is_ready: Callable[[], bool], max_bytes: in
     async def chat_completions() -> Response:
         raise InvalidRequest.of("messages", "this checkpoint has no chat template; use /v1/completions")
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=_READ)
     async def models() -> dict[str, object]:
-        card = {"id": model.name, "object": "model", "created": created, "owned_by": "twotower"}
-        card["max_model_len"] = model.limits.max_sequence_length
-        card["modes"] = [str(mode) for mode in model.limits.modes]
-        card["checkpoint_fingerprint"] = model.fingerprint
         return {"object": "list", "data": [card]}
 
-    @app.get("/health")
+    @app.api_route("/v1/models/{name:path}", methods=_READ)
+    async def one_model(name: str) -> dict[str, object]:
+        _check_model(name, model.name)
+        return card
+
+    @app.api_route("/health", methods=_READ)
     async def health() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=_READ)
     async def ready() -> Response:
         if is_ready():
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "not ready"}, 503, headers={"Retry-After": "1"})
 
-    @app.get("/version")
+    @app.api_route("/version", methods=_READ)
     async def version() -> dict[str, str]:
         return {"version": model.version}
 
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(ErrorBoundary)
+    if cors_origins:
+        shown = (REQUEST_ID, "Retry-After")
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=shown,
+        )
     return app
 
 
 class CompletionsFace:
     """`/v1/completions`: whole answers and streams of server-sent events."""
 
-    def __init__(self, generation: Generation, max_bytes: int) -> None:
-        self._generation, self._max_bytes = generation, max_bytes
+    def __init__(self, generation: Generation, bodies: BodyReader) -> None:
+        self._generation, self._bodies = generation, bodies
 
     async def answer(self, request: Request) -> Response:
-        deadline = self._generation.deadline(_timeout_of(request.headers))
+        generation = self._generation
+        deadline = generation.deadline(_timeout_of(request.headers))
+        generation.admission.check_open()
         async with deadline.over():
-            raw = await _read(request, self._max_bytes)
-        body = await self._generation.lanes.run(len(raw) * PARSED_S, partial(parse_json, raw), deadline)
-        call = parse_call(body, request.headers.get("x-request-id") or f"cmpl-{uuid.uuid4().hex}")
-        if call.model not in (None, self._generation.model.name):
-            return _no_such_model(call.model, self._generation.model.name)
-        orders = await self._orders(call, deadline)
-        chunks = self._generation.many(orders, deadline)
-        headers = {"x-request-id": call.request_id}
-        if call.stream:
-            first = await until_disconnect(request.receive, _next(chunks))
-            return EventStream(self._events(call, orders, first, chunks), chunks, headers)
-        answers = await until_disconnect(request.receive, _collect(orders, chunks))
-        name, created = self._generation.model.name, int(time.time())
-        return JSONResponse(whole_body(call, name, created, orders, answers), headers=headers)
+            raw = await self._bodies.read(request)
+        body = await generation.lanes.run(len(raw) * PARSED_S, partial(parse_json, raw), deadline)
+        outer_id = request.headers.get(REQUEST_ID, "")
+        call = parse_call(body, outer_id)
+        request.scope[_CALL] = call.name
+        _check_model(call.model, generation.model.name)
+        # Serve's proxy sets this header itself, to what the request brought or to what it drew for it.
+        headers = {} if outer_id else {REQUEST_ID: call.label or call.id}
+        with ExitStack() as place:
+            place.enter_context(generation.admission.place(generation.places_of(len(call.asks))))
+            orders = await self._orders(call, deadline)
+            chunks = generation.many(orders, deadline)
+            if call.stream:
+                first = await until_disconnect(request.receive, _next(chunks))
+                return EventStream(self._events(call, orders, first, chunks), chunks, headers, place.pop_all())
+            answers = await until_disconnect(request.receive, _collect(orders, chunks))
+        return JSONResponse(whole_body(call, generation.model.name, int(time.time()), orders, answers), headers=headers)
 
     async def _orders(self, call: CompletionCall, deadline: Deadline) -> list[Order]:
         orders = []
@@ -122,27 +148,33 @@ class CompletionsFace:
         try:
             async for index, chunk in _with_first(first, chunks):
                 usages[index] = chunk.usage
-                yield _event(chunk_body(call, name, created, index, orders[index], chunk))
+                body = chunk_body(call, name, created, index, orders[index], chunk)
+                yield _event(body | {"usage": usage_body(usages)} if call.continuous_usage else body)
             if call.include_usage:
                 yield _event(usage_event(call, name, created, usages))
             yield b"data: [DONE]\n\n"
         except Exception as error:
-            yield _event(error_body(describe(error, call.request_id)))
+            yield _event(error_body(describe(error, call.name)))
 
 
 class EventStream(Response):
-    """A stream of server-sent events whose source is closed at once when the client leaves."""
+    """A stream of server-sent events whose source is closed at once when the client leaves, and then its place."""
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None], headers: Mapping[str, str]
+        self,
+        events: AsyncGenerator[bytes, None],
+        source: AsyncGenerator[Any, None],
+        headers: Mapping[str, str],
+        place: ExitStack,
     ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-cache"}, media_type="text/event-stream")
         del self.headers["content-length"]
-        self._events, self._source = events, source
+        self._events, self._source, self._place = events, source, place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._source), aclosing(self._events):
-            await until_disconnect(receive, self._send_all(send))
+        with self._place:
+            async with aclosing(self._source), aclosing(self._events):
+                await until_disconnect(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -170,16 +202,20 @@ class ErrorBoundary:
         except Exception as error:
             if scope["type"] != "http":
                 raise
-            response = error_response(describe(error))
+            response = error_response(describe(error, scope.get(_CALL, "")))
             if not started:
                 await response(scope, receive, send)
 
 
-def error_response(failure: Failure, code: str | None = None, status: int | None = None) -> Response:
+def error_response(failure: Failure, status: int | None = None) -> Response:
     headers = {}
-    if failure.code.retry_after_s is not None:
-        headers["Retry-After"] = str(failure.code.retry_after_s)
-    return JSONResponse(error_body(failure, code), status or failure.code.http, headers=headers)
+    if failure.retry_after_s is not None:
+        headers["Retry-After"] = str(failure.retry_after_s)
+    if failure.code.retry is not None:
+        headers["x-should-retry"] = "true" if failure.code.retry else "false"  # OpenAI's SDKs obey it
+    if failure.code is CODES[SlowBody]:
+        headers["Connection"] = "close"  # the rest of the body may never come
+    return JSONResponse(error_body(failure), status or failure.code.http, headers=headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -189,21 +225,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return error_response(failure, status=error.status_code)
 
 
-def _no_such_model(got: str | None, served: str) -> Response:
-    failure = describe(InvalidRequest.of("model", f"got {show(got)}, wanted {show(served)}, the one served here"))
-    return error_response(failure, "model_not_found", 404)
-
-
-async def _read(request: Request, max_bytes: int) -> bytes:
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > max_bytes:
-                raise InvalidRequest.of("body", f"got more than {max_bytes} bytes, wanted at most that many")
-    except ClientDisconnect:
-        raise Cancelled("the client has disconnected before its request was whole") from None
-    return bytes(body)
+def _check_model(got: str | None, served: str) -> None:
+    if got not in (None, served):
+        raise NoSuchModel.of("model", f"got {show(got)}, wanted {show(served)}, the one served here")
 
 
 def _timeout_of(headers: Mapping[str, str]) -> float | None:

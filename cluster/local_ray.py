@@ -24,6 +24,9 @@ _SETTINGS = {
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung cell must give its GPUs back
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # nothing of ours blocks a loop; see docs/adr/0007
+    # A prompt of some 13 million tokens between router and cell; cluster/message_size.py
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 2**20),
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.proxy_answers:middlewares",
     "RAY_DEDUP_LOGS": "0",  # it takes lines that differ in a process id for one
     "RAY_local_fs_capacity_threshold": "1",  # a disk 95 % full may have room enough; see ray_room.py
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -17,7 +17,7 @@ class Readiness:
 
     def __init__(self, cells: Cells, on_change: Callable[[bool], Awaitable[None]] | None = None) -> None:
         self._cells, self._on_change = cells, on_change
-        self._ready = False
+        self._ready = self._closed = False
 
     def __call__(self) -> bool:
         return self._ready
@@ -30,6 +30,14 @@ class Readiness:
         except Exception as error:
             logger.debug("no cell answers: %s", error)
             ready = False
+        await self._become(ready and not self._closed)
+
+    async def close(self) -> None:
+        """Not ready from now on, whatever the cells say."""
+        self._closed = True
+        await self._become(False)
+
+    async def _become(self, ready: bool) -> None:
         if ready != self._ready:
             self._ready = ready
             logger.info("the service is %s", "ready" if ready else "not ready")

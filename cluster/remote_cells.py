@@ -11,7 +11,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException, RequestCa
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.event_lines import EventServer, ReplyTo
-from twotower.core import AnyRequest, BlockEvent, FailureEvent, Mode, Request, ScoreEvent, ScoreRequest
+from twotower.core import AnyRequest, BlockEvent, FailureEvent, Mode, Request, RequestId, ScoreEvent, ScoreRequest
 from twotower.engine.inbox import Inbox
 from twotower.errors import Cancelled, DeadlineExceeded, Overloaded, TwoTowerError, Unavailable
 
@@ -31,6 +31,7 @@ class RemoteCells:
         self._ready = handle.options(method_name="ready", _by_reference=False)
         self._events = events
         self._calls: set[asyncio.Task[None]] = set()
+        self._given_up: FailureEvent | None = None
 
     def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
         """Events of one request. Raises TwoTowerErrors; closing the generator cancels the call."""
@@ -60,7 +61,7 @@ class RemoteCells:
             while not ended:
                 event = await inbox.get()
                 if isinstance(event, FailureEvent):
-                    ended = event is not late
+                    ended = event is not late and event is not self._given_up
                     raise event.error
                 assert isinstance(event, kind), event
                 ended = event.is_last
@@ -83,6 +84,11 @@ class RemoteCells:
         except (Exception, asyncio.CancelledError) as failure:
             error = plain_error(failure)
         inbox.put(FailureEvent(request.id, error))
+
+    def give_up(self, error: TwoTowerError) -> None:
+        """Whatever still runs ends with `error`, here and on its cell."""
+        self._given_up = FailureEvent(RequestId("*"), error)
+        self._events.tell_all(self._given_up)
 
     async def ready(self) -> bool:
         """Whether a cell answers; cells that are all full are there too."""

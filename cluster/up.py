@@ -10,7 +10,7 @@ from types import FrameType
 
 import psutil
 
-from cluster import deployment, local_ray, ports, run_state, served_paths
+from cluster import deployment, draining, local_ray, ports, run_state, served_paths
 from cluster.client import is_ready
 from cluster.config import ServiceConfig
 from cluster.deployment import Progress
@@ -53,6 +53,7 @@ class Up:
                 self._watch()
             except KeyboardInterrupt:
                 self._say("stopping")
+                draining.drain(self._config.cluster.drain_timeout_s, self._say)
             finally:
                 run_state.remove(port)
                 deployment.take_down(self._mark)

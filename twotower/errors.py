@@ -58,7 +58,11 @@ class ConfigError(TwoTowerError):
 
 
 class Overloaded(TwoTowerError):
-    """No room for the request now."""
+    """No room for the request now. `retry_after_s`: when there may be some, where somebody knows."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Unavailable(TwoTowerError):

@@ -203,19 +203,28 @@ def make_request(
     limits: ModelLimits,
     priority: object = 0,
 ) -> Request:
-    """A request that fits the running model. Raises InvalidRequest naming each field that does not."""
+    """A request that fits the running model. Raises InvalidRequest naming each field that does not.
+
+    A max_new_tokens that is not given is the default, or what room the prompt leaves where that is less.
+    """
     problems = Problems()
     prompt = problems.of(lambda: check_prompt(prompt_token_ids, limits), tuple[int, ...]())
+    room = limits.max_sequence_length - len(prompt)
+    if "max_new_tokens" not in given:
+        if room < 1:
+            wanted = f"wanted at most {limits.max_sequence_length - 1}, so that one more fits after them"
+            problems.say("prompt", f"got {len(prompt)} tokens, {wanted}")
+        given = {**given, "max_new_tokens": min(limits.defaults.max_new_tokens, max(room, 1))}
     params = problems.of(lambda: parse_params(given, limits), limits.defaults)
     order = problems.of(lambda: check_priority(priority), 0)
     problems.raise_any()
     request = Request(RequestId(request_id), prompt, params, priority=order)
-    wanted = len(prompt) + request.params.max_new_tokens
-    if wanted > limits.max_sequence_length:
+    together = len(prompt) + request.params.max_new_tokens
+    if together > limits.max_sequence_length:
         raise InvalidRequest.of(
             "max_new_tokens",
-            f"got a prompt of {len(prompt)} tokens and max_new_tokens {request.params.max_new_tokens} "
-            f"({wanted} together), wanted at most {limits.max_sequence_length} together",
+            f"got {request.params.max_new_tokens} after a prompt of {len(prompt)} tokens ({together} together), "
+            f"wanted at most {limits.max_sequence_length} together",
         )
     return request
 

@@ -49,11 +49,11 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         (["decode.block_size=0", "decode.steps_per_block=0"], "; decode.steps_per_block: got 0"),
         (
             ["decode.max_new_tokens=99999"],
-            "decode.max_new_tokens: got a prompt of 1 tokens and max_new_tokens 99999 (100000",
+            "decode.max_new_tokens: got 99999 after a prompt of 1 tokens (100000",
         ),
         (
             ["model.max_sequence_length=100"],
-            "decode.max_new_tokens: got a prompt of 1 tokens and max_new_tokens 128 (129 together), wanted at most 100",
+            "decode.max_new_tokens: got 128 after a prompt of 1 tokens (129 together), wanted at most 100",
         ),
         (["cell.cache_tokens=4095"], "cell.cache_tokens: got 4095, wanted 0 (room for every sequence's longest) or at"),
         (["cell.link_timeout_s=2.9"], "cell.link_timeout_s: got 2.9, wanted greater than or equal to 3"),

@@ -21,6 +21,9 @@ def test_the_table_says_what_it_should() -> None:
     rows = {kind.__name__: (code.http, code.grpc.name) for kind, code in CODES.items()}
     assert rows == {
         "InvalidRequest": (400, "INVALID_ARGUMENT"),
+        "NoSuchModel": (404, "INVALID_ARGUMENT"),
+        "SlowBody": (408, "INVALID_ARGUMENT"),
+        "UnknownEncoding": (415, "INVALID_ARGUMENT"),
         "Overloaded": (429, "RESOURCE_EXHAUSTED"),
         "Unavailable": (503, "UNAVAILABLE"),
         "DeadlineExceeded": (504, "DEADLINE_EXCEEDED"),

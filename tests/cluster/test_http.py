@@ -30,7 +30,7 @@ async def test_whole_answer_in_openai_shape(http: httpx.AsyncClient) -> None:
     response = await complete(http, request_id="r-1", seed=7)
     body = response.json()
     assert response.status_code == 200
-    assert response.headers["x-request-id"] == body["id"] == "r-1"
+    assert response.headers["x-request-id"] == body["request_id"] == "r-1" and body["id"].startswith("cmpl-")
     assert body["object"] == "text_completion" and body["model"] == "fake"
     [choice] = body["choices"]
     assert choice["text"] == TEXT and choice["finish_reason"] == "stop" and choice["index"] == 0
@@ -79,15 +79,18 @@ async def test_max_tokens_defaults_to_the_services_and_null_counts_as_not_given(
 async def test_an_empty_request_id_is_none_given(http: httpx.AsyncClient, cells: ScriptedCells) -> None:
     for headers in ({}, {"x-request-id": "mine"}):
         response = await http.post("/v1/completions", json={"prompt": "Hi", "request_id": ""}, headers=headers)
-        drawn = response.json()["id"]
-        assert drawn == response.headers["x-request-id"] == cells.requests[-1].id
-        assert drawn == headers.get("x-request-id", drawn) and drawn
+        body = response.json()
+        assert body["id"] == cells.requests[-1].id
+        assert body["request_id"] == headers.get("x-request-id", body["id"])
 
 
-async def test_our_own_suffix_does_not_make_an_id_too_long(http: httpx.AsyncClient, cells: ScriptedCells) -> None:
+async def test_the_prompts_of_a_call_have_ids_of_their_own_under_its_label(
+    http: httpx.AsyncClient, cells: ScriptedCells
+) -> None:
     response = await http.post("/v1/completions", json={"prompt": ["Hi", "Ho"], "request_id": "a" * 128})
-    assert response.status_code == 200 and response.json()["id"] == "a" * 128
-    assert sorted(request.id for request in cells.requests) == [f"{'a' * 128}-0", f"{'a' * 128}-1"]
+    body = response.json()
+    assert response.status_code == 200 and body["request_id"] == "a" * 128
+    assert sorted(request.id for request in cells.requests) == [f"{body['id']}-0", f"{body['id']}-1"]
 
 
 @pytest.mark.parametrize("prompt", [["a", "bb"], [[5], [6, 7]]])

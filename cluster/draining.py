@@ -1,0 +1,36 @@
+"""The end of a service in good order: every router finishes what it has begun and refuses what is new."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+_SLACK_S = 10.0  # for routers to tell what they give up, and for Serve to tell us
+_AT_ONCE_S = 1.0
+
+
+def drain(timeout_s: float, say: Callable[[str], None]) -> None:
+    """Waits for the running requests of all routers, no longer than `timeout_s` or until interrupted.
+
+    New ones are told 503 meanwhile. Returns at once where nothing runs, or nobody is there to run it.
+    """
+    done = threading.Event()
+    threading.Thread(target=_drain, args=(timeout_s, done), daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        if not done.wait(_AT_ONCE_S):
+            say(f"finishing the running requests, for {timeout_s:g} s at most; once more, and they end now")
+            done.wait(timeout_s + _SLACK_S)
+
+
+def _drain(timeout_s: float, done: threading.Event) -> None:
+    import ray
+    from ray import serve
+
+    from cluster.app import APP_NAME
+
+    try:
+        with contextlib.suppress(Exception):  # whatever is gone already has nothing to finish
+            if ray.is_initialized():
+                routers = serve.get_deployment_handle("Router", APP_NAME).broadcast("drain", timeout_s)
+                routers.results(timeout_s=timeout_s + _SLACK_S, return_exceptions=True)
+    finally:
+        done.set()

@@ -1,0 +1,26 @@
+"""Whether the longest request that clients may send gets through Serve to a cell."""
+
+from ray.serve._private.constants import RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH as LIMIT
+
+from cluster.config import ServiceConfig
+from twotower.errors import ConfigError
+
+VARIABLE = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"
+BYTES_PER_TOKEN = 5  # of a pickled id: a byte for its kind, four for the number
+BESIDE_THE_PROMPT = 2**20  # stop tokens, parameters, and what Serve adds
+
+
+def largest_message(max_sequence_length: int) -> int:
+    """Bytes of the longest request on its way from a router to a cell."""
+    return BYTES_PER_TOKEN * max_sequence_length + BESIDE_THE_PROMPT
+
+
+def check_message_size(config: ServiceConfig) -> None:
+    """Raises ConfigError where Serve would break off the longest request. Its limit is an environment variable's."""
+    length = config.model.max_sequence_length
+    wanted = largest_message(length)
+    if wanted > LIMIT:
+        raise ConfigError(
+            f"model.max_sequence_length: got {length}, for which a request may take {wanted} bytes between router and "
+            f"cell, wanted at most the {LIMIT} of {VARIABLE}, which is set before Ray starts"
+        )
