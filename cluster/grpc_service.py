@@ -71,7 +71,7 @@ class GrpcServer:
             options=[
                 ("grpc.so_reuseport", 1),
                 ("grpc.max_receive_message_length", max_bytes),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", round(1000 * ping_interval_s)),
+                ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * ping_interval_s)),
                 ("grpc.keepalive_permit_without_calls", 1),  # without it: every two hours while no call runs
             ],
         )

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 TIMEOUT_HEADER = "x-request-timeout"
 REQUEST_ID = "x-request-id"
 _CALL = "twotower.call"  # where in a scope the log finds what the call is named
-_READ = ("GET", "HEAD")
+_READ = ["GET", "HEAD"]
 
 Item = TypeVar("Item")
 

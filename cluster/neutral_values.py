@@ -4,10 +4,9 @@ The one list; docs/api.md repeats it, and a test compares the two. `null` counts
 A dotted name is a field of a field.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from twotower.validation import show
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +23,7 @@ class Neutral:
     @property
     def wanted(self) -> str:
         """The values in JSON's words."""
-        return " or ".join([*map(_in_json, self.values), "null"])
-
-
-_JSON_WORDS: dict[object, str] = {True: "true", False: "false"}
-
-
-def _in_json(value: object) -> str:
-    return _JSON_WORDS[value] if isinstance(value, bool) else {"": '""'}.get(str(value), show(value))
+        return " or ".join([*map(json.dumps, self.values), "null"])
 
 
 _OPENAI = "OpenAI"

@@ -16,8 +16,8 @@ from cluster.generation import Generation
 from cluster.grpc_service import GrpcServer
 from cluster.http import make_app
 from cluster.local_ray import bypass_proxies
-from cluster.readiness import Readiness
 from cluster.message_size import check_message_size
+from cluster.readiness import Readiness
 from cluster.remote_cells import RemoteCells
 from cluster.served_model import load_served_model
 from twotower.errors import Unavailable

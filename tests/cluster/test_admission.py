@@ -1,0 +1,123 @@
+"""How many a router takes at a time, when it says that a refused one may come again, and how it closes."""
+
+import asyncio
+from contextlib import ExitStack
+
+import pytest
+
+from cluster.admission import MOST_HINT_S, Admission
+from cluster.app import cell_deployment, router_deployment
+from cluster.config import ServiceConfig
+from cluster.request_body import MAX_BODIES
+from cluster.router import admission
+from twotower.errors import InvalidRequest, Overloaded, Unavailable
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def refused(door: Admission, requests: int = 1) -> Overloaded:
+    with pytest.raises(Overloaded) as caught, door.place(requests):
+        pass
+    return caught.value
+
+
+async def test_what_does_not_fit_is_refused_at_once_and_fits_again_later() -> None:
+    door = Admission(capacity=3, slots=2)
+    with door.place(2), door.place():
+        assert str(refused(door)) == "3 requests are under way, wanted at most 3"
+        assert door.running == 3
+    assert door.running == 0
+    with door.place(3):
+        assert refused(door).retry_after_s
+
+
+def hints_of_a_full_queue(slots: int, waiting: int, each_s: float, refusals: int) -> tuple[list[float], float]:
+    """Requests of `each_s` in a full service that is refilled for a while; hints of refusals, and the time that the
+    cell needs to take up as many as were refused."""
+    clock = Clock()
+    door = Admission(slots + waiting, slots, clock)
+    places = [ExitStack() for _ in range(slots + waiting)]
+    for place in places:
+        place.enter_context(door.place())
+    for turn in range(slots * 20):
+        clock.now += each_s / slots
+        place = places[turn % len(places)]
+        place.close()
+        place.enter_context(door.place())
+    hints = [refused(door).retry_after_s or 0.0 for _ in range(refusals)]
+    for place in places:
+        place.close()
+    return hints, refusals * each_s / slots
+
+
+async def test_a_hint_is_when_there_is_room_after_all_refused_before() -> None:
+    hints, needed_s = hints_of_a_full_queue(slots=8, waiting=16, each_s=4.0, refusals=40)
+    assert hints == sorted(hints)
+    assert hints[0] == pytest.approx(1.0) and hints[-1] == pytest.approx(needed_s, rel=0.1)
+
+
+async def test_a_hint_is_bounded() -> None:
+    hints, _ = hints_of_a_full_queue(slots=2, waiting=2, each_s=100.0, refusals=40)
+    assert hints[-1] == MOST_HINT_S
+    hints, _ = hints_of_a_full_queue(slots=2, waiting=2, each_s=0.001, refusals=3)
+    assert hints == [1.0, 1.0, 1.0]
+
+
+async def test_light_load_tells_how_long_requests_take() -> None:
+    """One at a time, 8 s each: four slots will end one every 2 s."""
+    clock = Clock()
+    door = Admission(4, 4, clock)
+    for _ in range(200):
+        with door.place():
+            clock.now += 8.0
+    with door.place(4):
+        assert refused(door).retry_after_s == pytest.approx(2.0, rel=0.1)
+
+
+async def test_wrong_requests_are_no_measurement() -> None:
+    clock = Clock()
+    door, untouched = Admission(4, 4, clock), Admission(4, 4, clock)
+    for _ in range(100):
+        with pytest.raises(InvalidRequest), door.place():
+            raise InvalidRequest.of("seed", "wrong")
+    with door.place(4), untouched.place(4):
+        assert refused(door, 4).retry_after_s == refused(untouched, 4).retry_after_s
+
+
+async def test_a_cells_own_refusal_leaves_with_a_hint() -> None:
+    with pytest.raises(Overloaded) as caught, Admission(2, 1).place():
+        raise Overloaded("the ledger is full")
+    assert caught.value.retry_after_s and caught.value.retry_after_s >= 1.0
+
+
+async def test_a_closed_one_takes_nothing_and_waits_for_the_last() -> None:
+    door = Admission(4, 4)
+    with ExitStack() as place:
+        place.enter_context(door.place())
+        door.close()
+        with pytest.raises(Unavailable, match="shutting down"), door.place():
+            pass
+        assert not await door.nothing_runs(within_s=0.01)
+        waiting = asyncio.create_task(door.nothing_runs(within_s=5))
+        await asyncio.sleep(0)
+    assert await waiting
+
+
+def test_serve_leaves_it_to_the_router_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.app._gpus_in_cluster", lambda: 0.0)
+    config = ServiceConfig.parse({"cluster": {"max_cells": 3, "max_queued_requests": 10}, "cell": {"max_sequences": 4}})
+    assert admission(config).capacity == 3 * (4 + 10)
+    assert router_deployment(config).max_ongoing_requests > admission(config).capacity + MAX_BODIES
+
+
+def test_no_queue_at_all_is_a_setting_that_serve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.app._gpus_in_cluster", lambda: 0.0)
+    config = ServiceConfig.parse({"cluster": {"max_queued_requests": 0}, "cell": {"max_sequences": 4}})
+    assert cell_deployment(config).max_queued_requests == 1
+    assert admission(config).capacity == 4

@@ -1,0 +1,118 @@
+"""A router that shuts down: new requests are told so, running ones finish, what is left hears why it ends."""
+
+import asyncio
+
+import grpc
+import httpx
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.draining import drain
+from cluster.generation import Generation
+from cluster.http import make_app
+from cluster.readiness import Readiness
+from cluster.router import Router
+from tests.cluster.fakes import ScriptedCells, generation, grpc_server
+from tests.cluster.test_grpc import ask, details_of
+from tests.cluster.test_http import TEXT, events_of
+from tests.cluster.test_remote_cells import _all_free, _joined
+from twotower.core import Request, RequestId
+from twotower.errors import Unavailable
+from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+
+
+class EndingCells(ScriptedCells):
+    """Cells whose running requests end as soon as they are given up."""
+
+    def give_up(self, error: Unavailable) -> None:
+        def fail(request: object, block: int) -> None:
+            raise error
+
+        self.fail = fail
+
+
+def router_of(service: Generation, cells: EndingCells, readiness: Readiness) -> Router:
+    """A Router of parts that need no Ray."""
+    router = Router.__new__(Router)
+    router._generation, router._admission = service, service.admission
+    router._cells, router._readiness = cells, readiness  # type: ignore[assignment]
+    return router
+
+
+@pytest.fixture
+def cells() -> EndingCells:
+    return EndingCells()
+
+
+async def test_a_router_drains(cells: EndingCells) -> None:
+    cells.pace_s = 0.02
+    service = generation(cells)
+    async with (
+        grpc_server(service) as (address, server),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        readiness = Readiness(cells, server.set_serving)
+        await readiness.poll()
+        router = router_of(service, cells, readiness)
+        stub, health = pb_grpc.GenerationServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        transport = httpx.ASGITransport(make_app(service, readiness))
+        async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
+            posted = asyncio.create_task(http.post("/v1/completions", json={"prompt": "Hi", "stream": True}))
+            called = asyncio.ensure_future(stub.Generate(ask()))
+            while cells.open < 2:
+                await asyncio.sleep(0.001)
+            draining = asyncio.create_task(router.drain(30.0))
+            await asyncio.sleep(0)
+            refused = await http.post("/v1/completions", json={"prompt": "Hi"})
+            assert refused.status_code == 503 and refused.headers["retry-after"] == "5"
+            assert refused.json()["error"]["message"] == "the service is shutting down"
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Generate(ask())
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert details_of(caught.value, error_details_pb2.RetryInfo) is not None
+            assert (await http.get("/ready")).status_code == 503 and (await http.get("/health")).status_code == 200
+            state = (await health.Check(health_pb2.HealthCheckRequest())).status
+            assert state == health_pb2.HealthCheckResponse.NOT_SERVING
+            await readiness.poll()
+            assert not readiness(), "cells that live do not make it ready again"
+            assert not draining.done()
+            assert events_of((await posted).text)[-1] == "[DONE]" and (await called).text == TEXT
+            await draining
+
+
+async def test_what_is_left_when_time_is_up_is_told(cells: EndingCells) -> None:
+    cells.pace_s = 0.02
+    service = generation(cells)
+    async with grpc_server(service) as (address, _), grpc.aio.insecure_channel(address) as channel:
+        router = router_of(service, cells, Readiness(cells))
+        transport = httpx.ASGITransport(make_app(service, lambda: True))
+        async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
+            posted = asyncio.create_task(http.post("/v1/completions", json={"prompt": "Hi", "stream": True}))
+            called = asyncio.ensure_future(pb_grpc.GenerationServiceStub(channel).Generate(ask()))
+            while cells.open < 2:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.03)
+            await router.drain(0.01)
+            *blocks, last = events_of((await posted).text)
+            assert blocks and last["error"]["type"] == "unavailable_error" and "shut down" in last["error"]["message"]
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await called
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE and cells.open == 0
+
+
+async def test_what_a_router_gives_up_ends_on_its_cell_too() -> None:
+    async with _joined() as (cells, engine, cell):
+        events = cells.generate(Request(RequestId("r"), (1, 2)), 60.0)
+        assert (await anext(events)).token_ids == (1, 2)
+        cells.give_up(Unavailable("closing"))
+        with pytest.raises(Unavailable, match="closing"):
+            await anext(events)
+        await _all_free(cell)
+        assert engine.cancelled == ["r"]
+
+
+def test_without_a_service_there_is_nothing_to_wait_for() -> None:
+    said: list[str] = []
+    drain(60.0, said.append)
+    assert not said
