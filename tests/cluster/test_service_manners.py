@@ -28,7 +28,7 @@ LONG: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": Tr
 SLOW = {**LONG, "diffusion": {"confidence_threshold": 1.0}}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def service(ray_cluster: None) -> Iterator[Service]:
     with running_service() as running:
         yield running
@@ -93,7 +93,25 @@ async def test_one_request_id(service: Service) -> None:
             assert len({response.json()["id"] for response in answers}) == 4
 
 
+async def test_a_router_that_dies(service: Service) -> None:
+    async with client(service) as http:
+        async with http.stream("POST", "/v1/completions", json=SLOW | {"stream": True}) as response:
+            lines = response.aiter_lines()
+            await anext(lines)
+            waiting = asyncio.create_task(http.post("/v1/completions", json=SLOW))
+            await asyncio.sleep(0.3)
+            _kill_router()
+            events = [line async for line in lines if line]
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "unavailable_error"
+        answer = await waiting
+        assert answer.status_code == 503 and answer.json()["error"]["type"] == "unavailable_error"
+        async with asyncio.timeout(60):
+            while (await http.post("/v1/completions", json={"prompt": [5]})).status_code != 200:
+                await asyncio.sleep(0.5)
+
+
 async def test_a_service_that_shuts_down(service: Service) -> None:
+    """Last: nothing is left of the service that the tests above used."""
     from ray import serve
 
     from cluster.app import APP_NAME
@@ -124,23 +142,6 @@ async def test_a_service_that_shuts_down(service: Service) -> None:
         await asyncio.to_thread(serve.delete, APP_NAME)
         gone = await http.get("/v1/models")
         assert gone.status_code == 503 and gone.json()["error"]["type"] == "unavailable_error"
-
-
-async def test_a_router_that_dies(service: Service) -> None:
-    async with client(service) as http:
-        async with http.stream("POST", "/v1/completions", json=SLOW | {"stream": True}) as response:
-            lines = response.aiter_lines()
-            await anext(lines)
-            waiting = asyncio.create_task(http.post("/v1/completions", json=SLOW))
-            await asyncio.sleep(0.3)
-            _kill_router()
-            events = [line async for line in lines if line]
-        assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "unavailable_error"
-        answer = await waiting
-        assert answer.status_code == 503 and answer.json()["error"]["type"] == "unavailable_error"
-        async with asyncio.timeout(60):
-            while (await http.post("/v1/completions", json={"prompt": [5]})).status_code != 200:
-                await asyncio.sleep(0.5)
 
 
 def _kill_router() -> None:
