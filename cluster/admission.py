@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from twotower.errors import InvalidRequest, Overloaded, Unavailable
 
 LEAST_HINT_S, MOST_HINT_S = 1.0, 60.0
-_FIRST_GUESS_S, _GUESS_COUNTS = 4.0, 8.0  # how long a request runs, and for how many measurements that stands
+_FIRST_GUESS_S, _GUESS_COUNTS = 8.0, 8.0  # how long a request runs, and for how many measurements that stands
 _FADING = 0.98  # what a measurement counts after the next one
 
 
@@ -27,6 +27,7 @@ class Admission:
         # The time from one request's end to the next while all slots are taken: a sum of times over one of ends.
         self._ends, self._between_ends_s = _GUESS_COUNTS, _GUESS_COUNTS * _FIRST_GUESS_S / self._slots
         self._full_since: float | None = None
+        self._ended_while_full = False
         self._promised = 0.0
 
     @property
@@ -52,7 +53,7 @@ class Admission:
         self._running += requests
         self._nothing_runs.clear()
         if self._full_since is None and self._running >= self._slots:
-            self._full_since = began
+            self._full_since, self._ended_while_full = began, False
         try:
             yield
         except Overloaded as error:
@@ -98,10 +99,16 @@ class Admission:
         passed_s = (now - began) * requests / self._slots if self._full_since is None else now - self._full_since
         self._ends = _FADING * self._ends + requests
         self._between_ends_s = _FADING * self._between_ends_s + passed_s
-        self._full_since = now
+        self._full_since, self._ended_while_full = now, True
 
     def _hint_s(self, requests: int) -> float:
         """When there is room for these, after all that were told to come again before them."""
         now = self._clock()
-        self._promised = max(self._promised, now) + requests * self._between_ends_s / self._ends
+        pace_s = first_s = self._between_ends_s / self._ends
+        if self._full_since is not None and not self._ended_while_full:
+            # All have begun together and will end so. If they should have ended by now, they take longer than we think.
+            waited_s = now - self._full_since
+            run_s = max(pace_s * self._slots, 2 * waited_s)
+            pace_s, first_s = run_s / self._slots, run_s - waited_s
+        self._promised = max(self._promised + requests * pace_s, now + first_s)
         return min(max(self._promised - now, LEAST_HINT_S), MOST_HINT_S)

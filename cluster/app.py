@@ -97,7 +97,7 @@ def cell_deployment(config: ServiceConfig) -> serve.Deployment:
             "look_back_period_s": _LOAD_AVERAGED_S,
         },
         max_ongoing_requests=_ongoing_requests(config),
-        max_queued_requests=max(1, cluster.max_queued_requests),  # Serve knows no 0; the ledger does
+        max_queued_requests=-1,  # the routers bound what they let in, and the cell's ledger what waits
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         graceful_shutdown_timeout_s=cluster.drain_timeout_s,
         health_check_period_s=1.0,

@@ -9,16 +9,24 @@ _AT_ONCE_S = 1.0
 
 
 def drain(timeout_s: float, say: Callable[[str], None]) -> None:
-    """Waits for the running requests of all routers, no longer than `timeout_s` or until interrupted.
+    """Waits for the running requests of all routers, no longer than `timeout_s`; interrupted, it has them end at once.
 
     New ones are told 503 meanwhile. Returns at once where nothing runs, or nobody is there to run it.
     """
-    done = threading.Event()
-    threading.Thread(target=_drain, args=(timeout_s, done), daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
+        done = _start(timeout_s)
         if not done.wait(_AT_ONCE_S):
             say(f"finishing the running requests, for {timeout_s:g} s at most; once more, and they end now")
             done.wait(timeout_s + _SLACK_S)
+    except KeyboardInterrupt:
+        _start(0.0).wait(_SLACK_S)
+
+
+def _start(timeout_s: float) -> threading.Event:
+    """On a thread, for Serve's own calls cannot be interrupted."""
+    done = threading.Event()
+    threading.Thread(target=_drain, args=(timeout_s, done), daemon=True).start()
+    return done
 
 
 def _drain(timeout_s: float, done: threading.Event) -> None:

@@ -66,18 +66,30 @@ async def test_a_hint_is_bounded() -> None:
     hints, _ = hints_of_a_full_queue(slots=2, waiting=2, each_s=100.0, refusals=40)
     assert hints[-1] == MOST_HINT_S
     hints, _ = hints_of_a_full_queue(slots=2, waiting=2, each_s=0.001, refusals=3)
-    assert hints == [1.0, 1.0, 1.0]
+    assert hints[0] == 1.0 and hints[-1] < 2.0
 
 
 async def test_light_load_tells_how_long_requests_take() -> None:
-    """One at a time, 8 s each: four slots will end one every 2 s."""
+    """One at a time, 3 s each: four that have begun together will end in 3 s, and then one comes every 0.75 s."""
     clock = Clock()
     door = Admission(4, 4, clock)
     for _ in range(200):
         with door.place():
-            clock.now += 8.0
+            clock.now += 3.0
     with door.place(4):
-        assert refused(door).retry_after_s == pytest.approx(2.0, rel=0.1)
+        hints = [refused(door).retry_after_s for _ in range(4)]
+    assert hints == pytest.approx([3.0, 3.75, 4.5, 5.25], rel=0.1)
+
+
+async def test_what_takes_longer_than_thought_moves_the_hint_away() -> None:
+    clock = Clock()
+    door = Admission(4, 4, clock)
+    hints = []
+    with door.place(4):
+        for _ in range(3):  # as often as SDKs try
+            hints.append(refused(door).retry_after_s or 0.0)
+            clock.now += hints[-1]
+    assert hints == pytest.approx([8.0, 8.0, 16.0], rel=0.3)
 
 
 async def test_wrong_requests_are_no_measurement() -> None:
@@ -119,5 +131,5 @@ def test_serve_leaves_it_to_the_router_to_refuse(monkeypatch: pytest.MonkeyPatch
 def test_no_queue_at_all_is_a_setting_that_serve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.app._gpus_in_cluster", lambda: 0.0)
     config = ServiceConfig.parse({"cluster": {"max_queued_requests": 0}, "cell": {"max_sequences": 4}})
-    assert cell_deployment(config).max_queued_requests == 1
+    assert cell_deployment(config).max_queued_requests == -1
     assert admission(config).capacity == 4

@@ -1,6 +1,7 @@
 """A router that shuts down: new requests are told so, running ones finish, what is left hears why it ends."""
 
 import asyncio
+import threading
 
 import grpc
 import httpx
@@ -8,7 +9,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.draining import drain
+from cluster import draining
 from cluster.generation import Generation
 from cluster.http import make_app
 from cluster.readiness import Readiness
@@ -62,7 +63,7 @@ async def test_a_router_drains(cells: EndingCells) -> None:
             called = asyncio.ensure_future(stub.Generate(ask()))
             while cells.open < 2:
                 await asyncio.sleep(0.001)
-            draining = asyncio.create_task(router.drain(30.0))
+            ending = asyncio.create_task(router.drain(30.0))
             await asyncio.sleep(0)
             refused = await http.post("/v1/completions", json={"prompt": "Hi"})
             assert refused.status_code == 503 and refused.headers["retry-after"] == "5"
@@ -76,9 +77,9 @@ async def test_a_router_drains(cells: EndingCells) -> None:
             assert state == health_pb2.HealthCheckResponse.NOT_SERVING
             await readiness.poll()
             assert not readiness(), "cells that live do not make it ready again"
-            assert not draining.done()
+            assert not ending.done()
             assert events_of((await posted).text)[-1] == "[DONE]" and (await called).text == TEXT
-            await draining
+            await ending
 
 
 async def test_what_is_left_when_time_is_up_is_told(cells: EndingCells) -> None:
@@ -114,5 +115,22 @@ async def test_what_a_router_gives_up_ends_on_its_cell_too() -> None:
 
 def test_without_a_service_there_is_nothing_to_wait_for() -> None:
     said: list[str] = []
-    drain(60.0, said.append)
+    draining.drain(60.0, said.append)
     assert not said
+
+
+def test_an_interrupt_ends_the_wait_and_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def ask_routers(timeout_s: float, done: threading.Event) -> None:
+        asked.append(timeout_s)
+        if not timeout_s:
+            done.set()
+
+    def interrupt(what: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(draining, "_drain", ask_routers)
+    monkeypatch.setattr(draining, "_AT_ONCE_S", 0.01)
+    draining.drain(60.0, interrupt)
+    assert asked == [60.0, 0.0]
