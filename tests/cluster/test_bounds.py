@@ -116,5 +116,5 @@ async def test_over_grpc(
 
 def test_lists_of_a_message_are_not_copied_before_they_are_counted() -> None:
     params = pb.DecodingParams(stop_token_ids=[5])
-    ask = ask_of(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=params, stop=["a"]))
+    ask = ask_of(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=params, stop=["a"]), "")
     assert not any(isinstance(value, list | tuple) for value in (ask.prompt, ask.stop, ask.params["stop_token_ids"]))

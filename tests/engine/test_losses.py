@@ -10,6 +10,7 @@ from tests.engine.arrangements import LINK, hooks_of
 from tests.engine.decode import SETTINGS, collect
 from tests.goldens import CPU, vendored
 from twotower.core import BlockEvent, DecodingParams, Event, FinishReason, Mode, ReleasedEvent, Request, RequestId
+from twotower.decoding.stopping import Stopping
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.handle import EngineStats
@@ -127,8 +128,10 @@ def test_a_wide_block_does_not_widen_its_neighbours() -> None:
     """Forwards by width: 16 and less together, wider ones apart, none with more positions than fit."""
     from twotower.engine.denoiser_engine import _of_like_width, _Sequence
 
+    request = _request("x")
+
     def sequence(size: int) -> _Sequence:
-        block = _Sequence(_request("x"), 0)
+        block = _Sequence(request, 0, Stopping(request.params, eos_token_id=2))
         block.tokens = [3] * size
         return block
 
