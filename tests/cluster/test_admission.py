@@ -121,13 +121,16 @@ async def test_a_closed_one_takes_nothing_and_waits_for_the_last() -> None:
     assert await waiting
 
 
+CELL = {"max_sequences": 4, "placement": "colocated", "device": "cpu"}
+
+
 def test_serve_leaves_it_to_the_router_to_refuse() -> None:
-    config = ServiceConfig.parse({"cluster": {"max_cells": 3, "max_queued_requests": 10}, "cell": {"max_sequences": 4, "placement": "colocated", "device": "cpu"}})
+    config = ServiceConfig.parse({"cluster": {"max_cells": 3, "max_queued_requests": 10}, "cell": CELL})
     assert admission(config).capacity == 3 * (4 + 10)
     assert router_deployment(config).max_ongoing_requests > admission(config).capacity + MAX_BODIES
 
 
 def test_no_queue_at_all_is_a_setting_that_serve_takes() -> None:
-    config = ServiceConfig.parse({"cluster": {"max_queued_requests": 0}, "cell": {"max_sequences": 4, "placement": "colocated", "device": "cpu"}})
+    config = ServiceConfig.parse({"cluster": {"max_queued_requests": 0}, "cell": CELL})
     assert cell_deployment(config).max_queued_requests == -1
     assert admission(config).capacity == 4

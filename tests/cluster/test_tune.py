@@ -240,7 +240,7 @@ def test_a_refused_prompt_is_named(address: str, tmp_path: Path, capsys: pytest.
     prompts = _lines(tmp_path / "p", {"prompt": "a"}, {"prompt": "b" * 100_000})
     assert main(["tune", "--address", address, "--input", str(prompts)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "line 2: prompt: got 100001 tokens, wanted at most 255" in error
+    assert "line 2: prompt: got 100000 bytes of text, wanted at most 256" in error
 
 
 def _rated(threshold: float | None, quality: float, low: float, speed: float, per_step: float = 2.0) -> Rated:
