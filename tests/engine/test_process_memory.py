@@ -32,10 +32,14 @@ _LOADED = """
 import sys, torch
 from tests.goldens import CPU, VENDORED
 from twotower.engine.capture import passes_for
+from twotower.engine.memory import memory_of
+from twotower.engine.settings import EngineSettings
 from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower
+from twotower.model.tower import ContextTower
 
+memory_of(Checkpoint.open(VENDORED / "tt_moe").config, EngineSettings(), torch.float32, [ContextTower])
 tower = load_context_tower(Checkpoint.open(VENDORED / "tt_moe"), CPU, torch.float32)
 with torch.inference_mode():
     cache = TowerCache(tower.config, 2, 8, CPU, torch.float32)

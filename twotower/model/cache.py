@@ -59,7 +59,7 @@ class TowerCache:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free_pages = list(range(all_pages - 1, _RESERVED_PAGES - 1, -1))
         self._sequences: dict[int, _Sequence] = {}
-        self._counting = torch.arange(1024, device=device)
+        self._counting = on_device(range(1024), device)  # on meta, `arange` would make torch import sympy
 
     @property
     def free_slots(self) -> int:
