@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -67,6 +68,11 @@ def _read(directory: Path) -> Golden:
 def prompt_ids(where: Callable[[dict[str, Any]], bool] = lambda prompt: True) -> list[tuple[str, int]]:
     """(model, prompt number) of every golden prompt of which `where` holds."""
     return [(name, i) for name in MODELS for i, prompt in enumerate(_vectors(name)["prompts"]) if where(prompt)]
+
+
+def the_first_is_quick(prompts: list[tuple[str, int]]) -> list[Any]:
+    """These prompts as a test's parameters: each model's first, and the others for the slow part."""
+    return [pytest.param(name, i, marks=[pytest.mark.slow] if i else []) for name, i in prompts]
 
 
 @cache

@@ -273,7 +273,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=120)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(), VALUES, max_size=5), VALUES)
 def test_nothing_but_invalid_request_is_ever_raised(values: dict[str, Any], other: Any) -> None:
     for limits in (LIMITS, AR_ONLY):

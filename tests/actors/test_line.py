@@ -149,6 +149,7 @@ async def test_scoring_goes_the_same_way() -> None:
         assert events[2:] == [_scores("s"), ReleasedEvent(RequestId("s"))]
 
 
+@pytest.mark.slow
 async def test_a_quiet_engine_shows_that_it_lives() -> None:
     async with _joined() as (remote, _, _):
         started = time.monotonic()
@@ -174,6 +175,7 @@ async def test_a_crashed_engine_says_why_after_its_last_events() -> None:
             await _until_events(remote, 1)
 
 
+@pytest.mark.slow
 async def test_an_engine_that_hangs_in_a_tick_is_reported() -> None:
     async with _joined(stall_s=0.3) as (remote, engine, _):
         engine.hang_s = 1.5

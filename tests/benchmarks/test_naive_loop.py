@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks.reference.naive_loop import NaiveLoop
-from tests.goldens import MODELS, causal_request, diffusion_request, golden, prompt_ids
+from tests.goldens import MODELS, causal_request, diffusion_request, golden, prompt_ids, the_first_is_quick
 from twotower.core import DecodingParams, Mode, Request, RequestId
 
 PROMPTS = pytest.mark.parametrize(("name", "number"), prompt_ids())
@@ -20,7 +20,7 @@ def _tokens(blocks: Any) -> list[int]:
     return [token for block in blocks for token in block.token_ids]
 
 
-@PROMPTS
+@pytest.mark.parametrize(("name", "number"), the_first_is_quick(prompt_ids()))
 def test_diffusion_tokens_and_steps(name: str, number: int) -> None:
     prompt = golden(name).prompts[number]
     for case in prompt["cases"]:

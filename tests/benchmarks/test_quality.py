@@ -164,6 +164,7 @@ def test_a_record_may_get_more_rounds(tmp_path: Path) -> None:
     assert replace(PLAN, rounds=7).about() == PLAN.about()
 
 
+@pytest.mark.slow
 async def test_four_files_are_written(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
     findings, _ = await _findings(tokenizer, tmp_path / "q.jsonl")
     write(tmp_path / "quality_2.5", "an oracle", findings, 0.0, "the command")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as BpeTokenizer
-from transformers import AutoTokenizer
 
 from twotower.demo.corpus import stream
 from twotower.demo.tokenizer import (
@@ -53,6 +52,8 @@ def test_training_is_deterministic(tokenizer: BpeTokenizer) -> None:
 
 
 def test_transformers_reads_the_saved_files(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer  # two seconds, which only this test needs
+
     save_tokenizer(tokenizer, tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded("words: 345\n")["input_ids"] == encode_prompt(tokenizer, "words: 345\n")

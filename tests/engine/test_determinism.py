@@ -132,7 +132,9 @@ def _content(result: Decoded) -> tuple[object, ...]:
 
 
 @pytest.mark.timeout(0 if ROUNDS > 50 else 120)
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize(
+    "arrangement", [name if name == "split" else pytest.param(name, marks=pytest.mark.slow) for name in ARRANGEMENTS]
+)
 def test_tokens_are_a_requests_own(arrangement: str) -> None:
     tally = Tally()
     for number in range(FIRST_SEED, FIRST_SEED + ROUNDS):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.engine.decode import decode_all
-from tests.goldens import causal_request, diffusion_request, golden, prompt_ids
+from tests.goldens import causal_request, diffusion_request, golden, prompt_ids, the_first_is_quick
 from twotower.core import DecodingParams, FinishReason, Mode, Request, RequestId
 from twotower.engine.denoiser_engine import StepTrace
 
@@ -58,7 +58,7 @@ def test_causal_modes(name: str, number: int, mode: Mode) -> None:
     assert result.finish_reason is FinishReason.LENGTH
 
 
-@PROMPTS
+@pytest.mark.parametrize(("name", "number"), the_first_is_quick(prompt_ids()))
 def test_every_mode_and_case_of_a_prompt_in_one_batch(name: str, number: int) -> None:
     model = golden(name)
     prompt = model.prompts[number]

@@ -228,7 +228,7 @@ def test_a_tick_that_scores_reads_once_and_one_that_only_reads_the_prompt_never(
         with _counted(monkeypatch) as reads:
             context.tick()
         reads_per_tick.append(sum(reads.values()))
-    assert reads_per_tick == [0, 1, 0, 1, 1]  # the short ones have the second turn
+    assert reads_per_tick == [0, 1, 0, 1, 1], "long, short ones, long, long, long"
 
 
 def test_a_chunk_ends_before_the_next_work_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ def _request(name: str, mode: Mode = Mode.DIFFUSION, tokens: int = 200) -> Reque
     return Request(RequestId(name), (1, 5, 9), DecodingParams(mode=mode, max_new_tokens=tokens, ignore_eos=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["link", "port"])
 async def test_a_lost_link_ends_the_pair_though_both_engines_live(end: str) -> None:
     """Two runners, as in two processes: the link between them goes, neither dies."""

@@ -22,6 +22,8 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower
 from twotower.model.tower import ContextTower
 
+pytestmark = pytest.mark.slow  # it imports transformers' models
+
 NAME = "tt_moe"
 PROMPT = [int(token) for token in torch.randint(4, 128, (50,), generator=torch.Generator().manual_seed(0))]
 NEW = 32

@@ -4,6 +4,8 @@ import pkgutil
 import subprocess
 import sys
 
+import pytest
+
 import twotower
 
 SERVING = {"ray", "grpc", "pydantic", "fastapi", "starlette", "actors", "cluster"}
@@ -15,6 +17,7 @@ MODULES = [
 ]
 
 
+@pytest.mark.slow
 def test_the_whole_library_pulls_in_nothing_of_serving() -> None:
     report = f"import sys, {', '.join(MODULES)}; print(*{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True)
