@@ -131,7 +131,7 @@ def test_the_head_is_applied_where_it_is_asked_for(monkeypatch: pytest.MonkeyPat
 
 
 @NAMES
-@pytest.mark.parametrize("placement", ["colocated", "split"])
+@pytest.mark.parametrize("placement", ["colocated", pytest.param("split", marks=pytest.mark.slow)])
 async def test_beside_requests_of_every_mode(name: str, placement: str) -> None:
     """Their tokens are the released code's, and so are the scores' numbers; but for near-ties in `is_greedy`."""
     model = golden(name)
