@@ -130,7 +130,10 @@ def test_fitted_buffers_hold_the_longest_delta() -> None:
 def test_a_link_between_two_gpus(machine: Gpus, backend: str) -> None:
     """From the introduction to a delta in the mirror: over NCCL, and over gloo through pinned memory."""
     settings = replace(QUICK, data_backend=backend)
-    caches = [TowerCache(CONFIG, 4, 64, device, torch.float32) for device in (FIRST, SECOND)]
+    caches = []
+    for device in (FIRST, SECOND):
+        with machine.on(device):
+            caches.append(TowerCache(CONFIG, 4, 64, device, torch.float32))
     port, address = open_port(caches[0], 0, 0, settings)
     link = connect(address, caches[1])
     try:
