@@ -4,12 +4,14 @@ PY := .venv/bin/python
 KERNELS_PY := .venv-kernels/bin/python
 export PYTHON
 
-.PHONY: help env kernels-env serve test test-kernels check check-format check-lint check-types check-imports check-proto format proto
+.PHONY: help env kernels-env serve test test-alone test-cluster test-kernels check check-format check-lint check-types check-imports check-proto format proto
 
 help:
 	@echo "make serve         start the service on this machine; Ctrl-C stops it"
 	@echo "make test          run the tests (PYTEST_ARGS='-m \"not ray\"' for a part of them)"
-	@echo "make test-kernels  only those of the real kernel packages, which need no GPU but .venv-kernels"
+	@echo "make test-alone    those without a cluster, the quick part"
+	@echo "make test-cluster  those on a local Ray, and slow ones"
+	@echo "make test-kernels  those of the real kernel packages, which need no GPU but .venv-kernels"
 	@echo "make check         formatting, lint, types, import contracts, proto drift"
 	@echo "make format        format the code and mend what lint can mend"
 	@echo "make proto         regenerate twotower/pb from protos/"
@@ -22,20 +24,24 @@ serve: env
 	@echo "Starting the service; Ctrl-C stops it"
 	@exec $(PY) -m cluster up
 
-# Two at a time, each with neighbours, which share what they load. On a local Ray the tests of a file stay together,
-# because they share what they started; in this order both workers are busy equally long. (`--dist loadgroup` does
-# nothing: xdist 3.8 cannot rename this pytest's tests.)
+# All parts, whatever one of them says: one run shows everything there is to mend.
 test: env
 ifdef PYTEST_ARGS
 	@$(PY) -m pytest $(PYTEST_ARGS)
 else
+	@$(MAKE) --no-print-directory --keep-going test-alone test-cluster test-kernels
+endif
+
+# Two at a time, each with neighbours, which share what they load.
+test-alone: env
 	@echo "[1/3] Tests without a cluster, but for slow ones"
 	@$(PY) -m pytest --quiet --numprocesses 2 --dist worksteal -m "not ray and not slow and not kernels"
+
+# On a local Ray the tests of a file stay together, because they share what they started; in this order both workers are
+# busy equally long. (`--dist loadgroup` does nothing: xdist 3.8 cannot rename this pytest's tests.)
+test-cluster: env
 	@echo "[2/3] Tests on a local Ray, and slow ones"
 	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "(ray or slow) and not kernels"
-	@echo "[3/3] Tests of the real kernels"
-	@$(MAKE) --no-print-directory test-kernels
-endif
 
 # Triton's interpreter is chosen for a whole process, and these packages are built without CUDA: nothing of it may
 # reach .venv.
@@ -43,6 +49,7 @@ kernels-env:
 	@sh scripts/bootstrap.sh kernels_env.py
 
 test-kernels: kernels-env
+	@echo "[3/3] Tests of the real kernels"
 	@$(KERNELS_PY) -m pytest --quiet --numprocesses 2 --dist worksteal tests/kernels
 
 check: check-format check-lint check-types check-imports check-proto
