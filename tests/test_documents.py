@@ -25,7 +25,8 @@ SCHEMA = {".ci/run", "tests/deploy/crd.py"}
 
 def texts() -> Iterator[tuple[str, str]]:
     """(path, text) of every file that a person reads."""
-    for path in (*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))):
+    paths = [*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]
+    for path in sorted(paths):  # two workers must collect the same tests in the same order
         name = path.relative_to(ROOT).as_posix()
         if (path.suffix in SUFFIXES or path.name in NAMES) and path.is_file() and not name.startswith(GENERATED):
             yield name, path.read_text(encoding="utf-8")

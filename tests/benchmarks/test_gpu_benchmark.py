@@ -113,6 +113,7 @@ def test_the_full_size_is_the_released_one() -> None:
     assert round(parameters / 1e9, 1) == 63.2
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_eager_and_fixed_passes_agree(bench: Bench) -> None:
     conv, ssm = bench.cache.conv.clone(), bench.cache.ssm.clone()

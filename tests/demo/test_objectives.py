@@ -77,6 +77,7 @@ def test_rows_of_like_length_in_one_batch_do_not_change_the_loss(
     assert float(together) == pytest.approx(sum(losses) / sum(wanted), rel=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_training_forward_equals_the_serving_pass(
     towers: tuple[ContextTower, DenoiserTower], batch: BlockBatch

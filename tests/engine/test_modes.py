@@ -74,6 +74,7 @@ def test_a_length_that_is_no_multiple_of_the_block(name: str) -> None:
         assert result.num_blocks == -(-new // 16)
 
 
+@pytest.mark.slow
 @NAMES
 @MODES
 def test_a_stop_token_ends_the_answer_at_once(name: str, mode: Mode) -> None:

@@ -146,6 +146,7 @@ async def test_a_nan_in_the_weights_ends_everyplain_request() -> None:
             await _all_free(pair)
 
 
+@pytest.mark.slow
 async def test_an_engine_thread_that_dies_is_told_to_all(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -172,6 +172,7 @@ def test_a_full_context_cache_fails_the_sequence_not_the_link(make_rig: MakeRig)
     assert rig.mirrors(rig.delta(Commit(1, 3, _tokens(2))))
 
 
+@pytest.mark.slow
 def test_back_pressure_holds_replies_back_and_never_the_engine(make_rig: MakeRig) -> None:
     rig = make_rig(slots=4, pages=400, settings=LinkSettings(staging_buffers=1, staging_bytes=2048))
     rig.engine.chunk = 10

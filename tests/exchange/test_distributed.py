@@ -339,6 +339,7 @@ def _at_most(before: tuple[int, int, int]) -> bool:
     return all(now <= then for now, then in zip(_resources(), before, strict=True))
 
 
+@pytest.mark.slow
 def test_closing_leaves_no_thread_and_no_descriptor() -> None:
     for first_end in ("link", "port"):
         distributed_rig().close()  # what torch keeps for the process's life is there now

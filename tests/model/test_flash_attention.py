@@ -21,7 +21,14 @@ from twotower.model.states import Reach
 CONFIG = ModelConfig(
     hybrid_override_pattern="*", hidden_size=32, num_attention_heads=8, num_key_value_heads=2, head_dim=16
 )
-adapters = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS.keys())
+# torch's own imports torch's compiler, which takes seconds.
+adapters = pytest.mark.parametrize(
+    "adapter",
+    [
+        pytest.param(adapter, id=name, marks=[pytest.mark.slow] if name.startswith("torch") else [])
+        for name, adapter in ADAPTERS.items()
+    ],
+)
 
 
 class TopLeft(FlashStandIns):
@@ -116,11 +123,13 @@ def test_flash_attn_is_picked_where_it_is_importable(monkeypatch: pytest.MonkeyP
     assert "; attention by mask: torch, heads folded (agrees with torch here); " in chosen
 
 
+@pytest.mark.slow
 def test_torchs_own_is_picked_without_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = str(_choose_as_on_cuda(monkeypatch, lambda name: FlashStandIns().load(name.replace("flash_", "absent_"))))
     assert "; attention: torch varlen_attn (agrees with torch here, No module named 'absent_attn'); " in chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_kernel_is_declined(
     wrong: type[FlashStandIns], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
