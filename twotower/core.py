@@ -61,12 +61,20 @@ class Request:
     """What the user asked for, as token ids. Immutable; the decoding state of it is a *sequence*.
 
     `priority` decides when it starts, never its tokens: a lower value goes first (`twotower.engine.ledger`).
+    `committed`: the first of its new tokens, where it was begun elsewhere (in `diffusion` whole blocks). Its events go
+    on after them, from `start` == len(`committed`).
     """
 
     id: RequestId
     prompt_token_ids: tuple[int, ...]
     params: DecodingParams = field(default_factory=DecodingParams)
     priority: int = 0
+    committed: tuple[int, ...] = ()
+
+    @property
+    def history(self) -> tuple[int, ...]:
+        """What its sequence begins with: the prompt, and what has been committed of the answer."""
+        return self.prompt_token_ids + self.committed
 
     @property
     def positions(self) -> int:

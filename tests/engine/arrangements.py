@@ -68,7 +68,7 @@ class ByHand:
 
     def decode(self, requests: Sequence[Request], draw: random.Random) -> dict[RequestId, Decoded]:
         """Requests arrive at random ticks, as many at once as there are slots."""
-        waiting, results = list(requests), {request.id: Decoded() for request in requests}
+        waiting, results = list(requests), {request.id: Decoded(list(request.committed)) for request in requests}
         eagerness, open_ = draw.choice([0.05, 0.3, 1.0]), 0
         with torch.inference_mode():
             for _ in range(MAX_TICKS):

@@ -33,7 +33,7 @@ class Decoded:
 
 
 async def collect(pair: Pair, request: Request) -> Decoded:
-    out = Decoded()
+    out = Decoded(list(request.committed))
     async for event in pair.generate(request, timeout_s=60):
         out.add(event)
     return out

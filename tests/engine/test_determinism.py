@@ -53,7 +53,7 @@ def towers_of(name: str) -> Towers:
     return Towers(name, context, load_denoiser_tower(checkpoint, CPU, torch.float32))
 
 
-def _request(name: str, number: int, towers: Towers, draw: random.Random) -> Request:
+def make_request(name: str, number: int, towers: Towers, draw: random.Random) -> Request:
     mode = draw.choice([Mode.DIFFUSION, Mode.DIFFUSION, Mode.MOCK_AR, Mode.AR])
     params = _diffusion(draw) if mode is Mode.DIFFUSION else _causal(mode, draw)
     return Request(RequestId(f"{name} {number}"), _prompt(towers, draw), params, draw.choice([0, 0, -1, 2]))
@@ -140,7 +140,7 @@ def test_tokens_are_a_requests_own(arrangement: str) -> None:
     for number in range(FIRST_SEED, FIRST_SEED + ROUNDS):
         draw = random.Random(f"{arrangement} {number}")
         towers = towers_of(CHECKPOINTS[number % len(CHECKPOINTS)])
-        requests = [_request(f"{number}", place, towers, draw) for place in range(REQUESTS)]
+        requests = [make_request(f"{number}", place, towers, draw) for place in range(REQUESTS)]
         own = alone(towers, requests)
         draw.shuffle(requests)
         together = ARRANGEMENTS[arrangement](towers, requests, draw)

@@ -146,7 +146,8 @@ class ContextEngine:
             sequence = ContextSequence(slot, list(request.token_ids[:-1]), sheet=ScoreSheet(request))
         else:
             stopping = Stopping(request.params, self.tower.config.eos_token_id)
-            sequence = ContextSequence(slot, list(request.prompt_token_ids), request=request, stopping=stopping)
+            sequence = ContextSequence(slot, list(request.history), request=request, stopping=stopping)
+            sequence.generated = len(request.committed)
         self._sequences[request.id] = sequence
         self._scheduler.add_prompt(request.id, 0, len(sequence.to_read))
 

@@ -173,9 +173,11 @@ class DenoiserEngine:
             return
         for number, request in sequences.items():
             sequence = _Sequence(request, number, Stopping(request.params, self.tower.config.eos_token_id))
+            sequence.generated = len(request.committed)
             if request.params.mode is Mode.MOCK_AR:
-                sequence.tokens = [request.prompt_token_ids[-1]]
+                sequence.tokens = [request.history[-1]]
             else:
+                sequence.block = len(request.committed) // request.params.block_size
                 sequence.fresh_block()
             self._sequences[number] = sequence
             self._numbers[request.id] = number
@@ -320,9 +322,8 @@ class DenoiserEngine:
 
 
 def _prefill(number: int, request: Request) -> Prefill:
-    prompt = request.prompt_token_ids
     # Mock-AR steps on the last token itself, so its mirror stays one token behind.
-    read = prompt[:-1] if request.params.mode is Mode.MOCK_AR else prompt
+    read = request.history[:-1] if request.params.mode is Mode.MOCK_AR else request.history
     return Prefill(number, read, request.positions)
 
 

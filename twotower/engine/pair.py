@@ -84,6 +84,8 @@ class Pair:
     ) -> AsyncGenerator[AnswerKind, None]:
         """Events of one request, all of one kind, until its last."""
         self._admissible(request)
+        if isinstance(request, Request):
+            _check_committed(request)
         inbox = Inbox(merging)
         self.ledger.enqueue(request)
         self._queues[request.id] = inbox
@@ -191,3 +193,14 @@ class Pair:
     def _fail_all(self, error: TwoTowerError) -> None:
         for request_id, inbox in self._queues.items():
             inbox.put(FailureEvent(request_id, error))
+
+
+def _check_committed(request: Request) -> None:
+    """What a request brings of its own answer leaves something to do, and ends with a block. Raises InvalidRequest."""
+    got, params = len(request.committed), request.params
+    if got >= params.max_new_tokens:
+        raise InvalidRequest.of(
+            "committed", f"got {got} tokens, wanted fewer than max_new_tokens ({params.max_new_tokens})"
+        )
+    if params.mode is Mode.DIFFUSION and got % params.block_size:
+        raise InvalidRequest.of("committed", f"got {got} tokens, wanted whole blocks of {params.block_size}")
