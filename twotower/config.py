@@ -30,6 +30,7 @@ _SIZES = (
     "vocab_size hidden_size head_dim mamba_head_dim ssm_state_size conv_kernel chunk_size intermediate_size "
     "moe_intermediate_size moe_shared_expert_intermediate_size max_position_embeddings"
 ).split()
+MASK_TOKEN_ID = 3
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DENSE_52 = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 
@@ -162,10 +163,15 @@ class ModelConfig:
 
     def _check_tokens(self, given: Mapping[str, Any]) -> None:
         """An end of sequence that is no token would never be said."""
-        for name in (*_TOKENS, "mask_token_id"):
+        for name in _TOKENS:
             token = given.get(name, 0)
             if not isinstance(token, int) or not 0 <= token < self.vocab_size:
                 raise CheckpointError(f"{name}: got {token!r}, wanted a token id from 0 to {self.vocab_size - 1}")
+        mask = given.get("mask_token_id", MASK_TOKEN_ID)
+        if mask != MASK_TOKEN_ID:
+            raise CheckpointError(
+                f"mask_token_id: got {mask!r}, wanted {MASK_TOKEN_ID}, which every denoiser is trained with"
+            )
 
     def _check_divides(self, many: str, few: str) -> None:
         whole, part = getattr(self, many), getattr(self, few)

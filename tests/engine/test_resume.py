@@ -1,7 +1,7 @@
 """A request that was begun elsewhere goes on where it stood: the same tokens, nothing twice, nothing left out.
 
-Random requests, alone to their end first, then again from after each of their blocks, in company. What differs must have
-a recorded margin below 1e-5, as in test_determinism.py. `RESUME_ROUNDS` says how many rounds of each arrangement.
+Random requests, alone to their end first, then again from after some of their blocks, in company. What differs must
+have a recorded margin below 1e-5, as in test_determinism.py. `RESUME_ROUNDS` says how many rounds of each arrangement.
 """
 
 import os

@@ -272,7 +272,7 @@ def test_other_spellings_of_the_config() -> None:
         ({"eos_token_id": [2, 5000]}, ["eos_token_id", "[2, 5000]", "int"]),
         ({"bos_token_id": 128}, ["bos_token_id", "128", "from 0 to 127"]),
         ({"pad_token_id": -1}, ["pad_token_id", "-1", "from 0 to 127"]),
-        ({"mask_token_id": 128}, ["mask_token_id", "128", "from 0 to 127"]),
+        ({"mask_token_id": 7}, ["mask_token_id", "got 7", "wanted 3"]),
         ({"mamba_hidden_act": "tanh"}, ["mamba_hidden_act", "tanh"]),
         ({"mlp_hidden_act": "tanh"}, ["mlp_hidden_act", "tanh"]),
     ],

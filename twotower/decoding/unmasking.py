@@ -12,12 +12,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from twotower.config import MASK_TOKEN_ID
 from twotower.core import GREEDY_BELOW
 from twotower.decoding.margins import closest, runner_up
 from twotower.decoding.randomness import uniform
 from twotower.model.transfer import on_device
 
-MASK_TOKEN_ID = 3
 _BANNED = -1e12
 _NOISE_NUMBERS = 1 << 24
 _ABOVE_ZERO = 1e-45  # the smallest fp32 number: a threshold of 0 that can be divided by

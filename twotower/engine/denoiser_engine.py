@@ -13,12 +13,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from twotower.config import MASK_TOKEN_ID
 from twotower.core import AnyRequest, BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
 from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.randomness import step_key
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.stopping import Stopping
-from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, Decision, StepParams
+from twotower.decoding.unmasking import Blocks, Decision, StepParams
 from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
 from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH
