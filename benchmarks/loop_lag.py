@@ -1,4 +1,4 @@
-"""How long one request holds up a router's event loop: the worst of each kind, against the ASGI app in this process.
+"""How long one request holds up a router's event loop: the worst of each kind, against both faces in this process.
 
     python -m benchmarks.loop_lag [--repeats 5] [--only stop]
 
@@ -12,15 +12,19 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cluster.config import ServiceConfig
 from cluster.generation import Generation
+from cluster.grpc_boundary import guarded
+from cluster.grpc_service import GenerationServicer
 from cluster.http import make_app
 from cluster.served_model import ServedModel, load_served_model
 from twotower.core import BlockEvent, FinishReason, Request, ScoreEvent, ScoreRequest
+from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.validation import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 
 _MIB = 2**20
@@ -108,6 +112,28 @@ KINDS: Mapping[str, Body] = {
 }
 
 
+def _unknown_number(number: int) -> bytes:
+    """A field of this number, of which no message knows, with the value 0."""
+    tag, text = number << 3, bytearray()
+    while tag > 127:
+        text.append(tag & 127 | 128)
+        tag >>= 7
+    return bytes([*text, tag, 0])
+
+
+GRPC_KINDS: Mapping[str, Body] = {
+    "gRPC, one unknown field: 2 million times": lambda model: b"\x78\x00" * (2 * _MIB),
+    "gRPC, unknown fields: 800,000": lambda model: b"".join(map(_unknown_number, range(100, 800_100))),
+    "gRPC, stop strings: 1.4 million": lambda model: b"\x2a\x01a" * 1_398_000,
+    "gRPC, stop strings that are not UTF-8: 1.4 million": lambda model: b"\x2a\x01\xff" * 1_398_000,
+    "gRPC, token ids of one prompt: 4 million": lambda model: pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[9] * (4 * _MIB - 40))
+    ).SerializeToString(),
+    "gRPC, text: 4 MB": lambda model: pb.GenerateRequest(text="words: 65 " * 400_000).SerializeToString(),
+}
+Ask = Callable[[bytes], Awaitable[int]]
+
+
 async def ask(app: Any, body: bytes) -> int:
     """The status of one completion request, asked without a client library, whose own work would count."""
     parts: list[dict[str, object]] = [{"type": "http.request", "body": body}]
@@ -127,7 +153,30 @@ async def ask(app: Any, body: bytes) -> int:
     return statuses[0]
 
 
-async def lag_of(app: Any, body: bytes, repeats: int) -> Lag:
+class _Call:
+    """As much of a gRPC context as an answer to one call needs."""
+
+    def __init__(self) -> None:
+        self.code = 0
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def abort_with_status(self, status: Any) -> None:
+        self.code = status.code.value[0]
+
+
+async def ask_grpc(servicer: GenerationServicer, message: bytes) -> int:
+    """The code of one Generate call, from the bytes of its message on."""
+    call = _Call()
+    await guarded(servicer.Generate, pb.GenerateRequest)(message, call)
+    return call.code
+
+
+async def lag_of(ask: Ask, body: bytes, repeats: int) -> Lag:
     """How late a task beside `repeats` of these requests woke."""
     late, worked = list[float](), list[float]()
 
@@ -143,7 +192,7 @@ async def lag_of(app: Any, body: bytes, repeats: int) -> Lag:
     statuses, longest = set[int](), 0.0
     for _ in range(repeats):
         began = time.perf_counter()
-        statuses.add(await ask(app, body))
+        statuses.add(await ask(body))
         longest = max(longest, time.perf_counter() - began)
         await asyncio.sleep(0.01)
     beating.cancel()
@@ -156,18 +205,20 @@ async def lag_of(app: Any, body: bytes, repeats: int) -> Lag:
     )
 
 
-def open_app() -> tuple[Any, ServedModel]:
-    """A router's app over scripted cells, with the demo's tokenizer."""
+def open_faces() -> tuple[Ask, Ask, ServedModel]:
+    """Ways to ask a router's HTTP and gRPC faces over scripted cells, with the demo's tokenizer."""
     model = load_served_model(ServiceConfig())
-    return make_app(Generation(model, OneToken()), lambda: True, 4 * _MIB), model
+    generation = Generation(model, OneToken())
+    app = make_app(generation, lambda: True, 4 * _MIB)
+    return partial(ask, app), partial(ask_grpc, GenerationServicer(generation)), model
 
 
 async def _table(repeats: int, only: str) -> None:
-    app, model = open_app()
+    http, grpc, model = open_faces()
     print(f"| request | p99 ms | worst ms | work ms | request s | status |\n|{'---|' * 6}")
-    for name, body_of in KINDS.items():
+    for name, body_of in {**KINDS, **GRPC_KINDS}.items():
         if only in name:
-            lag = await lag_of(app, body_of(model), repeats)
+            lag = await lag_of(http if name in KINDS else grpc, body_of(model), repeats)
             milliseconds = f"{lag.p99_s * 1e3:.1f} | {lag.worst_s * 1e3:.1f} | {lag.work_s * 1e3:.1f}"
             print(
                 f"| {name} | {milliseconds} | {lag.request_s:.2f} | {', '.join(map(str, lag.statuses))} |", flush=True

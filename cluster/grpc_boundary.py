@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 from cluster.error_codes import Failure, describe
 from cluster.grpc_messages import outside_problems
 from cluster.strict_protobuf import parse_message
-from twotower.errors import InvalidRequest
+from twotower.errors import Cancelled, InvalidRequest
 
 Handler = Any  # grpc.RpcMethodHandler, generic only in its stubs
 Behaviour = Any  # an async method of a servicer: (message, context) -> message, or None when it streams
@@ -39,23 +39,33 @@ class Boundary(grpc.aio.ServerInterceptor):
         if kind is None or handler is None:
             return handler
         if handler.response_streaming:
-            guarded = _guarded(handler.unary_stream, kind)
-            return grpc.unary_stream_rpc_method_handler(guarded, None, handler.response_serializer)
-        guarded = _guarded(handler.unary_unary, kind)
-        return grpc.unary_unary_rpc_method_handler(guarded, None, handler.response_serializer)
+            method = guarded(handler.unary_stream, kind)
+            return grpc.unary_stream_rpc_method_handler(method, None, handler.response_serializer)
+        method = guarded(handler.unary_unary, kind)
+        return grpc.unary_unary_rpc_method_handler(method, None, handler.response_serializer)
 
 
-def _guarded(behaviour: Behaviour, kind: type[Message]) -> Behaviour:
+def guarded(behaviour: Behaviour, kind: type[Message]) -> Behaviour:
+    """The method behind the boundary: it takes bytes instead of a message."""
+
     async def call(data: bytes, context: Any) -> Any:
         try:
             return await behaviour(parse_message(kind, data), context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            outside = outside_problems(error, kind) if isinstance(error, InvalidRequest) else error
-            await context.abort_with_status(rpc_status.to_status(status_of(describe(outside))))
+            await context.abort_with_status(rpc_status.to_status(status_of(describe(_outside(error, kind)))))
 
     return call
+
+
+def _outside(error: Exception, kind: type[Message]) -> Exception:
+    """What the client is to be told of."""
+    if isinstance(error, InvalidRequest):
+        return outside_problems(error, kind)
+    if isinstance(error, grpc.aio.InternalError):  # of a write, which fails where nobody reads any more
+        return Cancelled("the client has gone")
+    return error
 
 
 def status_of(failure: Failure) -> status_pb2.Status:

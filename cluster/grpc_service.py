@@ -43,7 +43,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         deadline = self._generation.deadline(_timeout_of(context))
         with self._generation.admission.place():
             order = await self._generation.order(ask_of(request, _label_of(request, context)), deadline)
-            async with aclosing(self._generation.stream(order, deadline)) as chunks:
+            # Writing waits for the client to read, and may wait for ever.
+            async with deadline.over(), aclosing(self._generation.stream(order, deadline)) as chunks:
                 async for chunk in chunks:
                     for message in chunk_messages(order, chunk):
                         await context.write(message)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ TIMEOUT_HEADER = "x-request-timeout"
 REQUEST_ID = "x-request-id"
 _CALL = "twotower.call"  # where in a scope the log finds what the call is named
 _READ = ["GET", "HEAD"]
+_LAST_WORDS_S = 2.0  # beyond its deadline, for a stream to say that it has passed
 
 Item = TypeVar("Item")
 
@@ -122,7 +124,8 @@ class CompletionsFace:
             chunks = generation.many(orders, deadline)
             if call.stream:
                 first = await until_disconnect(request.receive, _next(chunks))
-                return EventStream(self._events(call, orders, first, chunks), chunks, headers, place.pop_all())
+                events = self._events(call, orders, first, chunks)
+                return EventStream(events, chunks, headers, deadline, place.pop_all())
             answers = await until_disconnect(request.receive, _collect(orders, chunks))
         return JSONResponse(whole_body(call, generation.model.name, int(time.time()), orders, answers), headers=headers)
 
@@ -158,22 +161,27 @@ class CompletionsFace:
 
 
 class EventStream(Response):
-    """A stream of server-sent events whose source is closed at once when the client leaves, and then its place."""
+    """A stream of server-sent events whose source is closed at once when the client leaves, and then its place.
+
+    A client that does not read is cut off when the deadline has passed.
+    """
 
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
         source: AsyncGenerator[Any, None],
         headers: Mapping[str, str],
+        deadline: Deadline,
         place: ExitStack,
     ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-cache"}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._events, self._source, self._place = events, source, place
+        self._written_by = replace(deadline, ends_at=deadline.ends_at + _LAST_WORDS_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._place:
-            async with aclosing(self._source), aclosing(self._events):
+            async with aclosing(self._source), aclosing(self._events), self._written_by.over():
                 await until_disconnect(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:

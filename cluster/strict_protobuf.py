@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -12,9 +13,10 @@ from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from twotower.errors import FieldError, InvalidRequest
-from twotower.validation import one_line
+from twotower.validation import MAX_STOP_STRINGS, one_line
 
 _MAX_NAMED = 8
+_MAX_UNKNOWN = 16 * 1024  # bytes of unknown fields that are looked into, some thousands of fields at most
 _NAMES: dict[int, str] = {number: name for name, number in FieldDescriptorProto.Type.items()}
 
 
@@ -24,14 +26,24 @@ def parse_message(kind: type[Message], data: bytes) -> Message:
         message = kind.FromString(data)
     except (DecodeError, ValueError) as error:
         raise InvalidRequest(_broken_texts(kind, data) or [_unreadable(kind, error)]) from None
-    _raise_any(_unknown_fields(message, ""))
+    size = message.ByteSize()
+    message.DiscardUnknownFields()
+    unknown = size - message.ByteSize()
+    if unknown > _MAX_UNKNOWN:
+        raise InvalidRequest.of("message", f"got {unknown} bytes of fields that are unknown or of the wrong type")
+    if unknown:
+        raise InvalidRequest(_distinct(_unknown_fields(kind.FromString(data), "")))
     return message
 
 
-def _raise_any(found: Iterator[FieldError]) -> None:
-    problems = list(dict.fromkeys(found))[:_MAX_NAMED]
-    if problems:
-        raise InvalidRequest(problems)
+def _distinct(found: Iterator[FieldError]) -> list[FieldError]:
+    """The first few, each once. No more is looked at than it takes."""
+    problems = dict[FieldError, None]()
+    for problem in found:
+        problems[problem] = None
+        if len(problems) == _MAX_NAMED:
+            break
+    return list(problems)
 
 
 def _unreadable(kind: type[Message], error: Exception) -> FieldError:
@@ -63,7 +75,7 @@ def _broken_texts(kind: type[Message], data: bytes) -> list[FieldError]:
         message = _with_bytes(kind.DESCRIPTOR).FromString(data)
     except DecodeError:
         return []
-    return list(_not_utf8(message, ""))[:_MAX_NAMED]
+    return _distinct(_not_utf8(message, ""))
 
 
 def _not_utf8(message: Message, path: str) -> Iterator[FieldError]:
@@ -71,7 +83,7 @@ def _not_utf8(message: Message, path: str) -> Iterator[FieldError]:
         if isinstance(value, Message):
             yield from _not_utf8(value, f"{path}{field.name}.")
         elif field.type == FieldDescriptor.TYPE_BYTES:
-            for text in [value] if isinstance(value, bytes) else value:
+            for text in [value] if isinstance(value, bytes) else islice(value, MAX_STOP_STRINGS):
                 try:
                     text.decode("utf-8")
                 except UnicodeDecodeError as error:

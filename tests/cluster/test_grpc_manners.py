@@ -1,6 +1,8 @@
 """What gRPC clients expect beside answers: connections that are kept alive, ids that are labels."""
 
 import asyncio
+import logging
+from typing import Any
 
 import grpc
 import pytest
@@ -8,8 +10,9 @@ from google.rpc import error_details_pb2
 
 from cluster.admission import Admission
 from cluster.generation import Generation
+from cluster.grpc_boundary import guarded
 from cluster.grpc_service import GrpcServer
-from tests.cluster.fakes import ByteTokenizer, ScriptedCells, generation, served_model
+from tests.cluster.fakes import ByteTokenizer, ScriptedCells, generation, grpc_server, served_model
 from tests.cluster.test_grpc import Stub, ask, details_of
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
@@ -76,3 +79,39 @@ async def test_beyond_what_the_cells_hold_is_refused_with_a_hint(cells: Scripted
             assert (await running).text
     finally:
         await server.stop(0)
+
+
+async def test_a_client_that_does_not_read_has_its_place_until_the_deadline(
+    cells: ScriptedCells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond some megabytes a write waits for the reader."""
+    large = pb.GenerateStreamResponse(block=pb.CommittedBlock(text="x" * 3_000_000))
+    monkeypatch.setattr("cluster.grpc_service.chunk_messages", lambda order, chunk: [large])
+    service = Generation(served_model(ByteTokenizer()), cells, default_timeout_s=0.3)
+    async with grpc_server(service) as (address, _), grpc.aio.insecure_channel(address) as channel:
+        call = Stub(channel).GenerateStream(ask())
+        while not service.admission.running:
+            await asyncio.sleep(0.001)
+        async with asyncio.timeout(10):
+            while service.admission.running or cells.open:
+                await asyncio.sleep(0.01)
+        assert not call.done()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_write_to_a_client_that_has_gone_is_no_fault_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    codes = list[grpc.StatusCode]()
+
+    class Gone:
+        async def abort_with_status(self, status: Any) -> None:
+            codes.append(status.code)
+
+    async def write(message: object, context: object) -> None:
+        raise grpc.aio.InternalError("Failed to execute batch")
+
+    with caplog.at_level(logging.ERROR):
+        await guarded(write, pb.GenerateRequest)(b"", Gone())
+    assert codes == [grpc.StatusCode.CANCELLED] and not caplog.records

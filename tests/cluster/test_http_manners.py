@@ -175,3 +175,28 @@ async def test_a_stream_that_a_dead_router_leaves_ends_with_an_error() -> None:
     async with behind_serve(app) as http:
         first, last = events_of((await http.post("/v1/completions")).text)
     assert first == {"choices": []} and last["error"]["type"] == "unavailable_error"
+
+
+async def test_a_stream_that_nobody_reads_has_its_place_until_the_deadline(
+    cells: ScriptedCells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.http._LAST_WORDS_S", 0.05)
+    service, begun = generation(cells), asyncio.Event()
+    app = make_app(service, lambda: True)
+    parts = [{"type": "http.request", "body": b'{"prompt": "Hi", "stream": true}'}]
+
+    async def receive() -> dict[str, object]:
+        return parts.pop() if parts else await asyncio.Future()  # type: ignore[return-value]
+
+    async def send(message: object) -> None:
+        begun.set()
+        await asyncio.Future()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "root_path": ""}
+    scope |= {"headers": [(b"x-request-timeout", b"0.1")], "http_version": "1.1", "scheme": "http"}
+    call = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
+    async with asyncio.timeout(10):
+        await begun.wait()
+        assert service.admission.running == 1
+        await call
+    assert service.admission.running == cells.open == 0

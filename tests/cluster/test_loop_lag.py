@@ -4,27 +4,30 @@ What counts is the processor time of the loop's own thread between two beats, wh
 """
 
 from functools import cache
-from typing import Any
 
 import pytest
 
-from benchmarks.loop_lag import KINDS, lag_of, open_app
-from cluster.served_model import ServedModel
+from benchmarks.loop_lag import GRPC_KINDS, KINDS, lag_of, open_faces
 
-_open = cache(open_app)
+_open = cache(open_faces)
 QUICK = {name for name in KINDS if name.startswith(("text that", "text: ", "stop strings", "an answer"))}
 REFUSED = {name for name in KINDS if "million" in name or "300,000" in name or "4 MB" in name}
-
-
-def _app() -> tuple[Any, ServedModel]:
-    return _open()
 
 
 @pytest.mark.parametrize(
     "kind", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in KINDS]
 )
 async def test_the_worst_of_each_kind(kind: str) -> None:
-    app, model = _app()
-    lag = await lag_of(app, KINDS[kind](model), repeats=1)
+    http, _, model = _open()
+    lag = await lag_of(http, KINDS[kind](model), repeats=1)
     assert lag.statuses == ((400,) if kind in REFUSED else (200,))
     assert lag.work_s < 0.06
+
+
+@pytest.mark.parametrize("kind", GRPC_KINDS)
+async def test_the_worst_of_each_kind_over_grpc(kind: str) -> None:
+    """Reading 4 MiB into protobuf's own lists takes some 50 ms; refusing it must not add much."""
+    _, grpc, model = _open()
+    lag = await lag_of(grpc, GRPC_KINDS[kind](model), repeats=1)
+    assert lag.statuses == (3,)
+    assert lag.work_s < 0.3
