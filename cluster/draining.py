@@ -8,36 +8,38 @@ _SLACK_S = 10.0  # for routers to tell what they give up, and for Serve to tell 
 _AT_ONCE_S = 1.0
 
 
-def drain(timeout_s: float, say: Callable[[str], None]) -> None:
-    """Waits for the running requests of all routers, no longer than `timeout_s`; interrupted, it has them end at once.
+def drain(mark: bytes | None, timeout_s: float, say: Callable[[str], None]) -> None:
+    """Waits for the running requests of all routers of the application with this mark, no longer than `timeout_s`;
+    interrupted, it has them end at once.
 
     New ones are told 503 meanwhile. Returns at once where nothing runs, or nobody is there to run it.
     """
     try:
-        done = _start(timeout_s)
+        done = _start(mark, timeout_s)
         if not done.wait(_AT_ONCE_S):
             say(f"finishing the running requests, for {timeout_s:g} s at most; once more, and they end now")
             done.wait(timeout_s + _SLACK_S)
     except KeyboardInterrupt:
-        _start(0.0).wait(_SLACK_S)
+        _start(mark, 0.0).wait(_SLACK_S)
 
 
-def _start(timeout_s: float) -> threading.Event:
+def _start(mark: bytes | None, timeout_s: float) -> threading.Event:
     """On a thread, for Serve's own calls cannot be interrupted."""
     done = threading.Event()
-    threading.Thread(target=_drain, args=(timeout_s, done), daemon=True).start()
+    threading.Thread(target=_drain, args=(mark, timeout_s, done), daemon=True).start()
     return done
 
 
-def _drain(timeout_s: float, done: threading.Event) -> None:
+def _drain(mark: bytes | None, timeout_s: float, done: threading.Event) -> None:
     import ray
     from ray import serve
 
+    from cluster import ownership
     from cluster.app import APP_NAME
 
     try:
         with contextlib.suppress(Exception):  # whatever is gone already has nothing to finish
-            if ray.is_initialized():
+            if mark is not None and ray.is_initialized() and ownership.holder() == mark:
                 routers = serve.get_deployment_handle("Router", APP_NAME).broadcast("drain", timeout_s)
                 routers.results(timeout_s=timeout_s + _SLACK_S, return_exceptions=True)
     finally:

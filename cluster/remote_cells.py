@@ -45,6 +45,8 @@ class RemoteCells:
     async def _run(
         self, request: AnyRequest, kind: type[AnswerKind], timeout_s: float, merging: bool = False
     ) -> AsyncGenerator[AnswerKind, None]:
+        if self._given_up is not None:
+            raise self._given_up.error
         reply_to, inbox = self._events.open(merging)
         try:
             response = cast("DeploymentResponse[Any]", self._run_on_cell.remote(request, timeout_s, reply_to))

@@ -53,7 +53,7 @@ class Up:
                 self._watch()
             except KeyboardInterrupt:
                 self._say("stopping")
-                draining.drain(self._config.cluster.drain_timeout_s, self._say)
+                draining.drain(self._mark, self._config.cluster.drain_timeout_s, self._say)
             finally:
                 run_state.remove(port)
                 deployment.take_down(self._mark)

@@ -111,18 +111,20 @@ async def test_what_a_router_gives_up_ends_on_its_cell_too() -> None:
             await anext(events)
         await _all_free(cell)
         assert engine.cancelled == ["r"]
+        with pytest.raises(Unavailable, match="closing"):  # of a call whose other prompts ran
+            await anext(cells.generate(Request(RequestId("next"), (1, 2)), 60.0))
 
 
 def test_without_a_service_there_is_nothing_to_wait_for() -> None:
     said: list[str] = []
-    draining.drain(60.0, said.append)
+    draining.drain(b"mark", 60.0, said.append)
     assert not said
 
 
 def test_an_interrupt_ends_the_wait_and_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 
-    def ask_routers(timeout_s: float, done: threading.Event) -> None:
+    def ask_routers(mark: bytes | None, timeout_s: float, done: threading.Event) -> None:
         asked.append(timeout_s)
         if not timeout_s:
             done.set()
@@ -132,5 +134,17 @@ def test_an_interrupt_ends_the_wait_and_the_requests(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(draining, "_drain", ask_routers)
     monkeypatch.setattr(draining, "_AT_ONCE_S", 0.01)
-    draining.drain(60.0, interrupt)
+    draining.drain(b"mark", 60.0, interrupt)
     assert asked == [60.0, 0.0]
+
+
+@pytest.mark.parametrize(("mark", "drained"), [(None, False), (b"ours", True), (b"another's", False)])
+def test_only_an_application_of_ones_own_is_drained(
+    mark: bytes | None, drained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("cluster.ownership.holder", lambda: b"ours")
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda name, app: asked.append(name))
+    draining._drain(mark, 0.0, threading.Event())
+    assert bool(asked) == drained

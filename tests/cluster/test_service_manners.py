@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from cluster import ownership
 from cluster.draining import drain
 from tests.cluster.service import Service, running_service
 from twotower.pb.twotower.v1 import generation_pb2 as pb
@@ -120,8 +121,8 @@ async def test_a_service_that_shuts_down(service: Service) -> None:
         async with http.stream("POST", "/v1/completions", json=SLOW | {"stream": True}) as response:
             lines = response.aiter_lines()
             await anext(lines)
-            said: list[str] = []
-            draining = threading.Thread(target=drain, args=(3.0, said.append))
+            said, mark = list[str](), _marked()
+            draining = threading.Thread(target=drain, args=(mark, 3.0, said.append))
             draining.start()
             async with asyncio.timeout(10):
                 while (refused := await http.post("/v1/completions", json={"prompt": [5]})).status_code == 200:
@@ -139,9 +140,18 @@ async def test_a_service_that_shuts_down(service: Service) -> None:
         await asyncio.to_thread(draining.join, 20)
         assert not draining.is_alive() and "finishing the running requests" in said[0]
         await service.all_free()
+        ownership.give_up()
         await asyncio.to_thread(serve.delete, APP_NAME)
         gone = await http.get("/v1/models")
         assert gone.status_code == 503 and gone.json()["error"]["type"] == "unavailable_error"
+
+
+def _marked() -> bytes:
+    """As an `up` marks what it deploys."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(ownership._KEY, b"ours", namespace=ownership._NAMESPACE)
+    return b"ours"
 
 
 def _kill_router() -> None:
