@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from twotower.errors import InvalidRequest, Overloaded, Unavailable
+from twotower.errors import DeadlineExceeded, Overloaded, Unavailable
 
 LEAST_HINT_S, MOST_HINT_S = 1.0, 60.0
 _FIRST_GUESS_S, _GUESS_COUNTS = 8.0, 8.0  # how long a request runs, and for how many measurements that stands
@@ -57,11 +57,14 @@ class Admission:
         try:
             yield
         except Overloaded as error:
+            counts = False
             if error.retry_after_s is None:
                 error.retry_after_s = self._hint_s(requests)
             raise
-        except InvalidRequest:
-            counts = False  # it has not waited for anything
+        except DeadlineExceeded:
+            raise  # it has run, for as long as it could
+        except BaseException:
+            counts = False  # it has not run to its end: how soon it left says nothing of those that do
             raise
         finally:
             self._leave(requests, began if counts else None)
@@ -89,7 +92,7 @@ class Admission:
             self._measure(requests, began)
         self._running -= requests
         if self._running < self._slots:
-            self._full_since = None
+            self._full_since, self._promised = None, 0.0  # there is room: nobody waits for what was promised
         if not self._running:
             self._nothing_runs.set()
 
@@ -110,5 +113,5 @@ class Admission:
             waited_s = now - self._full_since
             run_s = max(pace_s * self._slots, 2 * waited_s)
             pace_s, first_s = run_s / self._slots, run_s - waited_s
-        self._promised = max(self._promised + requests * pace_s, now + first_s)
-        return min(max(self._promised - now, LEAST_HINT_S), MOST_HINT_S)
+        self._promised = min(max(self._promised + requests * pace_s, now + first_s), now + MOST_HINT_S)
+        return max(self._promised - now, LEAST_HINT_S)

@@ -143,10 +143,11 @@ def parse_stop(stop: object) -> tuple[str, ...]:
         raise _no_stop(stop)
     if len(strings) > MAX_STOP_STRINGS:
         raise InvalidRequest.of("stop", f"got {len(strings)} strings, wanted at most {MAX_STOP_STRINGS}")
-    if not all(isinstance(text, str) and text for text in strings):
-        raise _no_stop(stop)
     for text in strings:
-        check_length("stop", text, MAX_STOP_CHARACTERS)
+        if isinstance(text, str) and text:
+            check_length("stop", text, MAX_STOP_CHARACTERS)
+    if not all(isinstance(text, str) and text for text in strings):
+        raise _no_stop(stop if isinstance(stop, str) else list(strings))
     return tuple(strings)
 
 

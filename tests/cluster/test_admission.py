@@ -10,7 +10,7 @@ from cluster.app import cell_deployment, router_deployment
 from cluster.config import ServiceConfig
 from cluster.request_body import MAX_BODIES
 from cluster.router import admission
-from twotower.errors import InvalidRequest, Overloaded, Unavailable
+from twotower.errors import Cancelled, InvalidRequest, Overloaded, TwoTowerError, Unavailable
 
 
 class Clock:
@@ -92,14 +92,30 @@ async def test_what_takes_longer_than_thought_moves_the_hint_away() -> None:
     assert hints == pytest.approx([8.0, 8.0, 16.0], rel=0.3)
 
 
-async def test_wrong_requests_are_no_measurement() -> None:
+@pytest.mark.parametrize(
+    "left",
+    [InvalidRequest.of("seed", "wrong"), Overloaded("a cell is full", 1.0), Unavailable("gone"), Cancelled("left")],
+)
+async def test_what_does_not_run_to_its_end_is_no_measurement(left: TwoTowerError) -> None:
     clock = Clock()
     door, untouched = Admission(4, 4, clock), Admission(4, 4, clock)
     for _ in range(100):
-        with pytest.raises(InvalidRequest), door.place():
-            raise InvalidRequest.of("seed", "wrong")
+        with pytest.raises(type(left)), door.place():
+            raise left
     with door.place(4), untouched.place(4):
         assert refused(door, 4).retry_after_s == refused(untouched, 4).retry_after_s
+
+
+async def test_hints_of_a_storm_are_forgotten_once_there_is_room() -> None:
+    clock = Clock()
+    door = Admission(4, 4, clock)
+    with door.place(4):
+        hints = [refused(door).retry_after_s for _ in range(1000)]
+        assert hints[-1] == MOST_HINT_S
+        clock.now += 20.0
+    with door.place(4):
+        clock.now += 0.001
+        assert (refused(door).retry_after_s or 0.0) < MOST_HINT_S / 2
 
 
 async def test_a_cells_own_refusal_leaves_with_a_hint() -> None:

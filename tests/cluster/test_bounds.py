@@ -91,6 +91,12 @@ GRPC: list[tuple[str, pb.GenerateRequest, pb.GenerateRequest, str]] = [
         "stop: got 17 strings, wanted at most 16",
     ),
     (
+        "stop string beside an empty one",
+        pb.GenerateRequest(text="a", stop=[STOP]),
+        pb.GenerateRequest(text="a", stop=["", STOP * 1000]),
+        "stop: got a string of 256000 characters, wanted at most 256",
+    ),
+    (
         "stop ids",
         pb.GenerateRequest(text="a", params=pb.DecodingParams(stop_token_ids=[5] * MAX_STOP_TOKEN_IDS)),
         pb.GenerateRequest(text="a", params=pb.DecodingParams(stop_token_ids=[5] * (MAX_STOP_TOKEN_IDS + 1))),
