@@ -91,6 +91,15 @@ def test_stop_strings(text: str, cuts: list[int], stop: list[str]) -> None:
     assert len(one_by_one) < earliest and whole.startswith(one_by_one)
 
 
+@pytest.mark.parametrize("text", ["\ufffd\ufffd日本", "\n\ufffd\ufffd\U0001f98a\n", "\ufffd" * 9 + "é日"])
+@pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
+def test_the_replacement_character_itself(name: str, text: str) -> None:
+    """It is three bytes that are no broken ones, but look so."""
+    tokenizer = _plain(name)
+    out, stream = _streamed(tokenizer, [[token] for token in tokenizer.encode(text)])
+    assert out == stream.text == text
+
+
 def test_half_a_character_is_held_back() -> None:
     tokenizer = _plain()
     ids = tokenizer.encode("a🐙b")

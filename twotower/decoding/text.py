@@ -140,13 +140,18 @@ class _GrowingText:
         return None
 
     def _broken_characters(self, whole: str) -> tuple[int, str]:
-        """Bytes that are no UTF-8 stay so. All but the last three ids, which may yet become a character, unless one
-        that has become whole lies across: then fewer.
+        """Bytes that are no UTF-8 stay so. All but the last three ids, which may yet become a character, or a few more:
+        a head that cuts a character has one U+FFFD for each byte of it, so that of the heads which the whole begins
+        with the one with the fewest characters for its ids ends one.
         """
         most = len(self._window) - (_LONGEST_CHARACTER - 1)
-        heads = ((count, self._decode(self._window[:count])) for count in range(most, most - _LONGEST_CHARACTER, -1))
-        first = next(heads)
-        return next((head for head in (first, *heads) if whole.startswith(head[1])), first)
+        counts = range(most, most - _LONGEST_CHARACTER, -1)
+        heads = [(count, self._decode(self._window[:count])) for count in counts]
+        if whole.startswith(self._before):
+            begin = [head for head in heads if whole.startswith(head[1])]
+        else:  # byte fallback makes a U+FFFD of every byte beside a broken one, of settled ones too
+            begin = [head for head in heads if head[1].startswith(self._before)]
+        return min(begin, key=lambda head: len(head[1]) - head[0], default=heads[0])
 
     def _drop_silent(self) -> bool:
         """Forget the open ids that decode to nothing wherever they stand: special ones, and those of no token."""
