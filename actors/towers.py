@@ -16,8 +16,9 @@ from actors.loading_progress import reported
 from actors.memory import memories
 from actors.process_logs import log_to_stderr
 from actors.settings import CellSettings
+from twotower.engine.capture import check_capture
 from twotower.engine.context_engine import ContextEngine
-from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.denoiser_engine import DenoiserEngine, prepared_passes
 from twotower.engine.free_memory import check_fits
 from twotower.engine.handle import EngineStats
 from twotower.engine.in_process import colocated_runner, pick_device, pick_dtype
@@ -67,6 +68,7 @@ class TowerProcess:
 
     def _load_what_fits(self) -> None:
         with current(self.device):
+            check_capture(self.settings.engine.capture, self.checkpoint.config, self.device, self.dtype)
             check_fits(memories(self.settings)[self.place], self.device)
             self._load()
 
@@ -115,7 +117,10 @@ class DenoiserActor(TowerProcess):
     place = 1
 
     def _load(self) -> None:
-        self._tower = self._denoiser_tower()
+        """With the passes over the mirror: once the link stands, the context side watches this engine's progress."""
+        engine, tower = self.settings.engine, self._denoiser_tower()
+        self._mirror = TowerCache(tower.config, engine.max_sequences, engine.pages, self.device, self.dtype)
+        self._tower, self._passes = tower, prepared_passes(tower, self._mirror, engine)
 
     async def connect(self, address: LinkAddress) -> None:
         """Join the context tower's port and start decoding. Raises LinkDown."""
@@ -124,10 +129,8 @@ class DenoiserActor(TowerProcess):
     def _connect(self, address: LinkAddress) -> None:
         engine = self.settings.engine
         with current(self.device):
-            mirror = TowerCache(self.checkpoint.config, engine.max_sequences, engine.pages, self.device, self.dtype)
-            link = connect(address, mirror, self._hooks())
-            denoiser = DenoiserEngine(self._tower, link, engine, self.runner.emit)
-            denoiser.prepare()
+            link = connect(address, self._mirror, self._hooks())
+            denoiser = DenoiserEngine(self._tower, link, engine, self.runner.emit, passes=self._passes)
         self.runner.start([denoiser], self.device)
 
 

@@ -60,7 +60,8 @@ class CellSection(Section):
     `colocated`; with several denoisers or a rounded wire always `split`. `device` auto: CUDA where one node has GPUs
     for all towers of a cell, else the CPU; cuda:N is the Nth of the GPUs that a tower process sees, of which Ray shows
     it `gpus_per_tower` (0: all of its node). `cache_tokens` 0: room for every sequence's longest. `capture` on: all
-    usual passes at start, which takes a while. `gpus_per_tower` not given: one on CUDA, none on the CPU.
+    usual passes at start, which takes a while; on CUDA a model with experts must be bfloat16, the GPU of compute
+    capability 9 or 10. `gpus_per_tower` not given: one on CUDA, none on the CPU.
     `ssm_wire_dtype` bfloat16 rounds the Mamba states that a context tower sends to its denoisers, which is half the
     bytes of a commit.
     """

@@ -9,25 +9,28 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests import cuda_stand_in
 from tests.cuda_stand_in import Gpus, gpus
 from tests.engine.arrangements import Towers, split_pair
 from tests.engine.decode import collect
 from tests.exchange.rig import QUICK
-from tests.goldens import CPU, GOLDEN_DIR, MODELS
+from tests.goldens import CPU, GOLDEN_DIR, MODELS, VENDORED
 from tests.nccl_stand_in import ProcessGroupNCCL, stand_in
 from twotower.core import DecodingParams, Mode, Request, RequestId
+from twotower.engine import capture, in_process
 from twotower.engine.capture import passes_for
 from twotower.engine.graphs import FixedPasses, PassShape
 from twotower.engine.in_process import open_pair, pick_device
 from twotower.engine.pair import Pair
-from twotower.engine.passes import Want
+from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
+from twotower.model.moe import FEW_TOKENS
 
 SETTINGS = EngineSettings(max_sequences=2, max_sequence_length=60, prefill_chunk_tokens=32, capture="off")
 SECOND = torch.device("cuda", 1)
@@ -56,6 +59,14 @@ async def _in_process(name: str, device: str, settings: EngineSettings = SETTING
         return await _decode(pair)
 
 
+@pytest.fixture
+def captured_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of SETTINGS have too few tokens for grouped products, so experts in fp32 can be captured after all; should
+    one be called, the stand-in says so. In bf16 there would be no tokens to compare with: a CPU rounds otherwise."""
+    assert SETTINGS.max_sequences * USUAL_WIDTH <= FEW_TOKENS
+    monkeypatch.setattr(capture, "grouped_products_wait", lambda *_: False)
+
+
 @NAMES
 @pytest.mark.slow
 async def test_a_pair_on_the_second_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,23 +80,28 @@ async def test_a_pair_on_the_second_gpu(name: str, monkeypatch: pytest.MonkeyPat
 
 @NAMES
 @pytest.mark.slow
-async def test_captured_at_start_and_never_while_serving(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_captured_at_start_and_never_while_serving(
+    name: str, captured_in_fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = await _in_process(name, "cpu")
     with gpus(2, monkeypatch) as machine:
         assert await _in_process(name, "cuda:1", replace(SETTINGS, capture="on")) == wanted
     # Rows 1 and 2, each with 4 or 8 pages where blocks are read and 4 where tokens are: of a context tower 2 forms of
     # blocks and 3 of tokens, of a denoiser 1 and 2.
     assert machine.captures == 2 * (2 * (2 + 1) + (3 + 2))
+    assert len(machine.pools) == 2, "one a tower"
     assert machine.replays > 10
     assert machine.device_waits == 0
     assert machine.uploads and not machine.foreign_uploads
 
 
 @pytest.mark.parametrize(
-    ("name", "capture"), [(MODELS[0], "off"), *(pytest.param(name, "on", marks=pytest.mark.slow) for name in MODELS)]
+    ("name", "captured"), [(MODELS[0], "off"), *(pytest.param(name, "on", marks=pytest.mark.slow) for name in MODELS)]
 )
-async def test_two_gpus_over_nccl(name: str, capture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, settings = await _in_process(name, "cpu"), replace(SETTINGS, capture=capture)
+async def test_two_gpus_over_nccl(
+    name: str, captured: str, captured_in_fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, settings = await _in_process(name, "cpu"), replace(SETTINGS, capture=captured)
     with gpus(2, monkeypatch) as machine, stand_in(monkeypatch):
         checkpoint, dtype = Checkpoint.open(GOLDEN_DIR / name), torch.float32
         context, denoiser = pick_device("cuda"), pick_device("cuda:1")
@@ -105,8 +121,61 @@ async def test_two_gpus_over_nccl(name: str, capture: str, monkeypatch: pytest.M
     assert machine.device_waits == machine.foreign_uploads == 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "capability", "said"),
+    [("float32", (9, 0), "float32 on a GPU of compute capability 9.0"), ("bfloat16", (8, 6), "bfloat16 on .* 8.6")],
+)
+async def test_experts_that_make_the_host_wait_are_not_captured(
+    dtype: str, capability: tuple[int, int], said: str, machine: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by name, before any weight is read."""
+    machine.capability = capability
+    monkeypatch.setattr(in_process, "load_context_tower", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match=f"capture: got 'on' for experts in {said}.*wanted dtype bfloat16"):
+        async with open_pair(VENDORED / "tt_moe", replace(SETTINGS, capture="on"), "cuda:1", dtype):
+            pass
+
+
+def test_experts_in_bf16_are_captured(machine: Gpus) -> None:
+    """Grouped products are in what is replayed: it gives what an eager pass gives."""
+    rows = 4
+    tower = load_denoiser_tower(Checkpoint.open(VENDORED / "tt_moe"), SECOND, torch.bfloat16, kernels="torch")
+    cache = TowerCache(tower.config, rows, 4 * rows, SECOND, torch.bfloat16)
+    slots, given = [cache.allocate(60) for _ in range(rows)], ([[5, 3] * 8] * rows, [0.5] * rows)
+    passes = FixedPasses(tower, cache, rows, longest=60)
+    with torch.inference_mode():
+        passes.capture(slots, 16, True, Want.LOGITS)
+        replayed = passes.run(slots, *given)
+        eager = EagerPasses(tower, cache).run(slots, *given)
+    assert (machine.captures, machine.replays) == (1, 1)
+    torch.testing.assert_close(replayed.inner, eager.inner, atol=0.05, rtol=0.05)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [(torch.float32, (9, 0)), (torch.bfloat16, (8, 6)), (torch.bfloat16, (12, 0))]
+)
+def test_a_capture_of_grouped_products_that_wait_would_be_seen(
+    dtype: torch.dtype, capability: tuple[int, int], machine: Gpus
+) -> None:
+    """The stand-in's own rule, which is torch's."""
+    rows, experts = torch.zeros(8, 16, dtype=dtype, device=SECOND), torch.zeros(2, 16, 16, dtype=dtype, device=SECOND)
+    ends = torch.full((2,), 4, dtype=torch.int32, device=SECOND)
+
+    def capture() -> None:
+        stream = torch.cuda.Stream(SECOND)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), object(), stream, "thread_local"):  # type: ignore[arg-type]
+            F.grouped_mm(rows, experts, offs=ends)
+
+    machine.capability = capability
+    with pytest.raises(AssertionError, match="_grouped_mm: a capture that lets the host wait"):
+        capture()
+    machine.capability = (9, 0)
+    if dtype is torch.bfloat16:
+        capture()
+
+
 def test_what_was_not_captured_runs_eagerly(machine: Gpus) -> None:
-    checkpoint = Checkpoint.open(GOLDEN_DIR / MODELS[0])
+    checkpoint = Checkpoint.open(VENDORED / "tt_dense")
     tower = load_context_tower(checkpoint, SECOND, torch.float32, kernels="torch")
     cache = TowerCache(tower.config, 2, 40, SECOND, torch.float32)
     passes = passes_for(tower, cache, "on", longest=60)

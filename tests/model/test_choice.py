@@ -153,6 +153,25 @@ def test_attention_of_heads_that_no_kernel_takes_is_left_to_torch(monkeypatch: p
         assert f"attention: torch, heads folded ({wanted}" in str(kernels)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "waits"),
+    [
+        ("cpu", torch.float32, None, False),
+        ("cuda:0", torch.float32, (9, 0), True),
+        ("cuda:0", torch.bfloat16, (8, 0), True),
+        ("cuda:0", torch.bfloat16, (9, 0), False),
+        ("cuda:0", torch.bfloat16, (10, 3), False),
+        ("cuda:0", torch.bfloat16, (12, 0), True),
+    ],
+)
+def test_experts_that_make_the_host_wait_say_so(
+    device: str, dtype: torch.dtype, capability: tuple[int, int], waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch has a kernel of grouped products in bf16, for two kinds of GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert ("makes the host wait" in choice._experts(torch.device(device), dtype).reason) == waits
+
+
 def test_on_a_cpu_everything_is_torch_and_says_why() -> None:
     kernels = choose(CONFIG, CPU, torch.float32)
     assert (kernels.mamba, kernels.attend) == (mamba.PLAIN, attend)

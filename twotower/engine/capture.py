@@ -1,10 +1,14 @@
 """Which kind of passes an engine makes of its usual shapes."""
 
+import torch
+
+from twotower.config import ModelConfig
 from twotower.engine.graphs import FixedPasses
 from twotower.engine.passes import SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes
 from twotower.engine.recorded import OFTEN, RecordedPasses
 from twotower.errors import ConfigError
 from twotower.model.cache import TowerCache
+from twotower.model.moe import grouped_products_wait
 from twotower.model.tower import ContextTower, DenoiserTower
 
 CAPTURES = ("auto", "on", "off")
@@ -17,15 +21,27 @@ def passes_for(
     """`on` captures here, before anything is served, all that can be asked for in the usual widths, and nothing later.
     `auto` captures on a CPU what comes up often; on CUDA nothing, because no capture has been seen running there yet.
 
-    `longest`: positions of the longest sequence, where that is less than the whole cache.
+    `longest`: positions of the longest sequence, where that is less than the whole cache. Raises what
+    `check_capture` does.
     """
-    if capture not in CAPTURES:
-        raise ConfigError(f"capture: got {capture!r}, wanted one of {', '.join(CAPTURES)}")
+    check_capture(capture, tower.config, tower.device, tower.dtype)
     if capture == "on":
         return _captured(tower, cache, longest)
     if capture == "auto" and tower.device.type == "cpu":
         return RecordedPasses(tower, cache, often=OFTEN)
     return EagerPasses(tower, cache)
+
+
+def check_capture(capture: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ConfigError for a name that is none, and for `on` where a capture would break."""
+    if capture not in CAPTURES:
+        raise ConfigError(f"capture: got {capture!r}, wanted one of {', '.join(CAPTURES)}")
+    if capture == "on" and "E" in config.hybrid_override_pattern and grouped_products_wait(device, dtype):
+        kind, (major, minor) = str(dtype).removeprefix("torch."), torch.cuda.get_device_capability(device)
+        raise ConfigError(
+            f"capture: got 'on' for experts in {kind} on a GPU of compute capability {major}.{minor}, whose products "
+            "make the host wait; wanted dtype bfloat16 and capability 9 or 10, or capture auto or off"
+        )
 
 
 def _captured(tower: ContextTower | DenoiserTower, cache: TowerCache, longest: int | None) -> Passes:

@@ -22,10 +22,11 @@ from twotower.decoding.stopping import Stopping
 from twotower.decoding.unmasking import Blocks, Decision, StepParams
 from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
-from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH
+from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH, Passes
 from twotower.engine.settings import EngineSettings
 from twotower.errors import LinkDown, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Command, Commit, Delta, Failed, Link, LinkLost, Prefill, Release, Released
+from twotower.model.cache import TowerCache
 from twotower.model.tower import DenoiserTower
 
 _NARROW = 16
@@ -80,6 +81,17 @@ class _Step:
     take: Callable[[list[list[float]]], None]
 
 
+def prepared_passes(tower: DenoiserTower, mirror: TowerCache, settings: EngineSettings) -> Passes:
+    """What `DenoiserEngine` takes as `passes`, ready for the usual ones: on a GPU many captures, which take a while."""
+    passes = _passes(tower, mirror, settings)
+    passes.prepare(USUAL_WIDTH)
+    return passes
+
+
+def _passes(tower: DenoiserTower, cache: TowerCache, settings: EngineSettings) -> Passes:
+    return passes_for(tower, cache, settings.capture, settings.max_sequence_length)
+
+
 class DenoiserEngine:
     """Decodes `diffusion` and `mock_ar` requests, many at a time, each row at its own step of its own block."""
 
@@ -90,9 +102,11 @@ class DenoiserEngine:
         settings: EngineSettings,
         emit: Callable[[Event], None],
         trace: Callable[[StepTrace], None] | None = None,
+        passes: Passes | None = None,
     ) -> None:
+        """`passes` over the link's cache, where they were made before the link."""
         self.tower, self.link, self.settings = tower, link, settings
-        self._passes = passes_for(tower, link.cache, settings.capture, settings.max_sequence_length)
+        self._passes = passes or _passes(tower, link.cache, settings)
         self._emit, self._trace = emit, trace
         self._sequences: dict[int, _Sequence] = {}
         self._numbers: dict[RequestId, int] = {}

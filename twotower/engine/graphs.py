@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -108,6 +108,16 @@ def _places(table_RZ: Tensor, positions_RL: Tensor, real_RL: Tensor) -> Tensor:
     return torch.where(real_RL, pages_RL * PAGE_TOKENS + positions_RL % PAGE_TOKENS, WASTE_PAGE * PAGE_TOKENS)
 
 
+class CaptureMemory:
+    """What a tower's captures compute in, each after the one before. On one stream: torch's allocator gives a free
+    block of a pool only to the stream that used it, so a second stream would take memory of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        # Of its own: the one that torch would take belongs to whichever device captured first.
+        self.stream = torch.cuda.Stream(device)
+
+
 class FixedPass:
     """One shape's forward. Its inputs and its output `out` stay at their addresses: use it before the next `run`."""
 
@@ -122,10 +132,9 @@ class FixedPass:
         # The graph reads this mask for good, so it must not leave the function's cache of masks.
         self._kept = mamba._future(min(tower.config.chunk_size, shape.width), tower.device)
 
-    def capture(self, pool: Any) -> None:
+    def capture(self, memory: CaptureMemory) -> None:
         """Record the forward. What runs meanwhile are the idle rows: a warm-up must not extend anybody's state."""
-        # Of its own: the one that torch would take belongs to whichever device captured first.
-        stream = torch.cuda.Stream(self._tower.device)
+        stream = memory.stream
         stream.wait_stream(torch.cuda.current_stream(self._tower.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -133,7 +142,7 @@ class FixedPass:
         torch.cuda.current_stream(self._tower.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (a link's) may use CUDA meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=memory.pool, stream=stream, capture_error_mode="thread_local"):
             self._forward()
 
     def run(self, rows: Sequence[Sequence[int]], t: Sequence[float]) -> Tensor:
@@ -177,7 +186,7 @@ class FixedPasses:
         self._passes: dict[PassShape, FixedPass] = {}
         self._outputs: dict[bool, Tensor] = {}
         self._eager = EagerPasses(tower, cache)
-        self._pool = torch.cuda.graph_pool_handle() if graphs and tower.device.type == "cuda" else None
+        self._memory = CaptureMemory(tower.device) if graphs and tower.device.type == "cuda" else None
 
     def run(
         self,
@@ -201,18 +210,18 @@ class FixedPasses:
         return decided_apart(self, slots, blocks)
 
     def prepare(self, width: int) -> None:
-        if self._pool is None or width > USUAL_WIDTH:
+        if self._memory is None or width > USUAL_WIDTH:
             return
         started, before = time.monotonic(), len(self._passes)
         for shape in self._shapes(padded(width)):
-            self._capture(shape)
+            self._capture(shape, self._memory)
         captured, seconds = len(self._passes) - before, time.monotonic() - started
         logger.info("captured %d passes of width %d in %.1f s", captured, padded(width), seconds)
 
     def capture(self, slots: Sequence[int], width: int, timed: bool, want: Want) -> None:
         """The one pass that these slots' rows take, instead of all that `prepare` prepares."""
-        if self._pool is not None:
-            self._capture(self._shape(slots, width, timed, want))
+        if self._memory is not None:
+            self._capture(self._shape(slots, width, timed, want), self._memory)
 
     def _shape(self, slots: Sequence[int], longest: int, timed: bool, want: Want) -> PassShape:
         width = padded(longest)
@@ -241,15 +250,15 @@ class FixedPasses:
     def _pass(self, shape: PassShape) -> FixedPass | None:
         """None where captures are wanted and this shape was not captured at start."""
         found = self._passes.get(shape)
-        if found is None and self._pool is None:
+        if found is None and self._memory is None:
             found = self._passes[shape] = self._made(shape)
         return found
 
     @torch.inference_mode()
-    def _capture(self, shape: PassShape) -> None:
+    def _capture(self, shape: PassShape, memory: CaptureMemory) -> None:
         if shape not in self._passes:
             made = self._made(shape)
-            made.capture(self._pool)
+            made.capture(memory)
             self._passes[shape] = made
 
     def _made(self, shape: PassShape) -> FixedPass:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from twotower.device_names import parse_device
+from twotower.engine.capture import check_capture
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine, StepTrace
 from twotower.engine.free_memory import check_fits
@@ -116,6 +117,7 @@ async def open_pair(
     memory = memory_of(opened.config, settings, kind, hosted)
     logger.info("one process on %s: %s", where, memory)
     check_fits(memory, where)
+    check_capture(settings.capture, opened.config, where, kind)
     denoiser = None
     with current(where):
         context = load_context_tower(opened, where, kind, progress)

@@ -10,6 +10,16 @@ from twotower.model.layers import Mlp, activation
 # Up to this many experts for each one chosen, and this many tokens, computing all of them costs less than sorting.
 _FEW_EXPERTS = 4
 FEW_TOKENS = 32
+# The GPUs for which torch builds a kernel of bf16 grouped products, by the first number of their compute capability.
+_GROUPED_ON = (9, 10)
+
+
+def grouped_products_wait(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped products copy the groups' ends to the host and loop over them there, which makes the
+    host wait and no CUDA graph can capture."""
+    if device.type != "cuda":
+        return False
+    return dtype is not torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in _GROUPED_ON
 
 
 class Router(nn.Module):

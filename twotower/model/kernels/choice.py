@@ -21,6 +21,7 @@ from twotower.model.attention import Attend, Attention, attend
 from twotower.model.kernels import flash_attention, fused_mamba, parity
 from twotower.model.kernels.folded_attention import attend_folded
 from twotower.model.mamba import Convolve, MambaKernels, MambaMixer, Scan, Step
+from twotower.model.moe import grouped_products_wait
 from twotower.model.tower import Tower
 
 logger = logging.getLogger(__name__)
@@ -227,6 +228,6 @@ def _hold(deviations: Iterable[tuple[str, float]], part: str, name: str) -> None
 
 
 def _experts(device: torch.device, dtype: torch.dtype) -> Choice:
-    fp32_on_gpu = device.type == "cuda" and dtype is not torch.bfloat16
-    reason = "in this dtype a loop that makes the host wait" if fp32_on_gpu else "nothing else to choose"
+    waits = grouped_products_wait(device, dtype)
+    reason = "with this dtype and GPU a loop that makes the host wait" if waits else "nothing else to choose"
     return Choice("experts", "torch grouped_mm", reason)
