@@ -3,6 +3,7 @@
 import torch
 
 from actors.settings import CellSettings
+from twotower.device_names import parse_device
 from twotower.engine.in_process import pick_dtype
 from twotower.engine.memory import Memory, memory_of
 from twotower.exchange.staging import fitted
@@ -14,11 +15,12 @@ from twotower.model.tower import ContextTower, DenoiserTower
 def memories(settings: CellSettings) -> list[Memory]:
     """One for each tower process, in the order of their bundles. Raises CheckpointError or ConfigError."""
     config, dtype = Checkpoint.open(settings.checkpoint).config, pick_dtype(settings.dtype)
+    on_gpu = parse_device(settings.device).kind != "cpu"
     if settings.placement != "split":
         towers = (ContextTower,) if settings.placement == "ar_only" else (ContextTower, DenoiserTower)
-        return [memory_of(config, settings.engine, dtype, towers)]
+        return [memory_of(config, settings.engine, dtype, towers, on_gpu=on_gpu)]
     denoisers, engine = settings.denoisers_per_context, settings.engine
     cache = TowerCache(config, engine.max_sequences, engine.pages, torch.device("meta"), dtype)
     link = fitted(settings.link_settings, cache, engine.longest_delta)
-    context = memory_of(config, settings.engine, dtype, [ContextTower], denoisers, link)
-    return [context, *[memory_of(config, settings.engine, dtype, [DenoiserTower], 1, link)] * denoisers]
+    context = memory_of(config, settings.engine, dtype, [ContextTower], denoisers, link, on_gpu)
+    return [context, *[memory_of(config, settings.engine, dtype, [DenoiserTower], 1, link, on_gpu)] * denoisers]

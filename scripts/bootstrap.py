@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from environment import ROOT, TORCH, TORCH_CPU_INDEX, TORCH_VERSION, Environment, EnvironmentFailed, runs
+from environment import ROOT, TORCH, TORCH_CPU_INDEX, TORCH_VERSION, Environment, EnvironmentFailed, has_gpu
 
 HERE = Path(__file__).resolve()
 PROJECT = Environment(
-    ROOT / ".venv", (HERE, HERE.with_name("environment.py"), HERE.with_suffix(".sh"), ROOT / "pyproject.toml")
+    ROOT / ".venv",
+    (HERE, HERE.with_name("environment.py"), HERE.with_suffix(".sh"), ROOT / "pyproject.toml"),
+    for_gpus=True,
 )
 
 # Half of the installed files, and none that a tower, a router or a test imports.
@@ -55,16 +57,16 @@ def compile_what_is_used(env: Environment) -> None:
 
 
 def build(env: Environment) -> None:
-    has_gpu = runs("nvidia-smi", "-L")
+    gpu = has_gpu()
     print(f"[1/3] Python {sys.version.split()[0]} ({sys.executable}) in {env.venv.name}", flush=True)
     env.make()
-    kind = "with CUDA: nvidia-smi sees a GPU" if has_gpu else "CPU build: no NVIDIA GPU here"
+    kind = "with CUDA: nvidia-smi sees a GPU" if gpu else "CPU build: no NVIDIA GPU here"
     print(f"[2/3] {TORCH}, {kind}", flush=True)
-    install_torch(env, has_gpu)
+    install_torch(env, gpu)
     print("[3/3] The project and what it needs (a minute or two the first time)", flush=True)
     env.pip("--editable", f"{ROOT}[serve,dev]", wanted="the project's dependencies")
     compile_what_is_used(env)
-    check_torch(env, has_gpu)
+    check_torch(env, gpu)
 
 
 if __name__ == "__main__":

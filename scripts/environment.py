@@ -37,6 +37,10 @@ def runs(*command: str | Path) -> bool:
         return False
 
 
+def has_gpu() -> bool:
+    return runs("nvidia-smi", "-L")
+
+
 def show_progress(line: str) -> None:
     """Rewrites one line of the terminal; a log file gets none of it."""
     if sys.stdout.isatty():
@@ -46,10 +50,12 @@ def show_progress(line: str) -> None:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where it lies, and the files that say what belongs in it."""
+    """Where it lies, and the files that say what belongs in it. `for_gpus`: its torch is another one where there is a
+    GPU."""
 
     venv: Path
     recipe: tuple[Path, ...]
+    for_gpus: bool = False
 
     @property
     def python(self) -> Path:
@@ -64,10 +70,13 @@ class Environment:
         return self.venv / "bootstrap.log"
 
     def wanted_stamp(self) -> str:
-        """What a finished environment carries: a digest of its recipe, and the checkout that it belongs to."""
+        """What a finished environment carries: a digest of its recipe and of the machine's kind, and the checkout that
+        it belongs to."""
         digest = hashlib.sha256()
         for part in self.recipe:
             digest.update(part.read_bytes())
+        if self.for_gpus and has_gpu():
+            digest.update(b"GPU")
         return f"{digest.hexdigest()} {ROOT}"
 
     def current_stamp(self) -> str:
@@ -122,6 +131,8 @@ class Environment:
 
     def torch_build(self) -> tuple[str, str | None] | None:
         """Version of the installed torch and of the CUDA it was built for; None where no torch imports."""
+        if not self.python.exists():
+            return None
         report = "import torch; print(torch.__version__, torch.version.cuda or '-')"
         asked = subprocess.run([self.python, "-c", report], capture_output=True, text=True)
         if asked.returncode:
@@ -130,7 +141,9 @@ class Environment:
         return version, None if cuda == "-" else cuda
 
     def install_cpu_torch(self, index: str = TORCH_CPU_INDEX) -> None:
-        """The wheel that lies in pip's own links, or the index's."""
+        """The wheel that lies in pip's own links, or the index's. One with CUDA that is there already is replaced."""
+        if (build := self.torch_build()) and build[1]:
+            runs(self.python, "-m", "pip", "uninstall", "--yes", "torch")
         # --no-deps: --no-index would look for torch's dependencies in the links too; they come with what needs torch.
         if not self.pip("--no-index", "--no-deps", TORCH):
             self.pip("--no-deps", "--index-url", index, TORCH, wanted=f"{TORCH} from {index}")

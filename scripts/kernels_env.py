@@ -6,11 +6,12 @@ compiled parts: enough to run their Python over stand-ins for these.
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from pathlib import Path
 
-from environment import ROOT, TORCH, Environment
+from environment import ROOT, TORCH, TORCH_CPU_INDEX, Environment, EnvironmentFailed, has_gpu
 
 HERE = Path(__file__).resolve()
 KERNELS = Environment(
@@ -40,13 +41,27 @@ def build(env: Environment) -> None:
     print(f"[1/4] Python {sys.version.split()[0]} ({sys.executable}) in {env.venv.name}", flush=True)
     env.make()
     print(f"[2/4] {TORCH}, CPU build", flush=True)
-    env.install_cpu_torch()
+    # On a machine with a GPU the variable names the index of a CUDA build, for .venv.
+    index = None if has_gpu() else os.environ.get("TORCH_INDEX_URL")
+    env.install_cpu_torch(index or TORCH_CPU_INDEX)
     print(f"[3/4] {RUN_WITH[0]} and what the tests need", flush=True)
     env.pip(TORCH, *BUILT_WITH, *RUN_WITH, *project_packages(), wanted="what the tests of the kernels need")
     print(f"[4/4] {', '.join(SOURCES)}, from source, without CUDA", flush=True)
     # Not from pip's cache and not into it: a machine with a GPU must never meet these wheels.
     options = ("--no-deps", "--no-build-isolation", "--no-cache-dir")
     env.pip(*options, *SOURCES, wanted="the kernels' packages", settings=WITHOUT_CUDA)
+    check_torch(env)
+
+
+def check_torch(env: Environment) -> None:
+    """With CUDA's torch there would be no test to run."""
+    build = env.torch_build()
+    if build is None or build[1] is not None:
+        found = f"torch {build[0]}, built for CUDA {build[1]}" if build else "no torch that imports"
+        raise EnvironmentFailed(
+            f"got {found}, wanted a CPU build. Delete {env.venv.name} and run again; if it comes back, set "
+            "TORCH_INDEX_URL to PyTorch's CPU wheel index, or unset it"
+        )
 
 
 if __name__ == "__main__":

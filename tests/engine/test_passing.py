@@ -1,20 +1,26 @@
 """The bound of what a pass needs for a moment holds, and is not far from what passes need."""
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.goldens import CPU, MODELS, golden
+from tests.goldens import CPU, MODELS, golden, vendored
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.unmasking import Blocks, StepParams
+from twotower.engine.memory import memory_of
 from twotower.engine.passes import EagerPasses, Want
-from twotower.engine.passing import _Batch, _batches, _bytes
+from twotower.engine.passing import _Batch, _batches, _bytes, captured_bytes
 from twotower.engine.settings import EngineSettings
+from twotower.model.attention import Attention
 from twotower.model.cache import TowerCache
+from twotower.model.kernels.folded_attention import attend_folded
 from twotower.model.tower import ContextTower, DenoiserTower
 
 SETTINGS = EngineSettings(max_sequences=5, max_sequence_length=160, cache_tokens=500, prefill_chunk_tokens=64)
@@ -54,14 +60,55 @@ def test_the_bound_holds(name: str, kind: type[ContextTower | DenoiserTower]) ->
     for batch in _batches(tower.config, SETTINGS, kind):
         with torch.inference_mode():
             peak = _peak(tower, batch)
-        bound = _bytes(tower.config, torch.float32, batch)
+        bound = _bytes(tower.config, torch.float32, batch, on_gpu=False)
         assert bound / 3 < peak <= bound, f"{batch}"
 
 
-def _peak(tower: ContextTower | DenoiserTower, batch: _Batch) -> int:
+@pytest.mark.parametrize("kind", [ContextTower, DenoiserTower])
+def test_the_bound_holds_with_folded_heads(
+    kind: type[ContextTower | DenoiserTower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the mask is made anew for every query head of a group, and torch turns it into numbers. Of one row
+    that sees much, so that the mask is most of it."""
+    product = F.scaled_dot_product_attention
+
+    def with_numbers(queries: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor) -> Tensor:
+        numbers = torch.zeros_like(attn_mask, dtype=queries.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+        return product(queries, keys, values, attn_mask=numbers)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", with_numbers)
+    model = vendored("tt_moe")
+    tower = model.context if kind is ContextTower else model.denoiser
+    for module in tower.modules():
+        if isinstance(module, Attention):
+            monkeypatch.setattr(module, "attend", attend_folded)
+    batch = _Batch(1, 128, 40_000, 1)
+    with torch.inference_mode():
+        peak = _peak(tower, batch, EngineSettings(1, 40_000))
+    bound = _bytes(tower.config, torch.float32, batch, on_gpu=True)
+    assert bound / 3 < peak <= bound
+    assert peak > _bytes(tower.config, torch.float32, batch, on_gpu=False), "the bound of unfolded heads is not enough"
+
+
+def test_captures_of_each_tower_keep_their_own() -> None:
+    config, settings = vendored("tt_moe").context.config, replace(SETTINGS, capture="on")
+    towers: list[list[type[ContextTower] | type[DenoiserTower]]]
+    towers = [[ContextTower], [DenoiserTower], [ContextTower, DenoiserTower]]
+    of = [captured_bytes(config, settings, torch.bfloat16, each) for each in towers]
+    assert of[0] + of[1] == of[2] > 0
+    both = [
+        memory_of(config, replace(SETTINGS, capture=name), torch.bfloat16, towers[2], on_gpu=on_gpu).passing
+        for on_gpu in (False, True)
+        for name in ("off", "on")
+    ]
+    assert both[0] == both[1], "a CPU's programs keep nothing"
+    assert both[3] - both[2] == of[2]
+
+
+def _peak(tower: ContextTower | DenoiserTower, batch: _Batch, settings: EngineSettings = SETTINGS) -> int:
     """With the cache as full as it gets."""
-    cache = TowerCache(tower.config, SETTINGS.max_sequences, SETTINGS.pages, CPU, torch.float32)
-    each = min(SETTINGS.max_sequence_length, SETTINGS.pages // batch.rows * 16)
+    cache = TowerCache(tower.config, settings.max_sequences, settings.pages, CPU, torch.float32)
+    each = min(settings.max_sequence_length, settings.pages // batch.rows * 16)
     slots = [cache.allocate(each) for _ in range(batch.rows)]
     for slot in slots:
         cache.advance(slot, each - (batch.width if tower.causal else 0))

@@ -1,11 +1,15 @@
 """Recorded passes: the bits of the operations they were recorded from, golden tokens, and when they are used."""
 
 import random
+import threading
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.engine.decode import SETTINGS, decode_all
 from tests.goldens import CPU, MODELS, causal_request, diffusion_request, golden
@@ -14,7 +18,7 @@ from twotower.decoding.unmasking import Blocks, StepParams
 from twotower.engine.capture import passes_for
 from twotower.engine.graphs import FixedPasses
 from twotower.engine.passes import EagerPasses, Passes, Want
-from twotower.engine.recorded import OFTEN, Form, Program, RecordedPasses, plain_pass
+from twotower.engine.recorded import OFTEN, Form, Program, RecordedPasses, _traced, plain_pass
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 from twotower.model.cache import Span, TowerCache
@@ -193,3 +197,24 @@ def test_on_records_at_start_and_never_while_serving() -> None:
             for _ in range(OFTEN + 1):
                 passes.run([slot], [[5] * 80])
         assert set(passes._programs) == programs
+
+
+def test_two_threads_that_record_leave_the_filters_of_warnings_as_they_were() -> None:
+    """These are the whole process's: one thread must not put back what the other has set."""
+    before, second_in, first_out = list(warnings.filters), threading.Event(), threading.Event()
+
+    def first(given: Tensor) -> Tensor:
+        second_in.wait(0.3)
+        return given + 1
+
+    def second(given: Tensor) -> Tensor:
+        second_in.set()
+        first_out.wait(5)
+        return given + 1
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(_traced, first, [torch.zeros(1)])
+        one.add_done_callback(lambda _: first_out.set())
+        two = pool.submit(_traced, second, [torch.zeros(1)])
+        assert one.result()(torch.zeros(1)) == two.result()(torch.zeros(1)) == 1
+    assert warnings.filters == before

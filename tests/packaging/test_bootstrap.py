@@ -151,6 +151,51 @@ def test_a_changed_recipe_makes_the_environment_stale(env: Any) -> None:
     assert env.current_stamp() == ""
 
 
+def test_a_gpu_that_comes_or_goes_makes_the_environment_stale(
+    environment: ModuleType, bootstrap: ModuleType, kernels_env: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has another torch there; .venv-kernels has not."""
+    stamps = []
+    for gpu in (False, True):
+        monkeypatch.setattr(environment, "has_gpu", lambda gpu=gpu: gpu)
+        stamps.append([each.wanted_stamp() for each in (bootstrap.PROJECT, kernels_env.KERNELS)])
+    assert [a == b for a, b in zip(*stamps, strict=True)] == [False, True]
+
+
+@pytest.mark.parametrize(("gpu", "named"), [(False, True), (True, False)])
+def test_the_kernels_torch_comes_from_the_index_that_is_named_for_a_cpu(
+    environment: ModuleType, kernels_env: ModuleType, env: Any, monkeypatch: pytest.MonkeyPatch, gpu: bool, named: bool
+) -> None:
+    pip, index = Pip(monkeypatch, environment, environment.TORCH), "https://wheels.example/some"
+    monkeypatch.setenv("TORCH_INDEX_URL", index)
+    monkeypatch.setattr(kernels_env, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(environment.Environment, "make", lambda env: None)
+    monkeypatch.setattr(environment.Environment, "torch_build", lambda env: ("2.13.0+cpu", None))
+    no_link = lambda env, *arguments, **more: pip(*arguments, **more) and "--no-index" not in arguments  # noqa: E731
+    monkeypatch.setattr(environment.Environment, "pip", no_link)
+    kernels_env.build(env)
+    asked = [arguments[arguments.index("--index-url") + 1] for arguments in pip.asked if "--index-url" in arguments]
+    assert asked == [index if named else environment.TORCH_CPU_INDEX]
+
+
+@pytest.mark.parametrize("build", [("2.13.0", "13.0"), None])
+def test_kernels_with_the_wrong_torch_are_not_called_ready(
+    environment: ModuleType,
+    kernels_env: ModuleType,
+    env: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    build: tuple[str, str | None] | None,
+) -> None:
+    Pip(monkeypatch, environment, environment.TORCH)
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(environment, "runs", lambda *command: asked.append(command) or True)
+    monkeypatch.setattr(environment.Environment, "make", lambda env: None)
+    monkeypatch.setattr(environment.Environment, "torch_build", lambda env: build)
+    with pytest.raises(environment.EnvironmentFailed, match="wanted a CPU build"):
+        kernels_env.build(env)
+    assert any("uninstall" in command for command in asked) == (build is not None), "one with CUDA is taken away first"
+
+
 def test_every_file_that_a_recipe_is_made_of_makes_it_stale(bootstrap: ModuleType, kernels_env: ModuleType) -> None:
     for recipe, script in ((bootstrap.PROJECT.recipe, "bootstrap.py"), (kernels_env.KERNELS.recipe, "kernels_env.py")):
         assert [path.name for path in recipe] == [script, "environment.py", "bootstrap.sh", "pyproject.toml"]
@@ -195,6 +240,7 @@ def test_the_kernels_are_built_without_cuda_and_past_pips_cache(
     """A wheel without its CUDA part in pip's cache would be what a GPU machine installs next."""
     pip = Pip(monkeypatch, environment, environment.TORCH)
     monkeypatch.setattr(environment.Environment, "make", lambda env: None)
+    monkeypatch.setattr(environment.Environment, "torch_build", lambda env: ("2.13.0+cpu", None))
     kernels_env.build(env)
     *_, libraries, sources = pip.asked
     assert set(kernels_env.SOURCES) < set(sources)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _FEWEST_PAGES = 4
 # Rows times pages of a captured pass: what it gathers stays in the graphs' memory, 256 MiB a layer at the 30B's shape.
 # Beyond, a pass takes long enough for its launches not to matter.
-_MOST_PAGES = 1 << 14
+MOST_PAGES = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +226,8 @@ class FixedPasses:
     def _shape(self, slots: Sequence[int], longest: int, timed: bool, want: Want) -> PassShape:
         width = padded(longest)
         seen = max(map(self._cache.length, slots)) + (width if self._tower.causal else 0)
-        pages = _power_of_two(max(pages_for(seen), _FEWEST_PAGES))
-        return PassShape(_power_of_two(len(slots)), width, pages, want, timed)
+        pages = power_of_two(max(pages_for(seen), _FEWEST_PAGES))
+        return PassShape(power_of_two(len(slots)), width, pages, want, timed)
 
     def _shapes(self, width: int) -> Iterator[PassShape]:
         """All that the engines can ask for at this width. The largest first: the others fit into its memory."""
@@ -236,10 +236,10 @@ class FixedPasses:
         else:
             forms = [(Want.LOGITS, True)] + [(Want.LOGITS, False)] * (width == 1)
         room = self._cache.keys.shape[1] * PAGE_TOKENS
-        most_pages = _power_of_two(pages_for(min(self._longest or room, room) + width))
-        for rows in _powers_down(_power_of_two(self._cache.scratch_slot), 1):
+        most_pages = power_of_two(pages_for(min(self._longest or room, room) + width))
+        for rows in _powers_down(power_of_two(self._cache.scratch_slot), 1):
             for pages in _powers_down(max(most_pages, _FEWEST_PAGES), _FEWEST_PAGES):
-                if rows * pages <= _MOST_PAGES and rows * width <= MAX_POSITIONS:
+                if rows * pages <= MOST_PAGES and rows * width <= MAX_POSITIONS:
                     yield from (PassShape(rows, width, pages, want, timed) for want, timed in forms)
 
     def _table(self, slot: int, pages: int) -> list[int]:
@@ -281,7 +281,7 @@ def _wants(width: int) -> tuple[Want, ...]:
     return (Want.HIDDEN, Want.STATES, Want.LOGITS) if width == 1 else (Want.HIDDEN, Want.STATES)
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 

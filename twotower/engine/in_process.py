@@ -114,7 +114,7 @@ async def open_pair(
     opened = Checkpoint.open(checkpoint)
     where, kind = pick_device(device), pick_dtype(dtype)
     hosted = (ContextTower, DenoiserTower) if opened.layout is Layout.TWO_TOWER else (ContextTower,)
-    memory = memory_of(opened.config, settings, kind, hosted)
+    memory = memory_of(opened.config, settings, kind, hosted, on_gpu=where.type == "cuda")
     logger.info("one process on %s: %s", where, memory)
     check_fits(memory, where)
     check_capture(settings.capture, opened.config, where, kind)

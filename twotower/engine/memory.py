@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower.config import ModelConfig
-from twotower.engine.passing import passing_bytes
+from twotower.engine.passing import captured_bytes, passing_bytes
 from twotower.engine.settings import EngineSettings
 from twotower.exchange.protocol import Delta
 from twotower.exchange.settings import LinkSettings
@@ -26,7 +26,8 @@ class Memory:
     """Bytes of the tensors a tower process keeps, and the sequences and positions that its cache or mirror holds.
 
     `slots` are conv windows and SSM states, `pages` keys and values, `staging` the buffers of its links once they have
-    grown as far as they can; together they are `total`. `passing` is what a forward pass needs for a moment, at most.
+    grown as far as they can; together they are `total`. `passing` is what a forward pass needs for a moment, at most,
+    and what captured passes keep of it on a GPU.
     """
 
     sequences: int
@@ -66,8 +67,10 @@ def memory_of(
     towers: Sequence[type[ContextTower] | type[DenoiserTower]],
     num_links: int = 0,
     link: LinkSettings | None = None,
+    on_gpu: bool = False,
 ) -> Memory:
     """The memory of a process that hosts these towers over one cache (or mirror) and `num_links` ends of links."""
+    captured = captured_bytes(config, settings, dtype, towers) if on_gpu and settings.capture == "on" else 0
     cache = TowerCache(config, settings.max_sequences, settings.pages, _META, dtype)
     link = link or fitted(LinkSettings(), cache, settings.longest_delta)
     return Memory(
@@ -78,8 +81,7 @@ def memory_of(
         pages=_bytes([cache.keys, cache.values]),
         staging=num_links * link.staging_buffers * _staging_buffer(cache, settings, link),
         scratch=cache.positions(0).untyped_storage().nbytes(),
-        # Captured passes keep theirs.
-        passing=(1 + (settings.capture == "on")) * passing_bytes(config, settings, dtype, towers),
+        passing=passing_bytes(config, settings, dtype, towers, on_gpu) + captured,
     )
 
 

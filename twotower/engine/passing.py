@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from twotower.config import ModelConfig
+from twotower.engine.graphs import MOST_PAGES, power_of_two
 from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH
 from twotower.engine.scores import MAX_LOGITS
 from twotower.engine.settings import EngineSettings
-from twotower.model.pages import PAGE_TOKENS
+from twotower.model.pages import PAGE_TOKENS, pages_for
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.validation import MAX_BLOCK
 
@@ -41,10 +42,27 @@ def passing_bytes(
     settings: EngineSettings,
     dtype: torch.dtype,
     towers: Sequence[type[ContextTower] | type[DenoiserTower]],
+    on_gpu: bool = False,
 ) -> int:
     """Of these towers in one process, which take turns."""
     batches = [batch for tower in towers for batch in _batches(config, settings, tower)]
-    return max(_bytes(config, dtype, batch) for batch in batches)
+    return max(_bytes(config, dtype, batch, on_gpu) for batch in batches)
+
+
+def captured_bytes(
+    config: ModelConfig,
+    settings: EngineSettings,
+    dtype: torch.dtype,
+    towers: Sequence[type[ContextTower] | type[DenoiserTower]],
+) -> int:
+    """What these towers' captured passes keep on a GPU: each tower's the memory of its largest, in a pool of its own.
+    A program recorded on a CPU keeps nothing."""
+    rows = power_of_two(settings.max_sequences)
+    longest = pages_for(min(settings.max_sequence_length, settings.pages * PAGE_TOKENS) + USUAL_WIDTH)
+    seen = min(rows * power_of_two(longest), MOST_PAGES) * PAGE_TOKENS
+    logits = {ContextTower: rows, DenoiserTower: rows * USUAL_WIDTH}
+    batches = [_Batch(rows, USUAL_WIDTH, seen, logits[tower]) for tower in towers]
+    return sum(_bytes(config, dtype, batch, on_gpu=True) for batch in batches)
 
 
 def _batches(
@@ -63,10 +81,10 @@ def _batches(
     return [_Batch(rows, USUAL_WIDTH, seen, rows), _Batch(1, chunk, min(longest, seen), scored)]
 
 
-def _bytes(config: ModelConfig, dtype: torch.dtype, batch: _Batch) -> int:
+def _bytes(config: ModelConfig, dtype: torch.dtype, batch: _Batch, on_gpu: bool) -> int:
     layers = {
         "M": _mamba(config, batch),
-        "*": _attention(config, dtype, batch),
+        "*": _attention(config, dtype, batch, on_gpu),
         "E": _experts(config, batch),
         "-": _COPIES * batch.positions * config.intermediate_size * _FP32,
     }
@@ -85,12 +103,16 @@ def _mamba(config: ModelConfig, batch: _Batch) -> int:
     return _FP32 * (batch.rows * state * (ends + 2) + _COPIES * (projected + pairs))
 
 
-def _attention(config: ModelConfig, dtype: torch.dtype, batch: _Batch) -> int:
+def _attention(config: ModelConfig, dtype: torch.dtype, batch: _Batch, on_gpu: bool) -> int:
     """Keys and values of all positions, gathered and then joined with a block's own; the mask; queries and outputs.
-    torch's fused attention keeps no scores."""
+    torch's fused attention keeps no scores. Where heads are folded, the mask is there once more for each query head of
+    a group, and again in the queries' dtype: as torch converts it, and as it pads it."""
     keys = batch.seen + batch.positions
     gathered = 2 * keys * config.num_key_value_heads * config.head_dim * dtype.itemsize * 2
     mask = keys * batch.width * _FP32
+    group = config.num_attention_heads // config.num_key_value_heads
+    if on_gpu and group > 1:
+        mask += keys * batch.width * group * (1 + 2 * dtype.itemsize)
     return gathered + mask + _COPIES * batch.positions * config.num_attention_heads * config.head_dim * _FP32
 
 

@@ -7,6 +7,7 @@ pages: only the width is fixed, and the form of the experts, which depends on ho
 """
 
 import logging
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.jit import TracerWarning  # type: ignore[attr-defined]
 from torch.jit._fuser import optimized_execution
 
 from twotower.config import ModelConfig
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 OFTEN = 64  # uses of a form before it is recorded: a recording costs as much as some fifty passes
 _MOST_PROGRAMS = 16
+_RECORDING = threading.Lock()
 
 Program = Callable[..., Tensor]
 
@@ -162,8 +165,9 @@ def _traced(run: Program, example: Sequence[Tensor]) -> Program:
     TorchScript keeps more copies of each: 25 MB for one of the demo's programs. Here the graph stays its owner's, is
     tidied once, and runs as it is.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about constants, which are constant in this form
+    # The filters are the whole process's: two threads at once would put back each other's.
+    with _RECORDING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracerWarning)  # about constants, which are constant in this form
         graph, _ = torch._C._create_graph_by_tracing(run, list(example), lambda _: "", True, False)
     torch._C._jit_pass_constant_propagation(graph)
     torch._C._jit_pass_cse(graph)  # two thirds of a trace are repeated constants

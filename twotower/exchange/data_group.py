@@ -88,6 +88,7 @@ class DataGroup:
         assert device.type != "cuda" or device.index is not None, "NCCL finds a device's communicator by its index"
         self._peer = 1 - rank
         self._polls = backend == "nccl"
+        self._aborted = False
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with _explained("could not be built", timeout_s):
             build = _nccl_group if backend == "nccl" else _gloo_group
@@ -126,6 +127,7 @@ class DataGroup:
 
     def abort(self) -> None:
         """End what is under way (NCCL; gloo's operations run to their deadline, or end with the other side)."""
+        self._aborted = True  # first: whoever waits looks here once its transfer has ended
         with contextlib.suppress(RuntimeError):
             self._group.abort()
 
@@ -148,6 +150,8 @@ class DataGroup:
             # NCCL's own wait looks once in ten milliseconds. It returns at once for what has ended.
             _poll(work.is_completed, deadline)
         work.wait(timedelta(seconds=timeout_s))
+        if self._aborted:
+            raise RuntimeError("it was aborted")  # NCCL's work of an aborted group may look like work that was done
 
     def _finish(self, deadline: float) -> None:
         """Wait until the link's stream is empty: by polling, because a CUDA wait knows no deadline."""
