@@ -105,7 +105,7 @@ def test_what_the_first_start_prints(
     environment, bootstrap = importlib.import_module("environment"), importlib.import_module("bootstrap")
     for step in ("make", "pip", "torch_build"):
         monkeypatch.setattr(environment.Environment, step, lambda *_, **__: True)
-    for step in ("compile_what_is_used", "check_torch", "runs"):
+    for step in ("compile_what_is_used", "check_torch", "has_gpu"):
         monkeypatch.setattr(bootstrap, step, lambda *_: False)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     (tmp_path / ".venv").mkdir()
