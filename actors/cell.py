@@ -41,6 +41,7 @@ class RunningPair:
     pair: Pair
     engines: list[RemoteEngine]
     places: list[dict[str, str]] = field(default_factory=list)
+    fingerprint: str = ""
 
     def failure(self) -> str | None:
         """Why this cell cannot serve any more, for a health check; None while it can."""
@@ -98,7 +99,7 @@ async def start_pair(settings: CellSettings, group: PlacementGroup) -> RunningPa
         await asyncio.gather(*(engine.open_line() for engine in engines))
         pair = Pair(context, denoisers or _own_denoiser(settings, context), _ledger(settings))
         pair.start()
-        running = RunningPair(pair, engines, list(places))
+        running = RunningPair(pair, engines, list(places), Checkpoint.open(settings.checkpoint).fingerprint)
         try:
             await self_test(pair, modes, patience, expected)
         except TwoTowerError:

@@ -12,7 +12,7 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from cluster.grpc_boundary import guarded
 from cluster.grpc_service import GenerationServicer
 from cluster.http import make_app
 from cluster.served_model import ServedModel, load_served_model
-from twotower.core import BlockEvent, FinishReason, Request, ScoreEvent, ScoreRequest
+from twotower.core import AnyRequest, BlockEvent, FinishReason, Request
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.validation import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 
@@ -34,22 +34,34 @@ Body = Callable[[ServedModel], bytes]
 
 
 class OneToken:
-    """Cells that answer with the prompt's last token, again and again."""
+    """An answer of the prompt's last token, again and again: cells, and a stay on one."""
+
+    cell = "script"
+
+    def __init__(self, fingerprint: str, request: AnyRequest | None = None) -> None:
+        self.fingerprint, self._request, self._start = fingerprint, request, 0
 
     async def ready(self) -> bool:
         return True
 
-    async def score(self, request: ScoreRequest, timeout_s: float) -> ScoreEvent:
-        raise NotImplementedError
+    def elsewhere(self, avoid: Set[str]) -> bool:
+        return False
 
-    async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
-        left, start = request.params.max_new_tokens, 0
-        while left:
-            await asyncio.sleep(0)
-            tokens = request.prompt_token_ids[-1:] * min(_EVENT, left)
-            left -= len(tokens)
-            yield BlockEvent(request.id, start, tokens, 1, len(tokens), None if left else FinishReason.LENGTH)
-            start += len(tokens)
+    async def place(self, request: AnyRequest, timeout_s: float, avoid: Set[str]) -> "OneToken":
+        return OneToken(self.fingerprint, request)
+
+    async def next(self) -> BlockEvent:
+        await asyncio.sleep(0)
+        request, start = self._request, self._start
+        assert isinstance(request, Request)
+        left = request.params.max_new_tokens - start
+        tokens = request.prompt_token_ids[-1:] * min(_EVENT, left)
+        self._start += len(tokens)
+        reason = FinishReason.LENGTH if len(tokens) == left else None
+        return BlockEvent(request.id, start, tokens, 1, len(tokens), reason)
+
+    async def close(self) -> None:
+        """Nothing runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +220,7 @@ async def lag_of(ask: Ask, body: bytes, repeats: int) -> Lag:
 def open_faces() -> tuple[Ask, Ask, ServedModel]:
     """Ways to ask a router's HTTP and gRPC faces over scripted cells, with the demo's tokenizer."""
     model = load_served_model(ServiceConfig())
-    generation = Generation(model, OneToken())
+    generation = Generation(model, OneToken(model.fingerprint))
     app = make_app(generation, lambda: True, 4 * _MIB)
     return partial(ask, app), partial(ask_grpc, GenerationServicer(generation)), model
 

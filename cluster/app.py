@@ -17,6 +17,7 @@ from cluster.config import ServiceConfig
 from cluster.placing import Nodes, choose
 from cluster.request_body import MAX_BODIES
 from cluster.router import Router, admission
+from cluster.runs.routing import ElsewhereFirst
 from cluster.served_paths import checkpoint_directory
 from twotower.engine.settings import EngineSettings
 
@@ -34,7 +35,10 @@ _LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # Serve's own l
 
 
 class CellReplica(Cell):
-    """A Cell as Serve ends it."""
+    """A Cell as Serve names it and ends it."""
+
+    async def __init__(self, settings: CellSettings) -> None:  # type: ignore[misc]
+        await super().__init__(settings, name=serve.get_replica_context().replica_id.unique_id)
 
     async def __del__(self) -> None:
         await self.shutdown()
@@ -98,6 +102,7 @@ def cell_deployment(config: ServiceConfig) -> serve.Deployment:
         },
         max_ongoing_requests=_ongoing_requests(config),
         max_queued_requests=-1,  # the routers bound what they let in, and the cell's ledger what waits
+        request_router_config={"request_router_class": f"{ElsewhereFirst.__module__}:{ElsewhereFirst.__name__}"},
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         graceful_shutdown_timeout_s=cluster.drain_timeout_s,
         health_check_period_s=1.0,

@@ -9,15 +9,19 @@ from typing import Protocol
 from ray.util import get_current_placement_group
 
 from actors.cell import start_pair
+from actors.frames import LineAddress
 from actors.process_logs import log_to_stderr
 from actors.settings import CellSettings
-from cluster.event_lines import EventLines, ReplyTo
+from cluster.event_lines import EventLines, Placed, ReplyTo
+from cluster.pulse import Beat
 from twotower.core import AnswerEvent, AnyRequest, FailureEvent, ScoreRequest
 from twotower.engine.handle import EngineStats
 from twotower.engine.pair import Pair
-from twotower.errors import TwoTowerError
+from twotower.errors import TwoTowerError, Unavailable
 
 logger = logging.getLogger(__name__)
+
+Avoided = tuple[str, ...]  # the cells that a call should not go to: cluster.runs.routing obeys, and a cell ignores it
 
 
 class Running(Protocol):
@@ -25,6 +29,7 @@ class Running(Protocol):
 
     pair: Pair
     places: list[dict[str, str]]
+    fingerprint: str
 
     def failure(self) -> str | None: ...
 
@@ -53,21 +58,31 @@ class Cell:
     """Starts its pair when constructed (Serve awaits the constructor); decodes and scores on it until shut down."""
 
     async def __init__(  # type: ignore[misc]
-        self, settings: CellSettings, start: Callable[[CellSettings], Awaitable[Running]] = _start
+        self, settings: CellSettings, start: Callable[[CellSettings], Awaitable[Running]] = _start, name: str = "cell"
     ) -> None:
+        """`name`: no other cell has it."""
         log_to_stderr()
+        self.name = name
         logger.info("starting %s towers from %s", settings.placement, settings.checkpoint)
         self._running = await start(settings)
-        self._lines = EventLines()
+        self._lines = EventLines(self._beat)
         logger.info("the towers are ready")
 
-    async def run(self, request: AnyRequest, timeout_s: float, reply_to: ReplyTo) -> None:
+    async def run(self, request: AnyRequest, timeout_s: float, reply_to: ReplyTo, avoid: Avoided = ()) -> None:
         """Decode or score one request; its events go to the router that asked. An error of ours is the last of them.
 
-        Raises Unavailable where that router is gone; the sequence is given up.
+        A cell that cannot serve says so instead of taking it. Raises Unavailable where that router is gone; the
+        sequence is given up.
         """
         line = await self._lines.to(reply_to.address)
         with line.held():
+            failure = self._running.failure()
+            if failure is not None:
+                await line.send(
+                    reply_to.key, FailureEvent(request.id, Unavailable(f"this cell cannot serve: {failure}"))
+                )
+                return
+            await line.send(reply_to.key, Placed(self.name, self._running.fingerprint))
             async with aclosing(self.events(request, timeout_s)) as events:
                 async for event in events:
                     await line.send(reply_to.key, event)
@@ -85,8 +100,14 @@ class Cell:
         except TwoTowerError as error:
             yield FailureEvent(request.id, error)
 
-    async def ready(self) -> bool:
+    async def ready(self, address: LineAddress, avoid: Avoided = ()) -> bool:
+        """Whether it serves. The router at this address has a line to it from now on."""
+        await self._lines.to(address)
         return self._running.failure() is None
+
+    def _beat(self) -> Beat:
+        ledger, serves = self._running.pair.ledger, self._running.failure() is None
+        return Beat(self.name, serves, ledger.running, ledger.waiting, ledger.running + ledger.context.slots)
 
     async def stats(self) -> CellStats:
         ledger = self._running.pair.ledger

@@ -4,25 +4,21 @@ from collections.abc import Sequence
 
 from cluster.completions import CompletionCall
 from cluster.error_codes import Failure
-from cluster.generation import Answer, Chunk, Order, Usage
+from cluster.runs.answer import Chunk, Usage
+from cluster.runs.run import Generating
 
 
-def whole_body(
-    call: CompletionCall, model: str, created: int, orders: Sequence[Order], answers: Sequence[Answer]
-) -> dict[str, object]:
+def whole_body(call: CompletionCall, model: str, created: int, runs: Sequence[Generating]) -> dict[str, object]:
     """The response of a call that does not stream."""
-    choices = [
-        _choice(index, order, answer.text, answer.token_ids, answer.finish_reason)
-        for index, (order, answer) in enumerate(zip(orders, answers, strict=True))
-    ]
-    return _envelope(call, model, created, choices) | {"usage": usage_body([a.usage for a in answers])}
+    choices = [_choice(index, run, run.text, run.token_ids, run.finish_reason) for index, run in enumerate(runs)]
+    return _envelope(call, model, created, choices) | {"usage": usage_body([run.usage for run in runs])}
 
 
 def chunk_body(
-    call: CompletionCall, model: str, created: int, index: int, order: Order, chunk: Chunk
+    call: CompletionCall, model: str, created: int, index: int, run: Generating, chunk: Chunk
 ) -> dict[str, object]:
     """One event of a stream."""
-    return _envelope(call, model, created, [_choice(index, order, chunk.text, chunk.token_ids, chunk.finish_reason)])
+    return _envelope(call, model, created, [_choice(index, run, chunk.text, chunk.token_ids, chunk.finish_reason)])
 
 
 def usage_event(call: CompletionCall, model: str, created: int, usages: Sequence[Usage]) -> dict[str, object]:
@@ -59,7 +55,7 @@ def _envelope(call: CompletionCall, model: str, created: int, choices: Sequence[
 
 
 def _choice(
-    index: int, order: Order, text: str, token_ids: Sequence[int], finish_reason: str | None
+    index: int, run: Generating, text: str, token_ids: Sequence[int], finish_reason: str | None
 ) -> dict[str, object]:
     return {
         "index": index,
@@ -67,5 +63,5 @@ def _choice(
         "token_ids": list(token_ids),
         "logprobs": None,
         "finish_reason": finish_reason,
-        "seed": order.request.params.seed,
+        "seed": run.request.params.seed,
     }

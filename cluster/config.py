@@ -110,7 +110,11 @@ class CellSection(Section):
 
 
 class ClusterSection(Section):
-    """How many cells and routers, and when another cell starts or ends."""
+    """How many cells and routers, when another cell starts or ends, and what a router does where a cell dies.
+
+    A request goes on elsewhere at most `max_resumes` times; while no cell takes it, it waits for one no longer than
+    `queue_timeout_s`.
+    """
 
     min_cells: Count = 1
     max_cells: Count = 1
@@ -120,6 +124,8 @@ class ClusterSection(Section):
     drain_timeout_s: Seconds = 600.0
     num_routers: Count = 1
     max_queued_requests: Annotated[int, Field(ge=0)] = 64
+    max_resumes: Annotated[int, Field(ge=0, le=100)] = 3
+    queue_timeout_s: Seconds = 30.0
 
     @model_validator(mode="after")
     def _range_of_cells(self) -> "ClusterSection":

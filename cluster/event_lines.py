@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from actors.frames import (
@@ -24,16 +26,19 @@ from actors.frames import (
     new_token,
     read_frame,
 )
-from twotower.core import AnswerEvent, BlockEvent, FailureEvent, ScoreEvent
+from cluster.pulse import BEAT_S, CELL_MISSES, ROUTER_MISSES, Beat, Pulse
+from twotower.core import AnswerEvent, BlockEvent, FailureEvent, RequestId, ScoreEvent
 from twotower.engine.inbox import Inbox
 from twotower.errors import Unavailable
 from twotower.wire import Codec, CodecError, from_json, to_json
 
 logger = logging.getLogger(__name__)
 
-_CODEC: Codec[AnswerEvent | FailureEvent] = Codec(BlockEvent, ScoreEvent, FailureEvent)
 _CONNECT_S = 5.0
+_REMEMBERED = 64  # cells that are gone
+_MANY = 64  # beats of a router
 _END_S = 1.0  # a failure is told in less
+_ANY = RequestId("*")
 _GONE = "the router that asked is gone"
 
 
@@ -45,14 +50,104 @@ class ReplyTo:
     key: int
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A cell has taken the call: which one, and with what checkpoint. Comes before all events."""
+
+    cell: str
+    fingerprint: str
+
+
+_Message = Placed | AnswerEvent | FailureEvent
+_CODEC: Codec[_Message | Beat] = Codec(Placed, BlockEvent, ScoreEvent, FailureEvent, Beat)
+
+
+class Call:
+    """The router's end of one call: who has taken it, or why nobody has; then its events."""
+
+    def __init__(self, reply_to: ReplyTo, merging: bool) -> None:
+        self.reply_to, self.inbox = reply_to, Inbox(merging)
+        self.placed: asyncio.Future[Placed] = asyncio.get_running_loop().create_future()
+
+    def take(self, message: _Message) -> None:
+        if isinstance(message, Placed):
+            if not self.placed.done():
+                self.placed.set_result(message)
+        elif isinstance(message, FailureEvent) and not self.placed.done():
+            self.placed.set_exception(message.error)
+        else:
+            self.inbox.put(message)
+
+
+class CellLine:
+    """The router's end of one connection: whose it is, and the calls that this cell has taken."""
+
+    def __init__(self, writer: asyncio.StreamWriter, calls: dict[int, Call]) -> None:
+        self._writer, self._calls = writer, calls
+        self._taken: set[int] = set()
+        self.beat: Beat | None = None
+        self._why_lost = "is gone"
+        self._pulse = Pulse(partial(writer.write, b"."), self._hang_up, CELL_MISSES)
+
+    async def read(self, reader: asyncio.StreamReader) -> None:
+        """Hands out what comes, until the connection ends or the cell is silent for too long."""
+        beating = asyncio.create_task(self._pulse.beat())
+        try:
+            while True:
+                self._take(await read_frame(reader))
+        except (OSError, EOFError):
+            pass
+        except CodecError as error:
+            logger.error("a cell sent what is no event: %s", error)
+        finally:
+            beating.cancel()
+            self.close()
+            lost = FailureEvent(_ANY, Unavailable(f"the cell that served this request {self._why_lost}"))
+            for key in self._taken & self._calls.keys():
+                self._calls[key].take(lost)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _hang_up(self) -> None:
+        self._why_lost = f"has been silent for {CELL_MISSES * BEAT_S:g} s"
+        self._writer.transport.abort()
+
+    def _take(self, frame: bytes) -> None:
+        self._pulse.heard()
+        match from_json(frame):
+            case [None, plain]:
+                beat = _CODEC.message(plain)
+                if not isinstance(beat, Beat):
+                    raise CodecError(f"got {type(beat).__name__}, wanted a Beat")
+                self.beat = beat
+            case [int(key), plain]:
+                self._give(key, plain)
+            case _:
+                raise CodecError(f"got {frame[:80]!r}, wanted [key, event]")
+
+    def _give(self, key: int, plain: object) -> None:
+        call = self._calls.get(key)
+        if call is None:
+            self._taken.discard(key)
+            return
+        message = _CODEC.message(plain)
+        if isinstance(message, Beat):
+            raise CodecError("got a Beat, wanted an event")
+        if isinstance(message, Placed):
+            self._taken.add(key)
+        call.take(message)
+
+
 class EventServer:
-    """The router's end: takes events off the connections of all cells and puts each into its call's inbox."""
+    """The router's end: takes events off the connections of all cells and hands each to its call."""
 
     def __init__(self) -> None:
-        self._inboxes: dict[int, Inbox] = {}
+        self._calls: dict[int, Call] = {}
         self._keys = itertools.count()
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.StreamWriter] = set()
+        self._lines: set[CellLine] = set()
+        self._lost: deque[str] = deque(maxlen=_REMEMBERED)
 
     async def start(self, host: str) -> None:
         """Listen on `host`, an address of this machine that the cells reach."""
@@ -61,64 +156,61 @@ class EventServer:
         self._server = await asyncio.start_server(self._serve, host, 0)
         self.address = LineAddress(host, int(self._server.sockets[0].getsockname()[1]), token)
 
-    def open(self, merging: bool) -> tuple[ReplyTo, Inbox]:
+    def living(self) -> set[str]:
+        """The cells that have a line here and serve."""
+        return {line.beat.cell for line in self._lines if line.beat is not None and line.beat.serves}
+
+    def dead(self) -> set[str]:
+        """Those that had a line and have none any more, or cannot serve. Serve may not know it yet."""
+        mending = {line.beat.cell for line in self._lines if line.beat is not None and not line.beat.serves}
+        return mending | set(self._lost) - self.living()
+
+    def open(self, merging: bool) -> Call:
         """A place for one call's events; `close` it."""
-        key, inbox = next(self._keys), Inbox(merging)
-        self._inboxes[key] = inbox
-        return ReplyTo(self.address, key), inbox
+        key = next(self._keys)
+        call = self._calls[key] = Call(ReplyTo(self.address, key), merging)
+        return call
 
-    def is_open(self, reply_to: ReplyTo) -> bool:
-        return reply_to.key in self._inboxes
+    def is_open(self, call: Call) -> bool:
+        return call.reply_to.key in self._calls
 
-    def close(self, reply_to: ReplyTo) -> None:
+    def close(self, call: Call) -> None:
         """What still comes for this call is dropped."""
-        self._inboxes.pop(reply_to.key, None)
-
-    def tell_all(self, event: FailureEvent) -> None:
-        """Every call that is open hears of it."""
-        for inbox in self._inboxes.values():
-            inbox.put(event)
+        self._calls.pop(call.reply_to.key, None)
+        call.placed.cancel()
 
     def stop(self) -> None:
         """Hang up on every cell."""
         if self._server is not None:
             self._server.close()
-        for writer in self._connections:
-            writer.close()
+        for line in self._lines:
+            line.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections.add(writer)
+        line = CellLine(writer, self._calls)
+        self._lines.add(line)
         try:
             async with asyncio.timeout(GREETING_S):
                 shown = await reader.readexactly(TOKEN_BYTES)
             if is_token(shown, self._token):
                 at_once(writer.get_extra_info("socket"))
-                while True:
-                    self._take(await read_frame(reader))
+                await line.read(reader)
         except (OSError, EOFError):
-            pass  # the call through Serve tells what became of the cell
-        except CodecError as error:
-            logger.error("a cell sent what is no event: %s", error)
+            pass
         finally:
-            self._connections.discard(writer)
-            writer.close()
-
-    def _take(self, frame: bytes) -> None:
-        match from_json(frame):
-            case [int(key), event]:
-                inbox = self._inboxes.get(key)
-                if inbox is not None:
-                    inbox.put(_CODEC.message(event))
-            case _:
-                raise CodecError(f"got {frame[:80]!r}, wanted [key, event]")
+            line.close()
+            self._lines.discard(line)
+            if line.beat is not None:
+                self._lost.append(line.beat.cell)
 
 
 class EventLine:
     """The cell's end of one connection. `held_by`: the calls that send on it."""
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self._writer = writer
+    def __init__(self, writer: asyncio.StreamWriter, beat: Callable[[], Beat]) -> None:
+        self._writer, self._beat = writer, beat
         self.held_by: set[asyncio.Task[Any]] = set()
+        self._pulse = Pulse(self._say, writer.transport.abort, ROUTER_MISSES)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -140,7 +232,7 @@ class EventLine:
     def lost(self) -> bool:
         return self._writer.is_closing()
 
-    async def send(self, key: int, event: AnswerEvent | FailureEvent) -> None:
+    async def send(self, key: int, event: _Message) -> None:
         """Raises Unavailable when the router is gone."""
         try:
             if not self.lost:
@@ -154,10 +246,16 @@ class EventLine:
     def close(self) -> None:
         self._writer.close()
 
+    def _say(self) -> None:
+        self._writer.write(framed(to_json([None, _CODEC.plain(self._beat())])))
+
     async def watch(self, reader: asyncio.StreamReader) -> None:
-        """A router says nothing on its line: reading only shows when it is gone."""
+        """A router says nothing on its line but that it lives. Ends once it is gone, or silent for too long."""
+        beating = asyncio.create_task(self._pulse.beat())
         with contextlib.suppress(OSError):
-            await reader.read(1)
+            while await reader.read(_MANY):
+                self._pulse.heard()
+        beating.cancel()
         self._writer.close()
         given_up, self.held_by = self.held_by, set()
         for task in given_up:
@@ -165,9 +263,10 @@ class EventLine:
 
 
 class EventLines:
-    """A cell's connections to its routers, made when first used and again when lost."""
+    """A cell's connections to its routers, made when first used and again when lost. `beat`: how the cell is."""
 
-    def __init__(self) -> None:
+    def __init__(self, beat: Callable[[], Beat]) -> None:
+        self._beat = beat
         self._lines: dict[LineAddress, EventLine] = {}
         self._connecting = asyncio.Lock()
         self._watches: set[asyncio.Task[None]] = set()
@@ -185,7 +284,7 @@ class EventLines:
             reader, writer = await connect(address, _CONNECT_S)
         except OSError as error:
             raise Unavailable(f"the router at {address.host}:{address.port} cannot be reached") from error
-        line = EventLine(writer)
+        line = EventLine(writer, self._beat)
         watch = asyncio.create_task(line.watch(reader))
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 
 from google.protobuf.message import Message
 
-from cluster.generation import Answer, Ask, Chunk, Order, ScoreAsk, Usage
+from cluster.generation import Ask, ScoreAsk
+from cluster.runs.answer import Chunk, Usage
+from cluster.runs.run import Generating, Scoring
 from cluster.served_model import ServedModel
-from twotower.core import DecodingParams, FinishReason, Mode, ScoreEvent, ScoreRequest
+from twotower.core import DecodingParams, FinishReason, Mode, ScoreEvent
 from twotower.errors import FieldError, InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
@@ -46,19 +48,19 @@ def outside_problems(error: InvalidRequest, kind: type[Message]) -> InvalidReque
     return InvalidRequest([FieldError(path(p.field), p.message) for p in error.problems])
 
 
-def answer_message(order: Order, answer: Answer) -> pb.GenerateResponse:
-    assert answer.finish_reason is not None
+def answer_message(run: Generating) -> pb.GenerateResponse:
+    assert run.finish_reason is not None
     return pb.GenerateResponse(
-        request_id=order.shown_id,
-        token_ids=answer.token_ids,
-        text=answer.text,
-        finished=_finished(order, answer.usage, answer.finish_reason),
+        request_id=run.shown_id,
+        token_ids=run.token_ids,
+        text=run.text,
+        finished=_finished(run, run.usage, run.finish_reason),
     )
 
 
-def chunk_messages(order: Order, chunk: Chunk) -> Iterator[pb.GenerateStreamResponse]:
+def chunk_messages(run: Generating, chunk: Chunk) -> Iterator[pb.GenerateStreamResponse]:
     """The chunk as a `block` event where it holds anything, and `finished` after the last."""
-    request_id = order.shown_id
+    request_id = run.shown_id
     if chunk.token_ids or chunk.text:
         block = pb.CommittedBlock(
             start=chunk.start,
@@ -69,13 +71,14 @@ def chunk_messages(order: Order, chunk: Chunk) -> Iterator[pb.GenerateStreamResp
         )
         yield pb.GenerateStreamResponse(request_id=request_id, block=block)
     if chunk.finish_reason is not None:
-        finished = _finished(order, chunk.usage, chunk.finish_reason)
+        finished = _finished(run, chunk.usage, chunk.finish_reason)
         yield pb.GenerateStreamResponse(request_id=request_id, finished=finished)
 
 
-def score_message(request: ScoreRequest, event: ScoreEvent, label: str) -> pb.ScoreResponse:
+def score_message(run: Scoring, event: ScoreEvent) -> pb.ScoreResponse:
+    request = run.request
     return pb.ScoreResponse(
-        request_id=label or request.id,
+        request_id=run.shown_id,
         token_ids=request.token_ids[request.start :],
         log_probs=event.log_probs,
         is_greedy=event.is_greedy,
@@ -140,7 +143,7 @@ def _mode_name(mode: Mode) -> str:
     return f"MODE_{mode.upper()}"
 
 
-def _finished(order: Order, usage: Usage, reason: FinishReason) -> pb.Finished:
+def _finished(run: Generating, usage: Usage, reason: FinishReason) -> pb.Finished:
     return pb.Finished(
         finish_reason=f"FINISH_REASON_{reason.upper()}",
         usage=pb.Usage(
@@ -149,8 +152,8 @@ def _finished(order: Order, usage: Usage, reason: FinishReason) -> pb.Finished:
             num_steps=usage.num_steps,
             num_blocks=usage.num_blocks,
         ),
-        mode=_mode_name(order.request.params.mode),
-        seed=order.request.params.seed,
+        mode=_mode_name(run.request.params.mode),
+        seed=run.request.params.seed,
     )
 
 

@@ -36,24 +36,24 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         deadline = self._generation.deadline(_timeout_of(context))
         with self._generation.admission.place():
-            order = await self._generation.order(ask_of(request, _label_of(request, context)), deadline)
-            return answer_message(order, await self._generation.whole(order, deadline))
+            run = await self._generation.run(ask_of(request, _label_of(request, context)), deadline)
+            return answer_message(await run.whole())
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
         deadline = self._generation.deadline(_timeout_of(context))
         with self._generation.admission.place():
-            order = await self._generation.order(ask_of(request, _label_of(request, context)), deadline)
+            run = await self._generation.run(ask_of(request, _label_of(request, context)), deadline)
             # Writing waits for the client to read, and may wait for ever.
-            async with deadline.over(), aclosing(self._generation.stream(order, deadline)) as chunks:
-                async for chunk in chunks:
-                    for message in chunk_messages(order, chunk):
+            async with deadline.over(), aclosing(run):
+                async for chunk in run:
+                    for message in chunk_messages(run, chunk):
                         await context.write(message)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         deadline, label = self._generation.deadline(_timeout_of(context)), _label_of(request, context)
         with self._generation.admission.place():
-            order = await self._generation.score_request(score_ask_of(request, label), deadline)
-            return score_message(order, await self._generation.score(order, deadline), label)
+            run = await self._generation.score_run(score_ask_of(request, label), deadline)
+            return score_message(run, await run.whole())
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         return model_info_message(self._generation.model)

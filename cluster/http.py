@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from functools import partial
@@ -20,8 +20,10 @@ from cluster.completion_bodies import chunk_body, error_body, usage_body, usage_
 from cluster.completions import CompletionCall, outside_problems, parse_call
 from cluster.deadline import Deadline
 from cluster.error_codes import CODES, Failure, NoSuchModel, SlowBody, describe
-from cluster.generation import Answer, Chunk, Generation, Order
+from cluster.generation import Generation
 from cluster.request_body import BodyReader
+from cluster.runs.answer import Chunk, Usage
+from cluster.runs.run import Generating
 from cluster.streams import until_disconnect
 from twotower.errors import InvalidRequest
 from twotower.strict_json import PARSED_S, parse_json
@@ -36,6 +38,8 @@ _READ = ["GET", "HEAD"]
 _LAST_WORDS_S = 2.0  # beyond its deadline, for a stream to say that it has passed
 
 Item = TypeVar("Item")
+Piece = tuple[int, Chunk]  # with its run's number
+Write = Callable[[bytes], Awaitable[None]]
 
 
 def make_app(
@@ -120,44 +124,44 @@ class CompletionsFace:
         headers = {} if outer_id else {REQUEST_ID: call.label or call.id}
         with ExitStack() as place:
             place.enter_context(generation.admission.place(generation.places_of(len(call.asks))))
-            orders = await self._orders(call, deadline)
-            chunks = generation.many(orders, deadline)
+            runs = await self._runs(call, deadline)
+            chunks = generation.many(runs)
             if call.stream:
                 first = await until_disconnect(request.receive, _next(chunks))
-                events = self._events(call, orders, first, chunks)
-                return EventStream(events, chunks, headers, deadline, place.pop_all())
-            answers = await until_disconnect(request.receive, _collect(orders, chunks))
-        return JSONResponse(whole_body(call, generation.model.name, int(time.time()), orders, answers), headers=headers)
+                write = partial(self._write, call, runs, first, chunks)
+                return EventStream(write, chunks, headers, deadline, place.pop_all())
+            await until_disconnect(request.receive, _drained(chunks))
+        return JSONResponse(whole_body(call, generation.model.name, int(time.time()), runs), headers=headers)
 
-    async def _orders(self, call: CompletionCall, deadline: Deadline) -> list[Order]:
-        orders = []
+
+    async def _runs(self, call: CompletionCall, deadline: Deadline) -> list[Generating]:
+        runs = []
         for place, ask in enumerate(call.asks):
             try:
-                orders.append(await self._generation.order(ask, deadline))
+                runs.append(await self._generation.run(ask, deadline))
             except InvalidRequest as error:
                 raise outside_problems(error, place if len(call.asks) > 1 else None) from None
-        return orders
+        return runs
 
-    async def _events(
-        self,
-        call: CompletionCall,
-        orders: list[Order],
-        first: tuple[int, Chunk],
-        chunks: AsyncGenerator[tuple[int, Chunk], None],
-    ) -> AsyncGenerator[bytes, None]:
+    async def _write(
+        self, call: CompletionCall, runs: list[Generating], first: Piece, rest: AsyncGenerator[Piece, None], send: Write
+    ) -> None:
         """Server-sent events, one per chunk; an error is an event too, and then there is no [DONE]."""
         name, created = self._generation.model.name, int(time.time())
-        usages = [Answer.to(order).usage for order in orders]
+        usages = [Usage(len(run.request.prompt_token_ids)) for run in runs]
+        piece: Piece | None = first
         try:
-            async for index, chunk in _with_first(first, chunks):
+            while piece is not None:
+                index, chunk = piece
                 usages[index] = chunk.usage
-                body = chunk_body(call, name, created, index, orders[index], chunk)
-                yield _event(body | {"usage": usage_body(usages)} if call.continuous_usage else body)
+                body = chunk_body(call, name, created, index, runs[index], chunk)
+                await send(_event(body | {"usage": usage_body(usages)} if call.continuous_usage else body))
+                piece = await anext(rest, None)
             if call.include_usage:
-                yield _event(usage_event(call, name, created, usages))
-            yield b"data: [DONE]\n\n"
+                await send(_event(usage_event(call, name, created, usages)))
+            await send(b"data: [DONE]\n\n")
         except Exception as error:
-            yield _event(error_body(describe(error, call.name)))
+            await send(_event(error_body(describe(error, call.name))))
 
 
 class EventStream(Response):
@@ -168,7 +172,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncGenerator[bytes, None],
+        write: Callable[[Write], Awaitable[None]],
         source: AsyncGenerator[Any, None],
         headers: Mapping[str, str],
         deadline: Deadline,
@@ -176,18 +180,20 @@ class EventStream(Response):
     ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-cache"}, media_type="text/event-stream")
         del self.headers["content-length"]
-        self._events, self._source, self._place = events, source, place
+        self._write, self._source, self._place = write, source, place
         self._written_by = replace(deadline, ends_at=deadline.ends_at + _LAST_WORDS_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._place:
-            async with aclosing(self._source), aclosing(self._events), self._written_by.over():
+            async with aclosing(self._source), self._written_by.over():
                 await until_disconnect(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
+        async def write(event: bytes) -> None:
             await send({"type": "http.response.body", "body": event, "more_body": True})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await self._write(write)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -252,22 +258,14 @@ def _timeout_of(headers: Mapping[str, str]) -> float | None:
     return seconds
 
 
-async def _collect(orders: list[Order], chunks: AsyncGenerator[tuple[int, Chunk], None]) -> list[Answer]:
-    answers = [Answer.to(order) for order in orders]
-    async with aclosing(chunks):
-        async for index, chunk in chunks:
-            answers[index].add(chunk)
-    return answers
-
-
 async def _next(items: AsyncGenerator[Item, None]) -> Item:
     return await anext(items)
 
 
-async def _with_first(first: Item, rest: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
-    yield first
-    async for item in rest:
-        yield item
+async def _drained(items: AsyncGenerator[Item, None]) -> None:
+    async with aclosing(items):
+        async for _ in items:
+            pass
 
 
 def _event(body: Mapping[str, object]) -> bytes:

@@ -4,12 +4,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from cluster.generation import Cells
+from cluster.runs.cells import Cells
 
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
-TIMEOUT_S = 5.0
+TIMEOUT_S = 2.5
 
 
 class Readiness:

@@ -2,102 +2,124 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any, TypeVar, cast
+from collections.abc import Set
+from typing import Any, cast
 
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from cluster.event_lines import EventServer, ReplyTo
-from twotower.core import AnyRequest, BlockEvent, FailureEvent, Mode, Request, RequestId, ScoreEvent, ScoreRequest
-from twotower.engine.inbox import Inbox
-from twotower.errors import Cancelled, DeadlineExceeded, Overloaded, TwoTowerError, Unavailable
+from cluster.event_lines import Call, EventServer
+from twotower.core import AnswerEvent, AnyRequest, FailureEvent, Mode, Request, RequestId
+from twotower.errors import Cancelled, Overloaded, TwoTowerError, Unavailable
 
 logger = logging.getLogger(__name__)
 
 _OVERTAKEN_S = 2.0
+_TAKEN_S = 3.0  # a cell says so at once; one that hangs does not
+_MEETING_S = 2.0
 
-AnswerKind = TypeVar("AnswerKind", BlockEvent, ScoreEvent)
+
+class RemoteAttempt:
+    """A stay on a cell behind the handle: its call through Serve, and its events, which come another way."""
+
+    def __init__(self, events: EventServer, call: Call, response: "DeploymentResponse[Any]") -> None:
+        self._events, self._call, self._response = events, call, response
+        self._over = False
+
+    @property
+    def cell(self) -> str:
+        return self._call.placed.result().cell
+
+    @property
+    def fingerprint(self) -> str:
+        return self._call.placed.result().fingerprint
+
+    async def taken(self, within_s: float) -> None:
+        """Once a cell has taken it. Raises Unavailable where none has in so many seconds."""
+        try:
+            async with asyncio.timeout(within_s):
+                await asyncio.shield(self._call.placed)
+        except TimeoutError:
+            raise Unavailable(f"no cell took this request within {within_s:g} s") from None
+
+    async def next(self) -> AnswerEvent:
+        event = await self._call.inbox.get()
+        if isinstance(event, FailureEvent):
+            raise event.error
+        self._over = event.is_last
+        return event
+
+    async def watch(self) -> None:
+        """Tell the reader what became of the call."""
+        error: TwoTowerError = Unavailable("the cell's answer ended before it was finished")
+        try:
+            await self._response
+            if self._events.is_open(self._call):
+                await asyncio.sleep(_OVERTAKEN_S)  # the last events may still be under way
+        except (Exception, asyncio.CancelledError) as failure:
+            error = plain_error(failure)
+        self._over = True
+        if self._events.is_open(self._call):
+            self._call.take(FailureEvent(RequestId("*"), error))
+
+    async def close(self) -> None:
+        self._events.close(self._call)
+        if not self._over:
+            self._response.cancel()
 
 
 class RemoteCells:
-    """Cells behind a DeploymentHandle. The handle picks the cell; a request stays on it."""
+    """Cells behind a DeploymentHandle, which picks one for each attempt."""
 
     def __init__(self, handle: "DeploymentHandle[Any]", events: EventServer) -> None:
         _shorten(handle)
         self._run_on_cell = handle.options(method_name="run", _by_reference=False)
         self._ready = handle.options(method_name="ready", _by_reference=False)
         self._events = events
-        self._calls: set[asyncio.Task[None]] = set()
-        self._given_up: FailureEvent | None = None
+        self._meeting: asyncio.Task[bool] | None = None
+        self._watches: set[asyncio.Task[None]] = set()
 
-    def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
-        """Events of one request. Raises TwoTowerErrors; closing the generator cancels the call."""
-        return self._run(request, BlockEvent, timeout_s, merging=request.params.mode is not Mode.DIFFUSION)
-
-    async def score(self, request: ScoreRequest, timeout_s: float) -> ScoreEvent:
-        """Raises as `generate` does; cancelling it cancels the call."""
-        async with aclosing(self._run(request, ScoreEvent, timeout_s)) as events:
-            return await anext(events)
-
-    async def _run(
-        self, request: AnyRequest, kind: type[AnswerKind], timeout_s: float, merging: bool = False
-    ) -> AsyncGenerator[AnswerKind, None]:
-        if self._given_up is not None:
-            raise self._given_up.error
-        reply_to, inbox = self._events.open(merging)
+    async def place(self, request: AnyRequest, timeout_s: float, avoid: Set[str]) -> RemoteAttempt:
+        """Raises TwoTowerErrors."""
+        call = self._events.open(isinstance(request, Request) and request.params.mode is not Mode.DIFFUSION)
         try:
-            response = cast("DeploymentResponse[Any]", self._run_on_cell.remote(request, timeout_s, reply_to))
+            avoided = tuple(avoid | self._events.dead())
+            called = self._run_on_cell.remote(request, timeout_s, call.reply_to, avoided)
+            response = cast("DeploymentResponse[Any]", called)
+        except Exception as error:
+            self._events.close(call)
+            raise plain_error(error) from error
+        attempt = RemoteAttempt(self._events, call, response)
+        watch = asyncio.create_task(attempt.watch())
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
+        try:
+            await attempt.taken(_TAKEN_S)
         except BaseException:
-            self._events.close(reply_to)
+            await attempt.close()
             raise
-        call = asyncio.create_task(self._watch(response, request, reply_to, inbox))
-        self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
-        late = FailureEvent(request.id, DeadlineExceeded(f"not finished within {timeout_s:g} s"))
-        timer = asyncio.get_running_loop().call_later(timeout_s, inbox.put, late)
-        ended = False
-        try:
-            while not ended:
-                event = await inbox.get()
-                if isinstance(event, FailureEvent):
-                    ended = event is not late and event is not self._given_up
-                    raise event.error
-                assert isinstance(event, kind), event
-                ended = event.is_last
-                yield event
-        finally:
-            timer.cancel()
-            self._events.close(reply_to)
-            if not ended:
-                response.cancel()
+        return attempt
 
-    async def _watch(
-        self, response: "DeploymentResponse[Any]", request: AnyRequest, reply_to: ReplyTo, inbox: Inbox
-    ) -> None:
-        """Tell the reader what became of the call: its events come another way, its failure comes here."""
-        error: TwoTowerError = Unavailable("the cell's answer ended before it was finished")
-        try:
-            await response
-            if self._events.is_open(reply_to):
-                await asyncio.sleep(_OVERTAKEN_S)  # the last events may still be under way
-        except (Exception, asyncio.CancelledError) as failure:
-            error = plain_error(failure)
-        inbox.put(FailureEvent(request.id, error))
-
-    def give_up(self, error: TwoTowerError) -> None:
-        """Whatever still runs ends with `error`, here and on its cell."""
-        self._given_up = FailureEvent(RequestId("*"), error)
-        self._events.tell_all(self._given_up)
+    def elsewhere(self, avoid: Set[str]) -> bool:
+        return bool(self._events.living() - avoid)
 
     async def ready(self) -> bool:
-        """Whether a cell answers; cells that are all full are there too."""
+        """Whether a cell lives and serves. Meanwhile one is asked that has no line to this router yet."""
+        if self._meeting is None or self._meeting.done():
+            self._meeting = asyncio.create_task(self._meet_another())
+        return bool(self._events.living()) or await asyncio.shield(self._meeting)
+
+    async def _meet_another(self) -> bool:
+        """Cells that are all full are there too."""
         try:
-            return bool(await self._ready.remote())
+            async with asyncio.timeout(_MEETING_S):
+                return bool(await self._ready.remote(self._events.address, tuple(self._events.living())))
         except BackPressureError:
             return True
+        except Exception as error:
+            logger.debug("no cell answers: %s", error)
+            return False
 
 
 def _shorten(handle: "DeploymentHandle[Any]") -> None:

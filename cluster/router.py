@@ -19,6 +19,7 @@ from cluster.local_ray import bypass_proxies
 from cluster.message_size import check_message_size
 from cluster.readiness import Readiness
 from cluster.remote_cells import RemoteCells
+from cluster.runs.run import Patience
 from cluster.served_model import load_served_model
 from twotower.errors import Unavailable
 
@@ -55,7 +56,8 @@ class Router:
         self._cells = RemoteCells(cells, self._events)
         self._admission = admission(config)
         at_once = prompts_at_once(config)
-        self._generation = Generation(model, self._cells, ingress.request_timeout_s, at_once, self._admission)
+        patience = Patience(config.cluster.max_resumes, config.cluster.queue_timeout_s)
+        self._generation = Generation(model, self._cells, ingress.request_timeout_s, at_once, self._admission, patience)
         self._grpc = GrpcServer(self._generation, ingress.host, ingress.grpc_port, ingress.max_request_bytes)
         await self._grpc.start()
         self._readiness = Readiness(self._cells, self._grpc.set_serving)
@@ -77,7 +79,7 @@ class Router:
         self._admission.close()
         await self._readiness.close()
         if not await self._admission.nothing_runs(timeout_s):
-            self._cells.give_up(Unavailable("the service has shut down before this request was finished"))
+            self._generation.give_up(Unavailable("the service has shut down before this request was finished"))
             await self._admission.nothing_runs(_LAST_WORDS_S)
 
     async def shutdown(self) -> None:

@@ -1,26 +1,38 @@
 """Asynchronous streams that end cleanly: several as one, and one that ends when its client leaves."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from twotower.errors import Cancelled
 
 Item = TypeVar("Item")
+Produced = TypeVar("Produced", covariant=True)
 
 
-async def merged(
-    streams: Sequence[AsyncGenerator[Item, None]], at_once: int | None = None
-) -> AsyncGenerator[tuple[int, Item], None]:
+class Stream(Protocol[Produced]):
+    """Items, until it ends or is closed."""
+
+    def __aiter__(self) -> AsyncIterator[Produced]: ...
+
+    async def aclose(self) -> None: ...
+
+
+async def merged(streams: Sequence[Stream[Item]], at_once: int | None = None) -> AsyncGenerator[tuple[int, Item], None]:
     """Items of all streams as they come, each with its stream's index. The first error ends them all.
 
-    The streams run in tasks of their own, no more than `at_once` of them at a time, in their order.
+    One stream is read in place; several run in tasks of their own, no more than `at_once` at a time, in their order.
     """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
     turns = asyncio.Semaphore(at_once or max(1, len(streams)))
     queue: asyncio.Queue[tuple[int, Item] | Exception | None] = asyncio.Queue()
 
-    async def pump(index: int, stream: AsyncGenerator[Item, None]) -> None:
+    async def pump(index: int, stream: Stream[Item]) -> None:
         try:
             async with turns, aclosing(stream):
                 async for item in stream:

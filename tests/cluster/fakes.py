@@ -1,13 +1,14 @@
 """A tokenizer of bytes and cells that play a script, so that both faces are tested without Ray and without towers."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager
 
 from cluster.generation import Generation
 from cluster.grpc_service import GrpcServer
 from cluster.served_model import ServedModel
 from twotower.core import (
+    AnswerEvent,
     AnyRequest,
     BlockEvent,
     DecodingParams,
@@ -20,6 +21,7 @@ from twotower.core import (
 from twotower.validation import ModelLimits
 
 BLOCK = 4
+FINGERPRINT = "0123456789abcdef"
 
 
 class ByteTokenizer:
@@ -40,6 +42,19 @@ class ByteTokenizer:
 def tokens(text: str) -> tuple[int, ...]:
     """The text's tokens without the leading BOS."""
     return tuple(ByteTokenizer().encode(text)[1:])
+
+
+class ScriptedAttempt:
+    """A stay on a scripted cell: whatever its generator yields or raises."""
+
+    def __init__(self, events: AsyncGenerator[AnswerEvent, None], cell: str, fingerprint: str) -> None:
+        self._events, self.cell, self.fingerprint = events, cell, fingerprint
+
+    async def next(self) -> AnswerEvent:
+        return await anext(self._events)
+
+    async def close(self) -> None:
+        await self._events.aclose()
 
 
 class ScriptedCells:
@@ -64,7 +79,19 @@ class ScriptedCells:
     async def ready(self) -> bool:
         return self.is_ready
 
-    async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
+    def elsewhere(self, avoid: Set[str]) -> bool:
+        return False
+
+    async def place(self, request: AnyRequest, timeout_s: float, avoid: Set[str]) -> ScriptedAttempt:
+        events = (
+            self._score(request, timeout_s) if isinstance(request, ScoreRequest) else self.generate(request, timeout_s)
+        )
+        return ScriptedAttempt(events, "scripted", FINGERPRINT)
+
+    async def _score(self, request: ScoreRequest, timeout_s: float) -> AsyncGenerator[AnswerEvent, None]:
+        yield await self.score(request, timeout_s)
+
+    async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[AnswerEvent, None]:
         self.requests.append(request)
         with self._opened(timeout_s):
             async for event in self._events(request):
@@ -88,11 +115,11 @@ class ScriptedCells:
         finally:
             self.open -= 1
 
-    async def _events(self, request: Request) -> AsyncGenerator[BlockEvent, None]:
+    async def _events(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
         whole = request.prompt_token_ids[-1:] * len(self.answer) if self.echo else self.answer
         answer = whole[: request.params.max_new_tokens]
         reason = FinishReason.STOP if len(answer) == len(self.answer) else FinishReason.LENGTH
-        for start in range(0, len(answer), BLOCK):
+        for start in range(len(request.committed), len(answer), BLOCK):
             self.fail(request, start // BLOCK)
             await asyncio.sleep(self.pace_s)
             part = answer[start : start + BLOCK]
@@ -106,7 +133,7 @@ def served_model(
     defaults: DecodingParams | None = None,
 ) -> ServedModel:
     limits = ModelLimits(260, 256, modes, defaults or DecodingParams())
-    return ServedModel("fake", limits, tokenizer, "two-tower", "0123456789abcdef")
+    return ServedModel("fake", limits, tokenizer, "two-tower", FINGERPRINT)
 
 
 def generation(cells: ScriptedCells, with_tokenizer: bool = True) -> Generation:

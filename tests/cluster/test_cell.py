@@ -11,10 +11,11 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from actors.settings import CellSettings
 from cluster.cell import Cell
 from cluster.event_lines import EventServer
+from cluster.pulse import Beat
 from cluster.readiness import Readiness
 from cluster.remote_cells import plain_error
 from cluster.streams import merged
-from tests.cluster.fakes import ScriptedCells
+from tests.cluster.fakes import FINGERPRINT, ScriptedCells
 from twotower.core import (
     AnyRequest,
     BlockEvent,
@@ -78,6 +79,7 @@ class RunningFake:
     def __init__(self, engine: ScriptedEngine, max_queued: int = 1, slots: int = 1) -> None:
         self.pair = Pair(engine, [engine], Ledger(Room(slots, 100), [], max_queued))
         self.places = [{"pid": "1"}]
+        self.fingerprint = FINGERPRINT
         self.closed = False
 
     def failure(self) -> str | None:
@@ -118,7 +120,7 @@ async def test_events_come_through_and_room_is_given_back() -> None:
     await asyncio.sleep(0)
     stats = await cell.stats()
     assert (stats.running, stats.waiting, stats.places) == (0, 0, ({"pid": "1"},))
-    assert await cell.ready()
+    assert cell._beat() == Beat("cell", True, 0, 0, 1)
     await cell.shutdown()
 
 
@@ -183,9 +185,9 @@ async def test_a_router_that_is_gone_frees_its_sequences_at_once() -> None:
         for number, router in enumerate([*routers, routers[1]]):
             if number < 2:
                 await router.start("127.0.0.1")
-            reply_to, inbox = router.open(merging=False)
-            calls.append(asyncio.ensure_future(cell.run(request(f"r{number}"), 60.0, reply_to)))
-            assert (await inbox.get()).token_ids == (1, 2)
+            call = router.open(merging=False)
+            calls.append(asyncio.ensure_future(cell.run(request(f"r{number}"), 60.0, call.reply_to)))
+            assert (await call.inbox.get()).token_ids == (1, 2)
         routers[0].stop()
         with pytest.raises(Unavailable, match="the router that asked is gone"):
             await calls[0]
@@ -201,8 +203,8 @@ async def test_a_router_that_is_gone_frees_its_sequences_at_once() -> None:
 
 
 async def _routed(cell: Cell, router: EventServer, name: str) -> tuple[asyncio.Task[None], Inbox]:
-    reply_to, inbox = router.open(merging=False)
-    return asyncio.create_task(cell.run(request(name), 60.0, reply_to)), inbox
+    call = router.open(merging=False)
+    return asyncio.create_task(cell.run(request(name), 60.0, call.reply_to)), call.inbox
 
 
 async def test_a_router_that_is_gone_frees_its_place_in_the_queue() -> None:
@@ -243,7 +245,7 @@ async def test_a_broken_pair_fails_its_health_check() -> None:
     running.pair.failure = Unavailable("a tower is gone")
     with pytest.raises(RuntimeError, match="a tower is gone"):
         await cell.check_health()
-    assert not await cell.ready()
+    assert not cell._beat().serves
     await cell.shutdown()
     assert running.closed
 

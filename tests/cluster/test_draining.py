@@ -10,43 +10,37 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster import draining
+from cluster.deadline import Deadline
 from cluster.generation import Generation
 from cluster.http import make_app
 from cluster.readiness import Readiness
 from cluster.router import Router
-from tests.cluster.fakes import ScriptedCells, generation, grpc_server
+from cluster.runs.record import Record
+from cluster.runs.run import Generating, Means
+from tests.cluster.fakes import FINGERPRINT, ScriptedCells, generation, grpc_server
 from tests.cluster.test_grpc import ask, details_of
 from tests.cluster.test_http import TEXT, events_of
 from tests.cluster.test_remote_cells import _all_free, _joined
 from twotower.core import Request, RequestId
+from twotower.decoding.text import AnswerText
 from twotower.errors import Unavailable
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
 
-class EndingCells(ScriptedCells):
-    """Cells whose running requests end as soon as they are given up."""
-
-    def give_up(self, error: Unavailable) -> None:
-        def fail(request: object, block: int) -> None:
-            raise error
-
-        self.fail = fail
-
-
-def router_of(service: Generation, cells: EndingCells, readiness: Readiness) -> Router:
+def router_of(service: Generation, cells: ScriptedCells, readiness: Readiness) -> Router:
     """A Router of parts that need no Ray."""
     router = Router.__new__(Router)
     router._generation, router._admission = service, service.admission
-    router._cells, router._readiness = cells, readiness  # type: ignore[assignment]
+    router._readiness = readiness
     return router
 
 
 @pytest.fixture
-def cells() -> EndingCells:
-    return EndingCells()
+def cells() -> ScriptedCells:
+    return ScriptedCells()
 
 
-async def test_a_router_drains(cells: EndingCells) -> None:
+async def test_a_router_drains(cells: ScriptedCells) -> None:
     cells.pace_s = 0.02
     service = generation(cells)
     async with (
@@ -82,7 +76,7 @@ async def test_a_router_drains(cells: EndingCells) -> None:
             await ending
 
 
-async def test_what_is_left_when_time_is_up_is_told(cells: EndingCells) -> None:
+async def test_what_is_left_when_time_is_up_is_told(cells: ScriptedCells) -> None:
     cells.pace_s = 0.02
     service = generation(cells)
     async with grpc_server(service) as (address, _), grpc.aio.insecure_channel(address) as channel:
@@ -104,11 +98,14 @@ async def test_what_is_left_when_time_is_up_is_told(cells: EndingCells) -> None:
 
 async def test_what_a_router_gives_up_ends_on_its_cell_too() -> None:
     async with _joined() as (cells, engine, cell):
-        events = cells.generate(Request(RequestId("r"), (1, 2)), 60.0)
-        assert (await anext(events)).token_ids == (1, 2)
-        cells.give_up(Unavailable("closing"))
+        record = Record(Request(RequestId("r"), (1, 2)), FINGERPRINT)
+        run = Generating(record, Deadline.after(60), Means(cells), AnswerText(None))
+        assert (await anext(run)).token_ids == (1, 2)
+        waiting = asyncio.ensure_future(run.whole())
+        await asyncio.sleep(0)
+        run.give_up(Unavailable("closing"))
         with pytest.raises(Unavailable, match="closing"):
-            await anext(events)
+            await waiting
         await _all_free(cell)
         assert engine.cancelled == ["r"]
         with pytest.raises(Unavailable, match="closing"):  # of a call whose other prompts ran

@@ -9,6 +9,7 @@ import pytest
 
 from actors.frames import connect, framed, new_token
 from cluster.event_lines import EventLines, EventServer
+from cluster.pulse import Beat
 from tests.actors.test_line import rest
 from twotower.core import BlockEvent, FailureEvent, FinishReason, RequestId, ScoreEvent
 from twotower.errors import NumericalError, Unavailable
@@ -18,9 +19,13 @@ def _block(start: int, reason: FinishReason | None = None) -> BlockEvent:
     return BlockEvent(RequestId("same"), start, (5,), 1, 1, reason)
 
 
+def _beat() -> Beat:
+    return Beat("cell", True, 1, 2, 3)
+
+
 @asynccontextmanager
 async def _ends() -> AsyncIterator[tuple[EventServer, EventLines]]:
-    server, lines = EventServer(), EventLines()
+    server, lines = EventServer(), EventLines(_beat)
     await server.start("127.0.0.1")
     try:
         yield server, lines
@@ -35,58 +40,57 @@ async def test_calls_of_one_request_id_do_not_hear_each_other() -> None:
         line = await lines.to(server.address)
         assert await lines.to(server.address) is line, "one connection serves all calls"
         for start in range(3):
-            for number, (reply_to, _) in enumerate(calls):
-                await line.send(reply_to.key, _block(10 * number + start))
-        for number, (_, inbox) in enumerate(calls):
-            assert [await inbox.get() for _ in range(3)] == [_block(10 * number + start) for start in range(3)]
+            for number, call in enumerate(calls):
+                await line.send(call.reply_to.key, _block(10 * number + start))
+        for number, call in enumerate(calls):
+            assert [await call.inbox.get() for _ in range(3)] == [_block(10 * number + start) for start in range(3)]
 
 
 async def test_merging_calls_get_what_piled_up_as_one() -> None:
     async with _ends() as (server, lines), asyncio.timeout(5):
-        reply_to, inbox = server.open(merging=True)
+        call = server.open(merging=True)
         line = await lines.to(server.address)
         for start in range(3):
-            await line.send(reply_to.key, _block(start))
-        await line.send(reply_to.key, _block(3, FinishReason.LENGTH))
+            await line.send(call.reply_to.key, _block(start))
+        await line.send(call.reply_to.key, _block(3, FinishReason.LENGTH))
         await asyncio.sleep(0.05)
-        assert await inbox.get() == BlockEvent(RequestId("same"), 0, (5, 5, 5, 5), 4, 4, FinishReason.LENGTH)
+        assert await call.inbox.get() == BlockEvent(RequestId("same"), 0, (5, 5, 5, 5), 4, 4, FinishReason.LENGTH)
 
 
 async def test_scores_cross_to_the_last_bit() -> None:
     async with _ends() as (server, lines), asyncio.timeout(5):
-        reply_to, inbox = server.open(False)
+        call = server.open(False)
         scores = ScoreEvent(RequestId("same"), (-1e-45, -0.10000000149011612) * 2000, (True, False) * 2000, 1e-12)
-        await (await lines.to(server.address)).send(reply_to.key, scores)
-        assert await inbox.get() == scores
+        await (await lines.to(server.address)).send(call.reply_to.key, scores)
+        assert await call.inbox.get() == scores
 
 
 async def test_an_error_crosses_and_a_closed_call_hears_nothing() -> None:
     async with _ends() as (server, lines), asyncio.timeout(5):
-        (gone, silent), (reply_to, inbox) = server.open(False), server.open(False)
+        gone, call = server.open(False), server.open(False)
         server.close(gone)
-        assert not server.is_open(gone) and server.is_open(reply_to)
+        assert not server.is_open(gone) and server.is_open(call)
         line = await lines.to(server.address)
-        await line.send(gone.key, _block(0))
-        await line.send(reply_to.key, FailureEvent(RequestId("same"), NumericalError("NaN in block 3")))
-        failure = await inbox.get()
-        assert isinstance(failure, FailureEvent) and type(failure.error) is NumericalError
-        assert str(failure.error) == "NaN in block 3"
+        await line.send(gone.reply_to.key, _block(0))
+        await line.send(call.reply_to.key, FailureEvent(RequestId("same"), NumericalError("NaN in block 3")))
+        with pytest.raises(NumericalError, match=r"^NaN in block 3$"):
+            await call.placed
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await silent.get()
+                await gone.inbox.get()
 
 
 async def test_a_router_that_is_gone_is_noticed() -> None:
     async with _ends() as (server, lines), asyncio.timeout(5):
-        reply_to, _ = server.open(False)
+        call = server.open(False)
         line = await lines.to(server.address)
-        await line.send(reply_to.key, _block(0))
+        await line.send(call.reply_to.key, _block(0))
         await asyncio.sleep(0.05)
         server.stop()
         while not line.lost:
             await asyncio.sleep(0.01)
         with pytest.raises(Unavailable, match="router"):
-            await line.send(reply_to.key, _block(1))
+            await line.send(call.reply_to.key, _block(1))
         with pytest.raises(Unavailable, match="cannot be reached"):
             await lines.to(server.address)
 
@@ -119,17 +123,17 @@ async def test_a_cancel_that_comes_with_the_routers_end_stays_one(cancelled: boo
 
 async def test_strangers_and_nonsense_end_their_own_connection_only() -> None:
     async with _ends() as (server, lines), asyncio.timeout(5):
-        reply_to, inbox = server.open(False)
+        call = server.open(False)
         line = await lines.to(server.address)
         for address, frame in (
             (replace(server.address, token=new_token()), b'[0,["BlockEvent",{}]]'),
             (server.address, b"nonsense"),
             (server.address, b'{"key":0}'),
-            (server.address, f'[{reply_to.key},["BlockEvent",{{}}]]'.encode()),
+            (server.address, f'[{call.reply_to.key},["BlockEvent",{{}}]]'.encode()),
         ):
             reader, writer = await connect(address, 1.0)
             writer.write(framed(frame))
             assert not await rest(reader)
             writer.close()
-        await line.send(reply_to.key, _block(7))
-        assert await inbox.get() == _block(7)
+        await line.send(call.reply_to.key, _block(7))
+        assert await call.inbox.get() == _block(7)

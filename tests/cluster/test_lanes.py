@@ -43,6 +43,6 @@ async def test_the_deadline_covers_tokenization(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: [go_on.wait(), 5][1:])
     monkeypatch.setattr("cluster.generation._TOKENIZED_S", 1.0)
     with pytest.raises(DeadlineExceeded, match=r"not finished within 0\.05 s"):
-        await generation(cells).order(Ask("some words"), Deadline.after(0.05))
+        await generation(cells).run(Ask("some words"), Deadline.after(0.05))
     go_on.set()
     assert cells.requests == []

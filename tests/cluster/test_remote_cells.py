@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 
 from cluster.cell import Cell
+from cluster.deadline import Deadline
 from cluster.event_lines import EventServer
 from cluster.remote_cells import RemoteCells
+from cluster.runs.record import Record
+from cluster.runs.run import Means, Scoring
+from tests.cluster.fakes import FINGERPRINT
 from tests.cluster.test_cell import RunningFake, ScriptedEngine, started
 from twotower.core import Request, RequestId, ScoreEvent, ScoreRequest
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded
@@ -44,8 +48,9 @@ async def _joined() -> AsyncIterator[tuple[RemoteCells, ScriptedEngine, Cell]]:
         events.stop()
 
 
-def _score(name: str) -> ScoreRequest:
-    return ScoreRequest(RequestId(name), (1, 2, 3), 2)
+async def _scores(cells: RemoteCells, name: str, timeout_s: float = 5.0) -> ScoreEvent:
+    record = Record(ScoreRequest(RequestId(name), (1, 2, 3), 2), FINGERPRINT)
+    return await Scoring(record, Deadline.after(timeout_s), Means(cells)).whole()
 
 
 async def _all_free(cell: Cell) -> None:
@@ -57,21 +62,23 @@ async def _all_free(cell: Cell) -> None:
 async def test_tokens_and_scores_come_back() -> None:
     async with _joined() as (cells, engine, cell):
         engine.go.set()
-        blocks = [event.token_ids async for event in cells.generate(Request(RequestId("r"), (1, 2)), 5.0)]
-        assert blocks == [(1, 2), (3,)]
+        attempt = await cells.place(Request(RequestId("r"), (1, 2)), 5.0, set())
+        assert (attempt.cell, attempt.fingerprint) == ("cell", FINGERPRINT)
+        assert [(await attempt.next()).token_ids for _ in range(2)] == [(1, 2), (3,)]
+        await attempt.close()
         await _all_free(cell)
-        assert await cells.score(_score("s"), 5.0) == ScoreEvent(RequestId("s"), (-0.5,), (True,), 1.0)
+        assert await _scores(cells, "s") == ScoreEvent(RequestId("s"), (-0.5,), (True,), 1.0)
         await _all_free(cell)
         assert await cells.ready() and engine.cancelled == []
 
 
 async def test_errors_are_raised() -> None:
     async with _joined() as (cells, engine, cell):
-        first = asyncio.create_task(cells.score(_score("first"), 5.0))
+        first = asyncio.create_task(_scores(cells, "first"))
         while not (await cell.stats()).running:
             await asyncio.sleep(0.001)
         with pytest.raises(Overloaded):
-            await cells.score(_score("second"), 5.0)
+            await _scores(cells, "second")
         engine.error = NumericalError("NaN")
         engine.go.set()
         with pytest.raises(NumericalError, match="NaN"):
@@ -81,7 +88,7 @@ async def test_errors_are_raised() -> None:
 @pytest.mark.parametrize("way", ["cancel", "deadline"])
 async def test_whoever_leaves_frees_the_sequence(way: str) -> None:
     async with _joined() as (cells, engine, cell):
-        scoring = asyncio.create_task(cells.score(_score("s"), 0.05 if way == "deadline" else 5.0))
+        scoring = asyncio.create_task(_scores(cells, "s", 0.05 if way == "deadline" else 5.0))
         while not (await cell.stats()).running:
             await asyncio.sleep(0.001)
         if way == "cancel":

@@ -7,7 +7,7 @@ import pytest
 from cluster.deadline import Deadline
 from cluster.generation import Ask, Generation
 from tests.cluster.fakes import ByteTokenizer, ScriptedCells, served_model, tokens
-from twotower.core import BlockEvent, FinishReason, Mode, Request, RequestId
+from twotower.core import AnswerEvent, BlockEvent, FinishReason, Mode, Request, RequestId
 
 ANSWER = tokens("All good things come.")
 
@@ -17,7 +17,7 @@ class Joined(ScriptedCells):
 
     together = 1
 
-    async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
+    async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[AnswerEvent, None]:
         steps = 1 if request.params.mode is Mode.MOCK_AR else 0
         for start in range(0, len(ANSWER), self.together):
             part = ANSWER[start : start + self.together]
@@ -32,7 +32,7 @@ async def test_usage_alone_and_joined(mode: str, steps: int, together: int) -> N
     cells.together = together
     service = Generation(served_model(ByteTokenizer()), cells)
     deadline = Deadline.after(60)
-    answer = await service.whole(await service.order(Ask("Hi", {"mode": mode}, stop="th"), deadline), deadline)
+    answer = await (await service.run(Ask("Hi", {"mode": mode}, stop="th"), deadline)).whole()
     assert answer.text == "All good " and answer.finish_reason is FinishReason.STOP
     usage = answer.usage
     assert (usage.completion_tokens, usage.num_blocks, usage.num_steps) == (11, 11, 11 * steps)
