@@ -68,6 +68,7 @@ class Call:
     def __init__(self, reply_to: ReplyTo, merging: bool) -> None:
         self.reply_to, self.inbox = reply_to, Inbox(merging)
         self.placed: asyncio.Future[Placed] = asyncio.get_running_loop().create_future()
+        self.line: CellLine | None = None  # where its events come from
 
     def take(self, message: _Message) -> None:
         if isinstance(message, Placed):
@@ -80,11 +81,10 @@ class Call:
 
 
 class CellLine:
-    """The router's end of one connection: whose it is, and the calls that this cell has taken."""
+    """The router's end of one connection: whose it is, and how that cell is."""
 
     def __init__(self, writer: asyncio.StreamWriter, calls: dict[int, Call]) -> None:
         self._writer, self._calls = writer, calls
-        self._taken: set[int] = set()
         self.beat: Beat | None = None
         self._why_lost = "is gone"
         self._pulse = Pulse(partial(writer.write, b"."), self._hang_up, CELL_MISSES)
@@ -103,8 +103,9 @@ class CellLine:
             beating.cancel()
             self.close()
             lost = FailureEvent(_ANY, Unavailable(f"the cell that served this request {self._why_lost}"))
-            for key in self._taken & self._calls.keys():
-                self._calls[key].take(lost)
+            for call in self._calls.values():
+                if call.line is self:
+                    call.take(lost)
 
     def close(self) -> None:
         self._writer.close()
@@ -127,16 +128,13 @@ class CellLine:
                 raise CodecError(f"got {frame[:80]!r}, wanted [key, event]")
 
     def _give(self, key: int, plain: object) -> None:
-        call = self._calls.get(key)
-        if call is None:
-            self._taken.discard(key)
-            return
-        message = _CODEC.message(plain)
+        call, message = self._calls.get(key), _CODEC.message(plain)
         if isinstance(message, Beat):
             raise CodecError("got a Beat, wanted an event")
-        if isinstance(message, Placed):
-            self._taken.add(key)
-        call.take(message)
+        if call is not None:
+            if isinstance(message, Placed):
+                call.line = self
+            call.take(message)
 
 
 class EventServer:
@@ -177,7 +175,8 @@ class EventServer:
     def close(self, call: Call) -> None:
         """What still comes for this call is dropped."""
         self._calls.pop(call.reply_to.key, None)
-        call.placed.cancel()
+        if not call.placed.cancel() and not call.placed.cancelled():
+            call.placed.exception()  # somebody has seen it
 
     def stop(self) -> None:
         """Hang up on every cell."""

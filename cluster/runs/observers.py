@@ -5,7 +5,7 @@ import time
 
 from cluster.runs.record import Record
 from twotower.core import AnswerEvent
-from twotower.errors import TwoTowerError
+from twotower.errors import TwoTowerError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Observer:
 
 
 class LogLines(Observer):
-    """A line for each run that was resumed or failed; each run's end at debug level."""
+    """A line for each run that was resumed, or that no cell could finish; each run's end at debug level."""
 
     def __init__(self) -> None:
         self._opened: dict[str, float] = {}
@@ -47,7 +47,7 @@ class LogLines(Observer):
 
     def ended(self, record: Record, error: BaseException | None) -> None:
         seconds = time.monotonic() - self._opened.pop(record.request.id)
-        level = logging.INFO if isinstance(error, TwoTowerError) else logging.DEBUG
+        level = logging.WARNING if isinstance(error, Unavailable) else logging.DEBUG
         outcome = "finished" if error is None else f"ended with {type(error).__name__}: {error}"
         tokens, cells = len(record.committed), len(record.attempts)
         logger.log(level, "run %s %s after %.3f s, %d tokens, %d cells", record.name, outcome, seconds, tokens, cells)

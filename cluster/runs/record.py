@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from twotower.core import AnyRequest, Request
+from twotower.core import AnyRequest, Request, RequestId
 from twotower.errors import Unavailable
 
 
@@ -36,10 +36,16 @@ class Record:
         return f"{self.request.id} ({self.label})" if self.label else self.request.id
 
     def rest(self) -> AnyRequest:
-        """The request as the next cell gets it. Scores are asked for again as a whole."""
-        if isinstance(self.request, Request) and self.committed:
-            return replace(self.request, committed=tuple(self.committed))
-        return self.request
+        """The request as the next cell gets it, under a name of its own: the last cell may not have let go of it yet.
+
+        Scores are asked for again as a whole.
+        """
+        if not self.attempts:
+            return self.request
+        name = RequestId(f"{self.request.id}~{len(self.attempts)}")
+        if isinstance(self.request, Request):
+            return replace(self.request, id=name, committed=tuple(self.committed))
+        return replace(self.request, id=name)
 
     def commit(self, start: int, token_ids: Sequence[int]) -> bool:
         """Take tokens that follow the others; False for those that are here already. Raises Gap for all else."""

@@ -1,6 +1,7 @@
 """A run: one request from the router's checks to its end, on one cell after another where cells die."""
 
 import asyncio
+import logging
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -8,10 +9,12 @@ from cluster.deadline import Deadline
 from cluster.runs.answer import Chunk, Usage
 from cluster.runs.cells import Attempt, Cells
 from cluster.runs.observers import Observer
-from cluster.runs.record import Record
+from cluster.runs.record import Gap, Record
 from twotower.core import AnswerEvent, BlockEvent, FinishReason, Request, ScoreEvent, ScoreRequest
 from twotower.decoding.text import AnswerText
 from twotower.errors import Cancelled, DeadlineExceeded, Overloaded, TwoTowerError, Unavailable
+
+logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _MOST_REFUSALS = 4  # of full cells, or of cells with another checkpoint
@@ -47,6 +50,7 @@ class Run:
         self._refused: set[str] = set()  # cells that shall not be asked again before there is progress
         self._refusals = self._resumes = 0
         self._opened = self._begun = self._ended = False
+        self._not_taken = ""  # why the last cell that was asked did not take it
         self._timer: asyncio.Timeout | None = None
         self._given_up: TwoTowerError | None = None
 
@@ -112,6 +116,8 @@ class Run:
                 if not self._try_elsewhere(attempt.cell):
                     raise
             except Unavailable as error:
+                if isinstance(error, Gap):
+                    logger.error("run %s: cell %s: %s", self.record.name, attempt.cell, error)
                 await self._leave()
                 self._refused.add(attempt.cell)
                 self._resume(error)
@@ -132,7 +138,8 @@ class Run:
         except TimeoutError:
             if not timer.expired():
                 raise
-            raise Unavailable(f"no cell took this request within {self._patience.queue_timeout_s:g} s") from None
+            waited, why = f"no cell took this request within {self._patience.queue_timeout_s:g} s", self._not_taken
+            raise Unavailable(f"{waited}: {why}" if why else waited) from None
         self.record.attempts.append(attempt.cell)
         for observer in self._observers:
             observer.placed(self.record)
@@ -143,7 +150,8 @@ class Run:
         while True:
             try:
                 attempt = await self._cells.place(self.record.rest(), self.deadline.left_s(), self._refused)
-            except Unavailable:
+            except Unavailable as error:
+                self._not_taken = str(error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 continue
@@ -151,10 +159,8 @@ class Run:
                 return attempt
             await attempt.close()
             if not self._try_elsewhere(attempt.cell):
-                raise Unavailable(
-                    f"got a cell with checkpoint {attempt.fingerprint}, wanted {self.record.fingerprint}, which this "
-                    "request has begun with"
-                )
+                served, wanted = attempt.fingerprint, self.record.fingerprint
+                raise Unavailable(f"got a cell with checkpoint {served}, wanted {wanted}, as this request began")
 
     def _try_elsewhere(self, cell: str) -> bool:
         """After this cell's refusal: whether another may be asked."""

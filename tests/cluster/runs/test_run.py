@@ -1,0 +1,232 @@
+"""A run goes on where its cell dies: the same answer, nothing twice, nothing lost, and not for ever."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from cluster.deadline import Deadline
+from cluster.runs.answer import Usage
+from cluster.runs.observers import Observer
+from cluster.runs.record import Record
+from cluster.runs.run import Generating, Means, Patience, Scoring
+from tests.cluster.fakes import BLOCK, FINGERPRINT, ByteTokenizer, tokens
+from tests.cluster.runs.script import GONE, WELL, Script, Stay
+from twotower.core import AnswerEvent, FinishReason, Request, RequestId, ScoreRequest
+from twotower.decoding.text import AnswerText
+from twotower.errors import DeadlineExceeded, NumericalError, Overloaded, TwoTowerError, Unavailable
+
+TEXT = "Über naïve Öfen 🙂 stop here"
+ANSWER = tokens(TEXT)
+BLOCKS = -(-len(ANSWER) // BLOCK)
+ONCE = Patience(max_resumes=3, queue_timeout_s=60.0)
+FULL = Overloaded("full")
+
+
+def run_on(
+    script: Script,
+    stop: Sequence[str] = (),
+    patience: Patience = ONCE,
+    observers: tuple[Observer, ...] = (),
+    timeout_s: float = 60.0,
+) -> Generating:
+    record = Record(Request(RequestId("r"), (5, 6)), FINGERPRINT, "gateway")
+    means = Means(script, patience, observers)
+    return Generating(record, Deadline.after(timeout_s), means, AnswerText(ByteTokenizer(), stop))
+
+
+async def outcome(run: Generating) -> tuple[list[int], str, Usage, FinishReason | None]:
+    """All that a client may see of it, put together from its chunks."""
+    token_ids, text = list[int](), ""
+    async for chunk in run:
+        assert chunk.start == len(token_ids)
+        token_ids += chunk.token_ids
+        text += chunk.text
+    assert (token_ids, text) == (run.token_ids, run.text)
+    return token_ids, text, run.usage, run.finish_reason
+
+
+async def undisturbed(
+    stop: Sequence[str] = (), width: int = BLOCK
+) -> tuple[list[int], str, Usage, FinishReason | None]:
+    return await outcome(run_on(Script(ANSWER, [WELL], width), stop))
+
+
+@pytest.mark.parametrize("died_after", range(BLOCKS))
+@pytest.mark.parametrize("stop", [(), ("stop",), ("Öfen 🙂", "never")])
+async def test_an_answer_is_the_same_wherever_its_cell_dies(died_after: int, stop: tuple[str, ...]) -> None:
+    """Characters and stop strings lie across the blocks; usage is that of the events that came."""
+    script = Script(ANSWER, [Stay(died_after, GONE), WELL])
+    run = run_on(script, stop)
+    assert await outcome(run) == await undisturbed(stop)
+    assert script.committed in ([0], [0, died_after * BLOCK]) and script.open == 0
+
+
+@pytest.mark.parametrize("died_after", [1, 2, 7, 20])
+async def test_a_causal_mode_goes_on_at_any_token(died_after: int) -> None:
+    script = Script(ANSWER, [Stay(died_after, GONE), Stay(1, GONE), WELL], width=1)
+    assert await outcome(run_on(script, ("stop",))) == await undisturbed(("stop",), width=1)
+    assert script.committed == [0, died_after, died_after + 1]
+
+
+async def test_the_next_cell_knows_it_by_another_name_and_the_one_that_died_is_avoided() -> None:
+    script = Script(ANSWER, [Stay(1, GONE, cell="a"), Stay(0, GONE, cell="b"), WELL])
+    await outcome(run_on(script))
+    assert [request.id for request, _ in script.placed] == ["r", "r~1", "r~2"]
+    assert [avoided for _, avoided in script.placed] == [set(), {"a"}, {"a", "b"}]
+
+
+@pytest.mark.parametrize("max_resumes", [0, 3])
+async def test_a_run_is_resumed_so_often_and_then_fails(max_resumes: int) -> None:
+    """As it must where it is the request that kills the cells."""
+    script = Script(ANSWER, [Stay(0, GONE)])
+    with pytest.raises(Unavailable, match="the cell is gone"):
+        await outcome(run_on(script, patience=Patience(max_resumes)))
+    assert len(script.placed) == 1 + max_resumes and script.open == 0
+
+
+async def test_an_error_of_the_request_is_not_tried_again() -> None:
+    script = Script(ANSWER, [Stay(1, NumericalError("NaN")), WELL])
+    with pytest.raises(NumericalError):
+        await outcome(run_on(script))
+    assert len(script.placed) == 1 and script.open == 0
+
+
+async def test_one_deadline_for_all_attempts() -> None:
+    script, began = Script(ANSWER, [Stay(1, GONE, pace_s=0.02)]), time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=r"^not finished within 0\.15 s$"):
+        await outcome(run_on(script, patience=Patience(100), timeout_s=0.15))
+    assert time.monotonic() - began < 2.0 and len(script.placed) > 1 and script.open == 0
+    assert script.timeouts == sorted(script.timeouts, reverse=True), "each cell is told what is left"
+
+
+async def test_what_a_cell_says_twice_counts_once() -> None:
+    script = Script(ANSWER, [Stay(starts=(0, 0, 4, 4, 0, 8, 12, 16, 20, 24, 28, 32))])
+    assert await outcome(run_on(script)) == await undisturbed()
+    assert len(script.placed) == 1
+
+
+@pytest.mark.parametrize("starts", [(4,), (0, 8), (0, 2)])
+async def test_a_gap_ends_the_attempt_and_is_logged(starts: tuple[int, ...], caplog: pytest.LogCaptureFixture) -> None:
+    script = Script(ANSWER, [Stay(starts=starts), WELL])
+    assert await outcome(run_on(script)) == await undisturbed()
+    assert script.committed == [0, (len(starts) - 1) * BLOCK]
+    [record] = caplog.records
+    assert record.levelname == "ERROR" and "wanted those from" in record.getMessage()
+
+
+async def test_a_full_cell_is_left_for_one_that_is_not() -> None:
+    stays = [Stay(0, FULL, cell="a"), Stay(0, FULL, cell="b"), WELL]
+    script = Script(ANSWER, stays, living=["a", "b", "c"])
+    assert await outcome(run_on(script)) == await undisturbed()
+    assert [avoided for _, avoided in script.placed] == [set(), {"a"}, {"a", "b"}]
+
+
+@pytest.mark.parametrize(("living", "asked"), [(["a"], 1), (["a", "b"], 2), (list("abcdefgh"), 4)])
+async def test_where_all_are_full_the_client_hears_so(living: list[str], asked: int) -> None:
+    script = Script(ANSWER, [Stay(0, FULL, cell=cell) for cell in living], living=living)
+    with pytest.raises(Overloaded, match="full"):
+        await outcome(run_on(script))
+    assert len(script.placed) == asked and script.open == 0
+
+
+async def test_a_run_waits_for_a_cell() -> None:
+    mending = Stay(refuses=Unavailable("this cell is mending"))
+    script = Script(ANSWER, [mending, mending, Stay(1, GONE), mending, WELL])
+    assert await outcome(run_on(script, patience=Patience(1))) == await undisturbed(), "waiting is no resume"
+    with pytest.raises(Unavailable, match=r"^no cell took this request within 0\.1 s: this cell is mending$"):
+        await outcome(run_on(Script(ANSWER, [mending]), patience=Patience(3, 0.1)))
+
+
+async def test_a_cell_that_does_not_answer_is_no_cell() -> None:
+    class Hanging(Script):
+        async def place(self, *args: object) -> None:  # type: ignore[override]
+            await asyncio.Event().wait()
+
+    with pytest.raises(Unavailable, match=r"^no cell took this request within 0\.1 s$"):
+        await outcome(run_on(Hanging(ANSWER, []), patience=Patience(3, 0.1)))
+    with pytest.raises(DeadlineExceeded):
+        await outcome(run_on(Hanging(ANSWER, []), timeout_s=0.1))
+    run = run_on(Hanging(ANSWER, []))
+    placing = asyncio.ensure_future(anext(run))
+    await asyncio.sleep(0.01)
+    placing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await placing
+    run = run_on(Hanging(ANSWER, []))
+    placing = asyncio.ensure_future(anext(run))
+    await asyncio.sleep(0.01)
+    run.give_up(Unavailable("closing"))
+    with pytest.raises(Unavailable, match="closing"):
+        await placing
+
+
+async def test_a_run_stays_with_its_checkpoint() -> None:
+    other = Stay(cell="new", fingerprint="another")
+    script = Script(ANSWER, [Stay(2, GONE, cell="old"), other, WELL], living=["old", "new", "older"])
+    assert await outcome(run_on(script)) == await undisturbed()
+    assert script.committed == [0, 8, 8] and script.open == 0
+    script = Script(ANSWER, [Stay(2, GONE, cell="old"), other], living=["new"])
+    with pytest.raises(Unavailable, match=f"got a cell with checkpoint another, wanted {FINGERPRINT}"):
+        await outcome(run_on(script))
+    assert script.open == 0
+
+
+@pytest.mark.parametrize("stays", [[WELL], [Stay(0, GONE), WELL], [Stay(refuses=GONE), Stay(0, GONE), WELL]])
+async def test_scores_are_asked_for_again_as_a_whole(stays: list[Stay]) -> None:
+    script, asked = Script((), stays), ScoreRequest(RequestId("s"), (1, 2, 3, 4), 2)
+    scores = await Scoring(Record(asked, FINGERPRINT), Deadline.after(60), Means(script)).whole()
+    assert scores.log_probs == (-0.5, -0.5) and script.open == 0
+    assert {(r.token_ids, r.start) for r, _ in script.placed if isinstance(r, ScoreRequest)} == {((1, 2, 3, 4), 2)}
+
+
+async def test_whoever_leaves_ends_the_attempt() -> None:
+    script = Script(ANSWER, [WELL])
+    run = run_on(script)
+    await anext(run)
+    assert script.open == 1
+    await run.aclose()
+    assert script.open == 0
+    await run.aclose()
+
+
+class Notes(Observer):
+    """What it hears, in a word each."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def opened(self, record: Record) -> None:
+        self.heard.append("opened")
+
+    def placed(self, record: Record) -> None:
+        self.heard.append(f"on {record.attempts[-1]}")
+
+    def first_event(self, record: Record, event: AnswerEvent) -> None:
+        self.heard.append("first")
+
+    def event(self, record: Record, event: AnswerEvent) -> None:
+        self.heard.append(str(len(record.committed)))
+
+    def resumed(self, record: Record, error: TwoTowerError) -> None:
+        self.heard.append("resumed")
+
+    def ended(self, record: Record, error: BaseException | None) -> None:
+        self.heard.append(type(error).__name__)
+
+
+async def test_observers_hear_it_all() -> None:
+    notes = Notes()
+    script = Script(ANSWER[:10], [Stay(1, GONE, cell="a"), Stay(cell="b")])
+    await outcome(run_on(script, observers=(notes,)))
+    assert notes.heard == ["opened", "on a", "first", "4", "resumed", "on b", "8", "10", "NoneType"]
+    notes = Notes()
+    run = run_on(Script(ANSWER, [WELL]), observers=(notes,))
+    await anext(run)
+    await run.aclose()
+    assert notes.heard[-1] == "Cancelled"
+    notes = Notes()
+    with pytest.raises(NumericalError):
+        await outcome(run_on(Script(ANSWER, [Stay(0, NumericalError("NaN"), cell="a")]), observers=(notes,)))
+    assert notes.heard == ["opened", "on a", "NumericalError"]
