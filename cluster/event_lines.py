@@ -268,11 +268,14 @@ class EventLines:
         self._beat = beat
         self._lines: dict[LineAddress, EventLine] = {}
         self._connecting = asyncio.Lock()
+        self._closed = False
         self._watches: set[asyncio.Task[None]] = set()
 
     async def to(self, address: LineAddress) -> EventLine:
-        """Raises Unavailable where the router cannot be reached."""
+        """Raises Unavailable where the router cannot be reached, or where this cell has closed its lines."""
         async with self._connecting:
+            if self._closed:
+                raise Unavailable("the cell is shutting down")
             line = self._lines.get(address)
             if line is None or line.lost:
                 line = self._lines[address] = await self._connect(address)
@@ -291,6 +294,7 @@ class EventLines:
 
     async def close(self) -> None:
         """Once the calls that hold a line have ended, or soon."""
+        self._closed = True
         calls = [call for line in self._lines.values() for call in line.held_by]
         if calls:
             await asyncio.wait(calls, timeout=_END_S)

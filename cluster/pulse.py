@@ -26,10 +26,8 @@ class Pulse:
     It is our own beats that are counted: who was held up himself does not take the other end for dead.
     """
 
-    def __init__(
-        self, say: Callable[[], None], hang_up: Callable[[], None], misses: int, every_s: float = BEAT_S
-    ) -> None:
-        self._say, self._hang_up, self._misses, self._every_s = say, hang_up, misses, every_s
+    def __init__(self, say: Callable[[], None], hang_up: Callable[[], None], misses: int) -> None:
+        self._say, self._hang_up, self._misses = say, hang_up, misses
         self._unheard = 0
 
     def heard(self) -> None:
@@ -39,6 +37,6 @@ class Pulse:
         """Until the other end is silent for too long."""
         while self._unheard < self._misses:
             self._say()
-            await asyncio.sleep(self._every_s)
+            await asyncio.sleep(BEAT_S)
             self._unheard += 1
         self._hang_up()

@@ -47,7 +47,7 @@ class ScriptedEngine:
 
     def add(self, requests: Sequence[AnyRequest]) -> None:
         for request in requests:
-            if isinstance(request, Request):
+            if isinstance(request, Request) and not request.committed:
                 self.happened.put_nowait(BlockEvent(request.id, 0, (1, 2), 3, 1))
             self.finishing.append(asyncio.create_task(self._finish(request)))
 
@@ -93,13 +93,13 @@ class RunningFake:
         self.closed = True
 
 
-async def started(running: RunningFake) -> Cell:
+async def started(running: RunningFake, name: str = "cell") -> Cell:
     async def start(settings: CellSettings) -> RunningFake:
         running.pair.start()
         return running
 
     cell = Cell.__new__(Cell)
-    await cell.__init__(CellSettings("x", device="cpu"), start)  # type: ignore[misc]
+    await cell.__init__(CellSettings("x", device="cpu"), start, name)  # type: ignore[misc]
     return cell
 
 

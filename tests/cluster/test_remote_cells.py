@@ -1,8 +1,9 @@
 """A router's way to a cell and back without Ray: a handle that calls the cell in this process, real event lines."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,27 +13,33 @@ from cluster.deadline import Deadline
 from cluster.event_lines import EventServer
 from cluster.remote_cells import RemoteCells
 from cluster.runs.record import Record
-from cluster.runs.run import Means, Scoring
+from cluster.runs.routing import ElsewhereFirst
+from cluster.runs.run import Generating, Means, Scoring
 from tests.cluster.fakes import FINGERPRINT
 from tests.cluster.test_cell import RunningFake, ScriptedEngine, started
 from twotower.core import Request, RequestId, ScoreEvent, ScoreRequest
+from twotower.decoding.text import AnswerText
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded
 
 
 class LocalHandle:
-    """As much of a DeploymentHandle as a router uses. A task is awaited and cancelled like a DeploymentResponse."""
+    """As much of a DeploymentHandle as a router uses. A task is awaited and cancelled like a DeploymentResponse.
 
-    def __init__(self, cell: Cell, method: str = "") -> None:
-        self._cell, self._method = cell, method
+    Calls go to the first cell that their last argument does not name, as `ElsewhereFirst` has it.
+    """
+
+    def __init__(self, cells: Sequence[Cell], method: str = "") -> None:
+        self._cells, self._method = cells, method
 
     def _init(self, **_: object) -> None:
         """Nothing to set up."""
 
     def options(self, method_name: str, **_: object) -> "LocalHandle":
-        return LocalHandle(self._cell, method_name)
+        return LocalHandle(self._cells, method_name)
 
     def remote(self, *args: Any) -> asyncio.Task[Any]:
-        return asyncio.create_task(getattr(self._cell, self._method)(*args))
+        cell = next((cell for cell in self._cells if cell.name not in args[-1]), self._cells[0])
+        return asyncio.create_task(getattr(cell, self._method)(*args))
 
 
 @asynccontextmanager
@@ -40,7 +47,7 @@ async def _joined() -> AsyncIterator[tuple[RemoteCells, ScriptedEngine, Cell]]:
     engine, events = ScriptedEngine(), EventServer()
     cell = await started(RunningFake(engine, max_queued=0))
     await events.start("127.0.0.1")
-    handle: Any = LocalHandle(cell)
+    handle: Any = LocalHandle([cell])
     try:
         yield RemoteCells(handle, events), engine, cell
     finally:
@@ -97,3 +104,48 @@ async def test_whoever_leaves_frees_the_sequence(way: str) -> None:
         assert isinstance(outcome, DeadlineExceeded if way == "deadline" else asyncio.CancelledError)
         await _all_free(cell)
         assert set(engine.cancelled) == {"s"}, "by the reader, the deadline or both"
+
+
+async def test_a_run_goes_on_on_the_other_cell_and_readiness_knows() -> None:
+    engines, events = [ScriptedEngine(), ScriptedEngine()], EventServer()
+    pair = [await started(RunningFake(engine), name) for engine, name in zip(engines, "ab", strict=True)]
+    await events.start("127.0.0.1")
+    handle: Any = LocalHandle(pair)
+    cells = RemoteCells(handle, events)
+    for _ in range(3):
+        assert await cells.ready()
+        await asyncio.sleep(0.01)
+    assert events.living() == {"a", "b"}, "one after the other is met"
+    assert cells.elsewhere({"a"}) and not cells.elsewhere({"a", "b"})
+    async with asyncio.timeout(5):
+        run = Generating(
+            Record(Request(RequestId("r"), (1, 2)), FINGERPRINT), Deadline.after(60), Means(cells), AnswerText(None)
+        )
+        assert (await anext(run)).token_ids == (1, 2)
+        engines[1].go.set()
+        await pair[0].shutdown()
+        assert (await run.whole()).token_ids == [1, 2, 3]
+        assert run.record.attempts == ["a", "b"] and run.usage.num_steps == 4
+        while events.living() != {"b"}:
+            await asyncio.sleep(0.001)
+        assert await cells.ready()
+        await pair[1].shutdown()
+        while events.living():
+            await asyncio.sleep(0.001)
+        assert not await cells.ready()
+    events.stop()
+
+
+async def test_serve_asks_a_cell_to_avoid_last_and_anew() -> None:
+    forgotten = list[Any]()
+    router = ElsewhereFirst.__new__(ElsewhereFirst)
+    router.on_replica_actor_unavailable = forgotten.append  # type: ignore[method-assign]
+    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "abc"]
+    for avoided, wanted in (((), ["abc"]), (("b", "gone"), ["ac", "b"]), (("a", "b", "c"), ["abc"])):
+        forgotten.clear()
+        request: Any = SimpleNamespace(args=["request", 1.0, avoided])
+        ranks = await router.choose_replicas(replicas, request)  # type: ignore[arg-type]
+        assert ["".join(r.replica_id.unique_id for r in rank) for rank in ranks] == wanted
+        assert [r.unique_id for r in forgotten] == [name for name in "abc" if name in avoided]
+    bare: Any = SimpleNamespace(args=[])
+    assert [len(rank) for rank in await router.choose_replicas(replicas, bare)] == [3]  # type: ignore[arg-type]
