@@ -146,6 +146,17 @@ class BlockEvent:
         steps = self.num_steps * blocks // max(1, self.num_blocks)
         return replace(self, token_ids=self.token_ids[:count], num_steps=steps, num_blocks=blocks)
 
+    def after(self, count: int) -> "BlockEvent":
+        """It without its first `count` tokens and what they cost."""
+        head = self.first(count)
+        return replace(
+            self,
+            start=self.start + count,
+            token_ids=self.token_ids[count:],
+            num_steps=self.num_steps - head.num_steps,
+            num_blocks=self.num_blocks - head.num_blocks,
+        )
+
     def joined(self, following: "BlockEvent") -> "BlockEvent":
         """This one and the next of its request as one."""
         return BlockEvent(

@@ -1,14 +1,13 @@
 """What is needed to go on with a request on any cell: nothing else that matters lives anywhere."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from twotower.core import AnyRequest, Request, RequestId
+from twotower.core import AnyRequest, BlockEvent, Request, RequestId
 from twotower.errors import Unavailable
 
 
 class Gap(Unavailable):
-    """A cell's events do not follow each other."""
+    """A cell's events do not follow what is committed, or contradict it."""
 
 
 @dataclass(slots=True)
@@ -47,12 +46,20 @@ class Record:
             return replace(self.request, id=name, committed=tuple(self.committed))
         return replace(self.request, id=name)
 
-    def commit(self, start: int, token_ids: Sequence[int]) -> bool:
-        """Take tokens that follow the others; False for those that are here already. Raises Gap for all else."""
-        have = len(self.committed)
-        if start == have:
-            self.committed.extend(token_ids)
-            return True
-        if start + len(token_ids) <= have:
-            return False
-        raise Gap(f"got {len(token_ids)} tokens from {start} on, wanted those from {have} on")
+    def news(self, event: BlockEvent) -> BlockEvent | None:
+        """What of a block is not committed yet, which is from now on; None where there is nothing. Raises Gap where it
+        does not follow, and where it repeats other tokens than are there.
+        """
+        have, known = len(self.committed), len(self.committed) - event.start
+        if (
+            known < 0
+            or tuple(self.committed[event.start : event.start + len(event.token_ids)]) != event.token_ids[:known]
+        ):
+            got = f"{len(event.token_ids)} tokens from {event.start} on"
+            raise Gap(
+                f"got {got}, wanted those from {have} on" if known < 0 else f"got {got} that are not those of before"
+            )
+        self.committed.extend(event.token_ids[known:])
+        if known == 0:
+            return event
+        return event.after(known) if known < len(event.token_ids) else None

@@ -109,8 +109,9 @@ class Run:
             attempt = self._attempt or await self._place()
             try:
                 event = await attempt.next()
-                if not isinstance(event, BlockEvent) or self.record.commit(event.start, event.token_ids):
-                    return event
+                news = self.record.news(event) if isinstance(event, BlockEvent) else event
+                if news is not None:
+                    return news
             except Overloaded:
                 await self._leave()
                 if not self._try_elsewhere(attempt.cell):

@@ -19,7 +19,7 @@ from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 MODES = ("diffusion", "mock_ar", "ar")
-REQUESTS = 12
+REQUESTS, TOKENS = 12, 160
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def service(ray_cluster: None) -> Iterator[Service]:
 
 def _asked(number: int) -> pb.GenerateRequest:
     mode = MODES[number % 3]
-    params = pb.DecodingParams(mode=f"MODE_{mode.upper()}", max_new_tokens=160, ignore_eos=True, seed=number)
+    params = pb.DecodingParams(mode=f"MODE_{mode.upper()}", max_new_tokens=TOKENS, ignore_eos=True, seed=number)
     params.temperature = 0.7 if number % 2 else 0.0
     if mode == "diffusion":
         params.confidence_threshold = 1.0  # a token a step
@@ -63,15 +63,15 @@ async def _two_cells(within_s: float = 90.0) -> list[psutil.Process]:
 async def _answers(
     stub: pb_grpc.GenerationServiceStub, begun: Callable[[int], None] = lambda number: None
 ) -> list[list[int]]:
-    """Of all requests at once; `begun` hears of each first block."""
+    """Of all requests at once; `begun` hears which of them have a quarter of their answer."""
 
     async def one(number: int) -> list[int]:
         token_ids = list[int]()
         async for event in stub.GenerateStream(_asked(number)):
-            if not token_ids:
-                begun(number)
             assert event.HasField("finished") or event.block.start == len(token_ids)
             token_ids += event.block.token_ids
+            if len(token_ids) > TOKENS // 4:
+                begun(number)
         return token_ids
 
     return await asyncio.gather(*map(one, range(REQUESTS)))
@@ -94,7 +94,7 @@ async def test_runs_outlive_their_cell(service: Service, fault: str) -> None:
         assert not running.done()
         try:
             assert await running == undisturbed
-            assert [len(tokens) for tokens in undisturbed] == [160] * REQUESTS
+            assert [len(tokens) for tokens in undisturbed] == [TOKENS] * REQUESTS
             assert await _answers(stub) == undisturbed, "nobody is sent to the cell that hangs"
         finally:
             if fault == "cell hung":
@@ -115,5 +115,5 @@ async def test_without_a_cell_the_service_says_so_and_waits_for_one(service: Ser
         while (await http.get("/ready")).status_code == 200:
             await asyncio.sleep(0.05)
         assert time.monotonic() - died < 6.0
-        assert len((await waiting).token_ids) == 160
+        assert len((await waiting).token_ids) == TOKENS
         await _two_cells()

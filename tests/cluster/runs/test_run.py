@@ -9,11 +9,11 @@ import pytest
 from cluster.deadline import Deadline
 from cluster.runs.answer import Usage
 from cluster.runs.observers import Observer
-from cluster.runs.record import Record
+from cluster.runs.record import Gap, Record
 from cluster.runs.run import Generating, Means, Patience, Scoring
 from tests.cluster.fakes import BLOCK, FINGERPRINT, ByteTokenizer, tokens
 from tests.cluster.runs.script import GONE, WELL, Script, Stay
-from twotower.core import AnswerEvent, FinishReason, Request, RequestId, ScoreRequest
+from twotower.core import AnswerEvent, BlockEvent, FinishReason, Request, RequestId, ScoreRequest
 from twotower.decoding.text import AnswerText
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded, TwoTowerError, Unavailable
 
@@ -107,7 +107,25 @@ async def test_what_a_cell_says_twice_counts_once() -> None:
     assert len(script.placed) == 1
 
 
-@pytest.mark.parametrize("starts", [(4,), (0, 8), (0, 2)])
+async def test_a_cell_that_begins_at_the_start_again_adds_nothing_to_what_is_there() -> None:
+    """As one that knows nothing of committed tokens; nor does it matter where its events are joined."""
+    script = Script(ANSWER, [Stay(2, GONE), Stay(starts=(0, 3, 7, 11, 15, 19, 23, 27, 31)), WELL])
+    token_ids, text, usage, _ = await outcome(run_on(script))
+    assert (token_ids, text) == (list(ANSWER), TEXT) and usage.completion_tokens == len(ANSWER)
+
+
+def test_what_a_cell_repeats_must_be_what_was_said() -> None:
+    record = Record(Request(RequestId("r"), (5,)), FINGERPRINT, committed=[1, 2, 3])
+    for start, token_ids in ((0, (1, 9)), (2, (9, 4)), (2, (9,))):
+        with pytest.raises(Gap, match="that are not those of before"):
+            record.news(BlockEvent(RequestId("r"), start, token_ids, 1, 1))
+    assert record.news(BlockEvent(RequestId("r"), 1, (2, 3), 2, 2)) is None
+    joined = BlockEvent(RequestId("r"), 1, (2, 3, 4, 5), 8, 4, FinishReason.LENGTH)
+    assert record.news(joined) == BlockEvent(RequestId("r"), 3, (4, 5), 4, 2, FinishReason.LENGTH)
+    assert record.committed == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("starts", [(4,), (0, 8)])
 async def test_a_gap_ends_the_attempt_and_is_logged(starts: tuple[int, ...], caplog: pytest.LogCaptureFixture) -> None:
     script = Script(ANSWER, [Stay(starts=starts), WELL])
     assert await outcome(run_on(script)) == await undisturbed()
