@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 from weakref import WeakSet
 
 from cluster.admission import Admission
@@ -26,6 +27,7 @@ from twotower.decoding.tokenizer import check_stop, require_tokenizer
 from twotower.errors import InvalidRequest, TwoTowerError
 from twotower.validation import check_bytes, make_request, make_score_request, show
 
+AnyRun = TypeVar("AnyRun", bound=Run)
 _TOKENIZED_S = 1e-6  # a byte, about
 _LABEL = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -76,6 +78,7 @@ class Generation:
         self.model, self.default_timeout_s, self._at_once = model, default_timeout_s, at_once
         self._means = Means(cells, patience or Patience(), (LogLines(),))
         self._runs: WeakSet[Run] = WeakSet()
+        self._given_up: TwoTowerError | None = None
         self.lanes = Lanes()
         self.admission = admission or Admission(capacity=1024, slots=at_once)
 
@@ -96,9 +99,7 @@ class Generation:
         prompt = await self._token_ids("prompt", ask.prompt, deadline)
         request = make_request(ask.id, prompt, ask.params, self.model.limits, ask.priority)
         record, text = Record(request, self.model.fingerprint, ask.label), AnswerText(self.model.tokenizer, stop)
-        run = Generating(record, deadline, self._means, text)
-        self._runs.add(run)
-        return run
+        return self._added(Generating(record, deadline, self._means, text))
 
     async def score_run(self, ask: ScoreAsk, deadline: Deadline) -> Scoring:
         """As `run`."""
@@ -106,9 +107,7 @@ class Generation:
         prompt = await self._token_ids("prompt", ask.prompt, deadline)
         continuation = await self._token_ids("continuation", ask.continuation, deadline)
         request = make_score_request(drawn_id(), prompt, continuation, self.model.limits, ask.priority)
-        run = Scoring(Record(request, self.model.fingerprint, ask.label), deadline, self._means)
-        self._runs.add(run)
-        return run
+        return self._added(Scoring(Record(request, self.model.fingerprint, ask.label), deadline, self._means))
 
     def many(self, runs: Sequence[Generating]) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Chunks of all runs of a call as they come, each with its run's number.
@@ -118,9 +117,16 @@ class Generation:
         return merged(runs, at_once=self._at_once)
 
     def give_up(self, error: TwoTowerError) -> None:
-        """Whatever still runs ends with this error, on its cell too."""
+        """Whatever still runs ends with this error, on its cell too, and so does what begins from now on."""
+        self._given_up = error
         for run in self._runs:
             run.give_up(error)
+
+    def _added(self, run: AnyRun) -> AnyRun:
+        self._runs.add(run)
+        if self._given_up is not None:
+            run.give_up(self._given_up)
+        return run
 
     async def _token_ids(self, name: str, given: str | Sequence[object], deadline: Deadline) -> Sequence[object]:
         """Token ids of the prompt, or of the continuation of one. Text that cannot fit is not tokenized."""

@@ -133,7 +133,6 @@ class CompletionsFace:
             await until_disconnect(request.receive, _drained(chunks))
         return JSONResponse(whole_body(call, generation.model.name, int(time.time()), runs), headers=headers)
 
-
     async def _runs(self, call: CompletionCall, deadline: Deadline) -> list[Generating]:
         runs = []
         for place, ask in enumerate(call.asks):

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster import draining
 from cluster.deadline import Deadline
-from cluster.generation import Generation
+from cluster.generation import Ask, Generation
 from cluster.http import make_app
 from cluster.readiness import Readiness
 from cluster.router import Router
@@ -108,8 +108,15 @@ async def test_what_a_router_gives_up_ends_on_its_cell_too() -> None:
             await waiting
         await _all_free(cell)
         assert engine.cancelled == ["r"]
-        with pytest.raises(Unavailable, match="closing"):  # of a call whose other prompts ran
-            await anext(cells.generate(Request(RequestId("next"), (1, 2)), 60.0))
+
+
+async def test_what_begins_after_the_giving_up_is_given_up_too(cells: ScriptedCells) -> None:
+    service = generation(cells)
+    service.give_up(Unavailable("closing"))
+    run = await service.run(Ask("Hi"), service.deadline())
+    with pytest.raises(Unavailable, match="closing"):
+        await anext(run)
+    assert cells.requests == []
 
 
 def test_without_a_service_there_is_nothing_to_wait_for() -> None:

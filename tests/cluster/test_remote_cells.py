@@ -17,7 +17,7 @@ from cluster.runs.routing import ElsewhereFirst
 from cluster.runs.run import Generating, Means, Scoring
 from tests.cluster.fakes import FINGERPRINT
 from tests.cluster.test_cell import RunningFake, ScriptedEngine, started
-from twotower.core import Request, RequestId, ScoreEvent, ScoreRequest
+from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreEvent, ScoreRequest
 from twotower.decoding.text import AnswerText
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded
 
@@ -119,8 +119,9 @@ async def test_a_run_goes_on_on_the_other_cell_and_readiness_knows() -> None:
     assert cells.elsewhere({"a"}) and not cells.elsewhere({"a", "b"})
     async with asyncio.timeout(5):
         run = Generating(
-            Record(Request(RequestId("r"), (1, 2)), FINGERPRINT), Deadline.after(60), Means(cells), AnswerText(None)
-        )
+            Record(Request(RequestId("r"), (1, 2), DecodingParams(Mode.AR)), FINGERPRINT),
+            Deadline.after(60), Means(cells), AnswerText(None),
+        )  # fmt: skip
         assert (await anext(run)).token_ids == (1, 2)
         engines[1].go.set()
         await pair[0].shutdown()
