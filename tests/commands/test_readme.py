@@ -103,8 +103,8 @@ def test_what_the_first_start_prints(
     """The lines above the Makefile's own. Nothing is installed."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     environment, bootstrap = importlib.import_module("environment"), importlib.import_module("bootstrap")
-    for step in ("make", "pip", "torch_build"):
-        monkeypatch.setattr(environment.Environment, step, lambda *_, **__: True)
+    for step, result in {"make": None, "pip": True, "torch_build": None}.items():
+        monkeypatch.setattr(environment.Environment, step, lambda *_, result=result, **__: result)
     for step in ("compile_what_is_used", "check_torch", "has_gpu"):
         monkeypatch.setattr(bootstrap, step, lambda *_: False)
     monkeypatch.setattr("signal.signal", lambda *_: None)
