@@ -1,0 +1,1 @@
+"""Parts of `python -m benchmarks.transport`: candidates, two processes, faults, threads, report."""
