@@ -121,8 +121,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     present = [v for v in options.variants if not v.missing()]
     for variant in options.variants:
         if variant not in present:
-            missing = " ".join(variant.missing())
-            print(f"left out: {variant.name} (pip install {missing})", file=sys.stderr)
+            print(f"left out: {variant.name} (install {', '.join(variant.missing())})", file=sys.stderr)
     return Plan(
         options.sections,
         tuple(present),

@@ -39,6 +39,8 @@ def provoke(name: str, loop: str, secrets: Secrets | None) -> Faults:
         hung_s = _noticed(router, time.monotonic() + 0.2, words, "hung")
     with both(name, loop, secrets) as (cell, router):
         router.call("open", SPILL)
+        router.tell("wait for loss")  # it reads as fast as it can, until it is stopped
+        time.sleep(0.1)
         os.kill(router.pid, signal.SIGSTOP)
         since, before = time.monotonic(), cell.call("emitted")
         emitted_to_stopped = _at_standstill(cell) - before

@@ -3,6 +3,7 @@
 import importlib
 from dataclasses import dataclass
 from importlib.util import find_spec
+from shutil import which
 
 from benchmarks.transport_parts.seam import Connector, Server
 
@@ -23,7 +24,8 @@ class Variant:
 
     def missing(self) -> list[str]:
         """What to install for it."""
-        return [_PACKAGES[name] for name in self.needs if find_spec(name) is None]
+        packages = [_PACKAGES[name] for name in self.needs if find_spec(name) is None]
+        return packages + ["openssl, the program"] * (self.encrypted and which("openssl") is None)
 
     def ends(self) -> tuple[Server, Connector]:
         module = importlib.import_module(f"benchmarks.transport_parts.{self.module}")
