@@ -18,7 +18,7 @@ Answerer = Callable[[Request, Emit], Awaitable[None]]
 
 BEAT_S = 1.0
 SILENCE_S = 3.0
-BOUND = 256  # events that wait for one run's reader
+BOUND = 4096  # events that wait for one run's reader: more than one read of a socket brings at once
 
 
 class Gone(Exception):
