@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Set
+from contextvars import Context
 from typing import Any, cast
 
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
@@ -85,7 +86,9 @@ class RemoteCells:
         call = self._events.open(isinstance(request, Request) and request.params.mode is not Mode.DIFFUSION)
         try:
             avoided = tuple(avoid | self._events.dead())
-            called = self._run_on_cell.remote(request, timeout_s, call.reply_to, avoided)
+            # Serve's router tells calls apart by the id of the HTTP request that they are made in, which is one for
+            # all prompts of a call. Outside of every context each call has its own.
+            called = Context().run(self._run_on_cell.remote, request, timeout_s, call.reply_to, avoided)
             response = cast("DeploymentResponse[Any]", called)
         except Exception as error:
             self._events.close(call)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,8 @@ from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreEvent, 
 from twotower.decoding.text import AnswerText
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded
 
+_OUTER = ContextVar("outer", default="")  # as Serve's own, in which it keeps an HTTP request's id
+
 
 class LocalHandle:
     """As much of a DeploymentHandle as a router uses. A task is awaited and cancelled like a DeploymentResponse.
@@ -38,6 +41,7 @@ class LocalHandle:
         return LocalHandle(self._cells, method_name)
 
     def remote(self, *args: Any) -> asyncio.Task[Any]:
+        assert _OUTER.get() == "", "Serve takes two calls of one context for the same"
         cell = next((cell for cell in self._cells if cell.name not in args[-1]), self._cells[0])
         return asyncio.create_task(getattr(cell, self._method)(*args))
 
@@ -69,8 +73,10 @@ async def _all_free(cell: Cell) -> None:
 async def test_tokens_and_scores_come_back() -> None:
     async with _joined() as (cells, engine, cell):
         engine.go.set()
+        _OUTER.set("a request")
         attempt = await cells.place(Request(RequestId("r"), (1, 2)), 5.0, set())
         assert (attempt.cell, attempt.fingerprint) == ("cell", FINGERPRINT)
+        _OUTER.set("")
         assert [(await attempt.next()).token_ids for _ in range(2)] == [(1, 2), (3,)]
         await attempt.close()
         await _all_free(cell)

@@ -171,6 +171,7 @@ async def test_an_http_client_that_leaves_frees_both_towers(service: Service, st
             else:
                 posting = asyncio.create_task(http.post("/v1/completions", json=body))
                 while (await service.stats()).running < 2:
+                    assert not posting.done(), posting.result().text
                     await asyncio.sleep(0.01)
                 posting.cancel()
                 await asyncio.gather(posting, return_exceptions=True)
