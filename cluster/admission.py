@@ -38,6 +38,9 @@ class Admission:
     def running(self) -> int:
         return self._running
 
+    def fits(self, requests: int) -> bool:
+        return self._running + requests <= self._capacity
+
     @contextmanager
     def place(self, requests: int = 1) -> Iterator[None]:
         """For as long as these requests are under way, their answer's last byte included.
@@ -46,7 +49,7 @@ class Admission:
         leaves with a hint too.
         """
         self.check_open()
-        if self._running + requests > self._capacity:
+        if not self.fits(requests):
             full = f"{self._running} requests are under way, wanted at most {self._capacity}"
             raise Overloaded(full, self._hint_s(requests))
         began, counts = self._clock(), True

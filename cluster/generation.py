@@ -7,6 +7,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -25,7 +26,14 @@ from cluster.streams import merged
 from twotower.decoding.text import AnswerText
 from twotower.decoding.tokenizer import check_stop, require_tokenizer
 from twotower.errors import InvalidRequest, TwoTowerError
-from twotower.validation import check_bytes, make_request, make_score_request, show
+from twotower.validation import (
+    check_bytes,
+    check_priority,
+    make_request,
+    make_score_request,
+    parse_params,
+    show,
+)
 
 AnyRun = TypeVar("AnyRun", bound=Run)
 _TOKENIZED_S = 1e-6  # a byte, about
@@ -82,9 +90,21 @@ class Generation:
         self.lanes = Lanes()
         self.admission = admission or Admission(capacity=1024, slots=at_once)
 
-    def places_of(self, prompts: int) -> int:
-        """How many places a call of so many prompts takes: those that the cells hold of it at a time."""
-        return min(prompts, self._at_once)
+    def place(self, asks: Sequence[Ask]) -> AbstractContextManager[None]:
+        """A place for a call of these asks, which differ in their prompts: one for each that the cells hold of it at a
+        time. What is wrong with it is said also where there is none. Raises InvalidRequest, Overloaded, Unavailable.
+        """
+        places = min(len(asks), self._at_once)
+        if not self.admission.fits(places):
+            self.check(asks[0])
+        return self.admission.place(places)
+
+    def check(self, ask: Ask) -> None:
+        """All but the prompt. Raises InvalidRequest."""
+        _check_label(ask.label)
+        check_stop(self.model.tokenizer, ask.stop)
+        parse_params(ask.params, self.model.limits)
+        check_priority(ask.priority)
 
     def deadline(self, timeout_s: float | None = None) -> Deadline:
         """For a request that comes in now; `timeout_s`: how long its client waits, where the client says."""
@@ -94,6 +114,8 @@ class Generation:
         """The run of a checked request. Raises InvalidRequest for everything wrong with `ask`, before any cell is
         asked; DeadlineExceeded.
         """
+        if isinstance(ask.prompt, str):
+            self.check(ask)  # before the text is tokenized, which may take long
         _check_label(ask.label)
         stop = check_stop(self.model.tokenizer, ask.stop)
         prompt = await self._token_ids("prompt", ask.prompt, deadline)

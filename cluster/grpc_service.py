@@ -35,14 +35,16 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         deadline = self._generation.deadline(_timeout_of(context))
-        with self._generation.admission.place():
-            run = await self._generation.run(ask_of(request, _label_of(request, context)), deadline)
+        ask = ask_of(request, _label_of(request, context))
+        with self._generation.place([ask]):
+            run = await self._generation.run(ask, deadline)
             return answer_message(await run.whole())
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
         deadline = self._generation.deadline(_timeout_of(context))
-        with self._generation.admission.place():
-            run = await self._generation.run(ask_of(request, _label_of(request, context)), deadline)
+        ask = ask_of(request, _label_of(request, context))
+        with self._generation.place([ask]):
+            run = await self._generation.run(ask, deadline)
             # Writing waits for the client to read, and may wait for ever.
             async with deadline.over(), aclosing(run):
                 async for chunk in run:

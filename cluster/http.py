@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -123,7 +123,7 @@ class CompletionsFace:
         # Serve's proxy sets this header itself, to what the request brought or to what it drew for it.
         headers = {} if outer_id else {REQUEST_ID: call.label or call.id}
         with ExitStack() as place:
-            place.enter_context(generation.admission.place(generation.places_of(len(call.asks))))
+            place.enter_context(self._place(call))
             runs = await self._runs(call, deadline)
             chunks = generation.many(runs)
             if call.stream:
@@ -132,6 +132,12 @@ class CompletionsFace:
                 return EventStream(write, chunks, headers, deadline, place.pop_all())
             await until_disconnect(request.receive, _drained(chunks))
         return JSONResponse(whole_body(call, generation.model.name, int(time.time()), runs), headers=headers)
+
+    def _place(self, call: CompletionCall) -> AbstractContextManager[None]:
+        try:
+            return self._generation.place(call.asks)
+        except InvalidRequest as error:
+            raise outside_problems(error) from None
 
     async def _runs(self, call: CompletionCall, deadline: Deadline) -> list[Generating]:
         runs = []

@@ -3,13 +3,17 @@
 import asyncio
 from contextlib import ExitStack
 
+import httpx
 import pytest
 
 from cluster.admission import MOST_HINT_S, Admission
 from cluster.app import cell_deployment, router_deployment
 from cluster.config import ServiceConfig
+from cluster.generation import Ask, Generation
+from cluster.http import make_app
 from cluster.request_body import MAX_BODIES
 from cluster.router import admission
+from tests.cluster.fakes import ByteTokenizer, ScriptedCells, served_model
 from twotower.errors import Cancelled, InvalidRequest, Overloaded, TwoTowerError, Unavailable
 
 
@@ -150,3 +154,35 @@ def test_no_queue_at_all_is_a_setting_that_serve_takes() -> None:
     config = ServiceConfig.parse({"cluster": {"max_queued_requests": 0}, "cell": CELL})
     assert cell_deployment(config).max_queued_requests == -1
     assert admission(config).capacity == 4
+
+
+WRONG: dict[str, dict[str, object]] = {
+    "seed": {"seed": -1},
+    "temperature": {"temperature": -3},
+    "stop": {"stop": ["a"] * 17},
+    "stop_token_ids": {"stop_token_ids": [5] * 65},
+    "max_tokens": {"max_tokens": 0},
+    "priority": {"priority": "first"},
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+async def test_a_wrong_request_is_wrong_even_where_there_is_no_room(cells: ScriptedCells, field: str) -> None:
+    service = Generation(served_model(ByteTokenizer()), cells, admission=Admission(capacity=1, slots=1))
+    transport = httpx.ASGITransport(make_app(service, lambda: True))
+    async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
+        with service.admission.place():
+            right = await http.post("/v1/completions", json={"prompt": "Hi"})
+            wrong = await http.post("/v1/completions", json={"prompt": "Hi", **WRONG[field]})
+    assert right.status_code == 429
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, field)
+
+
+async def test_a_wrong_request_is_not_tokenized(cells: ScriptedCells) -> None:
+    class Untouched(ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
+            raise AssertionError("tokenized before its parameters were looked at")
+
+    service = Generation(served_model(Untouched()), cells)
+    with pytest.raises(InvalidRequest, match="seed"):
+        await service.run(Ask("Hi", {"seed": -1}), service.deadline())

@@ -75,6 +75,9 @@ async def test_beyond_what_the_cells_hold_is_refused_with_a_hint(cells: Scripted
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             hint = details_of(caught.value, error_details_pb2.RetryInfo)
             assert isinstance(hint, error_details_pb2.RetryInfo) and 1 <= hint.retry_delay.seconds <= 60
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Generate(pb.GenerateRequest(text="Hi", params=pb.DecodingParams(temperature=-3)))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, "what is wrong is said all the same"
             assert (await stub.GetModelInfo(pb.GetModelInfoRequest())).model_name == "fake"
             assert (await running).text
     finally:
