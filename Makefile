@@ -4,7 +4,7 @@ PY := .venv/bin/python
 KERNELS_PY := .venv-kernels/bin/python
 export PYTHON
 
-.PHONY: help env kernels-env serve test test-alone test-cluster test-kernels check check-format check-lint check-types check-imports check-proto format proto
+.PHONY: help env kernels-env deploy-env serve test test-alone test-cluster test-kernels check check-format check-lint check-types check-imports check-proto check-docs check-chart format proto docs
 
 help:
 	@echo "make serve         start the service on this machine; Ctrl-C stops it"
@@ -12,10 +12,12 @@ help:
 	@echo "make test-alone    those without a cluster, the quick part"
 	@echo "make test-cluster  those on a local Ray, and slow ones"
 	@echo "make test-kernels  those of the real kernel packages, which need no GPU but .venv-kernels"
-	@echo "make check         formatting, lint, types, import contracts, proto drift"
+	@echo "make check         formatting, lint, types, import contracts, drift of stubs and of docs"
 	@echo "make format        format the code and mend what lint can mend"
 	@echo "make proto         regenerate twotower/pb from protos/"
+	@echo "make docs          write what is made from code: tables of docs/, files of deploy/"
 	@echo "make env           only make the environment"
+	@echo "make deploy-env    make .venv-deploy: helm, hadolint and Kubernetes' schemas, for what deploy/ is checked with"
 
 env:
 	@sh scripts/bootstrap.sh
@@ -37,8 +39,9 @@ test-alone: env
 	@echo "[1/3] Tests without a cluster, but for slow ones"
 	@$(PY) -m pytest --quiet --numprocesses 2 --dist worksteal -m "not ray and not slow and not kernels"
 
-# On a local Ray the tests of a file stay together, because they share what they started; in this order both workers are
-# busy equally long. (`--dist loadgroup` does nothing: xdist 3.8 cannot rename this pytest's tests.)
+# On a local Ray the tests of a file stay together, because they share what they started. tests/conftest.py puts the files
+# in an order that keeps both workers busy to the end. (`--dist loadgroup` does nothing: xdist 3.8 cannot rename this
+# pytest's tests.)
 test-cluster: env
 	@echo "[2/3] Tests on a local Ray, and slow ones"
 	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "(ray or slow) and not kernels"
@@ -52,7 +55,11 @@ test-kernels: kernels-env
 	@echo "[3/3] Tests of the real kernels"
 	@$(KERNELS_PY) -m pytest --quiet --numprocesses 2 --dist worksteal tests/kernels
 
-check: check-format check-lint check-types check-imports check-proto
+# Without a cluster. Tests that need it are skipped where it is not there.
+deploy-env:
+	@sh scripts/bootstrap.sh deploy_env.py
+
+check: check-format check-lint check-types check-imports check-proto check-docs check-chart
 
 check-format: env
 	@echo "Format"
@@ -74,9 +81,23 @@ check-proto: env
 	@echo "Generated stubs"
 	@$(PY) scripts/proto.py --check
 
+check-docs: env
+	@echo "Generated tables, rules and dashboard"
+	@$(PY) scripts/tables.py --check
+	@$(PY) scripts/observability.py --check
+
+check-chart: env
+	@echo "What the Helm chart makes"
+	@$(PY) scripts/chart.py --check
+
 format: env
 	@$(PY) -m ruff check --fix --quiet . || true
 	@$(PY) -m ruff format .
 
 proto: env
 	@$(PY) scripts/proto.py
+
+docs: env
+	@$(PY) scripts/tables.py
+	@$(PY) scripts/observability.py
+	@$(PY) scripts/chart.py

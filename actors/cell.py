@@ -1,64 +1,29 @@
-"""A cell: the tower processes of one replica pair, put together, tested, and watched.
-
-Placement and failure live here; Ray's own calls in `remote.py`; what the towers do in the library.
-"""
+"""A cell: the tower processes of one replica pair, put together, tested, watched, and mended where one is lost."""
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Sequence
 
-import torch
 from ray.util.placement_group import PlacementGroup
 
-from actors.memory import memories
-from actors.remote import RemoteEngine, start_tower
+from actors.cell_towers import CellTowers
 from actors.settings import CellSettings
-from actors.towers import ColocatedActor, ContextActor, DenoiserActor
-from twotower.core import Mode
-from twotower.device_names import parse_device
+from twotower.core import AnyRequest, Mode
 from twotower.engine.expectation import Expectation
-from twotower.engine.free_memory import check_fits
 from twotower.engine.handle import EngineStats
 from twotower.engine.in_process import pick_dtype
-from twotower.engine.ledger import Ledger, Room
-from twotower.engine.memory import together
+from twotower.engine.ledger import Ledger
 from twotower.engine.pair import Pair
 from twotower.engine.self_test import self_test
-from twotower.errors import ConfigError, TwoTowerError
+from twotower.errors import ConfigError, TwoTowerError, Unavailable
 from twotower.model.checkpoint import Checkpoint, Layout
+from twotower.model.room import Room
 
 logger = logging.getLogger(__name__)
 
-_FIRST_EPOCH = 1
-
-
-@dataclass
-class RunningPair:
-    """A pair whose towers run in processes of their own."""
-
-    pair: Pair
-    engines: list[RemoteEngine]
-    places: list[dict[str, str]] = field(default_factory=list)
-    fingerprint: str = ""
-
-    def failure(self) -> str | None:
-        """Why this cell cannot serve any more, for a health check; None while it can."""
-        return None if self.pair.failure is None else str(self.pair.failure)
-
-    async def stats(self) -> list[EngineStats]:
-        """Counters of every tower."""
-        per_process = await asyncio.gather(*(engine.stats() for engine in self.engines))
-        return [stats for process in per_process for stats in process]
-
-    async def close(self) -> None:
-        """Fail what still runs and end the tower processes."""
-        await self.pair.close()
-        for engine in self.engines:
-            engine.kill()
-        for engine in self.engines:
-            await engine.close_line()
+_SETTLE_S = 0.2  # where the context tower dies, its denoisers may say first that they have lost their links
+_PAUSE_S = 1.0
 
 
 def check_settings(settings: CellSettings, asked: str | None = None) -> tuple[Mode, ...]:
@@ -75,55 +40,152 @@ def check_settings(settings: CellSettings, asked: str | None = None) -> tuple[Mo
     return (Mode.AR,) if settings.placement == "ar_only" else checkpoint.modes
 
 
+class RunningPair:
+    """A pair whose towers run in processes of their own.
+
+    A denoiser that is lost is replaced, and tested, while the context tower serves on and other denoisers do. A context
+    tower that is lost is replaced under the denoisers that live; then the pair is another. Where that does not come
+    about in `mend_timeout_s`, `failure` says so, and the cell is to be replaced.
+    """
+
+    def __init__(
+        self,
+        settings: CellSettings,
+        towers: CellTowers,
+        modes: Sequence[Mode],
+        expected: Expectation | None,
+        fingerprint: str,
+    ) -> None:
+        self.modes, self.fingerprint = tuple(modes), fingerprint
+        self._settings, self._towers, self._expected = settings, towers, expected
+        self._mending: asyncio.Task[None] | None = None
+        self._broken_at = 0.0
+        self._given_up: str | None = None
+        self._closed = False
+        self.mended = 0
+        self.pair: Pair
+
+    @property
+    def homes(self) -> list[dict[str, str]]:
+        """Where each tower process lives."""
+        return self._towers.homes
+
+    @property
+    def mending_s(self) -> float:
+        """For how long it has been mending; 0 while it is whole."""
+        mends = self._mending is not None and not self._mending.done()
+        return time.monotonic() - self._broken_at if mends else 0.0
+
+    async def open(self) -> None:
+        """A pair of towers that have been joined, tested. Raises a TwoTowerError; then the pair is closed."""
+        towers, settings = self._towers, self._settings
+        pair = Pair(towers.context, towers.denoisers, _ledger(settings), self._on_loss)
+        pair.start()
+        try:
+            await self_test(pair, self.modes, settings.engine.start_timeout_s, self._expected)
+        except BaseException:
+            await pair.close()
+            raise
+        self.pair = pair
+
+    def failure(self) -> str | None:
+        """Why this cell is to be replaced, for a health check."""
+        return self._given_up
+
+    def why_not(self, request: AnyRequest) -> str | None:
+        """Why a request of this kind is not served now."""
+        error = self.pair.why_not(request)
+        return None if error is None else str(error)
+
+    def served(self) -> tuple[Mode, ...]:
+        """The modes that are served now. Scores are where `ar` is."""
+        return tuple(mode for mode in self.modes if self.pair.serves(mode))
+
+    async def stats(self) -> list[EngineStats]:
+        """Counters of every tower that answers."""
+        per_process = await asyncio.gather(*(engine.stats() for engine in self._towers.engines), return_exceptions=True)
+        return [stats for process in per_process if not isinstance(process, BaseException) for stats in process]
+
+    async def close(self) -> None:
+        """Fail what still runs and end the tower processes."""
+        self._closed = True
+        if self._mending is not None:
+            self._mending.cancel()
+            await asyncio.gather(self._mending, return_exceptions=True)
+        await self.pair.close()
+        self._towers.kill()
+
+    def _on_loss(self, denoiser: int | None) -> None:
+        if not self._closed and (self._mending is None or self._mending.done()):
+            self._broken_at = time.monotonic()
+            self._mending = asyncio.create_task(self._mend())
+
+    async def _mend(self) -> None:
+        patience, why = self._settings.engine.mend_timeout_s, ""
+        try:
+            async with asyncio.timeout(patience):
+                await asyncio.sleep(_SETTLE_S)
+                while self._is_broken():
+                    try:
+                        await self._mend_once()
+                        self.mended += 1
+                    except TwoTowerError as error:
+                        why = str(error)
+                        logger.error("the cell is not whole yet: %s", why)
+                        await asyncio.sleep(_PAUSE_S)
+            logger.info("the cell is whole again")
+        except TimeoutError:
+            self._given_up = f"not mended within {patience:g} s: {why or 'a tower process does not start'}"
+            logger.error("%s", self._given_up)
+        except Exception as error:
+            logger.exception("mending failed")
+            self._given_up = f"it could not be mended ({type(error).__name__})"
+
+    def _is_broken(self) -> bool:
+        return self.pair.failure is not None or bool(self.pair.lost)
+
+    async def _mend_once(self) -> None:
+        """Put another in the place of what is lost. Raises a TwoTowerError."""
+        if self.pair.failure is None:
+            if await self._towers.context_answers():
+                await self._replace_denoiser(min(self.pair.lost))
+                return
+            self.pair.lose(None, Unavailable("the context tower does not answer"))
+        logger.warning("the context tower is lost: another is started")
+        await self.pair.close()
+        await self._towers.start_again()
+        await self.open()
+
+    async def _replace_denoiser(self, index: int) -> None:
+        logger.warning("denoiser %d is lost: another is started", index)
+        await self._towers.part(index)
+        self.pair.regain(index)  # what needs no denoiser has the room while weights are read
+        trial = self.pair.replace(index, await self._towers.renew(index))
+        try:
+            led = [mode for mode in self.modes if mode is not Mode.AR]
+            await self_test(trial, led, self._settings.engine.start_timeout_s, self._expected)
+        except TwoTowerError as error:
+            self.pair.lose(index, error)
+            raise
+        self.pair.accept(index)
+
+
 async def start_pair(settings: CellSettings, group: PlacementGroup) -> RunningPair:
     """Start a cell's towers in bundles 1… of its placement group, join them, and try them out.
 
     Raises a TwoTowerError that says what is wrong; then no process is left behind.
     """
     modes, expected = check_settings(settings), Expectation.load(settings.checkpoint)
-    wanted = memories(settings)
-    if parse_device(settings.device).kind == "cpu":
-        check_fits(together(wanted), torch.device("cpu"))  # one memory for all of them, before any has taken its part
-    engines = _start_towers(settings, group)
-    for engine, memory in zip(engines, wanted, strict=True):
-        logger.info("%s: %s", engine.name, memory)
-    async with _ended_on_failure(engines):
-        patience = settings.engine.start_timeout_s
-        places = await asyncio.gather(*(engine.load(patience) for engine in engines))
-        for engine, place, memory in zip(engines, places, wanted, strict=True):
-            place["memory"] = str(memory)
-            logger.info("%s is ready: %s", engine.name, place)
-        context, *denoisers = engines
-        for link, denoiser in enumerate(denoisers):
-            await _join(context, denoiser, link, _FIRST_EPOCH, patience)
-        await asyncio.gather(*(engine.open_line() for engine in engines))
-        pair = Pair(context, denoisers or _own_denoiser(settings, context), _ledger(settings))
-        pair.start()
-        running = RunningPair(pair, engines, list(places), Checkpoint.open(settings.checkpoint).fingerprint)
-        try:
-            await self_test(pair, modes, patience, expected)
-        except TwoTowerError:
-            await pair.close()
-            raise
+    towers = CellTowers(settings, group)
+    try:
+        await towers.start()
+        fingerprint = Checkpoint.open(settings.checkpoint).fingerprint
+        running = RunningPair(settings, towers, modes, expected, fingerprint)
+        await running.open()
         return running
-
-
-def _start_towers(settings: CellSettings, group: PlacementGroup) -> list[RemoteEngine]:
-    if settings.placement != "split":
-        return [start_tower(ColocatedActor, settings, group, 1, f"{settings.placement} tower")]
-    engines = [start_tower(ContextActor, settings, group, 1, "context tower")]
-    for number in range(settings.denoisers_per_context):
-        engines.append(start_tower(DenoiserActor, settings, group, 2 + number, f"denoiser tower {number}"))
-    return engines
-
-
-async def _join(context: RemoteEngine, denoiser: RemoteEngine, link: int, epoch: int, patience: float) -> None:
-    address = await context.call("open_link", link, epoch)
-    await denoiser.call("connect", address, timeout_s=patience)
-
-
-def _own_denoiser(settings: CellSettings, context: RemoteEngine) -> list[RemoteEngine]:
-    return [context] if settings.placement == "colocated" else []
+    except BaseException:
+        towers.kill()
+        raise
 
 
 def _ledger(settings: CellSettings) -> Ledger:
@@ -131,15 +193,3 @@ def _ledger(settings: CellSettings) -> Ledger:
     mirrors = settings.denoisers_per_context if settings.placement == "split" else 0
     rooms = [Room(engine.max_sequences, engine.pages) for _ in range(1 + mirrors)]
     return Ledger(rooms[0], rooms[1:], engine.max_queued_requests)
-
-
-@contextlib.asynccontextmanager
-async def _ended_on_failure(engines: list[RemoteEngine]) -> AsyncIterator[None]:
-    try:
-        yield
-    except BaseException:
-        for engine in engines:
-            engine.kill()
-        for engine in engines:
-            await engine.close_line()
-        raise

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from twotower.model.checkpoint import Checkpoint
+from twotower.model.checkpoint import Checkpoint, Reader
 from twotower.model.loading import stored_tensors
 from twotower.model.tower import ContextTower, DenoiserTower
 
@@ -33,9 +33,18 @@ class ReportedCheckpoint(Checkpoint):
 
     progress: LoadingProgress
 
-    def read(self, name: str) -> torch.Tensor:
-        tensor = super().read(name)
-        self.progress.add()
+    def reading(self) -> Reader:
+        return _ReportingReader(self, self.progress)
+
+
+class _ReportingReader(Reader):
+    def __init__(self, checkpoint: Checkpoint, progress: LoadingProgress) -> None:
+        super().__init__(checkpoint)
+        self._progress = progress
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor = super().tensor(name)
+        self._progress.add()
         return tensor
 
 

@@ -15,7 +15,7 @@ from twotower.model.tower import ContextTower, DenoiserTower
 def memories(settings: CellSettings) -> list[Memory]:
     """One for each tower process, in the order of their bundles. Raises CheckpointError or ConfigError."""
     config, dtype = Checkpoint.open(settings.checkpoint).config, pick_dtype(settings.dtype)
-    on_gpu = parse_device(settings.device).kind != "cpu"
+    on_gpu = parse_device(settings.device).kind == "cuda"
     if settings.placement != "split":
         towers = (ContextTower,) if settings.placement == "ar_only" else (ContextTower, DenoiserTower)
         return [memory_of(config, settings.engine, dtype, towers, on_gpu=on_gpu)]

@@ -15,13 +15,13 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.frames import connect, framed_all, read_frame
-from actors.line import NEWS, ORDERS, Cancel, Ended, Order, order_of
+from actors.line import LINE, SILENCE_S, Add, Cancel, Ended, Instruction, News, Score, instruction_of
 from actors.settings import CellSettings, bundles
 from actors.towers import TowerProcess
 from twotower.core import AnyRequest, Event, FailureEvent, ReleasedEvent, RequestId
 from twotower.engine.handle import EngineStats
 from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
+from twotower.transport.connection import Connection, TooLarge, connect
 
 
 class RemoteEngine:
@@ -33,57 +33,84 @@ class RemoteEngine:
     def __init__(self, actor: Any, name: str, timeout_s: float) -> None:
         self._actor, self.name, self._timeout_s = actor, name, timeout_s
         self._pid: int | None = None
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._refused: list[Event] = []
+        self._line: Connection[Instruction | News] | None = None
+        self._events: list[Event] = []
+        self._failure: str | None = None
+        self._arrived = asyncio.Event()
 
     async def open_line(self) -> None:
         """Connect to the process: `add`, `cancel` and `events` work from now on. Raises Unavailable."""
         address = await self.call("open_line")
+        self.close_line()
+        self._failure = None
+        self._arrived.clear()
         try:
-            self._reader, self._writer = await connect(address, self._timeout_s)
-        except OSError as error:
-            raise Unavailable(f"the {self.name} process cannot be reached: {_first_line(error)}") from error
+            self._line, _ = await connect(address, {}, LINE, self, silence_s=min(SILENCE_S, self._timeout_s))
+        except Unavailable as error:
+            raise Unavailable(f"the {self.name} process cannot be reached: {error}") from error
 
-    async def close_line(self) -> None:
+    def close_line(self) -> None:
         """Hang up, if the line was ever opened."""
-        if self._writer is not None:
-            self._writer.close()
-            with contextlib.suppress(OSError):
-                await self._writer.wait_closed()
+        if self._line is not None:
+            self._line.close()
+
+    @property
+    def speaks(self) -> bool:
+        """Whether its line stands: the process lives, whatever its engine does."""
+        return self._line is not None and self._line.lost is None
+
+    def take(self, message: Instruction | News) -> None:
+        """From the line."""
+        match message:
+            case Ended(reason):
+                self._fail(reason)
+            case Cancel() | Add() | Score():
+                raise Unavailable(f"sent a {type(message).__name__}, wanted an event")
+            case _:
+                self._put([message])
+
+    def beat(self) -> Sequence[Instruction]:
+        return ()
+
+    def lost(self, reason: str) -> None:
+        """From the line: nothing more comes."""
+        self._fail(f"the {self.name} process {reason}")
+
+    def _fail(self, reason: str) -> None:
+        """What the engine says itself comes first, and stays."""
+        self._failure = self._failure or reason
+        self._arrived.set()
+
+    def _put(self, events: Sequence[Event]) -> None:
+        self._events += events
+        self._arrived.set()
 
     def add(self, requests: Sequence[AnyRequest]) -> None:
-        self._order([order_of(request) for request in requests])
+        for request in requests:
+            try:
+                self._instruct(instruction_of(request))
+            except TooLarge as error:
+                too_large = InvalidRequest.of("request", f"for the {self.name} process: {error}")
+                self._put([FailureEvent(request.id, too_large), ReleasedEvent(request.id)])
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
-        self._order([Cancel(request_id) for request_id in request_ids])
+        for request_id in request_ids:
+            self._instruct(Cancel(request_id))
 
-    def _order(self, orders: Sequence[Order]) -> None:
-        assert self._writer is not None, "the line is not open"
-        if self._writer.is_closing():
-            raise Unavailable(f"the {self.name} process is gone")
-        frames, too_large = framed_all(orders, ORDERS.encode)
-        self._writer.write(frames)
-        for order in too_large:
-            assert not isinstance(order, Cancel)
-            error = InvalidRequest.of("request", f"too large for one message to the {self.name} process")
-            self._refused += [FailureEvent(order.request.id, error), ReleasedEvent(order.request.id)]
+    def _instruct(self, instruction: Instruction) -> None:
+        assert self._line is not None, "the line is not open"
+        if self._line.lost is not None:
+            raise Unavailable(f"the {self.name} process {self._line.lost}")
+        self._line.post(instruction)
 
     async def events(self) -> list[Event]:
-        """What has come; a sign of life, which comes every second, is an empty list of them."""
-        assert self._reader is not None, "the line is not open"
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                news = NEWS.decode(await read_frame(self._reader))
-        except TimeoutError:
-            raise Unavailable(f"the {self.name} process has said nothing for {self._timeout_s:g} s") from None
-        except (OSError, EOFError) as error:
-            raise Unavailable(f"the {self.name} process is gone") from error
-        match news:
-            case [Ended(reason=reason)]:
-                raise Unavailable(reason)
-        refused, self._refused = self._refused, []
-        return refused + [event for event in news if not isinstance(event, Ended)]
+        await self._arrived.wait()
+        if self._events:
+            events, self._events = self._events, []
+            if self._failure is None:
+                self._arrived.clear()
+            return events
+        raise Unavailable(self._failure or "")
 
     async def stats(self) -> list[EngineStats]:
         stats: list[EngineStats] = await self.call("stats")
@@ -101,9 +128,9 @@ class RemoteEngine:
 
     async def load(self, timeout_s: float) -> dict[str, str]:
         """Have the process read its weights; then where it lives. Raises what loading raised."""
-        place: dict[str, str] = await self.call("load", timeout_s=timeout_s)
-        self._pid = int(place["pid"])
-        return place
+        home: dict[str, str] = await self.call("load", timeout_s=timeout_s)
+        self._pid = int(home["pid"])
+        return home
 
     def kill(self) -> None:
         """End the process now, whatever it is doing.
@@ -112,9 +139,10 @@ class RemoteEngine:
         signal reaches them.
         """
         ray.kill(self._actor, no_restart=True)
-        if self._pid is not None:
+        pid, self._pid = self._pid, None  # the number may be another's by the next time
+        if pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
 
 
 def plain_error(error: BaseException, name: str) -> TwoTowerError:

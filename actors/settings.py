@@ -19,14 +19,15 @@ _REPLICA_CPUS, _TOWER_CPUS = 0.1, 0.1
 class CellSettings:
     """A cell. `gpus_per_tower` None: one where the towers run on CUDA, none where they run on the CPU.
 
-    `device` cuda:N is the Nth of the GPUs that a tower process sees. Ray shows a process those it was given: one, or
+    `device` is cpu, cuda or cuda:N, never auto: bundles and memory follow from it before any process is started.
+    cuda:N is the Nth of the GPUs that a tower process sees. Ray shows a process those it was given: one, or
     `gpus_per_tower` where that is more; with 0 the process sees all GPUs of its node.
     `ssm_wire_dtype`: of Mamba states on their way from tower to tower; only `split` sends any.
     """
 
     checkpoint: str
+    device: str
     dtype: str = "float32"
-    device: str = "auto"
     placement: str = "split"
     denoisers_per_context: int = 1
     gpus_per_tower: float | None = None
@@ -45,7 +46,7 @@ class CellSettings:
             )
 
     def _check_device(self) -> None:
-        if parse_device(self.device).kind == "auto" and self.gpus_per_tower is None:
+        if parse_device(self.device).kind == "auto":
             raise ConfigError("device: got 'auto', which must be resolved by `resolve_device` before a cell is built")
         if (problem := unseen_device(self.device, self.gpus_per_tower)) is not None:
             raise ConfigError(problem)

@@ -6,11 +6,11 @@ cell is put together, and for counters; requests and events go over the line.
 
 import asyncio
 import os
+import time
 
 import torch
 
 import twotower
-from actors.frames import LineAddress
 from actors.line import TowerLine
 from actors.loading_progress import reported
 from actors.memory import memories
@@ -23,7 +23,10 @@ from twotower.engine.free_memory import check_fits
 from twotower.engine.handle import EngineStats
 from twotower.engine.in_process import colocated_runner, pick_device, pick_dtype
 from twotower.engine.runner import EngineRunner
+from twotower.errors import LinkDown
 from twotower.exchange.distributed import connect, open_port
+from twotower.exchange.distributed_link import DistributedLink
+from twotower.exchange.distributed_port import DistributedPort
 from twotower.exchange.settings import EngineHooks, LinkAddress
 from twotower.exchange.staging import fitted
 from twotower.model.cache import TowerCache
@@ -32,17 +35,21 @@ from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.threads import threads_for
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import current
+from twotower.transport.handshake import Address
+
+_SOON_S = 0.005
+_LET_GO_S = 3.0
 
 
 class TowerProcess:
-    """What every tower process can do: load, run its engines, and say where it lives. `place`: its bundle's among those
-    of the cell's tower processes.
+    """What every tower process can do: load, run its engines, and say where it lives. `number`: its own among
+    those of its cell, the context tower's 0.
 
     Loading is a call of its own and not the constructor's work, so that what goes wrong in it comes back as the error
     it is and not as an actor that could not be made.
     """
 
-    place = 0
+    number = 0
 
     def __init__(self, settings: CellSettings) -> None:
         self.settings = settings
@@ -69,7 +76,7 @@ class TowerProcess:
     def _load_what_fits(self) -> None:
         with current(self.device):
             check_capture(self.settings.engine.capture, self.checkpoint.config, self.device, self.dtype)
-            check_fits(memories(self.settings)[self.place], self.device)
+            check_fits(memories(self.settings)[self.number], self.device)
             self._load()
 
     def _load(self) -> None:
@@ -81,9 +88,9 @@ class TowerProcess:
     def _denoiser_tower(self) -> DenoiserTower:
         return load_denoiser_tower(reported(self.checkpoint, DenoiserTower, self.dtype), self.device, self.dtype)
 
-    async def open_line(self) -> LineAddress:
+    async def open_line(self) -> Address:
         """Listen for the cell's requests; returns at once with the address to connect to."""
-        return TowerLine(self.runner, self.settings.engine.link_timeout_s).open()
+        return await TowerLine(self.runner, self.settings.engine.link_timeout_s).open()
 
     async def stats(self) -> list[EngineStats]:
         return await self.runner.stats()
@@ -93,28 +100,47 @@ class TowerProcess:
 
 
 class ContextActor(TowerProcess):
-    """Hosts the context tower; opens a port for each denoiser that is to connect."""
+    """Hosts the context tower; opens a port for each denoiser that is to connect, one at a time for each link."""
 
     def _load(self) -> None:
         tower = self._context_tower()
         self._engine = ContextEngine(tower, self.settings.engine, self.runner.emit)
         self._engine.prepare()
+        self._ports: dict[int, DistributedPort] = {}
         self.runner.start([self._engine], self.device)
 
     async def open_link(self, link: int, epoch: int) -> LinkAddress:
-        """Listen for one denoiser; returns at once with the address to connect to."""
+        """Listen for one denoiser; returns with the address to connect to, once what the link's last one led is
+        forgotten."""
+        await self.forget_link(link)
         cache = self._engine.cache
         told = fitted(self.settings.link_settings, cache, self.settings.engine.longest_delta)
         port, address = open_port(cache, link, epoch, told, self._hooks())
+        self._ports[link] = port
         self._engine.connect(port)
         self.runner.wake()
         return address
+
+    async def forget_link(self, link: int) -> None:
+        """Returns once nothing is left of what the link's denoiser led. Whoever asks again meanwhile waits too."""
+        port = self._ports.get(link)
+        if port is not None:
+            await asyncio.to_thread(self._forget, port)
+            self._ports.pop(link, None)
+
+    def _forget(self, port: DistributedPort) -> None:
+        port.close()
+        while self._engine.serves(port):
+            self.runner.check()
+            self.runner.wake()
+            time.sleep(_SOON_S)
 
 
 class DenoiserActor(TowerProcess):
     """Hosts the denoiser tower and its mirror; decodes nothing before it is connected."""
 
-    place = 1
+    number = 1
+    _link: DistributedLink | None = None
 
     def _load(self) -> None:
         """With the passes over the mirror: once the link stands, the context side watches this engine's progress."""
@@ -126,10 +152,24 @@ class DenoiserActor(TowerProcess):
         """Join the context tower's port and start decoding. Raises LinkDown."""
         await asyncio.to_thread(self._connect, address)
 
+    async def let_go(self) -> bool:
+        """Give the link up. Whether another is all that this process lacks: its engine may have ended for worse."""
+        return await asyncio.to_thread(self._let_go)
+
+    def _let_go(self) -> bool:
+        if self._link is None:
+            return True
+        self._link.give_up("the cell joins its towers again")
+        self.runner.wake()
+        if not (self.runner.ended(_LET_GO_S) and isinstance(self.runner.error, LinkDown)):
+            return False
+        self._link, self.runner = None, EngineRunner(self.settings.engine.stall_timeout_s)
+        return True
+
     def _connect(self, address: LinkAddress) -> None:
         engine = self.settings.engine
         with current(self.device):
-            link = connect(address, self._mirror, self._hooks())
+            link = self._link = connect(address, self._mirror, self._hooks())
             denoiser = DenoiserEngine(self._tower, link, engine, self.runner.emit, passes=self._passes)
         self.runner.start([denoiser], self.device)
 

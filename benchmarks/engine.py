@@ -7,12 +7,12 @@
 What happens, in this order:
 
   1. Two tower processes are started as a `split` cell's are, but without Ray. Their tensors are counted.
-  2. Bare passes: each tower's forwards without an engine, in the process that hosts it, by rows; one tower at a time,
-     then both at once (which shows what the cores take from each other).
-  3. The frozen naive loop gives the steps each request takes; from these and the bare passes follow the ceilings,
-     which are printed before an engine is timed (benchmarks/engine_parts/ceiling.py has formulas and assumptions).
-  4. Rounds: naive loop, then the split pair at every concurrency, in diffusion at each γ (γ 0.8: few steps per block,
-     γ 1: many) and ar. Answers are 128 tokens long with EOS ignored.
+  2. Bare passes: each tower's forwards by rows, without an engine, in the process that hosts the tower. First one tower
+     at a time, then both at once: this shows what the cores take from each other.
+  3. The frozen naive loop gives the steps each request takes. These and the bare passes give the ceilings.
+     They are printed before an engine is timed (formulas and assumptions: benchmarks/engine_parts/ceiling.py).
+  4. Rounds: the naive loop, then the split pair at every concurrency, in ar and in diffusion at each γ.
+     (γ 0.8: few steps per block, γ 1: many.) Answers are 128 tokens long with EOS ignored.
   5. The same with recorders on: who computes when, what a tick is made of.
   6. Requests of all kinds at random times; a 4,000-token prompt beside running requests; py-spy.
   7. The library in process, the whole service over gRPC, the library again.

@@ -3,8 +3,8 @@
     python -m benchmarks.exchange --sizes-kb 256 4096 32768 --rounds 3 --exchanges 60
 
 An exchange is a commit one way and its delta back, applied to the mirror; the context engine computes nothing. The
-bare loop sends 1 KB one way and as many bytes as the delta has back, between the same two processes, over a process
-group like the link's, into a buffer nobody reads. Rounds of both alternate.
+bare loop sends 1 KB one way, and as many bytes back as the delta has, into a buffer nobody reads. Both use the same two
+processes, and process groups of the same kind. Rounds of both alternate.
 """
 
 import argparse

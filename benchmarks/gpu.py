@@ -1,19 +1,19 @@
-"""What a GPU has to show: same numbers as the CPU, full-size passes against the memory roofline, two processes.
+"""Checks and times on a GPU: same numbers as the CPU, full-size passes against the memory roofline, two processes.
 
     python -m benchmarks.gpu --output benchmarks/results/gpu_<gpu>_<date>.md # everything; within 8 minutes on an H200
     python -m benchmarks.gpu --sections passes --batches 1,16                # one part of it
     python -m benchmarks.gpu --tiny                                          # all of it on a CPU; no time counts
 
-parity    the golden checkpoints in fp32 and bf16, with the chosen kernels and with plain torch, against the CPU in
-          fp32: logits, states, and the released code's tokens in every mode.
-passes    two towers of the 30B-A3B's shapes (random weights, made on the device: 2 × 59 GiB of bf16) side by side:
-          denoiser step, commit and AR step at each batch size, eagerly and as a CUDA graph, compared; experts a pass
-          uses, the bytes it moves, the time those bytes alone would take; peak memory; where the host waits.
-exchange  two processes on the one device over the `distributed` exchange, gloo staged through pinned memory: times,
+parity    The golden checkpoints in fp32 and bf16, with the chosen kernels and with plain torch. Compared with the CPU
+          in fp32: logits, states, and the released code's tokens in every mode.
+passes    Two towers of the 30B-A3B's shapes side by side (random weights, made on the device: 2 × 59 GiB of bf16).
+          Denoiser step, commit and AR step at each batch size, eagerly and as a CUDA graph, compared. The report has
+          experts and bytes of a pass, the time for these bytes alone, peak memory, and where the host waits.
+exchange  Two processes on the one device over the `distributed` exchange, gloo staged through pinned memory. Times,
           every byte checked, either process killed, a replacement under the next epoch.
 
-Exit status 1 if a section broke or a number was wrong (in bf16: not finite); the report's end lists what. Not here,
-because it needs two GPUs: the NCCL data group. Library only: needs neither Ray nor gRPC.
+Exit status 1 if a section broke or a number was wrong (in bf16: not finite); the report's end lists the faults. The
+NCCL data group is not here, because it needs two GPUs. Library only: needs neither Ray nor gRPC.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import torch
 from benchmarks.gpu_parts import exchange, parity, passes
 from benchmarks.gpu_parts.report import Report
 from benchmarks.gpu_parts.site import Site
+from twotower.model.transfer import current
 
 SECTIONS: dict[str, Callable[[Site, Report], None]] = {
     "parity": parity.run,
@@ -45,8 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     if site.device.type == "cpu":
         torch.set_num_threads(1)
     report = Report(site, " ".join(["python -m benchmarks.gpu", *given]), options.output)
-    for name in options.sections:
-        _run(name, site, report)
+    with current(site.device):  # marks of time and streams that name no device belong to the current one
+        for name in options.sections:
+            _run(name, site, report)
     report.close()
     if options.output is not None:
         print(f"report in {options.output}", file=sys.stderr)

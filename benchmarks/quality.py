@@ -1,17 +1,17 @@
 """Quality kept against throughput gained: a target answers the demo corpus in every way of decoding.
 
-Writes PREFIX.md, PREFIX.json, PREFIX_trade.png, PREFIX_steps.png, and PREFIX.jsonl as it goes along, from which
---resume goes on.
+Writes PREFIX.md, PREFIX.json, PREFIX_trade.png and PREFIX_steps.png. Each run adds a line to PREFIX.jsonl, from which
+--resume continues.
 
 examples:
   python -m benchmarks.quality --target local --quick                     a first look, in this process
   python -m cluster up                                                    … and in another terminal:
   python -m benchmarks.quality --target grpc://127.0.0.1:50051 --output benchmarks/results/quality_<hardware>_<date>
-  python -m benchmarks.quality --target http://127.0.0.1:8000 --resume --output …     goes on where it was cut short
+  python -m benchmarks.quality --target http://127.0.0.1:8000 --resume --output …     continues a run that was cut short
 
-The target must serve the checkpoint named by --checkpoint (the demo): its tokenizer reads the answers, and its bare
-passes, timed here while the target is idle, give the ceiling of diffusion over AR; for a target on another machine or
-a GPU there is none.
+The target must serve the checkpoint named by --checkpoint (the demo), whose tokenizer reads the answers. Bare passes of
+the checkpoint, timed here while the target is idle, give the ceiling of diffusion over AR. A target on another machine
+or a GPU has no such ceiling.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = _answers_badly(error)
         if said is None:
             raise
-        print(f"quality: {options.target}: {said} (--resume goes on from here)", file=sys.stderr)
+        print(f"quality: {options.target}: {said} (--resume continues from here)", file=sys.stderr)
         return 1
     finally:
         experiment.record.close()
@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--concurrency", type=_counts, default=(1, 4, 16), metavar="N,N", help=clients)
     add("--rounds", type=count, default=3, help="rounds of the speed runs (%(default)s)")
     add("--pass-s", type=float, default=2.0, help="seconds to time each bare pass (%(default)s)")
-    add("--quick", action="store_true", help="16 instances a family, four ways, one round, whatever else is said")
+    add("--quick", action="store_true", help="16 instances a family, four ways, one round, whatever other flags say")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--resume", action="store_true", help="continue the run that left PREFIX.jsonl")
     kept.add_argument("--overwrite", action="store_true", help="replace PREFIX.jsonl")

@@ -6,8 +6,8 @@
 
 FROZEN, with benchmarks/reference/naive_loop.py: later results are divided by this baseline.
 
-The report first shows what makes the naive loop a fair baseline (its bare tower passes take about as long as ours),
-then tokens per second of every path at every concurrency with ratios, then the cold start of the service.
+The report first shows what makes the naive loop a fair baseline: its bare tower passes take about as long as ours.
+Then come tokens per second of every path at every concurrency, with ratios, and the cold start of the service.
 The demo checkpoint is asked questions of its own corpus and stops at EOS. Any other checkpoint gets random token ids
 and decodes to the length limit: timings hold, the text means nothing.
 

@@ -10,16 +10,19 @@ from typing import Any, cast
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
 
 from actors.settings import STRATEGY, CellSettings, bundles
+from cluster.board.siblings import ServeRouters
 from cluster.cell import Cell
 from cluster.config import ServiceConfig
-from cluster.placing import Nodes, choose
-from cluster.request_body import MAX_BODIES
-from cluster.router import Router, admission
+from cluster.faces.http.request_body import MAX_BODIES
+from cluster.placing import ROUTER_CPUS, Nodes, choose
+from cluster.router import LAST_WORDS_S, Router, admission
 from cluster.runs.routing import ElsewhereFirst
+from cluster.runs.served_model import served_name
+from cluster.scaling import Policy
 from cluster.served_paths import checkpoint_directory
-from twotower.engine.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
@@ -28,24 +31,29 @@ APP_NAME = "twotower"
 _HEADROOM = 16
 # Beyond what a router has under way and lets arrive, so that it is the router that refuses, and answers probes at once.
 _PROBES = 1024
-_ROUTER_CPUS = 0.1
-_LOAD_AVERAGED_S = 10.5  # Serve wants more than 10
-_CONSTRUCTOR_TRIES = 1
+# Serve calls the first deprecated in favour of a variable of the environment that nothing in 2.60 reads.
+_LOAD_TOLD_S, _LOAD_KEPT_S = 1.0, 2.0  # the policy looks at the last word; Serve wants the second to be more
+_SURGE = 100  # percent: after a change as many new ones start as there are old ones, which go then
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # Serve's own lines; ours go to stderr
 
 
 class CellReplica(Cell):
     """A Cell as Serve names it and ends it."""
 
-    async def __init__(self, settings: CellSettings) -> None:  # type: ignore[misc]
-        await super().__init__(settings, name=serve.get_replica_context().replica_id.unique_id)
+    async def __init__(self, settings: CellSettings, model: str) -> None:  # type: ignore[misc]
+        await super().__init__(settings, name=serve.get_replica_context().replica_id.unique_id, model=model)
 
     async def __del__(self) -> None:
         await self.shutdown()
 
 
 class RouterReplica(Router):
-    """A Router as Serve ends it."""
+    """A Router as Serve names it and ends it."""
+
+    async def __init__(self, config: ServiceConfig, cells: "DeploymentHandle[Any]") -> None:  # type: ignore[misc]
+        replica = serve.get_replica_context().replica_id
+        routers = ServeRouters(replica.deployment_id.name, replica.deployment_id.app_name)
+        await super().__init__(config, cells, replica.unique_id, routers)
 
     async def __del__(self) -> None:
         await self.shutdown()
@@ -56,33 +64,22 @@ def build(args: Mapping[str, Any] | ServiceConfig) -> Application:
     config = args if isinstance(args, ServiceConfig) else ServiceConfig.parse(args)
     choice = choose(config, nodes_there())  # once, for all cells that are ever to come
     logger.info("%s", choice.why)
-    cells = cell_deployment(choice.config).bind(cell_settings(choice.config))
+    cells = cell_deployment(choice.config).bind(cell_settings(choice.config), served_name(choice.config))
     return router_deployment(choice.config).bind(choice.config, cells)
 
 
 def cell_settings(config: ServiceConfig) -> CellSettings:
     """What the actors are told of a configuration without `auto`."""
     cell = config.cell
-    engine = EngineSettings(
-        max_sequences=cell.max_sequences,
-        max_sequence_length=config.model.max_sequence_length,
-        cache_tokens=cell.cache_tokens,
-        prefill_chunk_tokens=cell.prefill_chunk_tokens,
-        link_timeout_s=cell.link_timeout_s,
-        stall_timeout_s=cell.stall_timeout_s,
-        start_timeout_s=cell.start_timeout_s,
-        capture=cell.capture,
-        max_queued_requests=config.cluster.max_queued_requests,
-    )
     return CellSettings(
-        checkpoint=str(checkpoint_directory(config.model.checkpoint)),
-        dtype=config.model.dtype,
+        str(checkpoint_directory(config.model.checkpoint)),
         device=cell.device,
+        dtype=config.model.dtype,
         placement=cell.placement,
         denoisers_per_context=cell.denoisers_per_context,
         gpus_per_tower=cell.gpus_per_tower,
         ssm_wire_dtype=cell.ssm_wire_dtype,
-        engine=engine,
+        engine=config.engine,
     )
 
 
@@ -95,18 +92,23 @@ def cell_deployment(config: ServiceConfig) -> serve.Deployment:
         autoscaling_config={
             "min_replicas": cluster.min_cells,
             "max_replicas": cluster.max_cells,
-            "target_ongoing_requests": cluster.target_ongoing_requests,
+            "policy": {
+                "policy_function": f"{Policy.__module__}:{Policy.__name__}",
+                "policy_kwargs": {"fullness": cluster.target_fullness},
+            },
             "upscale_delay_s": cluster.upscale_delay_s,
             "downscale_delay_s": cluster.downscale_delay_s,
-            "look_back_period_s": _LOAD_AVERAGED_S,
+            "metrics_interval_s": _LOAD_TOLD_S,
+            "look_back_period_s": _LOAD_KEPT_S,
         },
         max_ongoing_requests=_ongoing_requests(config),
         max_queued_requests=-1,  # the routers bound what they let in, and the cell's ledger what waits
         request_router_config={"request_router_class": f"{ElsewhereFirst.__module__}:{ElsewhereFirst.__name__}"},
-        max_constructor_retry_count=_CONSTRUCTOR_TRIES,
+        max_constructor_retry_count=cluster.start_tries,
         graceful_shutdown_timeout_s=cluster.drain_timeout_s,
+        max_surge_percent=_SURGE if cluster.surge else 0,
         health_check_period_s=1.0,
-        health_check_timeout_s=30.0,
+        health_check_timeout_s=10.0,  # of three that are missed in a row Serve replaces the cell
         placement_group_bundles=requested,
         placement_group_strategy=STRATEGY,
         ray_actor_options={"num_cpus": requested[0]["CPU"]},
@@ -115,15 +117,21 @@ def cell_deployment(config: ServiceConfig) -> serve.Deployment:
 
 
 def router_deployment(config: ServiceConfig) -> serve.Deployment:
-    """Routers are of fixed number: a change among ingress replicas cuts streams."""
+    """Routers are of fixed number: a change among ingress replicas cuts streams.
+
+    Serve starts each on another node than the last, where there is one. Without `max_replicas_per_node`, which would
+    leave a lost node's router, or a newer version's, waiting for a node of its own.
+    """
     replica = serve.ingress()(RouterReplica)
     return _deployment(replica).options(
         name="Router",
-        num_replicas=config.cluster.num_routers,
-        max_ongoing_requests=admission(config).capacity + MAX_BODIES + _PROBES,
-        max_constructor_retry_count=_CONSTRUCTOR_TRIES,
-        graceful_shutdown_timeout_s=config.cluster.drain_timeout_s,
-        ray_actor_options={"num_cpus": _ROUTER_CPUS},
+        num_replicas=config.cluster.routers,
+        max_ongoing_requests=admission(config).most + MAX_BODIES + _PROBES,
+        max_constructor_retry_count=config.cluster.start_tries,
+        graceful_shutdown_timeout_s=config.cluster.drain_timeout_s + 2 * LAST_WORDS_S,
+        health_check_period_s=1.0,  # by which a router knows since when it is to go
+        max_surge_percent=_SURGE,  # a router needs no GPU
+        ray_actor_options={"num_cpus": ROUTER_CPUS},
         logging_config=_LOGGING,
     )
 
@@ -133,7 +141,7 @@ def _deployment(replica: Any) -> serve.Deployment:
 
 
 def _ongoing_requests(config: ServiceConfig) -> int:
-    return config.cell.max_sequences + config.cluster.max_queued_requests + _HEADROOM
+    return config.engine.max_sequences + config.engine.max_queued_requests + _HEADROOM
 
 
 def nodes_there() -> Nodes:

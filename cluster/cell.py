@@ -6,32 +6,44 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
-from ray.util import get_current_placement_group
+from ray.util import get_current_placement_group, get_node_ip_address
 
 from actors.cell import start_pair
-from actors.frames import LineAddress
 from actors.process_logs import log_to_stderr
 from actors.settings import CellSettings
-from cluster.event_lines import EventLines, Placed, ReplyTo
-from cluster.pulse import Beat
-from twotower.core import AnswerEvent, AnyRequest, FailureEvent, ScoreRequest
+from cluster.runs.messages import NO_WISHES, Beat, Failed, Placed, ReplyTo, Wishes, about
+from cluster.runs.router_lines import RouterLines
+from cluster.runs.signs import CellSign
+from cluster.scaling import Meter
+from cluster.watch.cell import CellWatch, Moment
+from cluster.watch.tower_signs import TowerSigns, towers_of
+from twotower.core import AnswerEvent, AnyRequest, FailureEvent, Mode, ScoreRequest
 from twotower.engine.handle import EngineStats
 from twotower.engine.pair import Pair
 from twotower.errors import TwoTowerError, Unavailable
+from twotower.transport.handshake import Address
 
 logger = logging.getLogger(__name__)
-
-Avoided = tuple[str, ...]  # the cells that a call should not go to: cluster.runs.routing obeys, and a cell ignores it
 
 
 class Running(Protocol):
     """A pair with its processes, as `actors.cell.start_pair` gives it."""
 
     pair: Pair
-    places: list[dict[str, str]]
     fingerprint: str
+    mended: int
+
+    @property
+    def homes(self) -> list[dict[str, str]]: ...
+
+    @property
+    def mending_s(self) -> float: ...
 
     def failure(self) -> str | None: ...
+
+    def why_not(self, request: AnyRequest) -> str | None: ...
+
+    def served(self) -> tuple[Mode, ...]: ...
 
     async def stats(self) -> list[EngineStats]: ...
 
@@ -45,7 +57,7 @@ class CellStats:
     running: int
     waiting: int
     towers: tuple[EngineStats, ...]
-    places: tuple[dict[str, str], ...] = ()
+    homes: tuple[dict[str, str], ...] = ()
 
 
 async def _start(settings: CellSettings) -> Running:
@@ -58,17 +70,26 @@ class Cell:
     """Starts its pair when constructed (Serve awaits the constructor); decodes and scores on it until shut down."""
 
     async def __init__(  # type: ignore[misc]
-        self, settings: CellSettings, start: Callable[[CellSettings], Awaitable[Running]] = _start, name: str = "cell"
+        self,
+        settings: CellSettings,
+        start: Callable[[CellSettings], Awaitable[Running]] = _start,
+        name: str = "cell",
+        model: str = "",
     ) -> None:
-        """`name`: no other cell has it."""
+        """`name`: no other cell has it. `model`: what metrics call the model."""
         log_to_stderr()
         self.name = name
         logger.info("starting %s towers from %s", settings.placement, settings.checkpoint)
         self._running = await start(settings)
-        self._lines = EventLines(self._beat)
+        self._lines = RouterLines(self._beat)
+        self._node, self._placement = get_node_ip_address(), settings.placement
+        self._signs = TowerSigns(towers_of(settings.placement, settings.denoisers_per_context))
+        self._meter = Meter()
+        self._watch = CellWatch(name, model)
+        self._watch.start(self._moment)
         logger.info("the towers are ready")
 
-    async def run(self, request: AnyRequest, timeout_s: float, reply_to: ReplyTo, avoid: Avoided = ()) -> None:
+    async def run(self, request: AnyRequest, timeout_s: float, reply_to: ReplyTo, wishes: Wishes = NO_WISHES) -> None:
         """Decode or score one request; its events go to the router that asked. An error of ours is the last of them.
 
         A cell that cannot serve says so instead of taking it. Raises Unavailable where that router is gone; the
@@ -76,16 +97,15 @@ class Cell:
         """
         line = await self._lines.to(reply_to.address)
         with line.held():
-            failure = self._running.failure()
+            failure = self._running.why_not(request)
             if failure is not None:
-                await line.send(
-                    reply_to.key, FailureEvent(request.id, Unavailable(f"this cell cannot serve: {failure}"))
-                )
+                error = Unavailable(f"this cell cannot serve: {failure}")
+                await line.send(Failed(reply_to.call, FailureEvent(request.id, error)))
                 return
-            await line.send(reply_to.key, Placed(self.name, self._running.fingerprint))
+            await line.send(Placed(reply_to.call, self.name, self._running.fingerprint))
             async with aclosing(self.events(request, timeout_s)) as events:
                 async for event in events:
-                    await line.send(reply_to.key, event)
+                    await line.send(about(reply_to.call, event))
 
     async def events(self, request: AnyRequest, timeout_s: float) -> AsyncGenerator[AnswerEvent | FailureEvent, None]:
         """Events of one request. An error of ours is the last of them, not an exception."""
@@ -100,19 +120,47 @@ class Cell:
         except TwoTowerError as error:
             yield FailureEvent(request.id, error)
 
-    async def ready(self, address: LineAddress, avoid: Avoided = ()) -> bool:
-        """Whether it serves. The router at this address has a line to it from now on."""
+    async def served(self, address: Address, wishes: Wishes = NO_WISHES) -> tuple[Mode, ...]:
+        """The modes that it serves now. The router at this address has a line to it from now on."""
         await self._lines.to(address)
-        return self._running.failure() is None
+        return self._running.served()
 
     def _beat(self) -> Beat:
-        ledger, serves = self._running.pair.ledger, self._running.failure() is None
-        return Beat(self.name, serves, ledger.running, ledger.waiting, ledger.running + ledger.context.slots)
+        ledger = self._running.pair.ledger
+        return Beat(
+            self.name,
+            self._running.fingerprint,
+            self._running.served(),
+            ledger.running,
+            ledger.waiting,
+            ledger.running + ledger.context.free_slots,
+            self._sign(),
+        )
+
+    def _sign(self) -> CellSign:
+        running = self._running
+        towers = self._signs.now(running.homes)
+        return CellSign(self._node, self._placement, running.mending_s, running.mended, towers)
 
     async def stats(self) -> CellStats:
         ledger = self._running.pair.ledger
-        towers, places = tuple(await self._running.stats()), tuple(self._running.places)
-        return CellStats(ledger.running, ledger.waiting, towers, places)
+        towers, homes = tuple(await self._running.stats()), tuple(self._running.homes)
+        return CellStats(ledger.running, ledger.waiting, towers, homes)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve tells cluster.scaling.Policy of this cell."""
+        return await self._meter.read(self._running.pair.ledger, self._heard, self._lines.waits())
+
+    async def _heard(self) -> list[EngineStats]:
+        """The towers' counters, asked once a second for all who want them."""
+        towers = await self._running.stats()
+        self._watch.hears(towers, [int(home["pid"]) for home in self._running.homes if home])
+        self._signs.hears(towers, self._running.homes)
+        return towers
+
+    def _moment(self) -> Moment:
+        ledger = self._running.pair.ledger
+        return Moment(ledger.running, ledger.waiting, self._running.mending_s, self._running.mended)
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose health check raises."""
@@ -122,6 +170,7 @@ class Cell:
 
     async def shutdown(self) -> None:
         """Ends the tower processes; what still runs is told why."""
+        self._watch.stop()
         try:
             await self._running.close()
         finally:

@@ -17,7 +17,7 @@ def largest_message(max_sequence_length: int) -> int:
 
 def check_message_size(config: ServiceConfig) -> None:
     """Raises ConfigError where Serve would break off the longest request. Its limit is an environment variable's."""
-    length = config.model.max_sequence_length
+    length = config.engine.max_sequence_length
     wanted = largest_message(length)
     if wanted > LIMIT:
         raise ConfigError(

@@ -1,4 +1,5 @@
-"""Where the towers of a cell run: what `auto` in `cell.placement` and `cell.device` stands for in a given cluster.
+"""Where towers and routers run: what `auto` in `cell.placement` and `cell.device`, and no `cluster.num_routers`, stand
+for in a given cluster.
 
 Nodes in, settings and a reason out; asks nobody. A cell lies on one node, so the largest node decides, not the sum.
 """
@@ -7,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.settings import resolve_device, tower_processes
-from cluster.config import CellSection, ServiceConfig
+from cluster.config import ServiceConfig
+from cluster.sections import CellSection
 
 Nodes = Sequence[Mapping[str, float]]  # what each node has, by Ray's names: CPU, GPU
 _TOWERS = 2
+_ROUTERS = 2  # where one node may fail and another goes on
+ROUTER_CPUS = 0.1
 _ROUNDING = 1e-6
 
 
@@ -31,7 +35,20 @@ def choose(config: ServiceConfig, nodes: Nodes) -> Choice:
     if cell.placement == "split" and cell.denoisers_per_context == 1 and device.device == "cpu" and cores <= _TOWERS:
         why += f"; with {_cores(cores)} colocated is faster"
     chosen = cell.model_copy(update={"placement": placement, "device": device.device})
-    return Choice(config.model_copy(update={"cell": chosen}), f"placement {why}; {device.why}")
+    routers, why_routers = _routers(config.cluster.num_routers, nodes)
+    cluster = config.cluster.model_copy(update={"num_routers": routers})
+    told = f"placement {why}; {device.why}; {why_routers}"
+    return Choice(config.model_copy(update={"cell": chosen, "cluster": cluster}), told)
+
+
+def _routers(asked: int | None, nodes: Nodes) -> tuple[int, str]:
+    """So many that one survives the loss of a node. Serve spreads them over the nodes."""
+    if asked is not None:
+        return asked, f"{asked} {'router' if asked == 1 else 'routers'}, as configured"
+    able = sum(node.get("CPU", 0.0) >= ROUTER_CPUS for node in nodes)
+    if able > 1:
+        return _ROUTERS, f"{_ROUTERS} routers: {able} nodes have cores"
+    return 1, "1 router: " + ("one node has cores" if able else "no node has cores")
 
 
 def _placement(cell: CellSection, gpus: float, cores: float) -> tuple[str, str]:

@@ -1,10 +1,11 @@
-"""Whether a cell answers, asked again and again, so that health checks cost nothing."""
+"""What the cells serve, asked again and again, so that health checks cost nothing."""
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 
 from cluster.runs.cells import Cells
+from twotower.core import Mode
 
 logger = logging.getLogger(__name__)
 
@@ -13,36 +14,38 @@ TIMEOUT_S = 2.5
 
 
 class Readiness:
-    """Watches the cells; `on_change` hears of every change."""
+    """Watches the cells: the modes that are served now, none where the service is not ready. `on_change` hears of every
+    change."""
 
-    def __init__(self, cells: Cells, on_change: Callable[[bool], Awaitable[None]] | None = None) -> None:
+    def __init__(self, cells: Cells, on_change: Callable[[Set[Mode]], Awaitable[None]] | None = None) -> None:
         self._cells, self._on_change = cells, on_change
-        self._ready = self._closed = False
+        self._served: Set[Mode] = frozenset()
+        self._closed = False
 
-    def __call__(self) -> bool:
-        return self._ready
+    def __call__(self) -> Set[Mode]:
+        return self._served
 
     async def poll(self) -> None:
         """Ask once."""
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                ready = await self._cells.ready()
+                served = await self._cells.served()
         except Exception as error:
             logger.debug("no cell answers: %s", error)
-            ready = False
-        await self._become(ready and not self._closed)
+            served = frozenset()
+        await self._become(frozenset() if self._closed else frozenset(served))
 
     async def close(self) -> None:
         """Not ready from now on, whatever the cells say."""
         self._closed = True
-        await self._become(False)
+        await self._become(frozenset())
 
-    async def _become(self, ready: bool) -> None:
-        if ready != self._ready:
-            self._ready = ready
-            logger.info("the service is %s", "ready" if ready else "not ready")
+    async def _become(self, served: Set[Mode]) -> None:
+        if served != self._served:
+            self._served = served
+            logger.info("the service is %s", f"ready for {', '.join(sorted(served))}" if served else "not ready")
             if self._on_change is not None:
-                await self._on_change(ready)
+                await self._on_change(served)
 
     async def watch(self) -> None:
         """Ask for ever."""

@@ -1,7 +1,10 @@
 """One router of the service: both faces in one process, without weights and without a GPU."""
 
 import asyncio
+import hashlib
 import logging
+import math
+import time
 from typing import Any
 
 from fastapi import FastAPI
@@ -9,82 +12,154 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
 from actors.process_logs import log_to_stderr
-from cluster.admission import Admission
+from cluster.board.board import Board
+from cluster.board.face import add_ops
+from cluster.board.feed import Feed
+from cluster.board.part import CODEC, Deployed
+from cluster.board.siblings import Ask, nobody
 from cluster.config import ServiceConfig
-from cluster.event_lines import EventServer
-from cluster.generation import Generation
-from cluster.grpc_service import GrpcServer
-from cluster.http import make_app
-from cluster.local_ray import bypass_proxies
+from cluster.faces.grpc.service import GrpcServer
+from cluster.faces.http.service import make_app
 from cluster.message_size import check_message_size
+from cluster.no_proxies import bypass_proxies
 from cluster.readiness import Readiness
-from cluster.remote_cells import RemoteCells
+from cluster.runs.admission import Admission
+from cluster.runs.cell_lines import CellLines
+from cluster.runs.generation import Generation
+from cluster.runs.remote_cells import RemoteCells
 from cluster.runs.run import Patience
-from cluster.served_model import load_served_model
+from cluster.runs.served_model import ServedModel, load_served_model
+from cluster.runs.turns import Turns
+from cluster.watch.router import RouterWatch
 from twotower.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
 
-_LAST_WORDS_S = 2.0  # what is given up is told so in less
+_LEFT_S = 5.0  # Serve asks for this router's health each second
+_AHEAD = 4  # one waits on a cell for so many of its slots
+LAST_WORDS_S = 2.0  # what is given up is told so in less
 
 
 def prompts_at_once(config: ServiceConfig) -> int:
     """How many prompts of one call the cells hold at a time: half of what one cell decodes at once."""
-    return max(1, config.cell.max_sequences // 2)
+    return max(1, config.engine.max_sequences // 2)
 
 
 def admission(config: ServiceConfig) -> Admission:
-    """What all cells decode at once and keep waiting. A cell's own ledger has the last word."""
-    cell, cluster = config.cell, config.cluster
-    capacity = cluster.max_cells * (cell.max_sequences + cluster.max_queued_requests)
-    return Admission(capacity, cluster.min_cells * cell.max_sequences)
+    """What all cells decode at once, and this router's part of what may wait for them. A cell's own ledger has the
+    last word."""
+    engine, cluster = config.engine, config.cluster
+    waiting = math.ceil(engine.max_queued_requests / cluster.routers)
+    capacity = cluster.max_cells * (engine.max_sequences + waiting)
+    return Admission(capacity, cluster.min_cells * engine.max_sequences)
+
+
+def turns(config: ServiceConfig, lines: CellLines) -> Turns:
+    """Requests go to the cells up to what they decode at once, and a few more, so that no slot is empty meanwhile. The
+    others wait here, where their order can still change and a new cell finds them."""
+    engine = config.engine
+    ahead, fewest = min(math.ceil(engine.max_sequences / _AHEAD), engine.max_queued_requests), config.cluster.min_cells
+    return Turns(lambda: sum(slots + ahead for slots in lines.slots()), fewest * engine.max_sequences)
+
+
+def deployed(config: ServiceConfig, model: ServedModel) -> Deployed:
+    """What the ops page tells of this deployment. Settings of other ports are another deployment, too."""
+    settings = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:8]
+    cluster, modes = config.cluster, model.limits.modes
+    return Deployed(
+        model.name, model.fingerprint, model.version, settings, modes,
+        cluster.min_cells, cluster.max_cells, cluster.routers,
+    )  # fmt: skip
 
 
 class Router:
     """Serve awaits the constructor, then asks for the ASGI app; the gRPC server listens beside it."""
 
-    async def __init__(self, config: ServiceConfig, cells: "DeploymentHandle[Any]") -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: ServiceConfig, cells: "DeploymentHandle[Any]", name: str = "router", routers: Ask = nobody
+    ) -> None:
+        """`name`: no other router has it. `routers`: asks all of them for their boards."""
         log_to_stderr()
         bypass_proxies()  # before the handle connects to a cell
         self._ingress = ingress = config.ingress
         self._drain_timeout_s = config.cluster.drain_timeout_s
+        self._kept_at = time.monotonic()
         check_message_size(config)
         model = await asyncio.to_thread(load_served_model, config)
-        self._events = EventServer()
-        await self._events.start(get_node_ip_address())
-        self._cells = RemoteCells(cells, self._events)
+        self._lines = CellLines()
+        node = get_node_ip_address()
+        await self._lines.start(node)
+        self._cells = RemoteCells(cells, self._lines)
         self._admission = admission(config)
         at_once = prompts_at_once(config)
         patience = Patience(config.cluster.max_resumes, config.cluster.queue_timeout_s)
-        self._generation = Generation(model, self._cells, ingress.request_timeout_s, at_once, self._admission, patience)
+        self._turns = turns(config, self._lines)
+        self._lines.on_beat, self._lines.waits = self._turns.grant, self._turns.waits
+        self._watch = RouterWatch(model.name, model.limits.modes)
+        self._board = Board(name, node, deployed(config, model))
+        self._feed = Feed(self._board, routers, self._is_left)
+        self._generation = Generation(
+            model, self._cells, ingress.request_timeout_s, at_once, self._admission, patience, self._turns,
+            (*self._watch.observers, *([self._board.observer] if ingress.ops_page else [])),
+        )  # fmt: skip
         self._grpc = GrpcServer(self._generation, ingress.host, ingress.grpc_port, ingress.max_request_bytes)
         await self._grpc.start()
-        self._readiness = Readiness(self._cells, self._grpc.set_serving)
+        self._readiness = Readiness(self._cells, self._grpc.set_served)
         self._watching = asyncio.create_task(self._readiness.watch())
+        self._watch.start(self._admission, self._turns, self._lines, self._readiness)
+        self._board.hold(self._admission, self._turns, self._lines, self._readiness)
+        if ingress.ops_page:
+            self._board.start()
+            self._adopting = asyncio.create_task(self._feed.adopt())
         logger.info("serving %s, gRPC on %s:%d", model.name, ingress.host, ingress.grpc_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         ingress = self._ingress
-        return make_app(
+        app = make_app(
             self._generation,
             self._readiness,
             ingress.max_request_bytes,
             ingress.body_timeout_s,
             ingress.cors_origins,
         )
+        if ingress.ops_page:
+            add_ops(app, self._feed)
+        return app
+
+    async def board_part(self, since: dict[str, int]) -> bytes:
+        """What another router shows of this one; see cluster.board."""
+        return CODEC.encode(self._board.part(since))
 
     async def drain(self, timeout_s: float) -> None:
         """Refuses new requests, as Unavailable; running ones have so long, then they are told why they end."""
         self._admission.close()
         await self._readiness.close()
+        await self._finish(timeout_s)
+        self._feed.stop()
+
+    async def _finish(self, timeout_s: float) -> None:
         if not await self._admission.nothing_runs(timeout_s):
             self._generation.give_up(Unavailable("the service has shut down before this request was finished"))
-            await self._admission.nothing_runs(_LAST_WORDS_S)
+            await self._admission.nothing_runs(LAST_WORDS_S)
+
+    def _is_left(self) -> bool:
+        """Whether Serve asks no more."""
+        return time.monotonic() - self._kept_at > _LEFT_S
+
+    async def check_health(self) -> None:
+        """Serve asks each second, and no more from the moment on that it takes this router away."""
+        self._kept_at = time.monotonic()
 
     async def shutdown(self) -> None:
-        """Drains, and ends."""
-        await self.drain(self._drain_timeout_s)
-        self._watching.cancel()
-        await self._grpc.stop(_LAST_WORDS_S)
-        self._events.stop()
+        """Serve takes this router away once its HTTP requests are done. Its gRPC calls have what these have left of
+        the time to drain; new ones go to the router in its place, if there is one."""
+        left_s = max(0.0, self._kept_at + self._drain_timeout_s - time.monotonic())
+        ending = asyncio.create_task(self._grpc.stop(left_s + LAST_WORDS_S))
+        await self._finish(left_s)
+        await ending
+        self._watching.cancel()  # not before: what runs may have to meet a new cell
+        self._feed.stop()
+        self._board.stop()
+        self._lines.stop()
+        await self._watch.stop()

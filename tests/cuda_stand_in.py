@@ -1,21 +1,25 @@
 """GPUs that are none: tensors that say they are on `cuda:N` and compute on the CPU; a `torch.cuda` with CUDA's rules.
 
-What on a real GPU fails late, or only sometimes, is an AssertionError here: a device without an index, operands on two
-devices; a capture while serving, on another device's stream or on a second one of its pool, or that reads the host's
-memory or lets the host wait. Waits for a whole device are counted, and uploads by a thread whose current device is
-another one.
+Faults that show late on a real GPU, or only sometimes, are an AssertionError here:
+- a device without an index, or operands on two devices;
+- a capture while serving, or on another device's stream, or on a second stream of its pool;
+- a capture that reads the host's memory or lets the host wait;
+- a touch of memory that nothing orders after another stream's (`tests/stream_order.py`).
+Waits for a whole device are counted, and uploads by a thread whose current device is another one.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.dispatch_mode import DispatchMode
+from tests.handed_over import kept
+from tests.stream_order import Clock, Memory, Operand, Ordering, mapped, tensors_of, touched
 
 CPU = torch.device("cpu")
 _ATEN = torch.ops.aten
@@ -33,9 +37,11 @@ class GpuTensor(torch.Tensor):
     """`inner` on the CPU holds the numbers. Overridden are those methods that torch binds past its dispatcher."""
 
     inner: torch.Tensor
+    memory: Memory
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, device: torch.device) -> "GpuTensor":
+    def __new__(cls, inner: torch.Tensor, device: torch.device, memory: Memory | None = None) -> "GpuTensor":
+        """In memory of its own, on the current stream, where none is given."""
         # torch's bookkeeping of views wants this of what it wraps; what may be written to when, `inner` decides.
         with torch.inference_mode(False):
             tensor: GpuTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -47,6 +53,9 @@ class GpuTensor(torch.Tensor):
                 device=device,
             )
         tensor.inner = inner
+        tensor.memory = GPUS.new_memory(device) if memory is None else memory
+        if memory is None:
+            GPUS.touch(tensor, True, "allocation")
         return tensor
 
     def __repr__(self, **_: Any) -> str:
@@ -57,13 +66,20 @@ class GpuTensor(torch.Tensor):
         return _compute(operation, args, kwargs or {})
 
     def __getitem__(self, places: Any) -> Any:
-        return GpuTensor(self.inner[_inner(places)], self.device)
+        part = self.inner[_inner(places)]
+        if part.untyped_storage().data_ptr() == self.inner.untyped_storage().data_ptr():
+            return GpuTensor(part, self.device, self.memory)
+        GPUS.touch(self, False, "getitem", _numpy(places))
+        return GpuTensor(part, self.device)
 
     def __setitem__(self, places: Any, value: Any) -> None:
+        GPUS.touch(self, True, "setitem", _numpy(places))
+        if isinstance(value, GpuTensor):
+            GPUS.touch(value, False, "setitem")
         self.inner[_inner(places)] = _inner(value)
 
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Any:
-        return _compute(_ATEN.copy_.default, (self, source), {})
+        return _compute(_ATEN.copy_.default, (self, source, non_blocking), {})
 
     def contiguous(self, **_: Any) -> Any:
         if self.is_contiguous():
@@ -90,16 +106,22 @@ class GpuTensor(torch.Tensor):
 
     def _read(self) -> torch.Tensor:
         assert GPUS.recording() is None, "a capture that lets the host wait"
+        GPUS.touch(self, False, "host")
+        GPUS.host_waits(self.device)
         return self.inner
 
 
+def _numpy(places: Any) -> Any:
+    return mapped(lambda index: index.numpy(), _inner(places))
+
+
 def _inner(values: Any) -> Any:
-    return tree_map(lambda leaf: leaf.inner if isinstance(leaf, GpuTensor) else leaf, values)
+    return mapped(lambda tensor: tensor.inner if isinstance(tensor, GpuTensor) else tensor, values)
 
 
 def _compute(operation: Any, args: Any, kwargs: Any) -> Any:
     name = operation.overloadpacket.__name__
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = list(tensors_of((args, kwargs)))
     named = None if kwargs.get("device") is None else indexed(kwargs["device"])
     devices = {tensor.device for tensor in tensors if isinstance(tensor, GpuTensor) or tensor.dim()}
     moves = name in _MOVES
@@ -114,22 +136,29 @@ def _compute(operation: Any, args: Any, kwargs: Any) -> Any:
     waits = name in _WAITS or (name == "_grouped_mm" and not _has_kernel(args[0]))
     assert recording is None or not waits, f"{name}: a capture that lets the host wait"
     assert recording is None or not (moves and len(devices | {target}) > 1), f"{name}: a capture that reads the host"
+    given = (args, kwargs)
     args, kwargs = _inner(args), _inner(kwargs) | {key: None for key in ("pin_memory",) if key in kwargs}
     if named is not None:
         kwargs["device"] = CPU
     out = operation(*args, **kwargs)
-    if recording is not None:
-        recording.append((operation, args, kwargs, out))
-    if target.type != "cuda":
-        return out
     known = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, GpuTensor)}
+    memories = {tensor.inner.untyped_storage().data_ptr(): tensor.memory for tensor in known.values()}
 
-    def on_gpu(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or isinstance(leaf, GpuTensor):
-            return leaf
-        return known[id(leaf)] if id(leaf) in known else GpuTensor(leaf, target)
+    def on_gpu(leaf: torch.Tensor) -> torch.Tensor:
+        if id(leaf) in known:
+            return known[id(leaf)]
+        return GpuTensor(leaf, target, memories.get(leaf.untyped_storage().data_ptr()))
 
-    return tree_map(on_gpu, out)
+    shown = mapped(on_gpu, out) if target.type == "cuda" else out
+    GPUS.touch_all(name, touched(operation, given, shown))
+    if recording is not None:
+        recording.append(((operation, args, kwargs, out), touched(operation, given, shown), shown))
+    at_once = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+    if gpus and (name in _WAITS or (moves and not at_once and CPU in devices | {target})):
+        GPUS.host_waits(gpus[0])
+    if target.type == "cuda" and moves and not at_once and CPU in devices:
+        GPUS.host_waits(target)
+    return shown
 
 
 def _has_kernel(tensor: torch.Tensor) -> bool:
@@ -137,7 +166,7 @@ def _has_kernel(tensor: torch.Tensor) -> bool:
     return tensor.dtype is torch.bfloat16 and GPUS.capability[0] in (9, 10)
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(DispatchMode):
     """Brings what creates tensors here."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -145,64 +174,78 @@ class _Mode(TorchDispatchMode):
 
 
 class Stream:
-    def __init__(self, device: Any) -> None:
+    """None waits for another unasked: torch's are all made non-blocking, and the default one is no exception."""
+
+    def __init__(self, device: Any, name: str = "a stream of") -> None:
         self.device = indexed(device)
+        self.number = GPUS.order.new_stream(f"{name} {self.device}")
         GPUS.streams.append(self.device)
 
     def wait_stream(self, other: "Stream") -> None:
-        assert isinstance(other, Stream)
+        GPUS.order.waits(self.number, GPUS.order.queued(other.number))
 
     def wait_event(self, event: "Event") -> None:
-        assert event.recorded is not None
+        assert event.clock is not None, "an event that was not recorded"
+        GPUS.order.waits(self.number, event.clock)
 
 
 class Event:
-    """Work ends at once here, so an event has happened as soon as it is recorded."""
+    """Work ends at once here, so an event has happened as soon as it is recorded: whoever asks knows."""
 
     def __init__(self, **_: Any) -> None:
-        self.recorded: Stream | None = None
+        self.clock: Clock | None = None
 
-    def record(self, stream: Stream) -> None:
-        self.recorded = stream
+    def record(self, stream: Stream | None = None) -> None:
+        self.clock = GPUS.order.queued((stream or GPUS.stream_of(torch.device("cuda", GPUS.device))).number)
 
     def query(self) -> bool:
-        return self.recorded is not None
+        if self.clock is not None:
+            GPUS.order.host_waits(self.clock)
+        return self.clock is not None
 
     def synchronize(self) -> None:
         assert GPUS.recording() is None, "a capture that lets the host wait"
+        self.query()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1.0
 
 
 class CUDAGraph:
     """Runs the captured operations anew, on the tensors they were captured with."""
 
     def __init__(self) -> None:
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.operations: list[tuple[Any, list[Operand], Any]] = []
+        self.memory: GpuTensor | None = None
 
     def replay(self) -> None:
         GPUS.replays += 1
-        for operation, args, kwargs, before in self.operations:
-            given = {leaf.untyped_storage().data_ptr() for leaf in _tensors((args, kwargs))}
-            for old, new in zip(_tensors(before), _tensors(operation(*args, **kwargs)), strict=True):
+        assert self.memory is not None, "a graph without a capture"
+        GPUS.touch(self.memory, True, "a replay")
+        for (operation, args, kwargs, before), operands, results in self.operations:
+            GPUS.touch_all("a replay", operands)
+            given = {leaf.untyped_storage().data_ptr() for leaf in tensors_of((args, kwargs))}
+            for old, new in zip(tensors_of(before), tensors_of(operation(*args, **kwargs)), strict=True):
                 if new.untyped_storage().data_ptr() not in given:
                     old.copy_(new)
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+            if operands:
+                GPUS.touch_all("a replay", [Operand(result, True) for result in tensors_of(results)])
 
 
 class Gpus:
     """The machine, and what this process did to it. `serving`: from now on nothing may be captured."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, order: Ordering) -> None:
+        self.count, self.order = count, order
         self.serving = False
         self.captures = self.replays = self.device_waits = self.uploads = self.foreign_uploads = 0
         self.capability = (9, 0)
-        self.pools: dict[object, Stream] = {}
+        self.pools: dict[object, tuple[Stream, GpuTensor]] = {}
+        self._default: dict[torch.device, Stream] = {}
         self.free = {index: 80 << 30 for index in range(count)}
         self.streams: list[torch.device] = []
         self._own = threading.local()
+        self._lock = threading.RLock()
 
     @property
     def device(self) -> int:
@@ -239,18 +282,50 @@ class Gpus:
         assert not self.serving, "a capture while serving"
         assert stream is not None, "a stream of whichever device captured first"
         assert pool is not None, "memory of its own for every capture"
-        assert self.pools.setdefault(pool, stream) is stream, "a stream gets no free block of another's"
+        owner, memory = self.pools.setdefault(pool, (stream, GpuTensor(torch.zeros(1), stream.device)))
+        assert owner is stream, "a stream gets no free block of another's"
         assert capture_error_mode == "thread_local", "other threads use CUDA meanwhile"
         self.captures += 1
+        graph.memory = memory
+        self.host_waits(torch.device("cuda", self.device), all_streams=True)  # torch does, as it enters
         with self.within(stream), self._set("operations", graph.operations):
             yield
 
     def synchronize(self, device: Any = None) -> None:
         self.device_waits += 1
+        self.host_waits(indexed(device or torch.device("cuda", self.device)), all_streams=True)
 
     def stream_of(self, device: Any) -> Stream:
         current = self.stream
-        return current if current is not None and current.device == indexed(device) else Stream(device)
+        if current is not None and current.device == indexed(device):
+            return current
+        with self._lock:
+            if device not in self._default:
+                self._default[device] = Stream(device, "the default stream of")
+            return self._default[device]
+
+    def host_waits(self, device: torch.device, all_streams: bool = False) -> None:
+        """For the thread's stream there."""
+        numbers = [self.stream_of(device).number]
+        if all_streams:
+            numbers = self.order.streams_of(str(device))
+        for number in numbers:
+            self.order.host_waits(self.order.queued(number))
+
+    def new_memory(self, device: torch.device) -> Memory:
+        """A capture's own belongs to no stream: it is used when the graph is replayed."""
+        return Memory(self.order, None if self.recording() is not None else self.stream_of(device).number)
+
+    def touch_all(self, what: str, operands: Sequence[Operand]) -> None:
+        for tensor, writes, places in operands:
+            if isinstance(tensor, GpuTensor):
+                self.touch(tensor, writes, what, places() if places is not None else None)
+
+    def touch(self, tensor: GpuTensor, writes: bool, what: str, places: Any = None) -> None:
+        """By work on the thread's stream. What is captured does not run yet."""
+        if self.recording() is None:
+            stream = self.stream_of(tensor.device).number
+            self.order.touch(tensor.memory, stream, writes, what, tensor.inner, places)
 
     @contextmanager
     def _set(self, name: str, value: Any) -> Iterator[None]:
@@ -265,14 +340,20 @@ class Gpus:
                 setattr(self._own, name, before)
 
 
-GPUS = Gpus(0)
+GPUS = Gpus(0, Ordering())
 
 
 @contextmanager
 def gpus(count: int, patch: pytest.MonkeyPatch) -> Iterator[Gpus]:
     """Let torch see so many GPUs, on the calling thread and on those that start meanwhile."""
+    with kept(patch) as order, _gpus(count, order, patch) as machine:
+        yield machine
+
+
+@contextmanager
+def _gpus(count: int, order: Ordering, patch: pytest.MonkeyPatch) -> Iterator[Gpus]:
     global GPUS
-    GPUS = machine = Gpus(count)
+    GPUS = machine = Gpus(count, order)
     tensor, generator, run = torch.tensor, torch.Generator, threading.Thread.run
 
     def new_tensor(values: Any, pin_memory: bool = False, device: Any = CPU, **others: Any) -> torch.Tensor:
@@ -309,7 +390,9 @@ def gpus(count: int, patch: pytest.MonkeyPatch) -> Iterator[Gpus]:
         memory_reserved=lambda device: indexed(device).index,
         memory_allocated=lambda device: indexed(device).index,
         get_device_capability=lambda device: machine.capability,
-        get_device_properties=lambda device: SimpleNamespace(uuid=f"GPU-{indexed(device).index}"),
+        get_device_properties=lambda device: SimpleNamespace(
+            uuid=f"GPU-{indexed(device).index}", name="none", total_memory=80 << 30
+        ),
     )
     for name, value in replaced.items():
         patch.setattr(torch.cuda, name, value)

@@ -1,8 +1,13 @@
 """A ProcessGroupNCCL that carries bytes between threads of this process, with the rules of torch's.
 
-Those that matter here: a communicator is stored under its device's index, -1 where the device has none, and a transfer
-looks it up by its tensor's; two ranks need two GPUs; `wait` with a timeout sleeps for milliseconds between looks, so
-whoever is in a hurry asks `is_completed` first; an aborted group's work has ended, and `wait` need not say how.
+The rules that matter here:
+- A communicator is stored under its device's index, -1 where the device has none. A transfer looks it up by the index
+  of its tensor's device.
+- Two ranks need two GPUs.
+- `wait` with a timeout sleeps for milliseconds between looks. A caller in a hurry asks `is_completed` first.
+- The work of an aborted group has ended, and `wait` need not say how.
+- Transfers run on a stream of the group's own, which first waits for the caller's stream. `wait` makes the caller's
+  stream wait for it.
 """
 
 import threading
@@ -49,20 +54,27 @@ class ProcessGroupNCCL:
         if self.store.get(f"gpu of {1 - self.rank}").decode() == uuid:
             raise RuntimeError("NCCL error: invalid usage\nDuplicate GPU detected : rank 0 and rank 1")
         self.communicators.add(index)
+        self.stream = cuda_stand_in.Stream(device, "NCCL's stream of")
 
     def send(self, tensors: Sequence[Tensor], rank: int, tag: int) -> "Work":
         (tensor,) = tensors
         self._check(tensor)
+        self._touch(tensor, False)
         self._wire(self.rank, rank).put(tensor.inner.clone())  # type: ignore[attr-defined]
         return self._begun(None, None)
 
     def recv(self, tensors: Sequence[Tensor], rank: int, tag: int) -> "Work":
         (tensor,) = tensors
         self._check(tensor)
+        self._touch(tensor, True)
         return self._begun(tensor, self._wire(rank, self.rank))
 
     def abort(self) -> None:
         self.aborted = True
+        if self.communicators:  # what it carried has ended, and whoever aborts knows
+            ended = cuda_stand_in.Event()
+            ended.record(self.stream)
+            ended.query()
 
     def _check(self, tensor: Tensor) -> None:
         assert tensor.device.type == "cuda" and tensor.is_contiguous(), f"NCCL carries no {tensor.device} tensors"
@@ -71,6 +83,12 @@ class ProcessGroupNCCL:
         )
         stream = cuda_stand_in.GPUS.stream
         assert stream is not None and stream.device == tensor.device, "a transfer on the compute stream"
+
+    def _touch(self, tensor: Tensor, writes: bool) -> None:
+        machine = cuda_stand_in.GPUS
+        self.stream.wait_stream(machine.stream_of(tensor.device))
+        with machine.within(self.stream):
+            machine.touch(tensor, writes, "a transfer")  # type: ignore[arg-type]
 
     def _wire(self, sender: int, receiver: int) -> SimpleQueue[Tensor]:
         with self._lock:
@@ -95,16 +113,21 @@ class Work:
         self._group, self._target, self._wire = group, target, wire
         self.looks = self.slept = 0
         self._ended = False
+        self._end = cuda_stand_in.Event()
+        self._end.record(group.stream)
 
     def is_completed(self) -> bool:
         self.looks += 1
         if not self._ended and self.looks > _LOOKS and not self._group.hang:
             self._ended = self._arrived()
+            if self._ended:
+                self._end.query()
         return self._ended or self._group.aborted
 
     def wait(self, timeout: timedelta) -> bool:
         if not self._ended and not self._group.aborted:
             self.slept += 1
+        cuda_stand_in.GPUS.stream_of(self._group.stream.device).wait_event(self._end)
         return True
 
     def _arrived(self) -> bool:

@@ -9,15 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twotower.core import DecodingParams, Mode
+from twotower.core import MAX_COUNT, MAX_SEED, MAX_STOP_CHARACTERS, DecodingParams, Mode
 from twotower.errors import InvalidRequest
+from twotower.parameters import check_text
 from twotower.validation import (
-    MAX_COUNT,
-    MAX_SEED,
-    MAX_STOP_CHARACTERS,
     ModelLimits,
-    check_prompt,
-    check_text,
+    check_part,
     make_request,
     make_score_request,
     parse_params,
@@ -74,12 +71,12 @@ def _refused(values: dict[str, Any], limits: ModelLimits = LIMITS, prompt: Any =
         ("ignore_eos", "yes", "'yes'", "true or false"),
         ("stop_token_ids", 5, "5", "a list of token ids"),
         ("stop_token_ids", "5", "'5'", "a list of token ids"),
-        ("mode", "diffuse", "'diffuse'", "one of diffusion, mock_ar, ar"),
-        ("mode", "AR", "'AR'", "one of diffusion, mock_ar, ar"),
-        ("mode", [], "[]", "one of diffusion, mock_ar, ar"),
-        ("mode", None, "None", "one of diffusion, mock_ar, ar"),
-        ("mode", "x" * 500, "'xxx", "one of diffusion, mock_ar, ar"),
-        ("mode", "a\nb", r"'a\nb'", "one of diffusion, mock_ar, ar"),
+        ("mode", "diffuse", "'diffuse'", "one of diffusion, mock_ar, ar, verified"),
+        ("mode", "AR", "'AR'", "one of diffusion, mock_ar, ar, verified"),
+        ("mode", [], "[]", "one of diffusion, mock_ar, ar, verified"),
+        ("mode", None, "None", "one of diffusion, mock_ar, ar, verified"),
+        ("mode", "x" * 500, "'xxx", "one of diffusion, mock_ar, ar, verified"),
+        ("mode", "a\nb", r"'a\nb'", "one of diffusion, mock_ar, ar, verified"),
     ],
 )
 def test_one_wrong_value(name: str, value: object, got: str, wanted: str) -> None:
@@ -283,7 +280,11 @@ def test_nothing_but_invalid_request_is_ever_raised(values: dict[str, Any], othe
             assert error.problems and "\n" not in str(error)
         else:
             assert params.mode in limits.modes
-    for check in (lambda: check_prompt(other, LIMITS), lambda: parse_stop(other), lambda: check_text("prompt", other)):
+    for check in (
+        lambda: check_part("prompt", other, LIMITS),
+        lambda: parse_stop(other),
+        lambda: check_text("prompt", other),
+    ):
         try:
             check()
         except InvalidRequest as error:

@@ -3,11 +3,12 @@
 Plain data without torch. The engine knows token ids only; text is the business of whoever holds the tokenizer.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import NewType
 
 from twotower.errors import TwoTowerError
+from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenIds, declared_in
 
 RequestId = NewType("RequestId", str)
 
@@ -18,6 +19,12 @@ class Mode(StrEnum):
     DIFFUSION = "diffusion"
     MOCK_AR = "mock_ar"
     AR = "ar"
+    VERIFIED = "verified"
+
+    @property
+    def by_token(self) -> bool:
+        """Whether each token is an event of its own; whoever carries events may join some of them."""
+        return self in (Mode.AR, Mode.MOCK_AR)
 
 
 class FinishReason(StrEnum):
@@ -28,32 +35,121 @@ class FinishReason(StrEnum):
 
 
 GREEDY_BELOW = 1e-5  # a temperature that only fp32 overflow tells from 0
+MAX_COUNT = 2**31 - 1  # of tokens, of candidates: more than any model has
+MAX_BLOCK = 1024
+# The mask token is held out of the choice by a logit of -1e12, which a larger temperature would let back in.
+MAX_TEMPERATURE = 1000
+MAX_SEED = 2**63 - 1
+MAX_STOP_TOKEN_IDS = 64
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
+MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
+
+_DIFFUSION, _VERIFIED = (Mode.DIFFUSION,), (Mode.VERIFIED,)
+_BLOCKS, _CAUSAL = (*_DIFFUSION, *_VERIFIED), (Mode.AR, Mode.MOCK_AR, *_VERIFIED)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodingParams:
-    """How to decode one request. Names and meaning are the released script's; `docs/parameters.md` lists them.
+    """How to decode one request; names and meaning are the released script's. The one declaration of each parameter.
 
-    `top_k` 0 and `top_p` 1.0 mean "off". `seed` decides every random number of the request, together with
-    block, step and position. Values are checked by `twotower.validation`, not here.
+    `seed` decides every random number of the request, together with block, step and position. Values are checked by
+    `twotower.validation`, not here.
     """
 
-    mode: Mode = Mode.DIFFUSION
-    max_new_tokens: int = 128
-    block_size: int = 16
-    steps_per_block: int = 16
-    confidence_threshold: float = 0.8
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+    mode: Mode = Parameter(
+        Mode.DIFFUSION,
+        Choice(Mode),
+        "how to decode; a checkpoint without a denoiser serves `ar` only",
+        http="diffusion.mode",
+        by_service=True,
+        default_is="the first of these that the checkpoint serves",
+    ).field
+    max_new_tokens: int = Parameter(
+        128, Integer(1, MAX_COUNT), "tokens to generate at most", http="max_tokens", by_service=True
+    ).field
+    block_size: int = Parameter(
+        16,
+        Integer(1, MAX_BLOCK),
+        "positions decoded together; 16 is what the model was trained with",
+        _BLOCKS,
+        http="diffusion.block_size",
+        by_service=True,
+    ).field
+    steps_per_block: int = Parameter(
+        16,
+        Integer(1, MAX_BLOCK),
+        "denoiser steps a block may take at most; fewer forces several positions per step",
+        _DIFFUSION,
+        http="diffusion.steps_per_block",
+        by_service=True,
+    ).field
+    confidence_threshold: float = Parameter(
+        0.8,
+        Number(0, 1),
+        "γ: positions whose probability is strictly above it are fixed at once; 0: the whole block in one step, "
+        "1: one position per step",
+        _DIFFUSION,
+        http="diffusion.confidence_threshold",
+        by_service=True,
+    ).field
+    temperature: float = Parameter(
+        0.0,
+        Number(0, MAX_TEMPERATURE),
+        "0 is greedy: `seed`, `top_k` and `top_p` are taken, but have no effect then",
+        by_service=True,
+    ).field
+    top_k: int = Parameter(0, Integer(0, MAX_COUNT), "sample among so many likeliest tokens", _CAUSAL, off=0).field
+    top_p: float = Parameter(
+        1.0, Number(0, 1, low_open=True), "sample among the likeliest tokens of this total", _CAUSAL, off=1.0
+    ).field
+    seed: int = Parameter(
+        0,
+        Integer(0, MAX_SEED),
+        "decides every random number, whoever shares the batch",
+        drawn=True,
+        default_is="drawn and returned",
+    ).field
+    stop_token_ids: tuple[int, ...] = Parameter(
+        (), TokenIds(MAX_STOP_TOKEN_IDS), "end the sequence like EOS; the stopping token is kept"
+    ).field
+    ignore_eos: bool = Parameter(False, Flag(), "go on past the checkpoint's EOS").field
+    draft_steps: int = Parameter(
+        2,
+        Integer(1, MAX_BLOCK),
+        "denoiser steps that a draft may take at most; the last one fills the block",
+        _VERIFIED,
+        http="diffusion.draft_steps",
+        by_service=True,
+    ).field
+    draft_threshold: float = Parameter(
+        0.6,
+        Number(0, 1),
+        "positions whose probability is strictly above it are drafted at once; never changes a token",
+        _VERIFIED,
+        http="diffusion.draft_threshold",
+        by_service=True,
+    ).field
 
     @property
     def samples(self) -> bool:
         """Whether random numbers decide its tokens; otherwise it decodes greedily."""
         return self.temperature >= GREEDY_BELOW
+
+
+PARAMETERS = declared_in(fields(DecodingParams))
+# Of a request beside its DecodingParams.
+STOP = Parameter(
+    (),
+    Texts(MAX_STOP_STRINGS, MAX_STOP_CHARACTERS),
+    "the text ends before the first of them, `token_ids` with the token that completes it; needs a tokenizer",
+    http="stop",
+)
+PRIORITY = Parameter(
+    0,
+    Integer(MIN_PRIORITY, MAX_PRIORITY),
+    "when it starts where requests wait: lower goes first; never changes its tokens",
+    http="priority",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +174,10 @@ class Request:
 
     @property
     def positions(self) -> int:
-        """Cache positions this request may fill at most: the prompt and every block but the last, which is not read."""
+        """Cache positions this request may fill at most: the prompt and every block but the last, which is not read.
+
+        In `verified` no more of a draft is read than the answer may still take, so its blocks are tokens here.
+        """
         width = self.params.block_size if self.params.mode is Mode.DIFFUSION else 1
         blocks = -(-self.params.max_new_tokens // width)
         return len(self.prompt_token_ids) + (blocks - 1) * width
@@ -115,11 +214,17 @@ class ScoreRequest:
 AnyRequest = Request | ScoreRequest
 
 
+COSTS = ("num_steps", "num_blocks", "num_drafted", "num_accepted")  # counts of a BlockEvent that add up
+
+
 @dataclass(frozen=True, slots=True)
 class BlockEvent:
-    """Committed tokens of one request: a block in `diffusion`, a token (or several, merged) in `ar` and `mock_ar`.
+    """Committed tokens of one request: a block in `diffusion`, a round's in `verified`, a token (or several, merged) in
+    `ar` and `mock_ar`.
 
-    `start` is the index of the first of them among the request's new tokens. `num_steps` counts denoiser steps.
+    `start` is the index of the first of them among the request's new tokens. `num_steps` counts denoiser steps. In
+    `verified`, `num_blocks` counts rounds, `num_drafted` the tokens that the denoiser proposed in them, `num_accepted`
+    those among them that the context tower would have written; the first token comes with the prompt, of no round.
     The last event of a request carries a `finish_reason`; it may hold no tokens. It also tells the smallest margin of
     the request's decisions (`twotower.decoding.margins`): in fp32, only below 1e-5 might its tokens have been others.
     """
@@ -131,31 +236,28 @@ class BlockEvent:
     num_blocks: int
     finish_reason: FinishReason | None = None
     margin: float | None = None
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     @property
     def is_last(self) -> bool:
         return self.finish_reason is not None
 
     def first(self, count: int) -> "BlockEvent":
-        """Its first `count` tokens with what they cost. A block costs the whole of it, however few of them are taken;
-        tokens of causal modes, each a block of its own, cost their share of what was merged.
+        """Its first `count` tokens with their cost. A block costs all of its steps and its whole draft, however few
+        tokens are taken. In causal modes each token is a block, and costs its share of what was merged.
         """
         if count >= len(self.token_ids):
             return self
         blocks = min(count, self.num_blocks)
-        steps = self.num_steps * blocks // max(1, self.num_blocks)
-        return replace(self, token_ids=self.token_ids[:count], num_steps=steps, num_blocks=blocks)
+        costs = {name: getattr(self, name) * blocks // max(1, self.num_blocks) for name in COSTS}
+        return replace(self, token_ids=self.token_ids[:count], **costs)
 
     def after(self, count: int) -> "BlockEvent":
         """It without its first `count` tokens and what they cost."""
         head = self.first(count)
-        return replace(
-            self,
-            start=self.start + count,
-            token_ids=self.token_ids[count:],
-            num_steps=self.num_steps - head.num_steps,
-            num_blocks=self.num_blocks - head.num_blocks,
-        )
+        costs = {name: getattr(self, name) - getattr(head, name) for name in COSTS}
+        return replace(self, start=self.start + count, token_ids=self.token_ids[count:], **costs)
 
     def joined(self, following: "BlockEvent") -> "BlockEvent":
         """This one and the next of its request as one."""
@@ -167,6 +269,8 @@ class BlockEvent:
             self.num_blocks + following.num_blocks,
             following.finish_reason,
             following.margin,
+            self.num_drafted + following.num_drafted,
+            self.num_accepted + following.num_accepted,
         )
 
 

@@ -11,7 +11,7 @@
     ├── Cancelled            the client gave the request up
     └── NumericalError       a tower produced NaN or infinity for this request
 
-Which HTTP status or gRPC code each becomes is decided in one table, `cluster/error_codes.py`.
+Which HTTP status or gRPC code each becomes is decided in one table, `cluster/faces/error_codes.py`.
 Every error survives pickling, because it crosses process boundaries.
 """
 

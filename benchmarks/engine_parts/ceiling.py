@@ -15,16 +15,17 @@ second are at most the least of
     R / (S·D(d) + K·C(k) + P(k))                 Little's law: a row is in one pass at a time, R rows are there
 
 and the ceiling is the greatest such least over d and k up to R. At R = 1 it is the third: the towers take turns. From
-R = 2 on they overlap, and the busier one bounds. These bounds allow for no exchange, no scheduling, no decision unless
-its time is in the costs, no waiting of one row for another to share its pass, and for two cores that do not slow each
-other down; so no engine reaches them.
+R = 2 on they overlap, and the busier one bounds.
 
-A tower that has waited for the other one starts cold. `turns_ceiling` takes the passes that follow a pause, every
-commit and the first step of every block, at what they cost after one: at concurrency 1 in `split` placement nothing
-else can be had.
+No engine reaches these bounds. They leave out exchange, scheduling, and decisions whose time is not in the costs. They
+leave out a row's wait for another one to share its pass. And they assume two cores that do not slow each other down.
 
-`simple_ratio`, diffusion over AR at concurrency 1, `16/(c·(16/τ + 1))` with c = D(1)/A(1) and τ = N/S, takes a commit
-to cost as much as a step, knows no prompts, and counts as many commits as blocks.
+A tower that has waited for the other one starts cold. `turns_ceiling` takes the passes that follow a pause at their
+cost after one: every commit, and the first step of every block. At concurrency 1 in `split` placement no engine can do
+better.
+
+`simple_ratio` is diffusion over AR at concurrency 1: `16/(c·(16/τ + 1))` with c = D(1)/A(1) and τ = N/S. It takes a
+commit to cost as much as a step, knows no prompts, and counts as many commits as blocks.
 """
 
 from collections.abc import Mapping

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from twotower.engine import context_engine, denoiser_engine
+from twotower.engine.context import decoding
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.modes import mock_ar
 from twotower.exchange.protocol import Commit, Delta, Port
 
 # A step is a denoiser's forward and decision, which may be one recorded program.
@@ -89,7 +90,7 @@ class Recorder:
         self._wrap_tick(engine)
         self._wrap(runner, "_deliver", DELIVERY)
         if isinstance(engine, DenoiserEngine):
-            self._wrap(denoiser_engine, "sample", DECISION)
+            self._wrap(mock_ar, "decide", DECISION)
             self._wrap(engine.link, "poll", EXCHANGE, self._polled)
             self._wrap(engine.link, "submit", EXCHANGE, self._submitted)
             if hasattr(engine.link, "_write_beside"):
@@ -97,7 +98,7 @@ class Recorder:
         else:
             self._wrap_passes(engine._eager)
             self._wrap_parts(engine._eager)
-            self._wrap(context_engine, "sample", DECISION)
+            self._wrap(decoding, "decide", DECISION)
 
     def attach_port(self, port: Port) -> None:
         self._wrap(port, "receive", EXCHANGE, self._received)

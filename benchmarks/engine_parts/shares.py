@@ -31,11 +31,12 @@ class TickParts:
 class Overlap:
     """Shares of the time in which enough sequences were active, as the denoiser engine counts them.
 
-    `denoiser` and `context`: that tower was in a tick with work. `neither`: not one of them computed (forward or
-    decision); of that, `exchange` is what sending, receiving, packing, unpacking and waiting for what is on its way
-    took, and the rest other work inside ticks; of `exchange`, `on_the_way` is the time in which no tick ran.
-    `delivery`, of `neither` too and no exchange, is events going out between ticks. `writing`: the link's thread wrote
-    deltas, whatever else went on.
+    - `denoiser`, `context`: that tower was in a tick with work.
+    - `neither`: neither tower computed (forward or decision).
+    - `exchange`, a part of `neither`: sending, receiving, packing, unpacking, and waiting for messages on their way.
+    - `on_the_way`, a part of `exchange`: no tick ran.
+    - `delivery`, another part of `neither`: events went out between ticks. The rest is other work inside ticks.
+    - `writing`: the link's thread wrote deltas, whatever else went on.
     """
 
     seconds: float

@@ -1,7 +1,7 @@
 """Two tower processes without Ray: the actors' own classes, line, link and settings, called over a pipe.
 
-What a cell of `split` placement is made of, minus Ray's part, which starts, stops and supervises but is not on the way
-of requests and events. Each process also answers for its recorder and for bare passes.
+These are the parts of a cell of `split` placement, but for Ray. Ray starts, stops and supervises them. It is not on the
+way of requests and events. Each process also answers for its recorder and for bare passes.
 """
 
 import asyncio
@@ -25,10 +25,11 @@ from actors.settings import CellSettings
 from actors.towers import ContextActor, DenoiserActor, TowerProcess
 from benchmarks.engine_parts.bare import Bench, PassTime
 from benchmarks.engine_parts.recorder import Recorder, Recording
-from twotower.engine.ledger import Ledger, Room
+from twotower.engine.ledger import Ledger
 from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 from twotower.exchange.protocol import Port
+from twotower.model.room import Room
 
 _START_S, _STOP_S = 120.0, 5.0
 
@@ -110,23 +111,24 @@ class WatchedDenoiser(_Watched, DenoiserActor):
 
 
 def _main(pipe: "Connection[Any, Any]", kind: type[_Watched], settings: CellSettings, threads: int) -> None:
-    """A tower process: answers calls until the pipe says stop or breaks."""
+    """A tower process."""
     torch.set_num_threads(threads)
     process = kind(settings, threads)
-    while True:
-        try:
-            call = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            break
-        if call is None:
-            break
+    with suppress(EOFError, KeyboardInterrupt):
+        asyncio.run(_answer(pipe, process))
+    process.runner.stop(_STOP_S)
+
+
+async def _answer(pipe: "Connection[Any, Any]", process: _Watched) -> None:
+    """Answers calls until the pipe says stop or breaks. Its loop runs between the calls, too: the line to the client
+    lives on it."""
+    while (call := await asyncio.to_thread(pipe.recv)) is not None:
         method, args = call
         try:
-            answer = asyncio.run(getattr(process, method)(*args))
+            answer = await getattr(process, method)(*args)
         except Exception as error:
             answer = error
         pipe.send(answer)
-    process.runner.stop(_STOP_S)
 
 
 class _Method:
@@ -210,7 +212,8 @@ async def split_pair(checkpoint: str, engine: EngineSettings, threads: int = 1) 
         ledger = Ledger(rooms[0], rooms[1:], engine.max_queued_requests)
         async with Pair(engines[0], engines[1:], ledger) as pair:
             yield SplitPair(pair, context, denoiser)
-        await asyncio.gather(*(e.close_line() for e in engines))
+        for each in engines:
+            each.close_line()
     finally:
         denoiser.end()  # first: a link that its own side closes is no error
         context.end()

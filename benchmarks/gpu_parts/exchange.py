@@ -1,8 +1,8 @@
 """Two processes on one device over the `distributed` exchange: real streams, staging, epochs, and a kill -9.
 
-The context side is scripted: instead of a tower's forward, a product that keeps the compute stream busy, then states
-filled with a number that both sides know. The denoiser side checks every element it got, on its device, while its own
-compute stream is kept busy too: a copy that overtook its fence shows as a wrong number.
+The context side is scripted. Instead of a tower's forward it runs a product that keeps the compute stream busy, then
+fills states with a number that both sides know. The denoiser side checks every element on its device, while its own
+compute stream is busy too. A copy that overtook its fence shows as a wrong number.
 """
 
 import multiprocessing
@@ -234,7 +234,7 @@ def _timed_rounds(site: Site, side: DenoiserSide, count: int, nbytes: int) -> li
         deltas = side.exchange([Commit(n, ends[n], tuple(range(_BLOCK))) for n in sequences])
         seconds.append(time.perf_counter() - started)
     side.link.submit([Release(n) for n in sequences])
-    side.wait(lambda: side.mirror.free_slots == max(site.exchange_rows), [])
+    side.wait(lambda: side.mirror.room.free_slots == max(site.exchange_rows), [])
     middle = statistics.median(seconds)
     return [
         f"{nbytes / 1e6:.2f}", f"{middle * 1e3:.1f}", f"{middle / count * 1e3:.1f}",
@@ -253,7 +253,7 @@ def _context_killed(site: Site, side: DenoiserSide, context: _Child) -> list[str
         side.wait(lambda: side.lost is not None, [])
     noticed = time.monotonic() - killed
     side.link.close()
-    free = f"{side.mirror.free_slots} of {max(site.exchange_rows)} mirror slots free again"
+    free = f"{side.mirror.room.free_slots} of {max(site.exchange_rows)} mirror slots free again"
     return ["context process, mid-transfer", f"noticed after {noticed * 1e3:.0f} ms: “{side.lost}”; {free}"]
 
 

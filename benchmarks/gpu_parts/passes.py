@@ -49,7 +49,8 @@ class Bench:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.dtype = torch.float32 if site.tiny else torch.bfloat16
+        # On a GPU experts in fp32 make the host wait, which no capture may.
+        self.dtype = torch.float32 if site.device.type == "cpu" else torch.bfloat16
         self.context = random_tower(ContextTower, site, self.dtype)
         self.denoiser = random_tower(DenoiserTower, site, self.dtype)
         self.cache, self.slots, scratch = filled_cache(site, self.dtype, max(site.batches), _BLOCK)
@@ -75,8 +76,8 @@ class Bench:
         return fixed.run(self.slots[:rows], self._tokens(kind, rows), t, kind.want)
 
     def graph_off(self, kind: Kind, rows: int) -> float:
-        """Largest difference between a captured pass and an eager one from the same states, in its result and in the
-        states after it, by the largest number of each."""
+        """Largest difference between a captured pass and an eager one from the same states. Result and states after
+        the pass are compared, each divided by its largest number."""
         states = [(tensor, tensor[:, self.slots[:rows]].clone()) for tensor in (self.cache.conv, self.cache.ssm)]
         outcomes = []
         for run in (self.eager, self.graph):

@@ -77,7 +77,7 @@ class Record:
 
     @property
     def resumed(self) -> bool:
-        """Measured in more than one sitting."""
+        """Measured in several runs."""
         return self._journal.resumed
 
     def add_score(self, score: Score) -> None:

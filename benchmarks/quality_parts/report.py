@@ -24,8 +24,8 @@ from twotower.demo.scores import (
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of bare passes at one row: a denoiser step over a block, an AR step, the commit of a block, and a prompt
-    (the mean of those that are timed)."""
+    """Seconds of bare passes at one row: a denoiser step over a block, an AR step, the commit of a block, a prompt. For
+    prompts it is the mean of those timed."""
 
     denoise_s: float
     ar_s: float
@@ -137,9 +137,9 @@ def _of_the_timed(findings: Findings) -> str:
 
 def _method(findings: Findings, target: str) -> str:
     plan = findings.plan
-    sittings = " Measured in more than one sitting (--resume)." if findings.record.resumed else ""
+    resumed = " Measured in several runs (--resume)." if findings.record.resumed else ""
     return (
-        f"Target: {target}.{sittings} Quality: {plan.per_family} held-out instances a family, exact match, "
+        f"Target: {target}.{resumed} Quality: {plan.per_family} held-out instances a family, exact match, "
         f"temperature 0, blocks of 16, one pass at concurrency 16. Speed: {plan.sample_per_family} other instances a "
         f"family in turn, the same for every way, closed-loop clients, {plan.rounds} rounds whose order alternates; "
         "tokens up to eos. "

@@ -65,6 +65,7 @@ class ExtendPass:
     """LayerStates of a causal pass of the context tower. `cache` is the old cache until each layer has run."""
 
     updates = True
+    kept = None
     lengths_R = None
 
     def __init__(self, cache: NaiveCache, width: int, device: torch.device) -> None:
@@ -89,6 +90,7 @@ class ReadPass:
     """LayerStates of a denoiser pass: every position of the block sees the cache and the whole block."""
 
     updates = False
+    kept = None
     lengths_R = None
 
     def __init__(self, cache: NaiveCache, width: int, device: torch.device) -> None:
@@ -122,7 +124,7 @@ class NaiveLoop:
         self.context, self.denoiser, self.device = context, denoiser, context.device
 
     def generate(self, request: Request) -> Iterator[NaiveBlock]:
-        """Blocks (single tokens in `ar` and `mock_ar`) as they are fixed.
+        """Blocks (single tokens in `ar` and `mock_ar`, accepted ones in `verified`) as they are fixed.
 
         Raises ValueError for sampling and, in `diffusion`, for a length that is no multiple of the block size; the
         released code asserts the latter.
@@ -132,7 +134,12 @@ class NaiveLoop:
             raise ValueError(f"temperature: got {params.temperature}, wanted 0: the naive loop is greedy")
         if params.mode is Mode.DIFFUSION and params.max_new_tokens % params.block_size:
             raise ValueError(f"max_new_tokens: got {params.max_new_tokens}, wanted a multiple of {params.block_size}")
-        loops = {Mode.DIFFUSION: self._diffusion, Mode.AR: self._ar, Mode.MOCK_AR: self._mock_ar}
+        loops = {
+            Mode.DIFFUSION: self._diffusion,
+            Mode.AR: self._ar,
+            Mode.MOCK_AR: self._mock_ar,
+            Mode.VERIFIED: self._verified,
+        }
         blocks = loops[params.mode](request)
         while True:
             with torch.inference_mode():
@@ -174,18 +181,54 @@ class NaiveLoop:
     def _fill_block(self, cache: NaiveCache, request: Request) -> NaiveBlock:
         params = request.params
         tokens_L = torch.full((params.block_size,), MASK_TOKEN_ID, device=self.device)
-        num_steps = 0
-        for step in range(params.steps_per_block):
-            masked_L = tokens_L == MASK_TOKEN_ID
-            num_masked = int(masked_L.sum())
-            if num_masked == 0:
-                break
-            hidden_RLD = self.denoise(cache, tokens_L, num_masked / params.block_size)
-            logits_LV = self.denoiser.logits(hidden_RLD)[0]
-            steps_left = params.steps_per_block - step
-            tokens_L = _unmask(logits_LV, tokens_L, masked_L, params.confidence_threshold, steps_left)
+        masked_L, num_steps = tokens_L == MASK_TOKEN_ID, 0
+        while masked_L.any():
+            steps_left = params.steps_per_block - num_steps
+            tokens_L, masked_L = self._step(cache, tokens_L, masked_L, params.confidence_threshold, steps_left)
             num_steps += 1
         return NaiveBlock(tuple(tokens_L.tolist()), num_steps)
+
+    def _step(
+        self, cache: NaiveCache, tokens_L: Tensor, masked_L: Tensor, threshold: float, steps_left: int
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens after a step, and which of them are masked still."""
+        hidden_RLD = self.denoise(cache, tokens_L, int(masked_L.sum()) / len(tokens_L))
+        tokens_L = _unmask(self.denoiser.logits(hidden_RLD)[0], tokens_L, masked_L, threshold, max(steps_left, 1))
+        return tokens_L, masked_L & (tokens_L == MASK_TOKEN_ID)
+
+    def _verified(self, request: Request) -> Iterator[NaiveBlock]:
+        """The plain way: what stands of a block is read again, alone."""
+        params, told = request.params, 1
+        cache, _, logits_RV = self.prefill(request.prompt_token_ids)
+        block = NaiveBlock((int(logits_RV.argmax(-1)),), 0)
+        yield block
+        while told < params.max_new_tokens and not self._ends(request, block):
+            draft, num_steps = self._draft(cache, request, block.token_ids[-1], params.max_new_tokens - told)
+            _, hidden_RLD = self.extend(cache, draft)
+            chosen = self.context.logits(hidden_RLD)[0].argmax(-1).tolist()
+            cut = 1
+            while cut < len(draft) and draft[cut] == chosen[cut - 1]:
+                cut += 1
+            cache, _ = self.extend(cache, draft[:cut])
+            block = NaiveBlock(tuple(chosen[:cut]), num_steps)
+            yield block
+            told += cut
+
+    def _draft(self, cache: NaiveCache, request: Request, first: int, room: int) -> tuple[list[int], int]:
+        """A block that begins with `first`, as far as it is worth reading, and the steps that took."""
+        params, num_steps = request.params, 0
+        tokens_L = torch.tensor([first, *[MASK_TOKEN_ID] * (params.block_size - 1)], device=self.device)
+        masked_L = torch.arange(params.block_size, device=self.device) > 0
+        stops = {*params.stop_token_ids, *([] if params.ignore_eos else [self.context.config.eos_token_id])}
+        while True:
+            wanted = min(params.block_size, room)
+            ends = [n for n in range(1, wanted) if not masked_L[n] and int(tokens_L[n]) in stops]
+            wanted = min([wanted, *ends])
+            if not masked_L[:wanted].any():
+                return tokens_L[:wanted].tolist(), num_steps
+            steps_left = params.draft_steps - num_steps
+            tokens_L, masked_L = self._step(cache, tokens_L, masked_L, params.draft_threshold, steps_left)
+            num_steps += 1
 
     def _ar(self, request: Request) -> Iterator[NaiveBlock]:
         cache, _, logits_RV = self.prefill(request.prompt_token_ids)

@@ -37,7 +37,7 @@ async def started(settings: Sequence[str], first: Request) -> AsyncIterator[Serv
     `settings` are `section.name=value` strings. Raises RuntimeError with the end of the service's output where it
     does not come up in time.
     """
-    http_port, grpc_port = _free_ports(2)
+    http_port, grpc_port = free_ports()
     fixed = ["cell.placement=split", f"ingress.http_port={http_port}", f"ingress.grpc_port={grpc_port}"]
     command = [sys.executable, "-m", "cluster", "up"]
     for setting in [*fixed, *settings]:
@@ -98,10 +98,10 @@ async def _first_token(address: str, request: Request) -> None:
     raise RuntimeError(f"the service at {address} answered without a token")
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now. Somebody else may take one before the service does; then it says so."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
+def free_ports() -> tuple[int, int]:
+    """Two ports that are free now. Somebody else may take one before the service does; then it says so."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    http, grpc = (int(s.getsockname()[1]) for s in sockets)
     for s in sockets:
         s.close()
-    return ports
+    return http, grpc

@@ -13,6 +13,8 @@ class Usage:
     completion_tokens: int = 0
     num_steps: int = 0
     num_blocks: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     def plus(self, event: BlockEvent) -> "Usage":
         return Usage(
@@ -20,17 +22,22 @@ class Usage:
             self.completion_tokens + len(event.token_ids),
             self.num_steps + event.num_steps,
             self.num_blocks + event.num_blocks,
+            self.num_drafted + event.num_drafted,
+            self.num_accepted + event.num_accepted,
         )
+
+
+NOTHING = Usage(0)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Committed tokens, the text that became certain with them, the usage so far. The last has a `finish_reason`."""
+    """Committed tokens with what they `cost`, the text that became certain with them, the usage so far. The last has a
+    `finish_reason`."""
 
     start: int
     token_ids: tuple[int, ...]
     text: str
-    num_steps: int
-    num_blocks: int
+    cost: BlockEvent
     usage: Usage
     finish_reason: FinishReason | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Set
 from typing import Protocol
 
-from twotower.core import AnswerEvent, AnyRequest
+from twotower.core import AnswerEvent, AnyRequest, Mode
 
 
 class Attempt(Protocol):
@@ -40,10 +40,18 @@ class Cells(Protocol):
         """
         ...
 
-    def elsewhere(self, avoid: Set[str]) -> bool:
-        """Whether there is a living cell beside these."""
+    def is_to_leave(self, cell: str, request: AnyRequest, fingerprint: str) -> bool:
+        """Whether the cell is to go, and another that serves this checkpoint has room for the request."""
         ...
 
-    async def ready(self) -> bool:
-        """Whether a cell answers."""
+    def elsewhere(self, request: AnyRequest, avoid: Set[str]) -> bool:
+        """Whether there is a living cell beside these that serves such a request."""
+        ...
+
+    def lacks(self, request: AnyRequest) -> bool:
+        """Whether cells live and serve, but none serves such a request now."""
+        ...
+
+    async def served(self) -> Set[Mode]:
+        """The modes that living cells serve now. Scores are where `ar` is."""
         ...

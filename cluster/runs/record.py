@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field, replace
 
-from twotower.core import AnyRequest, BlockEvent, Request, RequestId
+from cluster.runs.answer import NOTHING, Usage
+from cluster.runs.callers import NOBODY, Caller
+from cluster.runs.trace_parent import NO_PARENT, TraceParent
+from twotower.core import AnyRequest, BlockEvent, FinishReason, Request, RequestId
 from twotower.errors import Unavailable
 
 
@@ -15,14 +18,19 @@ class Record:
     """A checked request as it was asked, seed included, and what has come of it.
 
     `committed`: the new tokens so far. `fingerprint`: of the checkpoint that all of them are from. `attempts`: the
-    cells that have taken it, one after the other.
+    cells that have taken it, one after the other. `usage` and `finish_reason`: as the client was told last.
     """
 
     request: AnyRequest
     fingerprint: str
     label: str = ""
+    caller: Caller = NOBODY
+    parent: TraceParent = NO_PARENT
     committed: list[int] = field(default_factory=list)
     attempts: list[str] = field(default_factory=list)
+    usage: Usage = NOTHING
+    finish_reason: FinishReason | None = None
+    _asked: int = 0  # how often a cell has been asked to take it
 
     @property
     def shown_id(self) -> str:
@@ -35,13 +43,15 @@ class Record:
         return f"{self.request.id} ({self.label})" if self.label else self.request.id
 
     def rest(self) -> AnyRequest:
-        """The request as the next cell gets it, under a name of its own: the last cell may not have let go of it yet.
+        """The request as the next cell gets it, under a name of its own: the last that was asked may not have let go of
+        it yet, and may be the next too.
 
         Scores are asked for again as a whole.
         """
-        if not self.attempts:
+        before, self._asked = self._asked, self._asked + 1
+        if not before:
             return self.request
-        name = RequestId(f"{self.request.id}~{len(self.attempts)}")
+        name = RequestId(f"{self.request.id}~{before}")
         if isinstance(self.request, Request):
             return replace(self.request, id=name, committed=tuple(self.committed))
         return replace(self.request, id=name)

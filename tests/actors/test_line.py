@@ -1,17 +1,14 @@
 """The line between a cell and a tower process, both ends in this one: order, signs of life, and every way to end."""
 
 import asyncio
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from actors.frames import LineAddress, connect, framed, new_token, read_frame, take_frames
-from actors.line import NEWS, ORDERS, Add, Cancel, Ended, Score, TowerLine
+from actors.line import LINE, Cancel, Ended, TowerLine
 from actors.remote import RemoteEngine
 from twotower.core import (
     AnyRequest,
@@ -28,8 +25,9 @@ from twotower.core import (
 )
 from twotower.engine.handle import EngineStats
 from twotower.engine.runner import EngineRunner
-from twotower.errors import FieldError, InvalidRequest, Unavailable
-from twotower.wire import CodecError
+from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
+from twotower.transport.connection import connect
+from twotower.transport.handshake import Address
 
 TIMEOUT_S = 1.0
 
@@ -95,31 +93,27 @@ class _Actor:
         self.open_line = self
         self._line = line
 
-    async def remote(self) -> LineAddress:
-        return self._line.open()
+    async def remote(self) -> Address:
+        return await self._line.open()
 
 
 @asynccontextmanager
-async def _joined(stall_s: float = 60.0) -> AsyncIterator[tuple[RemoteEngine, ScriptedEngine, EngineRunner]]:
+async def _joined(
+    stall_s: float = 60.0, timeout_s: float = TIMEOUT_S
+) -> AsyncIterator[tuple[Any, ScriptedEngine, EngineRunner]]:
     runner = EngineRunner(stall_s)
     engine = ScriptedEngine(runner)
     runner.start([engine])
-    remote = RemoteEngine(_Actor(TowerLine(runner, TIMEOUT_S)), "context tower", TIMEOUT_S)
+    remote: Any = RemoteEngine(_Actor(tower := TowerLine(runner, timeout_s)), "context tower", timeout_s)
+    remote.tower = tower
     await remote.open_line()
     try:
         yield remote, engine, runner
     finally:
         engine.hang_s = 0.0
-        await remote.close_line()
+        remote.close_line()
+        await asyncio.sleep(0.01)  # both ends hang up
         runner.stop()
-
-
-async def rest(reader: asyncio.StreamReader) -> bytes:
-    """What comes before the other side hangs up, politely or not."""
-    try:
-        return await reader.read()
-    except ConnectionResetError:
-        return b""
 
 
 async def _until_events(remote: RemoteEngine, count: int) -> list[Any]:
@@ -150,12 +144,13 @@ async def test_scoring_goes_the_same_way() -> None:
 
 
 @pytest.mark.slow
-async def test_a_quiet_engine_shows_that_it_lives() -> None:
+async def test_a_quiet_engine_keeps_its_line() -> None:
     async with _joined() as (remote, _, _):
-        started = time.monotonic()
-        for _ in range(6):
-            assert await remote.events() == []
-        assert time.monotonic() - started < 6 * TIMEOUT_S
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2 * TIMEOUT_S):
+                await remote.events()
+        remote.add([_request("after")])
+        assert len(await _until_events(remote, 2)) == 2
 
 
 async def test_a_request_that_no_engine_here_decodes_fails_alone() -> None:
@@ -172,7 +167,7 @@ async def test_a_crashed_engine_says_why_after_its_last_events() -> None:
         engine.crash = Unavailable("the device is on fire")
         remote.add([_request("a")])
         with pytest.raises(Unavailable, match="the device is on fire"):
-            await _until_events(remote, 1)
+            await _until_events(remote, 99)
 
 
 @pytest.mark.slow
@@ -183,76 +178,56 @@ async def test_an_engine_that_hangs_in_a_tick_is_reported() -> None:
             await _until_events(remote, 1)
 
 
-async def test_a_process_that_says_nothing_or_is_gone() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = LineAddress("127.0.0.1", listener.getsockname()[1], new_token())
-
-        class Mute(_Actor):
-            async def remote(self) -> LineAddress:
-                return address
-
-        remote = RemoteEngine(Mute(TowerLine(EngineRunner(), TIMEOUT_S)), "denoiser tower", 0.3)
-        await remote.open_line()
-        with pytest.raises(Unavailable, match=r"denoiser tower process has said nothing for 0\.3 s"):
+@pytest.mark.parametrize("end", ["closed", "silent"])
+async def test_a_process_that_is_gone_or_says_nothing(end: str) -> None:
+    async with _joined(timeout_s=0.3) as (remote, _, _), asyncio.timeout(5):
+        line = remote.tower._line
+        if end == "closed":
+            line._transport.abort()
+        else:
+            line._timer.cancel()
+        with pytest.raises(Unavailable, match=f"the context tower process .*{'gone' if end == 'closed' else 'silent'}"):
             await remote.events()
-        sock, _ = listener.accept()
-        sock.close()
-        with pytest.raises(Unavailable, match="denoiser tower process is gone"):
+        with pytest.raises(Unavailable, match="the context tower process"):
+            remote.add([_request("late")])
+
+
+async def test_a_tower_has_one_cell() -> None:
+    async with _joined() as (remote, engine, _), asyncio.timeout(5):
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            await connect(remote.tower._listener.address, {}, LINE, remote, silence_s=TIMEOUT_S)
+        with pytest.raises(Unavailable, match="before"):
+            await remote.tower.open()
+        remote.add([_request("cell")])
+        await _until_events(remote, 2)
+        assert [request.id for request in engine.heard] == ["cell"]
+
+
+@pytest.mark.slow
+async def test_what_is_too_large_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with _joined() as (remote, engine, runner), asyncio.timeout(5):
+        monkeypatch.setattr("twotower.transport.connection.MOST_BYTES", 2000)
+        large = Request(RequestId("b"), tuple(range(1000)))
+        remote.add([_request("a"), large, _request("c")])
+        events = await _until_events(remote, 6)
+        assert [request.id for request in engine.heard] == ["a", "c"]
+        failure = next(event for event in events if isinstance(event, FailureEvent))
+        assert failure.request_id == "b" and isinstance(failure.error, InvalidRequest)
+        assert ReleasedEvent(RequestId("b")) in events
+        runner.emit(BlockEvent(RequestId("d"), 0, tuple(range(1000)), 1, 1, FinishReason.LENGTH))
+        runner.emit(ReleasedEvent(RequestId("d")))
+        failure, released = await _until_events(remote, 2)
+        assert type(failure.error) is TwoTowerError and released == ReleasedEvent(RequestId("d"))
+
+
+async def test_nonsense_from_either_end(caplog: pytest.LogCaptureFixture) -> None:
+    for wrong in (ReleasedEvent(RequestId("a")), Ended("x")):
+        async with _joined() as (remote, engine, _), asyncio.timeout(5):
+            remote._line.post(wrong)
+            with pytest.raises(Unavailable, match="the context tower process is gone"):
+                await remote.events()
+            assert not engine.heard and "wanted an instruction" in caplog.text
+    async with _joined() as (remote, _, _), asyncio.timeout(5):
+        remote.tower._line.post(Cancel(RequestId("a")))
+        with pytest.raises(Unavailable, match="sent a Cancel, wanted an event"):
             await remote.events()
-        await remote.close_line()
-
-
-async def test_who_does_not_know_the_token_is_not_heard() -> None:
-    runner = EngineRunner()
-    engine = ScriptedEngine(runner)
-    runner.start([engine])
-    address = TowerLine(runner, TIMEOUT_S).open()
-    reader, writer = await connect(replace(address, token=new_token()), 1.0)
-    writer.write(framed(ORDERS.encode([Add(_request("intruder"))])))
-    assert not await rest(reader)
-    writer.close()
-    reader, writer = await connect(address, 1.0)
-    writer.write(framed(ORDERS.encode([Add(_request("cell"))])))
-    async with asyncio.timeout(5):
-        while not (news := NEWS.decode(await read_frame(reader))):
-            pass
-    assert isinstance(news[0], BlockEvent) and news[0].request_id == "cell"
-    assert [request.id for request in engine.heard] == ["cell"]
-    writer.close()
-    await writer.wait_closed()
-    runner.stop()
-
-
-def test_frames_come_out_however_the_bytes_were_cut() -> None:
-    bodies = [b"", b"x", b"y" * 300]
-    stream = b"".join(map(framed, bodies))
-    for size in (1, 3, 7, len(stream)):
-        received, taken = bytearray(), []
-        for start in range(0, len(stream), size):
-            received += stream[start : start + size]
-            taken += list(take_frames(received))
-        assert taken == bodies and not received
-    with pytest.raises(ConnectionError, match="wanted at most"):
-        list(take_frames(bytearray(b"\xff\xff\xff\xff")))
-
-
-def test_messages_survive_and_others_are_refused() -> None:
-    error = InvalidRequest([FieldError("seed", "got ✗")])
-    orders = [Add(_request("a")), Cancel(RequestId("b")), Score(_score_request("c"))]
-    assert ORDERS.decode(ORDERS.encode(orders)) == orders
-    news = [BlockEvent(RequestId("a"), 16, (), 0, 1), FailureEvent(RequestId("b"), error), Ended("x"), _scores("c")]
-    block, failure, ended, scores = NEWS.decode(NEWS.encode(news))
-    assert (block, ended, scores) == (news[0], *news[2:])
-    assert isinstance(failure, FailureEvent) and str(failure.error) == str(error)
-    for wrong in (
-        b"[]]",
-        b"{}",
-        b'[["Add",{}]]',
-        b'[["BlockEvent",{}]]',
-        b'[["Cancel",{"request_id":3}]]',
-        b'[["Score",{"request":{"id":"c","token_ids":[4,5.0],"start":1,"priority":0}}]]',
-        ORDERS.encode(orders).replace(b"0.5", b'"0.5"'),
-        ORDERS.encode(orders).replace(b'"ar"', b'"best"'),
-    ):
-        with pytest.raises(CodecError):
-            ORDERS.decode(wrong)

@@ -35,6 +35,7 @@ def lines_reach_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(ColocatedActor, "ar_only", ["context tower"], marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 async def test_every_tenth_part_of_a_large_tower(
     kind: type[TowerProcess],
     placement: str,

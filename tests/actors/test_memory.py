@@ -35,15 +35,26 @@ def test_weights_are_counted_where_they_are() -> None:
     assert sum(weights["split"]) == weights["colocated"][0] > weights["split"][0] == weights["ar_only"][0]
 
 
+@pytest.mark.parametrize("gpus_per_tower", [None, 0.0, 0.5, 1.0])
+def test_a_device_in_words_is_counted_as_what_it_is(gpus_per_tower: float | None) -> None:
+    """Whatever is asked of Ray for it. `auto` never comes here: settings refuse it (test_settings.py)."""
+    cpu, gpu = (
+        memories(CellSettings(CHECKPOINT, device=device, placement="colocated", gpus_per_tower=gpus_per_tower))[0]
+        for device in ("cpu", "cuda")
+    )
+    assert cpu.total == gpu.total
+    assert cpu.passing < gpu.passing
+
+
 @pytest.mark.parametrize(
-    ("actor", "placement", "place"),
+    ("actor", "placement", "number"),
     [(ContextActor, "split", 0), (DenoiserActor, "split", 1), (ColocatedActor, "ar_only", 0)],
 )
 async def test_a_tower_process_that_does_not_fit_reads_no_weights(
-    actor: type[TowerProcess], placement: str, place: int, monkeypatch: pytest.MonkeyPatch
+    actor: type[TowerProcess], placement: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = CellSettings(CHECKPOINT, device="cpu", placement=placement)
-    memory = memories(settings)[place]
+    memory = memories(settings)[number]
     wanted = memory.total + memory.passing + free_memory.MARGINS["cpu"]
     monkeypatch.setattr(actor, "_load", lambda _: pytest.fail("weights were read"))
     monkeypatch.setattr(free_memory, "free_bytes", lambda _: wanted - 1)

@@ -1,5 +1,6 @@
 """What a cell asks Ray for, and what its processes are told, without Ray."""
 
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from actors.memory import memories
 from actors.settings import CellSettings, bundles, resolve_device
 from actors.towers import ContextActor
 from cluster.app import cell_settings
-from cluster.config import load_config
+from cluster.config import ServiceConfig, load_config
 from cluster.placing import choose
 from tests.goldens import VENDORED
 from twotower.engine.settings import EngineSettings
@@ -81,6 +82,8 @@ def test_a_named_device_is_taken_at_its_word() -> None:
         ({"denoisers_per_context": 0}, "denoisers_per_context: got 0"),
         ({"placement": "ar_only", "ssm_wire_dtype": "bfloat16"}, "ssm_wire_dtype: got 'bfloat16' with placement ar_"),
         ({"device": "auto"}, "device: got 'auto'"),
+        ({"device": "auto", "gpus_per_tower": 0.0}, "device: got 'auto'"),
+        ({"device": "auto", "gpus_per_tower": 1.0}, "device: got 'auto'"),
         ({"device": "gpu"}, "device: got 'gpu', wanted auto, cpu, cuda or cuda:N"),
         (
             {"device": "cuda:1"},
@@ -93,6 +96,33 @@ def test_a_named_device_is_taken_at_its_word() -> None:
 def test_impossible_settings(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         CellSettings("x", **{"device": "cpu", **changes})  # type: ignore[arg-type]
+
+
+def test_every_setting_of_a_cell_arrives_under_its_own_name() -> None:
+    """One that an engine or a cell gets, but no configuration has, could not be set."""
+    config = load_config(None)
+    sections = [config.model, config.cell, config.cluster]
+    have = [name for section in sections for name, _ in section]
+    wanted = {field.name for kind in (EngineSettings, CellSettings) for field in fields(kind)} - {"engine"}
+    assert wanted <= set(have) and len(have) == len(set(have))
+
+    cell = {"device": "cpu", "placement": "split", "ssm_wire_dtype": "bfloat16", "gpus_per_tower": 0, "capture": "off"}
+    cell |= {"denoisers_per_context": 3, "max_sequences": 7, "cache_tokens": 6000, "prefill_chunk_tokens": 9}
+    cell |= {"link_timeout_s": 11, "stall_timeout_s": 12, "start_timeout_s": 13, "mend_timeout_s": 14}
+    model = {"dtype": "bfloat16", "max_sequence_length": 5000}
+    changed = ServiceConfig.parse({"cell": cell, "model": model, "cluster": {"max_queued_requests": 15}})
+    settings = cell_settings(changed)
+    told = {**asdict(settings), **asdict(settings.engine)}
+    given = {name: value for section in (changed.model, changed.cell, changed.cluster) for name, value in section}
+    plain = {**asdict(CellSettings("x", "cuda")), **asdict(EngineSettings())}
+    for name in wanted - {"checkpoint"}:
+        assert told[name] == given[name], name
+        assert name == "placement" or told[name] != plain[name], f"{name}: this test must change it"
+
+
+def test_the_defaults_of_a_service_are_the_engines() -> None:
+    config = load_config(None, ["cell.placement=split", "cell.device=cpu"])
+    assert cell_settings(config).engine == EngineSettings()
 
 
 async def test_a_link_is_told_what_the_cell_says() -> None:

@@ -25,8 +25,8 @@ def test_a_tower_process_of_the_demo_computes_on_one() -> None:
     torch.set_num_threads(2)
     actor = ColocatedActor(CellSettings(str(DEMO), device="cpu", placement="colocated"))
     try:
-        place = asyncio.run(actor.load())
-        assert (place["threads"], torch.get_num_threads()) == ("1", 1)
+        home = asyncio.run(actor.load())
+        assert (home["threads"], torch.get_num_threads()) == ("1", 1)
     finally:
         actor.runner.stop()
         torch.set_num_threads(before)

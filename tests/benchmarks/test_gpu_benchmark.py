@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu import main
 from benchmarks.gpu_parts.passes import AR_STEP, COMMIT, DENOISE, Bench, Kind
 from benchmarks.gpu_parts.site import FULL, Site
+from tests.cuda_stand_in import gpus
 from twotower.model.tower import ContextTower, DenoiserTower
 
 
@@ -38,6 +39,22 @@ def test_a_section_alone(section: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert "3 of 3 mirror slots free again" in report
         assert "first delta after" in report
         assert "the denoiser side is gone" in report
+
+
+@pytest.mark.slow
+def test_passes_on_a_gpu_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last call, on the second GPU: captures, replays, marks and uploads are all that GPU's."""
+    output = tmp_path / "report.md"
+    with gpus(2, monkeypatch) as machine:
+        for name in ("empty_cache", "reset_peak_memory_stats", "max_memory_allocated", "set_sync_debug_mode"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+        arguments = ["--tiny", "--device", "cuda:1", "--sections", "passes", "--batches", "1,3"]
+        assert main([*arguments, "--output", str(output)]) == 0
+    report = output.read_text()
+    assert "every number that was checked is right" in report and "Error" not in report.partition("## Passes")[2]
+    assert "`graph` means captured graphs" in report and "| unmask | 0 |" in report
+    assert machine.captures == 3 * 2 and machine.replays > machine.captures
+    assert machine.foreign_uploads == 0 and {device.index for device in machine.streams} == {1}
 
 
 def test_a_captured_pass_that_is_off_is_a_fault(

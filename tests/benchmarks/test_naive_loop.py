@@ -8,7 +8,7 @@ from benchmarks.reference.naive_loop import NaiveLoop
 from tests.goldens import MODELS, causal_request, diffusion_request, golden, prompt_ids, the_first_is_quick
 from twotower.core import DecodingParams, Mode, Request, RequestId
 
-PROMPTS = pytest.mark.parametrize(("name", "number"), prompt_ids())
+PROMPTS = pytest.mark.parametrize(("name", "number"), the_first_is_quick(prompt_ids()))
 
 
 def _loop(name: str) -> NaiveLoop:
@@ -20,7 +20,7 @@ def _tokens(blocks: Any) -> list[int]:
     return [token for block in blocks for token in block.token_ids]
 
 
-@pytest.mark.parametrize(("name", "number"), the_first_is_quick(prompt_ids()))
+@PROMPTS
 def test_diffusion_tokens_and_steps(name: str, number: int) -> None:
     prompt = golden(name).prompts[number]
     for case in prompt["cases"]:
@@ -41,7 +41,7 @@ def test_diffusion_tokens_and_steps(name: str, number: int) -> None:
 
 
 @PROMPTS
-@pytest.mark.parametrize("mode", [Mode.AR, Mode.MOCK_AR])
+@pytest.mark.parametrize("mode", [Mode.AR, Mode.MOCK_AR, Mode.VERIFIED])
 def test_causal_modes(name: str, number: int, mode: Mode) -> None:
     prompt = golden(name).prompts[number]
     assert _tokens(_loop(name).generate(causal_request(prompt, mode))) == prompt[str(mode)]["tokens"]

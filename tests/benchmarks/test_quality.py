@@ -110,6 +110,7 @@ async def test_what_each_task_took(tokenizer: BpeTokenizer, tmp_path: Path) -> N
     assert again.runs == findings.record.runs
 
 
+@pytest.mark.slow
 async def test_whose_time_it_is(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
     """Eight answers of 13 tokens: `ar` takes 40 ms each, diffusion, in 3 steps and half a commit, 20 ms."""
     findings, _ = await _findings(tokenizer, tmp_path / "q.jsonl")
@@ -145,7 +146,7 @@ async def test_a_run_that_was_cut_short_goes_on(tokenizer: BpeTokenizer, tmp_pat
     quality = [request for request in oracle.asked if "-q-" in request.id]
     assert len(quality) == per_square * 2  # of eight
     assert len(path.read_text().splitlines()) == len(lines)
-    assert resumed.record.resumed and "more than one sitting" in render(resumed, "an oracle", 0.0, "the command")
+    assert resumed.record.resumed and "several runs" in render(resumed, "an oracle", 0.0, "the command")
 
 
 def test_a_record_goes_on_with_the_same_questions_only(tmp_path: Path) -> None:

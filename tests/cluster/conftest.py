@@ -6,7 +6,7 @@ import grpc
 import httpx
 import pytest
 
-from cluster.http import make_app
+from cluster.faces.http.service import make_app
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
@@ -18,7 +18,7 @@ def cells() -> ScriptedCells:
 
 @pytest.fixture
 async def http(cells: ScriptedCells) -> AsyncGenerator[httpx.AsyncClient, None]:
-    app = make_app(generation(cells), lambda: cells.is_ready, max_bytes=10_000)
+    app = make_app(generation(cells), lambda: cells.serves if cells.is_ready else set(), max_bytes=10_000)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://fake") as client:
         yield client

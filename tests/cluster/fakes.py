@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager
 
-from cluster.generation import Generation
-from cluster.grpc_service import GrpcServer
-from cluster.served_model import ServedModel
+from cluster.faces.grpc.service import GrpcServer
+from cluster.runs.generation import Generation
+from cluster.runs.observers import Observer
+from cluster.runs.served_model import ServedModel
 from twotower.core import (
     AnswerEvent,
     AnyRequest,
@@ -18,6 +19,7 @@ from twotower.core import (
     ScoreEvent,
     ScoreRequest,
 )
+from twotower.errors import Unavailable
 from twotower.validation import ModelLimits
 
 BLOCK = 4
@@ -58,8 +60,9 @@ class ScriptedAttempt:
 
 
 class ScriptedCells:
-    """Cells that answer every request with the same text, in blocks of 4 tokens, until its max_new_tokens; and whose
-    score of a token is a hundredth of its id, below 0, greedy where the id is even.
+    """Cells that answer every request with the same text, in blocks of 4 tokens, until its max_new_tokens.
+
+    Their score of a token is minus a hundredth of its id. The token is greedy where the id is even.
 
     `fail` is called before each block with the request and the block's number and may raise. `pace_s` delays every
     block. `open` counts the streams not yet closed.
@@ -70,19 +73,31 @@ class ScriptedCells:
         self.fail: Callable[[AnyRequest, int], None] = lambda request, block: None
         self.pace_s = 0.0
         self.is_ready = True
+        self.serves = set(Mode)
         self.echo = False  # answer with the prompt's last token, again and again
         self.open = 0
         self.requests: list[Request] = []
         self.scored: list[ScoreRequest] = []
         self.timeouts: list[float] = []
 
-    async def ready(self) -> bool:
-        return self.is_ready
+    async def served(self) -> Set[Mode]:
+        return frozenset(self.serves) if self.is_ready else frozenset()
 
-    def elsewhere(self, avoid: Set[str]) -> bool:
+    def is_to_leave(self, cell: str, request: AnyRequest, fingerprint: str) -> bool:
         return False
 
+    def elsewhere(self, request: AnyRequest, avoid: Set[str]) -> bool:
+        return self._mode(request) in self.serves and "scripted" not in avoid
+
+    def lacks(self, request: AnyRequest) -> bool:
+        return bool(self.serves) and self._mode(request) not in self.serves
+
+    def _mode(self, request: AnyRequest) -> Mode:
+        return request.params.mode if isinstance(request, Request) else Mode.AR
+
     async def place(self, request: AnyRequest, timeout_s: float, avoid: Set[str]) -> ScriptedAttempt:
+        if self._mode(request) not in self.serves:
+            raise Unavailable("this cell cannot serve: a denoiser is lost")
         events = (
             self._score(request, timeout_s) if isinstance(request, ScoreRequest) else self.generate(request, timeout_s)
         )
@@ -127,6 +142,11 @@ class ScriptedCells:
             yield BlockEvent(request.id, start, part, 2, 1, reason if last else None)
 
 
+def all_modes() -> Set[Mode]:
+    """What a service says that lacks nothing."""
+    return frozenset(Mode)
+
+
 def served_model(
     tokenizer: ByteTokenizer | None = None,
     modes: tuple[Mode, ...] = tuple(Mode),
@@ -136,8 +156,9 @@ def served_model(
     return ServedModel("fake", limits, tokenizer, "two-tower", FINGERPRINT)
 
 
-def generation(cells: ScriptedCells, with_tokenizer: bool = True) -> Generation:
-    return Generation(served_model(ByteTokenizer() if with_tokenizer else None), cells, default_timeout_s=60.0)
+def generation(cells: ScriptedCells, with_tokenizer: bool = True, observers: Sequence[Observer] = ()) -> Generation:
+    model = served_model(ByteTokenizer() if with_tokenizer else None)
+    return Generation(model, cells, default_timeout_s=60.0, observers=observers)
 
 
 @asynccontextmanager

@@ -5,23 +5,24 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from cluster import deployment, local_ray
 from cluster.app import APP_NAME
 from cluster.cell import CellStats
-from cluster.client import is_ready
+from cluster.cli.client import is_ready
 from cluster.config import ServiceConfig
+from cluster.ops import deployment, local_ray
 from tests.goldens import VENDORED
 
 
 @dataclass(frozen=True)
 class Service:
-    """Where a running service listens."""
+    """Where a running service listens, and its configuration."""
 
     http: str
     grpc: str
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     async def stats(self) -> CellStats:
         """The cell's own view, asked past the routers."""
@@ -66,7 +67,7 @@ def running_service(**sections: dict[str, Any]) -> Iterator[Service]:
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section
     config = ServiceConfig.parse(values)
-    service = Service(f"127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}")
+    service = Service(f"127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}", values)
     local_ray.start_serve("127.0.0.1", http_port)
     try:
         deployment.deploy(config)

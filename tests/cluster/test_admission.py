@@ -3,17 +3,13 @@
 import asyncio
 from contextlib import ExitStack
 
-import httpx
 import pytest
 
-from cluster.admission import MOST_HINT_S, Admission
 from cluster.app import cell_deployment, router_deployment
 from cluster.config import ServiceConfig
-from cluster.generation import Ask, Generation
-from cluster.http import make_app
-from cluster.request_body import MAX_BODIES
+from cluster.faces.http.request_body import MAX_BODIES
 from cluster.router import admission
-from tests.cluster.fakes import ByteTokenizer, ScriptedCells, served_model
+from cluster.runs.admission import MOST_HINT_S, Admission
 from twotower.errors import Cancelled, InvalidRequest, Overloaded, TwoTowerError, Unavailable
 
 
@@ -26,34 +22,34 @@ class Clock:
 
 
 def refused(door: Admission, requests: int = 1) -> Overloaded:
-    with pytest.raises(Overloaded) as caught, door.place(requests):
+    with pytest.raises(Overloaded) as caught, door.hold(requests):
         pass
     return caught.value
 
 
 async def test_what_does_not_fit_is_refused_at_once_and_fits_again_later() -> None:
     door = Admission(capacity=3, slots=2)
-    with door.place(2), door.place():
+    with door.hold(2), door.hold():
         assert str(refused(door)) == "3 requests are under way, wanted at most 3"
         assert door.running == 3
     assert door.running == 0
-    with door.place(3):
+    with door.hold(3):
         assert refused(door).retry_after_s
 
 
 def hints_of_a_full_queue(slots: int, waiting: int, each_s: float, refusals: int) -> tuple[list[float], float]:
-    """Requests of `each_s` in a full service that is refilled for a while; hints of refusals, and the time that the
-    cell needs to take up as many as were refused."""
+    """Requests of `each_s` in a full service that is refilled for a while. Returns the hints of refusals, and the time
+    that the cell needs to take up as many as were refused."""
     clock = Clock()
     door = Admission(slots + waiting, slots, clock)
     places = [ExitStack() for _ in range(slots + waiting)]
     for place in places:
-        place.enter_context(door.place())
+        place.enter_context(door.hold())
     for turn in range(slots * 20):
         clock.now += each_s / slots
         place = places[turn % len(places)]
         place.close()
-        place.enter_context(door.place())
+        place.enter_context(door.hold())
     hints = [refused(door).retry_after_s or 0.0 for _ in range(refusals)]
     for place in places:
         place.close()
@@ -78,9 +74,9 @@ async def test_light_load_tells_how_long_requests_take() -> None:
     clock = Clock()
     door = Admission(4, 4, clock)
     for _ in range(200):
-        with door.place():
+        with door.hold():
             clock.now += 3.0
-    with door.place(4):
+    with door.hold(4):
         hints = [refused(door).retry_after_s for _ in range(4)]
     assert hints == pytest.approx([3.0, 3.75, 4.5, 5.25], rel=0.1)
 
@@ -89,7 +85,7 @@ async def test_what_takes_longer_than_thought_moves_the_hint_away() -> None:
     clock = Clock()
     door = Admission(4, 4, clock)
     hints = []
-    with door.place(4):
+    with door.hold(4):
         for _ in range(3):  # as often as SDKs try
             hints.append(refused(door).retry_after_s or 0.0)
             clock.now += hints[-1]
@@ -104,26 +100,26 @@ async def test_what_does_not_run_to_its_end_is_no_measurement(left: TwoTowerErro
     clock = Clock()
     door, untouched = Admission(4, 4, clock), Admission(4, 4, clock)
     for _ in range(100):
-        with pytest.raises(type(left)), door.place():
+        with pytest.raises(type(left)), door.hold():
             raise left
-    with door.place(4), untouched.place(4):
+    with door.hold(4), untouched.hold(4):
         assert refused(door, 4).retry_after_s == refused(untouched, 4).retry_after_s
 
 
 async def test_hints_of_a_storm_are_forgotten_once_there_is_room() -> None:
     clock = Clock()
     door = Admission(4, 4, clock)
-    with door.place(4):
+    with door.hold(4):
         hints = [refused(door).retry_after_s for _ in range(1000)]
         assert hints[-1] == MOST_HINT_S
         clock.now += 20.0
-    with door.place(4):
+    with door.hold(4):
         clock.now += 0.001
         assert (refused(door).retry_after_s or 0.0) < MOST_HINT_S / 2
 
 
 async def test_a_cells_own_refusal_leaves_with_a_hint() -> None:
-    with pytest.raises(Overloaded) as caught, Admission(2, 1).place():
+    with pytest.raises(Overloaded) as caught, Admission(2, 1).hold():
         raise Overloaded("the ledger is full")
     assert caught.value.retry_after_s and caught.value.retry_after_s >= 1.0
 
@@ -131,9 +127,9 @@ async def test_a_cells_own_refusal_leaves_with_a_hint() -> None:
 async def test_a_closed_one_takes_nothing_and_waits_for_the_last() -> None:
     door = Admission(4, 4)
     with ExitStack() as place:
-        place.enter_context(door.place())
+        place.enter_context(door.hold())
         door.close()
-        with pytest.raises(Unavailable, match="shutting down"), door.place():
+        with pytest.raises(Unavailable, match="shutting down"), door.hold():
             pass
         assert not await door.nothing_runs(within_s=0.01)
         waiting = asyncio.create_task(door.nothing_runs(within_s=5))
@@ -154,35 +150,3 @@ def test_no_queue_at_all_is_a_setting_that_serve_takes() -> None:
     config = ServiceConfig.parse({"cluster": {"max_queued_requests": 0}, "cell": CELL})
     assert cell_deployment(config).max_queued_requests == -1
     assert admission(config).capacity == 4
-
-
-WRONG: dict[str, dict[str, object]] = {
-    "seed": {"seed": -1},
-    "temperature": {"temperature": -3},
-    "stop": {"stop": ["a"] * 17},
-    "stop_token_ids": {"stop_token_ids": [5] * 65},
-    "max_tokens": {"max_tokens": 0},
-    "priority": {"priority": "first"},
-}
-
-
-@pytest.mark.parametrize("field", WRONG)
-async def test_a_wrong_request_is_wrong_even_where_there_is_no_room(cells: ScriptedCells, field: str) -> None:
-    service = Generation(served_model(ByteTokenizer()), cells, admission=Admission(capacity=1, slots=1))
-    transport = httpx.ASGITransport(make_app(service, lambda: True))
-    async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
-        with service.admission.place():
-            right = await http.post("/v1/completions", json={"prompt": "Hi"})
-            wrong = await http.post("/v1/completions", json={"prompt": "Hi", **WRONG[field]})
-    assert right.status_code == 429
-    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, field)
-
-
-async def test_a_wrong_request_is_not_tokenized(cells: ScriptedCells) -> None:
-    class Untouched(ByteTokenizer):
-        def encode(self, text: str) -> list[int]:
-            raise AssertionError("tokenized before its parameters were looked at")
-
-    service = Generation(served_model(Untouched()), cells)
-    with pytest.raises(InvalidRequest, match="seed"):
-        await service.run(Ask("Hi", {"seed": -1}), service.deadline())

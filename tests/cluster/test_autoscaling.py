@@ -7,7 +7,7 @@ import grpc
 import pytest
 import ray
 
-from cluster import deployment
+from cluster.ops import deployment
 from tests.cluster.service import running_service
 from tests.conftest import FAKE_GPUS
 from twotower.pb.twotower.v1 import generation_pb2 as pb
@@ -28,8 +28,10 @@ def free_gpus() -> float:
 
 async def test_a_cell_comes_under_load_and_goes_after_it(ray_cluster: None) -> None:
     await until(lambda: free_gpus() == FAKE_GPUS, 20)
-    cluster = {"max_cells": 2, "target_ongoing_requests": 2, "upscale_delay_s": 0, "downscale_delay_s": 2}
-    with running_service(cell={"gpus_per_tower": 1}, cluster={**cluster, "drain_timeout_s": 20.0}) as service:
+    cluster = {"max_cells": 2, "upscale_delay_s": 0, "downscale_delay_s": 2}
+    with running_service(
+        cell={"gpus_per_tower": 1, "max_sequences": 4}, cluster={**cluster, "drain_timeout_s": 20.0}
+    ) as service:
         assert free_gpus() == FAKE_GPUS - 2
         async with grpc.aio.insecure_channel(service.grpc) as channel:
             stub = pb_grpc.GenerationServiceStub(channel)

@@ -8,9 +8,9 @@ import httpx
 import pytest
 from google.rpc import error_details_pb2
 
-from cluster.generation import Generation
-from cluster.http import make_app
-from tests.cluster.fakes import ByteTokenizer, ScriptedCells, generation, grpc_server, served_model
+from cluster.faces.http.service import make_app
+from cluster.runs.generation import Generation
+from tests.cluster.fakes import ByteTokenizer, ScriptedCells, all_modes, generation, grpc_server, served_model
 from tests.cluster.test_grpc import details_of
 from twotower.core import DecodingParams, Mode
 from twotower.pb.twotower.v1 import generation_pb2 as pb
@@ -216,7 +216,7 @@ async def test_grpc_refuses_broken_messages(
 async def test_a_mode_that_the_cell_cannot_do_is_refused_over_both_faces(cells: ScriptedCells) -> None:
     """A base checkpoint, or placement ar_only."""
     service = Generation(served_model(ByteTokenizer(), (Mode.AR,), DecodingParams(mode=Mode.AR)), cells)
-    transport = httpx.ASGITransport(make_app(service, lambda: True))
+    transport = httpx.ASGITransport(make_app(service, all_modes))
     async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
         for mode in ("diffusion", "mock_ar"):
             response = await http.post("/v1/completions", json={"prompt": "Hi", "diffusion": {"mode": mode}})

@@ -1,22 +1,42 @@
 """Every bound at its edge: at the bound accepted, one more refused by name, the same over HTTP and gRPC."""
 
+import gzip
 import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import grpc
 import httpx
 import pytest
 
-from cluster.completions import MAX_LABEL, MAX_PROMPTS
-from cluster.grpc_messages import ask_of
-from tests.cluster.fakes import ScriptedCells
+from cluster.faces.grpc.messages import ask_of
+from cluster.faces.grpc.strict_protobuf import MAX_FIELDS, parse_message
+from cluster.faces.http.completion_models import MAX_LABEL, MAX_PROMPTS
+from cluster.faces.http.service import make_app
+from cluster.runs.generation import Generation
+from tests.cluster.fakes import ByteTokenizer, ScriptedCells, all_modes, generation, grpc_server, served_model
+from twotower.core import (
+    MAX_COUNT,
+    MAX_PRIORITY,
+    MAX_SEED,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MIN_PRIORITY,
+)
+from twotower.errors import InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 from twotower.strict_json import MAX_NAMES
-from twotower.validation import MAX_COUNT, MAX_SEED, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 LONGEST = 256  # max_sequence_length of the fake, whose tokens are bytes
 LABEL, STOP = "x" * MAX_LABEL, "x" * MAX_STOP_CHARACTERS
+
+AR = {"diffusion": {"mode": "ar"}}
 
 HTTP: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("prompts", {"prompt": ["a"] * MAX_PROMPTS}, {"prompt": ["a"] * (MAX_PROMPTS + 1)}, "prompt", "257 prompts"),
@@ -40,7 +60,19 @@ HTTP: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("user", {"user": LABEL}, {"user": LABEL + "x"}, "user", "513 characters, wanted at most 512"),
     ("request_id", {"request_id": "r" * 128}, {"request_id": "r" * 129}, "request_id", "1 to 128 printable"),
     ("seed", {"seed": MAX_SEED}, {"seed": MAX_SEED + 1}, "seed", f"from 0 to {MAX_SEED}"),
-    ("top_k", {"top_k": 0}, {"top_k": MAX_COUNT + 1}, "top_k", f"from 0 to {MAX_COUNT}"),
+    ("smallest seed", {"seed": 0}, {"seed": -1}, "seed", f"from 0 to {MAX_SEED}"),
+    ("top_k", {"top_k": MAX_COUNT} | AR, {"top_k": MAX_COUNT + 1} | AR, "top_k", f"from 0 to {MAX_COUNT}"),
+    ("smallest top_k", {"top_k": -1}, {"top_k": -2}, "top_k", f"from 0 to {MAX_COUNT}"),  # -1: off, as 0
+    ("fewest new tokens", {"max_tokens": 1}, {"max_tokens": 0}, "max_tokens", "an integer from 1"),
+    (
+        "prompt and new tokens",
+        {"prompt": [5] * 200, "max_tokens": 56},
+        {"prompt": [5] * 200, "max_tokens": 57},
+        "max_tokens",
+        "got 57 after a prompt of 200 tokens (257 together), wanted at most 256 together",
+    ),
+    ("priority", {"priority": MAX_PRIORITY}, {"priority": MAX_PRIORITY + 1}, "priority", f"to {MAX_PRIORITY}"),
+    ("lowest priority", {"priority": MIN_PRIORITY}, {"priority": MIN_PRIORITY - 1}, "priority", f"from {MIN_PRIORITY}"),
 ]
 
 
@@ -64,11 +96,97 @@ async def test_over_http(
     assert cells.requests == []
 
 
+MOST = 10_000  # max_request_bytes of the fixture
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+@pytest.mark.parametrize("sized", [True, False])
+async def test_bytes_of_a_body(http: httpx.AsyncClient, encoding: str, sized: bool) -> None:
+    """Whether the client says how many there are, or only sends them; before and after decoding."""
+    for size, status in ((MOST, 200), (MOST + 1, 400)):
+        body = json.dumps({"prompt": "a", "max_tokens": 1}).encode().ljust(size)
+        sent = gzip.compress(body) if encoding == "gzip" else body
+        content = sent if sized else piecewise(sent)
+        answer = await http.post("/v1/completions", content=content, headers={"content-encoding": encoding})
+        assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == "body" and f"got more than {MOST} bytes" in error["message"]
+
+
+async def piecewise(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), 1000):
+        yield body[start : start + 1000]
+
+
+@pytest.mark.parametrize("over", [0, 1])
+async def test_bytes_of_a_message(cells: ScriptedCells, over: int) -> None:
+    """gRPC itself refuses what is above."""
+    request = params(200)
+    size = request.ByteSize()
+    async with (
+        grpc_server(generation(cells), size - over) as (address, _),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        call = pb_grpc.GenerationServiceStub(channel).Generate(request)
+        if not over:
+            assert (await call).token_ids
+            return
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert f"larger than max ({size} vs. {size - 1})" in caught.value.details()
+
+
+async def test_characters_of_the_models_name(cells: ScriptedCells) -> None:
+    named = replace(served_model(ByteTokenizer()), name=LABEL)
+    transport = httpx.ASGITransport(make_app(Generation(named, cells), all_modes))
+    async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
+        assert (await http.post("/v1/completions", json={"prompt": "a", "model": LABEL})).status_code == 200
+        refused = await http.post("/v1/completions", json={"prompt": "a", "model": LABEL + "x"})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "model")
+    assert error["message"] == "model: got a string of 513 characters, wanted at most 512"
+
+
+@pytest.fixture
+def roomy(cells: ScriptedCells) -> Generation:
+    """A model whose sequences are longer than any number of new tokens that may be asked for."""
+    model = served_model(ByteTokenizer())
+    return Generation(replace(model, limits=replace(model.limits, max_sequence_length=2 * MAX_COUNT)), cells)
+
+
+async def test_most_new_tokens_over_http(roomy: Generation, cells: ScriptedCells) -> None:
+    transport = httpx.ASGITransport(make_app(roomy, all_modes))
+    async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
+        taken = await http.post("/v1/completions", json={"prompt": "a", "max_tokens": MAX_COUNT})
+        refused = await http.post("/v1/completions", json={"prompt": "a", "max_tokens": MAX_COUNT + 1})
+    assert taken.status_code == 200 and cells.requests[-1].params.max_new_tokens == MAX_COUNT
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "max_tokens") and f"from 1 to {MAX_COUNT}" in error["message"]
+
+
+async def test_most_new_tokens_over_grpc(roomy: Generation, cells: ScriptedCells) -> None:
+    async with grpc_server(roomy) as (address, _), grpc.aio.insecure_channel(address) as channel:
+        stub: Any = pb_grpc.GenerationServiceStub(channel)
+        await stub.Generate(params(max_new_tokens=MAX_COUNT))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Generate(params(max_new_tokens=MAX_COUNT + 1))
+    assert cells.requests[-1].params.max_new_tokens == MAX_COUNT and len(cells.requests) == 1
+    assert caught.value.details().startswith("params.max_new_tokens: ")
+    assert f"from 1 to {MAX_COUNT}" in caught.value.details()
+
+
 async def test_names_of_an_object(http: httpx.AsyncClient) -> None:
     for count, words in ((MAX_NAMES, "unknown field"), (MAX_NAMES + 1, "an object of 513 names, wanted at most 512")):
         body = {f"f{number}": 1 for number in range(count)}
         refused = await http.post("/v1/completions", content=json.dumps(body))
         assert refused.status_code == 400 and words in refused.json()["error"]["message"]
+
+
+def params(prompt: int = 1, **values: Any) -> pb.GenerateRequest:
+    """A request of so many tokens, with these parameters and max_new_tokens 1."""
+    given = pb.DecodingParams(**{"max_new_tokens": 1, **values})
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * prompt), params=given)
 
 
 GRPC: list[tuple[str, pb.GenerateRequest, pb.GenerateRequest, str]] = [
@@ -102,6 +220,45 @@ GRPC: list[tuple[str, pb.GenerateRequest, pb.GenerateRequest, str]] = [
         pb.GenerateRequest(text="a", params=pb.DecodingParams(stop_token_ids=[5] * (MAX_STOP_TOKEN_IDS + 1))),
         "params.stop_token_ids: got 65 token ids, wanted at most 64",
     ),
+    (
+        "stop string",
+        pb.GenerateRequest(text="a", stop=[STOP] * MAX_STOP_STRINGS),
+        pb.GenerateRequest(text="a", stop=[STOP + "x"]),
+        "stop: got a string of 257 characters, wanted at most 256",
+    ),
+    (
+        "request_id",
+        pb.GenerateRequest(text="a", request_id="r" * 128),
+        pb.GenerateRequest(text="a", request_id="r" * 129),
+        "request_id: got 'rrr",
+    ),
+    (
+        "seed",
+        params(seed=MAX_SEED),
+        params(seed=-MAX_SEED),
+        f"wanted an integer from 0 to {MAX_SEED}",
+    ),  # int64 ends there
+    ("smallest seed", params(seed=0), params(seed=-1), f"params.seed: got -1, wanted an integer from 0 to {MAX_SEED}"),
+    (
+        "top_k",
+        params(mode=pb.MODE_AR, top_k=MAX_COUNT),
+        params(mode=pb.MODE_AR, top_k=MAX_COUNT + 1),
+        f"params.top_k: got {MAX_COUNT + 1}, wanted an integer from 0 to {MAX_COUNT}",
+    ),
+    ("smallest top_k", params(top_k=0), params(top_k=-1), "params.top_k: got -1, wanted an integer from 0"),
+    ("fewest new tokens", params(), params(max_new_tokens=0), "params.max_new_tokens: got 0, wanted an integer from 1"),
+    (
+        "prompt and new tokens",
+        params(200, max_new_tokens=56),
+        params(200, max_new_tokens=57),
+        "params.max_new_tokens: got 57 after a prompt of 200 tokens (257 together), wanted at most 256 together",
+    ),
+    (
+        "priority",
+        pb.GenerateRequest(text="a", priority=MAX_PRIORITY),
+        pb.GenerateRequest(text="a", priority=MAX_PRIORITY + 1),
+        f"priority: got {MAX_PRIORITY + 1}, wanted an integer from {MIN_PRIORITY} to {MAX_PRIORITY}",
+    ),
 ]
 
 
@@ -111,16 +268,112 @@ async def test_over_grpc(
 ) -> None:
     stub: Any = pb_grpc.GenerationServiceStub(channel)
     for request in (fits, too_much):
-        request.params.max_new_tokens = 1
+        if not request.params.HasField("max_new_tokens"):
+            request.params.max_new_tokens = 1
     await stub.Generate(fits)
     cells.requests.clear()
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.Generate(too_much)
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and words in caught.value.details()
+    await _is_refused(stub.Generate(too_much), words)
     assert cells.requests == []
+
+
+async def _is_refused(call: Any, words: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and words in caught.value.details()
+
+
+WIRE_STOP, WIRE_IDS, WIRE_PARAMS = b"\x2a\x01a", b"\x1a", b"\x22"
+
+
+def sized(field: bytes, size: int) -> bytes:
+    """A field of so many bytes, which are a `size` of unknown little fields."""
+    return field + bytes([size & 127 | 128, size >> 7]) + b"\x78\x00" * (size // 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "one_more", "words"),
+    [
+        (WIRE_STOP * MAX_FIELDS, WIRE_STOP * 65, "message: got more than 64 fields; stop is one of those above"),
+        (b"\x78\x00" * MAX_FIELDS, b"\x78\x00" * 65, "message: got more than 64 fields; 15 is one of those above"),
+        (
+            sized(WIRE_IDS, 6 * LONGEST),
+            sized(WIRE_IDS, 6 * LONGEST + 2),
+            "token_ids: got 1538 bytes, wanted at most 1536: 256 tokens of no more than 6 bytes",
+        ),
+        (sized(WIRE_PARAMS, 4096), sized(WIRE_PARAMS, 4098), "params: got 4098 bytes, wanted at most 4096"),
+    ],
+)
+def test_sizes_on_the_wire_are_looked_at_before_protobuf_reads(data: bytes, one_more: bytes, words: str) -> None:
+    kind = mock.Mock(wraps=pb.GenerateRequest, DESCRIPTOR=pb.GenerateRequest.DESCRIPTOR)
+    with suppress(InvalidRequest):
+        parse_message(kind, data, LONGEST)
+    assert kind.FromString.called
+    kind.reset_mock()
+    with pytest.raises(InvalidRequest, match=re.escape(words)):
+        parse_message(kind, one_more, LONGEST)
+    assert not kind.FromString.called
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b"\xff", b"\xff" * 20, b"\x0b", b"\x2a\x7f", b"\x2a\xff\xff\xff\xff\xff\xff\xff\x7f"]
+)
+def test_what_makes_no_sense_on_the_wire_is_left_to_protobuf(tail: bytes) -> None:
+    kind = mock.Mock(wraps=pb.GenerateRequest, DESCRIPTOR=pb.GenerateRequest.DESCRIPTOR)
+    with suppress(InvalidRequest):
+        parse_message(kind, WIRE_STOP + tail, LONGEST)
+    assert kind.FromString.called
+
+
+def ids(count: int) -> pb.TokenIds:
+    return pb.TokenIds(ids=[5] * count)
+
+
+SCORES: list[tuple[str, pb.ScoreRequest, pb.ScoreRequest, str]] = [
+    (
+        "prompt and continuation",
+        pb.ScoreRequest(prompt_token_ids=ids(1), continuation_token_ids=ids(LONGEST - 1)),
+        pb.ScoreRequest(prompt_token_ids=ids(1), continuation_token_ids=ids(LONGEST)),
+        "continuation: got a prompt of 1 tokens and a continuation of 256 (257 together), wanted at most 256 together",
+    ),
+    (
+        "ids of a continuation",
+        pb.ScoreRequest(prompt_token_ids=ids(1), continuation_token_ids=ids(1)),
+        pb.ScoreRequest(prompt_token_ids=ids(1), continuation_token_ids=ids(LONGEST + 1)),
+        "continuation: got a continuation of 257 tokens, wanted at most 256",
+    ),
+    (
+        "bytes of a continuation",
+        pb.ScoreRequest(prompt_token_ids=ids(1), continuation_text="a" * (LONGEST - 1)),
+        pb.ScoreRequest(prompt_token_ids=ids(1), continuation_text="a" * (LONGEST + 1)),
+        "continuation: got 257 bytes of text, wanted at most 256",
+    ),
+    (
+        "text of a continuation",
+        pb.ScoreRequest(prompt_text="a", continuation_text="a" * (LONGEST - 2)),
+        pb.ScoreRequest(prompt_text="a", continuation_text="a" * (LONGEST - 1)),
+        "continuation: got a prompt of 2 tokens and a continuation of 255 (257 together), wanted at most 256 together",
+    ),
+    (
+        "least",
+        pb.ScoreRequest(prompt_token_ids=ids(1), continuation_token_ids=ids(1)),
+        pb.ScoreRequest(prompt_token_ids=ids(1), continuation_token_ids=ids(0)),
+        "continuation: got an empty continuation, wanted at least one token",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fits", "too_much", "words"), [row[1:] for row in SCORES], ids=[row[0] for row in SCORES])
+async def test_scores(
+    channel: grpc.aio.Channel, cells: ScriptedCells, fits: pb.ScoreRequest, too_much: pb.ScoreRequest, words: str
+) -> None:
+    stub: Any = pb_grpc.GenerationServiceStub(channel)
+    await stub.Score(fits)
+    cells.scored.clear()
+    await _is_refused(stub.Score(too_much), words)
+    assert cells.scored == []
 
 
 def test_lists_of_a_message_are_not_copied_before_they_are_counted() -> None:
     params = pb.DecodingParams(stop_token_ids=[5])
-    ask = ask_of(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=params, stop=["a"]), "")
+    ask = ask_of(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=params, stop=["a"]), "", "id")
     assert not any(isinstance(value, list | tuple) for value in (ask.prompt, ask.stop, ask.params["stop_token_ids"]))

@@ -1,20 +1,22 @@
 """A cell without Ray: a real pair over a scripted engine; and what a router makes of Ray's errors."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from actors.settings import CellSettings
 from cluster.cell import Cell
-from cluster.event_lines import EventServer
-from cluster.pulse import Beat
 from cluster.readiness import Readiness
-from cluster.remote_cells import plain_error
-from cluster.streams import merged
+from cluster.runs.cell_lines import CellLines
+from cluster.runs.messages import Beat
+from cluster.runs.remote_cells import plain_error
+from cluster.runs.streams import merged
 from tests.cluster.fakes import FINGERPRINT, ScriptedCells
 from twotower.core import (
     AnyRequest,
@@ -22,6 +24,7 @@ from twotower.core import (
     Event,
     FailureEvent,
     FinishReason,
+    Mode,
     ReleasedEvent,
     Request,
     RequestId,
@@ -78,12 +81,20 @@ class RunningFake:
 
     def __init__(self, engine: ScriptedEngine, max_queued: int = 1, slots: int = 1) -> None:
         self.pair = Pair(engine, [engine], Ledger(Room(slots, 100), [], max_queued))
-        self.places = [{"pid": "1"}]
+        self.homes = [{"pid": "1"}]
         self.fingerprint = FINGERPRINT
+        self.mended, self.mending_s = 0, 0.0
         self.closed = False
 
     def failure(self) -> str | None:
         return None if self.pair.failure is None else str(self.pair.failure)
+
+    def why_not(self, request: AnyRequest) -> str | None:
+        error = self.pair.why_not(request)
+        return None if error is None else str(error)
+
+    def served(self) -> tuple[Mode, ...]:
+        return tuple(mode for mode in Mode if self.pair.serves(mode))
 
     async def stats(self) -> list[EngineStats]:
         return [EngineStats("context")]
@@ -119,8 +130,10 @@ async def test_events_come_through_and_room_is_given_back() -> None:
     assert [event.token_ids for event in events] == [(1, 2), (3,)]
     await asyncio.sleep(0)
     stats = await cell.stats()
-    assert (stats.running, stats.waiting, stats.places) == (0, 0, ({"pid": "1"},))
-    assert cell._beat() == Beat("cell", True, 0, 0, 1)
+    assert (stats.running, stats.waiting, stats.homes) == (0, 0, ({"pid": "1"},))
+    beat = cell._beat()
+    assert beat == Beat("cell", FINGERPRINT, tuple(Mode), 0, 0, 1, beat.sign)
+    assert beat.sign is not None and [tower.name for tower in beat.sign.towers] == ["context", "denoiser"]
     await cell.shutdown()
 
 
@@ -179,7 +192,7 @@ async def test_a_router_that_is_gone_frees_its_sequences_at_once() -> None:
     """Those of another router go on, and a cancel that comes from elsewhere is one."""
     engine = ScriptedEngine()
     cell = await started(RunningFake(engine, slots=3))
-    routers = [EventServer(), EventServer()]
+    routers = [CellLines(), CellLines()]
     calls = []
     async with asyncio.timeout(5):
         for number, router in enumerate([*routers, routers[1]]):
@@ -202,13 +215,13 @@ async def test_a_router_that_is_gone_frees_its_sequences_at_once() -> None:
     await cell.shutdown()
 
 
-async def _routed(cell: Cell, router: EventServer, name: str) -> tuple[asyncio.Task[None], Inbox]:
+async def _routed(cell: Cell, router: CellLines, name: str) -> tuple[asyncio.Task[None], Inbox]:
     call = router.open(merging=False)
     return asyncio.create_task(cell.run(request(name), 60.0, call.reply_to)), call.inbox
 
 
 async def test_a_router_that_is_gone_frees_its_place_in_the_queue() -> None:
-    cell, router = await started(RunningFake(ScriptedEngine())), EventServer()
+    cell, router = await started(RunningFake(ScriptedEngine())), CellLines()
     await router.start("127.0.0.1")
     async with asyncio.timeout(5):
         (running, inbox), (waiting, _) = [await _routed(cell, router, name) for name in ("runs", "waits")]
@@ -226,7 +239,7 @@ async def test_a_router_that_is_gone_frees_its_place_in_the_queue() -> None:
 
 
 async def test_what_runs_when_a_cell_is_shut_down_is_told_so() -> None:
-    cell, router = await started(RunningFake(ScriptedEngine())), EventServer()
+    cell, router = await started(RunningFake(ScriptedEngine())), CellLines()
     await router.start("127.0.0.1")
     async with asyncio.timeout(5):
         call, inbox = await _routed(cell, router, "runs")
@@ -245,7 +258,7 @@ async def test_a_broken_pair_fails_its_health_check() -> None:
     running.pair.failure = Unavailable("a tower is gone")
     with pytest.raises(RuntimeError, match="a tower is gone"):
         await cell.check_health()
-    assert not cell._beat().serves
+    assert not cell._beat().modes
     await cell.shutdown()
     assert running.closed
 
@@ -259,6 +272,9 @@ def test_rays_errors_become_ours() -> None:
     assert type(plain_error(theirs)) is TwoTowerError and "ZeroDivisionError" in str(plain_error(theirs))
     assert isinstance(plain_error(ActorDiedError()), Unavailable)
     assert isinstance(plain_error(BackPressureError(1, 1)), Overloaded)
+    for code in (StatusCode.CANCELLED, StatusCode.INTERNAL):
+        cut = AioRpcError(code, Metadata(), Metadata(), "Stream removed")
+        assert type(plain_error(cut)) is Unavailable, "a server that stops cancels its calls"
     for cancelled in (RequestCancelledError("x"), TaskCancelledError()):
         assert isinstance(plain_error(cancelled), Cancelled)
 
@@ -275,14 +291,14 @@ async def test_merged_streams_end_together() -> None:
 
 
 async def test_readiness_tells_of_changes_only() -> None:
-    cells, told = ScriptedCells(), []
+    cells, told = ScriptedCells(), list[Set[Mode]]()
 
-    async def note(ready: bool) -> None:
-        told.append(ready)
+    async def note(served: Set[Mode]) -> None:
+        told.append(served)
 
-    readiness = Readiness(cells, note)
-    for is_ready in (False, True, True, False):
-        cells.is_ready = is_ready
+    readiness, alone = Readiness(cells, note), {Mode.AR}
+    for served in (set[Mode](), set(Mode), set(Mode), alone, set(Mode), set[Mode]()):
+        cells.serves = served
         await readiness.poll()
-        assert readiness() == is_ready
-    assert told == [True, False]
+        assert readiness() == served
+    assert told == [set(Mode), alone, set(Mode), set()]

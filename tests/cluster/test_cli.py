@@ -1,25 +1,34 @@
 """The command line: what it refuses, and what it makes of a service that is not there or not ready."""
 
 import asyncio
+import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
-from cluster import client, run_state
-from cluster.cli import main
+from cluster.cli import client
+from cluster.cli.main import main
+from cluster.cli.up import Up, _what_next
 from cluster.config import load_config
-from cluster.deployment import Progress, choice, failure_of, progress, reason, shortage
-from cluster.run_state import RunState
-from cluster.up import Up, _what_next
+from cluster.ops import run_state
+from cluster.ops.deployment import Progress, choice, failure_of, progress, reason, shortage
+from cluster.ops.run_state import RunState
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
 from tests.cluster.service import free_port
 from tests.model.checkpoints import SINGLE, base_tensors, config_of, tensors_of, write
 from twotower.errors import ConfigError, Unavailable
+
+SERVED = {"diffusion": False, "mock_ar": False, "ar": True}
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +47,13 @@ def own_runtime_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (["down", "--http-port", "1"], 2, "no service of yours listens on HTTP port 1"),
         (["up", "--set", "ingress.host=no.such.invalid"], 2, "ingress.host: got 'no.such.invalid', wanted an address"),
         (["up", "--set", "ingress.host=192.0.2.77"], 2, "ingress.host: got '192.0.2.77', wanted an address"),
+        (["up", "--replace"], 2, "--replace: wanted --address too"),
         (["up", "--address", "127.0.0.1:1"], 1, "no Ray answers on 127.0.0.1:1"),
         (["up", "--address", "[::1]:99999"], 1, "no Ray answers on [::1]:99999"),
         (["generate", "--prompt", "a", "--address", "127.0.0.1:1"], 1, "no service answers on 127.0.0.1:1"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_are_one_line(arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     if arguments[0] == "up":
         arguments = [
@@ -63,7 +74,7 @@ def test_a_checkpoint_that_the_placement_cannot_serve_is_found_before_ray_starts
     def never(*_: object, **__: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("cluster.local_ray.start_ray", never)
+    monkeypatch.setattr("cluster.ops.local_ray.start_ray", never)
     tensors, config = base_tensors(tensors_of("tt_moe")), config_of("tt_moe")
     base, damaged = write(tmp_path / "base", tensors, config), write(tmp_path / "damaged", tensors, config)
     (damaged / SINGLE).write_bytes(b"nothing")
@@ -85,6 +96,7 @@ def ready_service() -> Iterator[str]:
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
+            self.wfile.write(json.dumps({"status": "ready", "modes": SERVED}).encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -102,7 +114,7 @@ async def test_proxies_of_the_environment_are_not_asked(
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert client.is_ready(ready_service)
+    assert client.is_ready(ready_service) and client.served(ready_service) == SERVED
     async with grpc_server(generation(cells)) as (address, _):
         info = await asyncio.to_thread(client.model_info, address)
         code = await asyncio.to_thread(main, ["generate", "--prompt", "a", "--address", address, "--timeout", "5"])
@@ -124,6 +136,20 @@ async def test_token_ids_are_shown_only_where_there_is_no_text(
     async with grpc_server(generation(cells, with_tokenizer)) as (address, _):
         code = await asyncio.to_thread(main, ["generate", *prompt, "--address", address, "--timeout", "5"])
     assert code == 0 and capsys.readouterr().out.startswith(printed)
+
+
+async def test_status_says_what_is_served_now(
+    ready_service: str, cells: ScriptedCells, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with grpc_server(generation(cells)) as (address, _):
+        state = RunState(os.getpid(), run_state.start_tick(os.getpid()), ready_service, address, "demo")
+        run_state.write(8000, state)
+        assert await asyncio.to_thread(main, ["status"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1) for line in said if line.startswith(("ready", "modes"))] == [
+        ["ready", "yes"],
+        ["modes", "diffusion (not now), mock_ar (not now), ar"],
+    ]
 
 
 def test_something_else_on_the_port_is_not_ready() -> None:
@@ -153,10 +179,10 @@ class Starting(Up):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, address: str | None = None) -> None:
         super().__init__(load_config(None, ["cell.start_timeout_s=0.1"]), address, False)
-        monkeypatch.setattr("cluster.up._START_SLACK_S", 0.1)
-        monkeypatch.setattr("cluster.up._SILENCE_S", 0.0)
-        monkeypatch.setattr("cluster.deployment.progress", lambda mark: Progress(1, 0))
-        monkeypatch.setattr("cluster.deployment.shortage", lambda config: "1 cell wants 2 GPUs where Ray has 0")
+        monkeypatch.setattr("cluster.cli.up._START_SLACK_S", 0.1)
+        monkeypatch.setattr("cluster.cli.up._SILENCE_S", 0.0)
+        monkeypatch.setattr("cluster.ops.deployment.progress", lambda mark: Progress(1, 0))
+        monkeypatch.setattr("cluster.ops.deployment.shortage", lambda config: "1 cell wants 2 GPUs where Ray has 0")
 
 
 def test_waiting_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +213,10 @@ def test_what_to_type_next_names_a_python_that_works(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.executable", str(tmp_path / executable))
-    state = RunState(1, 1.0, "127.0.0.1:8000", "127.0.0.1:50051", "demo")
-    said = _what_next(state, "words: 2009\n")
+    state = RunState(1, 1, "127.0.0.1:8000", "127.0.0.1:50051", "demo")
+    said = _what_next(state, "words: 2009\n", ["127.0.0.2:4711"])
     assert f"\n  {typed.format(parent=tmp_path.parent)} -m cluster generate --prompt $'words: 2009\\n'\n" in said
+    assert said.endswith("\n\nMetrics for Prometheus: http://127.0.0.2:4711/metrics\nCtrl-C stops it.")
 
 
 @pytest.mark.parametrize("behaves", ["fails", "hangs"])
@@ -201,8 +228,8 @@ def test_a_dead_controller_is_told_in_bounded_time(behaves: str, monkeypatch: py
             ended.wait()
         raise RuntimeError("the actor\ndied")
 
-    monkeypatch.setattr("cluster.deployment._ANSWER_S", 0.1)
-    monkeypatch.setattr("cluster.deployment._progress", ask)
+    monkeypatch.setattr("cluster.ops.deployment._ANSWER_S", 0.1)
+    monkeypatch.setattr("cluster.ops.deployment._progress", ask)
     words = {"fails": "Serve does not work: RuntimeError: the actor died", "hangs": "Serve has not answered for 0.1 s"}
     with pytest.raises(Unavailable, match=words[behaves]):
         progress()
@@ -237,14 +264,100 @@ def test_unknown_words_exit_with_2(arguments: list[str], capsys: pytest.CaptureF
     assert caught.value.code == 2 and error.startswith("python -m cluster") and error.count("\n") == 1
 
 
-def test_notes_of_dead_services_are_cleared_away() -> None:
-    run_state.write(8000, RunState(os.getpid(), 1.0, "127.0.0.1:8000", "127.0.0.1:50051", "demo"))
-    assert run_state.running() == {}
-    assert not run_state.file_of(8000).exists()
+def test_dead_services_do_not_run() -> None:
+    state = RunState(os.getpid(), 1, "127.0.0.1:8000", "127.0.0.1:50051", "demo")
+    run_state.write(8000, state)
+    assert run_state.running() == {} and run_state.killed() == {8000: state}
+
+
+def test_a_clock_that_was_set_hides_no_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of the clock are the boot's, which moves with it, and a process's own since then."""
+    state = Up(load_config(None, []), None, False)._state
+    run_state.write(8000, state)
+    then = psutil.Process().create_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1_000_000.0)
+    assert psutil.Process().create_time() != then
+    assert run_state.running() == {8000: state} and run_state.killed() == {}
+
+
+# Ends by itself some time after the first signal, at once after the second. Says how many it has heard.
+STOPPING = """
+import signal, sys, time
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+print("listening", flush=True)
+end = time.monotonic() + 60
+while len(heard) < 2 and time.monotonic() < end:
+    if heard and end - time.monotonic() > float(sys.argv[1]):
+        end = time.monotonic() + float(sys.argv[1])
+    time.sleep(0.01)
+print(len(heard), flush=True)
+"""
+
+
+@contextmanager
+def stopping(after_s: float, **fields: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that has left a note, as an `up` whose requests run for so long."""
+    command = [sys.executable, "-c", STOPPING, str(after_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "listening\n"
+        started = run_state.start_tick(process.pid)
+        run_state.write(8000, RunState(process.pid, started, "127.0.0.1:8000", "127.0.0.1:50051", "demo", **fields))
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_down_waits_for_as_long_as_requests_may_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.cli.main._AT_ONCE_S", 0.1)
+    monkeypatch.setattr("cluster.cli.main._END_S", 0.1)
+    with stopping(0.7, drain_timeout_s=45.5) as process:
+        assert main(["down"]) == 0
+        assert process.stdout is not None and process.stdout.read() == "1\n"
+    said = capsys.readouterr()
+    assert said.err == "waiting for the running requests, for 45.5 s at most; Ctrl-C ends them now\n"
+    assert "stopped the service on http://127.0.0.1:8000" in said.out
+
+
+def test_an_interrupted_down_is_the_second_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits, interrupted = RunState.ends_within, list[float]()
+
+    def wait(state: RunState, seconds: float) -> bool:
+        if seconds > 600:
+            interrupted.append(seconds)
+            raise KeyboardInterrupt
+        return waits(state, seconds)
+
+    monkeypatch.setattr("cluster.cli.main._AT_ONCE_S", 0.1)
+    monkeypatch.setattr(RunState, "ends_within", wait)
+    with stopping(50.0, drain_timeout_s=600.0) as process:
+        assert main(["down"]) == 0 and interrupted == [660.0]
+        assert process.stdout is not None and process.stdout.read() == "2\n"
+    assert "ending the running requests now" in capsys.readouterr().err
+
+
+def test_a_note_of_an_older_version_is_understood() -> None:
+    fields = {"pid": os.getpid(), "started": run_state.start_tick(os.getpid()), "http": "a", "grpc": "b", "model": "c"}
+    run_state.file_of(8000).write_text(json.dumps(fields | {"cells": 1}))
+    assert run_state.running()[8000].drain_timeout_s == 600.0
+
+
+def test_a_note_that_another_has_replaced_stays() -> None:
+    run_state.write(8000, RunState(os.getpid(), run_state.start_tick(os.getpid()), "a", "b", "demo"))
+    run_state.remove(8000, os.getpid() + 1)
+    assert 8000 in run_state.running()
+    run_state.remove(8000, os.getpid())
+    assert not run_state.running()
 
 
 def test_down_does_not_signal_a_reused_pid(capsys: pytest.CaptureFixture[str]) -> None:
-    run_state.write(8000, RunState(os.getpid(), 1.0, "127.0.0.1:8000", "127.0.0.1:50051", "demo"))
+    run_state.write(8000, RunState(os.getpid(), 1, "127.0.0.1:8000", "127.0.0.1:50051", "demo"))
     assert main(["down"]) == 2
     assert "no service of yours is running" in capsys.readouterr().err
 

@@ -1,11 +1,15 @@
 """The configuration: every mistake is one line that names it."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from cluster.config import ServiceConfig, load_config
-from twotower.errors import ConfigError
+from twotower.engine.settings import SETTINGS
+from twotower.errors import ConfigError, InvalidRequest
 
 SHIPPED = sorted((Path(__file__).parents[2] / "deploy" / "serve").glob("*.yaml"))
 
@@ -33,12 +37,18 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["cell.placment=split"], "cell.placment: unknown setting; did you mean placement?"),
+        (
+            ["cluster.target_ongoing_requests=8"],
+            "cluster.target_ongoing_requests: gone; wanted target_fullness, the share",
+        ),
+        (["cluster.target_fullness=1.5"], "cluster.target_fullness: got 1.5, wanted less than or equal to 1"),
         (["cells.placement=split"], "cells: unknown setting; did you mean cell?"),
         (["cell.zzz=1"], "cell.zzz: unknown setting, wanted one of placement, device"),
         (["cell.placement=spilt"], "cell.placement: got 'spilt', wanted one of 'auto', 'split', 'colocated' or 'ar_"),
         (["cell.device=gpu"], "cell.device: got 'gpu', wanted auto, cpu, cuda or cuda:N"),
         (["cell.device=3"], "cell.device: got 3, wanted string"),
         (["cell.device=cuda:1"], "cell.device: got 'cuda:1', but with gpus_per_tower 1 a tower process sees 1 GPU"),
+        (["cell.capture=0"], "cell.capture: got 0, wanted one of 'auto', 'on' or 'off'"),
         (["cell.max_sequences=0"], "cell.max_sequences: got 0, wanted greater than or equal to 1"),
         (["cell.max_sequences='8'"], "cell.max_sequences: got '8', wanted integer"),
         (["cell.max_sequences=true"], "cell.max_sequences: got True, wanted integer"),
@@ -73,6 +83,29 @@ def test_mistakes_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, overrides)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_service_takes_what_its_engines_take(name: str) -> None:
+    """At and beside the ends of each setting that engines declare. (Of YAML's true and false: below.)"""
+    [section] = [type(settings) for _, settings in ServiceConfig() if name in type(settings).model_fields]
+    ends = (-1, 0, 1, 2.9, 3, 0.001, 5000, math.inf, math.nan)
+    for value in (*ends, "5", None, "auto", "off", "often", [1], *([] if name == "capture" else [True])):
+        taken = _is_taken(lambda value=value: SETTINGS[name].kind.read(name, value))
+        assert _is_taken(lambda value=value: section(**{name: value})) == taken, value
+
+
+def _is_taken(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except (InvalidRequest, ValidationError):
+        return False
+    return True
+
+
+def test_every_setting_says_what_it_means() -> None:
+    for _, settings in ServiceConfig():
+        assert all(field.description for field in type(settings).model_fields.values())
 
 
 def test_what_fits_exactly_is_taken() -> None:
@@ -117,6 +150,12 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_config(None).cell.max_sequences = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("written", "capture"), [("on", "on"), ("off", "off"), ("'off'", "off"), ("auto", "auto")])
+def test_on_and_off_are_words(written: str, capture: str) -> None:
+    """YAML has them for true and false."""
+    assert load_config(None, [f"cell.capture={written}"]).cell.capture == capture
 
 
 def test_a_device_may_name_a_gpu() -> None:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from cluster.deadline import Deadline
+from cluster.runs.deadline import Deadline
 from twotower.errors import DeadlineExceeded
 
 PASSED = pytest.raises(DeadlineExceeded, match=r"not finished within 0\.01 s")

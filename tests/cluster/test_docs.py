@@ -1,15 +1,14 @@
 """docs/parameters.md tells the limits that validation has."""
 
+import importlib
 from pathlib import Path
 
 import pytest
 
-from cluster.completions import MAX_LABEL, MAX_PROMPTS
-from twotower.core import DecodingParams
-from twotower.decoding.token_bytes import NORMAL_FORMS, UNKNOWN
-from twotower.engine.ledger import MAX_PASSED
-from twotower.strict_json import MAX_NAMES
-from twotower.validation import (
+from cluster.config import ServiceConfig
+from cluster.faces.grpc.strict_protobuf import MAX_FIELDS
+from cluster.faces.http.completion_models import MAX_LABEL, MAX_PROMPTS
+from twotower.core import (
     MAX_BLOCK,
     MAX_COUNT,
     MAX_PRIORITY,
@@ -19,7 +18,12 @@ from twotower.validation import (
     MAX_STOP_TOKEN_IDS,
     MAX_TEMPERATURE,
     MIN_PRIORITY,
+    DecodingParams,
 )
+from twotower.engine.ledger import MAX_PASSED
+from twotower.json_reader import MAX_VALUES
+from twotower.strict_json import MAX_NAMES
+from twotower.text.token_bytes import NORMAL_FORMS, UNKNOWN
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -34,7 +38,7 @@ def test_every_parameter_is_told_with_its_default() -> None:
     rows = _rows()
     assert rows.keys() == {*DecodingParams.__dataclass_fields__, "stop", "priority"}
     for name in ("max_new_tokens", "block_size", "steps_per_block", "confidence_threshold", "temperature"):
-        assert float(rows[name][2]) == getattr(DecodingParams(), name)
+        assert float(rows[name][3]) == getattr(DecodingParams(), name)
 
 
 @pytest.mark.parametrize(
@@ -55,14 +59,16 @@ def test_every_parameter_is_told_with_its_default() -> None:
 def test_limits(name: str, allowed: str) -> None:
     assert (MAX_SEED, MAX_COUNT) == (2**63 - 1, 2**31 - 1)
     assert (MIN_PRIORITY, MAX_PRIORITY) == (-(2**31), 2**31 - 1)
-    assert _rows()[name][3] == allowed
+    assert _rows()[name][4] == allowed
 
 
 @pytest.mark.parametrize(
     ("what", "most"),
     [
         ("names of one JSON object", f"{MAX_NAMES}"),
+        ("values of a JSON text beside the numbers in its arrays", f"{MAX_VALUES}"),
         ("prompts of one call (HTTP)", f"{MAX_PROMPTS}"),
+        ("gRPC: fields of a message, each string of a list counted", f"{MAX_FIELDS}"),
         ("stop strings", f"{MAX_STOP_STRINGS}, of {MAX_STOP_CHARACTERS} characters each"),
         ("`stop_token_ids`", f"{MAX_STOP_TOKEN_IDS}; one twice is one"),
         ("`model`, `user`", f"{MAX_LABEL} characters"),
@@ -79,3 +85,19 @@ def test_the_factors_of_a_prompt_s_bytes() -> None:
 
 def test_how_often_a_request_is_passed() -> None:
     assert f"at most {MAX_PASSED} others past" in (DOCS / "parameters.md").read_text(encoding="utf-8")
+
+
+def test_every_setting_has_a_row() -> None:
+    text = (DOCS / "settings.md").read_text(encoding="utf-8")
+    for section, settings in ServiceConfig():
+        rows = text.partition(f"## `{section}`\n")[2].partition("\n## ")[0]
+        assert all(f"\n| `{name}` | " in rows for name, _ in settings)
+
+
+def test_the_generated_tables_are_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make docs` writes them."""
+    monkeypatch.syspath_prepend(str(DOCS.parent / "scripts"))
+    tables = importlib.import_module("tables")
+    assert [path.name for path in tables.stale()] == []
+    text = (DOCS / "parameters.md").read_text(encoding="utf-8")
+    assert tables.written(text.replace("| 0–1000 |", "| 0–999 |"), {"parameters": tables.parameters()}) == text

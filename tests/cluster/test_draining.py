@@ -2,6 +2,9 @@
 
 import asyncio
 import threading
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import httpx
@@ -9,22 +12,25 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster import draining
-from cluster.deadline import Deadline
-from cluster.generation import Ask, Generation
-from cluster.http import make_app
+from cluster.board.board import Board
+from cluster.board.feed import Feed
+from cluster.config import ServiceConfig
+from cluster.faces.http.service import make_app
+from cluster.ops import draining
 from cluster.readiness import Readiness
-from cluster.router import Router
+from cluster.router import Router, deployed
+from cluster.runs.deadline import Deadline
+from cluster.runs.generation import Ask, Generation
 from cluster.runs.record import Record
 from cluster.runs.run import Generating, Means
-from tests.cluster.fakes import FINGERPRINT, ScriptedCells, generation, grpc_server
+from tests.cluster.fakes import FINGERPRINT, ScriptedCells, all_modes, generation, grpc_server
+from tests.cluster.runs.test_remote_cells import _all_free, _joined
 from tests.cluster.test_grpc import ask, details_of
 from tests.cluster.test_http import TEXT, events_of
-from tests.cluster.test_remote_cells import _all_free, _joined
 from twotower.core import Request, RequestId
-from twotower.decoding.text import AnswerText
 from twotower.errors import Unavailable
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+from twotower.text.answer_text import AnswerText
 
 
 def router_of(service: Generation, cells: ScriptedCells, readiness: Readiness) -> Router:
@@ -32,6 +38,8 @@ def router_of(service: Generation, cells: ScriptedCells, readiness: Readiness) -
     router = Router.__new__(Router)
     router._generation, router._admission = service, service.admission
     router._readiness = readiness
+    router._board = Board("router", "127.0.0.1", deployed(ServiceConfig(), service.model))
+    router._feed = Feed(router._board)
     return router
 
 
@@ -47,7 +55,7 @@ async def test_a_router_drains(cells: ScriptedCells) -> None:
         grpc_server(service) as (address, server),
         grpc.aio.insecure_channel(address) as channel,
     ):
-        readiness = Readiness(cells, server.set_serving)
+        readiness = Readiness(cells, server.set_served)
         await readiness.poll()
         router = router_of(service, cells, readiness)
         stub, health = pb_grpc.GenerationServiceStub(channel), health_pb2_grpc.HealthStub(channel)
@@ -81,7 +89,7 @@ async def test_what_is_left_when_time_is_up_is_told(cells: ScriptedCells) -> Non
     service = generation(cells)
     async with grpc_server(service) as (address, _), grpc.aio.insecure_channel(address) as channel:
         router = router_of(service, cells, Readiness(cells))
-        transport = httpx.ASGITransport(make_app(service, lambda: True))
+        transport = httpx.ASGITransport(make_app(service, all_modes))
         async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
             posted = asyncio.create_task(http.post("/v1/completions", json={"prompt": "Hi", "stream": True}))
             called = asyncio.ensure_future(pb_grpc.GenerationServiceStub(channel).Generate(ask()))
@@ -94,6 +102,36 @@ async def test_what_is_left_when_time_is_up_is_told(cells: ScriptedCells) -> Non
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await called
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE and cells.open == 0
+
+
+async def _never() -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(("used_s", "finishes"), [(0.0, True), (59.9, False), (70.0, False)])
+async def test_one_drain_time_for_both_faces(used_s: float, finishes: bool, cells: ScriptedCells) -> None:
+    """Serve ends a replaced router once its HTTP requests have ended, which has taken so long."""
+    cells.pace_s = 0.02
+    service = generation(cells)
+    async with grpc_server(service) as (address, server), grpc.aio.insecure_channel(address) as channel:
+        router: Any = router_of(service, cells, Readiness(cells))
+        router._grpc, router._watching = server, asyncio.create_task(_never())
+        router._lines, router._drain_timeout_s = SimpleNamespace(stop=lambda: None), 60.0
+        router._watch = SimpleNamespace(stop=partial(asyncio.sleep, 0))
+        await router.check_health()
+        router._kept_at -= used_s
+        called = asyncio.ensure_future(pb_grpc.GenerationServiceStub(channel).Generate(ask()))
+        while cells.open < 1:
+            await asyncio.sleep(0.001)
+        cells.pace_s = 0.02 if finishes else 3600.0
+        await router.shutdown()
+        if finishes:
+            assert (await called).text == TEXT
+            return
+        with pytest.raises(grpc.aio.AioRpcError, match="the service has shut down") as caught:
+            await called
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert details_of(caught.value, error_details_pb2.RetryInfo) is not None and cells.open == 0
 
 
 async def test_what_a_router_gives_up_ends_on_its_cell_too() -> None:
@@ -113,7 +151,7 @@ async def test_what_a_router_gives_up_ends_on_its_cell_too() -> None:
 async def test_what_begins_after_the_giving_up_is_given_up_too(cells: ScriptedCells) -> None:
     service = generation(cells)
     service.give_up(Unavailable("closing"))
-    run = await service.run(Ask("Hi"), service.deadline())
+    run = await service.run(service.check(Ask("Hi")), service.deadline())
     with pytest.raises(Unavailable, match="closing"):
         await anext(run)
     assert cells.requests == []
@@ -133,13 +171,17 @@ def test_an_interrupt_ends_the_wait_and_the_requests(monkeypatch: pytest.MonkeyP
         if not timeout_s:
             done.set()
 
+    said: list[str] = []
+
     def interrupt(what: str) -> None:
-        raise KeyboardInterrupt
+        said.append(what)
+        if len(said) == 1:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(draining, "_drain", ask_routers)
     monkeypatch.setattr(draining, "_AT_ONCE_S", 0.01)
     draining.drain(b"mark", 60.0, interrupt)
-    assert asked == [60.0, 0.0]
+    assert asked == [60.0, 0.0] and said[1:] == ["ending the running requests now"]
 
 
 @pytest.mark.parametrize(("mark", "drained"), [(None, False), (b"ours", True), (b"another's", False)])
@@ -148,7 +190,7 @@ def test_only_an_application_of_ones_own_is_drained(
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("cluster.ownership.holder", lambda: b"ours")
+    monkeypatch.setattr("cluster.ops.ownership.holder", lambda: b"ours")
     monkeypatch.setattr("ray.serve.get_deployment_handle", lambda name, app: asked.append(name))
     draining._drain(mark, 0.0, threading.Event())
     assert bool(asked) == drained

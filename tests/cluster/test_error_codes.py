@@ -4,10 +4,25 @@ import logging
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 
-from cluster.error_codes import CODES, INTERNAL, code_of, describe
+from cluster.faces.error_codes import CODES, INTERNAL, NoSuchModel, SlowBody, UnknownEncoding, code_of, describe
+from cluster.faces.grpc.boundary import status_of
+from cluster.faces.http.service import error_response
 from twotower import errors
-from twotower.errors import FieldError, InvalidRequest, LinkDown, TwoTowerError, Unavailable
+from twotower.errors import (
+    Cancelled,
+    CheckpointError,
+    ConfigError,
+    DeadlineExceeded,
+    FieldError,
+    InvalidRequest,
+    LinkDown,
+    NumericalError,
+    Overloaded,
+    TwoTowerError,
+    Unavailable,
+)
 
 OURS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TwoTowerError)]
 
@@ -35,9 +50,40 @@ def test_the_table_says_what_it_should() -> None:
     assert code_of(LinkDown("x")) is CODES[Unavailable]
 
 
+RETRIES: dict[type[TwoTowerError], tuple[str | None, str | None]] = {
+    InvalidRequest: (None, None),  # no SDK repeats 400, 404 and 415 by itself
+    NoSuchModel: (None, None),
+    UnknownEncoding: (None, None),
+    SlowBody: ("false", None),
+    Overloaded: ("true", "1"),
+    Unavailable: ("true", "5"),
+    LinkDown: ("true", "5"),
+    DeadlineExceeded: ("false", None),
+    Cancelled: (None, None),  # nobody is there to hear it
+    NumericalError: ("false", None),
+    CheckpointError: (None, None),  # nobody knows
+    ConfigError: (None, None),
+}
+
+
+@pytest.mark.parametrize("kind", RETRIES)
+def test_clients_are_told_whether_and_when_to_come_again(kind: type[TwoTowerError]) -> None:
+    """OpenAI's SDKs repeat 408, 429 and all from 500 on, unless x-should-retry says otherwise."""
+    should_retry, retry_after = RETRIES[kind]
+    failure = describe(kind.of("x", "wrong") if issubclass(kind, InvalidRequest) else kind("gone"))
+    headers = error_response(failure).headers
+    assert (headers.get("x-should-retry"), headers.get("retry-after")) == (should_retry, retry_after)
+    hints = [detail for detail in status_of(failure).details if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]
+    assert len(hints) == (retry_after is not None)
+
+
+def test_every_row_says_whether_to_come_again() -> None:
+    assert CODES.keys() <= RETRIES.keys()
+
+
 @pytest.mark.parametrize(
     "error",
-    [KeyError("secret"), errors.CheckpointError("/secret"), errors.ConfigError("secret"), TwoTowerError("secret")],
+    [KeyError("secret"), CheckpointError("/secret"), ConfigError("secret"), TwoTowerError("secret")],
 )
 def test_internal_errors_tell_only_an_id(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):

@@ -12,11 +12,14 @@ from grpc_status import rpc_status
 
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
 from tests.cluster.test_http import TEXT, raising
+from twotower.core import Mode
 from twotower.errors import Cancelled, DeadlineExceeded, NumericalError, Overloaded, TwoTowerError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
 Stub = pb_grpc.GenerationServiceStub
+
+SERVICE = "twotower.v1.GenerationService"
 
 
 def ask(**fields: object) -> pb.GenerateRequest:
@@ -71,7 +74,7 @@ async def test_every_parameter_reaches_the_cell(stub: Stub, cells: ScriptedCells
 async def test_model_info(stub: Stub) -> None:
     info = await stub.GetModelInfo(pb.GetModelInfoRequest())
     assert info.model_name == "fake" and info.vocab_size == 260 and info.max_sequence_length == 256
-    assert list(info.modes) == [pb.MODE_DIFFUSION, pb.MODE_MOCK_AR, pb.MODE_AR]
+    assert list(info.modes) == [pb.MODE_DIFFUSION, pb.MODE_MOCK_AR, pb.MODE_AR, pb.MODE_VERIFIED]
     assert info.defaults.max_new_tokens == 128 and info.defaults.confidence_threshold == 0.8
     assert not info.defaults.HasField("seed")
     assert info.has_tokenizer and info.checkpoint_fingerprint and info.version
@@ -92,16 +95,15 @@ async def test_without_a_tokenizer_token_ids_work_and_text_is_refused(cells: Scr
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "at_block"),
     [
-        (Overloaded("full"), grpc.StatusCode.RESOURCE_EXHAUSTED),
-        (Unavailable("gone"), grpc.StatusCode.UNAVAILABLE),
-        (DeadlineExceeded("not finished within 60 s"), grpc.StatusCode.DEADLINE_EXCEEDED),
-        (Cancelled("left"), grpc.StatusCode.CANCELLED),
-        (NumericalError("NaN"), grpc.StatusCode.ABORTED),
+        (Overloaded("full"), grpc.StatusCode.RESOURCE_EXHAUSTED, 0),  # what has begun waits for room instead
+        *((Unavailable("gone"), grpc.StatusCode.UNAVAILABLE, block) for block in (0, 2)),
+        *((DeadlineExceeded("not finished within 60 s"), grpc.StatusCode.DEADLINE_EXCEEDED, block) for block in (0, 2)),
+        *((Cancelled("left"), grpc.StatusCode.CANCELLED, block) for block in (0, 2)),
+        *((NumericalError("NaN"), grpc.StatusCode.ABORTED, block) for block in (0, 2)),
     ],
 )
-@pytest.mark.parametrize("at_block", [0, 2])
 async def test_errors_have_their_codes_and_details(
     stub: Stub, cells: ScriptedCells, error: TwoTowerError, code: grpc.StatusCode, at_block: int
 ) -> None:
@@ -168,12 +170,15 @@ async def test_health_follows_readiness_and_drain(cells: ScriptedCells) -> None:
     ):
         health = health_pb2_grpc.HealthStub(channel)
         states = health_pb2.HealthCheckResponse
-        for service in ("", "twotower.v1.GenerationService"):
+        for service in ("", SERVICE, *(f"{SERVICE}.{mode}" for mode in Mode)):
             request = health_pb2.HealthCheckRequest(service=service)
             assert (await health.Check(request)).status == states.NOT_SERVING
-            await server.set_serving(True)
+            await server.set_served(set(Mode))
             assert (await health.Check(request)).status == states.SERVING
-            await server.set_serving(False)
+            await server.set_served({Mode.AR})
+            needs_denoiser = service.endswith(("diffusion", "mock_ar", "verified"))
+            assert (await health.Check(request)).status == (states.NOT_SERVING if needs_denoiser else states.SERVING)
+            await server.set_served(set())
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await health.Check(health_pb2.HealthCheckRequest(service="no.such"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -189,7 +194,7 @@ async def test_reflection_lists_the_service(channel: grpc.aio.Channel) -> None:
 
 async def test_two_servers_share_a_port(cells: ScriptedCells) -> None:
     async with grpc_server(generation(cells)) as (address, first):
-        from cluster.grpc_service import GrpcServer
+        from cluster.faces.grpc.service import GrpcServer
 
         second = GrpcServer(generation(cells), "127.0.0.1", first.port)
         await second.start()

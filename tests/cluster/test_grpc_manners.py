@@ -8,12 +8,13 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from cluster.admission import Admission
-from cluster.generation import Generation
-from cluster.grpc_boundary import guarded
-from cluster.grpc_service import GrpcServer
+from cluster.faces.grpc.boundary import guarded
+from cluster.faces.grpc.service import GrpcServer
+from cluster.runs.admission import Admission
+from cluster.runs.generation import Generation
 from tests.cluster.fakes import ByteTokenizer, ScriptedCells, generation, grpc_server, served_model
 from tests.cluster.test_grpc import Stub, ask, details_of
+from tests.cluster.test_http import raising
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
 PING_MS = 1000  # as often as gRPC's clients ever do
@@ -59,6 +60,48 @@ async def test_a_label_comes_back_and_is_nobodys_key(stub: Stub, cells: Scripted
     assert cells.scored[0].id != "gateway"
 
 
+@pytest.mark.parametrize("metadata", ["a b", "x" * 129])
+async def test_metadata_that_cannot_be_a_label_are_left_out(stub: Stub, cells: ScriptedCells, metadata: str) -> None:
+    """Others than printable ones gRPC itself does not carry."""
+    outside = (("x-request-id", metadata),)
+    assert (await stub.Generate(ask(), metadata=outside)).request_id == cells.requests[-1].id
+    assert (await stub.Generate(ask(request_id="mine"), metadata=outside)).request_id == "mine"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(ask(request_id=metadata))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "request_id: got" in caught.value.details()
+
+
+@pytest.mark.parametrize("label", ["gateway", ""])
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream", "Score"])
+async def test_both_ids_come_back(stub: Stub, cells: ScriptedCells, method: str, label: str) -> None:
+    """At the call's end, for gRPC repeats no call of which the client has heard something."""
+    request = pb.ScoreRequest(prompt_text="a", continuation_text="b") if method == "Score" else ask()
+    call = getattr(stub, method)(request, metadata=(("x-request-id", label),) if label else ())
+    answers = [event async for event in call] if method == "GenerateStream" else [await call]
+    [asked] = [*cells.requests, *cells.scored]
+    assert ids_of(await call.trailing_metadata()) == (label or asked.id, asked.id)
+    assert {answer.request_id for answer in answers} == {label or asked.id}
+
+
+async def test_both_ids_come_back_with_an_error(
+    stub: Stub, cells: ScriptedCells, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells.fail = raising(ZeroDivisionError("x"), at_block=0)  # type: ignore[arg-type]
+    with pytest.raises(grpc.aio.AioRpcError) as caught, caplog.at_level(logging.ERROR):
+        await stub.Generate(ask(), metadata=(("x-request-id", "gateway"),))
+    label, own_id = ids_of(caught.value.trailing_metadata())
+    assert label == "gateway" and own_id == cells.requests[-1].id and f"request {own_id}: internal" in caplog.text
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(ask(stop=["a"] * 17))
+    assert ids_of(caught.value.trailing_metadata())[0].startswith("req-")
+    assert details_of(caught.value, error_details_pb2.BadRequest) is not None
+
+
+def ids_of(metadata: Any) -> tuple[str, str]:
+    found = dict(metadata)
+    return found["x-request-id"], found["x-twotower-id"]
+
+
 async def test_beyond_what_the_cells_hold_is_refused_with_a_hint(cells: ScriptedCells) -> None:
     cells.pace_s = 0.02
     service = Generation(served_model(ByteTokenizer()), cells, admission=Admission(capacity=1, slots=1))
@@ -75,9 +118,6 @@ async def test_beyond_what_the_cells_hold_is_refused_with_a_hint(cells: Scripted
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             hint = details_of(caught.value, error_details_pb2.RetryInfo)
             assert isinstance(hint, error_details_pb2.RetryInfo) and 1 <= hint.retry_delay.seconds <= 60
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.Generate(pb.GenerateRequest(text="Hi", params=pb.DecodingParams(temperature=-3)))
-            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, "what is wrong is said all the same"
             assert (await stub.GetModelInfo(pb.GetModelInfoRequest())).model_name == "fake"
             assert (await running).text
     finally:
@@ -89,7 +129,7 @@ async def test_a_client_that_does_not_read_has_its_place_until_the_deadline(
 ) -> None:
     """Beyond some megabytes a write waits for the reader."""
     large = pb.GenerateStreamResponse(block=pb.CommittedBlock(text="x" * 3_000_000))
-    monkeypatch.setattr("cluster.grpc_service.chunk_messages", lambda order, chunk: [large])
+    monkeypatch.setattr("cluster.faces.grpc.service.chunk_messages", lambda order, chunk: [large])
     service = Generation(served_model(ByteTokenizer()), cells, default_timeout_s=0.3)
     async with grpc_server(service) as (address, _), grpc.aio.insecure_channel(address) as channel:
         call = Stub(channel).GenerateStream(ask())
@@ -109,12 +149,15 @@ async def test_a_write_to_a_client_that_has_gone_is_no_fault_of_ours(caplog: pyt
     codes = list[grpc.StatusCode]()
 
     class Gone:
-        async def abort_with_status(self, status: Any) -> None:
-            codes.append(status.code)
+        def trailing_metadata(self) -> None:
+            return None
+
+        async def abort(self, code: grpc.StatusCode, details: str, metadata: object) -> None:
+            codes.append(code)
 
     async def write(message: object, context: object) -> None:
         raise grpc.aio.InternalError("Failed to execute batch")
 
     with caplog.at_level(logging.ERROR):
-        await guarded(write, pb.GenerateRequest)(b"", Gone())
+        await guarded(write, pb.GenerateRequest, 256)(b"", Gone())
     assert codes == [grpc.StatusCode.CANCELLED] and not caplog.records

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.http import make_app
-from tests.cluster.fakes import ScriptedCells, generation, tokens
+from cluster.faces.http.service import make_app
+from tests.cluster.fakes import ScriptedCells, all_modes, generation, tokens
 from twotower.core import Mode, Request
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded, TwoTowerError, Unavailable
 
@@ -42,6 +42,8 @@ async def test_whole_answer_in_openai_shape(http: httpx.AsyncClient) -> None:
         "total_tokens": 3 + n,
         "num_steps": 20,
         "num_blocks": 10,
+        "num_drafted": 0,
+        "num_accepted": 0,
     }
 
 
@@ -151,7 +153,7 @@ async def test_all_prompts_of_a_call_share_its_deadline(http: httpx.AsyncClient,
     ids=["model", "names", "nested name", "value", "list", "stop", "path"],
 )
 async def test_messages_are_one_line_of_bounded_length(cells: ScriptedCells, method: str, path: str, body: Any) -> None:
-    app = make_app(generation(cells), lambda: True)
+    app = make_app(generation(cells), all_modes)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://fake") as http:
         error = (await http.request(method, path, json=body)).json()["error"]
     for text in (error["message"], error["param"] or ""):
@@ -170,12 +172,19 @@ async def test_a_stop_string_ends_text_and_tokens(http: httpx.AsyncClient, cells
 
 async def test_small_endpoints(http: httpx.AsyncClient, cells: ScriptedCells) -> None:
     [card] = (await http.get("/v1/models")).json()["data"]
-    assert card["id"] == "fake" and card["modes"] == ["diffusion", "mock_ar", "ar"] and card["max_model_len"] == 256
+    assert card["id"] == "fake" and card["modes"] == list(Mode) and card["max_model_len"] == 256
     assert (await http.get("/health")).status_code == 200
     assert (await http.get("/version")).json() == {"version": "0.1.0"}
-    assert (await http.get("/ready")).status_code == 200
+    ready = await http.get("/ready")
+    assert ready.status_code == 200
+    assert ready.json() == {"status": "ready", "modes": dict.fromkeys(Mode, True)}
+    cells.serves = {Mode.AR}
+    without_denoiser = await http.get("/ready")
+    assert without_denoiser.status_code == 200
+    assert without_denoiser.json()["modes"] == {mode: mode is Mode.AR for mode in Mode}
     cells.is_ready = False
     not_ready = await http.get("/ready")
+    assert not_ready.json()["status"] == "not ready" and not any(not_ready.json()["modes"].values())
     assert not_ready.status_code == 503 and "retry-after" in not_ready.headers
     assert (await http.get("/health")).status_code == 200
 
@@ -247,7 +256,7 @@ async def test_the_timeout_header_reaches_the_cell(http: httpx.AsyncClient, cell
 @pytest.mark.parametrize("after_s", [0.0, 0.03])
 async def test_a_client_that_leaves_frees_its_sequence(cells: ScriptedCells, stream: bool, after_s: float) -> None:
     cells.pace_s = 0.01
-    app = make_app(generation(cells), lambda: True)
+    app = make_app(generation(cells), all_modes)
     leaving = asyncio.Event()
     body = json.dumps({"prompt": ["Hi", "Ho"], "stream": stream}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -288,7 +297,7 @@ async def test_a_client_that_leaves_while_it_uploads_is_no_internal_error(
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
     with caplog.at_level(logging.INFO):
-        await make_app(generation(cells), lambda: True)(scope, receive, send)
+        await make_app(generation(cells), all_modes)(scope, receive, send)
     assert sent[0]["status"] == 499 and cells.requests == []
     assert caplog.text == ""
 

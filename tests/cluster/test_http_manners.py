@@ -2,17 +2,21 @@
 
 import asyncio
 import logging
+import subprocess
+import sys
 
 import httpx
 import pytest
 from ray.serve._private.http_util import RequestIdMiddleware
-from starlette.types import ASGIApp
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster.admission import Admission
-from cluster.generation import Generation
-from cluster.http import make_app
-from cluster.proxy_answers import ProxyAnswers
-from tests.cluster.fakes import ByteTokenizer, ScriptedCells, generation, served_model
+from cluster.faces.http.proxy_answers import ProxyAnswers
+from cluster.faces.http.service import make_app
+from cluster.runs.admission import Admission
+from cluster.runs.generation import Generation
+from cluster.runs.labels import is_label
+from tests.cluster.fakes import ByteTokenizer, ScriptedCells, all_modes, generation, served_model
 from tests.cluster.test_http import complete, events_of, raising
 from twotower.core import DecodingParams
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded, TwoTowerError, Unavailable
@@ -32,12 +36,29 @@ def behind_serve(app: ASGIApp) -> httpx.AsyncClient:
 async def test_one_request_id_header_behind_serves_proxy(
     cells: ScriptedCells, header: str | None, stream: bool
 ) -> None:
-    async with behind_serve(make_app(generation(cells), lambda: True)) as http:
+    async with behind_serve(make_app(generation(cells), all_modes)) as http:
         headers = {"x-request-id": header} if header else {}
         response = await http.post("/v1/completions", json={"prompt": "Hi", "stream": stream}, headers=headers)
     [shown] = response.headers.get_list("x-request-id")
     body = events_of(response.text)[0] if stream else response.json()
     assert body["request_id"] == shown == (header or shown) and body["id"] != shown
+
+
+UNUSABLE = ["a b", "x" * 129, "\xe9", "tab\there", ""]
+
+
+@pytest.mark.parametrize("header", UNUSABLE)
+async def test_a_header_that_cannot_be_a_label_is_left_out(cells: ScriptedCells, header: str) -> None:
+    """Nor does it come back, behind Serve's proxy or alone."""
+    app = make_app(generation(cells), all_modes)
+    for client in (behind_serve(app), client_of(app)):
+        async with client as http:
+            headers = {"x-request-id": header.encode("latin-1")}
+            plain = await http.post("/v1/completions", json={"prompt": "Hi"}, headers=headers)
+            named = await http.post("/v1/completions", json={"prompt": "Hi", "request_id": "mine"}, headers=headers)
+        [shown] = plain.headers.get_list("x-request-id")
+        assert plain.status_code == 200 and plain.json()["request_id"] == shown and is_label(shown)
+        assert named.json()["request_id"] == "mine"
 
 
 async def test_one_id_for_several_calls_at_once_is_fine(http: httpx.AsyncClient, cells: ScriptedCells) -> None:
@@ -83,10 +104,10 @@ async def test_head_is_get_without_a_body(http: httpx.AsyncClient, path: str) ->
 async def test_other_pages_may_read_answers_only_where_the_configuration_says_so(cells: ScriptedCells) -> None:
     asking = {"origin": "https://page.example", "access-control-request-method": "POST"}
     asking["access-control-request-headers"] = "authorization, content-type"
-    async with client_of(make_app(generation(cells), lambda: True)) as http:
+    async with client_of(make_app(generation(cells), all_modes)) as http:
         assert (await http.options("/v1/completions", headers=asking)).status_code == 405
     origins = ["https://page.example"]
-    async with client_of(make_app(generation(cells), lambda: True, cors_origins=origins)) as http:
+    async with client_of(make_app(generation(cells), all_modes, cors_origins=origins)) as http:
         allowed = await http.options("/v1/completions", headers=asking)
         assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == origins[0]
         assert "authorization" in allowed.headers["access-control-allow-headers"]
@@ -95,6 +116,64 @@ async def test_other_pages_may_read_answers_only_where_the_configuration_says_so
             assert answer.headers["access-control-allow-origin"] == origins[0]
         other = await http.post("/v1/completions", json={"prompt": "Hi"}, headers={"origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+ORIGIN = "https://page.example"
+ASKING = {"origin": ORIGIN, "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"origin": "https://other.example"}, "origin"), ({"access-control-request-method": "DELETE"}, "method")],
+)
+async def test_a_refused_preflight_is_told_as_what_it_is(
+    cells: ScriptedCells, change: dict[str, str], words: str
+) -> None:
+    async with behind_serve(make_app(generation(cells), all_modes, cors_origins=[ORIGIN])) as http:
+        refused = await http.options("/v1/completions", headers=ASKING | change)
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and error["type"] == "invalid_request_error"
+    assert error["message"] == f"Disallowed CORS {words}"
+    assert "access-control-allow-origin" not in refused.headers and "Origin" in refused.headers["vary"]
+
+
+@pytest.mark.parametrize("origins", [[ORIGIN], ["*"], []])
+async def test_a_page_that_may_read_answers_may_read_those_of_the_proxy(
+    cells: ScriptedCells, origins: list[str]
+) -> None:
+    """Its preflights pass too, or the browser would not send what follows."""
+    router, gone = make_app(generation(cells), all_modes, cors_origins=origins), False
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        await (PlainTextResponse("Path not found", 404) if gone else router)(scope, receive, send)
+
+    async with behind_serve(serve) as http:
+        await http.post("/v1/completions", json={"prompt": "Hi"}, headers={"origin": ORIGIN})
+        gone = True
+        answer = await http.post("/v1/completions", json={"prompt": "Hi"}, headers={"origin": ORIGIN})
+        preflight = await http.options("/v1/completions", headers=ASKING)
+        other = await http.post("/v1/completions", headers={"origin": "https://other.example"})
+        none = await http.post("/v1/completions")
+    assert answer.status_code == other.status_code == none.status_code == 503
+    readable = [response.headers.get("access-control-allow-origin") for response in (answer, preflight, other, none)]
+    if origins:
+        exposed = answer.headers["access-control-expose-headers"]
+        assert "Retry-After" in exposed and "x-should-retry" in exposed and preflight.status_code == 200
+    everybody = "https://other.example" if origins == ["*"] else None
+    assert readable == ([ORIGIN, ORIGIN, everybody, None] if origins else [None] * 4)
+
+
+async def test_the_proxy_forgets_a_page_that_may_not_read_any_more(cells: ScriptedCells) -> None:
+    allowed = make_app(generation(cells), all_modes, cors_origins=[ORIGIN])
+    routers: list[ASGIApp] = [PlainTextResponse("", 404), make_app(generation(cells), all_modes), allowed]
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        await routers.pop()(scope, receive, send)
+
+    async with behind_serve(serve) as http:
+        answers = [await http.get("/health", headers={"origin": ORIGIN}) for _ in range(3)]
+    shown = [answer.headers.get("access-control-allow-origin") for answer in answers]
+    assert shown == [ORIGIN, None, None] and answers[-1].status_code == 503
 
 
 @pytest.mark.parametrize(
@@ -117,7 +196,7 @@ async def test_sdks_are_told_whether_and_when_to_come_again(
 async def test_beyond_what_the_cells_hold_is_refused_at_once(cells: ScriptedCells) -> None:
     cells.pace_s = 60
     service = Generation(served_model(ByteTokenizer()), cells, at_once=2, admission=Admission(capacity=3, slots=2))
-    async with client_of(make_app(service, lambda: True)) as http:
+    async with client_of(make_app(service, all_modes)) as http:
         running = [asyncio.create_task(complete(http, prompt=prompt)) for prompt in (["a", "b", "c"], "d")]
         while cells.open < 3:
             await asyncio.sleep(0)
@@ -180,9 +259,9 @@ async def test_a_stream_that_a_dead_router_leaves_ends_with_an_error() -> None:
 async def test_a_stream_that_nobody_reads_has_its_place_until_the_deadline(
     cells: ScriptedCells, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.http._LAST_WORDS_S", 0.05)
+    monkeypatch.setattr("cluster.faces.http.service._LAST_WORDS_S", 0.05)
     service, begun = generation(cells), asyncio.Event()
-    app = make_app(service, lambda: True)
+    app = make_app(service, all_modes)
     parts = [{"type": "http.request", "body": b'{"prompt": "Hi", "stream": true}'}]
 
     async def receive() -> dict[str, object]:
@@ -200,3 +279,10 @@ async def test_a_stream_that_nobody_reads_has_its_place_until_the_deadline(
         assert service.admission.running == 1
         await call
     assert service.admission.running == cells.open == 0
+
+
+def test_a_proxy_loads_nothing_heavy() -> None:
+    heavy = "{'torch', 'grpc', 'ray', 'fastapi', 'pydantic', 'transformers'}"
+    script = f"import sys, cluster.faces.http.proxy_answers; sys.exit(' '.join({heavy} & sys.modules.keys()) or None)"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import client, run_state
-from cluster.invocation import command
+from cluster.cli import client
+from cluster.ops import run_state
+from cluster.ops.invocation import command
 from twotower.errors import ConfigError, Unavailable
 
 

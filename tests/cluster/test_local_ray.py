@@ -1,6 +1,8 @@
 """What a Ray of our own is told before it starts."""
 
+import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ from unittest import mock
 import grpc
 import pytest
 
-from cluster import local_ray, run_state
-from cluster.cli import main
+from cluster.cli.main import main
+from cluster.no_proxies import bypass_proxies
+from cluster.ops import local_ray, run_state
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server
 from tests.cluster.service import free_port
 from twotower.errors import ConfigError
@@ -50,6 +53,27 @@ def test_what_the_user_says_of_tokens_stays(name: str, value: str, started: list
     assert started[0]["token"] is None and os.environ[name] == value
 
 
+@pytest.mark.parametrize("while_it_starts", [True, False])
+def test_a_session_is_told_as_soon_as_it_is_there(while_it_starts: bool, tmp_path: Path) -> None:
+    """An older one of a process of the same number is not meant, nor is another process's."""
+    os.environ["RAY_TMPDIR"] = str(tmp_path)
+    earlier, ours = (tmp_path / "ray" / f"session_2026-0{month}-01_{os.getpid()}" for month in (1, 2))
+    earlier.mkdir(parents=True)
+    told, heard = list[str](), threading.Event()
+
+    def tell(session: str) -> None:
+        told.append(session)
+        heard.set()
+
+    with contextlib.suppress(KeyboardInterrupt), local_ray.session_told(tell):
+        (tmp_path / "ray" / f"session_2026-02-01_1{os.getpid()}").mkdir()
+        ours.mkdir()
+        if while_it_starts:
+            assert heard.wait(10)
+        raise KeyboardInterrupt
+    assert told == [str(ours)]
+
+
 def test_another_ray_has_its_own_token(started: list[dict[str, Any]]) -> None:
     for name in AUTH:
         os.environ.pop(name, None)
@@ -61,7 +85,7 @@ def test_a_full_disk_is_told_before_ray_starts(
     started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr("cluster.ray_room._free_bytes", lambda path: 5 * 2**20)
+    monkeypatch.setattr("cluster.ops.ray_room._free_bytes", lambda path: 5 * 2**20)
     ports = ["--set", f"ingress.http_port={free_port()}", "--set", f"ingress.grpc_port={free_port()}"]
     assert main(["up", *ports]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
@@ -94,7 +118,7 @@ async def test_grpc_goes_past_every_proxy(cells: ScriptedCells) -> None:
 
     with pytest.raises(grpc.aio.AioRpcError):
         await asked()
-    local_ray.bypass_proxies()
+    bypass_proxies()
     assert await asked() == "fake"
 
 

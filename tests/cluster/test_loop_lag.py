@@ -1,17 +1,37 @@
-"""No request makes a router's loop work for long at a time: the worst of each kind, as `benchmarks.loop_lag` asks them.
+"""No request holds up a router's loop for long: the worst of each kind, as `benchmarks.loop_lag` asks them.
 
-What counts is the processor time of the loop's own thread between two beats, which a busy machine does not lengthen.
+The measure is the processor time of this process between two beats: of the loop's own thread, and of other threads of
+ours that keep the interpreter's lock from the loop. Waiting for a core does not lengthen this time. But on a slow core,
+or one whose caches others use, the same work takes longer, so the measure is a ratio: to 100,000 additions just after.
+Code that holds the lock does so at each repeat, so the least of three is taken.
 """
 
+import time
+from collections.abc import Awaitable, Callable
 from functools import cache
 
 import pytest
 
-from benchmarks.loop_lag import GRPC_KINDS, KINDS, lag_of, open_faces
+from benchmarks.loop_lag import GRPC_KINDS, KINDS, Lag, lag_of, open_faces
 
+MOST = 8  # of these; they take 3 to 7 ms. What went wrong before took 50 ms to 1.5 s: 15 and more on the same machine
 _open = cache(open_faces)
-QUICK = {name for name in KINDS if name.startswith(("text that", "text: ", "stop strings", "an answer"))}
-REFUSED = {name for name in KINDS if "million" in name or "300,000" in name or "4 MB" in name}
+QUICK = {name for name in KINDS if name.startswith(("text that", "text: ", "stop strings", "an answer", "empty"))}
+REFUSED = {name for name in (*KINDS, *GRPC_KINDS) if "million" in name or "00,000" in name or "4 MB" in name}
+
+
+async def least(ask: Callable[[bytes], Awaitable[int]], body: bytes) -> tuple[int, float]:
+    """The status, and the lag in times of the additions."""
+    lags: list[tuple[Lag, float]] = [(await lag_of(ask, body), additions_s()) for _ in range(3)]
+    return lags[0][0].status, min(lag.lag_s / unit_s for lag, unit_s in lags)
+
+
+def additions_s() -> float:
+    """Processor seconds that the interpreter needs for 100,000 of them now."""
+    began, total = time.thread_time(), 0
+    for number in range(100_000):
+        total += number
+    return time.thread_time() - began
 
 
 @pytest.mark.parametrize(
@@ -19,15 +39,15 @@ REFUSED = {name for name in KINDS if "million" in name or "300,000" in name or "
 )
 async def test_the_worst_of_each_kind(kind: str) -> None:
     http, _, model = _open()
-    lag = await lag_of(http, KINDS[kind](model), repeats=1)
-    assert lag.statuses == ((400,) if kind in REFUSED else (200,))
-    assert lag.work_s < 0.06
+    status, lag = await least(http, KINDS[kind](model))
+    assert status == (400 if kind in REFUSED else 200)
+    assert lag < MOST
 
 
 @pytest.mark.parametrize("kind", GRPC_KINDS)
+@pytest.mark.slow
 async def test_the_worst_of_each_kind_over_grpc(kind: str) -> None:
-    """Reading 4 MiB into protobuf's own lists takes some 50 ms; refusing it must not add much."""
     _, grpc, model = _open()
-    lag = await lag_of(grpc, GRPC_KINDS[kind](model), repeats=1)
-    assert lag.statuses == (3,)
-    assert lag.work_s < 0.3
+    status, lag = await least(grpc, GRPC_KINDS[kind](model))
+    assert status == (3 if kind in REFUSED else 0)
+    assert lag < MOST

@@ -7,9 +7,9 @@ import pytest
 
 from cluster import message_size
 from cluster.config import ServiceConfig
-from cluster.event_lines import EventServer
 from cluster.message_size import BYTES_PER_TOKEN, LIMIT, VARIABLE, check_message_size, largest_message
-from cluster.remote_cells import RemoteCells
+from cluster.runs.cell_lines import CellLines
+from cluster.runs.remote_cells import RemoteCells
 from twotower.core import Request, RequestId
 from twotower.errors import ConfigError
 
@@ -49,7 +49,7 @@ async def test_the_largest_legal_request_reaches_the_cell(ray_cluster: None) -> 
     handle: Any = serve.run(serve.deployment(CountingCell).bind(), name="counting", route_prefix=None)
     try:
         request = Request(RequestId("r"), (100_000,) * TOKENS)
-        cells = RemoteCells(handle, EventServer())
+        cells = RemoteCells(handle, CellLines())
         assert await cells._run_on_cell.remote(request, 1.0, None) == TOKENS
     finally:
         serve.shutdown()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cluster.app import router_deployment
 from cluster.config import load_config
 from cluster.placing import Nodes, choose, missing
 
@@ -56,6 +57,25 @@ def test_auto(settings: str, nodes: Nodes, placement: str, device: str, why: str
     assert choice.why.startswith("placement ") and why in choice.why and "\n" not in choice.why
     again = choose(choice.config, gpu(4))  # a node that comes later changes nothing
     assert again.config == choice.config
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "routers", "why"),
+    [
+        ("", [], 1, "1 router: no node has cores"),
+        ("", cpu(8), 1, "1 router: one node has cores"),
+        ("", cpu(0, 8), 1, "1 router: one node has cores"),  # a head without cores takes none
+        ("", cpu(2, 2), 2, "2 routers: 2 nodes have cores"),
+        ("", gpu(1, 1, 1, 1), 2, "2 routers: 4 nodes have cores"),
+        ("1", cpu(2, 2), 1, "1 router, as configured"),
+        ("3", cpu(2), 3, "3 routers, as configured"),
+    ],
+)
+def test_a_router_survives_the_loss_of_a_node(asked: str, nodes: Nodes, routers: int, why: str) -> None:
+    choice = choose(load_config(None, [f"cluster.num_routers={asked}"] if asked else []), nodes)
+    assert choice.config.cluster.routers == routers and choice.why.endswith(f"; {why}")
+    assert router_deployment(choice.config).num_replicas == routers
+    assert choose(choice.config, cpu(1, 1, 1)).config == choice.config, "a node that comes later changes nothing"
 
 
 CELL = [{"CPU": 0.1}, {"CPU": 0.1, "GPU": 1.0}, {"CPU": 0.1, "GPU": 1.0}]

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster import ports
-from cluster.cli import main
-from cluster.ports import PortTaken, check_free, check_host
+from cluster.cli.main import main
+from cluster.ops import ports
+from cluster.ops.ports import PortTaken, check_free, check_host
 from tests.cluster.service import free_port
 
 HOLDS = """
 import sys
-from cluster import ports
+from cluster.ops import ports
 with ports.held(http_port=int(sys.argv[1])):
     print("held", flush=True)
     input()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import ray_room
-from cluster.ray_room import check_room, ray_directory
+from cluster.ops import ray_room
+from cluster.ops.ray_room import check_room, ray_directory
 from twotower.errors import ConfigError, Unavailable
 
 MIB = 2**20

@@ -4,8 +4,8 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from cluster.deadline import Deadline
-from cluster.generation import Ask, Generation
+from cluster.runs.deadline import Deadline
+from cluster.runs.generation import Ask, Generation
 from tests.cluster.fakes import ByteTokenizer, ScriptedCells, served_model, tokens
 from twotower.core import AnswerEvent, BlockEvent, FinishReason, Mode, Request, RequestId
 
@@ -32,7 +32,7 @@ async def test_usage_alone_and_joined(mode: str, steps: int, together: int) -> N
     cells.together = together
     service = Generation(served_model(ByteTokenizer()), cells)
     deadline = Deadline.after(60)
-    answer = await (await service.run(Ask("Hi", {"mode": mode}, stop="th"), deadline)).whole()
+    answer = await (await service.run(service.check(Ask("Hi", {"mode": mode}, stop="th")), deadline)).whole()
     assert answer.text == "All good " and answer.finish_reason is FinishReason.STOP
     usage = answer.usage
     assert (usage.completion_tokens, usage.num_blocks, usage.num_steps) == (11, 11, 11 * steps)

@@ -18,20 +18,22 @@ from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
-MODES = ("diffusion", "mock_ar", "ar")
+MODES = ("diffusion", "mock_ar", "ar", "verified")
 REQUESTS, TOKENS = 12, 160
+PATIENCE = {"queue_timeout_s": 120.0}  # on a busy machine another process takes longer than the usual half a minute
 
 
 @pytest.fixture(scope="module")
 def service(ray_cluster: None) -> Iterator[Service]:
-    with running_service(cell={"placement": "colocated"}, cluster={"min_cells": 2, "max_cells": 2}) as running:
+    cluster = {"min_cells": 2, "max_cells": 2, **PATIENCE}
+    with running_service(cell={"placement": "colocated"}, cluster=cluster) as running:
         yield running
 
 
 def _asked(number: int) -> pb.GenerateRequest:
-    mode = MODES[number % 3]
+    mode = MODES[number % len(MODES)]
     params = pb.DecodingParams(mode=f"MODE_{mode.upper()}", max_new_tokens=TOKENS, ignore_eos=True, seed=number)
-    params.temperature = 0.7 if number % 2 else 0.0
+    params.temperature = 0.7 if number // len(MODES) % 2 else 0.0
     if mode == "diffusion":
         params.confidence_threshold = 1.0  # a token a step
     return pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5 + number, 6, 7]), params=params)
@@ -89,7 +91,7 @@ async def test_runs_outlive_their_cell(service: Service, fault: str) -> None:
             await asyncio.sleep(0.005)
         victim = replicas[0].pid
         if fault == "tower killed":
-            victim = int((await service.stats()).places[0]["pid"])
+            victim = int((await service.stats()).homes[0]["pid"])
         os.kill(victim, signal.SIGSTOP if fault == "cell hung" else signal.SIGKILL)
         assert not running.done()
         try:
@@ -98,7 +100,8 @@ async def test_runs_outlive_their_cell(service: Service, fault: str) -> None:
             assert await _answers(stub) == undisturbed, "nobody is sent to the cell that hangs"
         finally:
             if fault == "cell hung":
-                os.kill(victim, signal.SIGCONT)
+                with contextlib.suppress(ProcessLookupError):  # on a busy machine Serve may have replaced it meanwhile
+                    os.kill(victim, signal.SIGCONT)
         await _two_cells()
 
 

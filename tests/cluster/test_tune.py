@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import main
-from cluster.client import Refused
-from cluster.tune import sweep
-from cluster.tune.questions import Question, read_questions
-from cluster.tune.recommendation import Rated, advise, rate
-from cluster.tune.sweep import Answered, Pass
+from cluster.cli.client import Refused
+from cluster.cli.main import main
+from cluster.cli.tune import sweep
+from cluster.cli.tune.questions import Question, read_questions
+from cluster.cli.tune.recommendation import Rated, advise, rate
+from cluster.cli.tune.sweep import Answered, Pass
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
 from twotower.core import BlockEvent, FinishReason, Mode, Request
 from twotower.errors import InvalidRequest, Overloaded, TwoTowerError
@@ -86,7 +86,9 @@ def test_the_fastest_threshold_that_agrees_with_ar(
     assert "> γ 0.7" in said and "Take γ 0.7." in said and "decode.confidence_threshold=0.7" in said
     assert f"on {address}, 2 at once" in said
     # Eight of eight may be luck: 0.98 ** 183 is 2.5 %.
-    assert "Not certain: its interval begins at 63.1 %, below the floor; about 175 more prompts would tell." in said
+    assert (
+        "Not certain: the interval begins at 63.1 %, below the floor; about 175 more prompts would settle it." in said
+    )
     asked = [(request.params.mode, request.params.confidence_threshold) for request in cells.requests]
     assert [mode for mode, _ in asked].count(Mode.AR) == 8 + 2
     assert {request.params.temperature for request in cells.requests} == {0.0}
@@ -103,6 +105,7 @@ def test_json_and_files(address: str, prompts: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_cut_short_goes_on(
     address: str, cells: GammaCells, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,7 +113,7 @@ def test_a_sweep_that_was_cut_short_goes_on(
     arguments += ["--confidence-thresholds", "0.5,0.7,1"]
     cells.broken_at = 0.7
     assert main(arguments) == 1
-    assert "2 passes are kept; --resume goes on from there" in capsys.readouterr().err
+    assert "2 passes are kept; --resume continues from there" in capsys.readouterr().err
     cells.broken_at = None
     cells.requests.clear()
     assert main(arguments) == 2
@@ -121,7 +124,7 @@ def test_a_sweep_that_was_cut_short_goes_on(
     assert main([*arguments, "--resume"]) == 0
     assert {request.params.confidence_threshold for request in cells.requests} == {0.7, 1.0}
     said = capsys.readouterr().out
-    assert "Take γ 0.7." in said and "in more than one sitting" in said
+    assert "Take γ 0.7." in said and "in several runs" in said
     assert json.loads((tmp_path / "t.json").read_text())["resumed"] is True
     assert not (tmp_path / "t.part").exists(), "all of it is in the other files now"
     assert main(arguments) == 0, "and nothing is in the way of the next run"

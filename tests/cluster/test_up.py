@@ -1,16 +1,12 @@
-"""`python -m cluster up` from another directory, in a machine with a proxy and an unwritable home, and two at once: one
-serves, with this checkout's code, on loopback only, and leaves nothing."""
+"""Two `python -m cluster up` at once, from another directory, on a machine with a proxy and an unwritable home.
+
+One serves, with this checkout's code, on loopback only, and leaves nothing."""
 
 import ipaddress
-import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,12 +15,11 @@ import psutil
 import pytest
 
 from tests.cluster.service import free_port
-from tests.goldens import VENDORED
+from tests.cluster.up_process import CHECKOUT, STOP_S, UpProcess, first_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-START_S, STOP_S, SAMPLE_S = 120, 30, 0.5
+SAMPLE_S = 0.5
 # Ray's own servers bind every interface and cannot be told otherwise; how many of them each of its processes has.
 # Whatever we listen on ourselves (HTTP, gRPC, the exchange) comes on top of these and must be on loopback.
 RAYS_OWN = {"ray::ServeReplica": 2, "ray::DashboardAgent": 2, "ray::": 1, "gcs_server": 3, "raylet": 4, "python": 3}
@@ -61,88 +56,34 @@ class Sampler:
         assert not self._thread.is_alive()
 
 
-class Up:
-    """A running `up` and everything it has said."""
+class Up(UpProcess):
+    """A running `up` whose sockets are watched."""
 
     def __init__(self, http: int, grpc: int, *settings: str) -> None:
-        self.http, self.grpc = http, grpc
-        command = [sys.executable, "-m", "cluster", "up", "--verbose"]
-        for setting in (f"ingress.http_port={self.http}", f"ingress.grpc_port={self.grpc}", *settings):
-            command += ["--set", setting]
         environment = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON} | ADVERSE
-        self.process = subprocess.Popen(
-            command, cwd="/", env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        super().__init__(http, grpc, *settings, flags=("--verbose",), environment=environment, cwd=Path("/"))
         self.sampler = Sampler(self.processes)
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        self.lines.extend(iter(self.process.stdout.readline, ""))
-
-    @property
-    def said(self) -> str:
-        return "".join(self.lines)
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_S
-        while "Ctrl-C stops it" not in self.said:
-            assert self.process.poll() is None, self.said
-            assert time.monotonic() < deadline, self.said
-            time.sleep(0.1)
-
-    def processes(self) -> list[psutil.Process]:
-        me = psutil.Process(self.process.pid)
-        return [me, *me.children(recursive=True)]
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGINT)
+    def ended(self, within_s: float = STOP_S) -> int:
         try:
-            return self.process.wait(STOP_S)
+            return super().ended(within_s)
         finally:
-            self.process.kill()
             self.sampler.stop()
-            self._reader.join(5)
-            assert self.process.stdout is not None
-            self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
 def up() -> Iterator[Up]:
-    checkpoint = f"model.checkpoint={(VENDORED / 'tt_moe').resolve()}"
     http, grpc = free_port(), free_port()
-    settings = (checkpoint, "cell.placement=split", "cell.device=cpu", "cell.max_sequences=8")
-    running, refused = _first_of(Up(http, grpc, *settings), Up(http, grpc, *settings))
+    settings = ("cell.placement=split", "cell.device=cpu", "cell.max_sequences=8")
+    running, refused = first_of(Up(http, grpc, *settings), Up(http, grpc, *settings))
     try:
-        assert refused.stop() == 1
+        assert refused.ended() == 1
         assert f"{http}: another `up` has it" in refused.said and "starting Ray" not in refused.said, refused.said
         running.wait_until_ready()
         yield running
     finally:
         if running.process.poll() is None:
             running.stop()
-
-
-def _first_of(*both: Up) -> tuple[Up, Up]:
-    """Two started together on the same ports: the one that stays, and the one that has ended."""
-    deadline = time.monotonic() + START_S
-    while True:
-        ended = [up for up in both if up.process.poll() is not None]
-        if ended:
-            [running] = [up for up in both if up not in ended]
-            return running, ended[0]
-        assert time.monotonic() < deadline, "\n".join(up.said for up in both)
-        time.sleep(0.1)
-
-
-def _ask(up: Up) -> list[int]:
-    body = {"prompt": [1, 5, 9], "max_tokens": 20, "ignore_eos": True}
-    request = urllib.request.Request(f"http://127.0.0.1:{up.http}/v1/completions", json.dumps(body).encode())
-    with urllib.request.urlopen(request, timeout=30) as response:
-        tokens: list[int] = json.load(response)["choices"][0]["token_ids"]
-    return tokens
 
 
 def test_every_process_runs_this_checkout(up: Up) -> None:
@@ -160,7 +101,7 @@ def test_nothing_but_loopback(up: Up) -> None:
     assert before > 0, "nothing was sampled while the service started"
     deadline = time.monotonic() + 30
     while up.sampler.samples < before + 5:
-        assert len(_ask(up)) == 20
+        assert len(up.ask()["choices"][0]["token_ids"]) == 20
         assert up.sampler.error is None and time.monotonic() < deadline
     assert not up.sampler.outside
 

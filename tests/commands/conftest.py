@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from tests.commands.running import Run
-from tests.decoding.tokenizers_for_tests import metaspace, save
 from tests.model.checkpoints import config_of, tensors_of, write
+from tests.text.tokenizers_for_tests import metaspace, save
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,18 @@ from twotower.commands import main
 from twotower.core import BlockEvent, FinishReason, Request
 
 IDS_ONLY = str(VENDORED / "tt_moe")
-RESULT = ["token_ids", "text", "finish_reason", "num_steps", "num_blocks", "mode", "seconds", "seed"]
+RESULT = [
+    "token_ids",
+    "text",
+    "finish_reason",
+    "num_steps",
+    "num_blocks",
+    "num_drafted",
+    "num_accepted",
+    "mode",
+    "seconds",
+    "seed",
+]
 GOOD = ["--checkpoint", IDS_ONLY, "--prompt-token-ids", "5,6"]
 
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import twotower
 from tests.commands.readme import README
 from tests.commands.running import Run, json_lines, results_of
@@ -30,6 +32,7 @@ def test_prompts_of_readme_and_help_stand_in_the_card() -> None:
         assert _told(text) and _told(text) <= _answers().keys()
 
 
+@pytest.mark.slow
 def test_the_cards_answers(tmp_path: Path, run: Callable[..., Run]) -> None:
     asked = [(prompt, mode) for prompt in _answers() for mode in MODES]
     assert len(asked) >= 2 * 6

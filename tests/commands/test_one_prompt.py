@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.commands.running import IDS_ONLY, RESULT, Run, fake_pair
-from tests.decoding.tokenizers_for_tests import metaspace
 from tests.goldens import vendored
 from tests.model.checkpoints import base_tensors, config_of, tensors_of, write
+from tests.text.tokenizers_for_tests import metaspace
 from twotower.commands import main
 from twotower.core import Mode
 
@@ -36,6 +36,7 @@ def test_golden_tokens_as_json(mode: Mode, run: Callable[..., Run]) -> None:
     assert result["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_text_is_streamed_and_summed_up(with_text: str, run: Callable[..., Run]) -> None:
     common = ["--checkpoint", with_text, "--prompt", "the quick", "--max-new-tokens", "40", "--ignore-eos"]
     result = run(*common, "--json").result
@@ -58,6 +59,7 @@ def test_token_ids_are_shown_where_there_is_no_tokenizer(run: Callable[..., Run]
     assert [int(token) for token in run(*common).out.split()] == wanted
 
 
+@pytest.mark.slow
 def test_stop_strings_and_stop_tokens(with_text: str, run: Callable[..., Run]) -> None:
     common = ["--checkpoint", with_text, "--prompt", "the quick", "--max-new-tokens", "40", "--ignore-eos", "--json"]
     whole = run(*common).result
@@ -73,6 +75,7 @@ def test_stop_strings_and_stop_tokens(with_text: str, run: Callable[..., Run]) -
     assert cut["token_ids"] == whole["token_ids"][: whole["token_ids"].index(token) + 1]
 
 
+@pytest.mark.slow
 def test_the_seed_is_drawn_reported_and_decides(run: Callable[..., Run]) -> None:
     common = ["--checkpoint", IDS_ONLY, "--prompt-token-ids", "5", "--temperature", "1", "--json"]
     common += ["--max-new-tokens", "24", "--ignore-eos"]

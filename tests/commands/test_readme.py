@@ -17,9 +17,9 @@ import httpx
 import pytest
 import torch
 
-from cluster import deployment
-from cluster.cli import main as cluster_main
+from cluster.cli.main import main as cluster_main
 from cluster.config import ServiceConfig
+from cluster.ops import deployment
 from tests.cluster.service import free_port
 from tests.commands.readme import (
     ANYTHING,
@@ -87,7 +87,7 @@ def test_commands_in_passing(words: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_settings(told: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """They mean a service of that checkpoint."""
     configs: list[ServiceConfig] = []
-    monkeypatch.setattr("cluster.up.Up.run", lambda self: configs.append(self._config))
+    monkeypatch.setattr("cluster.cli.up.Up.run", lambda self: configs.append(self._config))
     monkeypatch.chdir(ROOT)
     checkpoint = str(VENDORED / "tt_moe")
     arguments = shlex.split(told.line.replace("DIR", checkpoint))
@@ -121,7 +121,7 @@ def test_what_the_first_start_prints(
 
 @dataclass(frozen=True)
 class Live:
-    """The service that `make serve` starts, but on free ports: where it listens, what it printed until it was ready,
+    """The service that `make serve` starts, but on free ports. Where it listens, what it printed until it was ready,
     and the environment in which the other commands find it."""
 
     http: str

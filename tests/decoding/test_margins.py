@@ -26,6 +26,7 @@ def _moved(logits_RX: Tensor, margin_R: Tensor, seed: int, most: float = 1.0) ->
 
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(steps(), st.integers(0, 10**6))
+@pytest.mark.slow
 def test_a_step_stands_whatever_is_smaller_than_its_margin(step: tuple[Tensor, Blocks], seed: int) -> None:
     logits, blocks = step
     result = decide(logits, blocks)
@@ -55,6 +56,7 @@ def token_rows(draw: st.DrawFn) -> tuple[Tensor, list[TokenParams]]:
 
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(token_rows(), st.integers(0, 10**6))
+@pytest.mark.slow
 def test_a_token_stands_whatever_is_smaller_than_its_margin(rows: tuple[Tensor, list[TokenParams]], seed: int) -> None:
     logits, params = rows
     result = sample(logits, params)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.goldens import CPU
+from twotower.core import MAX_SEED
 from twotower.decoding.randomness import step_key, uniform
-from twotower.validation import MAX_SEED
 
 KEYS = [step_key(seed, block, step) for seed in (0, 1, 2) for block in (0, 1, 2) for step in (0, 1, 2)]
 

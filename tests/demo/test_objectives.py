@@ -114,6 +114,7 @@ def _serve_one(
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_new_denoiser_predicts_as_the_tower_it_copies(towers: tuple[ContextTower, DenoiserTower]) -> None:
     context, _ = towers
     denoiser = new_denoiser_tower(context, torch.Generator().manual_seed(2))

@@ -20,6 +20,7 @@ def test_all_directions_of_a_step_are_about_equally_long(shape: tuple[int, ...])
     assert values.min() > 0.5 and values.max() < 1.3
 
 
+@pytest.mark.slow
 def test_a_batch_of_matrices_moves_as_each_alone() -> None:
     generator = torch.Generator().manual_seed(1)
     together = torch.nn.Parameter(torch.randn(3, 8, 4, generator=generator))

@@ -19,7 +19,8 @@ def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": value for name, tower in both.items() for key, value in tower.state_dict().items()}
 
 
-@pytest.mark.parametrize("stop_after", [2, 3, 4])
+@pytest.mark.parametrize("stop_after", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(
     tiny_recipe: Recipe, tokenizer: BpeTokenizer, output: Path, tmp_path: Path, stop_after: int
 ) -> None:

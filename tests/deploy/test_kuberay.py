@@ -1,200 +1,273 @@
-"""The RayService manifests: valid for the operator, for Serve and for our configuration, and big enough for a cell."""
+"""What the chart makes, committed in deploy/kuberay and rendered for each of its values files: valid for the operator,
+for Serve and for our configuration, and one with itself: every size, port, name and time."""
 
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
-from typing import Any
+from functools import cache
 
 import pytest
-import yaml
-from ray.serve.schema import ServeDeploySchema
+from ray.serve import Application
 
 from actors.settings import bundles
-from cluster.app import cell_settings, router_deployment
-from cluster.config import ServiceConfig
-from tests.deploy.crd import problems
+from cluster import app
+from cluster.app import cell_settings
+from cluster.message_size import largest_message
+from cluster.ops.local_ray import _SETTINGS
+from cluster.router import LAST_WORDS_S
+from scripts import chart
+from tests.deploy import crd
+from tests.deploy.chart import VALUES, rendered
+from tests.deploy.rendered import Group, Object, Rendered
 from twotower.errors import ConfigError
 
-_DIRECTORY = Path(__file__).resolve().parents[2] / "deploy" / "kuberay"
-NAMES = sorted(path.name for path in _DIRECTORY.glob("*.yaml"))
-MANIFESTS = pytest.mark.parametrize("name", NAMES)
-_DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-
-Manifest = dict[str, Any]
+_DIRECTORY = chart.ROOT / "deploy" / "kuberay"
+COMMITTED = sorted(path.name for path in _DIRECTORY.glob("*.yaml"))
+ROUTER = "twotower_router"
 
 
-def _manifest(name: str) -> Manifest:
-    manifest: Manifest = yaml.safe_load((_DIRECTORY / name).read_text(encoding="utf-8"))
-    return manifest
+@cache
+def _committed(name: str) -> Rendered:
+    return Rendered.load(_DIRECTORY / name)
 
 
-def _serve(manifest: Manifest) -> Manifest:
-    serve: Manifest = yaml.safe_load(manifest["spec"]["serveConfigV2"])
-    return serve
+@pytest.fixture(params=[*COMMITTED, *(pytest.param(name, marks=pytest.mark.slow) for name in VALUES)])
+def made(request: pytest.FixtureRequest) -> Rendered:
+    return _committed(request.param) if request.param in COMMITTED else rendered(request.param)
 
 
-def _config(manifest: Manifest) -> ServiceConfig:
-    [application] = _serve(manifest)["applications"]
-    return ServiceConfig.parse(application["args"])
+def _router_options(made: Rendered) -> Object:
+    [application] = made.deployed.applications
+    [router] = application.deployments
+    assert router.name == "Router"
+    options: Object = router.ray_actor_options.model_dump(exclude_unset=True)  # type: ignore[union-attr]
+    return options
 
 
-def _head(manifest: Manifest) -> Manifest:
-    head: Manifest = manifest["spec"]["rayClusterConfig"]["headGroupSpec"]
-    return head
-
-
-def _workers(manifest: Manifest) -> Manifest:
-    [group] = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    workers: Manifest = group
-    return workers
-
-
-def _container(group: Manifest) -> Manifest:
-    [container] = group["template"]["spec"]["containers"]
-    only: Manifest = container
-    return only
-
-
-def _environment(group: Manifest) -> dict[str, str]:
-    return {variable["name"]: variable["value"] for variable in _container(group)["env"]}
-
-
-def _ports(group: Manifest) -> dict[str, int]:
-    return {port["name"]: port["containerPort"] for port in _container(group)["ports"]}
-
-
-@MANIFESTS
+@pytest.mark.parametrize("name", COMMITTED)
+@pytest.mark.slow
 def test_valid_for_the_operator(name: str) -> None:
-    assert problems(_manifest(name)) == []
+    assert crd.problems(_committed(name).service) == []
 
 
-def _unknown_field(manifest: Manifest) -> None:
-    _workers(manifest)["minReplica"] = 1
+def _unknown_field(service: Rendered) -> None:
+    service.cells.spec["minReplica"] = 1
 
 
-def _wrong_type(manifest: Manifest) -> None:
-    _workers(manifest)["maxReplicas"] = "two"
+def _wrong_type(service: Rendered) -> None:
+    service.cells.spec["maxReplicas"] = "two"
 
 
-def _missing_template(manifest: Manifest) -> None:
-    del _workers(manifest)["template"]
+def _missing_template(service: Rendered) -> None:
+    del service.cells.spec["template"]
 
 
-def _start_parameter_of_wrong_type(manifest: Manifest) -> None:
-    _head(manifest)["rayStartParams"]["num-cpus"] = 0
+def _start_parameter_of_wrong_type(service: Rendered) -> None:
+    service.head.spec["rayStartParams"]["num-cpus"] = 0
 
 
-def _container_without_name(manifest: Manifest) -> None:
-    del _container(_head(manifest))["name"]
+def _container_without_name(service: Rendered) -> None:
+    del service.head.container["name"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "path"),
     [
-        (_unknown_field, "workerGroupSpecs[0]"),
+        (_unknown_field, "workerGroupSpecs[1]"),
         (_wrong_type, "maxReplicas"),
-        (_missing_template, "workerGroupSpecs[0]"),
+        (_missing_template, "workerGroupSpecs[1]"),
         (_start_parameter_of_wrong_type, "num-cpus"),
         (_container_without_name, "containers[0]"),
     ],
 )
-def test_mistakes_are_found(spoil: Callable[[Manifest], None], path: str) -> None:
-    manifest = deepcopy(_manifest("rayservice.yaml"))
-    spoil(manifest)
-    [problem] = problems(manifest)
+def test_mistakes_are_found(spoil: Callable[[Rendered], None], path: str) -> None:
+    spoilt = deepcopy(_committed("rayservice.yaml"))
+    spoil(spoilt)
+    [problem] = crd.problems(spoilt.service)
     assert path in problem
 
 
-@MANIFESTS
-def test_the_serve_config_is_valid_for_serve_and_for_us(name: str) -> None:
-    manifest = _manifest(name)
-    deployed = ServeDeploySchema.model_validate(_serve(manifest))
-    [application] = deployed.applications
+def test_the_serve_config_is_valid_for_serve_and_for_us(made: Rendered) -> None:
+    [application] = made.deployed.applications
     assert (application.import_path, application.route_prefix) == ("cluster.app:build", "/")
-    cell = _config(manifest).cell
+    cell = made.config.cell
     assert "auto" not in (cell.placement, cell.device), "what pods are there when it is built must not decide"
 
 
 def test_a_typo_in_our_settings_is_found() -> None:
-    [application] = _serve(_manifest("rayservice.yaml"))["applications"]
-    application["args"]["cell"]["placment"] = "split"
+    made = deepcopy(_committed("rayservice.yaml"))
+    made.service["spec"]["serveConfigV2"] = made.service["spec"]["serveConfigV2"].replace("placement:", "placment:")
     with pytest.raises(ConfigError, match="did you mean placement"):
-        ServiceConfig.parse(application["args"])
+        _ = made.config
 
 
-@MANIFESTS
-def test_a_worker_pod_is_a_cell(name: str) -> None:
-    """All bundles of a cell and every router fit one pod, and its GPUs are exactly one cell's."""
-    manifest = _manifest(name)
-    config, limits = _config(manifest), _container(_workers(manifest))["resources"]["limits"]
-    gpus = limits.get("nvidia.com/gpu", 0)
-    wanted = bundles(cell_settings(config))
-    router = router_deployment(config).ray_actor_options
-    assert router is not None
-    routers = config.cluster.num_routers * router["num_cpus"]
-    assert sum(bundle["CPU"] for bundle in wanted) + routers <= float(limits["cpu"])
-    assert sum(bundle.get("GPU", 0) for bundle in wanted) == gpus
+def test_our_code_builds_what_serve_is_sent(made: Rendered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On nothing but the head: no pod of a worker need be there. Serve lets the chart's options take ours' place."""
+    monkeypatch.setattr(app, "nodes_there", lambda: [{"CPU": 0.0}])
+    [application] = made.serve["applications"]
+    router = app.build(application["args"])._bound_deployment
+    [cells] = [part for part in router.init_args if isinstance(part, Application)]
+    deployments = {deployment.name: deployment for deployment in (router, cells._bound_deployment)}
+    assert {told["name"] for told in application["deployments"]} <= deployments.keys()
+    assert router.num_replicas == made.config.cluster.routers
+    for deployment in deployments.values():
+        assert deployment._deployment_config.max_constructor_retry_count == made.config.cluster.start_tries
+        assert deployment._deployment_config.graceful_shutdown_timeout_s < made.cells.drain_s
 
 
-@MANIFESTS
-def test_there_is_a_pod_for_every_cell(name: str) -> None:
-    manifest = _manifest(name)
-    workers, cluster = _workers(manifest), _config(manifest).cluster
-    assert (workers["minReplicas"], workers["maxReplicas"]) == (cluster.min_cells, cluster.max_cells)
-    scales = cluster.min_cells < cluster.max_cells
-    assert manifest["spec"]["rayClusterConfig"].get("enableInTreeAutoscaling", False) is scales
+def test_a_cells_pod_is_a_cell(made: Rendered) -> None:
+    """All bundles of a cell fit one pod, and its GPUs are exactly one cell's."""
+    limits = made.cells.limits
+    wanted = bundles(cell_settings(made.config))
+    assert sum(bundle["CPU"] for bundle in wanted) <= float(limits["cpu"])
+    assert sum(bundle.get("GPU", 0) for bundle in wanted) == limits.get("nvidia.com/gpu", 0)
+    assert made.cells.container["resources"]["requests"].get("nvidia.com/gpu", 0) == limits.get("nvidia.com/gpu", 0)
 
 
-@MANIFESTS
-def test_device_does_not_depend_on_which_pods_are_up(name: str) -> None:
-    assert _config(_manifest(name)).cell.device != "auto"
+def test_there_is_a_pod_for_every_cell(made: Rendered) -> None:
+    spec, cluster = made.cells.spec, made.config.cluster
+    assert spec["replicas"] == spec["minReplicas"] == cluster.min_cells
+    spare = spec["maxReplicas"] - cluster.max_cells
+    # On CPUs a new cell shares the old one's pod.
+    assert (spare > 0) is (cluster.surge and made.config.cell.device == "cuda")
+    assert made.cluster["enableInTreeAutoscaling"] is True
 
 
-@MANIFESTS
-def test_ports_agree_everywhere(name: str) -> None:
-    manifest = _manifest(name)
-    ingress = _config(manifest).ingress
+def test_routers_have_pods_of_their_own_and_nothing_else_fits_there(made: Rendered) -> None:
+    spec, options = made.routers.spec, _router_options(made)
+    assert spec["replicas"] == spec["minReplicas"] == made.config.cluster.num_routers
+    assert spec["maxReplicas"] == 2 * spec["minReplicas"], "a change starts new ones before the old ones go"
+    assert made.config.cluster.routers >= 2
+    assert spec["resources"] == {"CPU": "0", ROUTER: "1"}, "so a pod that comes back gets the router that waits"
+    assert options == {"num_cpus": 0, "resources": {ROUTER: 1}}
+    assert all(ROUTER not in group.spec.get("resources", {}) for group in (made.head, made.cells))
+    # A cell asks for CPUs, of which such a pod has none.
+    assert all(bundle["CPU"] > 0 for bundle in bundles(cell_settings(made.config)))
+
+
+def test_routers_are_spread(made: Rendered) -> None:
+    [spread] = made.routers.pod["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"].items() <= made.routers.labels.items()
+
+
+def test_ports_agree_everywhere(made: Rendered) -> None:
+    ingress = made.config.ingress
     wanted = {"serve": ingress.http_port, "serve-grpc": ingress.grpc_port}
-    assert _serve(manifest)["http_options"] == {"host": "0.0.0.0", "port": ingress.http_port}
+    assert made.serve["http_options"] == {"host": "0.0.0.0", "port": ingress.http_port}
     assert ingress.host == "0.0.0.0"
-    assert _ports(_workers(manifest)) == wanted
-    assert _ports(_head(manifest)).items() >= wanted.items()
-    probe = _container(_workers(manifest))["readinessProbe"]["exec"]["command"][-1]
-    assert f"localhost:{ingress.http_port}/-/healthz" in probe and f"/{ingress.grpc_port}'" in probe
+    assert made.routers.ports == wanted | {"metrics": 8080}
+    assert made.head.ports.items() >= made.routers.ports.items()
+    for port in made.service["spec"]["serveService"]["spec"]["ports"]:
+        assert (port["port"], port["targetPort"]) == (wanted.pop(port["name"]), port["name"])
+    assert not wanted
 
 
-@MANIFESTS
-def test_the_head_runs_nothing_of_ours_and_gets_no_requests(name: str) -> None:
-    manifest = _manifest(name)
-    assert _head(manifest)["rayStartParams"]["num-cpus"] == "0"
-    assert manifest["spec"]["excludeHeadPodFromServeSvc"] is True
+def test_only_routers_get_requests(made: Rendered) -> None:
+    """The Service finds its ports by their names, and a cell's pod has none of these."""
+    assert made.cells.ports == {"metrics": 8080}
+    assert made.service["spec"]["excludeHeadPodFromServeSvc"] is True
+    assert made.head.spec["rayStartParams"]["num-cpus"] == "0"
 
 
-@MANIFESTS
-def test_nothing_reports_to_anybody(name: str) -> None:
-    manifest = _manifest(name)
-    for group in (_head(manifest), _workers(manifest)):
-        environment = _environment(group)
-        assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+def test_a_pod_is_ready_when_a_cell_answers(made: Rendered) -> None:
+    ingress = made.config.ingress
+    for group in (made.routers, made.cells):
+        assert f"http://localhost:{ingress.http_port}/ready" in group.probe
+    assert f"/dev/tcp/127.0.0.1/{ingress.grpc_port}'" in made.routers.probe
+
+
+def test_every_process_has_what_a_local_service_has(made: Rendered) -> None:
+    """`up` sets the same for its own Ray."""
+    wanted = {name: value for name, value in _SETTINGS.items() if name.startswith(("RAY_SERVE_", "RAY_USAGE_"))}
+    for group in made.groups:
+        environment = group.environment
+        assert environment.items() >= wanted.items()
         assert environment["RAY_USAGE_STATS_REPORT_URL"].startswith("http://127.0.0.1:")
+        limit = int(environment["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"])
+        assert largest_message(made.config.engine.max_sequence_length) <= limit
 
 
-def test_streams_may_finish_before_a_pod_ends() -> None:
-    manifest = _manifest("rayservice.yaml")
-    workers = _workers(manifest)
-    drain = float(_environment(workers)[_DRAIN_VARIABLE])
-    assert _config(manifest).cluster.drain_timeout_s < drain
-    assert drain < workers["template"]["spec"]["terminationGracePeriodSeconds"]
+def test_streams_may_finish_before_a_pod_ends(made: Rendered) -> None:
+    drain = made.config.cluster.drain_timeout_s
+    for group in (made.routers, made.cells):
+        assert drain + 2 * LAST_WORDS_S < group.drain_s < group.grace_s
 
 
-def test_the_checkpoint_is_on_a_mounted_volume() -> None:
-    manifest = _manifest("rayservice.yaml")
-    pod = _workers(manifest)["template"]["spec"]
-    mounts = {mount["mountPath"]: mount["name"] for mount in _container(_workers(manifest))["volumeMounts"]}
-    [path] = [path for path in mounts if _config(manifest).model.checkpoint.startswith(f"{path}/")]
-    [volume] = [volume for volume in pod["volumes"] if volume["name"] == mounts[path]]
-    assert "persistentVolumeClaim" in volume
+def test_the_head_outlives_the_drain_of_the_others(made: Rendered) -> None:
+    assert made.cells.drain_s < made.head.drain_s < made.head.grace_s
+    assert max(made.cells.grace_s, made.routers.grace_s) <= made.head.drain_s
+    assert made.service["spec"]["rayClusterDeletionDelaySeconds"] > made.config.cluster.drain_timeout_s
+
+
+def test_a_cell_may_fail_to_start_and_take_its_time(made: Rendered) -> None:
+    """118 GB come from a volume at 100 MB/s in 20 minutes."""
+    config = made.config
+    assert config.cluster.start_tries > 1
+    wanted_s = 0 if config.model.checkpoint == "demo" else 118e9 / 100e6
+    assert min(config.engine.start_timeout_s, config.engine.mend_timeout_s) > wanted_s
+
+
+def test_the_checkpoint_is_on_a_mounted_volume(made: Rendered) -> None:
+    checkpoint = made.config.model.checkpoint
+    for group in (made.routers, made.cells):
+        found = [volume for path, volume in group.mounts.items() if checkpoint.startswith(f"{path}/")]
+        assert len(found) == (checkpoint != "demo")
+        assert all("persistentVolumeClaim" in volume for volume in found)
+    assert made.cells.mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+
+
+def test_pods_are_restricted(made: Rendered) -> None:
+    """Kubernetes' Pod Security Standard `restricted`, of everything that a pod of ours starts."""
+    for group in made.groups:
+        _assert_restricted(group)
+    _assert_confined(made.cluster["autoscalerOptions"])
+
+
+def _assert_restricted(group: Group) -> None:
+    security = group.pod["securityContext"]
+    assert security["runAsNonRoot"] is True and security["runAsUser"] == 1000
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in [group.container, *group.pod.get("initContainers", [])]:
+        _assert_confined(container)
+    allowed = {"name", "persistentVolumeClaim", "emptyDir", "ephemeral", "csi", "image", "secret"}
+    assert all(volume.keys() <= allowed for volume in group.pod.get("volumes", []))
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & group.pod.keys()
+
+
+def _assert_confined(container: Object) -> None:
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def test_kuberays_own_labels_stay(made: Rendered) -> None:
+    """Its Service of the head selects by these."""
+    for group in made.groups:
+        assert not {"app.kubernetes.io/name", "app.kubernetes.io/created-by"} & group.labels.keys()
+
+
+def test_budgets_select_pods_and_leave_room(made: Rendered) -> None:
+    budgets = {budget["metadata"]["name"]: budget["spec"] for budget in made.of_kind("PodDisruptionBudget")}
+    assert budgets.keys() == {"twotower-router", "twotower-head"}
+    assert budgets["twotower-router"]["minAvailable"] == made.config.cluster.routers - 1
+    for group in (made.routers, made.head):
+        assert budgets[f"twotower-{group.component}"]["selector"]["matchLabels"] == group.labels
+
+
+def test_policies_select_pods_and_open_their_ports(made: Rendered) -> None:
+    policies = {policy["metadata"]["name"]: policy["spec"] for policy in made.of_kind("NetworkPolicy")}
+    everybody = policies["twotower"]["podSelector"]["matchLabels"].items()
+    assert all(everybody <= group.labels.items() for group in made.groups)
+    assert policies["twotower-router"]["podSelector"]["matchLabels"] == made.routers.labels
+    assert policies["twotower-head"]["podSelector"]["matchLabels"] == made.head.labels
+    ingress = made.config.ingress
+    assert _opened(policies["twotower-router"]) == {ingress.http_port, ingress.grpc_port}
+    assert _opened(policies["twotower-head"]) == {made.head.ports["dashboard"]}
+    assert _opened(policies["twotower"]) == {group.ports["metrics"] for group in made.groups}
+
+
+def _opened(policy: Object) -> set[int]:
+    """To others than the service's own pods."""
+    return {port["port"] for rule in policy["ingress"] for port in rule.get("ports", [])}
 
 
 def test_there_are_manifests() -> None:
-    assert "rayservice.yaml" in NAMES
+    assert set(COMMITTED) == set(chart.RENDERED)

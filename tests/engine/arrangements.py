@@ -17,7 +17,7 @@ from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, 
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.in_process import pair_of
-from twotower.engine.ledger import Ledger, Room
+from twotower.engine.ledger import Ledger
 from twotower.engine.pair import Pair
 from twotower.engine.runner import EngineRunner
 from twotower.engine.settings import EngineSettings
@@ -25,6 +25,7 @@ from twotower.exchange.distributed import connect, open_port
 from twotower.exchange.local import LocalExchange
 from twotower.exchange.settings import EngineHooks, LinkSettings
 from twotower.model.cache import TowerCache
+from twotower.model.room import Room
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import current
 

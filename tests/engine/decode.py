@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from twotower.core import BlockEvent, DecodingParams, FinishReason, Mode, Request, RequestId
-from twotower.engine.denoiser_engine import StepTrace
 from twotower.engine.in_process import pair_of
+from twotower.engine.modes.block_steps import StepTrace
 from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 from twotower.model.tower import ContextTower, DenoiserTower

@@ -7,9 +7,9 @@ import pytest
 from tests.engine.decode import decode_all
 from tests.goldens import causal_request, diffusion_request, golden, prompt_ids, the_first_is_quick
 from twotower.core import DecodingParams, FinishReason, Mode, Request, RequestId
-from twotower.engine.denoiser_engine import StepTrace
+from twotower.engine.modes.block_steps import StepTrace
 
-PROMPTS = pytest.mark.parametrize(("name", "number"), prompt_ids())
+PROMPTS = pytest.mark.parametrize(("name", "number"), the_first_is_quick(prompt_ids()))
 
 
 def _cases(prompt: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,14 +58,15 @@ def test_causal_modes(name: str, number: int, mode: Mode) -> None:
     assert result.finish_reason is FinishReason.LENGTH
 
 
-@pytest.mark.parametrize(("name", "number"), the_first_is_quick(prompt_ids()))
+@PROMPTS
 def test_every_mode_and_case_of_a_prompt_in_one_batch(name: str, number: int) -> None:
     model = golden(name)
     prompt = model.prompts[number]
     cases = _cases(prompt)
     requests = [diffusion_request(prompt, case) for case in cases]
-    requests += [causal_request(prompt, mode) for mode in (Mode.AR, Mode.MOCK_AR)]
-    wanted = [case["output"] for case in cases] + [prompt["ar"]["tokens"], prompt["mock_ar"]["tokens"]]
+    causal = (Mode.AR, Mode.MOCK_AR, Mode.VERIFIED)
+    requests += [causal_request(prompt, mode) for mode in causal]
+    wanted = [case["output"] for case in cases] + [prompt[str(mode)]["tokens"] for mode in causal]
     results = decode_all(model.context, model.denoiser, requests)
     assert [result.token_ids for result in results] == wanted
 

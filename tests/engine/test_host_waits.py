@@ -1,7 +1,7 @@
 """Inside a tick the host waits for the device once: when it reads the unmasked tokens.
 
-A CPU never waits, so what would make a GPU's host wait is looked for by name (reads of a tensor's value, operations
-whose output's size depends on values), and a meta device, which has no values, must be enough for every pass.
+A CPU never waits, so these tests look for the operations that would make a GPU's host wait. These read a tensor's
+value, or have an output whose size depends on values. Also, every pass must run on a meta device, which has no values.
 """
 
 from collections import Counter
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.dispatch_mode import DispatchMode
 from tests.flash_stand_ins import ADAPTERS, FlashStandIns, Load, through
 from tests.goldens import CPU, MODELS, Golden, golden
 from twotower.config import ModelConfig
@@ -66,7 +66,7 @@ def no_grad() -> Iterator[None]:
         yield
 
 
-class NoWaiting(TorchDispatchMode):
+class NoWaiting(DispatchMode):
     """Fails at the first operation that would make a GPU's host wait, or that mixes devices."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -182,6 +182,7 @@ def test_a_tick_reads_from_the_device_at_most_once(name: str, mode: Mode, monkey
 
 
 @NAMES
+@pytest.mark.slow
 def test_mixed_widths_and_modes_are_read_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward for each width and one for mock-AR, a single transfer for all of them, and the tokens of each alone."""
     kinds = [(Mode.DIFFUSION, 8), (Mode.DIFFUSION, 32), (Mode.DIFFUSION, 64), (Mode.MOCK_AR, 8)]
@@ -211,6 +212,22 @@ def test_mixed_widths_and_modes_are_read_together(name: str, monkeypatch: pytest
     for number in range(4):
         alone |= decode(range(number, number + 1))[0]
     assert together == alone and all(len(tokens) == 40 for tokens in alone.values())
+
+
+@NAMES
+def test_an_answer_and_a_score_that_come_of_one_forward_are_read_together(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Event] = []
+    settings = EngineSettings(max_sequences=4, max_sequence_length=128)
+    context = ContextEngine(golden(name).context, settings, events.append)
+    prompt = tuple(range(4, 12))
+    context.add(Request(RequestId("ar"), prompt, DecodingParams(Mode.AR, max_new_tokens=1, ignore_eos=True)))
+    context.add(ScoreRequest(RequestId("score"), prompt, 2))
+    with _counted(monkeypatch) as reads:
+        context.tick()
+    assert sum(reads.values()) == 1
+    assert [type(event) for event in events] == [BlockEvent, ReleasedEvent, ScoreEvent, ReleasedEvent]
 
 
 @NAMES
@@ -254,7 +271,7 @@ def test_a_chunk_ends_before_the_next_work_is_chosen(monkeypatch: pytest.MonkeyP
         return run(slots, tokens, *rest, **named)
 
     monkeypatch.setattr(context._passes, "run", logged)
-    monkeypatch.setattr("twotower.engine.context_engine.fence_on", lambda device: Fence())
+    monkeypatch.setattr("twotower.engine.context.prompts.fence_on", lambda device: Fence())
     context.add(ScoreRequest(RequestId("long"), tuple(range(4, 53)), 40))
     for _ in range(4):
         context.tick()

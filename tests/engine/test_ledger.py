@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from twotower.core import AnyRequest, DecodingParams, Mode, Request, RequestId, ScoreRequest
-from twotower.engine.ledger import Ledger, Room
+from twotower.engine.ledger import Ledger, Place
 from twotower.errors import InvalidRequest, Overloaded
 from twotower.model.pages import pages_for
+from twotower.model.room import Room
 
 
 def _request(name: int | str, prompt: int = 16, new: int = 16, mode: Mode = Mode.AR, priority: int = 0) -> Request:
@@ -18,6 +19,10 @@ def _request(name: int | str, prompt: int = 16, new: int = 16, mode: Mode = Mode
 
 def _score(name: int | str, tokens: int = 17, priority: int = 0) -> ScoreRequest:
     return ScoreRequest(RequestId(str(name)), tuple(range(tokens)), 1, priority)
+
+
+def _pages(place: Place) -> list[int]:
+    return [len(held.pages) for _, held in place.held]
 
 
 def _admitted(ledger: Ledger) -> list[str]:
@@ -32,7 +37,7 @@ def test_first_come_first_served() -> None:
     assert ledger.waiting == 2 and ledger.running == 1
     ledger.release(RequestId("big"))
     assert _admitted(ledger) == ["huge"]
-    assert (ledger.context.slots, ledger.context.pages) == (3, 0)
+    assert (ledger.context.free_slots, ledger.context.free_pages) == (3, 0)
     ledger.release(RequestId("huge"))
     assert _admitted(ledger) == ["small"]
 
@@ -118,10 +123,10 @@ def test_the_roomiest_mirror_is_chosen() -> None:
     for name in range(4):
         ledger.enqueue(_request(name, mode=Mode.DIFFUSION))
     assert [place.denoiser for _, place in ledger.admit()] == [1, 0, 1, 0]
-    assert [(room.slots, room.pages) for room in ledger.mirrors] == [(0, 8), (1, 8)]
+    assert [(room.free_slots, room.free_pages) for room in ledger.mirrors] == [(0, 8), (1, 8)]
     ledger.enqueue(_request("ar"))
     assert [place.denoiser for _, place in ledger.admit()] == [None]
-    assert [(room.slots, room.pages) for room in ledger.mirrors] == [(0, 8), (1, 8)]
+    assert [(room.free_slots, room.free_pages) for room in ledger.mirrors] == [(0, 8), (1, 8)]
 
 
 def test_scoring_takes_a_place_on_the_context_tower_only_and_in_the_same_order() -> None:
@@ -129,14 +134,14 @@ def test_scoring_takes_a_place_on_the_context_tower_only_and_in_the_same_order()
     ledger.enqueue(_request("a", new=1))
     ledger.enqueue(_score("long", 34, priority=1))
     ledger.enqueue(_score("short", 17))
-    assert [(request.id, place.pages, place.denoiser) for request, place in ledger.admit()] == [
-        ("a", 1, None),
-        ("short", 1, None),
+    assert [(request.id, _pages(place), place.denoiser) for request, place in ledger.admit()] == [
+        ("a", [1], None),
+        ("short", [1], None),
     ]
-    assert (ledger.mirrors[0].slots, ledger.mirrors[0].pages) == (2, 3)
+    assert (ledger.mirrors[0].free_slots, ledger.mirrors[0].free_pages) == (2, 3)
     for name in ("a", "short"):
         ledger.release(RequestId(name))
-    assert _admitted(ledger) == ["long"] and ledger.context.pages == 0
+    assert _admitted(ledger) == ["long"] and ledger.context.free_pages == 0
     with pytest.raises(InvalidRequest, match=r"token_ids: got .*49 positions \(4 pages\), wanted at most 3"):
         ledger.enqueue(_score("too long", 50))
 
@@ -146,7 +151,7 @@ def test_both_caches_or_neither() -> None:
     for name in range(2):
         ledger.enqueue(_request(name, mode=Mode.MOCK_AR))
     assert _admitted(ledger) == ["0"]
-    assert (ledger.context.slots, ledger.context.pages) == (7, 98)
+    assert (ledger.context.free_slots, ledger.context.free_pages) == (7, 98)
 
 
 SLOTS, PAGES, MIRROR, QUEUE, PASSED = 3, 12, (2, 8), 5, 2
@@ -201,7 +206,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def admit(self) -> None:
         for request, place in self.ledger.admit():
             assert request == self.waiting.pop(0), "out of order"
-            assert place.pages == pages_for(request.positions)
+            rooms = 2 if self.mirrors and request.needs_denoiser else 1
+            assert _pages(place) == [pages_for(request.positions)] * rooms
             assert request.needs_denoiser == (place.denoiser is not None)
             self.running[request.id] = (request, place.denoiser)
 
@@ -228,13 +234,16 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def the_books_are_right(self) -> None:
         pages = sum(pages_for(request.positions) for request, _ in self.running.values())
-        assert (self.ledger.context.slots, self.ledger.context.pages) == (SLOTS - len(self.running), PAGES - pages)
-        assert self.ledger.context.slots >= 0 and self.ledger.context.pages >= 0
+        assert (self.ledger.context.free_slots, self.ledger.context.free_pages) == (
+            SLOTS - len(self.running),
+            PAGES - pages,
+        )
+        assert self.ledger.context.free_slots >= 0 and self.ledger.context.free_pages >= 0
         for number, room in enumerate(self.ledger.mirrors):
             mine = [request for request, mirror in self.running.values() if mirror == number]
             used = sum(pages_for(request.positions) for request in mine)
-            assert (room.slots, room.pages) == (MIRROR[0] - len(mine), MIRROR[1] - used)
-            assert room.slots >= 0 and room.pages >= 0
+            assert (room.free_slots, room.free_pages) == (MIRROR[0] - len(mine), MIRROR[1] - used)
+            assert room.free_slots >= 0 and room.free_pages >= 0
         assert (self.ledger.waiting, self.ledger.running) == (len(self.waiting), len(self.running))
 
     def teardown(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from tests.engine.arrangements import LINK, hooks_of
 from tests.engine.decode import SETTINGS, collect
 from tests.goldens import CPU, vendored
 from twotower.core import BlockEvent, DecodingParams, Event, FinishReason, Mode, ReleasedEvent, Request, RequestId
-from twotower.decoding.stopping import Stopping
+from twotower.engine.answer import Answer
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.handle import EngineStats
-from twotower.engine.ledger import Ledger, Room
+from twotower.engine.ledger import Ledger
+from twotower.engine.modes.block_steps import of_like_width
+from twotower.engine.modes.diffusion import Diffusion
+from twotower.engine.modes.strategy import LedSequence
 from twotower.engine.pair import Pair
 from twotower.engine.runner import EngineRunner
 from twotower.errors import LinkDown, Overloaded, Unavailable
@@ -22,6 +26,7 @@ from twotower.exchange.distributed import connect, open_port
 from twotower.exchange.distributed_link import DistributedLink
 from twotower.exchange.distributed_port import DistributedPort
 from twotower.model.cache import TowerCache
+from twotower.model.room import Room
 
 
 def _request(name: str, mode: Mode = Mode.DIFFUSION, tokens: int = 200) -> Request:
@@ -30,8 +35,8 @@ def _request(name: str, mode: Mode = Mode.DIFFUSION, tokens: int = 200) -> Reque
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["link", "port"])
-async def test_a_lost_link_ends_the_pair_though_both_engines_live(end: str) -> None:
-    """Two runners, as in two processes: the link between them goes, neither dies."""
+async def test_a_lost_link_ends_what_the_denoiser_leads_though_both_engines_live(end: str) -> None:
+    """Two runners, as in two processes: the link between them goes, neither dies, and the context tower serves on."""
     model = vendored("tt_moe")
     first, second = EngineRunner(), EngineRunner()
     context = ContextEngine(model.context, SETTINGS, first.emit)
@@ -53,13 +58,13 @@ async def test_a_lost_link_ends_the_pair_though_both_engines_live(end: str) -> N
                 while True:
                     await anext(stream)
             for _ in range(30):
-                if pair.failure is not None:
+                if pair.lost:
                     break
                 await asyncio.sleep(0.1)
-            assert said in str(pair.failure)
-            for mode in (Mode.AR, Mode.DIFFUSION):
-                with pytest.raises(Unavailable):
-                    await collect(pair, _request("later", mode))
+            assert said in str(pair.lost[0]) and pair.failure is None
+            with pytest.raises(Unavailable, match=said):
+                await collect(pair, _request("later", Mode.DIFFUSION))
+            assert (await collect(pair, _request("later", Mode.AR))).token_ids
         while context.stats(0.0).sequences:
             await asyncio.sleep(0.01)
     finally:
@@ -127,18 +132,16 @@ async def test_a_bug_in_a_message_to_an_engine_ends_the_pair_in_one_line() -> No
 
 def test_a_wide_block_does_not_widen_its_neighbours() -> None:
     """Forwards by width: 16 and less together, wider ones apart, none with more positions than fit."""
-    from twotower.engine.denoiser_engine import _of_like_width, _Sequence
-
     request = _request("x")
 
-    def sequence(size: int) -> _Sequence:
-        block = _Sequence(request, 0, Stopping(request.params, eos_token_id=2))
-        block.tokens = [3] * size
-        return block
+    mode = Diffusion(cast(Any, None), trace=None)
 
-    sizes = [[len(s.tokens) for s in batch] for batch in _of_like_width([sequence(n) for n in (16, 1024, 3, 40, 64)])]
+    def sequence(size: int) -> LedSequence:
+        return LedSequence(Answer.begun(request, eos_token_id=2), 0, mode, tokens=[3] * size)
+
+    sizes = [[len(s.tokens) for s in batch] for batch in of_like_width([sequence(n) for n in (16, 1024, 3, 40, 64)])]
     assert sorted(map(sorted, sizes)) == [[3, 16], [40, 64], [1024]]
-    assert [len(batch) for batch in _of_like_width([sequence(1024)] * 5)] == [2, 2, 1]
+    assert [len(batch) for batch in of_like_width([sequence(1024)] * 5)] == [2, 2, 1]
 
 
 def test_the_ledger_takes_a_mirror_that_fits_over_one_with_more_slots() -> None:

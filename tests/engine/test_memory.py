@@ -17,7 +17,7 @@ from tests.goldens import CPU, GOLDEN_DIR, MODELS
 from twotower.core import DecodingParams, Request, RequestId
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
-from twotower.engine.ledger import Ledger, Room
+from twotower.engine.ledger import Ledger
 from twotower.engine.memory import Memory, memory_of
 from twotower.engine.pair import Pair
 from twotower.engine.runner import EngineRunner
@@ -28,6 +28,7 @@ from twotower.exchange.settings import LinkSettings
 from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
+from twotower.model.room import Room
 from twotower.model.tower import ContextTower, DenoiserTower
 
 DEMO = Path(twotower.__file__).parent / "demo" / "checkpoint"
@@ -58,6 +59,7 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
 
 
 @DTYPES
+@pytest.mark.slow
 def test_colocated(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     predicted = memory_of(checkpoint.config, SETTINGS, dtype, BOTH)
     before = _live()

@@ -87,10 +87,14 @@ def test_a_stop_token_ends_the_answer_at_once(name: str, mode: Mode) -> None:
     result = _decode(name, [5, 6, 7], params)
     assert result.token_ids == whole.token_ids[: at + 1]
     assert result.finish_reason is FinishReason.STOP
-    assert result.num_blocks == (at // 16 + 1 if mode is Mode.DIFFUSION else at + 1)
+    if mode is Mode.VERIFIED:
+        assert at // 16 <= result.num_blocks <= at
+    else:
+        assert result.num_blocks == (at // 16 + 1 if mode is Mode.DIFFUSION else at + 1)
 
 
 @MODES
+@pytest.mark.slow
 def test_eos_ends_the_answer_unless_it_is_ignored(mode: Mode, tmp_path: Path) -> None:
     whole = _decode("tt_moe", [5, 6, 7], DecodingParams(mode=mode, max_new_tokens=48, ignore_eos=True))
     eos = max(set(whole.token_ids), key=whole.token_ids.index)

@@ -10,7 +10,8 @@ from tests.engine.decode import SETTINGS, decode_all
 from tests.goldens import causal_request, diffusion_request, vendored
 from twotower.core import BlockEvent, DecodingParams, Event, Mode, Request, RequestId
 from twotower.engine.context_engine import ContextEngine
-from twotower.engine.denoiser_engine import DenoiserEngine, StepTrace
+from twotower.engine.denoiser_engine import DenoiserEngine
+from twotower.engine.modes.block_steps import StepTrace
 from twotower.exchange.local import LocalExchange
 from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower
 

@@ -61,8 +61,9 @@ async def _in_process(name: str, device: str, settings: EngineSettings = SETTING
 
 @pytest.fixture
 def captured_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes of SETTINGS have too few tokens for grouped products, so experts in fp32 can be captured after all; should
-    one be called, the stand-in says so. In bf16 there would be no tokens to compare with: a CPU rounds otherwise."""
+    """Passes of SETTINGS have too few tokens for grouped products, so experts in fp32 can be captured after all. If a
+    grouped product is called, the stand-in says so. In bf16 there would be no tokens to compare with: a CPU rounds
+    otherwise."""
     assert SETTINGS.max_sequences * USUAL_WIDTH <= FEW_TOKENS
     monkeypatch.setattr(capture, "grouped_products_wait", lambda *_: False)
 
@@ -86,8 +87,8 @@ async def test_captured_at_start_and_never_while_serving(
     wanted = await _in_process(name, "cpu")
     with gpus(2, monkeypatch) as machine:
         assert await _in_process(name, "cuda:1", replace(SETTINGS, capture="on")) == wanted
-    # Rows 1 and 2, each with 4 or 8 pages where blocks are read and 4 where tokens are: of a context tower 2 forms of
-    # blocks and 3 of tokens, of a denoiser 1 and 2.
+    # Rows 1 and 2, each with 4 or 8 pages where blocks are read and 4 where tokens are. A context tower has 2 forms of
+    # blocks and 3 of tokens, a denoiser 1 and 2.
     assert machine.captures == 2 * (2 * (2 + 1) + (3 + 2))
     assert len(machine.pools) == 2, "one a tower"
     assert machine.replays > 10
@@ -98,6 +99,7 @@ async def test_captured_at_start_and_never_while_serving(
 @pytest.mark.parametrize(
     ("name", "captured"), [(MODELS[0], "off"), *(pytest.param(name, "on", marks=pytest.mark.slow) for name in MODELS)]
 )
+@pytest.mark.slow
 async def test_two_gpus_over_nccl(
     name: str, captured: str, captured_in_fp32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +176,7 @@ def test_a_capture_of_grouped_products_that_wait_would_be_seen(
         capture()
 
 
+@pytest.mark.slow
 def test_what_was_not_captured_runs_eagerly(machine: Gpus) -> None:
     checkpoint = Checkpoint.open(VENDORED / "tt_dense")
     tower = load_context_tower(checkpoint, SECOND, torch.float32, kernels="torch")

@@ -11,7 +11,7 @@ from tests.engine.decode import plain_request
 from twotower.core import BlockEvent, Event, FailureEvent, FinishReason, Mode, ReleasedEvent, Request
 from twotower.core import RequestId as Id
 from twotower.engine.handle import EngineStats
-from twotower.engine.ledger import Ledger, Room
+from twotower.engine.ledger import Ledger
 from twotower.engine.pair import Pair
 from twotower.errors import (
     DeadlineExceeded,
@@ -21,6 +21,7 @@ from twotower.errors import (
     TwoTowerError,
     Unavailable,
 )
+from twotower.model.room import Room
 
 LONG = 200
 MODES = pytest.mark.parametrize("mode", list(Mode))
@@ -235,6 +236,132 @@ async def test_an_engine_that_takes_no_requests_ends_everything(caplog: pytest.L
         with pytest.raises(Unavailable, match="gone"):
             await _events(pair, plain_request("a"))
         assert pair.failure is not None
+
+
+@asynccontextmanager
+async def _three(denoisers: int = 2, slots: int = 4) -> AsyncIterator[tuple[Pair, list[FakeEngine], list[int | None]]]:
+    """A context engine, denoisers with mirrors of their own, and what was lost."""
+    engines, lost = [FakeEngine() for _ in range(1 + denoisers)], list[int | None]()
+    rooms = [Room(slots, 100) for _ in engines]
+    async with Pair(engines[0], engines[1:], Ledger(rooms[0], rooms[1:], 4), lost.append) as pair:
+        yield pair, engines, lost
+
+
+def _ask(pair: Pair, name: str, mode: Mode = Mode.DIFFUSION) -> "asyncio.Task[list[BlockEvent]]":
+    return asyncio.create_task(_events(pair, plain_request(name, mode)))
+
+
+async def test_a_lost_denoiser_takes_its_own_requests_with_it_and_others_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.CRITICAL, "twotower")
+    async with _three() as (pair, (context, first, second), lost):
+        tasks = {name: _ask(pair, name) for name in ("a", "b")} | {"c": _ask(pair, "c", Mode.AR)}
+        await _settled()
+        assert (first.added, second.added, context.added) == (["a"], ["b"], ["c"])
+        first.die(Unavailable("killed"))
+        with pytest.raises(Unavailable, match="killed"):
+            await tasks["a"]
+        assert lost == [0] and pair.failure is None and pair.serves(Mode.DIFFUSION)
+        tasks["a"] = _ask(pair, "a")  # as a run does it that goes on
+        await _settled()
+        assert second.added == ["b", "a"], "the other denoiser takes what is left"
+        for engine, name in ((second, "a"), (second, "b"), (context, "c")):
+            engine.say(_block(name, reason=FinishReason.STOP), ReleasedEvent(Id(name)))
+            await tasks[name]
+        assert pair.ledger.context.free_slots == 3, (
+            "the lost one's room is taken until the context tower has forgotten it"
+        )
+
+
+async def test_without_a_denoiser_the_context_tower_serves_what_needs_none(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "twotower")
+    async with _three(denoisers=1, slots=1) as (pair, (context, denoiser), _):
+        runs, waits, own = _ask(pair, "a"), _ask(pair, "b"), _ask(pair, "c", Mode.AR)
+        await _settled()
+        denoiser.die(Unavailable("killed"))
+        for task in (runs, waits):
+            with pytest.raises(Unavailable, match="killed"):
+                await task
+        with pytest.raises(Unavailable, match="cannot serve: killed"):
+            await _events(pair, plain_request("d", Mode.DIFFUSION))
+        assert pair.serves(Mode.AR) and not pair.serves(Mode.MOCK_AR)
+        assert not own.done() and context.added == [], "there is one slot, which the lost request may still hold"
+        pair.regain(0)
+        await _settled()
+        assert context.added == ["c"]
+        trial = pair.replace(0, another := FakeEngine())
+        context.say(_block("c", reason=FinishReason.STOP), ReleasedEvent(Id("c")))
+        await own
+        assert not pair.serves(Mode.DIFFUSION), "it is on trial"
+        with pytest.raises(Unavailable, match="cannot serve: killed"):
+            await _events(pair, plain_request("d", Mode.DIFFUSION))
+        tested = asyncio.create_task(_all(trial.generate(plain_request("test", Mode.DIFFUSION))))
+        await _settled()
+        assert another.added == ["test"]
+        another.say(_block("test", reason=FinishReason.STOP), ReleasedEvent(Id("test")))
+        await tested
+        pair.accept(0)
+        late = _ask(pair, "d")
+        await _settled()
+        assert another.added == ["test", "d"] and pair.lost == {}
+        another.say(_block("d", reason=FinishReason.STOP), ReleasedEvent(Id("d")))
+        await late
+        assert pair.ledger.context.free_slots == pair.ledger.mirrors[0].free_slots == 1
+
+
+async def _all(events: AsyncIterator[BlockEvent]) -> list[BlockEvent]:
+    return [event async for event in events]
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+async def test_a_denoiser_that_is_lost_again_on_trial(waiting: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "twotower")
+    async with _three(slots=1) as (pair, (context, first, second), lost):
+        first.die(Unavailable("killed"))
+        await _settled()
+        hogs = [_ask(pair, "ar", Mode.AR)] if waiting else []
+        await _settled()
+        trial = pair.replace(0, another := FakeEngine())
+        tested = asyncio.create_task(_all(trial.generate(plain_request("test", Mode.DIFFUSION))))
+        await _settled()
+        assert another.added == ([] if waiting else ["test"]) and second.added == [], "it is for that denoiser alone"
+        another.die(Unavailable("killed again"))
+        with pytest.raises(Unavailable, match="killed again"):
+            await tested
+        assert lost == [0, 0] and list(pair.lost) == [0] and pair.serves(Mode.DIFFUSION)
+        if waiting:
+            context.say(_block("ar", reason=FinishReason.STOP), ReleasedEvent(Id("ar")))
+            await hogs[0]
+        pair.replace(0, FakeEngine())
+        pair.accept(0)
+        assert [room.free_slots for room in (pair.ledger.context, *pair.ledger.mirrors)] == [1, 1, 1]
+
+
+async def test_nobody_hears_of_the_end_of_an_engine_that_was_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "twotower")
+    async with _three(denoisers=1) as (pair, (_, old), lost):
+        pair.lose(0, Unavailable("its self-test failed"))
+        pair.replace(0, FakeEngine())
+        pair.accept(0)
+        old.die(Unavailable("killed"))
+        await _settled()
+        assert lost == [0] and pair.lost == {} and pair.serves(Mode.DIFFUSION)
+
+
+async def test_a_lost_context_engine_ends_everything_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "twotower")
+    async with _three() as (pair, (context, first, _), lost):
+        tasks = [_ask(pair, "a"), _ask(pair, "c", Mode.AR)]
+        await _settled()
+        first.die(Unavailable("lost its link"))
+        context.die(Unavailable("killed"))
+        await _settled()
+        for task in tasks:
+            with pytest.raises(Unavailable):
+                await task
+        assert lost == [0, None] and str(pair.failure) == "killed"
+        assert not any(pair.serves(mode) for mode in Mode)
 
 
 async def test_closing_ends_what_runs_and_refuses_what_comes() -> None:

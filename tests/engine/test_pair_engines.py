@@ -44,7 +44,7 @@ class Engines:
 
     @property
     def free(self) -> tuple[int, int]:
-        return self.context.cache.free_slots, self.context.cache.free_pages
+        return self.context.cache.room.free_slots, self.context.cache.room.free_pages
 
     def tick(self) -> None:
         with torch.inference_mode():
@@ -100,7 +100,7 @@ async def _all_free(pair: Pair) -> None:
     while pair.ledger.running and time.monotonic() < deadline:
         await asyncio.sleep(0.001)
     assert pair.ledger.running == 0
-    assert (pair.ledger.context.slots, pair.ledger.context.pages) == (SETTINGS.max_sequences, SETTINGS.pages)
+    assert (pair.ledger.context.free_slots, pair.ledger.context.free_pages) == (SETTINGS.max_sequences, SETTINGS.pages)
     for tower in await pair.context.stats():
         assert (tower.free_slots, tower.free_pages, tower.sequences) == (tower.total_slots, tower.total_pages, 0)
 
@@ -170,12 +170,14 @@ async def test_an_engine_thread_that_dies_is_told_to_all(
         assert pair.failure is not None
 
 
-@pytest.mark.parametrize(("mode", "temperature"), [(Mode.DIFFUSION, 1.0), (Mode.AR, 0.7), (Mode.MOCK_AR, 0.7)])
+@pytest.mark.parametrize(
+    ("mode", "temperature"), [(Mode.DIFFUSION, 1.0), (Mode.AR, 0.7), (Mode.MOCK_AR, 0.7), (Mode.VERIFIED, 0.7)]
+)
 def test_the_seed_decides(mode: Mode, temperature: float) -> None:
     model = vendored("tt_dense")
 
     def request(name: str, seed: int) -> Request:
-        params = DecodingParams(mode, 24, 8, 8, 0.5, temperature, seed=seed, ignore_eos=True)
+        params = DecodingParams(mode, 24, 8, 8, 0.5, temperature=temperature, seed=seed, ignore_eos=True)
         return Request(Id(name), (5, 6, 7), params)
 
     asked = [request("a", 1), request("b", 2), request("c", 1)]

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.dispatch_mode import DispatchMode
 from tests.goldens import CPU, MODELS, golden, vendored
 from twotower.decoding.sampling import TokenParams, sample
 from twotower.decoding.unmasking import Blocks, StepParams
@@ -26,7 +26,7 @@ from twotower.model.tower import ContextTower, DenoiserTower
 SETTINGS = EngineSettings(max_sequences=5, max_sequence_length=160, cache_tokens=500, prefill_chunk_tokens=64)
 
 
-class Peak(TorchDispatchMode):
+class Peak(DispatchMode):
     """Bytes of all storages that were made and not yet given back, at the worst moment."""
 
     def __init__(self) -> None:
@@ -114,7 +114,12 @@ def _peak(tower: ContextTower | DenoiserTower, batch: _Batch, settings: EngineSe
         cache.advance(slot, each - (batch.width if tower.causal else 0))
     passes, width = EagerPasses(tower, cache), batch.width
     with Peak() as peak:
-        if isinstance(tower, ContextTower):
+        if batch.keeps:
+            hidden_RLD, scans = passes.verify(slots, [[5] * width] * batch.rows)
+            drawn = [TokenParams(0.7, 3, 0.9, 1)] * batch.logits
+            sample(tower.logits(hidden_RLD.flatten(0, 1)[: batch.logits]), drawn)
+            cache.settle(slots, scans, [width] * batch.rows)
+        elif isinstance(tower, ContextTower):
             hidden_RLD = passes.run(slots, [[5] * width] * batch.rows, want=Want.HIDDEN)
             sample(tower.logits(hidden_RLD[:, -1]), [TokenParams(0.7, 3, 0.9, 1)] * batch.rows)
         else:

@@ -8,21 +8,24 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[2]
 
+# Every form of pass is recorded the first time it comes up, as on a CPU after it has come up often.
 _PAIRS = """
 import asyncio, gc, psutil
 from tests.engine.decode import collect, plain_request
 from tests.goldens import vendored
 from twotower.core import Mode
+from twotower.engine import capture
 from twotower.engine.in_process import pair_of
 from twotower.engine.settings import EngineSettings
 
-model, settings = vendored("tt_moe"), EngineSettings(2, 64, capture="on")
+capture.OFTEN = 1
+model, settings = vendored("tt_dense"), EngineSettings(2, 64)
 
 async def use() -> None:
     async with pair_of(model.context, model.denoiser, settings) as pair:
         await asyncio.gather(*(collect(pair, plain_request(mode, mode)) for mode in (Mode.AR, Mode.DIFFUSION)))
 
-for _ in range(6):
+for _ in range(50):
     asyncio.run(use())
     gc.collect()
     print(psutil.Process().memory_info().rss)
@@ -55,10 +58,12 @@ def _run(script: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_pairs_that_come_and_go_leave_nothing_behind() -> None:
-    """Programs that stay cost 50 MB a pair: 200 MB from the second to the sixth."""
+def test_fifty_pairs_that_come_and_go_leave_nothing_behind() -> None:
+    """Programs that TorchScript keeps (`torch.jit.trace`) cost this small model 35 MB a pair. Our own, were they kept,
+    would cost 9 MB: a tenth of that is some 40 MB over all pairs. Seen: less than 1 MB."""
     taken = [int(line) / 1e6 for line in _run(_PAIRS)]
-    assert taken[-1] - taken[1] < 60, f"MB after each pair: {taken}"
+    assert len(taken) == 50
+    assert taken[-1] - taken[1] < 20, f"MB after each pair: {taken}"
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def _compare(request: Request, whole: Decoded, resumed: Decoded) -> bool:
     assert whole.margin is not None and resumed.margin is not None
     same = (resumed.token_ids, resumed.finish_reason) == (whole.token_ids, whole.finish_reason)
     assert same or min(whole.margin, resumed.margin) < NEAR_TIE, (request, whole, resumed)
-    if same:
+    if same and request.params.mode is not Mode.VERIFIED:  # its rounds begin elsewhere now
         assert resumed.num_blocks == whole.num_blocks - _blocks(request), "the work of this attempt alone"
     return same
 
@@ -70,7 +70,8 @@ def test_a_resumed_request_ends_as_it_would_have(arrangement: str) -> None:
 
 
 @pytest.mark.parametrize("mode", Mode)
-@pytest.mark.parametrize("length", [1, 63, 64, 65])
+@pytest.mark.parametrize("length", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (63, 64)), 65])
+@pytest.mark.slow
 def test_from_every_cut_of_one_answer(mode: Mode, length: int) -> None:
     """Prompts about as long as a chunk; the ends of chunks lie elsewhere in what a resumed request reads."""
     towers = golden("tt_moe")

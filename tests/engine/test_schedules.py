@@ -1,9 +1,9 @@
 """Two thousand random schedules against scripted towers: no leak, no starvation, order holds, tokens and scores are
 right.
 
-One simulated cell a schedule: a ledger, a context engine, one or more denoiser engines over exchanges in place, or, in
-some, over those of processes: mirrors, payloads, threads. Who ticks when, who arrives when, who gives up when and whose
-logits are not finite is drawn at random.
+Each schedule has one simulated cell: a ledger, a context engine, and one or more denoiser engines. Their exchanges are
+in place, or, in some schedules, those of processes: mirrors, payloads, threads. Who ticks when, who arrives when, who
+gives up when and whose logits are not finite is drawn at random.
 """
 
 import random
@@ -33,7 +33,7 @@ from twotower.core import (
 )
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
-from twotower.engine.ledger import Ledger, Place, Room
+from twotower.engine.ledger import Ledger, Place
 from twotower.engine.settings import EngineSettings
 from twotower.errors import NumericalError, Overloaded
 from twotower.exchange.distributed import connect, open_port
@@ -41,6 +41,7 @@ from twotower.exchange.local import LocalExchange
 from twotower.exchange.protocol import Link, Port
 from twotower.exchange.settings import LinkSettings
 from twotower.model.cache import TowerCache
+from twotower.model.room import Room
 from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower, scripted_scores, scripted_tokens
 from twotower.testing.towers import VOCAB
 
@@ -241,7 +242,7 @@ def _played(seed: int, draw: random.Random, mirrored: bool, closing: ExitStack) 
     requests = [_request(n, draw) for n in range(draw.randint(1, 12))]
     if draw.random() < (0.6 if mirrored else 0.3):
         requests = _alike(requests, draw)
-    biggest = 16 * cell.ledger.context.pages
+    biggest = 16 * cell.ledger.context.free_pages
     waiting = [r for r in requests if r.positions <= biggest]
     asked = {r.id: r for r in waiting}
     order = [r.id for r in waiting]
@@ -303,6 +304,7 @@ def _slow(batches: range) -> list[Any]:
 
 
 @pytest.mark.parametrize("batch", [*range(QUICK_BATCHES), *_slow(range(QUICK_BATCHES, BATCHES))])
+@pytest.mark.slow
 def test_random_schedules(batch: int) -> None:
     seen: Counter[str] = Counter()
     per_batch = SCHEDULES // BATCHES

@@ -5,6 +5,7 @@ import copy
 import random
 import time
 from collections.abc import Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -49,6 +50,11 @@ def _direct(tower: ContextTower, tokens: Sequence[int]) -> Tensor:
         return tower.logits(tower(torch.tensor([list(tokens)]), states))[0].log_softmax(-1)
 
 
+@cache
+def _at_once(name: str, tokens: tuple[int, ...]) -> Tensor:
+    return _direct(golden(name).context, tokens)
+
+
 def _same(event: ScoreEvent, log_probs_LV: Tensor, request: ScoreRequest, tolerance: float) -> None:
     """`log_probs_LV`: one row for each token that is scored."""
     scored = request.token_ids[request.start :]
@@ -87,14 +93,14 @@ def test_golden_logits(name: str, number: int) -> None:
 
 
 @NAMES
-@pytest.mark.parametrize("chunk", [4, 16, 64, 512])
+@pytest.mark.parametrize("chunk", [4, pytest.param(16, marks=pytest.mark.slow), 64, 512])
+@pytest.mark.slow
 def test_a_text_in_chunks_and_in_company_is_the_text_at_once(name: str, chunk: int) -> None:
     tower = golden(name).context
     requests = _texts(tower.config.vocab_size, 10)
     for request, event in zip(requests, _score_all(tower, requests, chunk), strict=True):
         assert event.request_id == request.id
-        log_probs_LV = _direct(tower, request.token_ids)
-        _same(event, log_probs_LV[request.start - 1 :], request, NOISE)
+        _same(event, _at_once(name, request.token_ids)[request.start - 1 :], request, NOISE)
 
 
 @NAMES
@@ -132,6 +138,7 @@ def test_the_head_is_applied_where_it_is_asked_for(monkeypatch: pytest.MonkeyPat
 
 @NAMES
 @pytest.mark.parametrize("placement", ["colocated", pytest.param("split", marks=pytest.mark.slow)])
+@pytest.mark.slow
 async def test_beside_requests_of_every_mode(name: str, placement: str) -> None:
     """Their tokens are the released code's, and so are the scores' numbers; but for near-ties in `is_greedy`."""
     model = golden(name)
@@ -168,16 +175,16 @@ def test_a_cancel_frees_slot_and_pages_within_one_tick(ticks: int) -> None:
     events: list[Event] = []
     engine = ContextEngine(vendored("tt_dense").context, _settings(16), events.append)
     cache = engine.cache
-    whole = cache.free_slots, cache.free_pages
+    whole = cache.room.free_slots, cache.room.free_pages
     with torch.inference_mode():
         engine.add(ScoreRequest(Id("a"), tuple(range(4, 90)), 70))
         for _ in range(ticks):
             engine.tick()
-        assert ticks == 0 or (cache.free_slots, cache.free_pages) == (whole[0] - 1, whole[1] - 6)
+        assert ticks == 0 or (cache.room.free_slots, cache.room.free_pages) == (whole[0] - 1, whole[1] - 6)
         engine.cancel(Id("a"))
         engine.tick()
         assert not engine.tick()
-    assert (cache.free_slots, cache.free_pages) == whole
+    assert (cache.room.free_slots, cache.room.free_pages) == whole
     assert events == [ReleasedEvent(Id("a"))]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower.config import ModelConfig
 from twotower.errors import TwoTowerError
-from twotower.exchange.protocol import Attach, Command, Commit, Delta, Failed, Port, Prefill, Release, Released, Reply
+from twotower.exchange.protocol import Command, Commit, Delta, Failed, Port, Prefill, Release, Released, Reply
 from twotower.model.cache import Span, TowerCache
 
 CONFIG = ModelConfig(
@@ -87,8 +87,6 @@ class ScriptedContext:
             if sequence in self.slots:
                 self.cache.free(self.slots.pop(sequence))
             return [Released(sequence)]
-        if isinstance(command, Attach):
-            return [self._attach(command)]
         if isinstance(command, Prefill):
             self.open(sequence, command.reserve)
             return self._prefill(sequence, command.token_ids)
@@ -111,13 +109,3 @@ class ScriptedContext:
         starts = range(0, max(len(token_ids), 1), self.chunk)
         last = starts[-1]
         return [self.read(sequence, token_ids[s : s + self.chunk], complete=s == last) for s in starts]
-
-    def _attach(self, command: Attach) -> Reply:
-        sequence, told = command.sequence, command.token_ids
-        if sequence not in self.slots:
-            self.open(sequence, command.reserve)
-        known = self.histories[sequence]
-        missing = tuple(known[len(told) :])
-        if len(told) > len(known):
-            self.read(sequence, told[len(known) :])
-        return Delta(sequence, 0, len(self.histories[sequence]), self.slots[sequence], True, missing)

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,17 +12,7 @@ import torch
 from tests.exchange.rig import KINDS, QUICK, Rig, losses, rig_of
 from tests.exchange.scripted import state_after
 from twotower.errors import FieldError, InvalidRequest, NumericalError, Overloaded, TwoTowerError
-from twotower.exchange.protocol import (
-    Attach,
-    Commit,
-    Delta,
-    Failed,
-    LinkEvent,
-    LinkLost,
-    Prefill,
-    Release,
-    Released,
-)
+from twotower.exchange.protocol import Commit, Delta, Failed, LinkEvent, LinkLost, Prefill, Release, Released, Traffic
 from twotower.exchange.settings import LinkSettings
 
 MakeRig = Callable[..., Rig]
@@ -80,6 +71,23 @@ def test_a_prompt_comes_in_chunks_and_the_mamba_states_with_the_last(rig: Rig, k
     assert rig.mirrors(deltas[-1])
 
 
+def test_what_crosses_is_counted(rig: Rig, kind: str) -> None:
+    """In place nothing does."""
+    seen = [replace(rig.link.traffic)]
+    rig.delta(Prefill(1, _tokens(5), 40))
+    seen.append(replace(rig.link.traffic))
+    for start in (5, 21):
+        rig.delta(Commit(1, start, _tokens(16)))
+        seen.append(replace(rig.link.traffic))
+    nbytes = [now.nbytes for now in seen]
+    if kind == "local":
+        assert seen == [Traffic()] * 4
+        return
+    assert [now.payloads for now in seen] == [0, 1, 2, 3]
+    assert 0 == nbytes[0] < nbytes[1] < nbytes[2] and nbytes[3] - nbytes[2] == nbytes[2] - nbytes[1]
+    assert seen[3].seconds > seen[2].seconds > seen[1].seconds > 0
+
+
 def test_many_sequences_of_all_lengths_keep_their_order(rig: Rig) -> None:
     choose = random.Random(0)
     lengths = {n: 0 for n in range(1, 7)}
@@ -104,12 +112,12 @@ def _completed(events: list[LinkEvent], wanted: set[int]) -> bool:
 
 def test_a_released_slot_serves_the_next_sequence(make_rig: MakeRig) -> None:
     rig = make_rig(slots=1, pages=3)
-    free = rig.link.cache.free_slots, rig.link.cache.free_pages
+    free = rig.link.cache.room.free_slots, rig.link.cache.room.free_pages
     for sequence in range(1, 6):
         assert rig.mirrors(rig.delta(Prefill(sequence, _tokens(sequence * 7), 40)))
         assert rig.call(Release(sequence)) == [Released(sequence)]
-    assert (rig.link.cache.free_slots, rig.link.cache.free_pages) == free
-    assert rig.engine.cache.free_slots == 1
+    assert (rig.link.cache.room.free_slots, rig.link.cache.room.free_pages) == free
+    assert rig.engine.cache.room.free_slots == 1
 
 
 def test_nothing_comes_for_a_sequence_after_its_released(make_rig: MakeRig) -> None:
@@ -128,23 +136,6 @@ def test_nothing_comes_for_a_sequence_after_its_released(make_rig: MakeRig) -> N
         if isinstance(event, Released):
             gone.add(event.sequence)
     assert rig.mirrors(rig.delta(Prefill(99, _tokens(3), 8)))
-
-
-def test_attach_to_a_sequence_the_context_tower_does_not_know(rig: Rig) -> None:
-    delta = rig.delta(Attach(5, _tokens(23), 40))
-    assert (delta.start, delta.end, delta.token_ids) == (0, 23, ())
-    assert rig.mirrors(delta)
-    assert rig.mirrors(rig.delta(Commit(5, 23, _tokens(4))))
-
-
-@pytest.mark.parametrize(("known", "told"), [(20, 12), (12, 20), (20, 20)])
-def test_attach_brings_whoever_is_behind_up_to_date(rig: Rig, known: int, told: int) -> None:
-    rig.engine.open(5, 40)
-    rig.engine.read(5, _tokens(known))
-    delta = rig.delta(Attach(5, _tokens(told), 40))
-    assert (delta.start, delta.end, delta.complete) == (0, 20, True)
-    assert delta.token_ids == _tokens(20)[told:]
-    assert rig.mirrors(delta)
 
 
 def test_errors_cross_with_their_type_and_message(rig: Rig) -> None:

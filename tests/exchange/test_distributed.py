@@ -16,12 +16,12 @@ import torch
 from tests.exchange.rig import QUICK, Rig, distributed_rig, wait_until
 from tests.exchange.scripted import CONFIG, ScriptedContext, mirrored, new_cache, same, state_after
 from twotower.errors import ConfigError, LinkDown, Overloaded
-from twotower.exchange.codec import Message, Payload
 from twotower.exchange.data_group import DataGroup, choose_backend
 from twotower.exchange.distributed import connect, open_port
 from twotower.exchange.distributed_link import DistributedLink
 from twotower.exchange.distributed_port import DistributedPort
-from twotower.exchange.protocol import Attach, Commit, Delta, Failed, LinkEvent, Prefill, Release, Released
+from twotower.exchange.messages import Message, Payload
+from twotower.exchange.protocol import Commit, Delta, Failed, LinkEvent, Prefill, Release, Released
 from twotower.exchange.settings import EngineHooks, LinkSettings
 from twotower.exchange.staging import StagingBuffer
 
@@ -55,8 +55,8 @@ def test_the_mirror_is_untouched_by_a_mamba_state_until_the_prompt_is_read() -> 
 def test_a_full_mirror_raises_overloaded_and_submits_nothing() -> None:
     rig = distributed_rig(mirror=new_cache(slots=2, pages=8))
     with pytest.raises(Overloaded):
-        rig.link.submit([Prefill(1, (), 8), Attach(2, (), 8), Prefill(3, (), 8)])
-    assert rig.link.cache.free_slots == 2
+        rig.link.submit([Prefill(1, (), 8), Prefill(2, (), 8), Prefill(3, (), 8)])
+    assert rig.link.cache.room.free_slots == 2
     assert [event.sequence for event in rig.call(Prefill(4, (), 8)) if isinstance(event, Delta)] == [4]
     assert list(rig.engine.histories) == [4]
     rig.close()
@@ -134,8 +134,7 @@ def test_a_delta_that_comes_twice_is_dropped() -> None:
 
 def test_a_delta_overtaken_by_its_sequence_fails_instead_of_lying() -> None:
     rig = distributed_rig(dataclasses.replace(QUICK, staging_buffers=1))
-    rig.engine.open(1, 16)
-    rig.link.submit([Attach(1, (), 16)])
+    rig.delta(Prefill(1, (), 16))
     first, second = rig.engine.read(1, _tokens(3)), rig.engine.read(1, _tokens(2))
     rig.port.send([first, second])
     seen = rig.run(lambda seen: bool(seen))
@@ -250,7 +249,7 @@ def test_replies_sent_before_the_denoiser_connects_wait_for_it() -> None:
     port, address = open_port(cache, 0, 0, QUICK)
     port.send([Failed(1, Overloaded("nothing yet"))])
     link = connect(pickle.loads(pickle.dumps(address)), new_cache())
-    link.submit([Attach(1, (), 8)])
+    link.submit([Prefill(1, (), 8)])
     rig = Rig(link, port, ScriptedContext(port, cache))
     rig.run(lambda seen: bool(seen))
     rig.close()
@@ -260,7 +259,7 @@ def test_replies_sent_before_the_denoiser_connects_wait_for_it() -> None:
 def test_another_epoch_or_link_is_refused_and_the_right_one_still_let_in(field: str, value: int) -> None:
     port, address = open_port(new_cache(), 0, 3, QUICK)
     stale = dataclasses.replace(address, **{field: value})  # type: ignore[arg-type]
-    with pytest.raises(LinkDown, match=f"refused by the context side: {field}: got {value}, wanted"):
+    with pytest.raises(LinkDown, match=f"refused: {field}: got {value}, wanted"):
         connect(stale, new_cache())
     link = connect(address, new_cache())
     assert port.lost is None
@@ -278,13 +277,13 @@ def test_a_mirror_of_another_shape_is_refused() -> None:
 def test_whoever_lacks_the_key_is_not_let_in() -> None:
     port, address = open_port(new_cache(), 0, 0, QUICK)
     with pytest.raises(LinkDown, match="could not connect"):
-        connect(dataclasses.replace(address, authkey=b"guess"), new_cache())
-    with socket.create_connection((address.host, address.control_port)) as silent:
+        connect(dataclasses.replace(address, control=dataclasses.replace(address.control, token="guess")), new_cache())
+    with socket.create_connection((address.control.host, address.control.port)) as silent:
         silent.sendall(b"GET / HTTP/1.1\r\n\r\n")
         link = connect(address, new_cache())
     link.close()
     port.close()
-    assert "authkey" not in repr(address)
+    assert address.control.token not in repr(address)
 
 
 def test_a_port_that_nobody_connects_to_is_lost() -> None:
@@ -361,7 +360,7 @@ def test_a_mirror_slot_of_a_lost_link_is_free_again() -> None:
     rig.delta(Prefill(1, _tokens(8), 16))
     rig.port.close()
     rig.run(lambda seen: bool(seen))
-    assert mirror.free_slots == 8
+    assert mirror.room.free_slots == 8
     rig.close()
 
 
@@ -385,5 +384,5 @@ def test_what_comes_after_the_end_is_not_written() -> None:
         assert arrived.written != ended
         after = (link.cache.conv, link.cache.ssm, link.cache.keys)
         assert all(torch.equal(then, now) for then, now in zip(before, after, strict=True)) == ended
-    assert slot in link.cache._free_slots
+    assert slot in link.cache.room._free_slots
     rig.close()

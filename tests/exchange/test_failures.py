@@ -123,28 +123,19 @@ def _lost_by(port_faults: ChannelFaults | None = None, link_faults: ChannelFault
     return rig, lost[0]
 
 
-@pytest.mark.parametrize(
-    "faults", [ChannelFaults(drop=frozenset({1})), ChannelFaults(overtake=frozenset({1}))], ids=str
-)
-def test_a_lost_or_reordered_frame_ends_the_link(faults: ChannelFaults) -> None:
-    rig, reason = _lost_by(faults)
-    assert reason == "link 0 epoch 0: control message 1 was lost or overtaken by 2"
-    rig.close()
-
-
 def test_a_payload_that_was_never_announced_ends_the_link_in_time() -> None:
     rig, reason = _lost_by(ChannelFaults(drop_payload=3))
     # The next frame tells, or an end's patience does: which comes first is chance.
     reasons = f"{reason}; {rig.port.lost}"
     rig.close()
-    told = "was lost or overtaken by", "a transfer did not finish within 1.2 s", "nothing heard from"
+    told = "a transfer did not finish within 1.2 s", "nothing heard from"
     assert any(words in reasons for words in told), reasons
 
 
 @pytest.mark.parametrize("side", ["port", "link"])
 def test_a_cut_connection_ends_the_link_at_once(side: str) -> None:
     started = time.monotonic()
-    faults = ChannelFaults(cut_at=6)
+    faults = ChannelFaults(cut_at=5)
     rig, reason = _lost_by(*((faults, None) if side == "port" else (None, faults)))
     assert reason == "link 0 epoch 0: the context side is gone (connection closed)"
     assert rig.port.lost == "link 0 epoch 0: the denoiser side is gone (connection closed)"
@@ -154,7 +145,7 @@ def test_a_cut_connection_ends_the_link_at_once(side: str) -> None:
 
 @pytest.mark.parametrize("side", ["context", "denoiser"])
 def test_a_channel_gone_silent_ends_the_link_in_time(side: str) -> None:
-    faults = ChannelFaults(stall_at=6)
+    faults = ChannelFaults(stall_at=5)
     rig, reason = _lost_by(*((faults, None) if side == "context" else (None, faults)))
     reasons = f"{reason}; {rig.port.lost}"
     assert f"nothing heard from the {side} side" in reasons or "a transfer did not finish" in reasons
@@ -164,7 +155,7 @@ def test_a_channel_gone_silent_ends_the_link_in_time(side: str) -> None:
 def test_after_a_loss_the_next_epoch_serves_the_same_caches() -> None:
     cache, mirror = new_cache(), new_cache()
     for epoch in range(3):
-        rig = distributed_rig(QUICK, cache, mirror, epoch, port_faults=ChannelFaults(cut_at=6))
+        rig = distributed_rig(QUICK, cache, mirror, epoch, port_faults=ChannelFaults(cut_at=5))
         lost: list[str] = []
         rig.link.submit([Prefill(1, (), 64)])
         while not lost:
@@ -176,7 +167,7 @@ def test_after_a_loss_the_next_epoch_serves_the_same_caches() -> None:
         assert lost[0].startswith(f"link 0 epoch {epoch}: ")
         cache.free(rig.engine.slots[1])
         rig.close()
-    assert (mirror.free_slots, mirror.free_pages) == (8, 64)
+    assert (mirror.room.free_slots, mirror.room.free_pages) == (8, 64)
 
 
 def test_a_transfer_to_a_link_that_is_gone_does_not_hold_the_port() -> None:

@@ -35,6 +35,9 @@ def test_nothing_is_lost_or_given_twice(schedule: list[int | None]) -> None:
     cache = _cache()
     held: dict[int, int] = {}
     for tokens in schedule:
+        assert tokens is None or cache.room.fits(tokens) == (
+            len(held) < SLOTS and sum(held.values()) + pages_for(tokens) <= PAGES
+        )
         if tokens is None:
             if held:
                 slot = next(iter(held))
@@ -47,8 +50,8 @@ def test_nothing_is_lost_or_given_twice(schedule: list[int | None]) -> None:
         else:
             with pytest.raises(Overloaded):
                 cache.allocate(tokens)
-        assert cache.free_slots == SLOTS - len(held)
-        assert cache.free_pages == PAGES - sum(held.values())
+        assert cache.room.free_slots == SLOTS - len(held)
+        assert cache.room.free_pages == PAGES - sum(held.values())
         pages = [page for slot in held for page in cache.page_table([slot], held[slot] * PAGE_TOKENS)[0].tolist()]
         assert len(set(pages)) == len(pages) and not set(pages) & {0, 1}
 
@@ -57,7 +60,7 @@ def test_a_refused_allocation_takes_nothing() -> None:
     cache = _cache()
     with pytest.raises(Overloaded, match="wanted 1 slot and 7 pages, got 3 slots and 6 pages"):
         cache.allocate(PAGES * PAGE_TOKENS + 1)
-    assert (cache.free_slots, cache.free_pages) == (SLOTS, PAGES)
+    assert (cache.room.free_slots, cache.room.free_pages) == (SLOTS, PAGES)
 
 
 def test_the_next_tenant_finds_zeros() -> None:

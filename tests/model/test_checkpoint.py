@@ -293,19 +293,25 @@ class _Reads:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.opened: list[str] = []
+        self.most_open = self._open = 0
         self.most_alive = 0
         self._storages: list[weakref.ref[Any]] = []
 
     def __call__(self, path: Path, framework: str) -> "_Reads":
         self._file = safe_open(path, framework=framework)
+        self.opened.append(path.name)
         return self
 
     def __enter__(self) -> "_Reads":
         self._file.__enter__()
+        self._open += 1
+        self.most_open = max(self.most_open, self._open)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._file.__exit__(*exc)
+        self._open -= 1
 
     def keys(self) -> Iterator[str]:
         return iter(self._file.keys())
@@ -339,6 +345,42 @@ def test_a_process_with_one_tower_reads_only_its_tensors(reads: _Reads) -> None:
     reads.names.clear()
     load_denoiser_tower(checkpoint, CPU, torch.float32)
     assert set(reads.names) == set(checkpoint.files) - context
+
+
+def test_a_shard_is_opened_once_for_its_shapes_and_once_for_its_tensors(tmp_path: Path, reads: _Reads) -> None:
+    """Its header tells of every tensor in it: reading that anew for each takes the square of their number."""
+    checkpoint = Checkpoint.open(write_sharded(tmp_path, tensors_of(MODEL), config_of(MODEL)))
+    shards = sorted({path.name for name, path in checkpoint.files.items() if name.startswith("context_")})
+    assert len(shards) > 1
+    reads.opened.clear()
+    load_context_tower(checkpoint, CPU, torch.float32)
+    assert reads.opened == shards * 2 and reads.most_open == 1
+    one = Checkpoint.open(VENDORED / MODEL)
+    reads.opened.clear()
+    load_context_tower(one, CPU, torch.float32)
+    assert reads.opened == [SINGLE]
+
+
+def test_a_big_shard_is_opened_anew_now_and_then(reads: _Reads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read of a mapped file counts as the process's memory."""
+    checkpoint, most = Checkpoint.open(VENDORED / MODEL), 50_000
+    monkeypatch.setattr(checkpoint_module, "_MAPPED_BYTES", most)
+    reads.opened.clear()
+    tower = load_context_tower(checkpoint, CPU, torch.float32)
+    read = sum(tensor.nbytes for tensor in tower.state_dict().values())
+    assert 1 < len(reads.opened) <= 1 + read // most and reads.most_open == 1
+    _same(tower, vendored(MODEL).context)
+
+
+def test_a_reader_goes_on_after_a_shard_that_is_not_there(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_sharded(tmp_path, tensors_of(MODEL), config_of(MODEL)))
+    first, *_, last = sorted(checkpoint.files, key=lambda name: checkpoint.files[name].name)
+    checkpoint.files[last].unlink()
+    with checkpoint.reading() as reader:
+        wanted = reader.tensor(first)
+        assert "no such file" in _message(lambda: reader.tensor(last))
+        assert torch.equal(reader.tensor(first), wanted)
+        assert f"no tensor {'x'!r}" in _message(lambda: reader.tensor("x"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,8 +1,7 @@
 """Every implementation behind the seam against the plain torch path, by the measure that loading uses too.
 
-The fused packages need a GPU. On a CPU their adapters run over stand-ins that keep the packages' contracts, above all
-the one that is a trap: a chunk longer than the block, together with an initial state. `tests/kernels` runs the real
-ones.
+The fused packages need a GPU. On a CPU their adapters run over stand-ins that keep the packages' contracts. One is a
+trap: a chunk longer than the block, together with an initial state. `tests/kernels` runs the real packages.
 """
 
 import importlib

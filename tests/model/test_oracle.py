@@ -1,7 +1,7 @@
 """A second, independent oracle: transformers' own `nemotron_h` on the context tower's weights.
 
-It clamps dt from below in prefill unless `time_step_min` is 0, and drops attention biases, so the dense golden
-checkpoint (which has some) cannot be compared; the causal model without biases can.
+It clamps dt from below in prefill unless `time_step_min` is 0. It drops attention biases, so the dense golden
+checkpoint, which has some, cannot be compared. The causal model without biases can.
 """
 
 import logging

@@ -5,22 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from twotower import __version__
+from twotower.commands.parameter_flags import add_parameter_flags
 from twotower.commands.parser import Parser, ids, number
 
-# Flags that are fields of DecodingParams.
-PARAMS = (
-    "mode",
-    "max_new_tokens",
-    "block_size",
-    "steps_per_block",
-    "confidence_threshold",
-    "temperature",
-    "top_k",
-    "top_p",
-    "seed",
-    "stop_token_ids",
-    "ignore_eos",
-)
 EXAMPLES = """\
 examples:
   one prompt, text on the terminal as blocks are committed:
@@ -48,7 +35,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_sources(generate)
-    _add_params(generate)
+    add_parameter_flags(generate.add_argument_group("decoding"))
     _add_running(generate)
     options = parser.parse_args(arguments)
     _check_together(generate, options)
@@ -66,39 +53,11 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         "--input",
         type=Path,
         metavar="FILE",
-        help="JSON lines: `prompt` or `prompt_token_ids`, `id`, `priority`, any flag",
+        help="a file of JSON lines with `prompt` or `prompt_token_ids`, and `id`, `priority` or any flag",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the answers to --input go, as JSON lines")
-    parser.add_argument("--strict", action="store_true", help="refuse the whole --input for one bad line")
+    parser.add_argument("--strict", action="store_true", help="refuse the whole --input if one line is bad")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-
-
-def _add_params(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("decoding")
-
-    def add(flag: str, text: str, metavar: str = "N") -> None:
-        group.add_argument(flag, type=number, default=argparse.SUPPRESS, metavar=metavar, help=text)
-
-    add("--mode", "diffusion | mock_ar | ar (default: the first of these the checkpoint can serve)", "MODE")
-    add("--max-new-tokens", "tokens to generate at most (default: 128)")
-    add("--block-size", "positions decoded together in diffusion (default: 16)")
-    add("--steps-per-block", "denoiser steps a block may take at most (default: 16)")
-    add("--confidence-threshold", "fix positions whose probability is above this, 0 to 1 (default: 0.8)", "P")
-    add("--temperature", "0 is greedy (default: 0)", "T")
-    add("--top-k", "sample among the k likeliest tokens; ar and mock_ar only (default: 0, off)")
-    add(
-        "--top-p",
-        "sample among the likeliest tokens whose probabilities reach this sum; ar and mock_ar only (default: 1, off)",
-        "P",
-    )
-    add("--seed", "decides every random number; drawn and reported if not given")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
-    group.add_argument(
-        "--stop-token-ids", type=ids, default=argparse.SUPPRESS, metavar="IDS", help="end after any of these: 7,8"
-    )
-    group.add_argument(
-        "--ignore-eos", action="store_true", default=argparse.SUPPRESS, help="go on past the end-of-sequence token"
-    )
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from twotower.commands.arguments import PARAMS
 from twotower.commands.orders import BadLine, Model, Order, open_model, order_of, read_orders
 from twotower.commands.output import whole_file
+from twotower.commands.parameter_flags import given_parameters
 from twotower.commands.results import Result, decode
+from twotower.core import Mode
 from twotower.engine.in_process import open_pair, pick_device, pick_dtype
 from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
@@ -26,8 +27,8 @@ from twotower.model.threads import threads_for
 from twotower.validation import parse_params
 
 _MAX_SEQUENCES = 32
-# Orders given to the pair at a time, and the length of its queue: an order may have ended before its room is free, so
-# the rooms themselves do not count.
+# Orders given to the pair at a time, and the length of the pair's queue. An order may have ended before its room is
+# free, so counting rooms would not do.
 _IN_FLIGHT = 288
 _BIG_CHECKPOINT_BYTES = 256 * 2**20
 
@@ -48,7 +49,7 @@ def generate(options: Namespace) -> Outcome:
     pick_dtype(options.dtype)
     model = open_model(options.checkpoint, options.max_sequence_length)
     torch.set_num_threads(threads_for(model.checkpoint.config, torch.get_num_threads()))
-    given = {name: getattr(options, name) for name in PARAMS if hasattr(options, name)}
+    given = given_parameters(options)
     if options.input is None:
         return _generate_one(options, model, given)
     return _generate_many(options, model, given)
@@ -56,8 +57,7 @@ def generate(options: Namespace) -> Outcome:
 
 def _generate_one(options: Namespace, model: Model, given: dict[str, object]) -> Outcome:
     source = "prompt" if options.prompt is not None else "prompt_token_ids"
-    stop = {} if options.stop is None else {"stop": options.stop}
-    order = order_of({source: getattr(options, source), **stop, **given}, model)
+    order = order_of({source: getattr(options, source), "stop": options.stop, **given}, model)
 
     def show(new: str, _: int) -> None:
         if new and not options.json:
@@ -97,8 +97,7 @@ def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> t
     are too many.
     """
     parse_params(given, model.limits)
-    stop = {} if options.stop is None else {"stop": options.stop}
-    lines = list(read_orders(options.input, model, given | stop))
+    lines = list(read_orders(options.input, model, given | {"stop": options.stop}))
     bad = [line for line in lines if isinstance(line, BadLine)]
     good = [line for line in lines if isinstance(line, Order)]
     for line in bad:
@@ -199,11 +198,18 @@ def _pair(options: Namespace, model: Model, orders: Sequence[Order]) -> Abstract
     return open_pair(model.directory, settings, options.device, options.dtype, progress=big)
 
 
+def _cost(result: Result) -> str:
+    if result.mode is not Mode.VERIFIED:
+        return f"{result.num_blocks} blocks, {result.num_steps} steps"
+    drafted = f"{result.num_accepted} of {result.num_drafted} drafted tokens accepted"
+    return f"{result.num_blocks} rounds, {result.num_steps} steps, {drafted}"
+
+
 def _summary(result: Result) -> str:
     count = len(result.token_ids)
     return (
         f"{count} tokens in {result.seconds:.2f} s ({count / max(result.seconds, 1e-9):.1f} tokens/s), "
-        f"{result.mode}: {result.num_blocks} blocks, {result.num_steps} steps; "
+        f"{result.mode}: {_cost(result)}; "
         f"finished by {result.finish_reason}, seed {result.seed}"
     )
 

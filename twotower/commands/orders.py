@@ -1,19 +1,19 @@
 """From what a user wrote (flags, or a line of JSON) to a checked request. Touches headers and tokenizer, no tower."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import twotower
-from twotower.core import DecodingParams, Request
-from twotower.decoding.tokenizer import Tokenizer, check_stop, encode_prompt, load_tokenizer
+from twotower.core import PARAMETERS, DecodingParams, Request
 from twotower.errors import InvalidRequest
 from twotower.model.checkpoint import Checkpoint
+from twotower.parameters import Integer, check_text
 from twotower.strict_json import parse_line, read_lines
-from twotower.validation import ModelLimits, Problems, check_integer, check_known, check_text, make_request
+from twotower.text.tokenizer import Tokenizer, check_stop, encode_prompt, load_tokenizer
+from twotower.validation import ModelLimits, Problems, check_known, make_request
 
-_PARAMS = {field.name for field in fields(DecodingParams)}
-_FIELDS = {"id", "prompt", "prompt_token_ids", "stop", "priority"} | _PARAMS
+_FIELDS = {"id", "prompt", "prompt_token_ids", "stop", "priority", *PARAMETERS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class BadLine:
 
 def open_model(name: str, max_sequence_length: object) -> Model:
     """`demo`, or a directory. Raises CheckpointError, or InvalidRequest for a length that is none."""
-    longest = check_integer("max_sequence_length", max_sequence_length, 2)
+    longest = Integer(2).read("max_sequence_length", max_sequence_length)
     directory = Path(twotower.__file__).parent / "demo" / "checkpoint" if name == "demo" else Path(name)
     checkpoint = Checkpoint.open(directory)
     defaults = DecodingParams(mode=checkpoint.modes[0])
@@ -63,14 +63,14 @@ def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Ord
     check_known(values, _FIELDS, problems)
     problems.raise_any()
     prompt = _prompt(values, model)
-    params = {name: value for name, value in values.items() if name in _PARAMS}
+    params = {name: value for name, value in values.items() if name in PARAMETERS}
     request = make_request(str(number), prompt, params, model.limits, values.get("priority", 0))
     return Order(request, check_stop(model.tokenizer, values.get("stop", ())), _id(values))
 
 
 def read_orders(path: Path, model: Model, given: Mapping[str, object]) -> Iterator[Order | BadLine]:
-    """Every line of a JSON lines file, in order, blank ones left out. `given` counts as said by every line that does
-    not say otherwise, so a flag that means nothing in a line's own mode is refused for that line.
+    """Every line of a JSON lines file, in order, blank ones left out. `given` fills in what a line leaves out. So a
+    flag that means nothing in a line's own mode is refused for that line.
     """
     for number, line in read_lines(path):
         yield _order_of_line(line, model, given, number)

@@ -6,10 +6,10 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass
 
 from twotower.commands.orders import Order
-from twotower.core import FinishReason, Mode
-from twotower.decoding.text import AnswerText
-from twotower.decoding.tokenizer import Tokenizer
+from twotower.core import COSTS, FinishReason, Mode
 from twotower.engine.pair import Pair
+from twotower.text.answer_text import AnswerText
+from twotower.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,8 @@ class Result:
     finish_reason: FinishReason
     num_steps: int
     num_blocks: int
+    num_drafted: int
+    num_accepted: int
     mode: Mode
     seconds: float
     seed: int
@@ -37,15 +39,14 @@ async def decode(
     number of tokens, as it comes.
     """
     answer = AnswerText(tokenizer, order.stop)
-    num_steps = num_blocks = 0
+    costs = dict.fromkeys(COSTS, 0)
     reason: FinishReason | None = None
     started = time.perf_counter()
     async with aclosing(pair.generate(order.request)) as events:
         async for event in events:
             taken, new = answer.push(event.token_ids, last=event.finish_reason is not None)
             cost = event.first(len(taken))
-            num_steps += cost.num_steps
-            num_blocks += cost.num_blocks
+            costs = {name: count + getattr(cost, name) for name, count in costs.items()}
             show("".join(f"{token} " for token in taken) if tokenizer is None else new, len(taken))
             reason = FinishReason.STOP if answer.stopped else event.finish_reason
             if reason is not None:
@@ -53,4 +54,5 @@ async def decode(
     assert reason is not None, "a pair ends its events with a reason or an error"
     seconds = round(time.perf_counter() - started, 6)
     params = order.request.params
-    return Result(answer.token_ids, answer.text, reason, num_steps, num_blocks, params.mode, seconds, params.seed)
+    how = {"mode": params.mode, "seconds": seconds, "seed": params.seed}
+    return Result(answer.token_ids, answer.text, reason, **costs, **how)  # type: ignore[arg-type]

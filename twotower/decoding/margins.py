@@ -1,9 +1,9 @@
 """How close a decision was: what tells whether fp32 rounding could have made it another way.
 
-A decision's *margin* is how far apart the logits of what won and of what lost were, as 1 - exp(-difference): the part
-by which the loser's probability was the smaller one, and almost the difference itself where that is small. It lies in
-[0, 1], and 1 also stands for a decision without an alternative. Below `NEAR_TIE` the decision is a near-tie: logits of
-one row alone and of the same row among others differ by some 3e-6.
+A decision's *margin* is 1 - exp(-d), where d is the difference between the winner's logit and the loser's. It is the
+share by which the loser's probability was smaller, and almost d itself where d is small. It lies in [0, 1], and 1 also
+stands for a decision without an alternative. Below `NEAR_TIE` the decision is a near-tie: logits of one row alone and
+of the same row among others differ by some 3e-6.
 """
 
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Random numbers as a function of (request seed, block, step, position, token): no state, no order, no device.
 
-A counter-based generator in integer arithmetic, so that a request's numbers are the same whoever shares its batch,
-wherever it runs and however often it is resumed.
+A counter-based generator in integer arithmetic. So a request's numbers do not depend on its batch-mates, on the place
+where it runs, or on how often it is resumed.
 """
 
 import torch

@@ -57,11 +57,18 @@ def sample(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
     return Sampled(tokens_R, margin_R)
 
 
+def decide(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
+    """`sample` as the host reads it, [R,3] in fp32: the token, its margin, whether the row's logits are all finite."""
+    finite_R = torch.isfinite(logits_RV).all(1)
+    sampled = sample(logits_RV, rows)
+    return torch.stack([sampled.tokens_R.float(), sampled.margin_R, finite_R.float()], dim=1)
+
+
 def _draw(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
     """softmax at the temperature, then top-k and top-p, then one draw.
 
-    The draw goes through the tokens in the order of their ids. In the order of their probabilities two of almost the
-    same one would change places with the last bit of a logit, and the draw with them.
+    The draw goes through the tokens in the order of their ids. In the order of their probabilities, the last
+    bit of a logit would make two of almost the same probability change places, and so change the draw.
     """
     device, vocab = logits_RV.device, logits_RV.shape[1]
     temperatures_R1 = on_device([row.temperature for row in rows], device)[:, None]

@@ -10,8 +10,8 @@ from twotower.decoding.margins import runner_up
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Of each position: the given token's log-probability, whether it is the greedy one, the margin of that decision,
-    and whether all of it is finite: one NaN or infinity among the logits, and nothing here means anything."""
+    """Of each position: the given token's log-probability, whether the token is the greedy one, and the margin of that
+    decision. `finite_P`: all logits are finite. Where one is not, the other three are undefined."""
 
     log_prob_P: Tensor
     is_greedy_P: Tensor

@@ -12,6 +12,10 @@ class Stopping:
         self._stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {eos_token_id})
         self._most = params.max_new_tokens
 
+    def ends(self, token: int) -> bool:
+        """Whether nothing follows this token."""
+        return token in self._stops
+
     def cut(self, new_token_ids: Sequence[int], already: int) -> tuple[tuple[int, ...], FinishReason | None]:
         """What to keep of freshly committed tokens, after `already` earlier ones, and whether the sequence ends there.
 
@@ -19,7 +23,7 @@ class Stopping:
         """
         room = self._most - already
         for place, token in enumerate(new_token_ids[:room]):
-            if token in self._stops:
+            if self.ends(token):
                 return tuple(new_token_ids[: place + 1]), FinishReason.STOP
         if len(new_token_ids) >= room:
             return tuple(new_token_ids[:room]), FinishReason.LENGTH

@@ -142,8 +142,8 @@ def unmask(
 ) -> Tensor:
     """Fix the positions of this step. Returns its outcome, an [R,5L+3] for the host to read at once: see `Decision`.
 
-    A row fixes all positions whose confidence is strictly above its threshold, at least one, at least enough to finish
-    in time, the most confident first and among equals the later one first. `noise` [R,L,V] replaces the uniform
+    A row fixes all positions whose confidence is strictly above its threshold, at least one, and at least enough to
+    finish in time. The most confident come first, and of equal ones the later one. `noise` [R,L,V] replaces the uniform
     numbers of sampled rows (for the golden vectors). Overwrites the mask token's logits.
     """
     given_RX = blocks.given(logits_RLV.device, logits_RLV.shape[1])
@@ -162,7 +162,7 @@ def unmask(
     chosen = _choose(confidence_RL, given_RX)
     ratio_RL = runner_up(probabilities_RLV, predicted_RL[..., None], 0.0) / confidence_RL
     ratio_RL = _with(ratio_RL, which_M, drawn_ratio_ML)
-    # The two likeliest tokens of a position have almost one confidence; two that were nearly drawn need not, and the
+    # The two likeliest tokens of a position have almost one confidence. Two that were nearly drawn need not. So the
     # other one might have been fixed.
     decided_RL = _with(chosen.committed_RL, which_M, _of(chosen.masked_RL, which_M))
     return _outcome(chosen, predicted_RL, confidence_RL, closest(ratio_RL, decided_RL), sum_R1)
@@ -186,8 +186,8 @@ def _without(token_id: int, logits_RLV: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """Of every row: its tokens and masks before the step, which positions were fixed, the confidences of the masked
-    ones in rising order, and how many were above the threshold."""
+    """Of every row: its tokens and masks before the step, and which positions were fixed. Also the confidences of the
+    masked ones in rising order, and how many were above the threshold."""
 
     tokens_RL: Tensor
     masked_RL: Tensor

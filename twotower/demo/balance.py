@@ -1,5 +1,6 @@
-"""Keeps a tower's experts evenly used without an auxiliary loss: after each train step the router's correction bias
-moves a little towards the experts that were chosen less than their share (DeepSeek-V3, §2.1.2).
+"""Keeps a tower's experts evenly used without an auxiliary loss (DeepSeek-V3, §2.1.2).
+
+After each train step the router's correction bias moves a little towards experts chosen less than their share.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The training losses. All run the very towers that serve; nothing here is a second implementation of them.
 
-The denoiser's conditioning: serving always feeds t = (masked positions of the block) / (block width), so training
-draws that count first, masks exactly as many positions and feeds exactly that t. The paper draws t ~ U[1e-3, 1] per
-sequence and masks each position with probability t, which has the same mean but feeds a t that is off by the
-binomial noise, large for a block of 16. The full mask gets an extra share, because every block starts there.
+The denoiser's conditioning: serving always feeds t = (masked positions of the block) / (block width). So training
+draws the count first, masks exactly as many positions and feeds exactly this t. The paper draws t ~ U[1e-3, 1] per
+sequence and masks each position with probability t. That has the same mean, but its t is off by the binomial noise,
+which is large for a block of 16. The full mask gets an extra share, because every block starts there.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def read_batch(context: ContextTower, batch: BlockBatch) -> Reading:
 def draw_masks(blocks: int, width: int, generator: torch.Generator) -> Tensor:
     """Masks [B,W] with 1..W masked positions, all counts equally likely but the full one, which gets more.
 
-    Half of the masks hide what lies behind a point, the others positions at random: where each token follows from those
-    before it, a sum's next digit, random holes seldom show it what it needs.
+    Half of the masks hide everything behind a point, the others hide positions at random. Some tokens follow from those
+    before them, such as a sum's next digit. Random holes seldom leave visible what such a token needs.
     """
     counts_B = torch.randint(1, width + 1, (blocks,), generator=generator)
     full_B = torch.rand(blocks, generator=generator) < FULL_MASK_SHARE
@@ -63,8 +63,8 @@ def draw_masks(blocks: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 def later_masks(mask_BW: Tensor, confidence_BW: Tensor, generator: torch.Generator) -> Tensor:
-    """What a decoder leaves masked of `mask_BW` some steps later: the most confident positions are unmasked, at least
-    one of them and as many more as chance says. Where one was left, it stays.
+    """What a decoder leaves masked of `mask_BW` some steps later. The most confident positions are unmasked: at least
+    one, and as many more as chance says. Where only one was masked, it stays masked.
     """
     left_B = mask_BW.sum(1)
     drawn_B = torch.rand(len(left_B), generator=generator).to(left_B.device)
@@ -113,9 +113,9 @@ def _every_block(num_blocks_R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mock_ar_loss(context: ContextTower, denoiser: DenoiserTower, batch: NextTokenBatch) -> Tensor:
-    """Mean cross-entropy of the next token where the denoiser reads the newest one alone, without time conditioning,
-    against the states of all before it: what `mock_ar` does in serving. A fresh denoiser, a copy of the context tower,
-    can do it; this keeps it from forgetting.
+    """Mean cross-entropy of the next token, as `mock_ar` predicts it in serving. The denoiser reads the newest token
+    alone, without time conditioning, against the states of all tokens before it. A fresh denoiser is a copy of the
+    context tower and can do this; the loss keeps it from forgetting.
     """
     reading = Reading(context.config, len(batch.lengths_R), context.device)
     reading.read(context, batch.before_RL, batch.lengths_R)

@@ -127,7 +127,7 @@ def retained(scores: Sequence[Score], reference: Sequence[Score]) -> Retained:
     """Quality of `scores` against that of `reference`, which answered the same instances in the same order.
 
     The bootstrap draws instances anew within each family, the same ones for both. No drawing shows a loss that has not
-    happened yet, so the lower end is at most the share that would show none in one case of forty.
+    happened yet. So the lower end is at most the share that would show no loss in one case of forty.
     """
     pairs = [(_right(score), _right(_of_family(reference, score.family))) for score in scores]
     random = np.random.default_rng(0)

@@ -1,5 +1,5 @@
-"""A finished training run as a checkpoint directory in the released layout: weights in bf16, the small and sensitive
-vectors in fp32, tokenizer files and a model card with the scores of exactly these files.
+"""A finished training run as a checkpoint directory in the released layout. Weights are bf16, the small and sensitive
+vectors fp32. With them come the tokenizer files, and a model card with the scores of exactly these files.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ class FromNothing:
     lengths_R = None
     starts_R = None
     updates = False
+    kept = None
 
     def __init__(self, config: ModelConfig, rows: int, length: int, device: torch.device) -> None:
         self.mask_RLT = torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(rows, -1, -1)
@@ -38,12 +39,13 @@ class FromNothing:
 class Reading:
     """The frozen context tower's states while it reads prompts, then answer blocks; kept at every block boundary.
 
-    Rows are sorted by their number of blocks, most first, so that the rows that have one more block to read are
-    always the first ones. Boundary z lies right before block z.
+    Rows are sorted by their number of blocks, most first. So the rows that have one more block to read are always the
+    first ones. Boundary z lies right before block z.
     """
 
     starts_R = None
     updates = True
+    kept = None
 
     def __init__(self, config: ModelConfig, rows: int, device: torch.device) -> None:
         self._rows, self._device = rows, device
@@ -116,6 +118,7 @@ class BlockStates:
     lengths_R = None
     starts_R = None
     updates = False
+    kept = None
 
     def __init__(self, reading: Reading, rows_B: Tensor, boundaries_B: Tensor, block_size: int) -> None:
         self._reading, self._rows_B, self._boundaries_B = reading, rows_B, boundaries_B

@@ -1,7 +1,7 @@
 """The training loop of both stages, resumable at any train step. Knows nothing about the command line.
 
-Batches and masks are functions of (seed, stage, step), so weights, optimizer state and position are all there is to
-save; the file is replaced atomically.
+Batches and masks are functions of (seed, stage, step). So only weights, optimizer state and position are saved. The
+file is replaced atomically.
 """
 
 from __future__ import annotations

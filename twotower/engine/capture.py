@@ -6,12 +6,12 @@ from twotower.config import ModelConfig
 from twotower.engine.graphs import FixedPasses
 from twotower.engine.passes import SHORT_PROMPT, USUAL_WIDTH, EagerPasses, Passes
 from twotower.engine.recorded import OFTEN, RecordedPasses
+from twotower.engine.settings import Capture
 from twotower.errors import ConfigError
 from twotower.model.cache import TowerCache
 from twotower.model.moe import grouped_products_wait
 from twotower.model.tower import ContextTower, DenoiserTower
 
-CAPTURES = ("auto", "on", "off")
 _NEVER = 1 << 62
 
 
@@ -34,8 +34,8 @@ def passes_for(
 
 def check_capture(capture: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raises ConfigError for a name that is none, and for `on` where a capture would break."""
-    if capture not in CAPTURES:
-        raise ConfigError(f"capture: got {capture!r}, wanted one of {', '.join(CAPTURES)}")
+    if capture not in tuple(Capture):
+        raise ConfigError(f"capture: got {capture!r}, wanted one of {', '.join(Capture)}")
     if capture == "on" and "E" in config.hybrid_override_pattern and grouped_products_wait(device, dtype):
         kind, (major, minor) = str(dtype).removeprefix("torch."), torch.cuda.get_device_capability(device)
         raise ConfigError(

@@ -5,14 +5,15 @@ Shipped beside the weights as `expectation.json`. A broken kernel, cache or exch
 here, as wrong answers, as fewer tokens a step, or as other probabilities. Knows nothing of how the sample is decoded.
 """
 
+import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from twotower.core import Mode
 from twotower.errors import CheckpointError
-from twotower.wire import Codec, CodecError, to_json
 
 FILE = "expectation.json"
 # Rounding in another dtype, not a broken part: shares of the sample's answers and of its tokens per step. The demo in
@@ -80,10 +81,10 @@ class Expectation:
         """The expectation beside a checkpoint's weights; None where it ships none. Raises CheckpointError."""
         path = Path(directory) / FILE
         try:
-            [found] = _CODEC.decode(path.read_bytes())
+            found = _read(path.read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, CodecError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: not an expectation as this version has it ({error}); a checkpoint may do without one"
             ) from error
@@ -101,7 +102,7 @@ class Expectation:
 
     def save(self, directory: Path | str) -> None:
         """Write it beside the weights."""
-        (Path(directory) / FILE).write_bytes(to_json([_CODEC.plain(self)]) + b"\n")
+        (Path(directory) / FILE).write_text(json.dumps([["Expectation", asdict(self)]], separators=(",", ":")) + "\n")
 
 
 def num_right(sample: Sequence[Known], outcomes: Sequence[Outcome]) -> int:
@@ -114,4 +115,9 @@ def tokens_per_step(outcomes: Sequence[Outcome]) -> float:
     return sum(len(got.token_ids) for got in outcomes) / max(1, sum(got.num_steps for got in outcomes))
 
 
-_CODEC: Codec[Expectation] = Codec(Expectation)
+def _read(data: bytes) -> Expectation:
+    """Raises ValueError (msgspec.ValidationError is one)."""
+    import msgspec
+
+    [(_, found)] = msgspec.json.decode(data, type=tuple[tuple[Literal["Expectation"], Expectation]])
+    return found

@@ -22,6 +22,7 @@ from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH, EagerPasses, Want
 from twotower.model import mamba
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.model.rescan import KeptScan, KeptScans
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import on_device
 
@@ -63,9 +64,12 @@ class FixedStates:
     The tables of a pass that `updates` are wide enough for `width` positions behind each row's start.
     """
 
-    def __init__(self, cache: CacheMemory, given_RX: Tensor, width: int, updates: bool) -> None:
+    def __init__(
+        self, cache: CacheMemory, given_RX: Tensor, width: int, updates: bool, keeps_scans: bool = False
+    ) -> None:
         slots_R1, starts_R1, lengths_R1, table_RZ = given_RX.split([1, 1, 1, given_RX.shape[1] - 3], dim=1)
         self.updates, self._cache, self._table_RZ = updates, cache, table_RZ
+        self.kept: list[KeptScan] | None = [] if keeps_scans else None
         self._slots_R, self.lengths_R = slots_R1[:, 0], lengths_R1[:, 0]
         self.starts_R: Tensor | None = starts_R1[:, 0]
         new_L = torch.arange(width, device=given_RX.device)
@@ -205,6 +209,10 @@ class FixedPasses:
             for slot, ids in zip(slots, tokens, strict=True)
         ]
         return fixed.run(rows, t or [])[:, :longest]
+
+    def verify(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, KeptScans | None]:
+        """Eagerly: what the scans read would need memory of its own in every capture."""
+        return self._eager.verify(slots, tokens)
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
         return decided_apart(self, slots, blocks)

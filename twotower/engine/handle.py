@@ -11,7 +11,10 @@ from twotower.core import AnyRequest, Event, RequestId
 class EngineStats:
     """Counters of one engine process since it started. Times in seconds.
 
-    `near_ties`: decisions whose margin was so small that rounding might have made them another way.
+    `near_ties`: decisions whose margin was so small that rounding might have made them another way. `held_up_s`: in
+    which a denoiser had sequences and stepped none, because all waited for their commits' deltas; `prompt_wait_s`: some
+    of them for their prompts'. `exchange_…`: of the deltas that it received. `free_memory`: bytes that its device has
+    left for it, where the system says. `process`: its id.
     """
 
     tower: str
@@ -24,6 +27,13 @@ class EngineStats:
     total_slots: int = 0
     total_pages: int = 0
     near_ties: int = 0
+    held_up_s: float = 0.0
+    prompt_wait_s: float = 0.0
+    exchange_bytes: int = 0
+    exchange_payloads: int = 0
+    exchange_s: float = 0.0
+    free_memory: int | None = None
+    process: int = 0
 
 
 class EngineHandle(Protocol):
@@ -41,7 +51,7 @@ class EngineHandle(Protocol):
         ...
 
     async def events(self) -> list[Event]:
-        """Wait for what has happened: at least one event, or an empty list after a second of quiet."""
+        """Wait for what has happened. May be an empty list, after a second of quiet."""
         ...
 
     async def stats(self) -> list[EngineStats]:

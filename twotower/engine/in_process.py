@@ -10,10 +10,11 @@ import torch
 from twotower.device_names import parse_device
 from twotower.engine.capture import check_capture
 from twotower.engine.context_engine import ContextEngine
-from twotower.engine.denoiser_engine import DenoiserEngine, StepTrace
+from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.free_memory import check_fits
-from twotower.engine.ledger import Ledger, Room
+from twotower.engine.ledger import Ledger
 from twotower.engine.memory import memory_of
+from twotower.engine.modes.block_steps import StepTrace
 from twotower.engine.pair import Pair
 from twotower.engine.runner import Engine, EngineRunner
 from twotower.engine.settings import EngineSettings
@@ -21,6 +22,7 @@ from twotower.errors import ConfigError
 from twotower.exchange.local import LocalExchange
 from twotower.model.checkpoint import Checkpoint, Layout
 from twotower.model.loading import load_context_tower, load_denoiser_tower
+from twotower.model.room import Room
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import current
 

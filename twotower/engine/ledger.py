@@ -1,7 +1,7 @@
 """The cell's admission ledger: who may start, decided before any tower is touched.
 
-Counts slots and pages of both towers' caches. A request gets all it may ever need or nothing, so an admitted request
-never fails for want of room. Pure Python.
+Has a `Room` for each cache of the cell's towers. A request gets all it may ever need in each of them or nothing, so an
+admitted request never fails for want of room. Pure Python.
 """
 
 from collections import deque
@@ -10,42 +10,25 @@ from dataclasses import dataclass
 from twotower.core import AnyRequest, Request, RequestId
 from twotower.errors import InvalidRequest, Overloaded
 from twotower.model.pages import pages_for
+from twotower.model.room import Held, Room
 
 MAX_PASSED = 64
 
 
-@dataclass(slots=True)
-class Room:
-    """Free slots and pages of one tower's cache."""
-
-    slots: int
-    pages: int
-
-    def fits(self, pages: int) -> bool:
-        return self.slots >= 1 and self.pages >= pages
-
-    def take(self, pages: int) -> None:
-        self.slots -= 1
-        self.pages -= pages
-
-    def give(self, pages: int) -> None:
-        self.slots += 1
-        self.pages += pages
-
-
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What one admitted request holds: its pages on the context tower and, with `denoiser`, on that mirror."""
+    """Which denoiser leads an admitted request, if any does, and what the request holds of which rooms."""
 
-    pages: int
     denoiser: int | None
+    held: tuple[tuple[Room, Held], ...]
 
 
 @dataclass(slots=True)
 class _Waiting:
-    """A queued request and how many of a lower value have gone in front of it."""
+    """A queued request and how many of a lower value have gone in front of it. `only`: the denoiser that it is for."""
 
     request: AnyRequest
+    only: int | None = None
     passed: int = 0
 
 
@@ -63,9 +46,10 @@ class Ledger:
 
     def __init__(self, context: Room, mirrors: list[Room], max_queued: int, max_passed: int = MAX_PASSED) -> None:
         self._context, self._mirrors = context, mirrors
-        self._whole = Room(context.slots, context.pages)
         self._max_queued, self._max_passed = max_queued, max_passed
         self._queue: deque[_Waiting] = deque()
+        self._closed: set[int] = set()
+        self._orphaned: dict[int, list[Place]] = {}
         self._places: dict[RequestId, Place] = {}
 
     @property
@@ -84,16 +68,36 @@ class Ledger:
     def mirrors(self) -> list[Room]:
         return self._mirrors
 
-    def enqueue(self, request: AnyRequest) -> None:
-        """Queue a request. Raises Overloaded when the queue is full, InvalidRequest if the request can never fit."""
+    def lose(self, denoiser: int) -> list[RequestId]:
+        """This denoiser is gone: what it led, which has ended. Nothing is placed there but what is for it alone; the
+        room of the lost stays taken until `regain`, since the context tower may not have forgotten them yet."""
+        self._closed.add(denoiser)
+        led = [request_id for request_id, place in self._places.items() if place.denoiser == denoiser]
+        self._orphaned.setdefault(denoiser, []).extend(self._places.pop(request_id) for request_id in led)
+        return led
+
+    def regain(self, denoiser: int) -> None:
+        """After `lose`: the room of what it led is free."""
+        for place in self._orphaned.pop(denoiser, []):
+            _give(place)
+
+    def open(self, denoiser: int) -> None:
+        """After `regain`: place anything there again."""
+        self._closed.discard(denoiser)
+
+    def enqueue(self, request: AnyRequest, only: int | None = None) -> None:
+        """Queue a request. Raises Overloaded when the queue is full, InvalidRequest if the request can never fit.
+
+        `only`: the denoiser that it is for, whether that is closed or not.
+        """
         wanted = pages_for(request.positions)
-        if wanted > self._whole.pages:
+        if wanted > self._context.pages:
             raise InvalidRequest.of(
                 "max_new_tokens" if isinstance(request, Request) else "token_ids",
                 f"got a request of {request.positions} positions ({wanted} pages), "
-                f"wanted at most {self._whole.pages} pages, which is this cell's whole cache",
+                f"wanted at most {self._context.pages} pages, which is this cell's whole cache",
             )
-        if len(self._queue) >= self._max_queued and not self._could_start(request):
+        if len(self._queue) >= self._max_queued and not self._could_start(request, only):
             raise Overloaded(
                 f"{len(self._queue)} requests are waiting and {len(self._places)} running; wanted fewer than "
                 f"{self._max_queued} waiting"
@@ -102,20 +106,19 @@ class Ledger:
         while place and self._lets_pass(self._queue[place - 1], request):
             place -= 1
             self._queue[place].passed += 1
-        self._queue.insert(place, _Waiting(request))
+        self._queue.insert(place, _Waiting(request, only))
 
     def admit(self) -> list[tuple[AnyRequest, Place]]:
         """Requests that may start now, in order. The first that does not fit holds up all behind it: no starvation."""
         admitted = []
         while self._queue:
             request = self._queue[0].request
-            place = self._place_for(request)
-            if place is None:
+            found = self._find(request, self._queue[0].only)
+            if found is None:
                 break
             self._queue.popleft()
-            self._context.take(place.pages)
-            if place.denoiser is not None and self._mirrors:
-                self._mirrors[place.denoiser].take(place.pages)
+            denoiser, rooms = found
+            place = Place(denoiser, tuple((room, room.take(request.positions)) for room in rooms))
             self._places[request.id] = place
             admitted.append((request, place))
         return admitted
@@ -130,25 +133,30 @@ class Ledger:
 
     def release(self, request_id: RequestId) -> None:
         """Count a finished request's room as free."""
-        place = self._places.pop(request_id)
-        self._context.give(place.pages)
-        if place.denoiser is not None and self._mirrors:
-            self._mirrors[place.denoiser].give(place.pages)
+        _give(self._places.pop(request_id))
 
     def _lets_pass(self, waiting: _Waiting, later: AnyRequest) -> bool:
         return later.priority < waiting.request.priority and waiting.passed < self._max_passed
 
-    def _could_start(self, request: AnyRequest) -> bool:
-        return not self._queue and self._place_for(request) is not None
+    def _could_start(self, request: AnyRequest, only: int | None) -> bool:
+        return not self._queue and self._find(request, only) is not None
 
-    def _place_for(self, request: AnyRequest) -> Place | None:
-        pages = pages_for(request.positions)
-        if not self._context.fits(pages):
+    def _find(self, request: AnyRequest, only: int | None) -> tuple[int | None, list[Room]] | None:
+        """Who would lead it, and the rooms that it would take of; None where it does not fit."""
+        if not self._context.fits(request.positions):
             return None
         if not request.needs_denoiser:
-            return Place(pages, None)
+            return None, [self._context]
         if not self._mirrors:
-            return Place(pages, 0)
-        fitting = [i for i, mirror in enumerate(self._mirrors) if mirror.fits(pages)]
-        roomiest = max(fitting, key=lambda i: (self._mirrors[i].slots, self._mirrors[i].pages), default=None)
-        return None if roomiest is None else Place(pages, roomiest)
+            return 0, [self._context]
+        allowed = [i for i in range(len(self._mirrors)) if (i not in self._closed if only is None else i == only)]
+        fitting = [i for i in allowed if self._mirrors[i].fits(request.positions)]
+        if not fitting:
+            return None
+        roomiest = max(fitting, key=lambda i: (self._mirrors[i].free_slots, self._mirrors[i].free_pages))
+        return roomiest, [self._context, self._mirrors[roomiest]]
+
+
+def _give(place: Place) -> None:
+    for room, held in place.held:
+        room.give(held)

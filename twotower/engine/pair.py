@@ -1,14 +1,15 @@
 """A pair: one context engine, its denoiser engines, the ledger. The asynchronous face of decoding and scoring.
 
 Knows requests and events; does not know where the engines run (a thread here, an actor elsewhere), what text is, or
-who asks.
+who asks. An engine that is lost takes its own requests with it, the context engine all of them.
 """
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from functools import partial
+from dataclasses import dataclass
+from operator import methodcaller
 from typing import TypeVar
 
 from twotower.core import (
@@ -33,16 +34,36 @@ logger = logging.getLogger(__name__)
 AnswerKind = TypeVar("AnswerKind", BlockEvent, ScoreEvent)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request, where its events wait, and the denoiser that is to lead it, where it may not be another."""
+
+    request: AnyRequest
+    inbox: Inbox
+    only: int | None
+
+
 class Pair:
     """Decodes and scores requests, many at a time. Use as an async context manager, or `start` and `close` it.
 
     `denoisers` may be empty (`ar_only`), and may hold the context handle itself (both towers in one process).
+    `failure`: why nothing is served any more. `lost`: denoisers that are gone, and why. `on_loss` hears of either: of
+    the number of a denoiser, or of None where all is gone.
     """
 
-    def __init__(self, context: EngineHandle, denoisers: Sequence[EngineHandle], ledger: Ledger) -> None:
+    def __init__(
+        self,
+        context: EngineHandle,
+        denoisers: Sequence[EngineHandle],
+        ledger: Ledger,
+        on_loss: Callable[[int | None], None] | None = None,
+    ) -> None:
         self.context, self.denoisers, self.ledger = context, list(denoisers), ledger
         self.failure: TwoTowerError | None = None
-        self._queues: dict[RequestId, Inbox] = {}
+        self.lost: dict[int, TwoTowerError] = {}
+        self._on_loss = on_loss
+        self._trials: dict[int, TwoTowerError] = {}  # replaced, but not accepted yet
+        self._asked: dict[RequestId, _Asked] = {}
         self._places: dict[RequestId, Place | None] = {}
         self._pumps: list[asyncio.Task[None]] = []
 
@@ -55,8 +76,10 @@ class Pair:
 
     def start(self) -> None:
         """Begin listening to the engines. Needs a running event loop."""
-        handles = {id(handle): handle for handle in [self.context, *self.denoisers]}
-        self._pumps = [asyncio.create_task(self._pump(handle)) for handle in handles.values()]
+        self._pumps = [asyncio.create_task(self._pump(self.context, None))]
+        for index, handle in enumerate(self.denoisers):
+            if handle is not self.context:
+                self._pumps.append(asyncio.create_task(self._pump(handle, index)))
 
     async def close(self) -> None:
         """Stop listening and fail what is still running."""
@@ -72,23 +95,67 @@ class Pair:
         Raises Overloaded or Unavailable before the first event, DeadlineExceeded after `timeout_s` seconds, and
         whatever error ended the sequence.
         """
-        return self._run(request, BlockEvent, timeout_s, merging=request.params.mode is not Mode.DIFFUSION)
+        return self._generate(request, timeout_s, None)
+
+    def _generate(
+        self, request: Request, timeout_s: float | None, only: int | None
+    ) -> AsyncGenerator[BlockEvent, None]:
+        return self._run(request, BlockEvent, timeout_s, only, merging=request.params.mode.by_token)
+
+    def why_not(self, request: AnyRequest) -> TwoTowerError | None:
+        """Why a request of this kind is not served now; None where it is."""
+        if self.failure is None and request.needs_denoiser and not self._has_denoiser():
+            return next(iter((self.lost | self._trials).values()), None)
+        return self.failure
+
+    def serves(self, mode: Mode) -> bool:
+        """Whether requests of this mode are served now."""
+        return self.failure is None and (mode is Mode.AR or self._has_denoiser())
+
+    def _has_denoiser(self) -> bool:
+        return len(self.lost) + len(self._trials) < len(self.denoisers)
+
+    def regain(self, index: int) -> None:
+        """The context engine has forgotten what the lost denoiser led: others may have the room."""
+        self.ledger.regain(index)
+        self._admit()
+
+    def replace(self, index: int, handle: EngineHandle) -> "Trial":
+        """Another engine in a lost one's place, on trial. The context engine has forgotten what the old one led."""
+        assert index in self.lost and self.failure is None
+        self.ledger.regain(index)
+        self.denoisers[index] = handle
+        self._trials[index] = self.lost.pop(index)
+        self._pumps.append(asyncio.create_task(self._pump(handle, index)))
+        self._admit()
+        return Trial(self, index)
+
+    def accept(self, index: int) -> None:
+        """After `replace`: it serves whoever comes."""
+        del self._trials[index]
+        self.ledger.open(index)
+        self._admit()
 
     async def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreEvent:
         """How likely the context tower finds given tokens. Waits, ends and raises as `generate` does."""
-        async with aclosing(self._run(request, ScoreEvent, timeout_s)) as events:
+        async with aclosing(self._run(request, ScoreEvent, timeout_s, None)) as events:
             return await anext(events)
 
     async def _run(
-        self, request: AnyRequest, kind: type[AnswerKind], timeout_s: float | None, merging: bool = False
+        self,
+        request: AnyRequest,
+        kind: type[AnswerKind],
+        timeout_s: float | None,
+        only: int | None,
+        merging: bool = False,
     ) -> AsyncGenerator[AnswerKind, None]:
-        """Events of one request, all of one kind, until its last."""
-        self._admissible(request)
+        """Events of one request, all of one kind, until its last. `only`: the denoiser that is to lead it."""
+        self._admissible(request, only)
         if isinstance(request, Request):
             _check_committed(request)
         inbox = Inbox(merging)
-        self.ledger.enqueue(request)
-        self._queues[request.id] = inbox
+        self.ledger.enqueue(request, only)
+        self._asked[request.id] = _Asked(request, inbox, only)
         self._places[request.id] = None
         self._admit()
         # The deadline belongs to the request, not to its reader, who may be busy elsewhere when it passes.
@@ -108,45 +175,45 @@ class Pair:
         finally:
             if timer is not None:
                 timer.cancel()
-            self._queues.pop(request.id, None)
+            self._asked.pop(request.id, None)
             if not done:
                 self._abandon(request.id)
 
-    def _admissible(self, request: AnyRequest) -> None:
-        if self.failure is not None:
-            raise Unavailable(f"this cell cannot serve: {self.failure}")
-        if request.id in self._queues:
+    def _admissible(self, request: AnyRequest, only: int | None) -> None:
+        failure = self.failure if only is not None else self.why_not(request)
+        if failure is not None:
+            raise Unavailable(f"this cell cannot serve: {failure}")
+        if request.id in self._asked:
             raise InvalidRequest.of("request_id", f"got {request.id!r}, which is already running here")
         if request.id in self._places:
             raise Overloaded(f"request {request.id} has ended and is still being released; try again")
         if isinstance(request, Request) and request.needs_denoiser and not self.denoisers:
             raise InvalidRequest.of("mode", f"got {request.params.mode}, wanted ar: this cell has no denoiser tower")
 
-    def _handle_for(self, place: Place) -> EngineHandle:
-        return self.context if place.denoiser is None else self.denoisers[place.denoiser]
-
     def _admit(self) -> None:
         """Start everything the ledger lets in, one message per engine."""
-        batches: dict[int, tuple[EngineHandle, list[AnyRequest]]] = {}
+        batches: dict[int | None, list[AnyRequest]] = {}
         for request, place in self.ledger.admit():
             self._places[request.id] = place
-            handle = self._handle_for(place)
-            batches.setdefault(id(handle), (handle, []))[1].append(request)
-        for handle, requests in batches.values():
-            self._tell(partial(handle.add, requests))
+            batches.setdefault(place.denoiser, []).append(request)
+        for denoiser, requests in batches.items():
+            self._tell(denoiser, methodcaller("add", requests))
 
-    def _tell(self, call: Callable[[], None]) -> None:
+    def _tell(self, denoiser: int | None, say: Callable[[EngineHandle], None]) -> None:
+        """To the engine of a place. One that cannot be told is lost."""
+        handle = self.context if denoiser is None else self.denoisers[denoiser]
+        part = None if handle is self.context else denoiser
         try:
-            call()
+            say(handle)
         except TwoTowerError as error:
-            self._break(error)
+            self.lose(part, error)
         except Exception as error:
             logger.exception("a message to an engine failed")
-            self._break(Unavailable(f"a message to an engine failed: {type(error).__name__}"))
+            self.lose(part, Unavailable(f"a message to an engine failed: {type(error).__name__}"))
 
     def _expire(self, request_id: RequestId, timeout_s: float) -> None:
         error = DeadlineExceeded(f"request {request_id}: not finished within {timeout_s:g} s")
-        self._queues[request_id].put(FailureEvent(request_id, error))
+        self._asked[request_id].inbox.put(FailureEvent(request_id, error))
         self._abandon(request_id)
 
     def _abandon(self, request_id: RequestId) -> None:
@@ -156,43 +223,90 @@ class Pair:
             self._admit()  # it may have held up those behind it
             return
         place = self._places.get(request_id)
-        if place is not None and self.failure is None:
-            self._tell(partial(self._handle_for(place).cancel, [request_id]))
+        if place is not None and self.failure is None and place.denoiser not in self.lost:
+            self._tell(place.denoiser, methodcaller("cancel", [request_id]))
 
-    async def _pump(self, handle: EngineHandle) -> None:
+    async def _pump(self, handle: EngineHandle, denoiser: int | None) -> None:
         try:
             while True:
                 for event in await handle.events():
                     self._dispatch(event)
         except TwoTowerError as error:
-            self._break(error)
+            self._has_ended(handle, denoiser, error)
         except asyncio.CancelledError:
             raise
         except Exception as error:
             logger.exception("an engine's event stream broke")
-            self._break(Unavailable(f"an engine's event stream broke: {type(error).__name__}"))
+            told = Unavailable(f"an engine's event stream broke: {type(error).__name__}")
+            self._has_ended(handle, denoiser, told)
+
+    def _has_ended(self, handle: EngineHandle, denoiser: int | None, error: TwoTowerError) -> None:
+        """Of an engine that has been replaced nobody hears."""
+        if denoiser is None or self.denoisers[denoiser] is handle:
+            self.lose(denoiser, error)
 
     def _dispatch(self, event: Event) -> None:
         if isinstance(event, ReleasedEvent):
             if event.request_id in self._places:
-                del self._places[event.request_id]
-                self.ledger.release(event.request_id)
+                self._released(event.request_id)
                 self._admit()
             return
-        inbox = self._queues.get(event.request_id)
-        if inbox is not None:
-            inbox.put(event)
+        asked = self._asked.get(event.request_id)
+        if asked is not None:
+            asked.inbox.put(event)
 
-    def _break(self, error: TwoTowerError) -> None:
-        """An engine is gone: nothing that runs here can go on."""
-        if self.failure is None:
+    def _released(self, request_id: RequestId) -> None:
+        del self._places[request_id]
+        self.ledger.release(request_id)
+
+    def lose(self, denoiser: int | None, error: TwoTowerError) -> None:
+        """An engine is gone, and nothing that it leads can go on; None: nothing at all."""
+        if self.failure is not None or denoiser in self.lost:
+            return
+        if denoiser is None:
             logger.error("pair cannot serve any more: %s", error)
             self.failure = error
-        self._fail_all(error)
+            self._fail_all(error)
+        else:
+            logger.error("denoiser %d is lost: %s", denoiser, error)
+            self.lost[denoiser] = error
+            self._trials.pop(denoiser, None)
+            self._fail_led_by(denoiser, error)
+        if self._on_loss is not None:
+            self._on_loss(denoiser)
+
+    def _fail_led_by(self, denoiser: int, error: TwoTowerError) -> None:
+        """What it leads; and where no denoiser is left, what waits for one."""
+        for request_id in self.ledger.lose(denoiser):
+            del self._places[request_id]
+            if request_id in self._asked:
+                self._asked[request_id].inbox.put(FailureEvent(request_id, error))
+        for request_id, asked in list(self._asked.items()):
+            for_it = asked.only == denoiser or (asked.request.needs_denoiser and not self._has_denoiser())
+            if for_it and self.ledger.withdraw(request_id):
+                del self._places[request_id]
+                asked.inbox.put(FailureEvent(request_id, error))
 
     def _fail_all(self, error: TwoTowerError) -> None:
-        for request_id, inbox in self._queues.items():
-            inbox.put(FailureEvent(request_id, error))
+        for request_id, asked in self._asked.items():
+            asked.inbox.put(FailureEvent(request_id, error))
+
+
+class Trial:
+    """One denoiser of a pair, before it serves others: as much of a pair as a self-test asks for."""
+
+    def __init__(self, pair: Pair, index: int) -> None:
+        self._pair, self._index = pair, index
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._pair.ledger
+
+    def generate(self, request: Request, timeout_s: float | None = None) -> AsyncGenerator[BlockEvent, None]:
+        return self._pair._generate(request, timeout_s, self._index)
+
+    async def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreEvent:
+        return await self._pair.score(request, timeout_s)
 
 
 def _check_committed(request: Request) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twotower.decoding.unmasking import Blocks, unmask
 from twotower.model.cache import TowerCache
+from twotower.model.rescan import KeptScans
 from twotower.model.states import LayerStates
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import on_device
@@ -48,6 +49,11 @@ class Passes(Protocol):
         denoiser's block. A context tower's pass extends the slots' states; their caller advances them. The result may
         be overwritten by the next `run`.
         """
+        ...
+
+    def verify(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, KeptScans | None]:
+        """A context tower's `run` for hidden states over blocks of which only the beginning may stand. The slots'
+        states and lengths stay as they are; the scans move them on (`TowerCache.settle`)."""
         ...
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
@@ -96,12 +102,21 @@ class EagerPasses:
         tokens_RL, states = self._given(slots, tokens)
         return forward(tower, tokens_RL, states, None if t is None else on_device(t, tower.device), want)
 
+    def verify(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, KeptScans | None]:
+        tokens_RL, lengths = self._padded(tokens)
+        states = self._cache.extending(slots, lengths, tokens_RL.shape[1], keeps_scans=True)
+        return forward(self._tower, tokens_RL, states, None, Want.HIDDEN), KeptScans.of(states.kept)
+
     def _given(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, LayerStates]:
+        tokens_RL, lengths = self._padded(tokens)
+        states = self._cache.extending if self._tower.causal else self._cache.reading
+        return tokens_RL, states(slots, lengths, tokens_RL.shape[1])
+
+    def _padded(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+        """The rows side by side, and how long each is."""
         lengths = [len(ids) for ids in tokens]
         width = max(lengths)
-        states = self._cache.extending if self._tower.causal else self._cache.reading
-        tokens_RL = on_device([[*ids, *[0] * (width - len(ids))] for ids in tokens], self._tower.device)
-        return tokens_RL, states(slots, lengths, width)
+        return on_device([[*ids, *[0] * (width - len(ids))] for ids in tokens], self._tower.device), lengths
 
     def parts(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], count: int, want: Want) -> Iterator[Tensor]:
         """A context tower's `run` for hidden states or less in `count` parts: the last yields what it returns. Passes

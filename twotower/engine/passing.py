@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 
 from twotower.config import ModelConfig
+from twotower.core import MAX_BLOCK
 from twotower.engine.graphs import MOST_PAGES, power_of_two
 from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH
 from twotower.engine.scores import MAX_LOGITS
 from twotower.engine.settings import EngineSettings
 from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.model.rescan import MOST_NUMBERS
 from twotower.model.tower import ContextTower, DenoiserTower
-from twotower.validation import MAX_BLOCK
 
 _FP32 = 4
 _COPIES = 4  # of a large intermediate at once: before and after an operation, in fp32 and in the model's dtype
@@ -25,12 +26,14 @@ _COPIES = 4  # of a large intermediate at once: before and after an operation, i
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """A kind of batch at its largest. `seen`: cached positions of all rows; `logits`: positions with logits."""
+    """A kind of batch at its largest. `seen`: cached positions of all rows; `logits`: positions with logits; `keeps`:
+    the scans of all layers, until it is known how much of a draft stands."""
 
     rows: int
     width: int
     seen: int
     logits: int
+    keeps: bool = False
 
     @property
     def positions(self) -> int:
@@ -78,7 +81,14 @@ def _batches(
         ]
     chunk = min(settings.prefill_chunk_tokens, longest)
     scored = min(chunk, max(1, MAX_LOGITS // config.vocab_size))
-    return [_Batch(rows, USUAL_WIDTH, seen, rows), _Batch(1, chunk, min(longest, seen), scored)]
+    drafted, wide = rows * USUAL_WIDTH, min(MAX_BLOCK, longest)
+    most = max(1, MAX_LOGITS // config.vocab_size)
+    return [
+        _Batch(rows, USUAL_WIDTH, seen, rows),
+        _Batch(1, chunk, min(longest, seen), scored),
+        _Batch(rows, USUAL_WIDTH, seen, min(drafted, most), keeps=True),
+        _Batch(1, wide, min(longest, seen), min(wide, most), keeps=True),
+    ]
 
 
 def _bytes(config: ModelConfig, dtype: torch.dtype, batch: _Batch, on_gpu: bool) -> int:
@@ -90,7 +100,8 @@ def _bytes(config: ModelConfig, dtype: torch.dtype, batch: _Batch, on_gpu: bool)
     }
     largest = max(layers[kind] for kind in set(config.hybrid_override_pattern))
     logits = _COPIES * batch.logits * config.vocab_size * _FP32
-    return _COPIES * batch.positions * config.hidden_size * _FP32 + max(largest, logits)
+    kept = _kept(config, batch) if batch.keeps else 0
+    return _COPIES * batch.positions * config.hidden_size * _FP32 + max(largest, logits) + kept
 
 
 def _mamba(config: ModelConfig, batch: _Batch) -> int:
@@ -101,6 +112,18 @@ def _mamba(config: ModelConfig, batch: _Batch) -> int:
     pairs = batch.rows * chunk * chunk * config.mamba_num_heads
     projected = batch.positions * (config.mamba_width + config.conv_channels + config.mamba_num_heads)
     return _FP32 * (batch.rows * state * (ends + 2) + _COPIES * (projected + pairs))
+
+
+def _kept(config: ModelConfig, batch: _Batch) -> int:
+    """What every layer's scan read, then all of it side by side, and decays and gains up to the cut once more. A
+    layer's b is a part of what its conv gave, which stays as long. Then states are moved on, some layers at a time."""
+    layers = len(config.layers_of("M"))
+    window = batch.rows * config.conv_kernel * config.conv_channels
+    vectors = batch.positions * config.conv_channels
+    gains = batch.positions * (config.mamba_width + config.mamba_num_heads)
+    state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size
+    states = min(max(MOST_NUMBERS, batch.rows * state), layers * batch.rows * state)
+    return _FP32 * (layers * (2 * (window + 2 * vectors + gains) + gains) + states)
 
 
 def _attention(config: ModelConfig, dtype: torch.dtype, batch: _Batch, on_gpu: bool) -> int:

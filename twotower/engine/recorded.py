@@ -21,10 +21,11 @@ from torch.jit._fuser import optimized_execution
 from twotower.config import ModelConfig
 from twotower.decoding.unmasking import Blocks, StepParams, unmask_greedily
 from twotower.engine.graphs import FixedStates
-from twotower.engine.passes import EagerPasses, Want, decided_apart, forward, padded
+from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want, decided_apart, forward, padded
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.moe import FEW_TOKENS
 from twotower.model.pages import pages_for
+from twotower.model.rescan import KeptScans
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import on_device
 
@@ -34,19 +35,21 @@ OFTEN = 64  # uses of a form before it is recorded: a recording costs as much as
 _MOST_PROGRAMS = 16
 _RECORDING = threading.Lock()
 
-Program = Callable[..., Tensor]
+Program = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
     """What a program is fixed to. `few`: no more than `FEW_TOKENS` tokens in all rows together. `decides`: a denoiser's
-    pass goes on to a greedy step's decision, some thirty small operations that would cost half as much again apart."""
+    pass goes on to a greedy step's decision, some thirty small operations that would cost half as much again apart.
+    `keeps_scans`: a context tower's pass gives its scans after the hidden states, and changes no Mamba state."""
 
     width: int
     want: Want
     timed: bool
     few: bool
     decides: bool = False
+    keeps_scans: bool = False
 
 
 class RecordedPasses:
@@ -71,7 +74,17 @@ class RecordedPasses:
         program = self._programs.get(form) or self._recorded(form)
         if program is None:
             return self._eager.run(slots, tokens, t, want)
-        return program(*self._given(slots, tokens, t or [], width))[:, :longest]
+        [out] = program(*self._given(slots, tokens, t or [], width))
+        return out[:, :longest]
+
+    def verify(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, KeptScans | None]:
+        width = padded(max(len(ids) for ids in tokens))
+        form = Form(width, Want.HIDDEN, False, width * len(slots) <= FEW_TOKENS, keeps_scans=True)
+        program = self._programs.get(form) or self._recorded(form)
+        if program is None:
+            return self._eager.verify(slots, tokens)
+        hidden_RLD, *scans = program(*self._given(slots, tokens, [], width))
+        return hidden_RLD, KeptScans(*scans) if scans else None
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
         width = padded(blocks.width)
@@ -80,15 +93,17 @@ class RecordedPasses:
         if program is None:
             return decided_apart(self, slots, blocks)
         given = self._given(slots, blocks.tokens, blocks.mask_fractions, width)
-        return program(*given, blocks.given(self._tower.device, width))
+        [outcome] = program(*given, blocks.given(self._tower.device, width))
+        return outcome
 
     def prepare(self, width: int) -> None:
         for few in (True, False):
             block = Form(width, Want.LOGITS, True, few)
             read = Form(width, Want.STATES, False, few)
-            usual = (
-                [read, replace(read, want=Want.HIDDEN)] if self._tower.causal else [block, replace(block, decides=True)]
-            )
+            kept = replace(read, want=Want.HIDDEN)
+            usual = [read, kept] if self._tower.causal else [block, replace(block, decides=True)]
+            if self._tower.causal and width == USUAL_WIDTH:
+                usual.append(replace(kept, keeps_scans=True))  # drafts, which are no longer
             for form in (*usual, Form(1, Want.LOGITS, False, few)):
                 if form not in self._programs:
                     self._programs[form] = record(self._tower, form)
@@ -127,14 +142,17 @@ class _Borrowed:
 def plain_pass(tower: ContextTower | DenoiserTower, form: Form) -> Program:
     """What gets recorded."""
 
-    def run(given_RX: Tensor, t_R: Tensor, conv: Tensor, ssm: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        given_RX, t_R, *tensors = given
         tokens_RL, places_RX = given_RX[:, : form.width], given_RX[:, form.width :]
-        memory = _Borrowed(tower.config, (conv, ssm, keys, values))
-        states = FixedStates(memory, places_RX, form.width, updates=tower.causal)
-        return forward(tower, tokens_RL, states, t_R if form.timed else None, form.want)
+        memory = _Borrowed(tower.config, tensors)
+        states = FixedStates(memory, places_RX, form.width, tower.causal, form.keeps_scans)
+        out = forward(tower, tokens_RL, states, t_R if form.timed else None, form.want)
+        return out, *(KeptScans.of(states.kept) or ())
 
-    def step(*given: Tensor) -> Tensor:
-        return unmask_greedily(run(*given[:-1]), given[-1])
+    def step(*given: Tensor) -> tuple[Tensor, ...]:
+        [logits_RLV] = run(*given[:-1])
+        return (unmask_greedily(logits_RLV, given[-1]),)
 
     return step if form.decides else run
 
@@ -177,9 +195,9 @@ def _traced(run: Program, example: Sequence[Tensor]) -> Program:
         node.copyMetadata(unplaced)  # instead of the text of the Python stack that made the node
     function = torch._C._create_function_from_graph("recorded_pass", graph)
 
-    def replay(*given: Tensor) -> Tensor:
+    def replay(*given: Tensor) -> tuple[Tensor, ...]:
         with optimized_execution(False):
-            result: Tensor = function(*given)
+            result: tuple[Tensor, ...] = function(*given)
             return result
 
     return replay

@@ -5,15 +5,18 @@ The only place where a thread and an event loop meet. Implements EngineHandle fo
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 import torch
 
-from twotower.core import AnyRequest, BlockEvent, Event, Mode, ReleasedEvent, Request, RequestId
+from twotower.core import AnyRequest, BlockEvent, Event, ReleasedEvent, Request, RequestId
+from twotower.engine.free_memory import free_bytes
 from twotower.engine.handle import EngineStats
 from twotower.errors import TwoTowerError, Unavailable
 from twotower.model.transfer import current
@@ -55,6 +58,7 @@ class EngineRunner:
         self._wake = threading.Event()
         self._stopping = False
         self._failure: str | None = None
+        self.error: Exception | None = None  # that ended it
         self._events: list[Event] = []
         # Of causal requests, whose tokens may be joined: where in `_events` the newest block of each waits.
         self._joining: dict[RequestId, int | None] = {}
@@ -113,11 +117,17 @@ class EngineRunner:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    def ended(self, within_s: float) -> bool:
+        """Whether the thread has ended, after so many seconds at most."""
+        if self._thread.ident is not None:
+            self._thread.join(within_s)
+        return not self._thread.is_alive()
+
     def add(self, requests: Sequence[AnyRequest]) -> None:
         self.check()
         for request in requests:
             engine = self._engine_for(request)
-            if isinstance(request, Request) and request.params.mode is not Mode.DIFFUSION:
+            if isinstance(request, Request) and request.params.mode.by_token:
                 with self._lock:
                     self._joining[request.id] = None
             engine.add(request)
@@ -163,7 +173,8 @@ class EngineRunner:
 
     async def stats(self) -> list[EngineStats]:
         self.check()
-        return [engine.stats(self._busy_s) for engine in self.engines]
+        here = partial(replace, free_memory=free_bytes(self._device), process=os.getpid())
+        return [here(engine.stats(self._busy_s)) for engine in self.engines]
 
     def _engine_for(self, request: AnyRequest) -> Engine:
         for engine in self.engines:
@@ -186,7 +197,7 @@ class EngineRunner:
                 while not self._stopping:
                     self._turn()
         except Exception as error:
-            self._failure = _reason(error)
+            self.error, self._failure = error, _reason(error)
         finally:
             if self._failure is None:
                 self._failure = "the engine was stopped"

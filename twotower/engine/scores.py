@@ -69,7 +69,7 @@ class ScoredRow:
 
 
 def score_rows(tower: ContextTower, hidden_RLD: Tensor, rows: Sequence[ScoredRow]) -> Tensor:
-    """The scores of all rows' positions, row after row, on the device; `to_host` reads them.
+    """The scores of all rows' positions, row after row, on the device; `by_row` reads them.
 
     The head is applied at these positions only, to so many at a time that their logits stay within bounds.
     """
@@ -93,11 +93,10 @@ def _packed(scored: Scored) -> Tensor:
     return torch.stack([column.float() for column in columns], dim=1)
 
 
-def to_host(scores_PX: Tensor, rows: Sequence[ScoredRow]) -> list[list[TokenScore]]:
-    """Each row's scores. Waits for the device, once."""
+def by_row(outcome: Iterable[Sequence[float]], rows: Sequence[ScoredRow]) -> list[list[TokenScore]]:
+    """Each row's scores, of what `score_rows` gave as the host reads it."""
     scores = [
-        TokenScore(log_prob, bool(is_greedy), margin, bool(finite))
-        for log_prob, is_greedy, margin, finite in scores_PX.tolist()
+        TokenScore(log_prob, bool(is_greedy), margin, bool(finite)) for log_prob, is_greedy, margin, finite in outcome
     ]
     ends = accumulate((len(row.positions) for row in rows), initial=0)
     return [scores[start:end] for start, end in pairwise(ends)]

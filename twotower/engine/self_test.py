@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreRequest
 from twotower.engine.expectation import Expectation, Known, Outcome
-from twotower.engine.pair import Pair
+from twotower.engine.pair import Pair, Trial
 from twotower.errors import Overloaded, TwoTowerError, Unavailable
 from twotower.model.pages import pages_for
 
@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 
-async def self_test(pair: Pair, modes: Sequence[Mode], timeout_s: float, expected: Expectation | None = None) -> None:
+async def self_test(
+    pair: Pair | Trial, modes: Sequence[Mode], timeout_s: float, expected: Expectation | None = None
+) -> None:
     """Decode a short prompt in each mode, then what the checkpoint knows the answers to; where `ar` is among the modes,
     score these texts too.
 
@@ -48,7 +50,7 @@ async def self_test(pair: Pair, modes: Sequence[Mode], timeout_s: float, expecte
             logger.info("self-test of scores: %d known texts are as likely as they should be", len(expected.sample))
 
 
-async def decode_sample(pair: Pair, sample: Sequence[Known], mode: Mode, timeout_s: float) -> list[Outcome]:
+async def decode_sample(pair: Pair | Trial, sample: Sequence[Known], mode: Mode, timeout_s: float) -> list[Outcome]:
     """What the pair makes of the sample, in order: greedily, as many at once as it has room for."""
 
     async def decode(number: int, known: Known) -> Outcome:
@@ -60,7 +62,7 @@ async def decode_sample(pair: Pair, sample: Sequence[Known], mode: Mode, timeout
     return await _of_all(pair, sample, decode, timeout_s)
 
 
-async def score_sample(pair: Pair, sample: Sequence[Known], timeout_s: float) -> list[float]:
+async def score_sample(pair: Pair | Trial, sample: Sequence[Known], timeout_s: float) -> list[float]:
     """How likely the pair finds each text of the sample, in order: `Known.mean_log_prob`."""
 
     async def score(number: int, known: Known) -> float:
@@ -79,8 +81,8 @@ def _named(what: str) -> Iterator[None]:
         raise Unavailable(f"self-test {what} failed: {error}") from error
 
 
-async def _count_tokens(pair: Pair, mode: Mode, timeout_s: float) -> None:
-    wanted = 17 if mode is Mode.DIFFUSION else 3
+async def _count_tokens(pair: Pair | Trial, mode: Mode, timeout_s: float) -> None:
+    wanted = 3 if mode.by_token else 17
     params = DecodingParams(mode=mode, max_new_tokens=wanted, ignore_eos=True)
     request = Request(RequestId(f"self-test-{mode}"), _PROMPT, params)
     got = sum([len(event.token_ids) async for event in pair.generate(request, timeout_s)])
@@ -88,8 +90,9 @@ async def _count_tokens(pair: Pair, mode: Mode, timeout_s: float) -> None:
         raise Unavailable(f"got {got} tokens, wanted {wanted}")
 
 
-async def _check_answers(pair: Pair, expected: Expectation, mode: Mode, timeout_s: float) -> None:
-    bounds = next((bounds for bounds in expected.bounds if bounds.mode is mode), None)
+async def _check_answers(pair: Pair | Trial, expected: Expectation, mode: Mode, timeout_s: float) -> None:
+    alike = Mode.AR if mode is Mode.VERIFIED else mode  # its answers are that mode's
+    bounds = next((bounds for bounds in expected.bounds if bounds.mode is alike), None)
     if bounds is None:
         return
     outcomes = await decode_sample(pair, expected.sample, mode, timeout_s)
@@ -103,10 +106,10 @@ def _refuse(problem: str | None) -> None:
 
 
 async def _of_all(
-    pair: Pair, sample: Sequence[Known], ask: Callable[[int, Known], Awaitable[Answer]], timeout_s: float
+    pair: Pair | Trial, sample: Sequence[Known], ask: Callable[[int, Known], Awaitable[Answer]], timeout_s: float
 ) -> list[Answer]:
     room = pair.ledger.context
-    limit = asyncio.Semaphore(max(1, min(room.slots, room.pages // max(map(_pages, sample)))))
+    limit = asyncio.Semaphore(max(1, min(room.free_slots, room.free_pages // max(map(_pages, sample)))))
 
     async def patiently(number: int, known: Known) -> Answer:
         async with limit:

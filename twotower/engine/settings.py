@@ -1,29 +1,60 @@
-"""How big a pair's engines are and how patient. Chosen by whoever deploys, never changed while running."""
+"""How big a pair's engines are and how patient. Chosen by whoever deploys, never changed while running.
 
-from dataclasses import dataclass
+The one declaration of each setting: a service's configuration, its checks and its docs derive from it.
+"""
 
+from dataclasses import dataclass, fields
+from enum import StrEnum
+
+from twotower.core import MAX_BLOCK
+from twotower.errors import ConfigError, InvalidRequest
 from twotower.model.pages import pages_for
-from twotower.validation import MAX_BLOCK
+from twotower.parameters import Choice, Integer, Number, Setting, settings_in
+
+
+class Capture(StrEnum):
+    """Which usual passes are kept to be replayed (`engine/capture.py`)."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+_LINK_LOW_S = 3  # a tower with nothing to say speaks every second
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Sizes in sequences and tokens, times in seconds.
+    """Sizes in sequences and tokens, times in seconds. Raises ConfigError for a value that a setting does not take."""
 
-    `cache_tokens` 0 means: room for `max_sequences` sequences of the longest length. `link_timeout_s` is how long a
-    tower process may be silent, `stall_timeout_s` how long one tick may take, `start_timeout_s` how long loading may.
-    `capture`: auto, on or off (`engine/capture.py`).
-    """
+    max_sequences: int = Setting(32, Integer(1), "sequences that a cell decodes at once").field
+    max_sequence_length: int = Setting(4096, Integer(1), "tokens of a prompt and its answer together, at most").field
+    cache_tokens: int = Setting(
+        0,
+        Integer(0),
+        "positions that each tower's cache has pages for; 0: for `max_sequences` sequences of the longest length",
+    ).field
+    prefill_chunk_tokens: int = Setting(512, Integer(1), "tokens of a prompt that are read at once").field
+    link_timeout_s: float = Setting(10.0, Number(_LINK_LOW_S), "how long a tower process may be silent").field
+    stall_timeout_s: float = Setting(60.0, Number(0, low_open=True), "how long one tick of a tower may take").field
+    start_timeout_s: float = Setting(600.0, Number(0, low_open=True), "how long loading a tower may take").field
+    mend_timeout_s: float = Setting(
+        600.0, Number(0, low_open=True), "how long it may take to put another tower in a lost one's place"
+    ).field
+    max_queued_requests: int = Setting(64, Integer(0), "requests that may wait for a cell").field
+    capture: str = Setting(
+        "auto",
+        Choice(Capture),
+        "keep usual passes to replay them. `on`: all, at start, which takes a while; on CUDA a model with experts must "
+        "be bfloat16 then, the GPU of compute capability 9 or 10. `auto`: on the CPU those that come up often",
+    ).field
 
-    max_sequences: int = 32
-    max_sequence_length: int = 4096
-    cache_tokens: int = 0
-    prefill_chunk_tokens: int = 512
-    link_timeout_s: float = 10.0
-    stall_timeout_s: float = 60.0
-    start_timeout_s: float = 600.0
-    max_queued_requests: int = 64
-    capture: str = "auto"
+    def __post_init__(self) -> None:
+        for name, setting in SETTINGS.items():
+            try:
+                setting.kind.read(name, getattr(self, name))
+            except InvalidRequest as error:
+                raise ConfigError(str(error)) from None
 
     @property
     def longest_delta(self) -> int:
@@ -34,3 +65,6 @@ class EngineSettings:
     def pages(self) -> int:
         """KV pages of each tower's cache."""
         return pages_for(self.cache_tokens or self.max_sequences * self.max_sequence_length)
+
+
+SETTINGS = settings_in(fields(EngineSettings))

@@ -1,24 +1,35 @@
-"""A link's control connection: framed, authenticated TCP on one host address; every wait in it has a deadline.
+"""A link's control connection: frames over TCP on one host address, for threads; every wait in it has a deadline.
 
-`multiprocessing.connection` does framing and authentication; its pickling halves are never used. The kernel holds
-the deadlines (SO_RCVTIMEO, SO_SNDTIMEO): a read or write that lasts longer raises BlockingIOError.
-Knows nothing of what a frame says.
+The kernel holds the deadlines (SO_RCVTIMEO, SO_SNDTIMEO): a read or write that lasts longer raises BlockingIOError.
+Knows nothing of what a frame says, but for the handshake.
 """
 
 import contextlib
-import os
-import secrets
 import select
 import socket
 import struct
 import time
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
-from typing import Any, Protocol
+from collections import deque
+from typing import Protocol
 
-_MAX_FRAME_BYTES = 64 << 20
+from twotower.errors import TwoTowerError
+from twotower.transport.frames import MOST_BYTES, Splitter, framed
+from twotower.transport.handshake import (
+    GREETING_BYTES,
+    GREETING_S,
+    About,
+    Address,
+    Admit,
+    Refused,
+    answer,
+    hello,
+    new_token,
+    said,
+    welcome,
+)
+
 _SMALL_BYTES = 4096
-_HANDSHAKE_S = 5.0
+_RECEIVE_BYTES = 1 << 16
 
 
 class Channel(Protocol):
@@ -46,17 +57,22 @@ class Channel(Protocol):
 
 
 class SocketChannel:
-    """A Channel over a connected TCP socket, which it takes over. Each of its two objects closes a descriptor."""
+    """A Channel over a connected TCP socket, which it takes over."""
 
     def __init__(self, sock: socket.socket, timeout_s: float) -> None:
         sock.setblocking(True)
-        # A header and its body leave at once: Nagle's algorithm would hold the second until the first is acknowledged.
+        # Small frames leave without waiting for the acknowledgement of the one before.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
         self.set_timeout(timeout_s)
-        self._connection: Connection[Any, Any] = Connection(os.dup(sock.fileno()))
         self._room = select.poll()
         self._room.register(sock.fileno(), select.POLLOUT)
+        self._splitter = Splitter(GREETING_BYTES)
+        self._received: deque[bytes] = deque()
+
+    def opened(self) -> None:
+        """The handshake is done: frames may be longer."""
+        self._splitter.most_bytes = MOST_BYTES
 
     def set_timeout(self, seconds: float) -> None:
         whole = int(seconds)
@@ -65,8 +81,12 @@ class SocketChannel:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
     def send(self, frame: bytes) -> None:
+        self.write(framed(frame))
+
+    def write(self, data: bytes) -> None:
+        """A frame that is one already."""
         try:
-            self._connection.send_bytes(frame)
+            self._socket.sendall(data)
         except BlockingIOError as error:
             raise TimeoutError("a control message could not be sent") from error
 
@@ -78,18 +98,15 @@ class SocketChannel:
         return True
 
     def receive(self) -> bytes:
-        try:
-            return self._connection.recv_bytes(_MAX_FRAME_BYTES)
-        except BlockingIOError as error:
-            raise TimeoutError("no control message came") from error
-
-    def prove(self, authkey: bytes, dialled: bool) -> None:
-        """Show each other that both know the key. Raises AuthenticationError."""
-        try:
-            for turn in (answer_challenge, deliver_challenge) if dialled else (deliver_challenge, answer_challenge):
-                turn(self._connection, authkey)
-        except BlockingIOError as error:
-            raise TimeoutError("no answer to the authentication challenge") from error
+        while not self._received:
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES)
+            except BlockingIOError as error:
+                raise TimeoutError("no control message came") from error
+            if not data:
+                raise EOFError("the connection was closed")
+            self._received += self._splitter.feed(data)
+        return self._received.popleft()
 
     def abort(self) -> None:
         with contextlib.suppress(OSError):
@@ -97,30 +114,28 @@ class SocketChannel:
 
     def close(self) -> None:
         self._socket.close()
-        with contextlib.suppress(OSError):
-            self._connection.close()
 
 
 class Listener:
-    """Waits for the one peer that knows the key."""
+    """Waits for the one peer that has the token and is let in."""
 
     def __init__(self, host: str) -> None:
-        self.authkey = secrets.token_bytes(32)
         self._socket = socket.create_server((host, 0), backlog=4)
-        self.port = int(self._socket.getsockname()[1])
+        self.address = Address(host, int(self._socket.getsockname()[1]), new_token())
 
-    def accept(self, deadline: float) -> SocketChannel:
-        """The next connection that proves itself. Raises TimeoutError at `deadline` (monotonic), OSError if closed."""
+    def accept(self, deadline: float, admit: Admit) -> SocketChannel:
+        """The next peer that `admit` lets in. Raises TimeoutError at `deadline` (monotonic), OSError if closed."""
         while (left := deadline - time.monotonic()) > 0:
             self._socket.settimeout(left)
             sock, _ = self._socket.accept()
-            channel = SocketChannel(sock, min(left, _HANDSHAKE_S))
-            try:
-                channel.prove(self.authkey, dialled=False)
-            except (AuthenticationError, OSError, EOFError):
-                channel.close()
-                continue
-            return channel
+            channel = SocketChannel(sock, min(left, GREETING_S))
+            with contextlib.suppress(OSError, EOFError):
+                reply = answer(channel.receive(), self.address.token, admit)
+                channel.write(said(reply))
+                if not isinstance(reply, Refused):
+                    channel.opened()
+                    return channel
+            channel.close()
         raise TimeoutError("nobody connected")
 
     def abort(self) -> None:
@@ -132,12 +147,14 @@ class Listener:
         self._socket.close()
 
 
-def dial(host: str, port: int, authkey: bytes, timeout_s: float) -> SocketChannel:
-    """Connect to a Listener. Raises OSError, EOFError or AuthenticationError."""
-    channel = SocketChannel(socket.create_connection((host, port), timeout=timeout_s), timeout_s)
+def dial(address: Address, about: About, timeout_s: float) -> tuple[SocketChannel, About]:
+    """Connect to a Listener; and what it says about itself. Raises OSError, EOFError or a TwoTowerError."""
+    channel = SocketChannel(socket.create_connection((address.host, address.port), timeout=timeout_s), timeout_s)
     try:
-        channel.prove(authkey, dialled=True)
-    except BaseException:
+        channel.write(said(hello(address, about)))
+        told = welcome(channel.receive())
+    except (OSError, EOFError, TwoTowerError):
         channel.close()
         raise
-    return channel
+    channel.opened()
+    return channel, told

@@ -113,8 +113,10 @@ class DataGroup:
         timeout_s: float,
         unpacking: AbstractContextManager[None] | None = None,
     ) -> None:
-        """Returns when the bytes are in `buffer.flat`, and what entering `unpacking` then does with them, on the link's
-        stream, has ended; it is left after that. Raises what `send` does."""
+        """Returns when the bytes are in `buffer.flat` and have been unpacked. Raises what `send` does.
+
+        Entering `unpacking` unpacks them on the link's stream. It is left once that work has ended.
+        """
         deadline = time.monotonic() + timeout_s
         wire = buffer.wire[:nbytes]
         with _explained("broke", timeout_s), self._after(buffer.fence):

@@ -1,18 +1,16 @@
 """How the two ends of a link between processes find each other: gloo on CPUs, NCCL between GPUs, one code path.
 
-The context side listens (`open_port`); its address reaches the denoiser side by someone else's means; the denoiser
-side connects. One control connection and one data group per (link, epoch), all on one host address, never reused:
-after a loss both sides close their ends and begin again under the next epoch.
+The context side listens (`open_port`). The caller brings its address to the denoiser side, which connects. Each (link,
+epoch) has one control connection and one data group, all on one host address. None is reused: after a loss both sides
+close their ends and begin again under the next epoch.
 """
 
 import time
 from collections.abc import Callable
-from multiprocessing import AuthenticationError
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from twotower.errors import LinkDown, TwoTowerError
-from twotower.exchange.codec import Hello, Message, Refused, Welcome
 from twotower.exchange.control import Channel, Listener, dial
 from twotower.exchange.data_group import (
     CONTEXT_RANK,
@@ -30,11 +28,9 @@ from twotower.exchange.settings import EngineHooks, LinkAddress, LinkSettings
 from twotower.exchange.staging import DeltaLayout, StagingPool
 from twotower.model.cache import TowerCache
 from twotower.model.transfer import current
-from twotower.wire import CodecError
+from twotower.transport.handshake import About
 
-_VERSION = 1
 _GREETING_BYTES = 16
-_HANDSHAKE_S = 5.0
 
 
 def _as_it_is(channel: Channel) -> Channel:
@@ -57,20 +53,21 @@ def open_port(
     settings = settings or LinkSettings()
     listener = Listener(host)
     store = serve_store(host, settings.setup_timeout_s)
-    address = LinkAddress(link, epoch, host, listener.port, store.port, settings, listener.authkey)
+    address = LinkAddress(link, epoch, listener.address, store.port, settings)
     endpoint = Endpoint(address.name, "the denoiser side", settings, hooks or EngineHooks(), cache.device)
     layout = DeltaLayout(cache, settings.ssm_wire_dtype)
     port = DistributedPort(cache, endpoint, layout)
-    welcome = _Reception(address, endpoint, layout, device_name(cache.device), wrap_channel)
+    reception = _Reception(address, layout, device_name(cache.device))
     endpoint.when_lost(listener.abort)
 
     def serve() -> None:
         deadline = time.monotonic() + settings.setup_timeout_s
-        stream, backend = welcome.accept(listener, deadline)
+        channel = wrap_channel(reception.accept(listener, deadline))
+        endpoint.adopt(channel)
         left = max(deadline - time.monotonic(), 0.1)
-        group, pool = _build(backend, store, CONTEXT_RANK, cache, address, endpoint, left)
-        stream.channel.set_timeout(settings.link_timeout_s)
-        port.run(stream, group, pool)
+        group, pool = _build(reception.backend, store, CONTEXT_RANK, cache, address, endpoint, left)
+        channel.set_timeout(settings.link_timeout_s)
+        port.run(MessageStream(channel), group, pool)
 
     endpoint.spawn("receiver", serve)
     return port, address
@@ -88,34 +85,22 @@ def connect(
     layout = DeltaLayout(cache, settings.ssm_wire_dtype)
     deadline = time.monotonic() + settings.setup_timeout_s
     try:
-        channel = wrap_channel(dial(address.host, address.control_port, address.authkey, settings.setup_timeout_s))
+        about = _about(address, layout, device_name(cache.device))
+        dialled, told = dial(address.control, about, settings.setup_timeout_s)
+        channel = wrap_channel(dialled)
         endpoint.adopt(channel)
-        stream = MessageStream(channel)
-        hello = Hello(_VERSION, address.link, address.epoch, layout.fingerprint, device_name(cache.device))
-        backend = _introduce(stream, hello)
         left = max(deadline - time.monotonic(), 0.1)
-        store = join_store(address.host, address.store_port, left)
+        store = join_store(address.control.host, address.store_port, left)
         with current(cache.device):
-            group, pool = _build(backend, store, DENOISER_RANK, cache, address, endpoint, left)
+            group, pool = _build(told.get("backend", ""), store, DENOISER_RANK, cache, address, endpoint, left)
         channel.set_timeout(settings.link_timeout_s)
-    except (OSError, EOFError, AuthenticationError, TwoTowerError, RuntimeError) as error:
+    except (OSError, EOFError, TwoTowerError, RuntimeError) as error:
         reason = endpoint.explain(error, settings.setup_timeout_s)
         endpoint.close(reason)
         raise LinkDown(f"{address.name}: could not connect: {reason}") from error
     link = DistributedLink(cache, endpoint, layout, pool)
-    link.run(stream, group)
+    link.run(MessageStream(channel), group)
     return link
-
-
-def _introduce(stream: MessageStream, hello: Hello) -> str:
-    """The data group's backend, as the context side chose it."""
-    stream.send([hello])
-    match stream.receive():
-        case [Welcome(backend=backend)]:
-            return backend
-        case [Refused(reason=reason)]:
-            raise LinkDown(f"refused by the context side: {reason}")
-    raise LinkDown("the context side did not answer the introduction")
 
 
 def _build(
@@ -130,7 +115,7 @@ def _build(
     """The data group, with one greeting sent through it: what is broken shows here, not at the first commit."""
     settings = address.settings
     pool = StagingPool(settings.staging_buffers, settings.staging_bytes, cache.device, through_host=backend == "gloo")
-    group = DataGroup(backend, store, rank, cache.device, address.host, timeout_s)
+    group = DataGroup(backend, store, rank, cache.device, address.control.host, timeout_s)
     endpoint.when_lost(group.abort)
     buffer = pool.take()
     assert buffer is not None
@@ -142,65 +127,38 @@ def _build(
 
 
 class _Reception:
-    """The context side's half of the introduction: lets in the one who was meant."""
+    """The context side's half of the handshake: lets in the one who was meant. `backend`: then the data group's."""
 
-    def __init__(
-        self,
-        address: LinkAddress,
-        endpoint: Endpoint,
-        layout: DeltaLayout,
-        device: str,
-        wrap_channel: Callable[[Channel], Channel],
-    ) -> None:
-        self._address, self._endpoint, self._layout = address, endpoint, layout
-        self._device, self._wrap_channel = device, wrap_channel
+    def __init__(self, address: LinkAddress, layout: DeltaLayout, device: str) -> None:
+        self._address, self._device = address, device
+        self._mine = _about(address, layout, device)
+        self.backend = ""
 
-    def accept(self, listener: Listener, deadline: float) -> tuple[MessageStream, str]:
-        """The connection and the data group's backend. Raises LinkDown when nobody fitting comes in time."""
+    def accept(self, listener: Listener, deadline: float) -> Channel:
+        """Raises LinkDown when nobody fitting comes in time."""
         try:
-            while True:
-                channel = self._wrap_channel(listener.accept(deadline))
-                stream = MessageStream(channel)
-                backend = self._greet(stream)
-                if backend is not None:
-                    self._endpoint.adopt(channel)
-                    return stream, backend
-                channel.close()
+            return listener.accept(deadline, self._admit)
         except TimeoutError as error:
             patience = self._address.settings.setup_timeout_s
             raise LinkDown(f"the denoiser side did not connect within {patience:g} s") from error
         finally:
             listener.close()
 
-    def _greet(self, stream: MessageStream) -> str | None:
-        """The backend, or None for one who was refused or left."""
-        stream.channel.set_timeout(_HANDSHAKE_S)
-        try:
-            backend = self._backend_for(stream.receive())
-            stream.send([Welcome(backend)])
-            return backend
-        except (OSError, EOFError):
-            return None
-        except TwoTowerError as error:
-            self._refuse(stream, str(error))
-            return None
-
-    def _refuse(self, stream: MessageStream, reason: str) -> None:
-        try:
-            stream.send([Refused(reason)])
-        except OSError:
-            return
-
-    def _backend_for(self, messages: list[Message]) -> str:
+    def _admit(self, theirs: About) -> About:
         """Raises a TwoTowerError that says why the caller cannot come in."""
-        match messages:
-            case [Hello() as hello]:
-                pass
-            case _:
-                raise CodecError("wanted an introduction")
-        mine = Hello(_VERSION, self._address.link, self._address.epoch, self._layout.fingerprint, hello.device)
-        for field in ("version", "link", "epoch", "layout"):
-            got, wanted = getattr(hello, field), getattr(mine, field)
+        for field in ("link", "epoch", "layout"):
+            got, wanted = theirs.get(field), self._mine[field]
             if got != wanted:
                 raise LinkDown(f"{field}: got {got}, wanted {wanted}")
-        return choose_backend(self._address.settings.data_backend, self._device, hello.device)
+        self.backend = choose_backend(self._address.settings.data_backend, self._device, theirs.get("device", ""))
+        return {"backend": self.backend}
+
+
+def _about(address: LinkAddress, layout: DeltaLayout, device: str) -> dict[str, str]:
+    """`layout` describes a delta's tensors, `device` where the cache lives."""
+    return {
+        "link": str(address.link),
+        "epoch": str(address.epoch),
+        "layout": layout.fingerprint,
+        "device": device,
+    }

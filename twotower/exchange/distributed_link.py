@@ -5,6 +5,7 @@ two ends found each other.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,20 +16,10 @@ import torch
 from torch import Tensor
 
 from twotower.errors import LinkDown, TwoTowerError
-from twotower.exchange.codec import Message, Payload, Taken
 from twotower.exchange.data_group import DataGroup
 from twotower.exchange.endpoint import Endpoint, MessageStream
-from twotower.exchange.protocol import (
-    Attach,
-    Command,
-    Delta,
-    Failed,
-    LinkEvent,
-    LinkLost,
-    Prefill,
-    Release,
-    Released,
-)
+from twotower.exchange.messages import Message, Payload, Taken
+from twotower.exchange.protocol import Command, Delta, Failed, LinkEvent, LinkLost, Prefill, Release, Released, Traffic
 from twotower.exchange.staging import DeltaLayout, StagingBuffer, StagingPool
 from twotower.model.cache import Span, TowerCache
 from twotower.model.transfer import fence_on
@@ -38,8 +29,8 @@ from twotower.model.transfer import fence_on
 class _Mirror:
     """A sequence's place in the mirror. `arrived`: positions that have come, and are written unless the engine reads.
 
-    `deaf`: it has failed or is being released, no delta changes it any more. `read`: by the engine, until it polls.
-    `fence`: after it, the memory that the sequence was given is its own (CUDA).
+    `deaf`: it has failed or is being released, no delta changes it any more. `read`: a pass of the engine's may still
+    read it. `fence`: after it, the memory that the sequence was given is its own (CUDA).
     """
 
     slot: int
@@ -67,10 +58,10 @@ class _Arrived:
 
 
 class DistributedLink:
-    """A mirror slot is taken with `Prefill` or `Attach` and given back when the context side's `Released` has come."""
+    """A mirror slot is taken with `Prefill` and given back when the context side's `Released` has come."""
 
     def __init__(self, cache: TowerCache, endpoint: Endpoint, layout: DeltaLayout, pool: StagingPool) -> None:
-        self.cache = cache
+        self.cache, self.traffic = cache, Traffic()
         self._endpoint, self._layout, self._pool = endpoint, layout, pool
         self._mirrors: dict[int, _Mirror] = {}
         self._inbox: deque[_Arrived | Failed | Released] = deque()
@@ -81,7 +72,7 @@ class DistributedLink:
     def submit(self, commands: Sequence[Command], reading: bool = False) -> None:
         if self._endpoint.lost is not None:
             return
-        self._allocate([c for c in commands if isinstance(c, Prefill | Attach)])
+        self._allocate([c for c in commands if isinstance(c, Prefill)])
         for command in commands:
             mirror = self._mirrors.get(command.sequence)
             if mirror is not None:
@@ -107,6 +98,10 @@ class DistributedLink:
             self._taken.clear()
             self._endpoint.post(messages)
 
+    def give_up(self, reason: str) -> None:
+        """As if the other side were gone: `poll` says so. From any thread."""
+        self._endpoint.lose(reason)
+
     def close(self) -> None:
         self._endpoint.close("closed by the denoiser side")
         self._end()
@@ -118,7 +113,7 @@ class DistributedLink:
         self._endpoint.spawn("sender", send)
         self._endpoint.spawn("receiver", receive)
 
-    def _allocate(self, openings: Sequence[Prefill | Attach]) -> None:
+    def _allocate(self, openings: Sequence[Prefill]) -> None:
         """A mirror slot for each or, raising Overloaded, for none."""
         taken: dict[int, _Mirror] = {}
         try:
@@ -170,10 +165,17 @@ class DistributedLink:
         buffer.grow(payload.nbytes)
         arrived = self._sift(payload.deltas, buffer)
         timeout_s = self._endpoint.settings.link_timeout_s
+        began = time.monotonic()
         group.receive(buffer, payload.nbytes, payload.number, timeout_s, self._unpacking(arrived))
+        self._count(payload.nbytes, time.monotonic() - began)
         if arrived.written:
             self._pool.give(buffer)
         return arrived
+
+    def _count(self, nbytes: int, seconds: float) -> None:
+        self.traffic.payloads += 1
+        self.traffic.nbytes += nbytes
+        self.traffic.seconds += seconds
 
     @contextmanager
     def _unpacking(self, arrived: _Arrived) -> Iterator[None]:

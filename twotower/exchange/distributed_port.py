@@ -9,20 +9,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from twotower.errors import LinkDown, TwoTowerError
-from twotower.exchange.codec import Message, Payload, Taken
 from twotower.exchange.data_group import DataGroup
 from twotower.exchange.endpoint import Endpoint, MessageStream, Outgoing
-from twotower.exchange.protocol import (
-    Attach,
-    Command,
-    Commit,
-    Delta,
-    Failed,
-    Prefill,
-    Release,
-    Released,
-    Reply,
-)
+from twotower.exchange.messages import Message, Payload, Taken
+from twotower.exchange.protocol import Command, Commit, Delta, Failed, Prefill, Release, Released, Reply
 from twotower.exchange.staging import DeltaLayout, StagingBuffer, StagingPool
 from twotower.model.cache import TowerCache
 
@@ -73,7 +63,7 @@ class DistributedPort:
         if isinstance(message, Taken):
             self._credits.release()
             self._wake_for_backlog()
-        elif isinstance(message, Prefill | Commit | Attach | Release):
+        elif isinstance(message, Prefill | Commit | Release):
             self._inbox.append(message)
             self._endpoint.hooks.on_activity()
         else:

@@ -7,50 +7,43 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import AuthenticationError
 from queue import Empty, SimpleQueue
 
 import torch
 
-from twotower.errors import LinkDown
-from twotower.exchange.codec import Heartbeat, Message, decode, encode
+from twotower.errors import LinkDown, TwoTowerError
 from twotower.exchange.control import Channel
 from twotower.exchange.data_group import DataGroup
+from twotower.exchange.messages import CODEC, Heartbeat, Message
 from twotower.exchange.settings import EngineHooks, LinkSettings
 from twotower.exchange.staging import StagingBuffer
 from twotower.model.transfer import current
-from twotower.wire import CodecError
+from twotower.transport.codec import CodecError, listed
 
 _CPU = torch.device("cpu")
 _JOIN_S = 2.0
 
 
 class MessageStream:
-    """Messages over a channel, numbered: a repeated frame is dropped, a missing or reordered one ends the link."""
+    """Messages over a channel, as many as are sent at once in a frame."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self._sent = self._received = 0
 
     def send(self, messages: Sequence[Message]) -> None:
-        self.channel.send(encode(self._sent, messages))
-        self._sent += 1
+        self.channel.send(_body(messages))
 
     def send_at_once(self, messages: Sequence[Message]) -> bool:
         """`send` if that needs no waiting; False where it might."""
-        sent = self.channel.send_at_once(encode(self._sent, messages))
-        self._sent += sent
-        return sent
+        return self.channel.send_at_once(_body(messages))
 
     def receive(self) -> list[Message]:
-        """One frame's messages, none if we had it already. Raises CodecError, LinkDown and what the channel raises."""
-        number, messages = decode(self.channel.receive())
-        if number < self._received:
-            return []
-        if number > self._received:
-            raise LinkDown(f"control message {self._received} was lost or overtaken by {number}")
-        self._received += 1
-        return messages
+        """One frame's messages. Raises CodecError and what the channel raises."""
+        return CODEC.decode(self.channel.receive())
+
+
+def _body(messages: Sequence[Message]) -> bytes:
+    return listed([CODEC.encode(message) for message in messages])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +71,7 @@ class Endpoint:
         self.settings, self.hooks = settings, hooks
         self._name, self._peer, self._device = name, peer, device
         self._outbox: SimpleQueue[Outgoing | None] = SimpleQueue()
-        self._sending = threading.Lock()  # who has it numbers and sends frames; `_unsent` posts wait for the sender
+        self._sending = threading.Lock()  # who has it sends frames; `_unsent` posts wait for the sender
         self._counting = threading.Lock()
         self._unsent = 0
         self._stream: MessageStream | None = None
@@ -220,11 +213,9 @@ class Endpoint:
                 return f"{self._peer} is gone (connection closed)"
             case TimeoutError():
                 return f"nothing heard from {self._peer} for {waited_s:g} s"
-            case AuthenticationError():
-                return f"{self._peer} did not know the key"
             case CodecError():
                 return f"{self._peer} sent a message that is none of ours: {error}"
-            case LinkDown():
+            case TwoTowerError():
                 return str(error)
         return f"{type(error).__name__}: {error}"
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from twotower.exchange.protocol import Command, LinkEvent, LinkLost, Reply
+from twotower.exchange.protocol import Command, LinkEvent, LinkLost, Reply, Traffic
 from twotower.model.cache import TowerCache
 
 _Item = TypeVar("_Item")
@@ -60,7 +60,7 @@ class LocalLink:
         port: LocalPort,
         wake: Callable[[], None],
     ) -> None:
-        self.cache = cache
+        self.cache, self.traffic = cache, Traffic()  # nothing crosses
         self._commands, self._replies, self._port, self._wake = commands, replies, port, wake
 
     def submit(self, commands: Sequence[Command], reading: bool = False) -> None:

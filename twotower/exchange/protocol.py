@@ -1,53 +1,55 @@
 """The exchange's two ends and what crosses it.
 
-The denoiser's end is a `Link`, the context tower's a `Port`; one context engine serves a port per denoiser. A
-sequence is named by a number its denoiser engine never uses twice on one link, so a late message about a sequence
-that is gone cannot be taken for one about its slot's next tenant. Besides its `Release` a sequence has at most one
-unanswered command: the next commit follows the delta of the last, so the Mamba states a delta waits to carry cannot
-run ahead of it.
+The denoiser's end is a `Link`, the context tower's a `Port`; one context engine serves a port per denoiser. A denoiser
+engine names a sequence by a number that it never uses twice on one link. So a late message about a sequence that is
+gone cannot be taken for one about its slot's next tenant. Besides its `Release` a sequence has at most one unanswered
+command: the next commit follows the delta of the last one. So the Mamba states that a delta waits to carry cannot run
+ahead of it.
 
-But for `close`, neither end ever blocks the engine that calls it. Whatever waits, waits in the implementation's own
-threads, with a deadline; when the other side is gone, `poll` says so once with `LinkLost` and `Port.lost` is set.
+But for `close`, neither end ever blocks the engine that calls it. All waiting is done in the implementation's own
+threads, with a deadline. When the other side is gone, `poll` says so once with `LinkLost`, and `Port.lost` is set.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from twotower.core import DecodingParams
 from twotower.errors import TwoTowerError
 from twotower.model.cache import TowerCache
 
 
 @dataclass(frozen=True, slots=True)
+class Verifying:
+    """The context tower decides a sequence's tokens, as `ar` would with these parameters. The answer's first token has
+    the position `answer_start`."""
+
+    params: DecodingParams
+    answer_start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Prefill:
-    """Read these tokens as a new sequence, with room reserved for `reserve` positions. May be empty."""
+    """Read these tokens as a new sequence, with room reserved for `reserve` positions. May be empty.
 
-    sequence: int
-    token_ids: tuple[int, ...]
-    reserve: int
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """Read a block on. `start` is the position of its first token; anything else than the next one is an error."""
-
-    sequence: int
-    start: int
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Attach:
-    """Take over a sequence: `token_ids` is all the caller knows of it (prompt and committed).
-
-    Whichever side is behind catches up: the context engine reads what it lacks, the answering delta carries the whole
-    cache and the ids the caller lacks. Two different histories are an error. A lost link takes its sequences with it:
-    on a new link the context engine reads everything again. No engine sends this yet.
+    `verifying`: blocks that are committed to it are drafts. Only what `ar` would have written of them is read, and the
+    next token is told, behind the prompt too.
     """
 
     sequence: int
     token_ids: tuple[int, ...]
     reserve: int
+    verifying: Verifying | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Read a block on. `start` is the position of its first token; anything else than the next one is an error. A
+    draft's first token is the one that was decided last."""
+
+    sequence: int
+    start: int
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +59,25 @@ class Release:
     sequence: int
 
 
-Command = Prefill | Commit | Attach | Release
+Command = Prefill | Commit | Release
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """The token that follows what has been read, and the smallest margin of the decisions that it and the accepted
+    part of the draft took."""
+
+    token: int
+    margin: float
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """Positions [start, end) have been read and are in `Link.cache` at `slot`.
 
-    `complete` is False for the chunks of a prompt but the last: the Mamba states come with the last one only.
-    `token_ids` are the ids an `Attach`'s caller lacked. On the way out of a port `slot` is the context cache's slot;
-    out of `poll` it is a slot of `Link.cache`.
+    `complete` is False for the chunks of a prompt but the last: the Mamba states come with the last one only. Of a
+    draft only the accepted part has been read, so `end` is the cut. `decided`: of a sequence that is verified.
+    On the way out of a port `slot` is the context cache's slot; out of `poll` it is a slot of `Link.cache`.
     """
 
     sequence: int
@@ -74,7 +85,7 @@ class Delta:
     end: int
     slot: int
     complete: bool = True
-    token_ids: tuple[int, ...] = ()
+    decided: Decided | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +114,28 @@ Reply = Delta | Failed | Released
 LinkEvent = Reply | LinkLost
 
 
+@dataclass(slots=True)
+class Traffic:
+    """Payloads that a link has received since it stands: how many, their bytes, the seconds of receiving."""
+
+    payloads: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
 class Link(Protocol):
     """The denoiser's end. All methods are called from the denoiser engine's thread."""
 
     cache: TowerCache
+    traffic: Traffic
 
     def submit(self, commands: Sequence[Command], reading: bool = False) -> None:
-        """Send commands, in order. Never blocks. `Prefill` and `Attach` take their mirror slot here (Overloaded).
+        """Send commands, in order. Never blocks. `Prefill` takes its mirror slot here (Overloaded).
 
-        `reading`: the caller goes on reading these sequences in `cache` until it polls (mock-AR steps on a token while
-        the context tower reads it), so what answers them must not be written before. Otherwise it may be, at any time.
-        Called in every tick, without commands too: what the link itself has to say since `poll` goes along.
+        `reading`: the caller goes on reading these sequences in `cache` until it polls, so their answers must not be
+        written before. (Mock-AR steps on a token while the context tower reads it.) Otherwise they may be written at
+        any time: what the caller read of the sequences has ended by now. Called in every tick, without commands too:
+        the link's own messages since `poll` go along.
         """
         ...
 
@@ -144,8 +166,8 @@ class Port(Protocol):
         ...
 
     def send(self, replies: Sequence[Reply]) -> None:
-        """Send replies, in order, a delta's tensors with it (read from the context cache now or as soon as a buffer
-        is free, but never after the `Released` of the same sequence was sent). Never blocks."""
+        """Send replies, in order, a delta's tensors with it. Never blocks. The tensors are read from the context cache
+        now, or as soon as a buffer is free. They are never read after the sequence's `Released` was sent."""
         ...
 
     def close(self) -> None:

@@ -5,9 +5,10 @@ The context side's settings travel inside the address, so the two ends cannot di
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from twotower.errors import ConfigError
+from twotower.transport.handshake import Address
 
 DATA_BACKENDS = ("auto", "gloo", "nccl")
 SSM_WIRE_DTYPES = ("float32", "bfloat16")
@@ -17,8 +18,8 @@ SSM_WIRE_DTYPES = ("float32", "bfloat16")
 class LinkSettings:
     """Times in seconds, sizes in bytes.
 
-    `staging_buffers` messages of up to `staging_bytes` may be under way at once; one delta that is larger makes its
-    buffer grow (`staging.fitted` leaves nothing to grow for). `data_backend` auto: NCCL between two GPUs, gloo
+    `staging_buffers` messages of up to `staging_bytes` may be under way at once. A larger delta makes its buffer grow,
+    but `staging.fitted` leaves no delta that is larger. `data_backend` auto: NCCL between two GPUs, gloo
     otherwise. `ssm_wire_dtype` bfloat16 halves the SSM states' bytes and rounds them.
     """
 
@@ -57,11 +58,9 @@ class LinkAddress:
 
     link: int
     epoch: int
-    host: str
-    control_port: int
+    control: Address
     store_port: int
     settings: LinkSettings
-    authkey: bytes = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -76,8 +75,8 @@ def _nobody_to_wake() -> None:
 class EngineHooks:
     """What a link asks of the engine that owns its end. All are called from the link's threads.
 
-    `progress` grows while the engine lives, busy or idle; where it stands still for `stall_timeout_s`, the other side
-    takes this one for dead (unwatched engines: a clock). `on_activity`: `poll` or `receive` has something to do.
+    `progress` grows while the engine lives, busy or idle. Where it stands still for `stall_timeout_s`, the other side
+    takes this one for dead. An unwatched engine has a clock. `on_activity`: `poll` or `receive` has something to do.
     """
 
     progress: Callable[[], int] = time.monotonic_ns

@@ -34,21 +34,16 @@ class StagingBuffer:
 
     def __init__(self, nbytes: int, device: torch.device, through_host: bool) -> None:
         self._device, self._through_host = device, through_host
-        self.fence: torch.cuda.Event | None = None
         self._allocate(nbytes)
 
     def grow(self, nbytes: int) -> None:
         """Room for at least `nbytes`; what it held is lost. Buffers that `fitted` sizes never need to grow."""
         if nbytes > self.flat.numel():
             self._allocate(nbytes)
-            # The allocator hands out memory for the calling thread's compute stream, whose earlier work may still touch
-            # it: the link's stream waits for that work. Waiting for the device instead would break another thread's
-            # capture.
-            self.mark()
 
     def mark(self) -> None:
         """The compute stream's work queued so far is the last that touches this buffer."""
-        self.fence = fence_on(self._device)
+        self.fence: torch.cuda.Event | None = fence_on(self._device)
 
     def views(self, shapes: Shapes) -> list[Tensor]:
         """Tensors of these shapes, one behind the other in `flat`. Kept: most messages are like one before."""
@@ -68,6 +63,9 @@ class StagingBuffer:
         self.flat = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         staged = self._through_host and self._device.type == "cuda"
         self.wire = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if staged else self.flat
+        # The allocator hands out memory for the calling thread's compute stream, whose earlier work may still touch it:
+        # the link's stream waits for that work. Waiting for the device instead would break another thread's capture.
+        self.mark()
 
 
 def fitted(settings: LinkSettings, cache: TowerCache, longest_delta: int) -> LinkSettings:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from twotower.config import ModelConfig
-from twotower.errors import Overloaded
 from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.model.rescan import KeptScan, KeptScans, settle
+from twotower.model.room import Held, Room
 from twotower.model.transfer import on_device
 
-ZERO_PAGE = 0  # read where a row has no page: always zero, so that a masked weight of 0 never meets a NaN
+ZERO_PAGE = 0  # read where a row has no page. Always zero: a masked weight of 0 must never meet a NaN.
 WASTE_PAGE = 1  # written where a row has padding, never read
 _RESERVED_PAGES = 2
 
@@ -33,12 +34,15 @@ class Span(NamedTuple):
 
 @dataclass(slots=True)
 class _Sequence:
-    length: int
-    pages: list[int]
+    held: Held
+    length: int = 0
 
 
 class TowerCache:
-    """Conv windows, SSM states (fp32) and key/value pages of up to `slots` sequences with `pages` pages together."""
+    """Conv windows, SSM states (fp32) and key/value pages of up to `slots` sequences with `pages` pages together.
+
+    `room` says which of them are free.
+    """
 
     def __init__(self, config: ModelConfig, slots: int, pages: int, device: torch.device, dtype: torch.dtype) -> None:
         self.config = config
@@ -48,7 +52,7 @@ class TowerCache:
         window, channels = config.conv_kernel, config.conv_channels
         state = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
         page = (PAGE_TOKENS, config.num_key_value_heads, config.head_dim)
-        all_pages = pages + _RESERVED_PAGES
+        all_pages = _RESERVED_PAGES + pages
         # One slot more than sequences can take, for rows of a pass that nobody asked for.
         self.scratch_slot = slots
         self.conv = torch.zeros(len(mamba), slots + 1, window, channels, device=device, dtype=dtype)
@@ -56,18 +60,9 @@ class TowerCache:
         self.device = self.ssm.device  # with its index, whatever it was called
         self.keys = _untouched_zeros((len(attention), all_pages, *page), device, dtype)
         self.values = _untouched_zeros(self.keys.shape, device, dtype)
-        self._free_slots = list(range(slots - 1, -1, -1))
-        self._free_pages = list(range(all_pages - 1, _RESERVED_PAGES - 1, -1))
+        self.room = Room(slots, pages, first_page=_RESERVED_PAGES)
         self._sequences: dict[int, _Sequence] = {}
         self._counting = on_device(range(1024), device)  # on meta, `arange` would make torch import sympy
-
-    @property
-    def free_slots(self) -> int:
-        return len(self._free_slots)
-
-    @property
-    def free_pages(self) -> int:
-        return len(self._free_pages)
 
     @property
     def nbytes(self) -> int:
@@ -79,47 +74,50 @@ class TowerCache:
 
     def allocate(self, tokens: int) -> int:
         """A slot with zero state and room for `tokens` positions. Raises Overloaded where there is none."""
-        wanted = pages_for(tokens)
-        if not self._free_slots or wanted > len(self._free_pages):
-            raise Overloaded(
-                f"cache full: wanted 1 slot and {wanted} pages, "
-                f"got {self.free_slots} slots and {self.free_pages} pages free"
-            )
-        slot = self._free_slots.pop()
-        pages = [self._free_pages.pop() for _ in range(wanted)]
-        self._sequences[slot] = _Sequence(0, pages)
-        self.conv[:, slot] = 0
-        self.ssm[:, slot] = 0
-        pages_Z = on_device(pages, self.device, torch.long)
+        held = self.room.take(tokens)
+        self._sequences[held.slot] = _Sequence(held)
+        self.conv[:, held.slot] = 0
+        self.ssm[:, held.slot] = 0
+        pages_Z = on_device(held.pages, self.device, torch.long)
         self.keys.index_fill_(1, pages_Z, 0)
         self.values.index_fill_(1, pages_Z, 0)
-        return slot
+        return held.slot
 
     def free(self, slot: int) -> None:
-        sequence = self._sequences.pop(slot)
-        self._free_pages.extend(reversed(sequence.pages))
-        self._free_slots.append(slot)
+        self.room.give(self._sequences.pop(slot).held)
 
     def advance(self, slot: int, tokens: int) -> None:
         """Count `tokens` positions as read. Room for them was reserved by `allocate`."""
         sequence = self._sequences[slot]
         sequence.length += tokens
-        assert sequence.length <= len(sequence.pages) * PAGE_TOKENS, "a sequence outgrew its reservation"
+        assert sequence.length <= len(sequence.held.pages) * PAGE_TOKENS, "a sequence outgrew its reservation"
 
-    def extending(self, slots: Sequence[int], lengths: Sequence[int], width: int) -> "ExtendStates":
+    def extending(
+        self, slots: Sequence[int], lengths: Sequence[int], width: int, keeps_scans: bool = False
+    ) -> "ExtendStates":
         """States for a causal pass that appends `lengths[r]` of `width` positions to each row.
 
-        The caller advances the slots after the pass.
+        The caller advances the slots after the pass; or, where it `keeps_scans`, settles them.
         """
-        return ExtendStates(self, slots, lengths, width)
+        return ExtendStates(self, slots, lengths, width, keeps_scans)
+
+    def settle(self, slots: Sequence[int], scans: KeptScans | None, cuts: Sequence[int]) -> None:
+        """After a pass that kept its `scans`: the first `cuts[r]` positions of each row are read, the others never
+        were. Their keys and values lie beyond the sequence's end, where nothing looks before they are overwritten."""
+        if scans is not None:
+            settle(self.conv, self.ssm, slots, scans, cuts)
+        for slot, cut in zip(slots, cuts, strict=True):
+            self.advance(slot, cut)
 
     def reading(self, slots: Sequence[int], lengths: Sequence[int], width: int) -> "ReadStates":
         """States for a denoiser pass over blocks of `lengths[r]` of `width` positions; nothing is written."""
         return ReadStates(self, slots, lengths, width)
 
     def delta(self, spans: Sequence[Span]) -> list[Tensor]:
-        """What carries the spans to a mirror, side by side in their order: keys and values [layers, tokens, S, E], conv
-        windows [layers, n, K, C] and SSM states [layers, n, H, P, N] of the n spans that bring states. Copies.
+        """Copies that carry the spans to a mirror, side by side in their order.
+
+        Keys and values are [layers, tokens, S, E]. For the n spans that bring states, conv windows are
+        [layers, n, K, C] and SSM states [layers, n, H, P, N].
         """
         tokens, states = sum(span.end - span.start for span in spans), sum(span.with_states for span in spans)
         shapes = self.delta_shapes(tokens, states)
@@ -166,11 +164,11 @@ class TowerCache:
 
     def pages_of(self, slot: int) -> Sequence[int]:
         """The pages of a sequence, in the order of its positions."""
-        return self._sequences[slot].pages
+        return self._sequences[slot].held.pages
 
     def flat_positions(self, slot: int, start: int, end: int) -> list[int]:
         """Indices of positions [start, end) of a sequence in the flattened page memory."""
-        pages = self._sequences[slot].pages
+        pages = self.pages_of(slot)
         return [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in range(start, end)]
 
     def positions(self, count: int) -> Tensor:
@@ -182,7 +180,7 @@ class TowerCache:
     def page_table(self, slots: Sequence[int], tokens: int) -> Tensor:
         """Pages [R, pages] of each row's first `tokens` positions; the zero page where a row has fewer."""
         wide = pages_for(tokens)
-        rows = [self._sequences[slot].pages[:wide] for slot in slots]
+        rows = [list(self.pages_of(slot)[:wide]) for slot in slots]
         rows = [pages + [ZERO_PAGE] * (wide - len(pages)) for pages in rows]
         return on_device(rows, self.device, torch.long).view(len(slots), wide)
 
@@ -208,6 +206,7 @@ class _RowStates:
 
     def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
         self.cache = cache
+        self.kept: list[KeptScan] | None = None
         self.starts = [cache.length(slot) for slot in slots]
         self.lengths_R: Tensor | None = None
         if any(length != width for length in lengths):
@@ -239,8 +238,11 @@ class ExtendStates(_RowStates):
 
     updates = True
 
-    def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
+    def __init__(
+        self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int, keeps_scans: bool = False
+    ) -> None:
         super().__init__(cache, slots, lengths, width)
+        self.kept = [] if keeps_scans else None
         ends = [start + length for start, length in zip(self.starts, lengths, strict=True)]
         self._table_RZ = cache.page_table(slots, max(ends))
         write_RL, seen_RL = [], []

@@ -6,6 +6,7 @@ Knows names and files; `loading.py` turns them into towers.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +22,7 @@ from twotower.errors import CheckpointError
 CONTEXT_PREFIX, DENOISER_PREFIX, BASE_PREFIX = "context_tower.", "denoiser_tower.", "backbone."
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+_MAPPED_BYTES = 256 * 2**20
 
 
 class Layout(StrEnum):
@@ -67,21 +69,52 @@ class Checkpoint:
                     digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()[:16]
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, read now, on the CPU, in its stored dtype."""
-        path = self.files.get(name)
-        if path is None:
-            raise CheckpointError(f"{self.directory}: no tensor {name!r}")
-        with _opened(path) as file:
-            try:
-                return file.get_tensor(name)
-            except SafetensorError as error:
-                raise CheckpointError(f"{path}: tensor {name!r}: {error}") from error
+    def reading(self) -> "Reader":
+        """Reads tensors; use as a context manager."""
+        return Reader(self)
+
+
+class Reader:
+    """Reads a checkpoint's tensors one by one. The shard of the last is kept open, and no other: each is opened once
+    where names come shard by shard. A big one is opened anew after every `_MAPPED_BYTES`: what was read of an open file
+    counts as the process's memory."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._path: Path | None = None
+        self._mapped = 0
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.close()
+
+    def tensor(self, name: str) -> Tensor:
+        """Read now, on the CPU, in its stored dtype."""
+        file = self._shard_of(name)
+        try:
+            tensor: Tensor = file.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._path}: tensor {name!r}: {error}") from error
+        self._mapped += tensor.nbytes
+        return tensor
 
     def shape(self, name: str) -> list[int]:
-        """A tensor's shape from its file's header, without reading it."""
-        with _opened(self.files[name]) as file:
-            return list(file.get_slice(name).get_shape())
+        """From the file's header, without reading the tensor."""
+        return list(self._shard_of(name).get_slice(name).get_shape())
+
+    def _shard_of(self, name: str) -> "safe_open":
+        path = self._checkpoint.files.get(name)
+        if path is None:
+            raise CheckpointError(f"{self._checkpoint.directory}: no tensor {name!r}")
+        if path != self._path or self._mapped > _MAPPED_BYTES:
+            self._open.close()
+            self._path, self._mapped = None, 0  # and so it stays where the next one cannot be opened
+            self._file = self._open.enter_context(_opened(path))
+            self._path = path
+        return self._file
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

@@ -12,8 +12,8 @@ FREQUENCIES = 128
 def sinusoid(t_R: Tensor, dtype: torch.dtype) -> Tensor:
     """[cos | sin] features [R,256] of 1000·t.
 
-    The product is rounded to the model's dtype before the angle is taken, because the model was trained so; for
-    bf16 that moves t = 3/16 from 187.5 to 188.
+    The product is rounded to the model's dtype before the angle is taken, because the model was trained so. In bf16
+    this moves t = 3/16 from 187.5 to 188.
     """
     scaled_R = (t_R.to(dtype) * 1000).float()
     exponents = torch.arange(FREQUENCIES, dtype=torch.float32, device=t_R.device) / FREQUENCIES

@@ -1,7 +1,7 @@
 """Checkpoint tensors into towers, and towers into checkpoint tensors.
 
-A process that hosts one tower reads only that tower's tensors, one after the other, straight to its device and
-dtype: host memory never holds more than the tower and one tensor.
+A process that hosts one tower reads only that tower's tensors. It reads one after the other, straight to its device
+and dtype, so a process allocates no more than the tower and one tensor; of a file it maps a bounded part.
 """
 
 import json
@@ -109,16 +109,17 @@ def _load(
 ) -> None:
     wanted = {_spelling(checkpoint, name): list(view.shape) for name, view in stored_tensors(tower, checkpoint.layout)}
     _check_names(checkpoint, tower, wanted)
-    for name, shape in wanted.items():
-        if checkpoint.shape(name) != shape:
-            raise CheckpointError(
-                f"{checkpoint.files[name]}: tensor {name!r}: got shape {checkpoint.shape(name)}, wanted {shape}"
-            )
-    materialise(tower, device, dtype)
-    views = {_spelling(checkpoint, name): view for name, view in stored_tensors(tower, checkpoint.layout)}
-    in_file_order = sorted(views, key=lambda name: str(checkpoint.files[name]))
-    for name in tqdm(in_file_order, desc=f"loading {what}", unit="tensor", disable=not progress):
-        views[name].copy_(checkpoint.read(name))
+    in_file_order = sorted(wanted, key=lambda name: str(checkpoint.files[name]))
+    with checkpoint.reading() as reader:
+        for name in in_file_order:
+            if (got := reader.shape(name)) != wanted[name]:
+                raise CheckpointError(
+                    f"{checkpoint.files[name]}: tensor {name!r}: got shape {got}, wanted {wanted[name]}"
+                )
+        materialise(tower, device, dtype)
+        views = {_spelling(checkpoint, name): view for name, view in stored_tensors(tower, checkpoint.layout)}
+        for name in tqdm(in_file_order, desc=f"loading {what}", unit="tensor", disable=not progress):
+            views[name].copy_(reader.tensor(name))
     tower.requires_grad_(False).eval()
 
 

@@ -1,8 +1,8 @@
 """The Mamba-2 mixer: causal depthwise convolution, selective scan, gated group norm.
 
-The scan always runs in fp32, from and to an fp32 state, whatever the model's dtype: a bf16 scan overflows on long
-contexts (the released code's own remark). Several positions go through the chunked (matrix) form of the scan, one
-position through the bare recurrence; both compute `h_t = exp(dt_t·A)·h_{t-1} + dt_t·x_t ⊗ B_t`, `y_t = h_t·C_t`.
+The scan always runs in fp32, from and to an fp32 state, whatever the model's dtype. A bf16 scan overflows on long
+contexts, says the released code. Several positions go through the chunked (matrix) form of the scan, one position
+through the bare recurrence. Both compute `h_t = exp(dt_t·A)·h_{t-1} + dt_t·x_t ⊗ B_t`, `y_t = h_t·C_t`.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import ModelConfig
+from twotower.model.rescan import KeptScan
 from twotower.model.states import LayerStates
 
 
@@ -68,9 +69,12 @@ class MambaMixer(nn.Module):
         if x_RLD.shape[1] == 1:
             y_RLHP, ssm_RHPN = self.kernels.step(inputs, ssm_RHPN)
         else:
-            y_RLHP, entries = self.kernels.scan(inputs, ssm_RHPN, self.config.chunk_size, states.updates)
+            with_end = states.updates and states.kept is None
+            y_RLHP, entries = self.kernels.scan(inputs, ssm_RHPN, self.config.chunk_size, with_end)
             ssm_RHPN = entries[-1]
-        if states.updates:
+        if states.kept is not None:
+            states.kept.append(_kept(stream_RTC, inputs))
+        elif states.updates:
             states.put_mamba(layer, _newest(stream_RTC, self.config.conv_kernel, states.lengths_R), ssm_RHPN)
         y_RLHP = torch.addcmul(y_RLHP, inputs.x, self.D.float()[:, None])
         return self.out_proj(self.norm(y_RLHP.flatten(2).to(x_RLD.dtype), gate))
@@ -86,6 +90,10 @@ class MambaMixer(nn.Module):
         by_head, by_group = (self.heads, self.head_dim), (self.groups, self.config.ssm_state_size)
         a = -torch.exp(self.A_log.float())
         return ScanInputs(x.unflatten(-1, by_head), dt, a, b.unflatten(-1, by_group), c.unflatten(-1, by_group))
+
+
+def _kept(stream_RTC: Tensor, inputs: ScanInputs) -> KeptScan:
+    return KeptScan(stream_RTC, torch.exp(inputs.dt * inputs.a), inputs.dt[..., None] * inputs.x, inputs.b)
 
 
 def convolve(stream_RTC: Tensor, conv1d: nn.Conv1d) -> Tensor:
@@ -134,8 +142,8 @@ def _by_group(x_RHP: Tensor, groups: int) -> Tensor:
 def scan(inputs: ScanInputs, ssm_RHPN: Tensor, chunk: int, with_end: bool = True) -> tuple[Tensor, list[Tensor]]:
     """The recurrence over L positions, in chunks (Mamba-2 paper, §6: the block decomposition of the SSD matrix).
 
-    Returns y [R,L,H,P] and the states [R,H,P,N] each chunk started from, then the state after the last position;
-    without `with_end` (a pass that only reads) that last state is not computed.
+    Returns y [R,L,H,P] and the states [R,H,P,N] each chunk started from, then the state after the last position.
+    Without `with_end` (a pass that only reads) that last state is not computed.
     The chunk never exceeds L: a longer one together with an initial state is a known trap of the fused kernels.
     """
     length, heads, groups = inputs.x.shape[1], inputs.x.shape[2], inputs.b.shape[2]

@@ -15,8 +15,8 @@ _GROUPED_ON = (9, 10)
 
 
 def grouped_products_wait(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped products copy the groups' ends to the host and loop over them there, which makes the
-    host wait and no CUDA graph can capture."""
+    """Whether torch's grouped products copy the groups' ends to the host and loop over them there. That makes the host
+    wait, and no CUDA graph can capture it."""
     if device.type != "cuda":
         return False
     return dtype is not torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in _GROUPED_ON

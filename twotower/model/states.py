@@ -9,12 +9,14 @@ from typing import Protocol
 
 from torch import Tensor
 
+from twotower.model.rescan import KeptScan
+
 
 class Reach(Protocol):
     """Which keys the new positions of a pass attend to, said as a mask and, where that can be, in numbers.
 
-    `lengths_R` holds how many of the L positions of each row are real; the rest, on the right, are padding whose
-    output means nothing and which leaves no trace in any state. None: every position is real.
+    `lengths_R` holds how many of the L positions of each row are real. The rest, on the right, is padding: its output
+    is undefined, and it leaves no trace in any state. None: every position is real.
     `mask_RLT` is True where a new position may attend to a key.
     `updates` is False for passes that only read (the denoiser's).
     `starts_R` says for every real position what the mask says, for kernels that take none. Where `updates`, position
@@ -30,6 +32,12 @@ class Reach(Protocol):
 
 class LayerStates(Reach, Protocol):
     """The state of R sequences, layer by layer, as one forward pass sees and changes it."""
+
+    @property
+    def kept(self) -> list[KeptScan] | None:
+        """Where each Mamba layer of a pass leaves what its scan read, for `twotower.model.rescan`. Such a pass puts no
+        Mamba state. None: it keeps no scans."""
+        ...
 
     def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
         """Conv window [R,K,C] (newest last) and SSM state [R,H,P,N] (fp32) that seed this Mamba layer."""

@@ -6,6 +6,6 @@ _SMALL_WIDTH = 256
 
 
 def threads_for(config: ModelConfig, cores: int) -> int:
-    """Of `cores`; one for a small model. Its operations take microseconds, and at the end of each its threads wait for
-    one another: on cores that others use too, `ar` on the demo with two threads gave a third of its tokens."""
+    """All `cores`, but one thread for a small model. Its operations take microseconds, and its threads wait for one
+    another after each. On cores that others use too, `ar` on the demo with two threads gave a third of its tokens."""
     return 1 if config.hidden_size <= _SMALL_WIDTH else max(1, cores)

@@ -5,7 +5,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from tests.cluster.fakes import BLOCK, FINGERPRINT
-from twotower.core import AnswerEvent, AnyRequest, BlockEvent, FinishReason, Request, ScoreEvent
+from twotower.core import AnswerEvent, AnyRequest, BlockEvent, FinishReason, Mode, Request, ScoreEvent
 from twotower.errors import TwoTowerError, Unavailable
 
 GONE = Unavailable("the cell is gone")
@@ -40,7 +40,9 @@ class Script:
         self.answer, self.stays, self.width, self.living = tuple(answer), list(stays), width, set(living)
         self.placed: list[tuple[AnyRequest, frozenset[str]]] = []
         self.timeouts: list[float] = []
+        self.leaving = set[str]()
         self.open = 0
+        self.lacking = False
 
     @property
     def committed(self) -> list[int]:
@@ -57,11 +59,17 @@ class Script:
         self.open += 1
         return ScriptedStay(self, request, stay, stay.cell or f"cell{len(self.placed)}")
 
-    def elsewhere(self, avoid: Set[str]) -> bool:
+    def is_to_leave(self, cell: str, request: AnyRequest, fingerprint: str) -> bool:
+        return cell in self.leaving
+
+    def elsewhere(self, request: AnyRequest, avoid: Set[str]) -> bool:
         return bool(self.living - avoid)
 
-    async def ready(self) -> bool:
-        return bool(self.living)
+    def lacks(self, request: AnyRequest) -> bool:
+        return self.lacking
+
+    async def served(self) -> Set[Mode]:
+        return frozenset(Mode) if self.living else frozenset()
 
 
 class ScriptedStay:
@@ -87,7 +95,9 @@ class ScriptedStay:
             start = self._stay.starts[place]
         part = script.answer[start : start + script.width]
         last = FinishReason.LENGTH if start + len(part) >= len(script.answer) else None
-        return BlockEvent(self._request.id, start, part, 2, 1, last)
+        drafted = len(part) if self._request.params.mode is Mode.VERIFIED else 0
+        accepted = max(0, drafted - 1)
+        return BlockEvent(self._request.id, start, part, 2, 1, last, num_drafted=drafted, num_accepted=accepted)
 
     async def close(self) -> None:
         assert not self._closed

@@ -5,10 +5,10 @@ import httpx
 import pytest
 from google.rpc import error_details_pb2
 
-from cluster.generation import Generation
-from cluster.http import make_app
+from cluster.faces.http.service import make_app
+from cluster.runs.generation import Generation
 from cluster.runs.run import Patience
-from tests.cluster.fakes import BLOCK, ByteTokenizer, grpc_server, served_model
+from tests.cluster.fakes import BLOCK, ByteTokenizer, all_modes, grpc_server, served_model
 from tests.cluster.runs.script import GONE, WELL, Script, Stay
 from tests.cluster.runs.test_run import ANSWER, BLOCKS, TEXT
 from tests.cluster.test_grpc import details_of
@@ -29,7 +29,7 @@ def _over(script: Script) -> Generation:
 async def test_http_sees_one_answer(stream: bool, prompts: int) -> None:
     """Each of several prompts of a call goes on by itself."""
     script = Script(ANSWER, [Stay(2, GONE)] * prompts + [WELL])
-    transport = httpx.ASGITransport(make_app(_over(script), lambda: True))
+    transport = httpx.ASGITransport(make_app(_over(script), all_modes))
     async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
         response = await http.post("/v1/completions", json={"prompt": ["Hi"] * prompts, "stream": stream})
     assert response.status_code == 200 and script.open == 0 and len(script.placed) == 2 * prompts
@@ -53,9 +53,28 @@ async def test_grpc_sees_one_answer() -> None:
     assert events[-1].finished.usage.num_blocks == BLOCKS
 
 
+async def test_what_has_begun_waits_no_longer_for_a_cell_that_mends() -> None:
+    """And both faces say when to come again."""
+    stays = [Stay(2, GONE), Stay(refuses=Unavailable("this cell is mending"))]
+    why = "no cell took this request within 0.05 s: this cell is mending"
+    transport = httpx.ASGITransport(make_app(_over(Script(ANSWER, stays)), all_modes))
+    async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
+        posted = await http.post("/v1/completions", json={"prompt": "Hi", "stream": True})
+    *blocks, last = events_of(posted.text)
+    assert len(blocks) == 2 and last["error"]["type"] == "unavailable_error" and last["error"]["message"] == why
+    service = _over(Script(ANSWER, stays))
+    async with grpc_server(service) as (address, _), grpc.aio.insecure_channel(address) as channel:
+        call = pb_grpc.GenerationServiceStub(channel).GenerateStream(pb.GenerateRequest(text="Hi"))
+        with pytest.raises(grpc.aio.AioRpcError, match=why) as caught:
+            async for event in call:
+                assert event.HasField("block")
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert details_of(caught.value, error_details_pb2.RetryInfo) is not None
+
+
 async def test_where_there_is_no_cell_both_say_when_to_come_again() -> None:
     service = _over(Script(ANSWER, [Stay(refuses=Unavailable("this cell is mending"))]))
-    transport = httpx.ASGITransport(make_app(service, lambda: True))
+    transport = httpx.ASGITransport(make_app(service, all_modes))
     async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
         response = await http.post("/v1/completions", json={"prompt": "Hi", "stream": True})
     assert response.status_code == 503 and response.headers["retry-after"] == "5"

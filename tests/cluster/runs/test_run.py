@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import pytest
 
-from cluster.deadline import Deadline
 from cluster.runs.answer import Usage
+from cluster.runs.deadline import Deadline
 from cluster.runs.observers import Observer
 from cluster.runs.record import Gap, Record
 from cluster.runs.run import Generating, Means, Patience, Scoring
 from tests.cluster.fakes import BLOCK, FINGERPRINT, ByteTokenizer, tokens
 from tests.cluster.runs.script import GONE, WELL, Script, Stay
 from twotower.core import AnswerEvent, BlockEvent, FinishReason, Request, RequestId, ScoreRequest
-from twotower.decoding.text import AnswerText
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded, TwoTowerError, Unavailable
+from twotower.text.answer_text import AnswerText
 
 TEXT = "Über naïve Öfen 🙂 stop here"
 ANSWER = tokens(TEXT)
@@ -157,6 +157,15 @@ async def test_a_run_waits_for_a_cell() -> None:
         await outcome(run_on(Script(ANSWER, [mending]), patience=Patience(3, 0.1)))
 
 
+@pytest.mark.parametrize(("living", "avoided"), [(["a"], set()), (["a", "b"], {"a"})])
+async def test_where_all_have_refused_they_are_asked_again(living: list[str], avoided: set[str]) -> None:
+    """Not those that are unfit, which may have nothing to do and so be Serve's first choice."""
+    mending = Stay(refuses=Unavailable("this cell is mending"))
+    script = Script(ANSWER, [Stay(1, GONE, cell="a"), mending, WELL], living=living)
+    assert await outcome(run_on(script)) == await undisturbed()
+    assert [avoid for _, avoid in script.placed] == [set(), {"a"}, avoided]
+
+
 async def test_a_cell_that_does_not_answer_is_no_cell() -> None:
     class Hanging(Script):
         async def place(self, *args: object) -> None:  # type: ignore[override]
@@ -197,6 +206,37 @@ async def test_scores_are_asked_for_again_as_a_whole(stays: list[Stay]) -> None:
     scores = await Scoring(Record(asked, FINGERPRINT), Deadline.after(60), Means(script)).whole()
     assert scores.log_probs == (-0.5, -0.5) and script.open == 0
     assert {(r.token_ids, r.start) for r, _ in script.placed if isinstance(r, ScoreRequest)} == {((1, 2, 3, 4), 2)}
+
+
+async def test_each_asking_has_a_name_of_its_own() -> None:
+    """A cell that was too slow to take it has it yet, and would take the next for a repetition."""
+    slow = Stay(refuses=Unavailable("no cell took this request within 3 s"), cell="a")
+    script = Script(ANSWER, [slow, slow, Stay(1, GONE, cell="a"), slow, Stay(cell="a")])
+    assert await outcome(run_on(script)) == await undisturbed()
+    names = [request.id for request, _ in script.placed]
+    assert names[0] == "r" and len(set(names)) == len(names) == 5
+
+
+async def test_what_is_given_up_in_the_moment_of_its_deadline_is_over_all_the_same() -> None:
+    loop, failed = asyncio.get_running_loop(), list[Exception]()
+    run = run_on(Script(ANSWER, [Stay(pace_s=60.0)]))
+    waiting = asyncio.ensure_future(anext(run))
+    while run._timer is None or not run._attempt:
+        await asyncio.sleep(0)
+    run._timer.reschedule(loop.time())
+
+    def give_up() -> None:
+        try:
+            run.give_up(Unavailable("closing"))
+        except Exception as error:
+            failed.append(error)
+
+    loop.call_later(0.0001, give_up)
+    time.sleep(0.001)  # both are due
+    with pytest.raises((Unavailable, DeadlineExceeded)):
+        await waiting
+    await asyncio.sleep(0.001)
+    assert not failed, "others are to be given up after it"
 
 
 async def test_whoever_leaves_ends_the_attempt() -> None:
@@ -248,3 +288,59 @@ async def test_observers_hear_it_all() -> None:
     with pytest.raises(NumericalError):
         await outcome(run_on(Script(ANSWER, [Stay(0, NumericalError("NaN"), cell="a")]), observers=(notes,)))
     assert notes.heard == ["opened", "on a", "NumericalError"]
+
+
+class Leaving(Observer):
+    """After so many events the first cell is one that is to go."""
+
+    def __init__(self, script: Script, after: int) -> None:
+        self._script, self._left = script, after
+
+    def event(self, record: Record, event: AnswerEvent) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._script.leaving.add(record.attempts[0])
+
+
+@pytest.mark.parametrize("after", range(1, BLOCKS))
+async def test_a_run_moves_from_a_cell_that_is_to_go_at_its_next_block(after: int) -> None:
+    script = Script(ANSWER, [WELL])
+    run = run_on(script, ("stop",), Patience(max_resumes=0), observers=(Leaving(script, after),))
+    assert await outcome(run) == await undisturbed(("stop",))
+    moved = script.committed[1:]
+    assert moved == ([after * BLOCK] if moved else []) and script.open == 0
+    assert moved or run.finish_reason is FinishReason.STOP, "the stop string came first"
+    assert all(cell in avoided for _, avoided in script.placed[1:] for cell in ("cell1",))
+
+
+@pytest.mark.parametrize(("pause_s", "asked"), [(0.0, BLOCKS - 2), (3600.0, 1)])
+@pytest.mark.parametrize(
+    "next_stay",
+    [
+        Stay(refuses=FULL),
+        Stay(refuses=GONE),
+        Stay(refuses=TwoTowerError("the cell failed")),
+        Stay(fingerprint="another"),
+        Stay(cell="cell1"),
+    ],
+)
+async def test_a_run_stays_where_no_other_cell_takes_it(
+    next_stay: Stay, pause_s: float, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks again at a later block, after a pause."""
+    monkeypatch.setattr("cluster.runs.run._LONGEST_PAUSE_S", pause_s)
+    script = Script(ANSWER, [WELL, next_stay])
+    assert await outcome(run_on(script, observers=(Leaving(script, 2),))) == await undisturbed()
+    assert len(script.placed) == 1 + asked
+    assert script.open == 0
+
+
+async def test_what_has_begun_waits_for_room_and_what_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.runs.run._LONGEST_PAUSE_S", 0.01)
+    script = Script(ANSWER, [Stay(2, GONE), Stay(0, FULL), Stay(0, FULL), WELL])
+    assert await outcome(run_on(script)) == await undisturbed()
+    script = Script(ANSWER, [Stay(2, GONE), Stay(0, FULL)])
+    with pytest.raises(Unavailable, match=r"no cell had room to go on with this request within 0\.05 s"):
+        await outcome(run_on(script, patience=Patience(queue_timeout_s=0.05)))
+    with pytest.raises(Overloaded):
+        await outcome(run_on(Script(ANSWER, [Stay(0, FULL)])))

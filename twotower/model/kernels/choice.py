@@ -1,7 +1,8 @@
 """Picking implementations for a tower's device and dtype; saying which and why.
 
-Each part is chosen by itself: a kernel that is declined takes no other with it, whatever package they share.
-fp32 models take the plain path for their Mamba layers: they are the reference, and the fused products are TF32. For
+Each part is chosen by itself: declining a kernel declines no other kernel of the same package.
+
+In fp32 models the Mamba layers take the plain path: fp32 is the reference, and the fused products are TF32. For
 attention they may fold heads, no more: flash-attn computes in 16 bits only.
 """
 

@@ -1,7 +1,7 @@
 """Attention by kernels that take numbers of keys instead of a mask: flash-attn's, and the one that torch brings.
 
-Both read the first so many keys of each row. A denoiser's own come after everything gathered and are copied to right
-behind what their row has cached: attention knows no positions, so order is free, but a gap would be seen. Pages are
+Both read the first so many keys of each row. A denoiser's own keys come after everything gathered. They are copied to
+right behind their row's cached keys: attention knows no positions, so order is free, but a gap would be seen. Pages are
 gathered as for the plain path, because flash-attn's own paging wants pages of 256 tokens.
 Seen so far: the Python of both packages over a stand-in for what they compile, never on a GPU.
 """

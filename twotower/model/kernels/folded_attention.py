@@ -1,8 +1,8 @@
 """Attention with the query heads of one key/value head laid side by side, as more queries of a single head.
 
-torch's fused kernels on CUDA take either a mask or fewer key/value heads than query heads, not both: flash refuses
-the mask, memory-efficient the grouping, and what is left materialises the scores. Folded, nothing is grouped any more
-and the memory-efficient kernel takes it, without repeating a key.
+torch's fused kernels on CUDA take either a mask or fewer key/value heads than query heads, not both. Flash refuses the
+mask, the memory-efficient kernel the grouping, and the remaining path materialises the scores. Folded heads are not
+grouped any more, so the memory-efficient kernel takes them, without repeating a key.
 """
 
 import torch.nn.functional as F

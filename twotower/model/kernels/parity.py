@@ -16,8 +16,8 @@ from twotower.model import mamba
 from twotower.model.attention import Attend, attend
 from twotower.model.mamba import Convolve, Scan, ScanInputs, Step
 
-# Of the largest value. Three bf16 roundings (torch's convolution rounds twice, a fused one once) make 3 · 2⁻⁹ ≈ 6e-3,
-# TF32 products less; a wrong kernel is off by its whole output.
+# Of the largest value. Three bf16 roundings make 3 · 2⁻⁹ ≈ 6e-3 (torch's convolution rounds twice, a fused one once).
+# TF32 products make less. A wrong kernel is off by its whole output.
 TOLERANCE = 1e-2
 LENGTHS = (1, 2, 16, 24, 130)  # a step, less than a chunk, a block, a chunk and a half, more than one chunk
 _ROWS = 3

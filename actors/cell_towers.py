@@ -1,0 +1,146 @@
+"""The tower processes of one cell: begun in their bundles, joined to each other, and another in a lost one's place.
+
+Knows nothing of requests; Ray's own calls are in `remote.py`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+import torch
+from ray.util.placement_group import PlacementGroup
+
+from actors.memory import memories
+from actors.remote import RemoteEngine, start_tower
+from actors.settings import CellSettings
+from actors.towers import ColocatedActor, ContextActor, DenoiserActor, TowerProcess
+from twotower.device_names import parse_device
+from twotower.engine.free_memory import check_fits
+from twotower.engine.memory import together
+from twotower.errors import TwoTowerError
+
+logger = logging.getLogger(__name__)
+
+_LET_GO_S = 5.0
+_PROBE_S = 3.0
+
+
+class CellTowers:
+    """`engines`: the context tower's process first; where there is one process, it is both towers'."""
+
+    def __init__(self, settings: CellSettings, group: PlacementGroup) -> None:
+        self._settings, self._group = settings, group
+        self.engines: list[RemoteEngine] = []
+        self.homes: list[dict[str, str]] = []
+        self._memories = memories(settings)
+        self._epochs = [0] * settings.denoisers_per_context
+
+    @property
+    def context(self) -> RemoteEngine:
+        return self.engines[0]
+
+    @property
+    def denoisers(self) -> list[RemoteEngine]:
+        """Empty for `ar_only`."""
+        if self._settings.placement == "split":
+            return self.engines[1:]
+        return self.engines[:] if self._settings.placement == "colocated" else []
+
+    async def start(self) -> None:
+        """All processes with their weights, joined. Raises a TwoTowerError."""
+        if parse_device(self._settings.device).kind == "cpu":
+            check_fits(together(self._memories), torch.device("cpu"))  # one memory for all, before any has its part
+        self.engines = [self._begin(number) for number in range(self._settings.processes)]
+        self.homes = [{} for _ in self.engines]
+        await self._load(range(len(self.engines)))
+        await self._connect()
+
+    async def start_again(self) -> None:
+        """After the context tower is lost: another, and denoisers that are alive keep their weights. Raises a
+        TwoTowerError."""
+        alive = await asyncio.gather(*(self._can_be_joined(engine) for engine in self.engines[1:]))
+        await self._replace([0, *(1 + index for index, lives in enumerate(alive) if not lives)])
+        await self._connect()
+
+    async def part(self, denoiser: int) -> None:
+        """After a denoiser is lost: it lets go of its link or ends, and the context tower forgets what it led. Raises a
+        TwoTowerError."""
+        engine = self.engines[1 + denoiser]
+        if not await self._can_be_joined(engine):
+            engine.kill()
+            engine.close_line()
+        await self.context.call("forget_link", denoiser)
+
+    async def renew(self, denoiser: int) -> RemoteEngine:
+        """After `part`: its process, where all it lacks is a link, or another. Raises a TwoTowerError."""
+        number = 1 + denoiser
+        if not await self._can_be_joined(self.engines[number]):
+            await self._replace([number])
+        await self._join(denoiser)
+        return self.engines[number]
+
+    async def context_answers(self) -> bool:
+        """Whether the context tower lives, and its engine."""
+        try:
+            await self.context.call("stats", timeout_s=_PROBE_S)
+        except TwoTowerError:
+            return False
+        return self.context.speaks
+
+    def kill(self) -> None:
+        """End the processes, whatever they are doing."""
+        for engine in self.engines:
+            engine.kill()
+        for engine in self.engines:
+            engine.close_line()
+
+    def _begin(self, number: int) -> RemoteEngine:
+        """A process that has no weights yet, in its bundle: the replica itself is in the first."""
+        kind, name = self._kind(number)
+        return start_tower(kind, self._settings, self._group, 1 + number, name)
+
+    def _kind(self, number: int) -> tuple[type[TowerProcess], str]:
+        if self._settings.placement != "split":
+            return ColocatedActor, f"{self._settings.placement} tower"
+        return (ContextActor, "context tower") if number == 0 else (DenoiserActor, f"denoiser tower {number - 1}")
+
+    async def _replace(self, numbers: Iterable[int]) -> None:
+        lost = [*numbers]
+        for number in lost:
+            self.engines[number].kill()
+            self.engines[number].close_line()
+            self.engines[number] = self._begin(number)
+        await self._load(lost)
+
+    async def _load(self, numbers: Iterable[int]) -> None:
+        for number in (wanted := [*numbers]):
+            logger.info("%s: %s", self.engines[number].name, self._memories[number])
+        patience = self._settings.engine.start_timeout_s
+        loaded = await asyncio.gather(*(self.engines[number].load(patience) for number in wanted))
+        for number, told in zip(wanted, loaded, strict=True):
+            self.homes[number] = told | {"memory": str(self._memories[number])}
+            logger.info("%s is ready: %s", self.engines[number].name, self.homes[number])
+
+    async def _connect(self) -> None:
+        await self.context.open_line()
+        for index in range(len(self.engines) - 1):
+            await self._join(index)
+
+    async def _join(self, denoiser: int) -> None:
+        """The next epoch of its link to the context tower, and a line of its own."""
+        self._epochs[denoiser] += 1
+        engine = self.engines[1 + denoiser]
+        address = await self.context.call("open_link", denoiser, self._epochs[denoiser])
+        await engine.call("connect", address, timeout_s=self._settings.engine.start_timeout_s)
+        await engine.open_line()
+
+    async def _can_be_joined(self, denoiser: RemoteEngine) -> bool:
+        """Whether another link is all that it lacks."""
+        if not denoiser.speaks:
+            return False
+        try:
+            lets_go: bool = await denoiser.call("let_go", timeout_s=_LET_GO_S)
+            return lets_go
+        except TwoTowerError as error:
+            logger.warning("the %s process is given up: %s", denoiser.name, error)
+            return False

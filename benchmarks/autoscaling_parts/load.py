@@ -1,0 +1,124 @@
+"""Clients of a service: what each asked and what became of it. Closed loops, and arrivals that nothing slows."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from cluster.cli.client import CHANNEL_OPTIONS
+from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+
+ANSWERED, REFUSED = "answered", "refused"
+_DETAILS = "grpc-status-details-bin"
+_MOST_AT_A_TIME = 2000  # streams of arrivals
+_CHANNELS = 4
+_LONGEST_S = 150.0  # a phase
+
+
+@dataclass(slots=True)
+class Asked:
+    """One request. Times in seconds since the load began; `outcome` is a gRPC code where it failed."""
+
+    began: float
+    first: float | None = None
+    ended: float = float("inf")
+    outcome: str = "under way"
+    hint_s: float | None = None
+
+    @property
+    def latency_s(self) -> float:
+        return self.ended - self.began
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its stream began and did not reach its end."""
+        return self.first is not None and self.outcome not in (ANSWERED, "under way")
+
+
+class Load:
+    """Asks one service the same kind of request, and remembers all."""
+
+    def __init__(self, address: str, request: pb.GenerateRequest) -> None:
+        self._request, self._zero = request, time.monotonic()
+        own = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        self._channels = [grpc.aio.insecure_channel(address, options=own) for _ in range(_CHANNELS)]
+        self._stubs = itertools.cycle([pb_grpc.GenerationServiceStub(channel) for channel in self._channels])
+        self.asked: list[Asked] = []
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+
+    def now(self) -> float:
+        return time.monotonic() - self._zero
+
+    async def ask(self) -> Asked:
+        asked = Asked(self.now())
+        self.asked.append(asked)
+        try:
+            async for event in next(self._stubs).GenerateStream(self._request, timeout=300):
+                if asked.first is None and event.HasField("block"):
+                    asked.first = self.now()
+            asked.outcome = ANSWERED
+        except grpc.aio.AioRpcError as error:
+            refused = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            asked.outcome = REFUSED if refused else error.code().name
+            asked.hint_s = _hint(error)
+        finally:
+            asked.ended = self.now()
+        return asked
+
+    async def clients(self, number: int, seconds: float, more: Callable[[], bool] = lambda: False) -> None:
+        """So many, each asking again once it is answered, for so long, and longer while there is `more` to see; those
+        refused come again in half a second."""
+        until, last = self.now() + seconds, self.now() + _LONGEST_S
+
+        async def client() -> None:
+            while self.now() < until or (more() and self.now() < last):
+                if (await self.ask()).outcome != ANSWERED:
+                    await asyncio.sleep(0.5)
+
+        await asyncio.gather(*(client() for _ in range(number)))
+
+    async def arrivals(self, per_second: float, seconds: float) -> None:
+        """Requests at this rate, whatever becomes of them; done once the last has ended."""
+        began, tasks, under_way = self.now(), set[asyncio.Task[Any]](), 0
+        for number in range(round(per_second * seconds)):
+            await asyncio.sleep(max(0.0, began + number / per_second - self.now()))
+            under_way = sum(not task.done() for task in tasks) if number % 100 == 0 else under_way
+            if under_way < _MOST_AT_A_TIME:
+                tasks.add(asyncio.create_task(self.ask()))
+        await asyncio.gather(*tasks)
+
+
+def _hint(error: grpc.aio.AioRpcError) -> float | None:
+    """RetryInfo's delay in seconds."""
+    for name, value in error.trailing_metadata() or ():
+        if name == _DETAILS and isinstance(value, bytes):
+            for detail in status_pb2.Status.FromString(value).details:
+                info = error_details_pb2.RetryInfo()
+                if detail.Unpack(info):
+                    return float(info.retry_delay.ToTimedelta().total_seconds())
+    return None
+
+
+def between(asked: Sequence[Asked], began: float, ended: float) -> list[Asked]:
+    """Those that were asked in this time."""
+    return [one for one in asked if began <= one.began < ended]
+
+
+def answered(asked: Sequence[Asked]) -> list[Asked]:
+    return [one for one in asked if one.outcome == ANSWERED]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so many are not above."""
+    if not values:
+        return float("nan")
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]

@@ -1,1 +1,0 @@
-"""Parts of `python -m benchmarks.transport`: candidates, two processes, faults, threads, report."""

@@ -1,0 +1,92 @@
+"""What is kept over time, each series declared once: its unit, what it means, and how routers' values become one."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+# Of times to a first token: each bound is half as much again, from 10 ms to ten minutes.
+FIRST_TOKEN_BOUNDS = tuple(0.01 * 1.5**power for power in range(28))
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """`across`: what routers' values are together. Each router counts its own requests; all hear the same cells."""
+
+    name: str
+    unit: str
+    meaning: str
+    across: Callable[[Iterable[float]], float]
+
+
+KEPT = (
+    Series("tokens", "tokens/s", "of answers, as clients see them", sum),
+    Series("steps", "steps/s", "of the denoiser for blocks in answers of diffusion", sum),
+    Series("step_tokens", "tokens/s", "that these steps fixed", sum),
+    Series("ended", "requests/s", "that ended well", sum),
+    Series("failed", "requests/s", "that an error ended; not those whose client left", sum),
+    Series("refused", "calls/s", "that ended before a request of theirs began", sum),
+    Series("resumed", "moves/s", "of begun requests to another cell, since theirs was lost", sum),
+    Series("waiting", "requests", "that wait in a router for a turn on the cells", sum),
+    Series("queued", "requests", "that wait in a cell for room", max),
+    Series("longest_wait", "s", "for which the first of those that wait in a router has waited", max),
+    Series("running", "requests", "that have a place in a cell", max),
+    Series("cells", "cells", "that live", max),
+    Series("exchange", "bytes/s", "of cache deltas that denoisers received", max),
+    Series("exposed", "share", "of the denoisers' time in which they had sequences and stepped none", max),
+    Series("busy_context", "share", "of time in which context towers had work, on average", max),
+    Series("busy_denoiser", "share", "of time in which denoiser towers had work, on average", max),
+)
+PLACE = {series.name: place for place, series in enumerate(KEPT)}
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A second, or ten: from `t` on, in seconds since the epoch. `values`: one for each of KEPT. `firsts`: how many
+    first tokens came within each of FIRST_TOKEN_BOUNDS, by the bound's place."""
+
+    t: int
+    values: tuple[float, ...]
+    firsts: Mapping[int, int] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[PLACE[name]]
+
+
+def over_time(t: int, points: Sequence[Point]) -> Point:
+    """Points of one router as one that begins at `t`."""
+    values = tuple(sum(column) / len(points) for column in zip(*(point.values for point in points), strict=True))
+    return Point(t, values, _added(points))
+
+
+def across_routers(t: int, points: Sequence[Point]) -> Point:
+    """One moment of several routers."""
+    columns = zip(*(point.values for point in points), strict=True)
+    values = tuple(float(series.across(column)) for series, column in zip(KEPT, columns, strict=True))
+    return Point(t, values, _added(points))
+
+
+def _added(points: Sequence[Point]) -> dict[int, int]:
+    sums: dict[int, int] = {}
+    for point in points:
+        for place, count in point.firsts.items():
+            sums[place] = sums.get(place, 0) + count
+    return sums
+
+
+def first_token_place(seconds: float) -> int:
+    """The place of the first bound that is not below; the last one's where all are."""
+    last = len(FIRST_TOKEN_BOUNDS) - 1
+    return next((place for place, bound in enumerate(FIRST_TOKEN_BOUNDS) if seconds <= bound), last)
+
+
+def first_token_quantile(firsts: Mapping[int, int], quantile: float) -> float | None:
+    """So many seconds or less it took, by a line through the bucket; None where there was none."""
+    total = sum(firsts.values())
+    if not total:
+        return None
+    wanted, seen = quantile * total, 0
+    for place in sorted(firsts):
+        if seen + firsts[place] >= wanted:
+            low = FIRST_TOKEN_BOUNDS[place - 1] if place else 0.0
+            return low + (FIRST_TOKEN_BOUNDS[place] - low) * (wanted - seen) / firsts[place]
+        seen += firsts[place]
+    return FIRST_TOKEN_BOUNDS[max(firsts)]

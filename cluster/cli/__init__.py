@@ -1,0 +1,1 @@
+"""`python -m cluster`: the commands."""

@@ -1,0 +1,110 @@
+"""What our own commands ask of a running service: whether it is ready, what it serves, an answer to a prompt.
+
+They name the address they mean, so the proxies of the environment have no say.
+"""
+
+import http.client
+import json
+import sys
+import urllib.request
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+
+from cluster.ops.invocation import command
+from twotower.core import COSTS
+from twotower.errors import TwoTowerError, Unavailable
+from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+
+CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Refused(TwoTowerError):
+    """The service said no; `mistake` where the request was at fault."""
+
+    def __init__(self, message: str, mistake: bool) -> None:
+        super().__init__(message)
+        self.mistake = mistake
+
+
+def is_ready(address: str, timeout_s: float = 2.0) -> bool:
+    """Whether `/ready` says so."""
+    return served(address, timeout_s) is not None
+
+
+def served(address: str, timeout_s: float = 2.0) -> dict[str, bool] | None:
+    """Of each mode whether it is served now, by `/ready`; None where the service is not ready."""
+    try:
+        with DIRECT.open(f"http://{address}/ready", timeout=timeout_s) as response:
+            modes = json.load(response)["modes"] if response.status == 200 else None
+            return None if modes is None else {str(mode): bool(serves) for mode, serves in modes.items()}
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def generate(address: str, request: pb.GenerateRequest, timeout_s: float | None, as_json: bool) -> None:
+    """Prints the answer: text as it comes, or one JSON object. Raises Refused or Unavailable."""
+    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        try:
+            if as_json:
+                _print_json(stub.GenerateStream(request, timeout=timeout_s))
+            else:
+                has_text = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout_s).has_tokenizer
+                _print_text(stub.GenerateStream(request, timeout=timeout_s), has_text)
+        except grpc.RpcError as error:
+            raise explained(error, address) from None
+
+
+def model_info(address: str, timeout_s: float = 5.0) -> pb.GetModelInfoResponse:
+    """Raises Refused or Unavailable."""
+    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        try:
+            info: pb.GetModelInfoResponse = pb_grpc.GenerationServiceStub(channel).GetModelInfo(
+                pb.GetModelInfoRequest(), timeout=timeout_s
+            )
+            return info
+        except grpc.RpcError as error:
+            raise explained(error, address) from None
+
+
+def mode_names(modes: Iterable[int]) -> list[str]:
+    return [pb.Mode.Name(mode).removeprefix("MODE_").lower() for mode in modes]
+
+
+def _print_text(events: Iterable[pb.GenerateStreamResponse], has_text: bool) -> None:
+    """Token ids only where the service has no text at all: a block's text may lag behind its tokens."""
+    for event in events:
+        if event.HasField("block"):
+            block = event.block
+            print(block.text if has_text else "".join(f"{token} " for token in block.token_ids), end="", flush=True)
+    print()
+
+
+def _print_json(events: Iterable[pb.GenerateStreamResponse]) -> None:
+    result: dict[str, Any] = {"token_ids": [], "text": ""}
+    for event in events:
+        if event.HasField("block"):
+            result["token_ids"] += event.block.token_ids
+            result["text"] += event.block.text
+        else:
+            done = event.finished
+            result["finish_reason"] = pb.FinishReason.Name(done.finish_reason).removeprefix("FINISH_REASON_").lower()
+            result |= {name: getattr(done.usage, name) for name in COSTS}
+            result |= {"mode": mode_names([done.mode])[0], "seed": done.seed, "request_id": event.request_id}
+    json.dump(result, sys.stdout, ensure_ascii=False)
+    print()
+
+
+def explained(error: Any, address: str) -> Unavailable | Refused:
+    """What to tell a person of a call's error."""
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "resol" in error.details():
+        return Unavailable(f"{address}: no such host")
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in error.details():
+        return Unavailable(f"no service answers on {address}; start one with: {command('up')}")
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return Unavailable(f"{address}: {error.details()}")
+    return Refused(error.details(), error.code() is grpc.StatusCode.INVALID_ARGUMENT)

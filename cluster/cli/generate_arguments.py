@@ -1,0 +1,63 @@
+"""The arguments of `python -m cluster generate`, named as `python -m twotower generate` names them, as a request.
+
+Looks at what can be judged without a model, in the words of `twotower.validation`; the service judges the rest.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from cluster.cli.flag_types import host_and_port, seconds
+from cluster.faces.grpc.wire_params import params_message
+from twotower.commands.parameter_flags import add_parameter_flags, add_priority_flag, given_parameters
+from twotower.commands.parser import ids
+from twotower.core import PARAMETERS
+from twotower.parameters import TokenIds, check_text
+from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower.validation import check_priority, check_token_ids, check_values
+
+_LARGEST_ID = 2**32 - 1  # of the message's uint32
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is not given takes the service's default."""
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt as text")
+    prompt.add_argument("--prompt-token-ids", type=ids, metavar="5,9,11", help="the prompt as token ids")
+    add_parameter_flags(parser.add_argument_group("decoding"), own_defaults=False)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    add_priority_flag(parser)
+    parser.add_argument("--timeout", type=seconds, metavar="SECONDS", help="give up after so long")
+    parser.add_argument(
+        "--address",
+        type=host_and_port,
+        metavar="HOST:PORT",
+        help="gRPC address of the service (default: the one you run)",
+    )
+
+
+def request_of(options: argparse.Namespace) -> pb.GenerateRequest:
+    """The message to send. Raises InvalidRequest for what cannot be written as one."""
+    request = pb.GenerateRequest(
+        params=_params(given_parameters(options)),
+        stop=[check_text("stop", text) for text in options.stop],
+        priority=check_priority(options.priority),
+    )
+    if options.prompt is not None:
+        request.text = check_text("prompt", options.prompt)
+    else:
+        request.token_ids.SetInParent()
+        request.token_ids.ids.extend(_ids("prompt_token_ids", options.prompt_token_ids))
+    return request
+
+
+def _params(given: dict[str, object]) -> pb.DecodingParams:
+    values = check_values(given)
+    for name, parameter in PARAMETERS.items():
+        if isinstance(parameter.kind, TokenIds) and name in values:
+            values[name] = _ids(name, values[name])
+    return params_message(values)
+
+
+def _ids(name: str, token_ids: Sequence[object]) -> tuple[int, ...]:
+    """Which ids the model has, only the service knows."""
+    return check_token_ids(name, token_ids, _LARGEST_ID + 1)

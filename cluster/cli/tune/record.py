@@ -1,0 +1,41 @@
+"""The passes of a sweep, on disk as they end where the sweep is to be written somewhere at all."""
+
+import json
+from dataclasses import asdict
+
+from cluster.cli.tune.sweep import Answered, Pass
+from twotower.commands.journal import Journal
+
+
+class Record:
+    """Passes by threshold. Without a journal they are only kept in memory."""
+
+    def __init__(self, journal: Journal | None) -> None:
+        self._journal = journal
+        found = [] if journal is None else [_pass(line) for _, line in journal.entries]
+        self.passes: dict[float | None, Pass] = {one.threshold: one for one in found}
+
+    @property
+    def resumed(self) -> bool:
+        """Measured in several runs."""
+        return self._journal is not None and self._journal.resumed
+
+    def add(self, one: Pass) -> None:
+        self.passes[one.threshold] = one
+        if self._journal is not None:
+            self._journal.add("pass", json.dumps(asdict(one)))
+
+    def close(self, told: bool) -> None:
+        """`told`: everything has been written elsewhere, and nobody will want to go on from here."""
+        if self._journal is None:
+            return
+        if told:
+            self._journal.remove()
+        else:
+            self._journal.close()
+
+
+def _pass(line: str) -> Pass:
+    plain = json.loads(line)
+    answers = (Answered(**{**each, "token_ids": tuple(each["token_ids"])}) for each in plain["answers"])
+    return Pass(plain["threshold"], tuple(answers), plain["seconds"])

@@ -1,0 +1,111 @@
+"""The one table from our errors to HTTP statuses and gRPC codes, and what of an error a client may see."""
+
+import logging
+import math
+import secrets
+from dataclasses import dataclass
+
+import grpc
+
+from twotower.errors import (
+    Cancelled,
+    CheckpointError,
+    ConfigError,
+    DeadlineExceeded,
+    FieldError,
+    InvalidRequest,
+    NumericalError,
+    Overloaded,
+    TwoTowerError,
+    Unavailable,
+)
+from twotower.showing import one_line
+
+logger = logging.getLogger(__name__)
+
+# gRPC carries an error in headers, which are small; HTTP and gRPC say the same.
+_MAX_PROBLEMS, _MAX_MESSAGE = 16, 1000
+
+
+class NoSuchModel(InvalidRequest):
+    """Another model than the one served here is wanted."""
+
+
+class SlowBody(InvalidRequest):
+    """The body of a request did not arrive in time."""
+
+
+class UnknownEncoding(InvalidRequest):
+    """The body is compressed in a way that is not read here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """How one kind of error looks outside. `public`: its message was written for clients.
+
+    `retry`: whether the same request may go better later; None where nobody knows.
+    """
+
+    http: int
+    grpc: grpc.StatusCode
+    type: str
+    retry: bool | None = None
+    retry_after_s: int | None = None
+    public: bool = True
+    code: str | None = None
+
+
+INTERNAL = Code(500, grpc.StatusCode.INTERNAL, "internal_error", public=False)
+_WRONG = "invalid_request_error"
+
+CODES: dict[type[TwoTowerError], Code] = {
+    InvalidRequest: Code(400, grpc.StatusCode.INVALID_ARGUMENT, _WRONG),
+    NoSuchModel: Code(404, grpc.StatusCode.INVALID_ARGUMENT, _WRONG, code="model_not_found"),
+    # The same body over the same line would take as long again, and hold a place for as long.
+    SlowBody: Code(408, grpc.StatusCode.INVALID_ARGUMENT, _WRONG, retry=False),
+    UnknownEncoding: Code(415, grpc.StatusCode.INVALID_ARGUMENT, _WRONG),
+    Overloaded: Code(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded_error", retry=True, retry_after_s=1),
+    Unavailable: Code(503, grpc.StatusCode.UNAVAILABLE, "unavailable_error", retry=True, retry_after_s=5),
+    # The work was done and thrown away; done again it would take as long.
+    DeadlineExceeded: Code(504, grpc.StatusCode.DEADLINE_EXCEEDED, "deadline_exceeded_error", retry=False),
+    Cancelled: Code(499, grpc.StatusCode.CANCELLED, "cancelled_error"),
+    NumericalError: Code(500, grpc.StatusCode.ABORTED, "numerical_error", retry=False),
+    # An operator's mistakes: their messages name files and settings that are no client's business.
+    CheckpointError: INTERNAL,
+    ConfigError: INTERNAL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as a client gets it."""
+
+    code: Code
+    message: str
+    problems: tuple[FieldError, ...] = ()
+    retry_after_s: int | None = None
+
+
+def code_of(error: BaseException) -> Code:
+    """The row of the nearest class in the table; INTERNAL for anything that is not ours."""
+    return next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), INTERNAL)
+
+
+def describe(error: BaseException, request_id: str = "") -> Failure:
+    """What to tell the client. An internal error is logged with its traceback under an id, and only the id is told."""
+    code = code_of(error)
+    if not code.public:
+        error_id = secrets.token_hex(6)
+        logger.error("request %s: internal error %s", request_id or "?", error_id, exc_info=error)
+        return Failure(code, f"internal error; the service's log has the details under {error_id}")
+    problems = error.problems[:_MAX_PROBLEMS] if isinstance(error, InvalidRequest) else ()
+    shown = tuple(FieldError(one_line(p.field), one_line(p.message)) for p in problems)
+    message = one_line("; ".join(map(str, shown)) or str(error), _MAX_MESSAGE)
+    return Failure(code, message, shown, _retry_after_s(error, code))
+
+
+def _retry_after_s(error: BaseException, code: Code) -> int | None:
+    """Whole seconds: what is known of this very error, else what is usual for its kind."""
+    if isinstance(error, Overloaded) and error.retry_after_s is not None:
+        return math.ceil(error.retry_after_s)
+    return code.retry_after_s

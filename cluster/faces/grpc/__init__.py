@@ -1,0 +1,1 @@
+"""twotower.v1 over gRPC, on each router's own server."""

@@ -1,0 +1,93 @@
+"""What every call of our gRPC services passes: strict parsing in, google.rpc.Status with details out."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.any_pb2 import Any as PackedAny
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from cluster.faces.error_codes import Failure, describe
+from cluster.faces.grpc.messages import outside_problems
+from cluster.faces.grpc.strict_protobuf import parse_message
+from cluster.runs.labels import OWN_ID
+from twotower.errors import Cancelled, InvalidRequest
+
+Handler = Any  # grpc.RpcMethodHandler, generic only in its stubs
+Behaviour = Any  # an async method of a servicer: (message, context) -> message, or None when it streams
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """Hands parsed messages to a service's methods and turns their errors into statuses; no traceback leaves.
+
+    Methods are coroutines; those that stream write to their context. `messages` maps a full method name to its
+    request type; calls of other services (health, reflection) pass untouched. `most_tokens`: of a prompt.
+    """
+
+    def __init__(self, messages: dict[str, type[Message]], most_tokens: int) -> None:
+        self._messages, self._most_tokens = messages, most_tokens
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        handler = await continuation(handler_call_details)
+        kind = self._messages.get(str(handler_call_details.method))
+        if kind is None or handler is None:
+            return handler
+        if handler.response_streaming:
+            method = guarded(handler.unary_stream, kind, self._most_tokens)
+            return grpc.unary_stream_rpc_method_handler(method, None, handler.response_serializer)
+        method = guarded(handler.unary_unary, kind, self._most_tokens)
+        return grpc.unary_unary_rpc_method_handler(method, None, handler.response_serializer)
+
+
+def guarded(behaviour: Behaviour, kind: type[Message], most_tokens: int) -> Behaviour:
+    """The method behind the boundary: it takes bytes instead of a message."""
+
+    async def call(data: bytes, context: Any) -> Any:
+        try:
+            return await behaviour(parse_message(kind, data, most_tokens), context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            names = tuple(context.trailing_metadata() or ())
+            failure = describe(_outside(error, kind), dict(names).get(OWN_ID, ""))
+            status = rpc_status.to_status(status_of(failure))
+            # An abort's metadata replace those that the method has set.
+            await context.abort(status.code, status.details, (*names, *status.trailing_metadata))
+
+    return call
+
+
+def _outside(error: Exception, kind: type[Message]) -> Exception:
+    """What the client is to be told of."""
+    if isinstance(error, InvalidRequest):
+        return outside_problems(error, kind)
+    if isinstance(error, grpc.aio.InternalError):  # of a write, which fails where nobody reads any more
+        return Cancelled("the client has gone")
+    return error
+
+
+def status_of(failure: Failure) -> status_pb2.Status:
+    """google.rpc.Status: BadRequest for fields at fault, RetryInfo where trying again makes sense."""
+    status = status_pb2.Status(code=failure.code.grpc.value[0], message=failure.message)
+    if failure.problems:
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=p.field, description=p.message) for p in failure.problems
+        ]
+        _attach(status, error_details_pb2.BadRequest(field_violations=violations))
+    if failure.retry_after_s is not None:
+        delay = Duration(seconds=failure.retry_after_s)
+        _attach(status, error_details_pb2.RetryInfo(retry_delay=delay))
+    return status
+
+
+def _attach(status: status_pb2.Status, detail: Message) -> None:
+    packed = PackedAny()
+    packed.Pack(detail)
+    status.details.append(packed)

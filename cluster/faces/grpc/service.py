@@ -1,0 +1,145 @@
+"""The gRPC face: GenerationService, and the server that carries it with health and reflection."""
+
+from collections.abc import Set
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.faces.grpc.boundary import Boundary
+from cluster.faces.grpc.messages import (
+    answer_message,
+    ask_of,
+    chunk_messages,
+    model_info_message,
+    score_ask_of,
+    score_message,
+)
+from cluster.runs.callers import of_grpc
+from cluster.runs.generation import Generation, drawn_id
+from cluster.runs.labels import OWN_ID, REQUEST_ID, is_label, label_of
+from cluster.runs.trace_parent import TraceParent
+from twotower.core import Mode
+from twotower.errors import ConfigError
+from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+
+Context = Any  # grpc.aio.ServicerContext, generic only in its stubs
+SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
+
+
+class GenerationServicer(pb_grpc.GenerationServiceServicer):
+    """Translates, delegates, translates back. Errors are the Boundary's business."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        deadline = self._generation.deadline(_timeout_of(context))
+        checked = self._generation.check(ask_of(request, *_names(request, context)))
+        caller = of_grpc(context)
+        with self._generation.hold(caller=caller):
+            run = await self._generation.run(checked, deadline, caller, _parent_of(context))
+            return answer_message(await run.whole())
+
+    async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
+        deadline = self._generation.deadline(_timeout_of(context))
+        checked = self._generation.check(ask_of(request, *_names(request, context)))
+        caller = of_grpc(context)
+        with self._generation.hold(caller=caller):
+            run = await self._generation.run(checked, deadline, caller, _parent_of(context))
+            # Writing waits for the client to read, and may wait for ever.
+            async with deadline.over(), aclosing(run):
+                async for chunk in run:
+                    for message in chunk_messages(run, chunk):
+                        await context.write(message)
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        deadline = self._generation.deadline(_timeout_of(context))
+        checked = self._generation.check_score(score_ask_of(request, *_names(request, context)))
+        caller = of_grpc(context)
+        with self._generation.hold(caller=caller):
+            run = await self._generation.score_run(checked, deadline, caller, _parent_of(context))
+            return score_message(run, await run.whole())
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
+        return model_info_message(self._generation.model)
+
+
+class GrpcServer:
+    """A grpc.aio server of this process. Several processes of one node share the port."""
+
+    def __init__(
+        self, generation: Generation, host: str, port: int, max_bytes: int = 4 * 2**20, ping_interval_s: float = 5.0
+    ) -> None:
+        """`ping_interval_s`: clients may ask as often as this whether the connection lives."""
+        messages = {f"/{SERVICE.full_name}/{method.name}": _message(method) for method in SERVICE.methods}
+        self._server = grpc.aio.server(
+            interceptors=[Boundary(messages, generation.model.limits.max_sequence_length)],
+            options=[
+                ("grpc.so_reuseport", 1),
+                ("grpc.max_receive_message_length", max_bytes),
+                ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * ping_interval_s)),
+                ("grpc.keepalive_permit_without_calls", 1),  # without it: every two hours while no call runs
+            ],
+        )
+        pb_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generation), self._server)
+        self._health, self._modes = health.aio.HealthServicer(), generation.model.limits.modes
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.port = _listen(self._server, host, port)
+
+    async def start(self) -> None:
+        """Answers from now on; not yet serving in the sense of grpc.health.v1."""
+        await self.set_served(frozenset())
+        await self._server.start()
+
+    async def set_served(self, served: Set[Mode]) -> None:
+        """What grpc.health.v1 says: of the server and of the service whether any mode is served, and of each mode."""
+        states = health_pb2.HealthCheckResponse
+        serving = {"": bool(served), SERVICE.full_name: bool(served)}
+        serving |= {f"{SERVICE.full_name}.{mode}": mode in served for mode in self._modes}
+        for name, serves in serving.items():
+            await self._health.set(name, states.SERVING if serves else states.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """NOT_SERVING, no new calls; running ones have `grace_s` seconds to finish."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(f"ingress.grpc_port: cannot listen on {address}; is the port taken?") from error
+
+
+def _message(method: Any) -> type[Message]:
+    kind: type[Message] = getattr(pb, method.input_type.name)
+    return kind
+
+
+def _names(request: Any, context: Context) -> tuple[str, str]:
+    """What the client calls this request (its field, else the metadata of a gateway) and what we do; told to the client
+    when the call ends, well or not. Before that nothing may be sent: a client that has heard something does not retry.
+    """
+    metadata = dict(context.invocation_metadata() or ())
+    label, own_id = request.request_id or label_of(str(metadata.get(REQUEST_ID, ""))), drawn_id()
+    shown = label if is_label(label) else own_id
+    context.set_trailing_metadata(((REQUEST_ID, shown), (OWN_ID, own_id)))
+    return label, own_id
+
+
+def _parent_of(context: Context) -> TraceParent:
+    return TraceParent.of(dict(context.invocation_metadata() or ()))
+
+
+def _timeout_of(context: Context) -> float | None:
+    remaining: Any = context.time_remaining()  # None without a deadline, whatever its stub says
+    return None if remaining is None else float(remaining)

@@ -1,0 +1,158 @@
+"""A protobuf message from bytes, strictly: what protobuf would take in silence, or refuse without a name, is named."""
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import islice
+from typing import Any
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from twotower.core import MAX_STOP_STRINGS
+from twotower.errors import FieldError, InvalidRequest
+from twotower.showing import one_line
+
+MAX_FIELDS = 64  # of a message as it is on the wire, each string of a list counted
+_MAX_NAMED = 8
+_ID_BYTES = 6  # of a token id on the wire: five for the number, one for its field where ids are not packed
+_MAX_INNER = 4096  # bytes of a message within one that holds no token ids of a prompt
+_MAX_UNKNOWN = 16 * 1024  # bytes of unknown fields that are looked into, some thousands of fields at most
+_NAMES: dict[int, str] = {number: name for name, number in FieldDescriptorProto.Type.items()}
+
+
+def parse_message(kind: type[Message], data: bytes, most_tokens: int) -> Message:
+    """A message of known fields of the right types, its strings UTF-8. What no prompt of `most_tokens` needs is refused
+    before protobuf, which holds Python's lock, makes lists of it. Raises InvalidRequest.
+    """
+    _check_sizes(kind, data, most_tokens)
+    try:
+        message = kind.FromString(data)
+    except (DecodeError, ValueError) as error:
+        raise InvalidRequest(_broken_texts(kind, data) or [_unreadable(kind, error)]) from None
+    size = message.ByteSize()
+    message.DiscardUnknownFields()
+    unknown = size - message.ByteSize()
+    if unknown > _MAX_UNKNOWN:
+        raise InvalidRequest.of("message", f"got {unknown} bytes of fields that are unknown or of the wrong type")
+    if unknown:
+        raise InvalidRequest(_distinct(_unknown_fields(kind.FromString(data), "")))
+    return message
+
+
+def _check_sizes(kind: type[Message], data: bytes, most_tokens: int) -> None:
+    """The number of fields, and the bytes of messages within this one. Raises InvalidRequest."""
+    known: Any = kind.DESCRIPTOR.fields_by_number
+    for place, (number, size) in enumerate(_fields(data)):
+        field = known.get(number)
+        name = str(number) if field is None else field.name
+        if place == MAX_FIELDS:
+            raise InvalidRequest.of("message", f"got more than {MAX_FIELDS} fields; {name} is one of those above")
+        if field is None or field.message_type is None:
+            continue
+        if field.message_type.name != "TokenIds":
+            if size > _MAX_INNER:
+                raise InvalidRequest.of(name, f"got {size} bytes, wanted at most {_MAX_INNER}")
+        elif size > _ID_BYTES * most_tokens:
+            wanted = f"wanted at most {_ID_BYTES * most_tokens}: {most_tokens} tokens of no more than {_ID_BYTES} bytes"
+            raise InvalidRequest.of(name, f"got {size} bytes, {wanted}")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int]]:
+    """The fields of a message on the wire: number, and bytes of the value. Ends early where the wire makes no sense."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        match key & 7:
+            case 0:
+                size = _varint(data, at)[1] - at
+            case 1:
+                size = 8
+            case 2:
+                size, at = _varint(data, at)
+            case 5:
+                size = 4
+            case _:
+                return
+        yield key >> 3, size
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number, and where the next thing begins."""
+    number = 0
+    for place, byte in enumerate(data[at : at + 10]):
+        number |= (byte & 127) << 7 * place
+        if byte < 128:
+            return number, at + place + 1
+    return number, len(data)
+
+
+def _distinct(found: Iterator[FieldError]) -> list[FieldError]:
+    """The first few, each once. No more is looked at than it takes."""
+    problems = dict[FieldError, None]()
+    for problem in found:
+        problems[problem] = None
+        if len(problems) == _MAX_NAMED:
+            break
+    return list(problems)
+
+
+def _unreadable(kind: type[Message], error: Exception) -> FieldError:
+    return FieldError("message", f"not a readable {kind.DESCRIPTOR.full_name}: {one_line(str(error))}")
+
+
+def _unknown_fields(message: Message, path: str) -> Iterator[FieldError]:
+    """Numbers without a name, and known ones whose wire type is another's: protobuf keeps both apart, unread."""
+    for unknown in UnknownFieldSet(message):  # type: ignore[attr-defined]
+        field = message.DESCRIPTOR.fields_by_number.get(unknown.field_number)
+        if field is None:
+            yield FieldError(f"{path}{unknown.field_number}", "unknown field")
+        else:
+            yield FieldError(f"{path}{field.name}", f"wrong type on the wire, wanted {_type_name(field)}")
+    for field, value in message.ListFields():
+        if isinstance(value, Message):
+            yield from _unknown_fields(value, f"{path}{field.name}.")
+
+
+def _type_name(field: Any) -> str:
+    """As a .proto file spells it."""
+    named = field.message_type or field.enum_type
+    return str(named.full_name) if named else _NAMES[field.type].removeprefix("TYPE_").lower()
+
+
+def _broken_texts(kind: type[Message], data: bytes) -> list[FieldError]:
+    """String fields that are not UTF-8, found by reading once more with bytes in their place."""
+    try:
+        message = _with_bytes(kind.DESCRIPTOR).FromString(data)
+    except DecodeError:
+        return []
+    return _distinct(_not_utf8(message, ""))
+
+
+def _not_utf8(message: Message, path: str) -> Iterator[FieldError]:
+    for field, value in message.ListFields():
+        if isinstance(value, Message):
+            yield from _not_utf8(value, f"{path}{field.name}.")
+        elif field.type == FieldDescriptor.TYPE_BYTES:
+            for text in [value] if isinstance(value, bytes) else islice(value, MAX_STOP_STRINGS):
+                try:
+                    text.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    yield FieldError(f"{path}{field.name}", f"not UTF-8: {error.reason} at byte {error.start}")
+
+
+@cache
+def _with_bytes(kind: Descriptor) -> type[Message]:
+    """The same message with bytes in the place of strings. Of a file that imports no other."""
+    file = FileDescriptorProto()
+    kind.file.CopyToProto(file)
+    for field in (field for message in file.message_type for field in message.field):
+        if field.type == FieldDescriptorProto.TYPE_STRING:
+            field.type = FieldDescriptorProto.TYPE_BYTES
+    pool = DescriptorPool()
+    pool.Add(file)
+    return GetMessageClass(pool.FindMessageTypeByName(kind.full_name))

@@ -1,0 +1,147 @@
+"""The bodies of /v1/completions as pydantic models: OpenAI's, with token ids, steps and a `diffusion` object added.
+
+Parameters are fields as `twotower.core` declares them. Their values, like the prompt's ids, are taken as they come: the
+library checks them, and lists may be far too long to be copied before they are counted.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    create_model,
+    field_validator,
+)
+
+from twotower.core import PARAMETERS, PRIORITY, STOP, FinishReason
+from twotower.parameters import Parameter
+from twotower.showing import show
+
+MAX_PROMPTS, MAX_LABEL = 256, 512
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PARTS: list[dict[str, Any]] = [{"type": "array", "items": item, "maxItems": MAX_PROMPTS} for item in (_TEXT, _IDS)]
+PROMPT = "a string, a list of token ids, or a list of either"
+
+
+class Body(BaseModel):
+    """Strict types, no unknown names, never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _schema(parameter: Parameter) -> WithJsonSchema:
+    return WithJsonSchema({**parameter.kind.schema, "description": parameter.meaning})
+
+
+def _declared(outer: str) -> dict[str, Any]:
+    """The parameters that are fields of this object (empty: of the body itself); None is not given."""
+    places = {parameter.http.rpartition("."): parameter for parameter in PARAMETERS.values()}
+    return {own: (Annotated[Any, _schema(parameter)], None) for (o, _, own), parameter in places.items() if o == outer}
+
+
+def _prompts(value: object) -> Sequence[Any]:
+    """One prompt or many: a string, token ids, or a list of either."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError(f"got {show(value)}, wanted {PROMPT}")
+    if not value or type(value[0]) not in (str, list):
+        return [value]
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"got {len(value)} prompts, wanted at most {MAX_PROMPTS}")
+    return value if len(set(map(type, value))) == 1 else [value]
+
+
+Label = Annotated[str, Field(max_length=MAX_LABEL)]
+Prompts = Annotated[Any, AfterValidator(_prompts), WithJsonSchema({"anyOf": [_TEXT, _IDS, *_PARTS]})]
+_Parameters: Any = create_model("_Parameters", __base__=Body, **_declared(""))
+_Diffusion: Any = create_model("_Diffusion", __base__=Body, **_declared("diffusion"))
+
+
+class Diffusion(_Diffusion):  # type: ignore[misc]
+    """The parameters that OpenAI lacks."""
+
+
+class StreamOptions(Body):
+    """`include_usage`: an event of its own at the end; `continuous_usage_stats`: what has been used, on every event."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class CompletionRequest(_Parameters):  # type: ignore[misc]
+    """`prompt` as a list of prompts, whatever shape it came in."""
+
+    prompt: Prompts
+    model: Label = ""
+    diffusion: Diffusion = Diffusion()
+    stop: Annotated[Any, _schema(STOP)] = ()
+    priority: Annotated[Any, _schema(PRIORITY)] = PRIORITY.default
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    request_id: Label = ""
+    user: Label = ""
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_of_streams(cls, options: StreamOptions, info: ValidationInfo) -> StreamOptions:
+        if (options.include_usage or options.continuous_usage_stats) and not info.data.get("stream"):
+            raise ValueError("only with stream: true")
+        return options
+
+    def params(self) -> dict[str, object]:
+        """What was given of DecodingParams, by its name there."""
+        given = {}
+        for name, parameter in PARAMETERS.items():
+            outer, _, own = parameter.http.rpartition(".")
+            value = getattr(getattr(self, outer) if outer else self, own)
+            if value is not None:
+                given[name] = value
+        return given
+
+
+class Usage(Body):
+    """What a call has cost, over all its prompts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    num_steps: int
+    num_blocks: int
+    num_drafted: int
+    num_accepted: int
+
+
+class Choice(Body):
+    """An answer, or what a chunk adds to it."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: None = None
+    finish_reason: FinishReason | None
+    seed: int
+
+
+class Completion(Body):
+    """A whole answer, or one event of a stream."""
+
+    id: str
+    request_id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[Choice]
+
+
+class CompletionAndUsage(Completion):
+    """One that tells what the call has used."""
+
+    usage: Usage

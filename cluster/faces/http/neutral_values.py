@@ -1,0 +1,117 @@
+"""Fields of other completion APIs that ask for nothing at the values listed here: those are taken, others are refused.
+
+The one list: the table of docs/api.md is made from it. `null` counts as not given, whatever the field.
+A dotted name is a field of a field.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Neutral:
+    """The values at which a field asks for nothing, and whose field it is. Without values: any value is refused."""
+
+    values: tuple[object, ...]
+    source: str
+
+    def takes(self, value: object) -> bool:
+        """Whether `value` is one of them. Python finds True == 1; JSON does not."""
+        return any(value == ours and isinstance(value, bool) is isinstance(ours, bool) for ours in self.values)
+
+    @property
+    def wanted(self) -> str:
+        """The values in JSON's words."""
+        return " or ".join([*map(json.dumps, self.values), "null"])
+
+
+_OPENAI = "OpenAI"
+_VLLM, _SGLANG, _LLAMA, _TGI = "vLLM", "SGLang", "llama.cpp", "TGI"
+_OFF = (False,)
+_NO_TEXT: tuple[object, ...] = ("",)
+_NO_LIST: tuple[object, ...] = ([],)
+_NO_OBJECT: tuple[object, ...] = ({},)
+_EITHER = (True, False)
+
+NEUTRAL: Mapping[str, Neutral] = {
+    # OpenAI's completions; LiteLLM and LangChain send these, AIPerf and vLLM's benchmark some of them
+    "n": Neutral((1,), _OPENAI),
+    "best_of": Neutral((1,), _OPENAI),
+    "echo": Neutral(_OFF, _OPENAI),
+    "logprobs": Neutral(_OFF, _OPENAI),
+    "suffix": Neutral(_NO_TEXT, _OPENAI),
+    "presence_penalty": Neutral((0,), _OPENAI),
+    "frequency_penalty": Neutral((0,), _OPENAI),
+    "logit_bias": Neutral(_NO_OBJECT, _OPENAI),
+    "stream_options.include_obfuscation": Neutral(_OFF, _OPENAI),
+    "store": Neutral(_OFF, _OPENAI),
+    "service_tier": Neutral(("auto", "default"), _OPENAI),
+    "metadata": Neutral(_NO_OBJECT, "LiteLLM"),
+    # sampling of vLLM and SGLang
+    "repetition_penalty": Neutral((1,), f"{_VLLM}, {_SGLANG}, {_TGI}"),
+    "min_p": Neutral((0,), f"{_VLLM}, {_SGLANG}, {_LLAMA}"),
+    "min_tokens": Neutral((0,), f"{_VLLM}, {_SGLANG}, AIPerf"),
+    "length_penalty": Neutral((1,), _VLLM),
+    "use_beam_search": Neutral(_OFF, _VLLM),
+    "early_stopping": Neutral(_OFF, _VLLM),
+    "bad_words": Neutral(_NO_LIST, _VLLM),
+    "allowed_token_ids": Neutral((), _VLLM),
+    "logits_processors": Neutral(_NO_LIST, _VLLM),
+    "skip_special_tokens": Neutral((True,), f"{_VLLM}, {_SGLANG}"),
+    "spaces_between_special_tokens": Neutral((True,), f"{_VLLM}, {_SGLANG}"),
+    "include_stop_str_in_output": Neutral(_OFF, _VLLM),
+    "detokenize": Neutral((True,), _VLLM),
+    "add_special_tokens": Neutral((True,), _VLLM),
+    "truncate_prompt_tokens": Neutral((), _VLLM),
+    "prompt_logprobs": Neutral((), _VLLM),
+    "return_tokens_as_token_ids": Neutral(_OFF, _VLLM),
+    "return_token_ids": Neutral(_OFF, _VLLM),
+    "response_format": Neutral(({"type": "text"},), _VLLM),
+    "structured_outputs": Neutral((), _VLLM),
+    "guided_json": Neutral((), _VLLM),
+    "guided_regex": Neutral((), _VLLM),
+    "guided_choice": Neutral((), _VLLM),
+    "guided_grammar": Neutral((), _VLLM),
+    "cache_salt": Neutral(_NO_TEXT, _VLLM),
+    "kv_transfer_params": Neutral(_NO_OBJECT, _VLLM),
+    "vllm_xargs": Neutral(_NO_OBJECT, _VLLM),
+    "no_stop_trim": Neutral(_OFF, _SGLANG),
+    "stop_regex": Neutral((*_NO_TEXT, *_NO_LIST), _SGLANG),
+    "regex": Neutral((), _SGLANG),
+    "ebnf": Neutral((), _SGLANG),
+    "json_schema": Neutral((), f"{_SGLANG}, {_LLAMA}"),
+    "lora_path": Neutral((), _SGLANG),
+    "session_params": Neutral((), _SGLANG),
+    "return_hidden_states": Neutral(_OFF, _SGLANG),
+    "custom_params": Neutral((), _SGLANG),
+    "custom_logit_processor": Neutral((), _SGLANG),
+    # TGI
+    "details": Neutral(_OFF, _TGI),
+    "decoder_input_details": Neutral(_OFF, _TGI),
+    "return_full_text": Neutral(_OFF, _TGI),
+    "watermark": Neutral(_OFF, _TGI),
+    "top_n_tokens": Neutral((0,), _TGI),
+    "truncate": Neutral((), _TGI),
+    "adapter_id": Neutral((), _TGI),
+    "typical_p": Neutral((1,), f"{_TGI}, {_LLAMA}"),
+    "grammar": Neutral(_NO_TEXT, f"{_TGI}, {_LLAMA}"),
+    # llama.cpp's server
+    "repeat_penalty": Neutral((1,), _LLAMA),
+    "dynatemp_range": Neutral((0,), _LLAMA),
+    "top_n_sigma": Neutral((-1,), _LLAMA),
+    "xtc_probability": Neutral((0,), _LLAMA),
+    "dry_multiplier": Neutral((0,), _LLAMA),
+    "mirostat": Neutral((0,), _LLAMA),
+    "n_probs": Neutral((0,), _LLAMA),
+    "min_keep": Neutral((0,), _LLAMA),
+    "n_indent": Neutral((0,), _LLAMA),
+    "id_slot": Neutral((-1,), _LLAMA),
+    "cache_prompt": Neutral(_EITHER, _LLAMA),
+    "return_tokens": Neutral(_OFF, _LLAMA),
+    "timings_per_token": Neutral(_OFF, _LLAMA),
+    "return_progress": Neutral(_OFF, _LLAMA),
+    "post_sampling_probs": Neutral(_OFF, _LLAMA),
+    "lora": Neutral(_NO_LIST, _LLAMA),
+    "response_fields": Neutral(_NO_LIST, _LLAMA),
+}

@@ -1,0 +1,1 @@
+"""A service is put on Ray, found again, and taken away."""

@@ -1,0 +1,213 @@
+"""The application on Serve, as `up` drives it: deploy, watch it come up, tell why it did not, take it away."""
+
+import contextlib
+import io
+import re
+import threading
+import time
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from actors.settings import bundles
+from cluster.config import ServiceConfig
+from cluster.ops.local_ray import failures_told
+from cluster.placing import Choice, Nodes, choose, missing
+from twotower.errors import CheckpointError, ConfigError, TwoTowerError, Unavailable
+
+_OUR_ERROR = re.compile(r"twotower\.errors\.(\w+): (.+)")
+_ANY_ERROR = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception)): (.+)", re.MULTILINE)
+_STOP_S, _ANSWER_S, _POLL_S = 15.0, 10.0, 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the deployments are: replicas running of those wanted, by deployment's name.
+
+    `failure`: why they will not come up. `lost`: why the application is not the asking `up`'s any more.
+    """
+
+    routers: int
+    cells: int
+    failure: TwoTowerError | None = None
+    lost: str | None = None
+
+
+def check(config: ServiceConfig) -> None:
+    """Raises CheckpointError or ConfigError for what cells and routers would refuse. Reads headers, needs no Ray."""
+    from actors.cell import check_settings
+    from cluster.app import cell_settings
+    from cluster.runs.served_model import load_served_model
+
+    check_settings(cell_settings(choose(config, nodes=()).config), asked=config.cell.placement)
+    load_served_model(config)
+
+
+def choice(config: ServiceConfig) -> Choice:
+    """The configuration without `auto`, by what the running Ray has. Raises Unavailable."""
+    return choose(config, _nodes())
+
+
+def check_free(where: str) -> None:
+    """Raises Unavailable where an application of ours is on this Ray already."""
+    from cluster.ops import ownership
+
+    with failures_told("Ray"):
+        ownership.check_free(where)
+
+
+def take(mark: bytes, where: str, replace: bool) -> None:
+    """The application's place on this Ray, for this mark alone. Raises Unavailable where there is one already, unless
+    that one is to be replaced."""
+    from cluster.ops import ownership
+
+    with failures_told("Ray"):
+        ownership.take(mark, where, replace)
+
+
+def clear_place(within_s: float) -> None:
+    """Ends the application that is there, or its replicas would pass for ours. Raises Unavailable if it stays."""
+    from ray import serve
+
+    from cluster.app import APP_NAME
+
+    with failures_told("Serve"):
+        serve.delete(APP_NAME, _blocking=False)  # Serve's own wait has a limit of its own
+        if not _gone(within_s):
+            raise Unavailable(f"--replace: the application that is there has not ended within {within_s:g} s")
+
+
+def _gone(within_s: float) -> bool:
+    """Waits for the application's end, but no longer than so many seconds. Whether it came.
+
+    Without Ray it has come: asked then, Serve would join another Ray of this machine, or start one.
+    """
+    import ray
+    from ray import serve
+
+    from cluster.app import APP_NAME
+
+    deadline = time.monotonic() + within_s
+    while ray.is_initialized() and APP_NAME in serve.status().applications:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def deploy(config: ServiceConfig) -> None:
+    """Hands the application to Serve; returns before it runs. Raises Unavailable."""
+    from ray import serve
+
+    from cluster.app import APP_NAME, build
+
+    with failures_told("Serve"):
+        target = serve.RunTarget(target=build(config), name=APP_NAME, route_prefix="/")
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def shortage(config: ServiceConfig) -> str | None:
+    """What the cluster, idle, lacks to hold the first cells; None where it has all. Raises Unavailable."""
+    from cluster.app import cell_settings
+
+    nodes = _nodes()
+    return missing(bundles(cell_settings(choose(config, nodes).config)), config.cluster.min_cells, nodes)
+
+
+def _nodes() -> Nodes:
+    from cluster.app import nodes_there
+
+    with failures_told("Ray"):
+        return nodes_there()
+
+
+def progress(mark: bytes | None = None) -> Progress:
+    """Where the application stands now, and whether it still has this mark. Raises Unavailable where Serve does not say
+    within some seconds."""
+    answers: SimpleQueue[Progress | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(_progress(mark))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # Serve's own call has no deadline
+    with failures_told("Serve"):
+        try:
+            answer = answers.get(timeout=_ANSWER_S)
+        except Empty:
+            raise Unavailable(f"Serve has not answered for {_ANSWER_S:g} s") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _progress(mark: bytes | None) -> Progress:
+    from ray import serve
+
+    from cluster.app import APP_NAME
+    from cluster.ops import ownership
+
+    application = serve.status().applications.get(APP_NAME)
+    if mark is not None and ownership.holder() not in (mark, None):
+        return Progress(0, 0, lost="another `up` has taken its place")
+    if application is None or application.status == "DELETING":
+        return Progress(0, 0, lost=None if mark is None else "somebody has deleted it")
+    running = {
+        name: sum(count for state, count in d.replica_states.items() if state == "RUNNING")
+        for name, d in application.deployments.items()
+    }
+    failure = None
+    if application.status == "DEPLOY_FAILED":
+        messages = [d.message for d in application.deployments.values() if d.status == "DEPLOY_FAILED"]
+        failure = failure_of(messages[0] if messages else application.message)
+    return Progress(running.get("Router", 0), running.get("Cell", 0), failure)
+
+
+def failure_of(message: str) -> TwoTowerError:
+    """Why a deployment failed: a wrong setting or checkpoint as ConfigError, anything else as Unavailable."""
+    ours = _OUR_ERROR.findall(message)
+    wrong = bool(ours) and ours[-1][0] in (ConfigError.__name__, CheckpointError.__name__)
+    return ConfigError(reason(message)) if wrong else Unavailable(reason(message))
+
+
+def reason(message: str) -> str:
+    """The one line of a deployment's message, tracebacks and all, that says what is wrong."""
+    ours = _OUR_ERROR.findall(message)
+    if ours:
+        return str(ours[-1][1]).strip()
+    others = _ANY_ERROR.findall(message)
+    if others:
+        return ": ".join(part.strip() for part in others[-1])
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
+
+
+def take_down(mark: bytes | None) -> None:
+    """Ends the application if it has this mark, and with our process our own Ray too. Waits no longer than some seconds
+    for Serve."""
+    import ray
+
+    if not ray.is_initialized():
+        return
+    ending = threading.Thread(target=delete, args=(mark,), daemon=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # where Ray wonders at every process that ends
+        ending.start()
+        ending.join(_STOP_S)
+        ray.shutdown()
+
+
+def delete(mark: bytes | None) -> None:
+    """Ends the application if it has this mark."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    from cluster.app import APP_NAME
+    from cluster.ops import ownership
+
+    with contextlib.suppress(RayError, RayServeException):  # Serve may not have come up yet
+        if mark is not None and ownership.holder() == mark:
+            serve.delete(APP_NAME, _blocking=False)
+            ownership.give_up(mark)
+            _gone(_STOP_S)

@@ -1,0 +1,194 @@
+"""A router's end of its connections to the cells: who lives, and the events of every call.
+
+Serve's handle picks the cell and carries the request, an error, a cancel and the fact that a call has ended. A block
+does not go through it: an item of a Serve stream costs both processes about 2 ms of their interpreters, a message some
+tens of microseconds.
+"""
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from cluster.runs.messages import (
+    CELL_SILENCE_S,
+    CODEC,
+    Beat,
+    Block,
+    Failed,
+    Message,
+    OfCall,
+    Placed,
+    ReplyTo,
+    Scored,
+    Waits,
+)
+from twotower.core import FailureEvent, Mode, RequestId
+from twotower.engine.inbox import Inbox
+from twotower.errors import Unavailable
+from twotower.transport.connection import Connection, Listener, listen
+from twotower.transport.handshake import About
+
+_REMEMBERED = 64  # cells that are gone
+_ANY = RequestId("*")
+
+
+class Call:
+    """One call: who has taken it, or why nobody has; then its events."""
+
+    def __init__(self, reply_to: ReplyTo, merging: bool) -> None:
+        self.reply_to, self.inbox = reply_to, Inbox(merging)
+        self.placed: asyncio.Future[Placed] = asyncio.get_running_loop().create_future()
+        self.line: CellLine | None = None  # where its events come from
+
+    def take(self, message: OfCall) -> None:
+        match message:
+            case Placed():
+                if not self.placed.done():
+                    self.placed.set_result(message)
+            case Failed(event=event):
+                self.fail(event)
+            case Block(event=event) | Scored(event=event):
+                self.inbox.put(event)
+
+    def fail(self, event: FailureEvent) -> None:
+        """Nothing follows."""
+        if self.placed.done():
+            self.inbox.put(event)
+        else:
+            self.placed.set_exception(event.error)
+
+
+class CellLine:
+    """The connection of one cell."""
+
+    def __init__(self, lines: "CellLines", connection: Connection[Message]) -> None:
+        self._lines, self.connection = lines, connection
+        self.beat_heard: Beat | None = None
+        self.calls = self._calls_then = 0  # of this router, now and when the beat was heard
+
+    def take(self, message: Message) -> None:
+        if isinstance(message, Waits):
+            raise Unavailable("sent a Waits, wanted what a cell says")
+        if isinstance(message, Beat):
+            self.beat_heard, self._calls_then = message, self.calls
+            self._lines.on_beat()
+            return
+        call = self._lines.call(message.call)
+        if call is not None:
+            if isinstance(message, Placed) and call.line is None:
+                call.line = self
+                self.calls += 1
+            call.take(message)
+
+    @property
+    def load(self) -> int:
+        """The requests that the cell holds: by the last beat, and this router's own calls since."""
+        beat = self.beat_heard
+        return beat.running + beat.waiting + self.calls - self._calls_then if beat is not None else 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a request that comes now would wait."""
+        return self.beat_heard is not None and self.load >= self.beat_heard.slots
+
+    def beat(self) -> Sequence[Waits]:
+        return [self._lines.waits()]
+
+    def lost(self, reason: str) -> None:
+        self._lines.lose(self, FailureEvent(_ANY, Unavailable(f"the cell that served this request {reason}")))
+
+
+class CellLines:
+    """Takes events off the connections of all cells and hands each to its call."""
+
+    def __init__(self, silence_s: float = CELL_SILENCE_S) -> None:
+        self._silence_s = silence_s
+        self._calls: dict[int, Call] = {}
+        self._keys = itertools.count()
+        self._listener: Listener | None = None
+        self._lines: set[CellLine] = set()
+        self._lost: deque[str] = deque(maxlen=_REMEMBERED)
+        self.on_beat: Callable[[], None] = lambda: None
+        self.waits: Callable[[], Waits] = lambda: Waits(0, 0.0)
+
+    async def start(self, host: str) -> None:
+        """Listen on `host`, an address of this machine that the cells reach."""
+        self._listener = await listen(host, CODEC, self._accept, silence_s=self._silence_s)
+        self.address = self._listener.address
+
+    def beats(self) -> list[Beat]:
+        """The last one of each cell that has a line here."""
+        return [line.beat_heard for line in self._lines if line.beat_heard is not None]
+
+    def living(self, mode: Mode | None = None) -> set[str]:
+        """The cells that have a line here and serve this mode, or any."""
+        return {beat.cell for beat in self.beats() if (beat.modes if mode is None else mode in beat.modes)}
+
+    def served(self) -> set[Mode]:
+        """The modes that any cell serves which has a line here."""
+        return {mode for beat in self.beats() for mode in beat.modes}
+
+    def unfit(self, mode: Mode) -> set[str]:
+        """Those that had a line and have none any more, or do not serve this mode now. Serve may not know it yet."""
+        there = {beat.cell for beat in self.beats()}
+        return (there - self.living(mode)) | (set(self._lost) - there)
+
+    def with_room(self, mode: Mode, fingerprint: str) -> set[str]:
+        """The cells that serve this mode from this checkpoint and would start a request at once."""
+        room = {beat.cell for beat in self.beats() if mode in beat.modes and beat.fingerprint == fingerprint}
+        return room - self.full()
+
+    def full(self) -> frozenset[str]:
+        """The cells whose slots are all taken."""
+        return frozenset(line.beat_heard.cell for line in self._lines if line.beat_heard is not None and line.is_full)
+
+    def load(self) -> dict[str, int]:
+        """The requests that each cell holds whose beats come in time."""
+        heard = ((line.beat_heard, line) for line in self._lines if not line.connection.is_late)
+        return {beat.cell: line.load for beat, line in heard if beat is not None}
+
+    def slots(self) -> list[int]:
+        """Of each cell that lives and serves."""
+        living = self.living()
+        return [beat.slots for beat in self.beats() if beat.cell in living]
+
+    def open(self, merging: bool) -> Call:
+        """A place for one call's events; `close` it."""
+        key = next(self._keys)
+        call = self._calls[key] = Call(ReplyTo(self.address, key), merging)
+        return call
+
+    def call(self, key: int) -> Call | None:
+        return self._calls.get(key)
+
+    def is_open(self, call: Call) -> bool:
+        return call.reply_to.call in self._calls
+
+    def close(self, call: Call) -> None:
+        """What still comes for this call is dropped."""
+        if self._calls.pop(call.reply_to.call, None) is not None and call.line is not None:
+            call.line.calls -= 1
+        if not call.placed.cancel() and not call.placed.cancelled():
+            call.placed.exception()  # somebody has seen it
+
+    def stop(self) -> None:
+        """Hang up on every cell."""
+        if self._listener is not None:
+            self._listener.close()
+        for line in list(self._lines):
+            line.connection.close()
+
+    def lose(self, line: CellLine, failure: FailureEvent) -> None:
+        """The cell of this line is gone, and with it the calls that it has taken."""
+        self._lines.discard(line)
+        if line.beat_heard is not None:
+            self._lost.append(line.beat_heard.cell)
+        for call in self._calls.values():
+            if call.line is line:
+                call.fail(failure)
+
+    def _accept(self, connection: Connection[Message], about: About) -> tuple[CellLine, About]:
+        line = CellLine(self, connection)
+        self._lines.add(line)
+        return line, {}

@@ -1,0 +1,261 @@
+"""The service's one path from what a client asked to what it gets. HTTP and gRPC are thin faces of this.
+
+Knows validation and opens runs; does not know the wire on one side, nor Ray on the other.
+"""
+
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+from weakref import WeakSet
+
+from cluster.runs.admission import Admission
+from cluster.runs.answer import Chunk
+from cluster.runs.callers import NOBODY, Caller
+from cluster.runs.cells import Cells
+from cluster.runs.deadline import Deadline
+from cluster.runs.labels import WANTED, is_label
+from cluster.runs.lanes import Lanes
+from cluster.runs.observers import Observer
+from cluster.runs.record import Record
+from cluster.runs.run import Generating, Means, Patience, Run, Scoring
+from cluster.runs.served_model import ServedModel
+from cluster.runs.streams import merged
+from cluster.runs.trace_parent import NO_PARENT, TraceParent
+from cluster.runs.turns import Turns
+from twotower.core import Request, ScoreRequest
+from twotower.errors import TwoTowerError
+from twotower.showing import show
+from twotower.text.answer_text import AnswerText
+from twotower.text.tokenizer import check_stop, require_tokenizer
+from twotower.validation import (
+    Problems,
+    Terms,
+    check_bytes,
+    check_part,
+    check_priority,
+    check_terms,
+    join,
+    join_score,
+)
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+Given = str | Sequence[object]  # text, or token ids
+Part = str | tuple[int, ...]  # the same, checked
+_NO_PART: Part = ()  # where it is wrong, which is told
+_TOKENIZED_S = 1e-6  # a byte, about
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a client sent, unchecked. `params` holds only what was given, under the names of DecodingParams.
+
+    `label` is the client's name for it, echoed and logged; several requests may bear the same. `id` is ours.
+    """
+
+    prompt: Given
+    params: Mapping[str, object] = field(default_factory=dict)
+    stop: object = ()
+    label: str = ""
+    priority: object = 0
+    id: str = field(default_factory=lambda: drawn_id())
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreAsk:
+    """What a client wants scored, unchecked: the continuation, after the prompt. `label` and `id` as an Ask's."""
+
+    prompt: Given
+    continuation: Given
+    label: str = ""
+    priority: object = 0
+    id: str = field(default_factory=lambda: drawn_id())
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """An Ask with nothing wrong in it, but that its text may have too many tokens.
+
+    `request` is None where the prompt is text, which is yet to be tokenized.
+    """
+
+    ask: Ask
+    stop: tuple[str, ...]
+    prompt: Part
+    terms: Terms
+    request: Request | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedScore:
+    """As Checked: `request` is None where prompt or continuation is text."""
+
+    ask: ScoreAsk
+    prompt: Part
+    continuation: Part
+    priority: int
+    request: ScoreRequest | None
+
+
+class Generation:
+    """Checks requests and has cells decode or score them. `at_once`: prompts of one call that they hold at a time.
+
+    Faces check a call first, whatever the load. Then they take room of the `admission` for as long as they are busy
+    with it.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        cells: Cells,
+        default_timeout_s: float = 600.0,
+        at_once: int = 16,
+        admission: Admission | None = None,
+        patience: Patience | None = None,
+        turns: Turns | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.model, self.default_timeout_s, self._at_once = model, default_timeout_s, at_once
+        self._means = Means(cells, patience or Patience(), tuple(observers), turns or Turns())
+        self._runs: WeakSet[Run] = WeakSet()
+        self._given_up: TwoTowerError | None = None
+        self.lanes = Lanes()
+        self.admission = admission or Admission(capacity=1024, slots=at_once)
+
+    def check(self, ask: Ask) -> Checked:
+        """Raises InvalidRequest for all that is wrong with it, but for how many tokens its text has."""
+        with self._refusals_told():
+            return self._check(ask)
+
+    def _check(self, ask: Ask) -> Checked:
+        problems, limits = Problems(), self.model.limits
+        _check_label(ask.label, problems)
+        stop = problems.of(lambda: check_stop(self.model.tokenizer, ask.stop), tuple[str, ...]())
+        prompt = problems.of(lambda: self._checked("prompt", ask.prompt), _NO_PART)
+        terms = problems.of(lambda: check_terms(ask.params, ask.priority, limits), None)
+        problems.raise_any()
+        assert terms is not None
+        request = None if isinstance(prompt, str) else join(ask.id, prompt, terms, limits)
+        return Checked(ask, stop, prompt, terms, request)
+
+    def check_score(self, ask: ScoreAsk) -> CheckedScore:
+        """As `check`."""
+        with self._refusals_told():
+            return self._check_score(ask)
+
+    def _check_score(self, ask: ScoreAsk) -> CheckedScore:
+        problems = Problems()
+        _check_label(ask.label, problems)
+        prompt = problems.of(lambda: self._checked("prompt", ask.prompt), _NO_PART)
+        continuation = problems.of(lambda: self._checked("continuation", ask.continuation), _NO_PART)
+        priority = problems.of(lambda: check_priority(ask.priority), 0)
+        problems.raise_any()
+        request = None
+        if not isinstance(prompt, str) and not isinstance(continuation, str):
+            request = join_score(ask.id, prompt, continuation, priority, self.model.limits)
+        return CheckedScore(ask, prompt, continuation, priority, request)
+
+    def check_open(self) -> None:
+        """Raises Unavailable once no more requests are taken."""
+        with self._refusals_told():
+            self.admission.check_open()
+
+    @contextmanager
+    def hold(self, prompts: int = 1, caller: Caller = NOBODY) -> Iterator[None]:
+        """Room for a call: for each prompt that the cells hold of it at a time.
+
+        Raises Overloaded, Unavailable.
+        """
+        with ExitStack() as held:
+            with self._refusals_told():
+                held.enter_context(self.admission.hold(min(prompts, self._at_once), caller))
+            yield
+
+    def deadline(self, timeout_s: float | None = None) -> Deadline:
+        """For a request that comes in now; `timeout_s`: how long its client waits, where the client says."""
+        return Deadline.after(self.default_timeout_s if timeout_s is None else timeout_s)
+
+    async def run(
+        self, checked: Checked, deadline: Deadline, caller: Caller = NOBODY, parent: TraceParent = NO_PARENT
+    ) -> Generating:
+        """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens;
+        DeadlineExceeded.
+        """
+        ask, request = checked.ask, checked.request
+        if request is None:
+            with self._refusals_told():
+                prompt = await self._tokenized("prompt", checked.prompt, deadline)
+                request = join(ask.id, prompt, checked.terms, self.model.limits)
+        record = Record(request, self.model.fingerprint, ask.label, caller, parent=parent)
+        text = AnswerText(self.model.tokenizer, checked.stop)
+        return self._added(Generating(record, deadline, self._means, text))
+
+    async def score_run(
+        self, checked: CheckedScore, deadline: Deadline, caller: Caller = NOBODY, parent: TraceParent = NO_PARENT
+    ) -> Scoring:
+        """As `run`."""
+        ask, request = checked.ask, checked.request
+        if request is None:
+            with self._refusals_told():
+                prompt = await self._tokenized("prompt", checked.prompt, deadline)
+                continuation = await self._tokenized("continuation", checked.continuation, deadline)
+                request = join_score(ask.id, prompt, continuation, checked.priority, self.model.limits)
+        record = Record(request, self.model.fingerprint, ask.label, caller, parent=parent)
+        return self._added(Scoring(record, deadline, self._means))
+
+    def many(self, runs: Sequence[Generating]) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """Chunks of all runs of a call as they come, each with its run's number.
+
+        The rest waits here, so that a call of many prompts needs no more room in the cells' queues than others do.
+        """
+        return merged(runs, at_once=self._at_once)
+
+    def give_up(self, error: TwoTowerError) -> None:
+        """Whatever still runs ends with this error, on its cell too, and so does what begins from now on."""
+        self._given_up = error
+        for run in self._runs:
+            run.give_up(error)
+
+    @contextmanager
+    def _refusals_told(self) -> Iterator[None]:
+        try:
+            yield
+        except TwoTowerError as error:
+            for observer in self._means.observers:
+                observer.refused(error)
+            raise
+
+    def _added(self, run: AnyRun) -> AnyRun:
+        self._runs.add(run)
+        if self._given_up is not None:
+            run.give_up(self._given_up)
+        return run
+
+    def _checked(self, name: str, given: Given) -> Part:
+        """The prompt, or the continuation of one. Text that cannot fit is refused before it is tokenized."""
+        if not isinstance(given, str):
+            return check_part(name, given, self.model.limits)
+        tokenizer = require_tokenizer(self.model.tokenizer, name)
+        text = check_bytes(name, given, self.model.limits.max_sequence_length, tokenizer.bytes_per_token)
+        return text or check_part(name, (), self.model.limits)
+
+    async def _tokenized(self, name: str, part: Part, deadline: Deadline) -> tuple[int, ...]:
+        """Token ids of the prompt, or of the continuation of one. Raises InvalidRequest where there are too many."""
+        if not isinstance(part, str):
+            return part
+        tokenizer = require_tokenizer(self.model.tokenizer, name)
+        encode = tokenizer.encode if name == "prompt" else tokenizer.encode_continuation
+        token_ids = await self.lanes.run(len(part.encode()) * _TOKENIZED_S, partial(encode, part), deadline)
+        return check_part(name, token_ids, self.model.limits)
+
+
+def drawn_id() -> str:
+    """An id that no other request has, of this router or of another."""
+    return f"req-{uuid.uuid4().hex}"
+
+
+def _check_label(label: str, problems: Problems) -> None:
+    if label and not is_label(label):
+        problems.say("request_id", f"got {show(label)}, wanted {WANTED}")

@@ -1,0 +1,104 @@
+"""What a cell and a router say to each other: a router nothing but that it lives, and who waits in it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.runs.signs import CellSign
+from twotower.core import AnswerEvent, BlockEvent, FailureEvent, Mode, ScoreEvent
+from twotower.transport.codec import Codec
+from twotower.transport.handshake import Address
+
+CELL_SILENCE_S = 3.0  # then a router goes on elsewhere
+ROUTER_SILENCE_S = 5.0  # then a cell gives up what the router asked of it: the lease
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyTo:
+    """Where one call's events go: a router, and the call's number there."""
+
+    address: Address
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A cell lives: which one, from what checkpoint, what it serves now, and how full it is. Scores are served where
+    `ar` is. `sign`: what operators see of it; a cell of an older version says none."""
+
+    cell: str
+    fingerprint: str
+    modes: tuple[Mode, ...]
+    running: int
+    waiting: int
+    slots: int
+    sign: CellSign | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """Where a call should not go: not at all to `avoid`, while there is another cell, and rather not to `full`.
+
+    `load`: the requests that a cell holds, where this router has heard of them in the last seconds.
+
+    The last argument of every call through Serve: cluster.runs.routing obeys, and a cell ignores it.
+    """
+
+    avoid: frozenset[str] = frozenset()
+    full: frozenset[str] = frozenset()
+    load: Mapping[str, int] = field(default_factory=dict)
+
+
+NO_WISHES = Wishes()
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """A router lives: how many requests wait in it for a turn on the cells, and for how long the first of them."""
+
+    requests: int
+    longest_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A cell has taken the call: which one, and with what checkpoint. Comes before all events."""
+
+    call: int
+    cell: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    call: int
+    event: BlockEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    call: int
+    event: ScoreEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Nothing follows."""
+
+    call: int
+    event: FailureEvent
+
+
+OfCall = Placed | Block | Scored | Failed
+Message = Beat | Waits | OfCall
+CODEC: Codec[Message] = Codec(Beat, Waits, Placed, Block, Scored, Failed)
+
+
+def about(call: int, event: AnswerEvent | FailureEvent) -> OfCall:
+    """An event on its way to the call."""
+    match event:
+        case BlockEvent():
+            return Block(call, event)
+        case ScoreEvent():
+            return Scored(call, event)
+        case FailureEvent():
+            return Failed(call, event)

@@ -1,0 +1,244 @@
+"""The sections of a service's configuration: names, types, ranges, meanings.
+
+What engines and requests declare themselves, sections take over from there. Each setting has an effect.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
+
+from actors.settings import unseen_device
+from twotower.core import PARAMETERS
+from twotower.engine.settings import SETTINGS
+from twotower.errors import ConfigError
+from twotower.parameters import Choice, Integer, Kind, Number, Parameter
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]
+Port = Annotated[int, Field(ge=1, le=65535)]
+_MAY_BE_SPLIT = ("auto", "split")
+_PLAIN: Mapping[type[Kind], Any] = {Integer: int, Number: float, Choice: str}
+_ELSEWHERE = ("max_sequence_length", "max_queued_requests")  # settings of engines that are not of the section `cell`
+
+
+class Section(BaseModel):
+    """A part of the configuration: strict types, no unknown names, never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+_Section = TypeVar("_Section", bound=Section)
+
+
+def _with(settings: Mapping[str, tuple[Any, object]]) -> Callable[[type[_Section]], type[_Section]]:
+    """Settings that are declared elsewhere, by name, beside a section's own. mypy does not see them in a section: code
+    asks `ServiceConfig.engine`, or for all that are `given`."""
+
+    def make(section: type[_Section]) -> type[_Section]:
+        fields: dict[str, Any] = dict(settings)
+        name, module = section.__name__, section.__module__
+        return create_model(name, __base__=section, __module__=module, __doc__=section.__doc__, **fields)
+
+    return make
+
+
+def _told_engines(*names: str) -> dict[str, tuple[Any, object]]:
+    """Settings of engines: type and default."""
+    declared = {name: SETTINGS[name] for name in names}
+    return {
+        name: (_checked(told.kind), Field(told.default, description=told.meaning)) for name, told in declared.items()
+    }
+
+
+def _checked(kind: Kind) -> Any:
+    """A kind's values as a type that checks them."""
+    if isinstance(kind, Choice):
+        return Annotated[Literal[tuple(map(str, kind.words))], BeforeValidator(_word_of)]
+    ends: Mapping[str, Any] = kind.schema
+    low, above, high = (ends.get(end) for end in ("minimum", "exclusiveMinimum", "maximum"))
+    finite = False if isinstance(kind, Number) else None
+    return Annotated[_PLAIN[type(kind)], Field(ge=low, gt=above, le=high, allow_inf_nan=finite)]
+
+
+def _word_of(value: object) -> object:
+    """YAML reads `on` and `off` as true and false."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
+def _default_of(parameter: Parameter) -> tuple[Any, object]:
+    """A request's parameter as a setting, which its own checks check: none where the value of the default depends on
+    the cell."""
+    kind: Any = Annotated[_PLAIN[type(parameter.kind)], WithJsonSchema({**parameter.kind.schema})]
+    if parameter.default_is:
+        return kind | None, Field(None, description=parameter.meaning)
+    return kind, Field(parameter.default, description=parameter.meaning)
+
+
+@_with(_told_engines("max_sequence_length"))
+class ModelSection(Section):
+    """What is served."""
+
+    checkpoint: str = Field(default="demo", description="a directory in the released layout, or `demo`")
+    name: str | None = Field(default=None, min_length=1, description="the model's, for clients; else the directory's")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of weights, keys and values")
+
+
+@_with({name: _default_of(parameter) for name, parameter in PARAMETERS.items() if parameter.by_service})
+class DecodeSection(Section):
+    """What a request that says nothing gets, with the names and ranges of a request's own parameters.
+
+    Without a `mode`: diffusion where the cell can do it, else ar.
+    """
+
+    @property
+    def given(self) -> dict[str, object]:
+        """By name, none that is left to the cell."""
+        return self.model_dump(exclude_none=True)
+
+
+@_with(_told_engines(*(name for name in SETTINGS if name not in _ELSEWHERE)))
+class CellSection(Section):
+    """One cell: where its towers run, how much they hold and how patient they are.
+
+    `placement` auto: `split` where one node has a GPU for each tower or, on the CPU, more cores than towers; else
+    `colocated`; with several denoisers or a rounded wire always `split`. `device` auto: CUDA where one node has GPUs
+    for all towers of a cell, else the CPU; cuda:N is the Nth of the GPUs that a tower process sees, of which Ray shows
+    it `gpus_per_tower` (0: all of its node).
+    """
+
+    placement: Literal["auto", "split", "colocated", "ar_only"] = Field(
+        default="auto", description="a process for each tower, one for both, or the context tower alone"
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    denoisers_per_context: Count = Field(default=1, description="denoiser towers that one context tower reads for")
+    gpus_per_tower: NonNegative | None = Field(
+        default=None, description="GPUs that Ray gives a tower process; else one on CUDA, none on the CPU"
+    )
+    ssm_wire_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="dtype of Mamba states on their way to a denoiser; bfloat16 rounds them, for half the bytes",
+    )
+
+    @model_validator(mode="after")
+    def _device_that_is_seen(self) -> "CellSection":
+        try:
+            problem = unseen_device(self.device, self.gpus_per_tower)
+        except ConfigError as error:
+            problem = str(error)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _no_wire_but_when_split(self) -> "CellSection":
+        if self.placement not in _MAY_BE_SPLIT and self.ssm_wire_dtype != "float32":
+            raise ValueError(
+                f"ssm_wire_dtype: got {self.ssm_wire_dtype} with placement {self.placement}, which sends no states; "
+                "wanted float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _several_denoisers_only_when_split(self) -> "CellSection":
+        if self.placement not in _MAY_BE_SPLIT and self.denoisers_per_context != 1:
+            raise ValueError(
+                f"denoisers_per_context: got {self.denoisers_per_context} with placement {self.placement}, wanted 1"
+            )
+        return self
+
+
+@_with(_told_engines("max_queued_requests"))
+class ClusterSection(Section):
+    """How many cells and routers, when another cell starts or ends, and what a router does where a cell dies.
+
+    Requests wait in the routers, which have an equal part of each cell's `max_queued_requests`.
+    """
+
+    min_cells: Count = Field(default=1, description="cells that there are always")
+    max_cells: Count = Field(default=1, description="cells that there are at most")
+    target_fullness: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.8, description="another cell starts once what runs and waits fills more of the cells' slots or pages"
+    )
+    upscale_delay_s: NonNegative = Field(default=2.0, description="how long it fills more before another cell starts")
+    downscale_delay_s: NonNegative = Field(
+        default=120.0,
+        description="how long the others stay below three quarters of that before a cell ends",
+    )
+    start_tries: Annotated[int, Field(ge=1, le=20)] = Field(
+        default=1,
+        description="after so many failed starts of cells, or of routers, Serve gives up until settings change; after "
+        "three for each that is wanted at the latest",
+    )
+    drain_timeout_s: Seconds = Field(
+        default=600.0, description="how long a cell that is to go may take to finish what it holds"
+    )
+    num_routers: Count | None = Field(
+        default=None, description="how many routers; else 2, on two nodes, where the cluster has more than one; else 1"
+    )
+    surge: bool = Field(
+        default=True,
+        description="whether new settings start new cells before old ones go; false where there is no room",
+    )
+    max_resumes: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=3, description="how often a request goes on elsewhere after its cell was lost, at most"
+    )
+    queue_timeout_s: Seconds = Field(
+        default=30.0,
+        description="how long a request waits for a cell while none takes it; for its turn while cells are full it "
+        "waits as long as its deadline lets it",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_of_before(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "target_ongoing_requests" in values:
+            raise ValueError(
+                "target_ongoing_requests: gone; wanted target_fullness, the share of the cells' slots and pages in use "
+                "(0.8: of 10 slots the ninth request starts another cell)"
+            )
+        return values
+
+    @property
+    def routers(self) -> int:
+        return self.num_routers or 1
+
+    @model_validator(mode="after")
+    def _range_of_cells(self) -> "ClusterSection":
+        if self.max_cells < self.min_cells:
+            raise ValueError(f"max_cells: got {self.max_cells}, wanted at least min_cells ({self.min_cells})")
+        return self
+
+
+class IngressSection(Section):
+    """Where the service listens, and what it takes of clients."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="address that both faces listen on")
+    http_port: Port = Field(default=8000, description="port of HTTP")
+    grpc_port: Port = Field(default=50051, description="port of gRPC")
+    max_request_bytes: Count = Field(default=4 * 2**20, description="how big a request may be")
+    request_timeout_s: Seconds = Field(default=600.0, description="how long one without its own deadline may take")
+    body_timeout_s: Seconds = Field(default=30.0, description="how long a body may take to arrive")
+    cors_origins: list[Origin] = Field(
+        default_factory=list, description="whose web pages may read answers in a browser; `*`: all"
+    )
+    ops_page: bool = Field(
+        default=True,
+        description="whether HTTP has `/ops`, which shows cells and requests, without text, to whoever reaches it",
+    )
+
+    @model_validator(mode="after")
+    def _two_ports(self) -> "IngressSection":
+        if self.http_port == self.grpc_port:
+            raise ValueError(f"grpc_port: got {self.grpc_port}, which is http_port too; wanted two ports")
+        return self

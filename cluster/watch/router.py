@@ -1,0 +1,72 @@
+"""What one router tells of itself: observers for its runs, and once a second how full it is and who lives."""
+
+import asyncio
+from collections.abc import Iterable
+
+from cluster.faces.error_codes import CODES
+from cluster.readiness import Readiness
+from cluster.runs.admission import Admission
+from cluster.runs.cell_lines import CellLines
+from cluster.runs.observers import Observer
+from cluster.runs.turns import Turns
+from cluster.watch import otlp
+from cluster.watch import router_metrics as metrics
+from cluster.watch.metric import Kind, declared_in
+from cluster.watch.ray_exporter import RayExporter
+from cluster.watch.request_log import RequestLog
+from cluster.watch.run_metrics import RunMetrics
+from cluster.watch.run_traces import RunTraces
+from cluster.watch.tally import Exporter, Tally, flush_for_ever
+from cluster.watch.words import SCORE
+from twotower.core import FinishReason, Mode
+
+_AT = "router"  # where a cell's name stands for those that wait in a cell
+
+
+class RouterWatch:
+    """`observers` are for the runs. `start` it in the event loop that they live in."""
+
+    def __init__(self, model: str, modes: Iterable[Mode], exporter: Exporter | None = None) -> None:
+        self._modes, self._exporter = tuple(modes), exporter or RayExporter({"model_name": model})
+        self._tally = Tally()
+        self._runs = RunMetrics(self._tally)
+        self.observers: tuple[Observer, ...] = (RequestLog(), self._runs)
+        self._spans = otlp.provider()
+        if self._spans is not None:
+            self.observers += (RunTraces(self._spans.get_tracer("twotower"), model),)
+        self._flushing: asyncio.Task[None] | None = None
+        self._begin()
+
+    def start(self, admission: Admission, turns: Turns, lines: CellLines, readiness: Readiness) -> None:
+        def read() -> None:
+            self._runs.read()
+            self._tally.set(metrics.OPEN, admission.running)
+            self._tally.set(metrics.WAITING, turns.waiting, _AT)
+            self._tally.set(metrics.LONGEST_WAIT, turns.longest_wait_s())
+            self._tally.set(metrics.READY, bool(readiness()))
+            for mode in self._modes:
+                self._tally.set(metrics.CELLS, len(lines.living(mode)), mode)
+
+        self._flushing = asyncio.create_task(flush_for_ever(self._tally, self._exporter, read))
+
+    async def stop(self) -> None:
+        """With a last flush."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._runs.read()
+            self._tally.flush(self._exporter)
+        if self._spans is not None:
+            await asyncio.to_thread(otlp.finish, self._spans)
+
+    def _begin(self) -> None:
+        """Every counter there may be is 0 first: a rate does not see an increase from nothing."""
+        values = {
+            "mode": (*self._modes, SCORE),
+            "finished_reason": tuple(FinishReason),
+            "code": tuple(sorted({code.grpc.name for code in CODES.values()})),
+            "reason": ("cell_lost", "gap", "handed_over"),
+        }
+        for metric in declared_in(vars(metrics)):
+            if metric.kind is Kind.COUNTER:
+                for labels in metric.series(values):
+                    self._tally.add(metric, 0, *map(str, labels))

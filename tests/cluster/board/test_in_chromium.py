@@ -1,0 +1,83 @@
+"""The page in a real browser: what it shows is what is told, by keyboard, on a phone, and without an error."""
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from cluster.board import feed as feeds
+from cluster.board.face import add_ops
+from cluster.board.feed import Feed
+from cluster.faces.http.service import make_app
+from cluster.runs.record import Record
+from tests.cluster.board.browser import Tab, program, tab
+from tests.cluster.board.signed import Hearing, beat
+from tests.cluster.fakes import ScriptedCells, all_modes, generation
+from twotower.core import DecodingParams, Mode, Request, RequestId
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+
+@asynccontextmanager
+async def served(feed: Feed) -> AsyncGenerator[str, None]:
+    app = make_app(generation(ScriptedCells()), all_modes)
+    add_ops(app, feed)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    serving = asyncio.create_task(server.serve([listening]))
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        feed.stop()
+        server.should_exit = True
+        await serving
+
+
+def service() -> Hearing:
+    """With a minute behind it, and a request under way."""
+    hearing = Hearing(heard=[beat("a"), beat("b")])
+    record = Record(Request(RequestId("req-0123456789"), (5,), DecodingParams(max_new_tokens=64)), "f00d")
+    hearing.board.observer.opened(record)
+    record.attempts.append("a")
+    hearing.board.observer.placed(record)
+    hearing.tick(60)
+    return hearing
+
+
+async def text(page: Tab, selector: str) -> str:
+    return str(await page.value(f"document.querySelector({selector!r}).innerText"))
+
+
+async def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program()
+    monkeypatch.setattr(feeds, "PACE_S", 0.1)
+    hearing = service()
+    async with served(Feed(hearing.board)) as url, tab(tmp_path / "profile") as page:
+        await page.look(1280, 900)
+        await page.go(f"{url}/ops")
+        await page.until("document.querySelectorAll('.cell').length === 2")
+        assert "All is well: 2 cells serve diffusion, mock_ar, ar" in await text(page, "#verdict")
+        assert "busy 75" in await page.value(
+            "document.querySelector('.tower.denoiser').title.replaceAll('\\u00a0', ' ')"
+        )
+        assert "0 of 4" in await text(page, "#requests tbody tr") and "01234567" in await text(
+            page, "#requests tbody th"
+        )
+        assert await page.value("document.querySelectorAll('svg.plot path.line').length") == 13
+        await page.value("document.getElementById('moment').focus()")
+        for key in ("ArrowLeft", "ArrowLeft"):
+            await page.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=37)
+        assert await text(page, "#moment-text") != "now", "the keyboard leads through time"
+        await page.look(390, 800)
+        assert await page.value("document.documentElement.scrollWidth") == 390, "nothing sticks out of a phone"
+        hearing.heard = [beat("a", (Mode.AR,), 0.5), beat("b")]
+        hearing.tick(13)
+        await page.until("document.querySelector('#alerts li.act') !== null")
+        alert = (await text(page, "#alerts li")).replace("\u00a0", " ")
+        assert "no denoiser in cell a" in alert and "since 12 s" in alert
+        assert "no denoiser in cell a" in await page.value("document.title")
+        assert page.said == []

@@ -1,0 +1,108 @@
+"""Every declared parameter goes over every face, and the .proto has the fields that the declarations ask for."""
+
+import argparse
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+
+from cluster.cli.generate_arguments import add_generate_arguments, request_of
+from cluster.faces.grpc.wire_params import given_in, params_message
+from cluster.faces.http.completions import parse_call
+from twotower.core import PARAMETERS, DecodingParams, Mode
+from twotower.parameters import Choice, Flag, Integer, Number, TokenIds
+from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower.validation import check_values
+
+# A field keeps its number for good. A new parameter takes the next.
+NUMBERS = {
+    "mode": 1,
+    "max_new_tokens": 2,
+    "block_size": 3,
+    "steps_per_block": 4,
+    "confidence_threshold": 5,
+    "temperature": 6,
+    "top_k": 7,
+    "top_p": 8,
+    "seed": 9,
+    "stop_token_ids": 10,
+    "ignore_eos": 11,
+    "draft_steps": 12,
+    "draft_threshold": 13,
+}
+TYPES = {
+    Choice: FieldDescriptor.TYPE_ENUM,
+    Integer: FieldDescriptor.TYPE_INT64,
+    Number: FieldDescriptor.TYPE_DOUBLE,
+    TokenIds: FieldDescriptor.TYPE_UINT32,
+    Flag: FieldDescriptor.TYPE_BOOL,
+}
+# A value that is no default, as a flag and as JSON.
+GIVEN: dict[str, tuple[list[str], Any]] = {
+    "mode": (["--mode", "mock_ar"], "mock_ar"),
+    "max_new_tokens": (["--max-new-tokens", "7"], 7),
+    "block_size": (["--block-size", "4"], 4),
+    "steps_per_block": (["--steps-per-block", "2"], 2),
+    "confidence_threshold": (["--confidence-threshold", "0"], 0),
+    "temperature": (["--temperature", "0.25"], 0.25),
+    "top_k": (["--top-k", "3"], 3),
+    "top_p": (["--top-p", "0.5"], 0.5),
+    "seed": (["--seed", "0"], 0),
+    "stop_token_ids": (["--stop-token-ids", "7,8"], [7, 8]),
+    "ignore_eos": (["--ignore-eos"], True),
+    "draft_steps": (["--draft-steps", "3"], 3),
+    "draft_threshold": (["--draft-threshold", "1"], 1),
+}
+
+
+def test_the_message_is_what_is_declared() -> None:
+    message = pb.DecodingParams.DESCRIPTOR
+    assert {field.name: field.number for field in message.fields} == NUMBERS
+    assert {field.name: field.type for field in message.fields} == {
+        n: TYPES[type(p.kind)] for n, p in PARAMETERS.items()
+    }
+    for field in message.fields:
+        kind = PARAMETERS[field.name].kind
+        assert field.is_repeated == isinstance(kind, TokenIds)
+        if not isinstance(kind, TokenIds | Choice):
+            assert field.has_presence, f"{field.name}: what is not given must not look like 0"
+    assert {v.name: v.number for v in pb.Mode.DESCRIPTOR.values} == {
+        "MODE_UNSPECIFIED": 0,
+        "MODE_DIFFUSION": 1,
+        "MODE_MOCK_AR": 2,
+        "MODE_AR": 3,
+        "MODE_VERIFIED": 4,
+    }
+    assert set(pb.Mode.keys()) == {"MODE_UNSPECIFIED", *(f"MODE_{mode.upper()}" for mode in Mode)}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_what_is_given_arrives_and_nothing_else(name: str) -> None:
+    flags, value = GIVEN[name]
+    outer, dot, inner = PARAMETERS[name].http.partition(".")
+    body = {"prompt": "a", outer: {inner: value} if dot else value}
+    assert parse_call(body).asks[0].params == {name: value}
+
+    parser = argparse.ArgumentParser()
+    add_generate_arguments(parser)
+    request = request_of(parser.parse_args(["--prompt", "a", *flags]))
+    arrived = given_in(pb.DecodingParams.FromString(request.params.SerializeToString()))
+    assert check_values(arrived) == check_values({name: value})
+
+
+def test_defaults_go_there_and_back() -> None:
+    params = DecodingParams(Mode.AR, 5, top_p=0.5, stop_token_ids=(1, 2))
+    values = {name: getattr(params, name) for name in PARAMETERS}
+    assert DecodingParams(**check_values(given_in(params_message(values)))) == params
+    assert given_in(pb.DecodingParams()) == {}
+
+
+def test_a_mode_of_a_newer_client_stays_a_number() -> None:
+    assert given_in(pb.DecodingParams(mode=99)) == {"mode": 99}  # type: ignore[arg-type]
+
+
+def test_long_lists_are_not_copied() -> None:
+    message = pb.DecodingParams(stop_token_ids=[5] * 1000)
+    ids = given_in(message)["stop_token_ids"]
+    message.stop_token_ids.append(6)
+    assert len(ids) == 1001  # type: ignore[arg-type]

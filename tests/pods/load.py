@@ -1,0 +1,102 @@
+"""Clients in a namespace of their own: a process that asks the hosts it is told of, and says what came of each request.
+
+`python -m tests.pods.load CLIENTS` hears on its standard input, a JSON line each time, which hosts may get requests,
+how many at once at most, how long a client rests after each, and whether they shall be long streams. It writes a JSON
+line for each request that is sent, has its first tokens, or ends. Each request goes to the next of these hosts, as a
+Kubernetes Service chooses among the pods that are ready. Answers are compared with the library's, computed in this
+process before.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import sys
+import time
+from contextlib import AsyncExitStack
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from benchmarks.chaos_parts.client import KINDS, Asked, Client, Load, Question, client_of, questions
+from twotower.core import Mode
+
+HTTP_PORT, GRPC_PORT = 8000, 50051
+QUESTIONS, _TOKENS = 16, 48
+# Streams to their last token. Those of diffusion take the library too long.
+_LONG = tuple(kind for kind in KINDS if kind[1] in (Mode.AR, Mode.MOCK_AR) and kind[2:] == (True, False))
+_LONG_TOKENS = 128
+
+
+class Chooser:
+    """Sends each request to one of the hosts that may get one now. While requests shall be `long`, it asks these."""
+
+    def __init__(self, stack: AsyncExitStack, long: list[Question]) -> None:
+        self._stack, self._long_ones = stack, itertools.cycle(long)
+        self._clients: dict[str, Client] = {}
+        self._hosts: list[str] = []
+        self._most = self._under_way = 0
+        self._pause_s, self._long = 0.0, False
+        self._turn = itertools.count()
+        self._changed = asyncio.Condition()
+
+    async def take(self, hosts: list[str], most: int, pause_s: float, long: bool) -> None:
+        for host in hosts:
+            if host not in self._clients:
+                reached = client_of(f"{host}:{HTTP_PORT}", f"{host}:{GRPC_PORT}")
+                self._clients[host] = await self._stack.enter_async_context(reached)
+        async with self._changed:
+            self._hosts, self._most, self._pause_s, self._long = hosts, most, pause_s, long
+            self._changed.notify_all()
+
+    async def ask(self, asked: Asked) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._hosts and self._under_way < self._most)
+            self._under_way += 1
+        host = self._hosts[next(self._turn) % len(self._hosts)]
+        if self._long:
+            asked.question = next(self._long_ones)
+        began = time.monotonic()
+        _say(label=asked.label, host=host, what=_named(asked.question))
+        await self._clients[host].ask(asked, heard=_say_first)
+        _say(label=asked.label, host=host, outcome=asked.outcome, took_s=round(time.monotonic() - began, 2))
+        await asyncio.sleep(self._pause_s)
+        async with self._changed:
+            self._under_way -= 1
+            self._changed.notify_all()
+
+
+def _named(question: Question) -> str:
+    length = "long " if question.params.max_new_tokens == _LONG_TOKENS else ""
+    return f"{question.face} {length}{question.mode or 'score'}{' stream' if question.is_stream else ''}"
+
+
+def _say_first(asked: Asked) -> None:
+    if len(asked.events) == 1:
+        _say(label=asked.label, streams=True)
+
+
+def _say(**fields: Any) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+async def _hear(chooser: Chooser) -> None:
+    """Until nobody speaks any more."""
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        await chooser.take(**json.loads(line))
+
+
+async def main(clients: int) -> None:
+    asked = await questions(QUESTIONS, _TOKENS)
+    long = await questions(len(_LONG), _LONG_TOKENS, kinds=_LONG)
+    _say(questions=len(asked) + len(long))
+    async with AsyncExitStack() as stack:
+        chooser = Chooser(stack, long)
+        load = Load(chooser.ask, asked, "pods")
+        load.start(clients)
+        await _hear(chooser)
+        await load.stop(0)  # nobody asks any more
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1])))

@@ -1,0 +1,47 @@
+"""A flag for each parameter of a request, for all our commands that take them."""
+
+from argparse import SUPPRESS, Namespace, _ActionsContainer
+
+from twotower.commands.parser import ids, number
+from twotower.core import PARAMETERS, PRIORITY, STOP
+from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenIds
+
+
+def add_parameter_flags(group: _ActionsContainer, own_defaults: bool = True) -> None:
+    """`own_defaults`: whether what is not given takes the default that is declared; a service has its own."""
+    for name, parameter in PARAMETERS.items():
+        _add(group, name, parameter, SUPPRESS, own_defaults)
+    _add(group, "stop", STOP, [])
+
+
+def add_priority_flag(group: _ActionsContainer) -> None:
+    _add(group, "priority", PRIORITY, PRIORITY.default)
+
+
+def given_parameters(options: Namespace) -> dict[str, object]:
+    """Those of DecodingParams that were given, unchecked, by name."""
+    return {name: getattr(options, name) for name in PARAMETERS if hasattr(options, name)}
+
+
+def _add(group: _ActionsContainer, name: str, parameter: Parameter, default: object, tell_default: bool = True) -> None:
+    flag, told = f"--{name.replace('_', '-')}", _help(parameter, tell_default)
+    match parameter.kind:
+        case Flag():
+            group.add_argument(flag, action="store_true", default=default, help=told)
+        case Texts():
+            group.add_argument(flag, action="append", default=default, metavar="TEXT", help=f"{told}; may be repeated")
+        case TokenIds():
+            group.add_argument(flag, type=ids, default=default, metavar="7,8", help=told)
+        case kind:
+            metavar = {Choice: name.upper(), Integer: "N", Number: "X"}[type(kind)]
+            group.add_argument(flag, type=number, default=default, metavar=metavar, help=told)
+
+
+def _help(parameter: Parameter, tell_default: bool) -> str:
+    notes = [f"{' and '.join(parameter.modes)} only"] if parameter.modes else []
+    if not isinstance(parameter.kind, Flag):
+        notes.append(parameter.kind.allowed)
+        if tell_default:
+            notes.append(f"default: {parameter.default_told}")
+    told = f" ({'; '.join(notes)})" if notes else ""
+    return f"{parameter.meaning}{told}".replace("`", "")

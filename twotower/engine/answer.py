@@ -1,0 +1,59 @@
+"""What a request has been answered so far, and when that is all: the same in every mode, on either tower."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from twotower.core import BlockEvent, Request
+from twotower.decoding.margins import NEAR_TIE
+from twotower.decoding.sampling import TokenParams
+from twotower.decoding.stopping import Stopping
+
+
+class Cost(NamedTuple):
+    """What some tokens took: the counts of a BlockEvent."""
+
+    num_steps: int = 0
+    num_blocks: int = 1
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+
+@dataclass(slots=True)
+class Answer:
+    """`generated` counts the answer's tokens. `margin` is the smallest of its decisions."""
+
+    request: Request
+    stopping: Stopping
+    generated: int
+    margin: float = 1.0
+
+    @classmethod
+    def begun(cls, request: Request, eos_token_id: int) -> Self:
+        return cls(request, Stopping(request.params, eos_token_id), len(request.committed))
+
+    @property
+    def next_token(self) -> TokenParams:
+        """How a causal mode samples the next token."""
+        return TokenParams.of(self.request.params, self.generated)
+
+    def decided(self, margin: float) -> bool:
+        """A decision was made with this margin. Returns whether it was a near-tie."""
+        self.margin = min(self.margin, margin)
+        return margin < NEAR_TIE
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may still take."""
+        return self.request.params.max_new_tokens - self.generated
+
+    def extend(self, tokens: Sequence[int], cost: Cost) -> BlockEvent:
+        """The event that tells the next tokens, cut where the answer ends."""
+        kept, reason = self.stopping.cut(tokens, self.generated)
+        margin = None if reason is None else self.margin
+        event = BlockEvent(
+            self.request.id, self.generated, kept, cost.num_steps, cost.num_blocks, reason, margin,
+            cost.num_drafted, cost.num_accepted,
+        )  # fmt: skip
+        self.generated += len(kept)
+        return event

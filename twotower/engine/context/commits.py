@@ -1,0 +1,144 @@
+"""Reads for denoisers: their prompts and blocks come through ports, and a delta answers each."""
+
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from twotower.engine.context.prompts import Prompts
+from twotower.engine.context.sequences import ReadChunk, Sequences
+from twotower.engine.context.verification import Verification
+from twotower.engine.passes import Want
+from twotower.engine.scheduler import Key
+from twotower.errors import InvalidRequest, TwoTowerError
+from twotower.exchange.protocol import Command, Commit, Decided, Delta, Failed, Port, Prefill, Released, Reply
+from twotower.model.tower import ContextTower
+
+
+class Led(NamedTuple):
+    """Key of a sequence that a denoiser leads: its port here, and its number there."""
+
+    port: int
+    number: int
+
+
+class Commits:
+    """Owns the ports. A port that is lost takes its sequences with it."""
+
+    def __init__(self, tower: ContextTower, sequences: Sequences, prompts: Prompts) -> None:
+        self._sequences, self._prompts = sequences, prompts
+        self._verification = Verification(tower, sequences, self._tell, self._fail)
+        self.ports: dict[int, Port] = {}
+        self._next_port = 0
+        self._replies: dict[int, list[Reply]] = {}
+
+    def connect(self, port: Port) -> None:
+        self.ports[self._next_port] = port
+        self._next_port += 1
+
+    def receive(self) -> None:
+        """Take the denoisers' commands."""
+        for index, port in list(self.ports.items()):
+            for command in port.receive():
+                try:
+                    self._take(Led(index, command.sequence), command)
+                except TwoTowerError as error:
+                    self._reply(index, Failed(command.sequence, error))
+            if port.lost is not None:
+                self._lose(index, port)
+
+    def read(self, keys: Sequence[Key]) -> None:
+        """The blocks of these: in one forward those that stand, in another one the drafts."""
+        drafts = [key for key in keys if key in self._verification]
+        whole = [key for key in keys if key not in self._verification]
+        if whole:
+            starts = [self._sequences.length(key) for key in whole]
+            self._sequences.read(whole, Want.STATES)
+            for key, start in zip(whole, starts, strict=True):
+                self._tell(key, start, complete=True)
+        if drafts:
+            self._verification.read(drafts)
+
+    def send(self) -> None:
+        """All answers since the last time, a message a port."""
+        for index, replies in self._replies.items():
+            if index in self.ports:
+                self.ports[index].send(replies)
+        self._replies.clear()
+
+    def waited_for(self, keys: Sequence[Key]) -> bool:
+        """Whether the denoisers that gave these blocks, beside this tower, can step nothing until they are read."""
+        ports = {_led(key).port for key in keys}
+        led = [self._sequences[key] for key in self._sequences if isinstance(key, Led) and key.port in ports]
+        # A mock-AR token is read while its denoiser steps on it.
+        return all(self.ports[port].apart for port in ports) and all(len(each.to_read) > 1 for each in led)
+
+    def wants_hidden(self, last: bool) -> bool:
+        return False
+
+    def has_read(self, chunks: Sequence[ReadChunk], hidden_RLD: Tensor) -> None:
+        for read in chunks:
+            self._tell(read.chunk.key, read.chunk.start, complete=read.last)
+
+    def _take(self, key: Led, command: Command) -> None:
+        if isinstance(command, Prefill):
+            self._open(key, command)
+        elif isinstance(command, Commit):
+            self._commit(key, command)
+        else:
+            if key in self._sequences:
+                self._close(key)
+            self._reply(key.port, Released(key.number))
+
+    def _open(self, key: Led, command: Prefill) -> None:
+        if key in self._sequences:
+            raise InvalidRequest.of("sequence", f"got {key.number}, which is already open on this link")
+        if command.verifying is not None:
+            if not command.token_ids:
+                raise InvalidRequest.of("token_ids", "got an empty prompt, wanted one behind which a token is decided")
+            self._sequences.open(key, self._verification, command.token_ids, command.reserve)
+            self._verification.open(key, command.verifying)
+            return
+        self._sequences.open(key, self, command.token_ids, command.reserve)
+        if not command.token_ids:
+            self._tell(key, 0, complete=True)
+
+    def _commit(self, key: Led, command: Commit) -> None:
+        if key not in self._sequences:
+            raise InvalidRequest.of("sequence", f"got a commit to {key.number}, which is not open on this link")
+        waiting = len(self._sequences[key].to_read)
+        expected = self._sequences.length(key) + waiting
+        if command.start != expected:
+            raise InvalidRequest.of("start", f"got a commit at position {command.start}, wanted {expected}")
+        if waiting:
+            raise InvalidRequest.of("sequence", f"got a second commit to {key.number} before the first was read")
+        self._sequences.commit(key, command.token_ids)
+
+    def _close(self, key: Key) -> None:
+        self._prompts.finish(key)
+        self._sequences.close(key)
+        self._verification.forget(key)
+
+    def _lose(self, index: int, port: Port) -> None:
+        for key in self._sequences:
+            if isinstance(key, Led) and key.port == index:
+                self._close(key)
+        threading.Thread(target=port.close, name="closing a lost port", daemon=True).start()
+        del self.ports[index]
+
+    def _tell(self, key: Key, start: int, complete: bool, decided: Decided | None = None) -> None:
+        slot, (port, number) = self._sequences[key].slot, _led(key)
+        self._reply(port, Delta(number, start, self._sequences.length(key), slot, complete, decided))
+
+    def _fail(self, key: Key, error: TwoTowerError) -> None:
+        port, number = _led(key)
+        self._reply(port, Failed(number, error))
+
+    def _reply(self, index: int, reply: Reply) -> None:
+        self._replies.setdefault(index, []).append(reply)
+
+
+def _led(key: Key) -> Led:
+    assert isinstance(key, Led), "only denoisers commit"
+    return key

@@ -1,0 +1,1 @@
+"""The modes that a denoiser leads, a strategy each. `ar` has no denoiser: `twotower.engine.context.decoding`."""

@@ -1,0 +1,114 @@
+"""Steps over blocks that begin masked: which rows share a forward, and what a step leaves of a block.
+
+Knows neither when a block is full nor what becomes of it: that is a mode's.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from twotower.core import RequestId
+from twotower.decoding.unmasking import Blocks, Decision, StepParams
+from twotower.engine.modes.strategy import NOT_FINITE, LedSequence, Turn, Turns
+from twotower.engine.passes import MAX_POSITIONS, Passes
+from twotower.engine.steps import Rows, Step
+
+_NARROW = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """What one step saw and did, for whoever wants to watch: tokens before it and positions it fixed.
+
+    `margin` is that of its closest decision (`twotower.decoding.margins`).
+    """
+
+    request_id: RequestId
+    block: int
+    step: int
+    t: float
+    tokens: tuple[int, ...]
+    predicted: tuple[int, ...]
+    confidence: tuple[float, ...]
+    committed: tuple[int, ...]
+    margin: float
+
+
+class BlockSteps:
+    """Rows of like width share a forward, each at its own step of its own block."""
+
+    def __init__(self, passes: Passes, trace: Callable[[StepTrace], None] | None) -> None:
+        self._passes, self._trace = passes, trace
+
+    def launch(
+        self,
+        sequences: Sequence[LedSequence],
+        params: Callable[[LedSequence], StepParams],
+        turn: Callable[[LedSequence, Decision], Turn],
+    ) -> list[Step[Turns]]:
+        """A step of each. `turn` sees a sequence whose block has had it."""
+        return [self._step(batch, params, turn) for batch in of_like_width(sequences)]
+
+    def _step(
+        self,
+        sequences: list[LedSequence],
+        params: Callable[[LedSequence], StepParams],
+        turn: Callable[[LedSequence, Decision], Turn],
+    ) -> Step[Turns]:
+        blocks = Blocks([s.tokens for s in sequences], [s.masked for s in sequences], list(map(params, sequences)))
+        outcome = self._passes.step([s.slot for s in sequences], blocks)
+        return Step(outcome, partial(self._turns, sequences, blocks, turn))
+
+    def _turns(
+        self,
+        sequences: list[LedSequence],
+        blocks: Blocks,
+        turn: Callable[[LedSequence, Decision], Turn],
+        outcome: Rows,
+    ) -> Turns:
+        decisions = zip(sequences, blocks.read(outcome), strict=True)
+        return [(s, turn(s, decision) if self._has_stepped(s, decision) else NOT_FINITE) for s, decision in decisions]
+
+    def _has_stepped(self, sequence: LedSequence, decision: Decision) -> bool:
+        """False where the logits are not finite."""
+        if self._trace is not None:
+            self._trace(_traced(sequence, decision))
+        if not decision.finite:
+            return False
+        sequence.tokens = decision.tokens[: len(sequence.tokens)]
+        # Padding is not masked and so cannot have been fixed.
+        sequence.masked = [m and not now for m, now in zip(sequence.masked, decision.committed, strict=False)]
+        sequence.step += 1
+        return True
+
+
+def _traced(sequence: LedSequence, decision: Decision) -> StepTrace:
+    size = len(sequence.tokens)
+    return StepTrace(
+        sequence.request.id,
+        sequence.block,
+        sequence.step,
+        sum(sequence.masked) / size,
+        tuple(sequence.tokens),
+        tuple(decision.predicted[:size]),
+        tuple(decision.confidence[:size]),
+        tuple(place for place, now in enumerate(decision.committed) if now),
+        decision.margin,
+    )
+
+
+def of_like_width(sequences: Sequence[LedSequence]) -> list[list[LedSequence]]:
+    """Batches for one forward each. Rows are padded to the widest, so a wide block must not widen everybody's.
+
+    Blocks of up to `_NARROW` positions share one forward, wider ones those of the same power of two; no forward takes
+    more than `MAX_POSITIONS`, so that its logits fit into memory whatever was asked for.
+    """
+    by_width: dict[int, list[LedSequence]] = {}
+    for sequence in sequences:
+        size = len(sequence.tokens)
+        by_width.setdefault(_NARROW if size <= _NARROW else 1 << (size - 1).bit_length(), []).append(sequence)
+    batches = []
+    for width, group in by_width.items():
+        rows = max(1, MAX_POSITIONS // width)
+        batches += [group[first : first + rows] for first in range(0, len(group), rows)]
+    return batches

@@ -1,0 +1,83 @@
+"""`verified`: the denoiser drafts a block in a few steps, the context tower accepts what `ar` would have written.
+
+A block begins with the token that was decided last. The draft stands behind it: a guess that costs nothing but time
+where it is wrong. What the context tower answers to a block is a round: the accepted part of the draft and the token
+that it wrote itself.
+"""
+
+from collections.abc import Callable
+
+from twotower.config import MASK_TOKEN_ID
+from twotower.core import Request
+from twotower.decoding.unmasking import Decision, StepParams
+from twotower.engine.answer import Cost
+from twotower.engine.modes.block_steps import BlockSteps, StepTrace
+from twotower.engine.modes.strategy import NOTHING, DenoiserMode, LedSequence, Turn, Turns
+from twotower.engine.passes import Passes
+from twotower.engine.steps import Step
+from twotower.exchange.protocol import Delta, Verifying
+
+
+class Verified(DenoiserMode):
+    """The context tower's own tokens, several a round."""
+
+    commits_first = False
+
+    def __init__(self, passes: Passes, trace: Callable[[StepTrace], None] | None) -> None:
+        self._steps = BlockSteps(passes, trace)
+
+    def prompt(self, request: Request) -> tuple[int, ...]:
+        return request.history
+
+    def verifying(self, request: Request) -> Verifying:
+        return Verifying(request.params, len(request.prompt_token_ids))
+
+    def open(self, sequence: LedSequence) -> None:
+        """Nothing is certain before the prompt is read."""
+
+    def launch(self, sequences: list[LedSequence]) -> list[Step[Turns]]:
+        return self._steps.launch(sequences, _step_params, _turn)
+
+    def answered(self, sequence: LedSequence, delta: Delta) -> Turn:
+        if delta.decided is None:
+            return NOTHING  # a part of the prompt
+        token = delta.decided.token
+        tokens, cost = [token], Cost(num_blocks=0)
+        if sequence.tokens:
+            accepted = sequence.tokens[1 : delta.end - delta.start]
+            tokens, cost = [*accepted, token], Cost(sequence.step, 1, sequence.drafted, len(accepted))
+        _begin_block(sequence, token)
+        # Where the answer takes one token more, there is nothing to draft.
+        commit = [token] if _wanted(sequence, sequence.answer.room - len(tokens)) == 1 else ()
+        return Turn(delta.decided.margin, tokens, cost, commit)
+
+
+def _begin_block(sequence: LedSequence, token: int) -> None:
+    masks = sequence.request.params.block_size - 1
+    sequence.tokens, sequence.masked = [token, *[MASK_TOKEN_ID] * masks], [False, *[True] * masks]
+    sequence.block, sequence.step, sequence.drafted = sequence.block + 1, 0, 0
+
+
+def _wanted(sequence: LedSequence, room: int) -> int:
+    """How much of the block is worth reading, where the answer may take so many tokens more: reading n tokens gives at
+    most n, and nothing behind a token that ends the answer."""
+    most = min(len(sequence.tokens), room)
+    for place in range(1, most):
+        if not sequence.masked[place] and sequence.answer.stopping.ends(sequence.tokens[place]):
+            return place
+    return most
+
+
+def _turn(sequence: LedSequence, decision: Decision) -> Turn:
+    """How sure the draft was decides nothing: its margin is nobody's."""
+    wanted = _wanted(sequence, sequence.answer.room)
+    if any(sequence.masked[:wanted]):
+        return NOTHING
+    sequence.drafted = wanted - 1
+    return Turn(commit=sequence.tokens[:wanted])
+
+
+def _step_params(sequence: LedSequence) -> StepParams:
+    """The likeliest tokens, whatever the temperature: the context tower alone draws."""
+    params = sequence.request.params
+    return StepParams(params.draft_threshold, max(params.draft_steps - sequence.step, 1))

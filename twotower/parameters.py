@@ -1,0 +1,284 @@
+"""How a parameter of a request or a setting of an engine is declared: which values it takes, its default, its meaning.
+
+`twotower.core` declares the parameters, `twotower.engine.settings` the settings, each once. Validation, flags, JSON,
+protobuf, a service's configuration and docs derive from the declarations. Knows none of these, and nothing by name.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Protocol
+
+from twotower.errors import InvalidRequest
+from twotower.showing import show
+
+_KEY = "declared"
+_POWER = 20  # numbers are written as a power of 2 from here on
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class Kind(Protocol):
+    """Which values a parameter takes."""
+
+    def read(self, name: str, value: object) -> Any:
+        """The value as a request has it. Types are strict: no "5" for 5, no true for 1; a whole float passes for an
+        integer nowhere. Raises InvalidRequest about the field `name`.
+        """
+
+    @property
+    def allowed(self) -> str:
+        """The values in words, for docs and help."""
+
+    @property
+    def schema(self) -> dict[str, object]:
+        """The values as JSON Schema has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What it is without being given, which values it takes, what it does in one sentence."""
+
+    default: object
+    kind: Kind
+    meaning: str
+
+    @property
+    def field(self) -> Any:
+        """As a field of a dataclass; `settings_in` and `declared_in` find it again."""
+        return field(default=self.default, metadata={_KEY: self})
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter(Setting):
+    """A parameter of a request.
+
+    `modes`: in which it has a meaning; none are named: in all. `off`: the value that every mode takes, because it asks
+    for nothing. `http`: its name in the body of an HTTP request, where not the same; a dot is a field of a field.
+    `by_service`: whether a service may set its default. `drawn`: for each request that brings none. `default_is`: the
+    default in words, where its value does not tell it.
+    """
+
+    modes: tuple[str, ...] = ()
+    off: object = None
+    http: str = ""
+    by_service: bool = False
+    drawn: bool = False
+    default_is: str = ""
+
+    @property
+    def default_told(self) -> str:
+        """The default in words."""
+        if self.default_is:
+            return self.default_is
+        told = _told(self.default)
+        return f"{told} (off)" if self.off is not None and self.default == self.off else told
+
+
+def settings_in(fields: Sequence[Field[Any]]) -> dict[str, Setting]:
+    """What fields of a dataclass declare, by name."""
+    return {field.name: field.metadata[_KEY] for field in fields if _KEY in field.metadata}
+
+
+def declared_in(fields: Sequence[Field[Any]]) -> dict[str, Parameter]:
+    """The parameters that fields of a dataclass declare, by name, each with its name over HTTP."""
+    declared = {name: setting for name, setting in settings_in(fields).items() if isinstance(setting, Parameter)}
+    return {name: replace(parameter, http=parameter.http or name) for name, parameter in declared.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """An integer within a range; without an end where `high` is None."""
+
+    low: int
+    high: int | None = None
+
+    def read(self, name: str, value: object) -> int:
+        top = math.inf if self.high is None else self.high
+        if isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= top:
+            return value
+        ends = f"at least {self.low}" if self.high is None else f"from {self.low} to {self.high}"
+        raise _refused(name, value, f"an integer {ends}")
+
+    @property
+    def allowed(self) -> str:
+        if self.high is None:
+            return f"from {_told(self.low)}"
+        low, high = _told(self.low), _told(self.high)
+        return f"{low}–{high}" if f"{low}{high}".isdecimal() else f"{low} – {high}"
+
+    @property
+    def schema(self) -> dict[str, object]:
+        return {"type": "integer", "minimum": self.low} | ({} if self.high is None else {"maximum": self.high})
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A finite number within a range, an integer too; without an upper end where `high` is None. `low_open`: but for
+    the lower end."""
+
+    low: float
+    high: float | None = None
+    low_open: bool = False
+
+    def read(self, name: str, value: object) -> float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and self._holds(value):
+            return float(value)
+        raise _refused(name, value, f"a number {self._range}")
+
+    def _holds(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        return above and (value < math.inf if self.high is None else value <= self.high)
+
+    @property
+    def _range(self) -> str:
+        if self.high is None:
+            return f"{'above' if self.low_open else 'of at least'} {self.low:g}"
+        return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+
+    @property
+    def allowed(self) -> str:
+        if self.high is None:
+            return f"{'above' if self.low_open else 'from'} {self.low:g}"
+        return f"({self.low:g}, {self.high:g}]" if self.low_open else f"{self.low:g}–{self.high:g}"
+
+    @property
+    def schema(self) -> dict[str, object]:
+        low = {"exclusiveMinimum" if self.low_open else "minimum": self.low}
+        return {"type": "number", **low} | ({} if self.high is None else {"maximum": self.high})
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """True or false."""
+
+    def read(self, name: str, value: object) -> bool:
+        if isinstance(value, bool):
+            return value
+        raise _refused(name, value, "true or false")
+
+    @property
+    def allowed(self) -> str:
+        return "true, false"
+
+    @property
+    def schema(self) -> dict[str, object]:
+        return {"type": "boolean"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of some words."""
+
+    words: type[StrEnum]
+
+    def read(self, name: str, value: object) -> StrEnum:
+        if isinstance(value, str) and value in tuple(self.words):
+            return self.words(value)
+        raise _refused(name, value, f"one of {', '.join(self.words)}")
+
+    @property
+    def allowed(self) -> str:
+        return ", ".join(f"`{word}`" for word in self.words)
+
+    @property
+    def schema(self) -> dict[str, object]:
+        return {"type": "string", "enum": [str(word) for word in self.words]}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A list of token ids, `most` at most. Which ids a model has, the declaration does not know."""
+
+    most: int
+
+    def read(self, name: str, value: object) -> tuple[object, ...]:
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+            raise _refused(name, value, "a list of token ids")
+        if len(value) > self.most:
+            raise InvalidRequest.of(name, f"got {len(value)} token ids, wanted at most {self.most}")
+        return tuple(value)
+
+    @property
+    def allowed(self) -> str:
+        return f"up to {self.most} token ids"
+
+    @property
+    def schema(self) -> dict[str, object]:
+        return {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": self.most}
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """A string or a list of up to `most`, each of at least one character and of at most `characters`."""
+
+    most: int
+    characters: int
+
+    def read(self, name: str, value: object) -> tuple[str, ...]:
+        strings = [value] if isinstance(value, str) else value
+        if isinstance(strings, str | bytes) or not isinstance(strings, Sequence):
+            raise _no_texts(name, value)
+        if len(strings) > self.most:
+            raise InvalidRequest.of(name, f"got {len(strings)} strings, wanted at most {self.most}")
+        for text in strings:
+            if isinstance(text, str) and text:
+                check_length(name, text, self.characters)
+        if not all(isinstance(text, str) and text for text in strings):
+            raise _no_texts(name, value if isinstance(value, str) else list(strings))
+        return tuple(strings)
+
+    @property
+    def allowed(self) -> str:
+        return f"up to {self.most} strings of 1–{self.characters} characters"
+
+    @property
+    def schema(self) -> dict[str, object]:
+        text: Mapping[str, object] = {"type": "string", "minLength": 1, "maxLength": self.characters}
+        return {"anyOf": [text, {"type": "array", "items": text, "maxItems": self.most}]}
+
+
+def check_length(name: str, text: object, most: int) -> str:
+    """A string of whole Unicode characters, `most` at most. Raises InvalidRequest."""
+    if isinstance(text, str) and len(text) > most:
+        raise InvalidRequest.of(name, f"got a string of {len(text)} characters, wanted at most {most}")
+    return check_text(name, text)
+
+
+def check_text(name: str, text: object) -> str:
+    """`text` as it is, if it is a string of whole Unicode characters. Raises InvalidRequest."""
+    if not isinstance(text, str):
+        raise _refused(name, text, "a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest.of(
+            name, "got text with half a surrogate pair or broken UTF-8 in it, wanted whole Unicode characters"
+        ) from None
+    return text
+
+
+def _refused(name: str, got: object, wanted: str) -> InvalidRequest:
+    return InvalidRequest.of(name, f"got {show(got)}, wanted {wanted}")
+
+
+def _no_texts(name: str, got: object) -> InvalidRequest:
+    return _refused(name, got, "a string or a list of strings, none of them empty")
+
+
+def _told(value: object) -> str:
+    """A value in the words of docs."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int() if value < 0:
+            return f"−{_told(-value)}"
+        case int() if value.bit_length() > _POWER and value & (value - 1) == 0:
+            return f"2{str(value.bit_length() - 1).translate(_RAISED)}"
+        case int() if value.bit_length() > _POWER and value & (value + 1) == 0:
+            return f"{_told(value + 1)}−1"
+        case float():
+            return f"{value:g}"
+        case ():
+            return "none"
+    return str(value)

@@ -1,0 +1,1 @@
+"""Between tokens and text: tokenizers, text that grows with its tokens, stop strings in it."""

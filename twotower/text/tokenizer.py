@@ -1,0 +1,97 @@
+"""A checkpoint's tokenizer. The only part of the library that knows `transformers`, imported when first needed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from twotower.errors import CheckpointError, InvalidRequest
+from twotower.text.token_bytes import bytes_per_token
+from twotower.validation import check_bytes, parse_stop
+
+
+class Tokenizer(Protocol):
+    """What we use of a tokenizer."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Text of more than n times so many UTF-8 bytes has more than n tokens."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens the tokenizer's own settings put there (a BOS, say)."""
+        ...
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of text that goes on after other tokens: without special tokens of its own."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of these ids without special tokens."""
+        ...
+
+
+class PretrainedTokenizer:
+    """The checkpoint directory's own tokenizer. Never runs remote code, never asks the network.
+
+    The model's config.json has no say in it: transformers refuses some that our own reader takes.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            self._tokenizer = _load(directory)
+            self.bytes_per_token = bytes_per_token(self._tokenizer)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{directory}: cannot load the tokenizer: {reason}") from error
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text))
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(
+            self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+
+def _load(directory: Path) -> Any:
+    from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+
+    if not (directory / "tokenizer_config.json").exists():
+        return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    return AutoTokenizer.from_pretrained(
+        str(directory), config=PretrainedConfig(), trust_remote_code=False, local_files_only=True
+    )
+
+
+def load_tokenizer(directory: Path) -> Tokenizer | None:
+    """The directory's tokenizer, or None where it has none (token ids still work). Raises CheckpointError."""
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    return PretrainedTokenizer(directory)
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, field: str) -> Tokenizer:
+    """The tokenizer, or InvalidRequest on the field that needs one."""
+    if tokenizer is None:
+        raise InvalidRequest.of(field, "got text, but this checkpoint has no tokenizer; wanted token ids")
+    return tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer | None, text: object, most: int) -> list[int]:
+    """Token ids of a prompt; none for an empty one. Raises InvalidRequest for no text, no tokenizer, or text that
+    cannot have as few as `most` tokens.
+    """
+    able = require_tokenizer(tokenizer, "prompt")
+    prompt = check_bytes("prompt", text, most, able.bytes_per_token)
+    return able.encode(prompt) if prompt else []
+
+
+def check_stop(tokenizer: Tokenizer | None, stop: object) -> tuple[str, ...]:
+    """Stop strings: one, or a list of them. Raises InvalidRequest for wrong ones, or for any without a tokenizer."""
+    strings = parse_stop(stop)
+    if strings:
+        require_tokenizer(tokenizer, "stop")
+    return strings
