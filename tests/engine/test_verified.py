@@ -16,6 +16,7 @@ from tests.goldens import MODELS, golden, prompt_ids, the_first_is_quick
 from twotower.core import BlockEvent, DecodingParams, FailureEvent, FinishReason, Mode, Request, RequestId
 from twotower.decoding.margins import NEAR_TIE
 from twotower.engine.answer import Cost
+from twotower.engine.modes.drafting import Drafting
 from twotower.engine.modes.strategy import LedSequence, Turn, Turns
 from twotower.engine.modes.verified import Verified, _turn
 from twotower.engine.steps import Step
@@ -92,11 +93,21 @@ def test_any_request_in_company_has_ars_tokens(name: str, arrangement: str) -> N
     assert sum(_same(r, got[r.id], wanted[r.id]) for r in requests) >= REQUESTS - 1
 
 
+class Always(Drafting):
+    """Drafts whatever came of it."""
+
+    def pays(self) -> bool:
+        return True
+
+
 class Oracle(Verified):
     """Drafts what the context tower is going to say, but for some places, and sometimes with an end that is none."""
 
     def __init__(self, answers: dict[RequestId, list[int]], draw: random.Random, right: float) -> None:
         self.answers, self.draw, self.right = answers, draw, right
+
+    def open(self, sequence: LedSequence) -> None:
+        sequence.drafting = Always()
 
     def launch(self, sequences: list[LedSequence]) -> list[Step[Turns]]:
         return [Step(torch.zeros(len(sequences), 1), lambda _: [(s, self._drafted(s)) for s in sequences])]
@@ -150,6 +161,24 @@ def test_whatever_was_drafted_the_tokens_are_ars(name: str, right: float) -> Non
             assert accepted == drafted and rounds == -(-(tokens - 1) // request.params.block_size)
         if request.params.stop_token_ids == () and request.params.ignore_eos:
             assert 1 + accepted + rounds == tokens
+
+
+@pytest.mark.parametrize(("right", "passes"), [(0.0, 1.25), (1.0, 0.2)])
+def test_drafts_that_do_not_pay_are_left_out(right: float, passes: float) -> None:
+    """Then a token costs about a pass, as in `ar`, and it is the same token."""
+    towers, draw = towers_of("tt_dense"), random.Random("drafts")
+    request = _verified([5, 6, 7], 120, ignore_eos=True, draft_steps=1)
+    wanted = alone(towers, [_as_ar(request)])[request.id].token_ids
+    pair = ByHand(towers)
+    oracle = Oracle({request.id: wanted}, draw, right)
+    oracle.open = lambda sequence: None  # type: ignore[method-assign]  # it drafts while that pays
+    pair.denoisers[0]._modes[Mode.VERIFIED] = oracle
+    [(rounds, drafted, accepted, _)] = _counted(pair, [request], draw)
+    assert pair.results[request.id].token_ids == wanted  # type: ignore[attr-defined]
+    drafts = -(-drafted // 15)
+    assert (rounds + drafts) / len(wanted) < passes
+    assert drafts >= 7, "it is tried again"
+    assert accepted == (drafted if right else 0)
 
 
 def test_no_more_is_read_than_the_answer_may_take() -> None:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from twotower.core import Request
 from twotower.engine.answer import Answer, Cost
+from twotower.engine.modes.drafting import Drafting
 from twotower.engine.steps import Step
 from twotower.exchange.protocol import Delta, Verifying
 
@@ -42,7 +43,7 @@ class LedSequence:
 
     `ready`: the mirror holds all that has been committed, `length` positions, so the sequence can step.
     `tokens`, `masked`, `step` and `block` are its mode's: the block that it steps on. `drafted`: its mode's, too: how
-    many tokens of the block wait for the context tower's verdict.
+    many tokens of the block wait for the context tower's verdict. `drafting`: whether it drafts at all.
     """
 
     answer: Answer
@@ -57,6 +58,7 @@ class LedSequence:
     step: int = 0
     block: int = 0
     drafted: int = 0
+    drafting: Drafting = field(default_factory=Drafting)
 
     @property
     def request(self) -> Request:

@@ -2,7 +2,8 @@
 
 A block begins with the token that was decided last. The draft stands behind it: a guess that costs nothing but time
 where it is wrong. What the context tower answers to a block is a round: the accepted part of the draft and the token
-that it wrote itself.
+that it wrote itself. Where drafts do not pay (`Drafting`), a block is the one token that is certain, and a round a
+step of `ar`.
 """
 
 from collections.abc import Callable
@@ -46,9 +47,12 @@ class Verified(DenoiserMode):
         if sequence.tokens:
             accepted = sequence.tokens[1 : delta.end - delta.start]
             tokens, cost = [*accepted, token], Cost(sequence.step, 1, sequence.drafted, len(accepted))
+            if sequence.step:
+                sequence.drafting.ended(sequence.step, len(accepted))
         _begin_block(sequence, token)
         # Where the answer takes one token more, there is nothing to draft.
-        commit = [token] if _wanted(sequence, sequence.answer.room - len(tokens)) == 1 else ()
+        drafts = _wanted(sequence, sequence.answer.room - len(tokens)) > 1 and sequence.drafting.pays()
+        commit = () if drafts else [token]
         return Turn(delta.decided.margin, tokens, cost, commit)
 
 
