@@ -25,6 +25,7 @@ TESTS = Path(__file__).parent
 LONG = (
     "pods/test_rayservice.py",
     "benchmarks/test_chaos.py",
+    "cluster/test_metrics.py",
     "actors/test_cell.py",
     "cluster/test_killed_up.py",
     "cluster/test_stopping.py",

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.ops.scraping import targets
 from cluster.watch.metric import Metric
 
-LATE_S = 40.0  # Ray's processes tell their agent each ten seconds
+LATE_S = 90.0  # Ray's processes tell their agent each ten seconds
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Scrape:
 
 async def scrape(model: str) -> Scrape:
     samples = []
-    async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
         for target in targets():
             text = (await client.get(f"http://{target}/metrics")).raise_for_status().text
             for family in text_string_to_metric_families(text):

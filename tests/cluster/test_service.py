@@ -21,7 +21,7 @@ from twotower.core import Mode, Request
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 LONG: dict[str, Any] = {"max_new_tokens": 900, "ignore_eos": True}
 ROUNDS = 8
@@ -250,7 +250,7 @@ async def test_a_run_goes_on_on_the_replacement_of_what_was_killed(service: Serv
         stub = pb_grpc.GenerationServiceStub(channel)
         undisturbed = list((await stub.Generate(request)).token_ids)
         call, token_ids = stub.GenerateStream(request), list[int]()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(150):
             async for event in call:
                 if not token_ids:
                     os.kill(victim, signal.SIGKILL)
