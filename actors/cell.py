@@ -8,36 +8,21 @@ from collections.abc import Sequence
 from ray.util.placement_group import PlacementGroup
 
 from actors.cell_towers import CellTowers
-from actors.settings import CellSettings
+from actors.settings import CellSettings, check_settings
 from twotower.core import AnyRequest, Mode
 from twotower.engine.expectation import Expectation
 from twotower.engine.handle import EngineStats
-from twotower.engine.in_process import pick_dtype
 from twotower.engine.ledger import Ledger
 from twotower.engine.pair import Pair
 from twotower.engine.self_test import self_test
-from twotower.errors import ConfigError, TwoTowerError, Unavailable
-from twotower.model.checkpoint import Checkpoint, Layout
+from twotower.errors import TwoTowerError, Unavailable
+from twotower.model.checkpoint import Checkpoint
 from twotower.model.room import Room
 
 logger = logging.getLogger(__name__)
 
 _SETTLE_S = 0.2  # where the context tower dies, its denoisers may say first that they have lost their links
 _PAUSE_S = 1.0
-
-
-def check_settings(settings: CellSettings, asked: str | None = None) -> tuple[Mode, ...]:
-    """The modes a cell of these settings serves. Raises CheckpointError or ConfigError before anything is started.
-
-    `asked`: the placement in the user's words, where it is not the settings' own.
-    """
-    pick_dtype(settings.dtype)
-    checkpoint = Checkpoint.open(settings.checkpoint)
-    if settings.placement != "ar_only" and checkpoint.layout is not Layout.TWO_TOWER:
-        raise ConfigError(
-            f"placement: got {(asked or settings.placement)!r} for a {checkpoint.layout} checkpoint, wanted 'ar_only'"
-        )
-    return (Mode.AR,) if settings.placement == "ar_only" else checkpoint.modes
 
 
 class RunningPair:

@@ -4,10 +4,12 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from twotower.device_names import parse_device
+from twotower.core import Mode
+from twotower.device_names import check_dtype, parse_device
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 from twotower.exchange.settings import LinkSettings
+from twotower.model.checkpoint import Checkpoint, Layout
 
 PLACEMENTS = ("split", "colocated", "ar_only")
 STRATEGY = "STRICT_PACK"
@@ -125,3 +127,17 @@ def bundles(settings: CellSettings) -> list[dict[str, float]]:
     if settings.gpus:
         tower["GPU"] = settings.gpus
     return [{"CPU": _REPLICA_CPUS}, *(dict(tower) for _ in range(settings.processes))]
+
+
+def check_settings(settings: CellSettings, asked: str | None = None) -> tuple[Mode, ...]:
+    """The modes a cell of these settings serves. Raises CheckpointError or ConfigError before anything is started.
+
+    `asked`: the placement in the user's words, where it is not the settings' own.
+    """
+    check_dtype(settings.dtype)
+    checkpoint = Checkpoint.open(settings.checkpoint)
+    if settings.placement != "ar_only" and checkpoint.layout is not Layout.TWO_TOWER:
+        raise ConfigError(
+            f"placement: got {(asked or settings.placement)!r} for a {checkpoint.layout} checkpoint, wanted 'ar_only'"
+        )
+    return (Mode.AR,) if settings.placement == "ar_only" else checkpoint.modes

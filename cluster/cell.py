@@ -8,7 +8,6 @@ from typing import Protocol
 
 from ray.util import get_current_placement_group, get_node_ip_address
 
-from actors.cell import start_pair
 from actors.process_logs import log_to_stderr
 from actors.settings import CellSettings
 from cluster.runs.messages import NO_WISHES, Beat, Failed, Placed, ReplyTo, Wishes, about
@@ -63,6 +62,9 @@ class CellStats:
 async def _start(settings: CellSettings) -> Running:
     group = get_current_placement_group()
     assert group is not None, "a cell's replica is deployed with a placement group"
+    # With torch: routers and `up` know this module too, and are spared it.
+    from actors.cell import start_pair
+
     return await start_pair(settings, group)
 
 

@@ -1,4 +1,5 @@
-"""The names a setting may give a device. Pure Python: says what a name means, not what is there."""
+"""The names a setting may give a device, and the numbers on it. Pure Python: says what a name means, not what is
+there."""
 
 import re
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Literal
 from twotower.errors import ConfigError
 
 WANTED = "auto, cpu, cuda or cuda:N"
+DTYPES = ("float32", "bfloat16")
 _NAME = re.compile(r"(auto|cpu|cuda)|cuda:(0|[1-9][0-9]*)")
 
 
@@ -27,3 +29,9 @@ def parse_device(name: str) -> DeviceName:
         return DeviceName("cuda", int(match[2]))
     kind: Literal["auto", "cpu", "cuda"] = "auto" if name == "auto" else "cpu" if name == "cpu" else "cuda"
     return DeviceName(kind)
+
+
+def check_dtype(name: str) -> None:
+    """Raises ConfigError for what is no dtype's name."""
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: got {name!r}, wanted one of {', '.join(DTYPES)}")

@@ -34,7 +34,7 @@ class Progress:
 
 def check(config: ServiceConfig) -> None:
     """Raises CheckpointError or ConfigError for what cells and routers would refuse. Reads headers, needs no Ray."""
-    from actors.cell import check_settings
+    from actors.settings import check_settings
     from cluster.app import cell_settings
     from cluster.runs.served_model import load_served_model
 

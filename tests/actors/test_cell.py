@@ -104,7 +104,7 @@ def _golden_requests(name: str, modes: tuple[Mode, ...]) -> list[tuple[Request, 
     return wanted
 
 
-async def _all_free(running: RunningPair, within_s: float = 3.0) -> None:
+async def _all_free(running: RunningPair, within_s: float = 10.0) -> None:
     deadline = time.monotonic() + within_s
     while True:
         stats = await running.stats()
@@ -273,7 +273,7 @@ def _pids(running: RunningPair) -> list[int]:
     return [int(home["pid"]) for home in running.homes]
 
 
-async def _whole(running: RunningPair, within_s: float = 40.0) -> bool:
+async def _whole(running: RunningPair, within_s: float = 90.0) -> bool:
     async with asyncio.timeout(within_s):
         while running.served() != running.modes or running.pair.lost:
             await asyncio.sleep(0.05)

@@ -32,7 +32,7 @@ class Service:
         stats: CellStats = await handle.stats.remote()
         return stats
 
-    async def all_free(self, within_s: float = 3.0) -> float:
+    async def all_free(self, within_s: float = 10.0) -> float:
         """Waits until the cell holds nothing, on any tower; how long that took."""
         began = time.monotonic()
         while True:
@@ -77,7 +77,7 @@ def running_service(**sections: dict[str, Any]) -> Iterator[Service]:
         serve.shutdown()
 
 
-def _wait_until_ready(service: Service, within_s: float = 60.0) -> None:
+def _wait_until_ready(service: Service, within_s: float = 180.0) -> None:
     deadline = time.monotonic() + within_s
     while not is_ready(service.http):
         failure = deployment.progress().failure

@@ -18,7 +18,8 @@ from twotower.commands.output import whole_file
 from twotower.commands.parameter_flags import given_parameters
 from twotower.commands.results import Result, decode
 from twotower.core import Mode
-from twotower.engine.in_process import open_pair, pick_device, pick_dtype
+from twotower.device_names import check_dtype
+from twotower.engine.in_process import open_pair, pick_device
 from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
@@ -46,7 +47,7 @@ class Outcome:
 def generate(options: Namespace) -> Outcome:
     """Raises InvalidRequest, CheckpointError or ConfigError before a tower is loaded, other TwoTowerErrors after."""
     pick_device(options.device)
-    pick_dtype(options.dtype)
+    check_dtype(options.dtype)
     model = open_model(options.checkpoint, options.max_sequence_length)
     torch.set_num_threads(threads_for(model.checkpoint.config, torch.get_num_threads()))
     given = given_parameters(options)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from twotower.device_names import parse_device
+from twotower.device_names import check_dtype, parse_device
 from twotower.engine.capture import check_capture
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
@@ -28,8 +28,6 @@ from twotower.model.transfer import current
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def pick_device(name: str) -> torch.device:
     """The device a setting names; `auto` is CUDA where there is one. Raises ConfigError for one that is not there.
@@ -48,10 +46,9 @@ def pick_device(name: str) -> torch.device:
 
 def pick_dtype(name: str) -> torch.dtype:
     """The dtype a setting names. Raises ConfigError."""
-    try:
-        return DTYPES[name]
-    except KeyError:
-        raise ConfigError(f"dtype: got {name!r}, wanted one of {', '.join(DTYPES)}") from None
+    check_dtype(name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def colocated_runner(

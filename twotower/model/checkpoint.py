@@ -10,14 +10,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from twotower.config import ModelConfig
 from twotower.core import Mode
 from twotower.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONTEXT_PREFIX, DENOISER_PREFIX, BASE_PREFIX = "context_tower.", "denoiser_tower.", "backbone."
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -91,7 +93,7 @@ class Reader:
     def __exit__(self, *exc: object) -> None:
         self._open.close()
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         """Read now, on the CPU, in its stored dtype."""
         file = self._shard_of(name)
         try:
@@ -112,7 +114,7 @@ class Reader:
         if path != self._path or self._mapped > _MAPPED_BYTES:
             self._open.close()
             self._path, self._mapped = None, 0  # and so it stays where the next one cannot be opened
-            self._file = self._open.enter_context(_opened(path))
+            self._file = self._open.enter_context(_opened(path, "pt"))
             self._path = path
         return self._file
 
@@ -138,19 +140,20 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def _names_in(path: Path) -> list[str]:
-    with _opened(path) as file:
+    # With numpy: a process that reads names alone, as a router does, is spared torch.
+    with _opened(path, "np") as file:
         return list(file.keys())
 
 
 class _opened:
     """`safe_open` whose failures name the file."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, framework: Literal["np", "pt"]) -> None:
+        self._path, self._framework = path, framework
 
     def __enter__(self) -> "safe_open":
         try:
-            self._file = safe_open(self._path, framework="pt")
+            self._file = safe_open(self._path, framework=self._framework)
             return self._file.__enter__()
         except FileNotFoundError as error:
             raise CheckpointError(f"{self._path}: no such file") from error

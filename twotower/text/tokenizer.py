@@ -1,5 +1,6 @@
 """A checkpoint's tokenizer. The only part of the library that knows `transformers`, imported when first needed."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -7,6 +8,8 @@ from typing import Any, Protocol
 from twotower.errors import CheckpointError, InvalidRequest
 from twotower.text.token_bytes import bytes_per_token
 from twotower.validation import check_bytes, parse_stop
+
+_USUAL = ("PreTrainedTokenizerFast", "TokenizersBackend")  # the class's names before and since transformers 5
 
 
 class Tokenizer(Protocol):
@@ -57,10 +60,17 @@ class PretrainedTokenizer:
 
 
 def _load(directory: Path) -> Any:
-    from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+    # The usual class by its name: it needs no torch, which transformers' choice among all classes imports.
+    from transformers import PreTrainedTokenizerFast
 
-    if not (directory / "tokenizer_config.json").exists():
+    config = directory / "tokenizer_config.json"
+    if not config.exists():
         return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    if json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") in _USUAL:
+        return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+
+    from transformers import AutoTokenizer, PretrainedConfig
+
     return AutoTokenizer.from_pretrained(
         str(directory), config=PretrainedConfig(), trust_remote_code=False, local_files_only=True
     )
