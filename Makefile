@@ -4,7 +4,7 @@ PY := .venv/bin/python
 KERNELS_PY := .venv-kernels/bin/python
 export PYTHON
 
-.PHONY: help env kernels-env deploy-env serve test test-alone test-cluster test-kernels check check-format check-lint check-types check-imports check-proto check-docs check-chart format proto docs
+.PHONY: help env kernels-env deploy-env serve test test-alone test-cluster test-kernels test-long check check-format check-lint check-types check-imports check-proto check-docs check-chart format proto docs
 
 help:
 	@echo "make serve         start the service on this machine; Ctrl-C stops it"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-alone    those without a cluster, the quick part"
 	@echo "make test-cluster  those on a local Ray, and slow ones"
 	@echo "make test-kernels  those of the real kernel packages, which need no GPU but .venv-kernels"
+	@echo "make test-long     further cases of some of them, half an hour; in no other target, nor in CI"
 	@echo "make check         formatting, lint, types, import contracts, drift of stubs and of docs"
 	@echo "make format        format the code and mend what lint can mend"
 	@echo "make proto         regenerate twotower/pb from protos/"
@@ -37,14 +38,14 @@ endif
 # Two at a time, each with neighbours, which share what they load.
 test-alone: env
 	@echo "[1/3] Tests without a cluster, but for slow ones"
-	@$(PY) -m pytest --quiet --numprocesses 2 --dist worksteal -m "not ray and not slow and not kernels"
+	@$(PY) -m pytest --quiet --numprocesses 2 --dist worksteal -m "not ray and not slow and not long and not kernels"
 
 # On a local Ray the tests of a file stay together, because they share what they started. tests/conftest.py puts the files
 # in an order that keeps both workers busy to the end. (`--dist loadgroup` does nothing: xdist 3.8 cannot rename this
 # pytest's tests.)
 test-cluster: env
 	@echo "[2/3] Tests on a local Ray, and slow ones"
-	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "(ray or slow) and not kernels"
+	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "(ray or slow) and not long and not kernels"
 
 # Triton's interpreter is chosen for a whole process, and these packages are built without CUDA: nothing of it may
 # reach .venv.
@@ -54,6 +55,9 @@ kernels-env:
 test-kernels: kernels-env
 	@echo "[3/3] Tests of the real kernels"
 	@$(KERNELS_PY) -m pytest --quiet --numprocesses 2 --dist worksteal tests/kernels
+
+test-long: env
+	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "long and not kernels"
 
 # Without a cluster. Tests that need it are skipped where it is not there.
 deploy-env:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -95,10 +96,16 @@ def _threads() -> set[str]:
     return {each.name for each in threading.enumerate() if each.name.startswith(("engine", "link"))}
 
 
+# Each in each of the others' company at least once; all of them are the long ones.
+_USUAL = {("tt_moe", "split", "on"), ("tt_dense", "colocated", "on"), ("tt_dense", "split", "off")}
+_CASES = [
+    pytest.param(*case, marks=[] if case in _USUAL else pytest.mark.long)
+    for case in product(["tt_dense", "tt_moe"], ["split", "colocated"], ["off", "on"])
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tt_dense", "tt_moe"])
-@pytest.mark.parametrize("placement", ["split", "colocated"])
-@pytest.mark.parametrize("captured", ["off", "on"])
+@pytest.mark.parametrize(("name", "placement", "captured"), _CASES)
 async def test_a_cell_from_loading_to_closing(
     name: str, placement: str, captured: str, machine: Gpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +136,7 @@ async def test_a_denoiser_that_lets_go_is_joined_again_with_its_captures(
 ) -> None:
     """Under the next epoch, over a group of its own; the context tower forgets what was led over the old one."""
     monkeypatch.setattr(capture, "grouped_products_wait", lambda *_: False)
-    async with _cell(_settings("tt_moe", "split", capture="on")) as running:
+    async with _cell(_settings("tt_dense", "split", capture="on")) as running:
         captures = machine.captures
         running.pair.lose(0, Unavailable("for a test"))
         async with asyncio.timeout(60):
@@ -139,7 +146,7 @@ async def test_a_denoiser_that_lets_go_is_joined_again_with_its_captures(
         async with asyncio.timeout(10):  # a context tower hears late that the denoiser's last answer is whole
             while not all(_is_free(each) for each in await running.stats()):
                 await asyncio.sleep(0.01)
-    assert [each.token_ids for each in decoded] == await _wanted("tt_moe")
+    assert [each.token_ids for each in decoded] == await _wanted("tt_dense")
     assert machine.captures == captures > 0 and len(Here.made) == 2, "nothing was loaded or captured again"
     assert len(ProcessGroupNCCL.groups) == 4
     assert _threads() == set()

@@ -11,7 +11,7 @@ from tests.goldens import GOLDEN_DIR, MODELS
 QUICK = ["--quick", "--threads", "1", "--max-new-tokens", "16", "--paths", "naive,in_process", "--concurrency", "1,2"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_report(tmp_path: Path) -> None:
     output = tmp_path / "new" / "report.md"
     assert main([*QUICK, "--checkpoint", str(GOLDEN_DIR / MODELS[0]), "--output", str(output)]) == 0

@@ -9,7 +9,7 @@ from benchmarks.verified_parts.experiment import Cost, Experiment, Found, Plan, 
 from twotower.core import Mode
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "result.md"
     arguments = ["--in-process", "--clients", "1,2", "--requests", "3", "--rounds", "1", "--repetitions", "1"]

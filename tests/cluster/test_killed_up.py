@@ -20,9 +20,9 @@ from tests.cluster.up_process import CHECKOUT, UpProcess
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
-SETTINGS = ("cell.placement=split", "cell.device=cpu", "cell.max_sequences=2")
+SETTINGS = ("cell.placement=colocated", "cell.device=cpu", "cell.max_sequences=2")
 LONG_STREAMS = ("cluster.drain_timeout_s=300", f"model.max_sequence_length={LONGEST}")
-HANG = ("ray::ContextActor", "ray::ServeReplica:twotower:Cell")  # a tower, and who would kill it
+HANG = ("ray::ColocatedActor", "ray::ServeReplica:twotower:Cell")  # a tower, and who would kill it
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from tests.cluster.up_process import UpProcess
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
-PROMPTS, TOKENS = 8, 400  # one prompt after the other, which takes seconds
+PROMPTS, TOKENS = 4, 400  # one prompt after the other, which takes seconds
 SETTINGS = ("cell.placement=colocated", "cell.device=cpu", "cell.max_sequences=2")
 LONG: dict[str, Any] = {
     "prompt": [[5 + number, 6, 7] for number in range(PROMPTS)],

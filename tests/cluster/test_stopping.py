@@ -23,7 +23,12 @@ from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 LONGEST = 60_000
-SETTINGS = ("cell.placement=split", "cell.device=cpu", "cell.max_sequences=4", f"model.max_sequence_length={LONGEST}")
+SETTINGS = (
+    "cell.placement=colocated",
+    "cell.device=cpu",
+    "cell.max_sequences=4",
+    f"model.max_sequence_length={LONGEST}",
+)
 OF_OLD_S = 15.0  # after which Serve cut what ran, whatever was configured
 ENOUGH_S = 24.0  # of one stream alone: two at once, ever longer, take several times as long
 PROMPT = [5, 6, 7]

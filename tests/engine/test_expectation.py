@@ -59,7 +59,7 @@ async def test_the_demo_keeps_its_bounds(demo: Towers) -> None:
     await _try_out(demo, (Mode.AR, Mode.DIFFUSION))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_recorded_passes_keep_them_too(demo: Towers) -> None:
     async with split_pair(demo, 1, replace(SETTINGS, capture="on")) as pair:
         await self_test(pair, tuple(Mode), 60, Expectation.load(DEMO))

@@ -46,7 +46,7 @@ from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower, script
 from twotower.testing.towers import VOCAB
 
 SCHEDULES = 2040
-BATCHES, QUICK_BATCHES = 17, 1
+BATCHES, SLOW_BATCHES, QUICK_BATCHES = 17, 6, 1  # those from the second number on are long
 MIRRORED, MIRRORED_BATCHES = 60, 3  # further ones over the exchange of processes
 MAX_TICKS = 3000  # far more than any schedule needs: reaching it is starvation
 
@@ -299,11 +299,18 @@ def _nothing_is_left(cell: SimulatedCell, seed: int) -> None:
     assert (cell.ledger.running, cell.ledger.waiting) == (0, 0), f"schedule {seed}"
 
 
+def _long(batches: Sequence[int]) -> list[Any]:
+    return [pytest.param(batch, marks=pytest.mark.long) for batch in batches]
+
+
 def _slow(batches: range) -> list[Any]:
     return [pytest.param(batch, marks=pytest.mark.slow) for batch in batches]
 
 
-@pytest.mark.parametrize("batch", [*range(QUICK_BATCHES), *_slow(range(QUICK_BATCHES, BATCHES))])
+@pytest.mark.parametrize(
+    "batch",
+    [*range(QUICK_BATCHES), *_slow(range(QUICK_BATCHES, SLOW_BATCHES)), *_long(range(SLOW_BATCHES, BATCHES))],
+)
 @pytest.mark.slow
 def test_random_schedules(batch: int) -> None:
     seen: Counter[str] = Counter()
