@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from twotower.core import Request
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S, STOP_LIMIT_S = 180.0, 60.0
 _POLL_S = 0.1
+_NOT_GIVEN = (20_000, 32_000)  # below those that Linux gives, above those of Ray's workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,13 @@ async def _first_token(address: str, request: Request) -> None:
 
 def free_ports() -> tuple[int, int]:
     """Two ports that are free now. Somebody else may take one before the service does; then it says so."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    http, grpc = (int(s.getsockname()[1]) for s in sockets)
-    for s in sockets:
-        s.close()
-    return http, grpc
+    http, grpc = free_port(), free_port()
+    return (http, grpc) if http != grpc else free_ports()
+
+
+def free_port() -> int:
+    """A port that is free now, and that the kernel gives nobody who asks for any port: Ray's processes take many."""
+    while True:
+        with suppress(OSError), socket.create_server(("127.0.0.1", random.randint(*_NOT_GIVEN))) as server:
+            port: int = server.getsockname()[1]
+            return port

@@ -1,13 +1,13 @@
 """A real service for tests: Router and Cell on the session's Ray, with free ports and a golden checkpoint."""
 
 import asyncio
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.reference.service import free_port as free_port
 from cluster.app import APP_NAME
 from cluster.cell import CellStats
 from cluster.cli.client import is_ready
@@ -44,12 +44,6 @@ class Service:
                 return time.monotonic() - began
             assert time.monotonic() - began < within_s, f"not everything was given back: {stats}"
             await asyncio.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
-        return port
 
 
 @contextmanager
