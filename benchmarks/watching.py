@@ -1,0 +1,208 @@
+"""What watching costs a service: metrics, a log line a request and the ops page, and traces beside them.
+
+Starts a service of the demo (colocated, one cell, all on loopback) whose observers can be switched while it runs, and a
+collector that takes its traces. Clients ask the same requests watched by nobody, as by default, and with traces, in
+turns within each round. Beside it each observer's own CPU time for a request, without a service.
+
+examples:
+  python -m benchmarks.watching
+  python -m benchmarks.watching --rounds 12 --output benchmarks/results/watching_<hardware>_<date>.md
+"""
+
+import argparse
+import asyncio
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the towers of the demo are so small that threads only wait
+
+import psutil
+from tqdm import tqdm
+
+from benchmarks.chaos_parts.service import Service, Shape, running_service
+from benchmarks.reference.driver import drive
+from benchmarks.reference.paths import ServedPath
+from benchmarks.reference.report import bullets, setting, spread, table
+from benchmarks.reference.service import free_ports
+from benchmarks.reference.workload import DEMO, Workload
+from benchmarks.watching_parts.figures import AIM, MEASURES, Found, Slice, Way, lost, surely
+from benchmarks.watching_parts.observers import OBSERVERS, costs_us
+from benchmarks.watching_parts.sink import Sink, sink
+from cluster.ops import local_ray
+from twotower.commands.parser import count
+from twotower.core import Mode
+from twotower.model.checkpoint import Checkpoint
+
+_TOKENS, _CLIENTS = 64, 16
+_MODES = (Mode.DIFFUSION, Mode.AR)
+_ALONE, _ALONE_TIMES = 1600, 5  # requests, and how often
+Costs = dict[tuple[str, Mode], list[float]]  # microseconds, by observer and mode
+
+
+class Experiment:
+    """Asks in turns: what the machine does meanwhile hits all ways alike."""
+
+    def __init__(self, service: Service, traces: Sink, rounds: int, requests: int) -> None:
+        self._service, self._traces, self._rounds, self._requests = service, traces, rounds, requests
+        self._workload = Workload(Checkpoint.open(DEMO), _TOKENS, 0.8, ignore_eos=True)
+        [self._router] = service.processes()["router"]
+        self.found = Found()
+        self.received = (0, 0)
+
+    async def run(self) -> Found:
+        for mode in _MODES:
+            await self._slice(mode, Way.TRACES, "warm")
+        ways = tuple(Way)
+        for number in tqdm(range(self._rounds), unit="round", smoothing=0):
+            for mode in _MODES:
+                for way in ways[number % 3 :] + ways[: number % 3]:
+                    self.found.add(mode, way, await self._slice(mode, way, str(number)))
+        self.received = self._traces.received()
+        return self.found
+
+    async def _slice(self, mode: Mode, way: Way, name: str) -> Slice:
+        await self._switch(way)
+        requests = self._workload.requests(mode, self._requests, f"{name}-{mode}-{way.name}".lower())
+        router_s, service_s = self._cpu_s()
+        measured = await drive(ServedPath(self._service.grpc), (), requests, _CLIENTS)
+        router_after_s, service_after_s = self._cpu_s()
+        return Slice(
+            len(requests), measured.num_tokens, measured.seconds, tuple(one.arrivals[-1] for one in measured.answers),
+            router_after_s - router_s, service_after_s - service_s,
+        )  # fmt: skip
+
+    async def _switch(self, way: Way) -> None:
+        """Raises RuntimeError where the traces of before have not come."""
+        from ray import serve
+
+        for deployment in ("Router", "Cell"):
+            handle: Any = serve.get_deployment_handle(deployment, "twotower")
+            await handle.watched.remote(str(way))
+        if self.found.slices and not self._traces.received()[1]:
+            raise RuntimeError("the collector has got no traces")
+
+    def _cpu_s(self) -> tuple[float, float]:
+        """Of the router, and of all that this process has started but the collector: Ray's, Serve's and ours."""
+        others = [one for one in psutil.Process().children(recursive=True) if one.pid != self._traces.pid]
+        return _used_s(self._router), sum(map(_used_s, others))
+
+
+def _used_s(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
+
+
+def _alone() -> Costs:
+    return {
+        (name, mode): [costs_us(name, mode, _TOKENS, _ALONE) for _ in range(_ALONE_TIMES)]
+        for mode in _MODES
+        for name in OBSERVERS
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=count, default=9, help="each way once in each (%(default)s)")
+    parser.add_argument("--requests", type=count, default=96, help="of each way and mode in a round (%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the report there")
+    options = parser.parse_args(arguments)
+    load_before = os.getloadavg()[0]
+    local_ray.prepare_environment()  # before anything imports Ray
+    from benchmarks.watching_parts.switched import switchable
+
+    alone = _alone()
+    with sink() as traces:
+        os.environ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] = f"http://127.0.0.1:{traces.port}/v1/traces"
+        with switchable(), running_service(Shape("colocated", 1), {}, free_ports()) as service:
+            experiment = Experiment(service, traces, options.rounds, options.requests)
+            found = asyncio.run(experiment.run())
+    command = shlex.join(["python", "-m", "benchmarks.watching", *(sys.argv[1:] if arguments is None else arguments)])
+    where = bullets(
+        setting(load_before, command) | {"collector": "{} calls, {} bytes of spans".format(*experiment.received)}
+    )
+    report = render(found, alone, where)
+    print(report)
+    if options.output is not None:
+        options.output.write_text(report, encoding="utf-8")
+    return 0
+
+
+def render(found: Found, alone: Costs, where: str) -> str:
+    """The whole report."""
+    return f"""# What watching costs a service
+
+{where}
+
+- {_CLIENTS} clients over gRPC, answers of {_TOKENS} tokens, γ 0.8, EOS ignored. A slice is {_requests(found)} requests.
+- {Way.OFF}: no observer in the router, nothing told to Ray, no second of the ops page kept. What cells tell routers
+  and Serve goes on: it is not for watching alone.
+- {Way.DEFAULT}: metrics, a log line a request, the ops page's seconds. {Way.TRACES}: spans beside them, sent to a
+  collector in a process of its own on the same cores.
+- Each is the median over the rounds, smallest to largest in brackets; ÷ is by the round. The CPU time of the service is
+  that of all its processes, Ray's own among them.
+
+{_verdict(found)}
+
+{_ways(found)}
+
+## Each observer by itself
+
+CPU time for a request of {_TOKENS} tokens, in this process: {_ALONE} requests, {_CLIENTS} at a time,
+{_ALONE_TIMES} times. Telling Ray once a second and sending spans is not in it; it is in the CPU times above.
+
+{_by_observer(found, alone)}
+"""
+
+
+def _requests(found: Found) -> int:
+    return next(iter(found.slices.values()))[0].requests
+
+
+def _verdict(found: Found) -> str:
+    lines = []
+    for mode in found.modes:
+        for way in (Way.DEFAULT, Way.TRACES):
+            speed, cpu = found.ratios(mode, way, MEASURES[0]), found.ratios(mode, way, MEASURES[4])
+            low, high = surely(speed)
+            kept = "within" if lost(speed) <= AIM else "MORE than"
+            lines.append(
+                f"- `{mode}`, {way}: {100 * lost(speed):.1f} % of the throughput is gone ({kept} the aim of "
+                f"{100 * AIM:.0f} %; 95 % interval of the median: {100 * (1 - high):.1f} to {100 * (1 - low):.1f} %), "
+                f"{100 * (statistics.median(cpu) - 1):+.1f} % CPU time."
+            )
+    return "\n".join(lines)
+
+
+def _ways(found: Found) -> str:
+    rows = []
+    for mode in found.modes:
+        for measure in MEASURES:
+            values = [spread(found.values(mode, way, measure), measure.digits) for way in Way]
+            ratios = [spread(found.ratios(mode, way, measure), 3) for way in (Way.DEFAULT, Way.TRACES)]
+            rows.append([mode, measure.name, *values, *ratios])
+    return table(["mode", "", *Way, f"{Way.DEFAULT} ÷ {Way.OFF}", f"{Way.TRACES} ÷ {Way.OFF}"], rows)
+
+
+def _by_observer(found: Found, alone: Costs) -> str:
+    rows = []
+    for (name, mode), costs in alone.items():
+        share = _share(found, mode, statistics.median(costs))
+        rows.append([mode, name, spread(costs, 0), share])
+    return table(["mode", "observer", "µs a request", "of the service's CPU time for one"], rows)
+
+
+def _share(found: Found, mode: str, cost_us: float) -> str:
+    spent_ms = statistics.median(found.values(mode, Way.OFF, MEASURES[4]))
+    return f"{100 * cost_us / 1e3 / spent_ms:.2f} %"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
