@@ -6,6 +6,7 @@ turns within each round. Beside it each observer's own CPU time for a request, w
 
 examples:
   python -m benchmarks.watching
+  python -m benchmarks.watching --alone                  # without Ray: the observers against the engines, CPU time only
   python -m benchmarks.watching --rounds 12 --output benchmarks/results/watching_<hardware>_<date>.md
 """
 
@@ -30,6 +31,7 @@ from benchmarks.reference.paths import ServedPath
 from benchmarks.reference.report import bullets, setting, spread, table
 from benchmarks.reference.service import free_ports
 from benchmarks.reference.workload import DEMO, Workload
+from benchmarks.watching_parts.engines import Engines
 from benchmarks.watching_parts.figures import AIM, MEASURES, Found, Slice, Way, lost, surely
 from benchmarks.watching_parts.observers import OBSERVERS, costs_us
 from benchmarks.watching_parts.sink import Sink, sink
@@ -40,7 +42,7 @@ from twotower.model.checkpoint import Checkpoint
 
 _TOKENS, _CLIENTS = 64, 16
 _MODES = (Mode.DIFFUSION, Mode.AR)
-_ALONE, _ALONE_TIMES = 1600, 5  # requests, and how often
+_ALONE, _ALONE_TIMES = 320, 5  # requests, and how often
 Costs = dict[tuple[str, Mode], list[float]]  # microseconds, by observer and mode
 
 
@@ -108,27 +110,40 @@ def _alone() -> Costs:
     }
 
 
+def _served(rounds: int, requests: int) -> tuple[Found, tuple[int, int]]:
+    """And what the collector has got: calls and bytes."""
+    local_ray.prepare_environment()  # before anything imports Ray
+    from benchmarks.watching_parts.switched import switchable
+
+    with sink() as traces:
+        os.environ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] = f"http://127.0.0.1:{traces.port}/v1/traces"
+        with switchable(), running_service(Shape("colocated", 1), {}, free_ports()) as service:
+            experiment = Experiment(service, traces, rounds, requests)
+            return asyncio.run(experiment.run()), experiment.received
+
+
+def _engines() -> dict[str, list[float]]:
+    """Milliseconds of a request, by mode."""
+    engines = Engines(_TOKENS)
+    return {mode: asyncio.run(engines.costs_ms(mode, _CLIENTS, _ALONE_TIMES)) for mode in _MODES}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=count, default=9, help="each way once in each (%(default)s)")
     parser.add_argument("--requests", type=count, default=96, help="of each way and mode in a round (%(default)s)")
+    parser.add_argument("--alone", action="store_true", help="no service: CPU time of observers and of engines")
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the report there")
     options = parser.parse_args(arguments)
     load_before = os.getloadavg()[0]
-    local_ray.prepare_environment()  # before anything imports Ray
-    from benchmarks.watching_parts.switched import switchable
-
     alone = _alone()
-    with sink() as traces:
-        os.environ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] = f"http://127.0.0.1:{traces.port}/v1/traces"
-        with switchable(), running_service(Shape("colocated", 1), {}, free_ports()) as service:
-            experiment = Experiment(service, traces, options.rounds, options.requests)
-            found = asyncio.run(experiment.run())
     command = shlex.join(["python", "-m", "benchmarks.watching", *(sys.argv[1:] if arguments is None else arguments)])
-    where = bullets(
-        setting(load_before, command) | {"collector": "{} calls, {} bytes of spans".format(*experiment.received)}
-    )
-    report = render(found, alone, where)
+    if options.alone:
+        report = render_alone(alone, _engines(), bullets(setting(load_before, command)))
+    else:
+        found, received = _served(options.rounds, options.requests)
+        told = {"collector": f"{received[0]} calls, {received[1]} bytes of spans"}
+        report = render(found, alone, bullets(setting(load_before, command) | told))
     print(report)
     if options.output is not None:
         options.output.write_text(report, encoding="utf-8")
@@ -137,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def render(found: Found, alone: Costs, where: str) -> str:
     """The whole report."""
+    spent = {mode: statistics.median(found.values(mode, Way.OFF, MEASURES[4])) for mode in found.modes}
     return f"""# What watching costs a service
 
 {where}
@@ -153,13 +169,42 @@ def render(found: Found, alone: Costs, where: str) -> str:
 
 {_ways(found)}
 
-## Each observer by itself
+{_observers(alone, "the service's", spent)}
+"""
+
+
+def render_alone(alone: Costs, engines: dict[str, list[float]], where: str) -> str:
+    """The report of a run without a service."""
+    spent = {mode: statistics.median(times) for mode, times in engines.items()}
+    rows = [[mode, spread(times, 1)] for mode, times in engines.items()]
+    return f"""# What watching costs: the observers alone
+
+{where}
+
+No service ran: this is CPU time alone, and throughput was not measured. The engines are a pair of the demo in this
+process, {_CLIENTS} requests together; a service spends more on a request than they do, so the shares are upper bounds.
+
+{table(["mode", "engines, CPU ms a request"], rows)}
+
+{_observers(alone, "the engines'", spent)}
+"""
+
+
+def _observers(alone: Costs, whose: str, spent_ms: dict[str, float]) -> str:
+    """Medians of both; the share of all that are on by default, too."""
+    rows = []
+    for mode in dict.fromkeys(mode for _, mode in alone):
+        costs = {name: times for (name, of), times in alone.items() if of == mode}
+        usual = sum(statistics.median(times) for name, times in costs.items() if name != "traces")
+        shown = [(name, spread(times, 0), statistics.median(times)) for name, times in costs.items()]
+        for name, text, cost_us in [*shown, ("all but traces", f"{usual:.0f}", usual)]:
+            rows.append([mode, name, text, f"{cost_us / 10 / spent_ms[mode]:.2f} %"])
+    return f"""## Each observer by itself
 
 CPU time for a request of {_TOKENS} tokens, in this process: {_ALONE} requests, {_CLIENTS} at a time,
-{_ALONE_TIMES} times. Telling Ray once a second and sending spans is not in it; it is in the CPU times above.
+{_ALONE_TIMES} times; medians, smallest to largest in brackets. Neither telling Ray nor sending spans is in it.
 
-{_by_observer(found, alone)}
-"""
+{table(["mode", "observer", "µs a request", f"of {whose} CPU time for one"], rows)}"""
 
 
 def _requests(found: Found) -> int:
@@ -189,19 +234,6 @@ def _ways(found: Found) -> str:
             ratios = [spread(found.ratios(mode, way, measure), 3) for way in (Way.DEFAULT, Way.TRACES)]
             rows.append([mode, measure.name, *values, *ratios])
     return table(["mode", "", *Way, f"{Way.DEFAULT} ÷ {Way.OFF}", f"{Way.TRACES} ÷ {Way.OFF}"], rows)
-
-
-def _by_observer(found: Found, alone: Costs) -> str:
-    rows = []
-    for (name, mode), costs in alone.items():
-        share = _share(found, mode, statistics.median(costs))
-        rows.append([mode, name, spread(costs, 0), share])
-    return table(["mode", "observer", "µs a request", "of the service's CPU time for one"], rows)
-
-
-def _share(found: Found, mode: str, cost_us: float) -> str:
-    spent_ms = statistics.median(found.values(mode, Way.OFF, MEASURES[4]))
-    return f"{100 * cost_us / 1e3 / spent_ms:.2f} %"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from http.client import HTTPConnection
 
 import pytest
 
-from benchmarks.watching import render
+from benchmarks.watching import render, render_alone
 from benchmarks.watching_parts.figures import MEASURES, Found, Slice, Way, lost, surely
 from benchmarks.watching_parts.observers import OBSERVERS, chosen, costs_us
 from benchmarks.watching_parts.sink import sink
@@ -45,7 +45,14 @@ def test_the_report_says_what_is_gone_and_which_observer_takes_what() -> None:
     )
     assert "`ar`, default: 0.5 % of the throughput is gone (within the aim of 2 %" in report
     assert "`ar`, with traces: 20.0 % of the throughput is gone (MORE than the aim of 2 %" in report
-    assert "| ar | traces | 2000 (1000–3000) | 2.00 % |" in report
+    assert "| ar | traces | 2000 (1000–3000) | 2.00 % |" in report, "of 100 ms"
+
+
+def test_without_a_service_observers_are_a_share_of_what_engines_spend() -> None:
+    costs = {("log line", Mode.AR): [50.0], ("metrics", Mode.AR): [100.0], ("traces", Mode.AR): [400.0]}
+    report = render_alone(costs, {Mode.AR: [20.0, 10.0, 30.0]}, "- here")
+    assert "| ar | 20.0 (10.0–30.0) |" in report and "| ar | traces | 400 (400–400) | 2.00 % |" in report
+    assert "| ar | all but traces | 150 | 0.75 % |" in report and "throughput was not measured" in report
 
 
 def test_every_observer_is_timed_and_what_traces_cost_is_more_than_nothing() -> None:

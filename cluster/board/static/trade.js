@@ -1,8 +1,8 @@
 // What another γ would cost: the checkpoint's own curve of quality and throughput, read once for each deployment.
 const TRADE = { height: 300, left: 64, right: 70, top: 18, bottom: 44 };
 const TRADE_X = [
-  ["throughput", "times_ar", "throughput, as a multiple of ar's", (value) => `${number(value)} ×`],
-  ["tokens per step", "tokens_per_step", "tokens per denoiser step", number],
+  ["throughput", "times_ar", "throughput, as a multiple of ar's", (value) => `${+value.toFixed(2)} ×`],
+  ["tokens per step", "tokens_per_step", "tokens per denoiser step", (value) => String(+value.toFixed(2))],
 ];
 const TRADE_COLUMNS = [
   ["decoded with", "γ, the confidence threshold of diffusion; or ar, the context tower alone."],
@@ -10,8 +10,8 @@ const TRADE_COLUMNS = [
   ["95 % interval", "Where the quality of all such prompts lies, 19 times of 20.", true],
   ["tokens per step", "Tokens of answers divided by the denoiser's steps for them. It does not depend on the hardware.", true],
   ["throughput", "Tokens per second as a multiple of ar's in the same measurement. It depends on hardware and load.", true],
-  ["against now: quality", "What this way would change of the one that is served by default, in points of ar's quality.", true],
-  ["throughput", "What this way would change of the throughput of the one that is served by default.", true],
+  ["quality, against now", "What this way would change of the one that is served by default, in points of ar's quality.", true],
+  ["throughput, against now", "What this way would change of the throughput of the one that is served by default.", true],
 ];
 const trade = { told: null, of: "", x: 0, chosen: 0, pointed: null, live: "" };
 
@@ -37,6 +37,7 @@ async function readTrade() {
 
 function wayName(way) { return way.threshold === null ? "ar" : `γ ${way.threshold}`; }
 function shareText(value) { return `${(100 * value).toFixed(1)}${SPACE}%`; }
+function intervalText(way) { return `${(100 * way.low).toFixed(1)}–${shareText(way.high)}`; }
 function signedText(value, digits, unit) { return `${value < 0 ? "−" : value > 0 ? "+" : "±"}${Math.abs(value).toFixed(digits)}${unit}`; }
 
 // The measured way that is served to a request that says nothing; undefined where that was not measured.
@@ -82,7 +83,7 @@ function tradeAxisChoice() {
 function aboutRecord(record) {
   const what = record.quality === "answers" ? "Quality: exactly right answers, as a share of ar's" : "Quality: answers that are ar's, token for token";
   const where = [record.hardware, record.measured].filter(Boolean).join(", ");
-  return `${what}, of ${count(record.prompts, "prompt")}; throughput with ${record.concurrency} at once${where ? ` (${where})` : ""}.`;
+  return `${what}, of ${count(record.prompts, "prompt")}; throughput with ${record.concurrency === 1 ? "one at a time" : `${record.concurrency} at once`}${where ? ` (${where})` : ""}.`;
 }
 
 function tradeChart() {
@@ -124,7 +125,7 @@ function wayTable(record) {
 function wayCells(way) {
   const now = servedWay();
   const against = !now ? [NONE, NONE] : way === now ? ["", ""] : [signedText(100 * (way.quality - now.quality), 1, ""), signedText(100 * (way.times_ar / now.times_ar - 1), 0, `${SPACE}%`)];
-  return [shareText(way.quality), `${shareText(way.low)} – ${shareText(way.high)}`, number(way.tokens_per_step), `${number(way.times_ar)}${SPACE}×`, ...against];
+  return [shareText(way.quality), intervalText(way), number(way.tokens_per_step), `${number(way.times_ar)}${SPACE}×`, ...against];
 }
 
 function chooseWay(place) {
@@ -144,7 +145,7 @@ function pointTrade(place) {
 function sayTrade(way) {
   const now = servedWay(), { record } = trade.told;
   const parts = [];
-  if (way === now) parts.push(`${wayName(way)} is what a request gets now that says nothing: ${shareText(way.quality)} of ar's quality (${shareText(way.low)} – ${shareText(way.high)}), ${number(way.tokens_per_step)} tokens per step, ${number(way.times_ar)} times ar's throughput.`);
+  if (way === now) parts.push(`${wayName(way)} is what a request gets now that says nothing: ${shareText(way.quality)} of ar's quality (${intervalText(way)}), ${number(way.tokens_per_step)} tokens per step, ${number(way.times_ar)} times ar's throughput.`);
   else if (now) parts.push(`${wayName(way)} instead of ${wayName(now)}: ${changesOf(way, now)}`);
   else parts.push(`${wayName(way)}: ${shareText(way.quality)} of ar's quality, ${number(way.tokens_per_step)} tokens per step, ${number(way.times_ar)} times ar's throughput. What is served by default, ${servedName()}, was not measured.`);
   if (way.quality < record.quality_floor) parts.push(` That is below the ${shareText(record.quality_floor)} that the measurement was to keep.`);
@@ -218,7 +219,7 @@ function tradeAxes(view) {
 
 function floorLine(view, record) {
   const y = view.y(record.quality_floor);
-  return [drawn("line", { class: "floor", x1: TRADE.left, x2: view.width - TRADE.right, y1: y, y2: y }), tradeText("to keep", { x: view.width - TRADE.right + 5, y: y + 4 })];
+  return [drawn("line", { class: "floor", x1: TRADE.left, x2: view.width - TRADE.right, y1: y, y2: y }), tradeText(`to keep: ${shareText(record.quality_floor)}`, { x: TRADE.left + 5, y: y - 5 })];
 }
 
 function wayMark(view, way, isShown) {
