@@ -53,10 +53,14 @@ class Experiment:
         self._service, self._traces, self._rounds, self._requests = service, traces, rounds, requests
         self._workload = Workload(Checkpoint.open(DEMO), _TOKENS, 0.8, ignore_eos=True)
         [self._router] = service.processes()["router"]
+        self._handles: list[Any] = []
         self.found = Found()
         self.received = (0, 0)
 
     async def run(self) -> Found:
+        from ray import serve
+
+        self._handles = [serve.get_deployment_handle(name, "twotower") for name in ("Router", "Cell")]
         for mode in _MODES:
             await self._slice(mode, Way.TRACES, "warm")
         ways = tuple(Way)
@@ -80,10 +84,7 @@ class Experiment:
 
     async def _switch(self, way: Way) -> None:
         """Raises RuntimeError where the traces of before have not come."""
-        from ray import serve
-
-        for deployment in ("Router", "Cell"):
-            handle: Any = serve.get_deployment_handle(deployment, "twotower")
+        for handle in self._handles:
             await handle.watched.remote(str(way))
         if self.found.slices and not self._traces.received()[1]:
             raise RuntimeError("the collector has got no traces")
