@@ -66,7 +66,7 @@ function withoutRecord() {
   again.addEventListener("click", readTrade);
   return element("div", { class: "none" },
     element("p", {}, `Nothing is known of what γ costs here: ${trade.told.why}. Served by default: ${servedName()}.`),
-    element("p", {}, "To measure it with your own prompts, while this service runs (CHECKPOINT: the directory of ", element("code", {}, "model.checkpoint"), "):"),
+    element("p", {}, "To measure it with your own prompts, while this service runs (CHECKPOINT: the directory of ", element("code", {}, "model.checkpoint"), " where the routers run):"),
     element("pre", { tabindex: "0" }, element("code", {}, "python -m cluster tune --input prompts.jsonl --output CHECKPOINT/tuned")), again);
 }
 
