@@ -24,12 +24,16 @@ from cluster.board.face import add_ops
 from cluster.board.feed import NEWS_S, Feed
 from cluster.board.history import COARSE_POINTS, COARSE_S, FINE_POINTS
 from cluster.board.part import CODEC, Deployed
+from cluster.board.trade import Trade, add_trade
+from cluster.config import ServiceConfig
 from cluster.runs.admission import Admission
 from cluster.runs.answer import Usage
 from cluster.runs.messages import Beat
 from cluster.runs.record import Record
+from cluster.runs.served_model import load_served_model
 from cluster.runs.signs import CellSign, TowerSign
 from cluster.runs.turns import Turns
+from cluster.served_paths import checkpoint_directory
 from twotower.core import BlockEvent, DecodingParams, Mode, Request, RequestId
 from twotower.errors import Unavailable
 
@@ -186,6 +190,7 @@ class MadeService:
     def app(self) -> FastAPI:
         app = FastAPI()
         add_ops(app, self.feed)
+        add_trade(app, Trade(checkpoint_directory("demo"), load_served_model(ServiceConfig())))
         return app
 
     async def live(self) -> None:

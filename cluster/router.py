@@ -17,6 +17,7 @@ from cluster.board.face import add_ops
 from cluster.board.feed import Feed
 from cluster.board.part import CODEC, Deployed
 from cluster.board.siblings import Ask, nobody
+from cluster.board.trade import Trade, add_trade
 from cluster.config import ServiceConfig
 from cluster.faces.grpc.service import GrpcServer
 from cluster.faces.http.service import make_app
@@ -30,6 +31,7 @@ from cluster.runs.remote_cells import RemoteCells
 from cluster.runs.run import Patience
 from cluster.runs.served_model import ServedModel, load_served_model
 from cluster.runs.turns import Turns
+from cluster.served_paths import checkpoint_directory
 from cluster.watch.router import RouterWatch
 from twotower.errors import Unavailable
 
@@ -99,6 +101,7 @@ class Router:
         self._watch = RouterWatch(model.name, model.limits.modes)
         self._board = Board(name, node, deployed(config, model))
         self._feed = Feed(self._board, routers, self._is_left)
+        self._trade = Trade(checkpoint_directory(config.model.checkpoint), model)
         self._generation = Generation(
             model, self._cells, ingress.request_timeout_s, at_once, self._admission, patience, self._turns,
             (*self._watch.observers, *([self._board.observer] if ingress.ops_page else [])),
@@ -125,6 +128,7 @@ class Router:
         )
         if ingress.ops_page:
             add_ops(app, self._feed)
+            add_trade(app, self._trade)
         return app
 
     async def board_part(self, since: dict[str, int]) -> bytes:

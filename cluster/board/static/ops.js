@@ -62,6 +62,7 @@ function show() {
   showRouters(told);
   showEvents(told);
   showPlots();
+  showTrade(told);
 }
 
 function showHeader(told) {

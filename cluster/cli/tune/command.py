@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import sys
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,7 +118,7 @@ def _record(options: argparse.Namespace, about: dict[str, object]) -> "Record":
 
 
 def _tell(options: argparse.Namespace, served: dict[str, str], findings: Findings) -> None:
-    figures = {**served, "concurrency": options.concurrency, **findings.figures()}
+    figures = {**served, "measured": date.today().isoformat(), "concurrency": options.concurrency, **findings.figures()}
     if options.json:
         print(json.dumps(figures))
     else:

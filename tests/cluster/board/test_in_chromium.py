@@ -1,6 +1,7 @@
 """The page in a real browser: what it shows is what is told, by keyboard, on a phone, and without an error."""
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -12,20 +13,23 @@ import uvicorn
 from cluster.board import feed as feeds
 from cluster.board.face import add_ops
 from cluster.board.feed import Feed
+from cluster.board.trade import RECORD, Trade, add_trade
 from cluster.faces.http.service import make_app
 from cluster.runs.record import Record
+from cluster.served_paths import checkpoint_directory
 from tests.cluster.board.browser import Tab, program, tab
 from tests.cluster.board.signed import Hearing, beat
-from tests.cluster.fakes import ScriptedCells, all_modes, generation
+from tests.cluster.fakes import FINGERPRINT, ScriptedCells, all_modes, generation, served_model
 from twotower.core import DecodingParams, Mode, Request, RequestId
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 @asynccontextmanager
-async def served(feed: Feed) -> AsyncGenerator[str, None]:
+async def served(feed: Feed, checkpoint: Path) -> AsyncGenerator[str, None]:
     app = make_app(generation(ScriptedCells()), all_modes)
     add_ops(app, feed)
+    add_trade(app, Trade(checkpoint, served_model()))
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     serving = asyncio.create_task(server.serve([listening]))
@@ -52,11 +56,33 @@ async def text(page: Tab, selector: str) -> str:
     return str(await page.value(f"document.querySelector({selector!r}).innerText"))
 
 
+async def the_trade(page: Tab, record: Path) -> None:
+    """What another γ would cost: by keyboard, in words, against what is served now."""
+    await page.until("document.querySelector('#trade pre') !== null")
+    assert "the checkpoint brings no tuned.json" in await text(page, "#trade")
+    assert "cluster tune --input prompts.jsonl --output CHECKPOINT/tuned" in await text(page, "#trade pre")
+    shipped = json.loads((checkpoint_directory("demo") / RECORD).read_text(encoding="utf-8"))
+    record.write_text(json.dumps(shipped | {"checkpoint": FINGERPRINT}), encoding="utf-8")
+    await page.value("document.querySelector('#trade .none button').click()")
+    await page.until("document.querySelectorAll('#trade tbody tr').length === 8")
+    assert "γ 0.8 is what a request gets now" in await text(page, "#trade-said")
+    await page.value("document.getElementById('trade-way').focus()")
+    await page.call(
+        "Input.dispatchKeyEvent", type="keyDown", key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39
+    )
+    said = (await text(page, "#trade-said")).replace("\u00a0", " ")
+    assert "γ 0.9 instead of γ 0.8: 0.3 points more of ar's quality" in said and "19 % less throughput" in said
+    assert "decode.confidence_threshold=0.9" in said and "4.35 tokens per step instead of 6.84" in said
+    assert "instead of γ 0.8" in await page.value("document.getElementById('trade-way').getAttribute('aria-valuetext')")
+    await page.value("document.getElementById('trade-x-1').click()")
+    assert "tokens per denoiser step" in await page.value("document.querySelector('#trade svg').textContent")
+
+
 async def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program()
     monkeypatch.setattr(feeds, "PACE_S", 0.1)
     hearing = service()
-    async with served(Feed(hearing.board)) as url, tab(tmp_path / "profile") as page:
+    async with served(Feed(hearing.board), tmp_path) as url, tab(tmp_path / "profile") as page:
         await page.look(1280, 900)
         await page.go(f"{url}/ops")
         await page.until("document.querySelectorAll('.cell').length === 2")
@@ -72,6 +98,7 @@ async def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for key in ("ArrowLeft", "ArrowLeft"):
             await page.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=37)
         assert await text(page, "#moment-text") != "now", "the keyboard leads through time"
+        await the_trade(page, tmp_path / RECORD)
         await page.look(390, 800)
         assert await page.value("document.documentElement.scrollWidth") == 390, "nothing sticks out of a phone"
         hearing.heard = [beat("a", (Mode.AR,), 0.5), beat("b")]

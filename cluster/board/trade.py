@@ -1,0 +1,122 @@
+"""The trade of quality for throughput, for the ops page: what `python -m cluster tune` has found out of the checkpoint
+that is served, and what is served by default now. Told once to whoever asks `/ops/trade`, not each second."""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import to_json
+
+from cluster.runs.served_model import ServedModel
+from twotower.core import Mode
+from twotower.showing import one_line, show
+
+RECORD = "tuned.json"  # in the checkpoint's directory: what `tune --output DIRECTORY/tuned` writes
+_MOST_BYTES = 2**20
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_OfArs = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+_Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Told(BaseModel):
+    """Of a file that somebody else has written: names beyond these stay out of the page."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+
+class MeasuredWay(_Told):
+    """One way of decoding: `threshold` is γ, None for `ar`. Quality and its 95 % interval are shares of `ar`'s, so is
+    throughput (`times_ar`)."""
+
+    threshold: _Share | None
+    quality: _OfArs
+    low: _OfArs
+    high: _OfArs
+    tokens_per_step: _Rate
+    times_ar: _Rate
+
+
+class TradeRecord(_Told):
+    """What a sweep has found. `quality`: by known answers, or by agreement with `ar`. `ways`: `ar` first."""
+
+    checkpoint: str
+    quality: Literal["answers", "agreement"]
+    prompts: int = Field(ge=1)
+    concurrency: int = Field(ge=1)
+    quality_floor: _Share
+    recommendation: _Share | None
+    measured: str = Field(default="", max_length=40)
+    hardware: str = Field(default="", max_length=200)
+    ways: list[MeasuredWay] = Field(min_length=2, max_length=64)
+
+    @model_validator(mode="after")
+    def _ar_and_thresholds(self) -> "TradeRecord":
+        first, *others = (way.threshold for way in self.ways)
+        if first is not None or None in others or len({*others}) != len(others):
+            raise ValueError("wanted ar (threshold null) first, then each threshold once")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is served by default now, and the record; without one, `why` there is none."""
+
+    mode: Mode
+    threshold: float
+    record: TradeRecord | None
+    why: str = ""
+
+
+class Trade:
+    """`directory`: the checkpoint's that is served, as `model`."""
+
+    def __init__(self, directory: Path, model: ServedModel) -> None:
+        self._file, self._fingerprint = directory / RECORD, model.fingerprint
+        self._modes, self._defaults = model.limits.modes, model.limits.defaults
+
+    def told(self) -> Told:
+        """Reads the file anew: a sweep of this very service may have written it since."""
+        record = self._read()
+        why, found = (record, None) if isinstance(record, str) else ("", record)
+        return Told(self._defaults.mode, self._defaults.confidence_threshold, found, why)
+
+    def _read(self) -> TradeRecord | str:
+        """The record, or why there is none."""
+        if Mode.DIFFUSION not in self._modes:
+            return "this service has no diffusion, so there is no γ to choose"
+        try:
+            if self._file.stat().st_size > _MOST_BYTES:
+                return f"{RECORD}: got {self._file.stat().st_size} bytes, wanted at most {_MOST_BYTES}"
+            record = TradeRecord.model_validate_json(self._file.read_bytes())
+        except FileNotFoundError:
+            return f"the checkpoint brings no {RECORD}"
+        except OSError as error:
+            return f"{RECORD}: cannot be read: {error.strerror}"
+        except ValidationError as error:
+            return f"{RECORD}: {_first_problem(error)}"
+        if record.checkpoint != self._fingerprint:
+            return f"{RECORD}: got the figures of checkpoint {show(record.checkpoint)}, wanted {self._fingerprint}"
+        return record
+
+
+def add_trade(app: FastAPI, trade: Trade) -> None:
+    """Adds the path to a router's application."""
+
+    @app.api_route("/ops/trade", methods=["GET", "HEAD"])
+    async def told() -> Response:
+        body = to_json(await asyncio.to_thread(trade.told))
+        return Response(
+            body,
+            headers={"cache-control": "no-store", "x-content-type-options": "nosniff"},
+            media_type="application/json",
+        )
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    got = "" if problem["type"] == "missing" else f", got {show(problem['input'])}"
+    return one_line(f"{where}: {problem['msg']}{got}" if where else f"{problem['msg']}")
