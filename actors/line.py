@@ -17,8 +17,10 @@ from twotower.core import (
     ReleasedEvent,
     Request,
     RequestId,
+    RoundEvent,
     ScoreEvent,
     ScoreRequest,
+    StepEvent,
 )
 from twotower.engine.runner import EngineRunner
 from twotower.errors import TwoTowerError, Unavailable
@@ -62,7 +64,9 @@ class Ended:
 
 Instruction = Add | Score | Cancel
 News = Event | Ended
-LINE: Codec[Instruction | News] = Codec(Add, Score, Cancel, BlockEvent, ScoreEvent, FailureEvent, ReleasedEvent, Ended)
+LINE: Codec[Instruction | News] = Codec(
+    Add, Score, Cancel, BlockEvent, ScoreEvent, StepEvent, RoundEvent, FailureEvent, ReleasedEvent, Ended
+)
 
 
 def instruction_of(request: AnyRequest) -> Instruction:

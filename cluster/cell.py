@@ -17,7 +17,7 @@ from cluster.runs.signs import CellSign
 from cluster.scaling import Meter
 from cluster.watch.cell import CellWatch, Moment
 from cluster.watch.tower_signs import TowerSigns, towers_of
-from twotower.core import AnswerEvent, AnyRequest, FailureEvent, Mode, ScoreRequest
+from twotower.core import AnyRequest, FailureEvent, Mode, ScoreRequest, ToldEvent
 from twotower.engine.handle import EngineStats
 from twotower.engine.pair import Pair
 from twotower.errors import TwoTowerError, Unavailable
@@ -107,14 +107,14 @@ class Cell:
                 async for event in events:
                     await line.send(about(reply_to.call, event))
 
-    async def events(self, request: AnyRequest, timeout_s: float) -> AsyncGenerator[AnswerEvent | FailureEvent, None]:
+    async def events(self, request: AnyRequest, timeout_s: float) -> AsyncGenerator[ToldEvent | FailureEvent, None]:
         """Events of one request. An error of ours is the last of them, not an exception."""
         pair = self._running.pair
         try:
             if isinstance(request, ScoreRequest):
                 yield await pair.score(request, timeout_s)
                 return
-            async with aclosing(pair.generate(request, timeout_s)) as events:
+            async with aclosing(pair.events(request, timeout_s)) as events:
                 async for event in events:
                     yield event
         except TwoTowerError as error:

@@ -150,6 +150,14 @@ PRIORITY = Parameter(
     "when it starts where requests wait: lower goes first; never changes its tokens",
     http="priority",
 )
+TRACE = Parameter(
+    False,
+    Flag(),
+    "tell, in a stream, which positions each step fixes; never changes a token",
+    _BLOCKS,
+    off=False,
+    http="diffusion.trace",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +166,7 @@ class Request:
 
     `priority` decides when it starts, never its tokens: a lower value goes first (`twotower.engine.ledger`).
     `committed`: the first of its new tokens, where it was begun elsewhere (in `diffusion` whole blocks). Its events go
-    on after them, from `start` == len(`committed`).
+    on after them, from `start` == len(`committed`). `trace`: whether its TraceEvents are told.
     """
 
     id: RequestId
@@ -166,6 +174,7 @@ class Request:
     params: DecodingParams = field(default_factory=DecodingParams)
     priority: int = 0
     committed: tuple[int, ...] = ()
+    trace: bool = False
 
     @property
     def history(self) -> tuple[int, ...]:
@@ -275,6 +284,48 @@ class BlockEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class StepEvent:
+    """What one denoiser step fixed of a block. Told where the request asks for its trace; no part of the answer.
+
+    The block fills `size` positions from `start` on, of which these `positions` are fixed now: indices among the
+    request's new tokens. Some may lie behind the answer's end, since its last block runs whole. `step` counts the steps
+    of the block from 0. `confidence`: the probability of each token at temperature 1. In `verified` the tokens are a
+    draft, and the RoundEvent of the same `start` tells what becomes of them.
+    """
+
+    request_id: RequestId
+    start: int
+    size: int
+    step: int
+    positions: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    confidence: tuple[float, ...]
+
+    @property
+    def is_last(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEvent:
+    """What the context tower made of a draft (`verified`). Told as a StepEvent is, right before the round's BlockEvent.
+
+    `draft` begins at `start`, an index among the request's new tokens. Its first `num_accepted` tokens stand, the
+    others are rejected, and `token_id` is what the context tower wrote behind those that stand.
+    """
+
+    request_id: RequestId
+    start: int
+    draft: tuple[int, ...]
+    num_accepted: int
+    token_id: int
+
+    @property
+    def is_last(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreEvent:
     """The whole answer to a ScoreRequest, one entry for each token from its `start` on.
 
@@ -308,4 +359,6 @@ class ReleasedEvent:
 
 
 AnswerEvent = BlockEvent | ScoreEvent
-Event = AnswerEvent | FailureEvent | ReleasedEvent
+TraceEvent = StepEvent | RoundEvent
+ToldEvent = AnswerEvent | TraceEvent  # of a request, until its last one
+Event = ToldEvent | FailureEvent | ReleasedEvent

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from twotower.core import PARAMETERS, PRIORITY, STOP, DecodingParams, Mode, Request, RequestId, ScoreRequest
+from twotower.core import PARAMETERS, PRIORITY, STOP, TRACE, DecodingParams, Mode, Request, RequestId, ScoreRequest
 from twotower.errors import FieldError, InvalidRequest
-from twotower.parameters import TokenIds, check_text
+from twotower.parameters import Parameter, TokenIds, check_text
 from twotower.showing import show, show_name
 
 _NAMED = 8  # unknown fields that are told by name
@@ -35,6 +35,7 @@ class Terms:
     params: DecodingParams
     priority: int
     length_given: bool
+    trace: bool = False
 
 
 _Checked = TypeVar("_Checked")
@@ -167,13 +168,19 @@ def make_request(
     return join(request_id, prompt, terms, limits)
 
 
-def check_terms(given: Mapping[str, object], priority: object, limits: ModelLimits) -> Terms:
+def check_terms(
+    given: Mapping[str, object], priority: object, limits: ModelLimits, trace: object = TRACE.default
+) -> Terms:
     """All but the prompt. Raises InvalidRequest naming each field that is wrong."""
     problems = Problems()
-    params = problems.of(lambda: parse_params(given, limits), limits.defaults)
+    params = problems.of(lambda: parse_params(given, limits), None)
     order = problems.of(lambda: check_priority(priority), 0)
+    traced = problems.of(lambda: bool(TRACE.kind.read("trace", trace)), False)
+    if params is not None:
+        _check_meaning("trace", TRACE, traced, params.mode, problems)
     problems.raise_any()
-    return Terms(params, order, "max_new_tokens" in given)
+    assert params is not None
+    return Terms(params, order, "max_new_tokens" in given, traced)
 
 
 def join(request_id: str, prompt: tuple[int, ...], terms: Terms, limits: ModelLimits) -> Request:
@@ -195,7 +202,7 @@ def join(request_id: str, prompt: tuple[int, ...], terms: Terms, limits: ModelLi
             f"got {params.max_new_tokens} after a prompt of {len(prompt)} tokens ({together} together), "
             f"wanted at most {longest} together",
         )
-    return Request(RequestId(request_id), prompt, params, priority=terms.priority)
+    return Request(RequestId(request_id), prompt, params, priority=terms.priority, trace=terms.trace)
 
 
 def make_score_request(
@@ -248,9 +255,14 @@ def _check_mode(mode: object, values: Mapping[str, object], limits: ModelLimits,
         can = ", ".join(limits.modes)
         problems.add("mode", str(mode), f"a mode this checkpoint can serve ({can})")
     for name, parameter in PARAMETERS.items():
-        if name in values and parameter.modes and mode not in parameter.modes and values[name] != parameter.off:
-            why = "has no meaning in" if parameter.off is None else "is not supported in"
-            problems.say(name, f"got {show(values[name])}, but {name} {why} {mode} mode")
+        if name in values:
+            _check_meaning(name, parameter, values[name], mode, problems)
+
+
+def _check_meaning(name: str, parameter: Parameter, value: object, mode: object, problems: Problems) -> None:
+    if parameter.modes and mode not in parameter.modes and value != parameter.off:
+        why = "has no meaning in" if parameter.off is None else "is not supported in"
+        problems.say(name, f"got {show(value)}, but {name} {why} {mode} mode")
 
 
 def _check_ids(name: str, token_ids: object, vocab_size: int, problems: Problems) -> tuple[int, ...]:

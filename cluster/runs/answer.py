@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from twotower.core import BlockEvent, FinishReason
+from twotower.core import BlockEvent, FinishReason, TraceEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +41,6 @@ class Chunk:
     cost: BlockEvent
     usage: Usage
     finish_reason: FinishReason | None = None
+
+
+Piece = Chunk | TraceEvent  # of a stream

@@ -21,6 +21,8 @@ from cluster.runs.messages import (
     Placed,
     ReplyTo,
     Scored,
+    Stepped,
+    Verdict,
     Waits,
 )
 from twotower.core import FailureEvent, Mode, RequestId
@@ -48,7 +50,7 @@ class Call:
                     self.placed.set_result(message)
             case Failed(event=event):
                 self.fail(event)
-            case Block(event=event) | Scored(event=event):
+            case Block(event=event) | Scored(event=event) | Stepped(event=event) | Verdict(event=event):
                 self.inbox.put(event)
 
     def fail(self, event: FailureEvent) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Set
 from typing import Protocol
 
-from twotower.core import AnswerEvent, AnyRequest, Mode
+from twotower.core import AnyRequest, Mode, ToldEvent
 
 
 class Attempt(Protocol):
@@ -19,7 +19,7 @@ class Attempt(Protocol):
         """Of the cell's checkpoint."""
         ...
 
-    async def next(self) -> AnswerEvent:
+    async def next(self) -> ToldEvent:
         """The next event. Raises Overloaded where the cell has no room after all, Unavailable once the cell is gone,
         and whatever else has ended the request.
         """

@@ -12,7 +12,7 @@ from typing import TypeVar
 from weakref import WeakSet
 
 from cluster.runs.admission import Admission
-from cluster.runs.answer import Chunk
+from cluster.runs.answer import Piece
 from cluster.runs.callers import NOBODY, Caller
 from cluster.runs.cells import Cells
 from cluster.runs.deadline import Deadline
@@ -29,6 +29,7 @@ from twotower.core import Request, ScoreRequest
 from twotower.errors import TwoTowerError
 from twotower.showing import show
 from twotower.text.answer_text import AnswerText
+from twotower.text.token_texts import TokenTexts
 from twotower.text.tokenizer import check_stop, require_tokenizer
 from twotower.validation import (
     Problems,
@@ -52,7 +53,8 @@ _TOKENIZED_S = 1e-6  # a byte, about
 class Ask:
     """What a client sent, unchecked. `params` holds only what was given, under the names of DecodingParams.
 
-    `label` is the client's name for it, echoed and logged; several requests may bear the same. `id` is ours.
+    `label` is the client's name for it, echoed and logged; several requests may bear the same. `id` is ours. `trace`:
+    whether the stream shows the steps.
     """
 
     prompt: Given
@@ -61,6 +63,7 @@ class Ask:
     label: str = ""
     priority: object = 0
     id: str = field(default_factory=lambda: drawn_id())
+    trace: object = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,7 @@ class Generation:
         self._runs: WeakSet[Run] = WeakSet()
         self._given_up: TwoTowerError | None = None
         self.lanes = Lanes()
+        self.token_texts = TokenTexts(model.tokenizer)
         self.admission = admission or Admission(capacity=1024, slots=at_once)
 
     def check(self, ask: Ask) -> Checked:
@@ -134,7 +138,7 @@ class Generation:
         _check_label(ask.label, problems)
         stop = problems.of(lambda: check_stop(self.model.tokenizer, ask.stop), tuple[str, ...]())
         prompt = problems.of(lambda: self._checked("prompt", ask.prompt), _NO_PART)
-        terms = problems.of(lambda: check_terms(ask.params, ask.priority, limits), None)
+        terms = problems.of(lambda: check_terms(ask.params, ask.priority, limits, ask.trace), None)
         problems.raise_any()
         assert terms is not None
         request = None if isinstance(prompt, str) else join(ask.id, prompt, terms, limits)
@@ -205,8 +209,8 @@ class Generation:
         record = Record(request, self.model.fingerprint, ask.label, caller, parent=parent)
         return self._added(Scoring(record, deadline, self._means))
 
-    def many(self, runs: Sequence[Generating]) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """Chunks of all runs of a call as they come, each with its run's number.
+    def many(self, runs: Sequence[Generating]) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Pieces of all runs of a call as they come, each with its run's number.
 
         The rest waits here, so that a call of many prompts needs no more room in the cells' queues than others do.
         """

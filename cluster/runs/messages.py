@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.runs.signs import CellSign
-from twotower.core import AnswerEvent, BlockEvent, FailureEvent, Mode, ScoreEvent
+from twotower.core import BlockEvent, FailureEvent, Mode, RoundEvent, ScoreEvent, StepEvent, ToldEvent
 from twotower.transport.codec import Codec
 from twotower.transport.handshake import Address
 
@@ -81,6 +81,18 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class Stepped:
+    call: int
+    event: StepEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    call: int
+    event: RoundEvent
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """Nothing follows."""
 
@@ -88,17 +100,21 @@ class Failed:
     event: FailureEvent
 
 
-OfCall = Placed | Block | Scored | Failed
+OfCall = Placed | Block | Scored | Stepped | Verdict | Failed
 Message = Beat | Waits | OfCall
-CODEC: Codec[Message] = Codec(Beat, Waits, Placed, Block, Scored, Failed)
+CODEC: Codec[Message] = Codec(Beat, Waits, Placed, Block, Scored, Stepped, Verdict, Failed)
 
 
-def about(call: int, event: AnswerEvent | FailureEvent) -> OfCall:
+def about(call: int, event: ToldEvent | FailureEvent) -> OfCall:
     """An event on its way to the call."""
     match event:
         case BlockEvent():
             return Block(call, event)
         case ScoreEvent():
             return Scored(call, event)
+        case StepEvent():
+            return Stepped(call, event)
+        case RoundEvent():
+            return Verdict(call, event)
         case FailureEvent():
             return Failed(call, event)

@@ -1,11 +1,12 @@
 """What is needed to go on with a request on any cell: nothing else that matters lives anywhere."""
 
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from cluster.runs.answer import NOTHING, Usage
 from cluster.runs.callers import NOBODY, Caller
 from cluster.runs.trace_parent import NO_PARENT, TraceParent
-from twotower.core import AnyRequest, BlockEvent, FinishReason, Request, RequestId
+from twotower.core import AnyRequest, BlockEvent, FinishReason, Request, RequestId, StepEvent, TraceEvent
 from twotower.errors import Unavailable
 
 
@@ -31,6 +32,7 @@ class Record:
     usage: Usage = NOTHING
     finish_reason: FinishReason | None = None
     _asked: int = 0  # how often a cell has been asked to take it
+    _traced: tuple[int, float] = (0, -1)  # the block whose step was told last, and which
 
     @property
     def shown_id(self) -> str:
@@ -73,3 +75,15 @@ class Record:
         if known == 0:
             return event
         return event.after(known) if known < len(event.token_ids) else None
+
+    def trace_news(self, event: TraceEvent) -> TraceEvent | None:
+        """A part of the trace that has not been told; None where it has.
+
+        A cell that goes on from the last committed block takes the next one from its first step, which the cell before
+        may have told.
+        """
+        told = (event.start, event.step if isinstance(event, StepEvent) else inf)
+        if event.start < len(self.committed) or told <= self._traced:
+            return None
+        self._traced = told
+        return event

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from cluster.runs import kept
 from cluster.runs.cell_lines import Call, CellLines
 from cluster.runs.messages import Wishes
-from twotower.core import AnswerEvent, AnyRequest, FailureEvent, Mode, Request, RequestId
+from twotower.core import AnyRequest, FailureEvent, Mode, Request, RequestId, ToldEvent
 from twotower.errors import Cancelled, Overloaded, TwoTowerError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class RemoteAttempt:
         except TimeoutError:
             raise Unavailable(f"no cell took this request within {within_s:g} s") from None
 
-    async def next(self) -> AnswerEvent:
+    async def next(self) -> ToldEvent:
         event = await self._call.inbox.get()
         if isinstance(event, FailureEvent):
             raise event.error

@@ -6,13 +6,21 @@ from collections.abc import Set
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from cluster.runs.answer import Chunk, Usage
+from cluster.runs.answer import Chunk, Piece, Usage
 from cluster.runs.cells import Attempt, Cells
 from cluster.runs.deadline import Deadline
 from cluster.runs.observers import Observer
 from cluster.runs.record import Gap, Record
 from cluster.runs.turns import Turns
-from twotower.core import AnswerEvent, BlockEvent, FinishReason, Request, ScoreEvent, ScoreRequest
+from twotower.core import (
+    BlockEvent,
+    FinishReason,
+    Request,
+    ScoreEvent,
+    ScoreRequest,
+    ToldEvent,
+    TraceEvent,
+)
 from twotower.errors import Cancelled, DeadlineExceeded, Overloaded, TwoTowerError, Unavailable
 from twotower.text.answer_text import AnswerText
 
@@ -70,8 +78,11 @@ class Run:
         if self._timer is not None and not self._timer.expired():
             self._timer.reschedule(0)
 
-    async def event(self) -> AnswerEvent:
-        """The next event that is news. Raises what ended the run; then it is closed."""
+    async def event(self) -> ToldEvent:
+        """The next event that is news. Raises what ended the run; then it is closed.
+
+        Observers hear of the answer, not of its trace: a request has begun once there is something to keep.
+        """
         if not self._opened:
             self._opened = True
             for observer in self._observers:
@@ -81,6 +92,8 @@ class Run:
         except BaseException as error:
             await self._end(error)
             raise
+        if isinstance(event, TraceEvent):
+            return event
         self._refused.clear()
         self._refusals, self._full_since = 0, None
         for observer in self._observers:
@@ -94,7 +107,7 @@ class Run:
         """Nobody wants more of it. What still runs on a cell ends."""
         await self._end(Cancelled("the client has left"))
 
-    async def _in_time(self) -> AnswerEvent:
+    async def _in_time(self) -> ToldEvent:
         try:
             if self._given_up is not None:
                 raise self._given_up
@@ -109,7 +122,7 @@ class Run:
         finally:
             self._timer = None
 
-    async def _news(self) -> AnswerEvent:
+    async def _news(self) -> ToldEvent:
         """Place, take events, and where the cell is gone place again with what is committed."""
         while True:
             attempt = self._attempt or await self._place()
@@ -117,7 +130,7 @@ class Run:
                 attempt = await self._handed_over(attempt)
             try:
                 event = await attempt.next()
-                news = self.record.news(event) if isinstance(event, BlockEvent) else event
+                news = self._new(event)
                 if news is not None:
                     return news
             except Overloaded as error:
@@ -130,6 +143,12 @@ class Run:
                 await self._leave()
                 self._refused.add(attempt.cell)
                 self._resume(error)
+
+    def _new(self, event: ToldEvent) -> ToldEvent | None:
+        """What of it has not been told."""
+        if isinstance(event, ScoreEvent):
+            return event
+        return self.record.news(event) if isinstance(event, BlockEvent) else self.record.trace_news(event)
 
     async def _wait_for_room(self, error: Overloaded) -> None:
         """All cells that were asked are full. A request that has not begun is refused: raises the error. One that has
@@ -278,7 +297,7 @@ class Run:
 
 
 class Generating(Run):
-    """An answer in chunks, as an asynchronous iterator; once that has ended, the whole of it.
+    """An answer in chunks, its trace between them, as an asynchronous iterator; once that has ended, the whole of it.
 
     Text, stop strings and usage are the run's: they do not notice that the cell has changed.
     """
@@ -302,10 +321,12 @@ class Generating(Run):
     def __aiter__(self) -> "Generating":
         return self
 
-    async def __anext__(self) -> Chunk:
+    async def __anext__(self) -> Piece:
         if self.finish_reason is not None:
             raise StopAsyncIteration
         event = await self.event()
+        if isinstance(event, TraceEvent):
+            return event
         assert isinstance(event, BlockEvent), event
         token_ids, text = self._answer.push(event.token_ids, last=event.is_last)
         taken = event.first(len(token_ids))

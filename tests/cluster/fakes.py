@@ -16,8 +16,11 @@ from twotower.core import (
     FinishReason,
     Mode,
     Request,
+    RoundEvent,
     ScoreEvent,
     ScoreRequest,
+    StepEvent,
+    TraceEvent,
 )
 from twotower.errors import Unavailable
 from twotower.validation import ModelLimits
@@ -61,6 +64,9 @@ class ScriptedAttempt:
 
 class ScriptedCells:
     """Cells that answer every request with the same text, in blocks of 4 tokens, until its max_new_tokens.
+
+    A trace has two steps a block, each fixing every other token with a confidence of a half; in `verified` the context
+    tower rejects the last one, and writes it itself.
 
     Their score of a token is minus a hundredth of its id. The token is greedy where the id is even.
 
@@ -135,11 +141,21 @@ class ScriptedCells:
         answer = whole[: request.params.max_new_tokens]
         reason = FinishReason.STOP if len(answer) == len(self.answer) else FinishReason.LENGTH
         for start in range(len(request.committed), len(answer), BLOCK):
+            part = answer[start : start + BLOCK]
+            for traced in self._trace(request, start, part) if request.trace else ():
+                yield traced
             self.fail(request, start // BLOCK)
             await asyncio.sleep(self.pace_s)
-            part = answer[start : start + BLOCK]
             last = start + BLOCK >= len(answer)
             yield BlockEvent(request.id, start, part, 2, 1, reason if last else None)
+
+    def _trace(self, request: Request, start: int, part: Sequence[int]) -> Iterator[TraceEvent]:
+        for step in (0, 1):
+            places = range(step, len(part), 2)
+            positions, token_ids = tuple(start + place for place in places), tuple(part[place] for place in places)
+            yield StepEvent(request.id, start, BLOCK, step, positions, token_ids, (0.5,) * len(places))
+        if request.params.mode is Mode.VERIFIED:
+            yield RoundEvent(request.id, start, (*part[:-1], 35), len(part) - 1, part[-1])
 
 
 def all_modes() -> Set[Mode]:

@@ -6,14 +6,14 @@ import pytest
 from cluster.faces.http import completions
 from cluster.faces.http.completion_models import CompletionAndUsage, CompletionRequest
 from cluster.faces.http.completions import parse_call
-from twotower.core import PARAMETERS, PRIORITY, STOP
+from twotower.core import PARAMETERS, PRIORITY, STOP, TRACE
 from twotower.errors import InvalidRequest
 
 
 def test_the_schema_has_every_parameter_as_it_is_declared() -> None:
     schema = CompletionRequest.model_json_schema()
     fields = {"": schema["properties"], "diffusion": schema["$defs"]["Diffusion"]["properties"]}
-    for parameter in (*PARAMETERS.values(), STOP, PRIORITY):
+    for parameter in (*PARAMETERS.values(), STOP, PRIORITY, TRACE):
         outer, _, own = parameter.http.rpartition(".")
         told = fields[outer][own]
         assert parameter.kind.schema.items() <= told.items() and told["description"] == parameter.meaning

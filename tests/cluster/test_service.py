@@ -98,6 +98,38 @@ async def test_golden_tokens_over_both_faces_all_modes_at_once(service: Service)
     await service.all_free()
 
 
+async def test_a_trace_is_the_released_codes_steps_over_both_faces(service: Service) -> None:
+    prompt = vendored("tt_moe").prompts[0]
+    [case, *_] = [case for case in prompt["cases"] if case["eos_token_id"] is None]
+    request = diffusion_request(prompt, case)
+    wanted = [[place for place, now in enumerate(step["committed"]) if now] for step in case["trace"]]
+    size = request.params.block_size
+    async with (
+        grpc.aio.insecure_channel(service.grpc) as channel,
+        httpx.AsyncClient(base_url=f"http://{service.http}", timeout=60) as http,
+    ):
+        stub = pb_grpc.GenerationServiceStub(channel)
+        message = as_message(request)
+        message.trace = True
+        events = [event async for event in stub.GenerateStream(message)]
+        steps = [event.step for event in events if event.HasField("step")]
+        assert [[place - step.start for place in step.positions] for step in steps] == wanted
+        assert [(step.start // size, step.step) for step in steps] == [(s["block"], s["step"]) for s in case["trace"]]
+        assert [token for event in events for token in event.block.token_ids] == case["output"]
+        body = as_json(request) | {"stream": True}
+        body["diffusion"]["trace"] = True
+        lines = (await http.post("/v1/completions", json=body)).text.splitlines()
+        named = [json.loads(lines[n + 1][6:]) for n, line in enumerate(lines) if line == "event: twotower.trace"]
+        assert [told["step"]["positions"] for told in named] == [list(step.positions) for step in steps]
+        message = as_message(causal_request(prompt, Mode.VERIFIED))
+        message.trace = True
+        events = [event async for event in stub.GenerateStream(message)]
+        rounds = [event.round for event in events if event.HasField("round")]
+        tokens = [token for r in rounds for token in (*r.draft[: r.num_accepted], r.token_id)]
+        assert rounds and prompt["verified"]["tokens"][1 : 1 + len(tokens)] == tokens
+    await service.all_free()
+
+
 async def test_scores_beside_generation(service: Service) -> None:
     """The golden logits' own log-probabilities, while requests of every mode run; cancelled ones free their room."""
     model = vendored("tt_moe")

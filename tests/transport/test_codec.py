@@ -12,7 +12,9 @@ from twotower.core import (
     Mode,
     Request,
     RequestId,
+    RoundEvent,
     ScoreEvent,
+    StepEvent,
 )
 from twotower.errors import (
     CheckpointError,
@@ -25,7 +27,7 @@ from twotower.errors import (
 )
 from twotower.transport.codec import Codec, CodecError, listed
 
-CODEC: Codec[Any] = Codec(Request, BlockEvent, ScoreEvent, FailureEvent)
+CODEC: Codec[Any] = Codec(Request, BlockEvent, ScoreEvent, StepEvent, RoundEvent, FailureEvent)
 PARAMS = DecodingParams(mode=Mode.AR, temperature=0.1, seed=2**64 - 1, stop_token_ids=(7, 8), ignore_eos=True)
 ID = RequestId("ü")
 
@@ -38,10 +40,12 @@ class Private(Unavailable):
     "message",
     [
         Request(ID, (4, 5, 6), PARAMS, -3, (1, 2)),
-        Request(ID, ()),
+        Request(ID, (), trace=True),
         BlockEvent(ID, 3, (), 0, 0, FinishReason.STOP, 1e-45),
         BlockEvent(ID, 0, tuple(range(100_000)), 5, 1),
         ScoreEvent(ID, (-0.0, -12.34567928314209, -1e-45), (True, False, True), 0.5),
+        StepEvent(ID, 16, 15, 3, (16, 30), (5, 6), (0.1 + 0.2, 1.0)),
+        RoundEvent(ID, 1, (5, 6), 1, 7),
     ],
 )
 def test_what_is_sent_arrives(message: object) -> None:

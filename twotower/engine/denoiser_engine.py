@@ -125,6 +125,8 @@ class DenoiserEngine:
             self._fail(sequence, _not_finite(sequence))
             return
         self.near_ties += sequence.answer.decided(turn.margin)
+        if turn.trace is not None:
+            self._emit(turn.trace)
         if turn.tokens:
             event = sequence.answer.extend(turn.tokens, turn.cost)
             self._emit(event)

@@ -3,25 +3,25 @@
 import asyncio
 from collections import deque
 
-from twotower.core import AnswerEvent, BlockEvent, FailureEvent
+from twotower.core import BlockEvent, FailureEvent, ToldEvent
 
 
 class Inbox:
     """Events of one request that its reader has not taken yet. Nothing follows a failure."""
 
     def __init__(self, merging: bool) -> None:
-        self._events: deque[AnswerEvent | FailureEvent] = deque()
+        self._events: deque[ToldEvent | FailureEvent] = deque()
         self._arrived = asyncio.Event()
         self._merging = merging
         self._failed = False
 
-    def put(self, event: AnswerEvent | FailureEvent) -> None:
+    def put(self, event: ToldEvent | FailureEvent) -> None:
         if not self._failed:
             self._failed = isinstance(event, FailureEvent)
             self._events.append(event)
             self._arrived.set()
 
-    async def get(self) -> AnswerEvent | FailureEvent:
+    async def get(self) -> ToldEvent | FailureEvent:
         """The next event; where `merging`, joined with the blocks that a slow reader has let pile up behind it."""
         await self._arrived.wait()
         event = self._events.popleft()

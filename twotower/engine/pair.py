@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from operator import methodcaller
-from typing import TypeVar
 
 from twotower.core import (
     AnyRequest,
@@ -23,6 +22,7 @@ from twotower.core import (
     RequestId,
     ScoreEvent,
     ScoreRequest,
+    ToldEvent,
 )
 from twotower.engine.handle import EngineHandle
 from twotower.engine.inbox import Inbox
@@ -30,8 +30,6 @@ from twotower.engine.ledger import Ledger, Place
 from twotower.errors import DeadlineExceeded, InvalidRequest, Overloaded, TwoTowerError, Unavailable
 
 logger = logging.getLogger(__name__)
-
-AnswerKind = TypeVar("AnswerKind", BlockEvent, ScoreEvent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +88,24 @@ class Pair:
         self._fail_all(Unavailable("the cell is shutting down"))
 
     def generate(self, request: Request, timeout_s: float | None = None) -> AsyncGenerator[BlockEvent, None]:
-        """Events of one request until its finish. Leaving the iterator early frees the sequence on both towers.
+        """The blocks of one request until its finish. Leaving the iterator early frees the sequence on both towers.
 
         Raises Overloaded or Unavailable before the first event, DeadlineExceeded after `timeout_s` seconds, and
         whatever error ended the sequence.
         """
         return self._generate(request, timeout_s, None)
 
-    def _generate(
+    def events(self, request: Request, timeout_s: float | None = None) -> AsyncGenerator[ToldEvent, None]:
+        """As `generate`, with the request's trace between the blocks where it asks for one."""
+        return self._run(request, timeout_s, None)
+
+    async def _generate(
         self, request: Request, timeout_s: float | None, only: int | None
     ) -> AsyncGenerator[BlockEvent, None]:
-        return self._run(request, BlockEvent, timeout_s, only, merging=request.params.mode.by_token)
+        async with aclosing(self._run(request, timeout_s, only)) as events:
+            async for event in events:
+                if isinstance(event, BlockEvent):
+                    yield event
 
     def why_not(self, request: AnyRequest) -> TwoTowerError | None:
         """Why a request of this kind is not served now; None where it is."""
@@ -138,22 +143,19 @@ class Pair:
 
     async def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreEvent:
         """How likely the context tower finds given tokens. Waits, ends and raises as `generate` does."""
-        async with aclosing(self._run(request, ScoreEvent, timeout_s, None)) as events:
-            return await anext(events)
+        async with aclosing(self._run(request, timeout_s, None)) as events:
+            event = await anext(events)
+            assert isinstance(event, ScoreEvent), event
+            return event
 
     async def _run(
-        self,
-        request: AnyRequest,
-        kind: type[AnswerKind],
-        timeout_s: float | None,
-        only: int | None,
-        merging: bool = False,
-    ) -> AsyncGenerator[AnswerKind, None]:
-        """Events of one request, all of one kind, until its last. `only`: the denoiser that is to lead it."""
+        self, request: AnyRequest, timeout_s: float | None, only: int | None
+    ) -> AsyncGenerator[ToldEvent, None]:
+        """Events of one request until its last. `only`: the denoiser that is to lead it."""
         self._admissible(request, only)
         if isinstance(request, Request):
             _check_committed(request)
-        inbox = Inbox(merging)
+        inbox = Inbox(merging=isinstance(request, Request) and request.params.mode.by_token)
         self.ledger.enqueue(request, only)
         self._asked[request.id] = _Asked(request, inbox, only)
         self._places[request.id] = None
@@ -169,7 +171,6 @@ class Pair:
                 if isinstance(event, FailureEvent):
                     done = True
                     raise event.error
-                assert isinstance(event, kind), event
                 done = event.is_last
                 yield event
         finally:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from twotower.core import AnyRequest, BlockEvent, Event, ReleasedEvent, Request, RequestId
+from twotower.core import AnyRequest, BlockEvent, Event, ReleasedEvent, Request, RequestId, TraceEvent
 from twotower.engine.free_memory import free_bytes
 from twotower.engine.handle import EngineStats
 from twotower.errors import TwoTowerError, Unavailable
@@ -88,7 +88,7 @@ class EngineRunner:
         """
         with self._lock:
             self._append(event)
-            if not isinstance(event, ReleasedEvent):
+            if not isinstance(event, ReleasedEvent | TraceEvent):
                 first_or_last = not isinstance(event, BlockEvent) or event.start == 0 or event.is_last
                 self._urgent = self._urgent or first_or_last
 

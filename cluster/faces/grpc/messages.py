@@ -9,18 +9,28 @@ from collections.abc import Iterator, Sequence
 from google.protobuf.message import Message
 
 from cluster.faces.grpc.wire_params import given_in, mode_name, params_message
-from cluster.runs.answer import Chunk, Usage
+from cluster.runs.answer import Chunk, Piece, Usage
 from cluster.runs.generation import Ask, ScoreAsk
 from cluster.runs.run import Generating, Scoring
 from cluster.runs.served_model import ServedModel
-from twotower.core import COSTS, PARAMETERS, BlockEvent, DecodingParams, FinishReason, ScoreEvent
+from twotower.core import (
+    COSTS,
+    PARAMETERS,
+    BlockEvent,
+    DecodingParams,
+    FinishReason,
+    ScoreEvent,
+    StepEvent,
+    TraceEvent,
+)
 from twotower.errors import FieldError, InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower.text.token_texts import TokenTexts
 
 
 def ask_of(request: pb.GenerateRequest, label: str, own_id: str) -> Ask:
     """What the client asked for; only the fields it gave."""
-    return Ask(_prompt(request), given_in(request.params), request.stop, label, request.priority, own_id)
+    return Ask(_prompt(request), given_in(request.params), request.stop, label, request.priority, own_id, request.trace)
 
 
 def score_ask_of(request: pb.ScoreRequest, label: str, own_id: str) -> ScoreAsk:
@@ -49,7 +59,38 @@ def answer_message(run: Generating) -> pb.GenerateResponse:
     )
 
 
-def chunk_messages(run: Generating, chunk: Chunk) -> Iterator[pb.GenerateStreamResponse]:
+def piece_messages(run: Generating, piece: Piece, texts: TokenTexts) -> Iterator[pb.GenerateStreamResponse]:
+    """A piece of a stream as events."""
+    if isinstance(piece, Chunk):
+        yield from _chunk_messages(run, piece)
+    else:
+        yield _trace_message(run, piece, texts)
+
+
+def _trace_message(run: Generating, event: TraceEvent, texts: TokenTexts) -> pb.GenerateStreamResponse:
+    if isinstance(event, StepEvent):
+        step = pb.Step(
+            start=event.start,
+            size=event.size,
+            step=event.step,
+            positions=event.positions,
+            token_ids=event.token_ids,
+            texts=texts.of(event.token_ids),
+            confidence=event.confidence,
+        )
+        return pb.GenerateStreamResponse(request_id=run.shown_id, step=step)
+    verdict = pb.Round(
+        start=event.start,
+        draft=event.draft,
+        draft_texts=texts.of(event.draft),
+        num_accepted=event.num_accepted,
+        token_id=event.token_id,
+        text="".join(texts.of([event.token_id])),
+    )
+    return pb.GenerateStreamResponse(request_id=run.shown_id, round=verdict)
+
+
+def _chunk_messages(run: Generating, chunk: Chunk) -> Iterator[pb.GenerateStreamResponse]:
     """The chunk as a `block` event where it holds anything, and `finished` after the last."""
     request_id = run.shown_id
     if chunk.token_ids or chunk.text:

@@ -13,8 +13,8 @@ from cluster.faces.grpc.boundary import Boundary
 from cluster.faces.grpc.messages import (
     answer_message,
     ask_of,
-    chunk_messages,
     model_info_message,
+    piece_messages,
     score_ask_of,
     score_message,
 )
@@ -23,7 +23,7 @@ from cluster.runs.generation import Generation, drawn_id
 from cluster.runs.labels import OWN_ID, REQUEST_ID, is_label, label_of
 from cluster.runs.trace_parent import TraceParent
 from twotower.core import Mode
-from twotower.errors import ConfigError
+from twotower.errors import ConfigError, InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
@@ -39,6 +39,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         deadline = self._generation.deadline(_timeout_of(context))
+        if request.trace:
+            raise InvalidRequest.of("trace", "got true, wanted it only of GenerateStream")
         checked = self._generation.check(ask_of(request, *_names(request, context)))
         caller = of_grpc(context)
         with self._generation.hold(caller=caller):
@@ -53,8 +55,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             run = await self._generation.run(checked, deadline, caller, _parent_of(context))
             # Writing waits for the client to read, and may wait for ever.
             async with deadline.over(), aclosing(run):
-                async for chunk in run:
-                    for message in chunk_messages(run, chunk):
+                async for piece in run:
+                    for message in piece_messages(run, piece, self._generation.token_texts):
                         await context.write(message)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:

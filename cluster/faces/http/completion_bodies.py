@@ -13,7 +13,8 @@ from cluster.faces.http.completion_models import Usage as UsageBody
 from cluster.faces.http.completions import CompletionCall
 from cluster.runs.answer import Chunk, Usage
 from cluster.runs.run import Generating
-from twotower.core import COSTS, FinishReason
+from twotower.core import COSTS, FinishReason, StepEvent, TraceEvent
+from twotower.text.token_texts import TokenTexts
 
 _NO_CHOICES = b'"choices":[]'
 
@@ -46,6 +47,22 @@ def chunk_body(
 def usage_event(call: CompletionCall, model: str, created: int, usages: Sequence[Usage]) -> Completion:
     """The event before [DONE] where stream_options.include_usage asks for it."""
     return _completion(call, model, created, [], usages)
+
+
+def trace_body(call: CompletionCall, index: int, event: TraceEvent, texts: TokenTexts) -> dict[str, object]:
+    """A `twotower.trace` event: without choices, since OpenAI's SDKs read any event as a completion."""
+    about = {"id": call.id, "request_id": call.label or call.id, "object": "twotower.trace", "choices": []}
+    return {**about, "index": index, **_traced(event, texts)}
+
+
+def _traced(event: TraceEvent, texts: TokenTexts) -> dict[str, object]:
+    if isinstance(event, StepEvent):
+        step = {"start": event.start, "size": event.size, "step": event.step, "positions": event.positions}
+        tokens = {"token_ids": event.token_ids, "texts": texts.of(event.token_ids), "confidence": event.confidence}
+        return {"step": {**step, **tokens}}
+    draft = {"start": event.start, "draft": event.draft, "draft_texts": texts.of(event.draft)}
+    written = {"token_id": event.token_id, "text": "".join(texts.of([event.token_id]))}
+    return {"round": {**draft, "num_accepted": event.num_accepted, **written}}
 
 
 def encoded(body: object) -> bytes:

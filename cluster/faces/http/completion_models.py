@@ -18,7 +18,7 @@ from pydantic import (
     field_validator,
 )
 
-from twotower.core import PARAMETERS, PRIORITY, STOP, FinishReason
+from twotower.core import PARAMETERS, PRIORITY, STOP, TRACE, FinishReason
 from twotower.parameters import Parameter
 from twotower.showing import show
 
@@ -67,6 +67,8 @@ _Diffusion: Any = create_model("_Diffusion", __base__=Body, **_declared("diffusi
 
 class Diffusion(_Diffusion):  # type: ignore[misc]
     """The parameters that OpenAI lacks."""
+
+    trace: Annotated[Any, _schema(TRACE)] = TRACE.default
 
 
 class StreamOptions(Body):

@@ -17,13 +17,13 @@ from pydantic_core import ErrorDetails
 from cluster.faces.http.completion_models import PROMPT, CompletionRequest
 from cluster.faces.http.neutral_values import NEUTRAL
 from cluster.runs.generation import Ask
-from twotower.core import PARAMETERS
+from twotower.core import PARAMETERS, TRACE
 from twotower.errors import FieldError, InvalidRequest
 from twotower.showing import show, show_name
 
 _MAX_NAMED = 8
 _LONGEST_NAME = 60  # of one that is looked up among ours
-_OUTSIDE_NAMES = {name: parameter.http for name, parameter in PARAMETERS.items()}
+_OUTSIDE_NAMES = {name: parameter.http for name, parameter in {**PARAMETERS, "trace": TRACE}.items()}
 _OBJECTS = ("diffusion", "stream_options")
 _WORDS = {"bool_type": "true or false", "string_type": "a string"}
 
@@ -56,11 +56,14 @@ def parse_call(body: Mapping[str, object], label: str = "") -> CompletionCall:
     params = read.params()
     if params.get("top_k") == -1:  # as vLLM, SGLang and Hugging Face say that it is off
         params["top_k"] = 0
+    trace = read.diffusion.trace
+    if trace is True and not read.stream:
+        raise InvalidRequest.of(TRACE.http, "got true, wanted it only with stream: true")
     label = read.request_id or label  # empty: as over gRPC
     call_id = f"cmpl-{uuid.uuid4().hex}"
     ids = [call_id] if len(read.prompt) == 1 else [f"{call_id}-{place}" for place in range(len(read.prompt))]
     asks = tuple(
-        Ask(prompt, params, read.stop, label, read.priority, own_id)
+        Ask(prompt, params, read.stop, label, read.priority, own_id, trace)
         for prompt, own_id in zip(read.prompt, ids, strict=True)
     )
     options = read.stream_options

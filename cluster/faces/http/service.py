@@ -16,11 +16,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.faces.error_codes import CODES, Failure, NoSuchModel, SlowBody, describe
-from cluster.faces.http.completion_bodies import chunk_body, encoded, error_body, usage_event, whole_body
+from cluster.faces.http.completion_bodies import chunk_body, encoded, error_body, trace_body, usage_event, whole_body
 from cluster.faces.http.completions import CompletionCall, outside_problems, parse_call
 from cluster.faces.http.cross_origin import CrossOrigin
 from cluster.faces.http.request_body import BodyReader
-from cluster.runs.answer import Chunk, Usage
+from cluster.runs.answer import Chunk, Piece, Usage
 from cluster.runs.callers import Caller, of_http
 from cluster.runs.deadline import Deadline
 from cluster.runs.generation import Checked, Generation
@@ -38,10 +38,11 @@ logger = logging.getLogger(__name__)
 TIMEOUT_HEADER = "x-request-timeout"
 _CALL = "twotower.call"  # where in a scope the log finds what the call is named
 _READ = ["GET", "HEAD"]
+_TRACE_EVENT = b"twotower.trace"
 _LAST_WORDS_S = 2.0  # beyond its deadline, for a stream to say that it has passed
 
 Item = TypeVar("Item")
-Piece = tuple[int, Chunk]  # with its run's number
+Numbered = tuple[int, Piece]  # with its run's number
 Write = Callable[[bytes], Awaitable[None]]
 
 
@@ -124,12 +125,12 @@ class CompletionsFace:
         with ExitStack() as held:
             held.enter_context(generation.hold(len(checked), caller))
             runs = await self._runs(checked, deadline, caller, TraceParent.of(request.headers))
-            chunks = generation.many(runs)
+            pieces = generation.many(runs)
             if call.stream:
-                first = await until_disconnect(request.receive, _next(chunks))
-                write = partial(self._write, call, runs, first, chunks)
-                return EventStream(write, chunks, headers, deadline, held.pop_all())
-            await until_disconnect(request.receive, _drained(chunks))
+                first = await until_disconnect(request.receive, _next(pieces))
+                write = partial(self._write, call, runs, first, pieces)
+                return EventStream(write, pieces, headers, deadline, held.pop_all())
+            await until_disconnect(request.receive, _drained(pieces))
         whole = await whole_body(call, generation.model.name, int(time.time()), runs)
         return Response(whole, headers=headers, media_type="application/json")
 
@@ -155,19 +156,27 @@ class CompletionsFace:
         return runs
 
     async def _write(
-        self, call: CompletionCall, runs: list[Generating], first: Piece, rest: AsyncGenerator[Piece, None], send: Write
+        self,
+        call: CompletionCall,
+        runs: list[Generating],
+        first: Numbered,
+        rest: AsyncGenerator[Numbered, None],
+        send: Write,
     ) -> None:
-        """Server-sent events, one per chunk; an error is an event too, and then there is no [DONE]."""
+        """Server-sent events, one per piece; an error is an event too, and then there is no [DONE]."""
         name, created = self._generation.model.name, int(time.time())
         usages = [Usage(len(run.request.prompt_token_ids)) for run in runs]
-        piece: Piece | None = first
+        numbered: Numbered | None = first
         try:
-            while piece is not None:
-                index, chunk = piece
-                usages[index] = chunk.usage
-                told = usages if call.continuous_usage else None
-                await send(_event(chunk_body(call, name, created, index, runs[index], chunk, told)))
-                piece = await anext(rest, None)
+            while numbered is not None:
+                index, piece = numbered
+                if isinstance(piece, Chunk):
+                    usages[index] = piece.usage
+                    told = usages if call.continuous_usage else None
+                    await send(_event(chunk_body(call, name, created, index, runs[index], piece, told)))
+                else:
+                    await send(_event(trace_body(call, index, piece, self._generation.token_texts), _TRACE_EVENT))
+                numbered = await anext(rest, None)
             if call.include_usage:
                 await send(_event(usage_event(call, name, created, usages)))
             await send(b"data: [DONE]\n\n")
@@ -288,5 +297,6 @@ async def _drained(items: AsyncGenerator[Item, None]) -> None:
             pass
 
 
-def _event(body: object) -> bytes:
-    return b"data: " + encoded(body) + b"\n\n"
+def _event(body: object, name: bytes = b"") -> bytes:
+    """One with a name is for those who listen for it."""
+    return (b"event: " + name + b"\n" if name else b"") + b"data: " + encoded(body) + b"\n\n"

@@ -4,10 +4,10 @@ Knows neither when a block is full nor what becomes of it: that is a mode's.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from twotower.core import RequestId
+from twotower.core import RequestId, StepEvent
 from twotower.decoding.unmasking import Blocks, Decision, StepParams
 from twotower.engine.modes.strategy import NOT_FINITE, LedSequence, Turn, Turns
 from twotower.engine.passes import MAX_POSITIONS, Passes
@@ -67,19 +67,22 @@ class BlockSteps:
         outcome: Rows,
     ) -> Turns:
         decisions = zip(sequences, blocks.read(outcome), strict=True)
-        return [(s, turn(s, decision) if self._has_stepped(s, decision) else NOT_FINITE) for s, decision in decisions]
+        return [(s, self._stepped(s, decision, turn)) for s, decision in decisions]
 
-    def _has_stepped(self, sequence: LedSequence, decision: Decision) -> bool:
-        """False where the logits are not finite."""
+    def _stepped(
+        self, sequence: LedSequence, decision: Decision, turn: Callable[[LedSequence, Decision], Turn]
+    ) -> Turn:
         if self._trace is not None:
             self._trace(_traced(sequence, decision))
         if not decision.finite:
-            return False
+            return NOT_FINITE
+        told = _told(sequence, decision) if sequence.request.trace else None
         sequence.tokens = decision.tokens[: len(sequence.tokens)]
         # Padding is not masked and so cannot have been fixed.
         sequence.masked = [m and not now for m, now in zip(sequence.masked, decision.committed, strict=False)]
         sequence.step += 1
-        return True
+        taken = turn(sequence, decision)
+        return taken if told is None else replace(taken, trace=told)
 
 
 def _traced(sequence: LedSequence, decision: Decision) -> StepTrace:
@@ -94,6 +97,21 @@ def _traced(sequence: LedSequence, decision: Decision) -> StepTrace:
         tuple(decision.confidence[:size]),
         tuple(place for place, now in enumerate(decision.committed) if now),
         decision.margin,
+    )
+
+
+def _told(sequence: LedSequence, decision: Decision) -> StepEvent:
+    start, known = sequence.answer.generated, sequence.known
+    places = [place for place, now in enumerate(decision.committed) if now]
+    predicted, confidence = decision.predicted, decision.confidence
+    return StepEvent(
+        sequence.request.id,
+        start,
+        len(sequence.tokens) - known,
+        sequence.step,
+        tuple(start - known + place for place in places),
+        tuple(predicted[place] for place in places),
+        tuple(confidence[place] for place in places),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from twotower.core import Request
+from twotower.core import Request, TraceEvent
 from twotower.engine.answer import Answer, Cost
 from twotower.engine.steps import Step
 from twotower.exchange.protocol import Delta, Verifying
@@ -22,7 +22,8 @@ class Turn:
     """What was decided for one sequence.
 
     `tokens`: the answer's next ones, at this `cost`. `commit`: what the context tower is to read, unless the answer
-    ends with `tokens`. `finite`: the logits hold no NaN and no infinity; otherwise nothing else counts.
+    ends with `tokens`. `finite`: the logits hold no NaN and no infinity; otherwise nothing else counts. `trace`: what
+    is told of how it was decided, where the request asks.
     """
 
     margin: float = 1.0
@@ -30,6 +31,7 @@ class Turn:
     cost: Cost = _NOTHING_TOLD
     commit: Sequence[int] = ()
     finite: bool = True
+    trace: TraceEvent | None = None
 
 
 NOTHING = Turn()
@@ -42,7 +44,8 @@ class LedSequence:
 
     `ready`: the mirror holds all that has been committed, `length` positions, so the sequence can step.
     `tokens`, `masked`, `step` and `block` are its mode's: the block that it steps on. `drafted`: its mode's, too: how
-    many tokens of the block wait for the context tower's verdict.
+    many tokens of the block wait for the context tower's verdict. `known`: how many of the block's first are in the
+    answer already.
     """
 
     answer: Answer
@@ -57,6 +60,7 @@ class LedSequence:
     step: int = 0
     block: int = 0
     drafted: int = 0
+    known: int = 0
 
     @property
     def request(self) -> Request:

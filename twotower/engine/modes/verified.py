@@ -8,7 +8,7 @@ that it wrote itself.
 from collections.abc import Callable
 
 from twotower.config import MASK_TOKEN_ID
-from twotower.core import Request
+from twotower.core import Request, RoundEvent
 from twotower.decoding.unmasking import Decision, StepParams
 from twotower.engine.answer import Cost
 from twotower.engine.modes.block_steps import BlockSteps, StepTrace
@@ -42,20 +42,26 @@ class Verified(DenoiserMode):
         if delta.decided is None:
             return NOTHING  # a part of the prompt
         token = delta.decided.token
-        tokens, cost = [token], Cost(num_blocks=0)
+        tokens, cost, told = [token], Cost(num_blocks=0), None
         if sequence.tokens:
             accepted = sequence.tokens[1 : delta.end - delta.start]
             tokens, cost = [*accepted, token], Cost(sequence.step, 1, sequence.drafted, len(accepted))
+            told = _told(sequence, len(accepted), token) if sequence.request.trace else None
         _begin_block(sequence, token)
         # Where the answer takes one token more, there is nothing to draft.
         commit = [token] if _wanted(sequence, sequence.answer.room - len(tokens)) == 1 else ()
-        return Turn(delta.decided.margin, tokens, cost, commit)
+        return Turn(delta.decided.margin, tokens, cost, commit, trace=told)
 
 
 def _begin_block(sequence: LedSequence, token: int) -> None:
     masks = sequence.request.params.block_size - 1
     sequence.tokens, sequence.masked = [token, *[MASK_TOKEN_ID] * masks], [False, *[True] * masks]
-    sequence.block, sequence.step, sequence.drafted = sequence.block + 1, 0, 0
+    sequence.block, sequence.step, sequence.drafted, sequence.known = sequence.block + 1, 0, 0, 1
+
+
+def _told(sequence: LedSequence, accepted: int, token: int) -> RoundEvent:
+    draft = tuple(sequence.tokens[1 : 1 + sequence.drafted])
+    return RoundEvent(sequence.request.id, sequence.answer.generated, draft, accepted, token)
 
 
 def _wanted(sequence: LedSequence, room: int) -> int:

@@ -69,7 +69,8 @@ class GenerationServiceServicer:
     def GenerateStream(self, request, context):
         """One `block` event per committed block (in VERIFIED: per round, in AR and MOCK_AR: per token, or several merged),
         then `finished`.
-        Committed tokens never change. Cancelling the call frees the sequence.
+        Committed tokens never change. Cancelling the call frees the sequence. With `trace`, `step` and `round` events come
+        before the block that they tell of.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,28 @@
+"""What a token looks like on its own, for showing; the text of an answer is `twotower.text.answer_text`'s."""
+
+from collections.abc import Sequence
+
+from twotower.text.tokenizer import Tokenizer
+
+
+class TokenTexts:
+    """Each token behind others, where it keeps its space. Half a character is U+FFFD, a special token nothing."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def of(self, token_ids: Sequence[int]) -> list[str]:
+        """One text for each token; none at all without a tokenizer."""
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            return []
+        for token in set(token_ids) - self._known.keys():
+            self._known[token] = _text(tokenizer, token)
+        return [self._known[token] for token in token_ids]
+
+
+def _text(tokenizer: Tokenizer, token: int) -> str:
+    before = tokenizer.encode_continuation("a")
+    whole, said = tokenizer.decode([*before, token]), tokenizer.decode(before)
+    return whole.removeprefix(said) if whole.startswith(said) else tokenizer.decode([token])
