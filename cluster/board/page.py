@@ -7,7 +7,18 @@ from functools import cache
 from pathlib import Path
 
 _FILES = Path(__file__).parent / "static"
-SCRIPTS = ("words.js", "elements.js", "cells.js", "requests.js", "plots.js", "ops.js")
+STYLES = ("ops.css", "playground.css")
+SCRIPTS = (
+    "words.js",
+    "elements.js",
+    "cells.js",
+    "requests.js",
+    "plots.js",
+    "trace.js",
+    "calls.js",
+    "playground.js",
+    "ops.js",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +32,7 @@ class Page:
 @cache
 def page() -> Page:
     """Read once: a process serves one version."""
-    style = (_FILES / "ops.css").read_text(encoding="utf-8")
+    style = "".join((_FILES / name).read_text(encoding="utf-8") for name in STYLES)
     script = "".join((_FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     html = (_FILES / "ops.html").read_text(encoding="utf-8").replace("{{style}}", style).replace("{{script}}", script)
     return Page(html.encode(), _policy(style, script))

@@ -62,6 +62,7 @@ function show() {
   showRouters(told);
   showEvents(told);
   showPlots();
+  showServed(told);
 }
 
 function showHeader(told) {
@@ -142,6 +143,7 @@ function viewOf() {
 }
 
 function showPlots() {
+  if (byId("service-view").hidden) return; // what has no width cannot be drawn
   const view = viewOf();
   drawLane(byId("lane"), view);
   for (const plot of PLOTS) drawPlot(plot, view);
@@ -204,6 +206,7 @@ function begin() {
   slider.addEventListener("keydown", (event) => { if (event.key === "Escape") moveTo(null); });
   slider.addEventListener("blur", () => moveTo(null));
   addEventListener("resize", () => state.snapshot && showPlots());
+  beginPlayground();
   setInterval(showLink, 500);
   connect();
 }
