@@ -7,8 +7,19 @@ from functools import cache
 from pathlib import Path
 
 _FILES = Path(__file__).parent / "static"
-STYLES = ("ops.css", "trade.css")
-SCRIPTS = ("words.js", "elements.js", "cells.js", "requests.js", "plots.js", "trade.js", "ops.js")
+STYLES = ("ops.css", "playground.css", "trade.css")
+SCRIPTS = (
+    "words.js",
+    "elements.js",
+    "cells.js",
+    "requests.js",
+    "plots.js",
+    "trace.js",
+    "calls.js",
+    "playground.js",
+    "trade.js",
+    "ops.js",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,10 @@ from twotower.core import (
     ReleasedEvent,
     Request,
     RequestId,
+    RoundEvent,
     ScoreEvent,
     ScoreRequest,
+    StepEvent,
 )
 from twotower.engine.handle import EngineStats
 from twotower.engine.runner import EngineRunner
@@ -133,6 +135,16 @@ async def test_requests_arrive_whole_and_in_order_and_events_come_back() -> None
         assert engine.heard == [message for request in requests for message in (request, request.id)]
         blocks = [event for event in events if isinstance(event, BlockEvent)]
         assert blocks == [BlockEvent(request.id, 0, (9, 9), 3, 1, FinishReason.STOP) for request in requests]
+
+
+async def test_a_trace_goes_the_same_way() -> None:
+    async with _joined() as (remote, _, runner):
+        name = RequestId("r")
+        step, verdict = StepEvent(name, 1, 2, 0, (1, 2), (5, 6), (0.25, 0.5)), RoundEvent(name, 1, (5, 6), 1, 7)
+        for event in (step, verdict):
+            runner.emit(event)
+        runner.wake()
+        assert await _until_events(remote, 2) == [step, verdict]
 
 
 async def test_scoring_goes_the_same_way() -> None:

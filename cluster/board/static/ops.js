@@ -63,6 +63,7 @@ function show() {
   showEvents(told);
   showPlots();
   showTrade(told);
+  showServed(told);
 }
 
 function showHeader(told) {
@@ -143,6 +144,7 @@ function viewOf() {
 }
 
 function showPlots() {
+  if (byId("service-view").hidden) return; // what has no width cannot be drawn
   const view = viewOf();
   drawLane(byId("lane"), view);
   for (const plot of PLOTS) drawPlot(plot, view);
@@ -205,6 +207,7 @@ function begin() {
   slider.addEventListener("keydown", (event) => { if (event.key === "Escape") moveTo(null); });
   slider.addEventListener("blur", () => moveTo(null));
   addEventListener("resize", () => state.snapshot && showPlots());
+  beginPlayground();
   setInterval(showLink, 500);
   connect();
 }

@@ -22,6 +22,7 @@ from tests.cluster.board.signed import Hearing, beat
 from tests.cluster.fakes import FINGERPRINT, ScriptedCells, all_modes, generation, served_model
 from twotower.core import DecodingParams, Mode, Request, RequestId
 
+CTRL = 2  # as DevTools has it
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
@@ -107,4 +108,56 @@ async def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         alert = (await text(page, "#alerts li")).replace("\u00a0", " ")
         assert "no denoiser in cell a" in alert and "since 12 s" in alert
         assert "no denoiser in cell a" in await page.value("document.title")
-        assert page.said == []
+        await _see_the_playground(page)
+
+
+async def _see_the_playground(page: Tab) -> None:
+    """Answers of scripted cells, whose steps, drafts and verdicts are known."""
+
+    async def ask(mode: str) -> None:
+        await page.value(f"document.getElementById('mode-{mode}').click()")
+        await page.value("document.getElementById('prompt').focus()")
+        enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+        await page.call("Input.dispatchKeyEvent", type="rawKeyDown", modifiers=CTRL, **enter)
+        await page.until("document.getElementById('stop').disabled")
+
+    def chips(lane: str, kind: str = "") -> str:
+        return f"[...document.querySelectorAll('.lane.{lane} .chip{kind}')].map((chip) => chip.textContent)"
+
+    await page.value("location.hash = '#playground'")
+    await page.until("document.getElementById('service-view').hidden")
+    await page.value("document.getElementById('prompt').value = 'It\\'s'; document.getElementById('most').value = 6")
+    await ask("diffusion")
+    assert await page.value(chips("diffusion")) == list("All go")
+    assert "6 tokens" in await text(page, ".facts") and "4 steps" in await text(page, ".facts")
+    assert await page.value("document.querySelector('.chip').title.includes('confidence 0.500, step 0')")
+    await page.value("document.getElementById('frame').focus()")
+    await page.call("Input.dispatchKeyEvent", type="keyDown", key="Home", code="Home", windowsVirtualKeyCode=36)
+    await page.call(
+        "Input.dispatchKeyEvent", type="keyDown", key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39
+    )
+    assert await page.value(chips("diffusion")) == ["A", "·", "l", "·"], "the first step of the first block"
+    assert 'step 0 of the block at 0 fixes 2 positions: "A" "l"' in await page.value(
+        "document.getElementById('frame').getAttribute('aria-valuetext')"
+    )
+    await ask("verified")
+    assert await page.value(chips("verified", ".rejected")) == ["\x1f", "\x1f"]
+    assert "4 of 6 drafted tokens stand" in (await text(page, ".facts"))
+    await page.call(
+        "Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}]
+    )  # else it is played at once
+    await ask("race")
+    assert await page.value("[...document.querySelectorAll('.lane h3')].map((one) => one.textContent)") == [
+        "ar", "diffusion", "verified",
+    ]  # fmt: skip
+    assert "".join(await page.value(chips("ar"))) == "All go"
+    assert (await text(page, "#play-status")).count("tokens/s") == 3
+    assert await page.value("document.documentElement.scrollWidth") == 390, "nothing sticks out of a phone"
+    assert '"diffusion":{"mode":"ar"}' in await text(page, "#call") and "It'\\''s" in await text(page, "#call")
+    assert page.said == []
+    await page.value("document.getElementById('most').value = 9999")
+    await page.value("document.getElementById('most').max = ''")
+    await page.value("document.querySelector('#ask button.main').click()")
+    await page.until("document.getElementById('play-status').classList.contains('bad')")
+    assert "max_tokens: got 9999" in await text(page, "#play-status")
+    assert ["400" in said for said in page.said] == [True]

@@ -8,9 +8,18 @@ from typing import Any
 import pytest
 
 from cluster.runs.cell_lines import CellLines
-from cluster.runs.messages import Beat, Block, Failed, Placed, Scored
+from cluster.runs.messages import Beat, Block, Failed, Placed, Scored, about
 from cluster.runs.router_lines import RouterLine, RouterLines
-from twotower.core import BlockEvent, FailureEvent, FinishReason, Mode, RequestId, ScoreEvent
+from twotower.core import (
+    BlockEvent,
+    FailureEvent,
+    FinishReason,
+    Mode,
+    RequestId,
+    RoundEvent,
+    ScoreEvent,
+    StepEvent,
+)
 from twotower.errors import NumericalError, Unavailable
 
 NAME = RequestId("same")
@@ -87,6 +96,16 @@ async def test_scores_cross_to_the_last_bit() -> None:
         scores = ScoreEvent(NAME, (-1e-45, -0.10000000149011612) * 2000, (True, False) * 2000, 1e-12)
         await (await cell.to(router.address)).send(Scored(call.reply_to.call, scores))
         assert await call.inbox.get() == scores
+
+
+async def test_a_trace_crosses_between_the_blocks() -> None:
+    step, verdict = StepEvent(NAME, 1, 2, 0, (1, 2), (5, 6), (0.25, 0.5)), RoundEvent(NAME, 1, (5, 6), 1, 7)
+    async with _ends() as (router, cell):
+        call = router.open(merging=False)
+        line = await cell.to(router.address)
+        for event in (_block(0), step, verdict, _block(1)):
+            await line.send(about(call.reply_to.call, event))
+        assert [await call.inbox.get() for _ in range(4)] == [_block(0), step, verdict, _block(1)]
 
 
 async def test_an_error_crosses_and_a_closed_call_hears_nothing() -> None:

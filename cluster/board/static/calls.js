@@ -1,0 +1,42 @@
+// A request of the playground: its body, and the same as a command to copy. Knows nothing of the page.
+const GRPC_PORT = 50051; // by default; a page cannot know another
+
+function bodyOf(mode, asked) {
+  const diffusion = { mode };
+  if (mode === "diffusion") diffusion.confidence_threshold = asked.gamma;
+  if (mode !== "ar") diffusion.trace = true;
+  return { prompt: asked.prompt, max_tokens: asked.most, stream: true, stream_options: { include_usage: true }, diffusion };
+}
+
+function quoted(text) { return `'${text.replaceAll("'", "'\\''")}'`; }
+
+function asCurl(mode, asked, base) {
+  return `curl -sN ${base}/v1/completions -d ${quoted(JSON.stringify(bodyOf(mode, asked)))}`;
+}
+
+function asGrpcurl(mode, asked, base) {
+  const params = { mode: `MODE_${mode.toUpperCase()}`, maxNewTokens: asked.most };
+  if (mode === "diffusion") params.confidenceThreshold = asked.gamma;
+  const message = { text: asked.prompt, params, ...(mode === "ar" ? {} : { trace: true }) };
+  return `grpcurl -plaintext -d ${quoted(JSON.stringify(message))} ${new URL(base).hostname}:${GRPC_PORT} twotower.v1.GenerationService/GenerateStream`;
+}
+
+function pythonOf(value) {
+  if (value === true) return "True";
+  if (value === null || typeof value !== "object") return JSON.stringify(value);
+  return `{${Object.entries(value).map(([name, inner]) => `${JSON.stringify(name)}: ${pythonOf(inner)}`).join(", ")}}`;
+}
+
+function asPython(mode, asked, base) {
+  return `import json
+import urllib.request
+
+body = ${pythonOf(bodyOf(mode, asked))}
+request = urllib.request.Request("${base}/v1/completions", json.dumps(body).encode())
+with urllib.request.urlopen(request) as events:
+    for line in events:
+        if line.startswith(b"data: {"):
+            print(json.loads(line[6:]))`;
+}
+
+const CALLS = { curl: asCurl, Python: asPython, grpcurl: asGrpcurl };
