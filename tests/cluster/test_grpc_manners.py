@@ -129,7 +129,7 @@ async def test_a_client_that_does_not_read_has_its_place_until_the_deadline(
 ) -> None:
     """Beyond some megabytes a write waits for the reader."""
     large = pb.GenerateStreamResponse(block=pb.CommittedBlock(text="x" * 3_000_000))
-    monkeypatch.setattr("cluster.faces.grpc.service.chunk_messages", lambda order, chunk: [large])
+    monkeypatch.setattr("cluster.faces.grpc.service.piece_messages", lambda run, piece, texts: [large])
     service = Generation(served_model(ByteTokenizer()), cells, default_timeout_s=0.3)
     async with grpc_server(service) as (address, _), grpc.aio.insecure_channel(address) as channel:
         call = Stub(channel).GenerateStream(ask())
