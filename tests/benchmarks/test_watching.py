@@ -43,8 +43,11 @@ def test_the_report_says_what_is_gone_and_which_observer_takes_what() -> None:
     report = render(
         found((1.0, 1.0, 1.25), (1.0, 1.01, 1.25)), {("traces", Mode.AR): [1000.0, 2000.0, 3000.0]}, "- here"
     )
-    assert "`ar`, default: 0.5 % of the throughput is gone (within the aim of 2 %" in report
-    assert "`ar`, with traces: 20.0 % of the throughput is gone (MORE than the aim of 2 %" in report
+    assert "`ar`, default: 0.5 % of the throughput is gone, between 0.0 and 1.0 % (within the aim of 2 %)" in report
+    assert (
+        "`ar`, with traces: 20.0 % of the throughput is gone, between 20.0 and 20.0 % (MORE than the aim of 2 %)"
+        in report
+    )
     assert "| ar | traces | 2000 (1000–3000) | 2.00 % |" in report, "of 100 ms"
 
 
