@@ -78,7 +78,7 @@ def changed_weights(directory: Path, result: Result) -> None:
             result.struck = time.monotonic()
             service.put({"model": {"checkpoint": str(other)}})
             service.load.ask(*service.hosts.values())
-            service.until(lambda: bool(before - _replicas(service)), "the first one is gone")
+            service.until(lambda: bool(_replicas(service) - before), "the first new one starts")
             service.load.ask(*service.hosts.values(), easy=True)
             service.until(lambda: not before & _replicas(service) and service.is_whole(), "all are replaced")
             since = time.monotonic()
