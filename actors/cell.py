@@ -40,8 +40,9 @@ class RunningPair:
         modes: Sequence[Mode],
         expected: Expectation | None,
         fingerprint: str,
+        vocabulary: str,
     ) -> None:
-        self.modes, self.fingerprint = tuple(modes), fingerprint
+        self.modes, self.fingerprint, self.vocabulary = tuple(modes), fingerprint, vocabulary
         self._settings, self._towers, self._expected = settings, towers, expected
         self._mending: asyncio.Task[None] | None = None
         self._broken_at = 0.0
@@ -164,8 +165,8 @@ async def start_pair(settings: CellSettings, group: PlacementGroup) -> RunningPa
     towers = CellTowers(settings, group)
     try:
         await towers.start()
-        fingerprint = Checkpoint.open(settings.checkpoint).fingerprint
-        running = RunningPair(settings, towers, modes, expected, fingerprint)
+        checkpoint = Checkpoint.open(settings.checkpoint)
+        running = RunningPair(settings, towers, modes, expected, checkpoint.fingerprint, checkpoint.vocabulary)
         await running.open()
         return running
     except BaseException:

@@ -30,6 +30,7 @@ class Running(Protocol):
 
     pair: Pair
     fingerprint: str
+    vocabulary: str
     mended: int
 
     @property
@@ -104,7 +105,8 @@ class Cell:
                 error = Unavailable(f"this cell cannot serve: {failure}")
                 await line.send(Failed(reply_to.call, FailureEvent(request.id, error)))
                 return
-            await line.send(Placed(reply_to.call, self.name, self._running.fingerprint))
+            running = self._running
+            await line.send(Placed(reply_to.call, self.name, running.fingerprint, running.vocabulary))
             async with aclosing(self.events(request, timeout_s)) as events:
                 async for event in events:
                     await line.send(about(reply_to.call, event))

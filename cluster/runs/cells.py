@@ -19,6 +19,11 @@ class Attempt(Protocol):
         """Of the cell's checkpoint."""
         ...
 
+    @property
+    def vocabulary(self) -> str:
+        """Of the cell's checkpoint: the same where token ids mean the same."""
+        ...
+
     async def next(self) -> ToldEvent:
         """The next event. Raises Overloaded where the cell has no room after all, Unavailable once the cell is gone,
         and whatever else has ended the request.

@@ -187,12 +187,12 @@ class Generation:
         """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens;
         DeadlineExceeded.
         """
-        ask, request = checked.ask, checked.request
+        ask, request, model = checked.ask, checked.request, self.model
         if request is None:
             with self._refusals_told():
                 prompt = await self._tokenized("prompt", checked.prompt, deadline)
                 request = join(ask.id, prompt, checked.terms, self.model.limits)
-        record = Record(request, self.model.fingerprint, ask.label, caller, parent=parent)
+        record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
         text = AnswerText(self.model.tokenizer, checked.stop)
         return self._added(Generating(record, deadline, self._means, text))
 
@@ -200,13 +200,13 @@ class Generation:
         self, checked: CheckedScore, deadline: Deadline, caller: Caller = NOBODY, parent: TraceParent = NO_PARENT
     ) -> Scoring:
         """As `run`."""
-        ask, request = checked.ask, checked.request
+        ask, request, model = checked.ask, checked.request, self.model
         if request is None:
             with self._refusals_told():
                 prompt = await self._tokenized("prompt", checked.prompt, deadline)
                 continuation = await self._tokenized("continuation", checked.continuation, deadline)
                 request = join_score(ask.id, prompt, continuation, checked.priority, self.model.limits)
-        record = Record(request, self.model.fingerprint, ask.label, caller, parent=parent)
+        record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
         return self._added(Scoring(record, deadline, self._means))
 
     def many(self, runs: Sequence[Generating]) -> AsyncGenerator[tuple[int, Piece], None]:

@@ -61,11 +61,15 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A cell has taken the call: which one, and with what checkpoint. Comes before all events."""
+    """A cell has taken the call: which one, and with what checkpoint. Comes before all events.
+
+    `vocabulary`: the same where token ids mean the same; a cell of an older version says none.
+    """
 
     call: int
     cell: str
     fingerprint: str
+    vocabulary: str = ""
 
 
 @dataclass(frozen=True, slots=True)

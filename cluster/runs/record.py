@@ -18,8 +18,9 @@ class Gap(Unavailable):
 class Record:
     """A checked request as it was asked, seed included, and what has come of it.
 
-    `committed`: the new tokens so far. `fingerprint`: of the checkpoint that all of them are from. `attempts`: the
-    cells that have taken it, one after the other. `usage` and `finish_reason`: as the client was told last.
+    `committed`: the new tokens so far. `fingerprint`: of the checkpoint that all of them are from. `vocabulary`: of the
+    checkpoint that the prompt's tokens are from. `attempts`: the cells that have taken it, one after the other.
+    `usage` and `finish_reason`: as the client was told last.
     """
 
     request: AnyRequest
@@ -31,6 +32,7 @@ class Record:
     attempts: list[str] = field(default_factory=list)
     usage: Usage = NOTHING
     finish_reason: FinishReason | None = None
+    vocabulary: str = ""
     _asked: int = 0  # how often a cell has been asked to take it
     _traced: tuple[int, float] = (0, -1)  # the block whose step was told last, and which
 
@@ -43,6 +45,17 @@ class Record:
     def name(self) -> str:
         """For the log."""
         return f"{self.request.id} ({self.label})" if self.label else self.request.id
+
+    def suits(self, fingerprint: str, vocabulary: str) -> bool:
+        """Whether a cell with this checkpoint may have it; then it stays with that.
+
+        One that has no token yet may begin on other weights, if their tokens mean the same: while weights change, cells
+        and routers are not replaced at the same moment.
+        """
+        if fingerprint != self.fingerprint and (self.committed or not vocabulary or vocabulary != self.vocabulary):
+            return False
+        self.fingerprint = fingerprint
+        return True
 
     def rest(self) -> AnyRequest:
         """The request as the next cell gets it, under a name of its own: the last that was asked may not have let go of

@@ -40,6 +40,10 @@ class RemoteAttempt:
     def fingerprint(self) -> str:
         return self._call.placed.result().fingerprint
 
+    @property
+    def vocabulary(self) -> str:
+        return self._call.placed.result().vocabulary
+
     async def taken(self, within_s: float) -> None:
         """Once a cell has taken it. Raises Unavailable where none has in so many seconds."""
         try:

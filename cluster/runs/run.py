@@ -204,7 +204,7 @@ class Run:
             observer.resumed(self.record, error)
 
     async def _place(self) -> Attempt:
-        """On a cell with our checkpoint, once it is our turn and there is one that takes it."""
+        """On a cell with a checkpoint that suits, once it is our turn and there is one that takes it."""
         try:
             async with asyncio.timeout(self._patience.queue_timeout_s) as timer:
                 attempt = await self._sought(timer)
@@ -228,7 +228,7 @@ class Run:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 continue
-            if attempt.fingerprint == self.record.fingerprint:
+            if self.record.suits(attempt.fingerprint, attempt.vocabulary):
                 return attempt
             await attempt.close()
             if not self._try_elsewhere(attempt.cell):

@@ -21,6 +21,7 @@ class ServedModel:
     tokenizer: Tokenizer | None
     layout: str
     fingerprint: str
+    vocabulary: str
     version: str = twotower.__version__
 
 
@@ -41,6 +42,7 @@ def load_served_model(config: ServiceConfig) -> ServedModel:
         tokenizer=load_tokenizer(directory),
         layout=str(checkpoint.layout),
         fingerprint=checkpoint.fingerprint,
+        vocabulary=checkpoint.vocabulary,
     )
 
 

@@ -40,7 +40,7 @@ async def test_what_needs_no_denoiser_has_its_room_while_another_loads(
     monkeypatch.setattr("actors.cell._SETTLE_S", 0.0)
     async with _three(denoisers=1, slots=1) as (pair, (context, denoiser), _), asyncio.timeout(5):
         towers: Any = Towers()
-        running = RunningPair(CellSettings("x", "cpu"), towers, tuple(Mode), None, "f")
+        running = RunningPair(CellSettings("x", "cpu"), towers, tuple(Mode), None, "f", "v")
         running.pair, pair._on_loss = pair, running._on_loss
         lost = asyncio.create_task(_events(pair, plain_request("a", Mode.DIFFUSION)))
         await _settled()

@@ -27,6 +27,7 @@ from twotower.validation import ModelLimits
 
 BLOCK = 4
 FINGERPRINT = "0123456789abcdef"
+VOCABULARY = "fedcba9876543210"
 
 
 class ByteTokenizer:
@@ -54,6 +55,7 @@ class ScriptedAttempt:
 
     def __init__(self, events: AsyncGenerator[AnswerEvent, None], cell: str, fingerprint: str) -> None:
         self._events, self.cell, self.fingerprint = events, cell, fingerprint
+        self.vocabulary = VOCABULARY
 
     async def next(self) -> AnswerEvent:
         return await anext(self._events)
@@ -169,7 +171,7 @@ def served_model(
     defaults: DecodingParams | None = None,
 ) -> ServedModel:
     limits = ModelLimits(260, 256, modes, defaults or DecodingParams())
-    return ServedModel("fake", limits, tokenizer, "two-tower", FINGERPRINT)
+    return ServedModel("fake", limits, tokenizer, "two-tower", FINGERPRINT, VOCABULARY)
 
 
 def generation(cells: ScriptedCells, with_tokenizer: bool = True, observers: Sequence[Observer] = ()) -> Generation:

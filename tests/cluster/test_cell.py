@@ -17,7 +17,7 @@ from cluster.runs.cell_lines import CellLines
 from cluster.runs.messages import Beat
 from cluster.runs.remote_cells import plain_error
 from cluster.runs.streams import merged
-from tests.cluster.fakes import FINGERPRINT, ScriptedCells
+from tests.cluster.fakes import FINGERPRINT, VOCABULARY, ScriptedCells
 from twotower.core import (
     AnyRequest,
     BlockEvent,
@@ -82,7 +82,7 @@ class RunningFake:
     def __init__(self, engine: ScriptedEngine, max_queued: int = 1, slots: int = 1) -> None:
         self.pair = Pair(engine, [engine], Ledger(Room(slots, 100), [], max_queued))
         self.homes = [{"pid": "1"}]
-        self.fingerprint = FINGERPRINT
+        self.fingerprint, self.vocabulary = FINGERPRINT, VOCABULARY
         self.mended, self.mending_s = 0, 0.0
         self.closed = False
 

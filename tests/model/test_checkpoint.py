@@ -398,3 +398,18 @@ def test_bf16_keeps_the_sensitive_vectors_in_fp32() -> None:
     exact = {name.rsplit(".", 1)[1] for name, kind in kinds.items() if kind is torch.float32}
     assert exact == {"A_log", "D", "dt_bias", "weight", "e_score_correction_bias"}
     assert all("gate" in name for name, kind in kinds.items() if name.endswith("weight") and kind is torch.float32)
+
+
+def test_a_vocabulary_is_that_of_the_ids_and_the_tokenizer_not_of_the_weights(tmp_path: Path) -> None:
+    tensors, config = tensors_of(MODEL), config_of(MODEL)
+    for name in ("one", "other"):
+        write(tmp_path / name, tensors, config)
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+        tensors = {name: tensor + 1 for name, tensor in tensors.items()}
+    one, other = (Checkpoint.open(tmp_path / name) for name in ("one", "other"))
+    assert one.fingerprint != other.fingerprint and one.vocabulary == other.vocabulary
+    (tmp_path / "other" / "tokenizer.json").write_text('{"version": "1.0"}')
+    assert one.vocabulary != other.vocabulary
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
+    write_config(tmp_path / "other", config | {"eos_token_id": 5})
+    assert one.vocabulary != Checkpoint.open(tmp_path / "other").vocabulary

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pods.network import Network, Pod, inside, require_namespaces
+from benchmarks.pods_parts.network import Network, Pod, inside
+from tests.pods.namespaces import require_namespaces
 
 _LISTEN = f"{shlex.quote(sys.executable)} -m http.server 8000 --bind 0.0.0.0 --directory /tmp/ray"
 _WITHIN_S = 20.0

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.pods.load import QUESTIONS
-from tests.pods.network import require_namespaces
-from tests.pods.rayservice import WORKERS, RayService, running_rayservice
+from benchmarks.pods_parts.load import QUESTIONS
+from benchmarks.pods_parts.rayservice import WORKERS, RayService, running_rayservice
+from tests.pods.namespaces import require_namespaces
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

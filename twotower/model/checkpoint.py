@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 CONTEXT_PREFIX, DENOISER_PREFIX, BASE_PREFIX = "context_tower.", "denoiser_tower.", "backbone."
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+# All that transformers reads of a tokenizer, in any of its formats that checkpoints of this layout come with.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _MAPPED_BYTES = 256 * 2**20
 
@@ -69,6 +74,18 @@ class Checkpoint:
                 for sample in range(_SAMPLES):
                     file.seek(size * sample // _SAMPLES)
                     digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()[:16]
+
+    @property
+    def vocabulary(self) -> str:
+        """The same of two checkpoints for which a token id means the same: their special ids, and their tokenizers'
+        files."""
+        config = self.config
+        ids = (config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id)
+        digest = hashlib.sha256(repr(ids).encode())
+        for name in _TOKENIZER_FILES:
+            if (self.directory / name).is_file():
+                digest.update(name.encode() + hashlib.sha256((self.directory / name).read_bytes()).digest())
         return digest.hexdigest()[:16]
 
     def reading(self) -> "Reader":

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from tests.cluster.fakes import BLOCK, FINGERPRINT
+from tests.cluster.fakes import BLOCK, FINGERPRINT, VOCABULARY
 from twotower.core import AnswerEvent, AnyRequest, BlockEvent, FinishReason, Mode, Request, ScoreEvent
 from twotower.errors import TwoTowerError, Unavailable
 
@@ -24,6 +24,7 @@ class Stay:
     refuses: TwoTowerError | None = None
     cell: str = ""
     fingerprint: str = FINGERPRINT
+    vocabulary: str = VOCABULARY
     starts: tuple[int, ...] = ()
     pace_s: float = 0.0
 
@@ -76,7 +77,7 @@ class ScriptedStay:
     """A run's stay on one of them."""
 
     def __init__(self, script: Script, request: AnyRequest, stay: Stay, cell: str) -> None:
-        self.cell, self.fingerprint = cell, stay.fingerprint
+        self.cell, self.fingerprint, self.vocabulary = cell, stay.fingerprint, stay.vocabulary
         self._script, self._request, self._stay = script, request, stay
         self._given = 0
         self._closed = False

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from cluster.runs.deadline import Deadline
 from cluster.runs.observers import Observer
 from cluster.runs.record import Gap, Record
 from cluster.runs.run import Generating, Means, Patience, Scoring
-from tests.cluster.fakes import BLOCK, FINGERPRINT, ByteTokenizer, tokens
+from tests.cluster.fakes import BLOCK, FINGERPRINT, VOCABULARY, ByteTokenizer, tokens
 from tests.cluster.runs.script import GONE, WELL, Script, Stay
 from twotower.core import AnswerEvent, BlockEvent, FinishReason, Request, RequestId, ScoreRequest
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded, TwoTowerError, Unavailable
@@ -31,7 +32,7 @@ def run_on(
     observers: tuple[Observer, ...] = (),
     timeout_s: float = 60.0,
 ) -> Generating:
-    record = Record(Request(RequestId("r"), (5, 6)), FINGERPRINT, "gateway")
+    record = Record(Request(RequestId("r"), (5, 6)), FINGERPRINT, "gateway", vocabulary=VOCABULARY)
     means = Means(script, patience, observers)
     return Generating(record, Deadline.after(timeout_s), means, AnswerText(ByteTokenizer(), stop))
 
@@ -195,6 +196,28 @@ async def test_a_run_stays_with_its_checkpoint() -> None:
     assert await outcome(run_on(script)) == await undisturbed()
     assert script.committed == [0, 8, 8] and script.open == 0
     script = Script(ANSWER, [Stay(2, GONE, cell="old"), other], living=["new"])
+    with pytest.raises(Unavailable, match=f"got a cell with checkpoint another, wanted {FINGERPRINT}"):
+        await outcome(run_on(script))
+    assert script.open == 0
+
+
+async def test_a_run_without_tokens_begins_on_other_weights_and_stays_with_them() -> None:
+    """While weights change there may be no cell with the router's own."""
+    other = Stay(cell="new", fingerprint="another")
+    script = Script(ANSWER, [other], living=["new"])
+    assert await outcome(run_on(script)) == await undisturbed()
+    back = replace(WELL, cell="old")
+    script = Script(ANSWER, [replace(other, events=2, error=GONE), back, other], living=["new", "old", "newer"])
+    assert await outcome(run_on(script)) == await undisturbed()
+    assert script.committed == [0, 8, 8] and script.open == 0, "the second cell has the router's weights, not the run's"
+    script = Script(ANSWER, [replace(other, events=0, error=GONE), back], living=["new", "old"])
+    assert await outcome(run_on(script)) == await undisturbed()
+    assert len(script.placed) == 2, "it had no token yet"
+
+
+@pytest.mark.parametrize("vocabulary", ["another", ""])
+async def test_no_run_begins_where_token_ids_mean_something_else(vocabulary: str) -> None:
+    script = Script(ANSWER, [Stay(fingerprint="another", vocabulary=vocabulary)], living=["new"])
     with pytest.raises(Unavailable, match=f"got a cell with checkpoint another, wanted {FINGERPRINT}"):
         await outcome(run_on(script))
     assert script.open == 0

@@ -1,10 +1,11 @@
 """Clients in a namespace of their own: a process that asks the hosts it is told of, and says what came of each request.
 
-`python -m tests.pods.load CLIENTS` hears on its standard input, a JSON line each time, which hosts may get requests,
-how many at once at most, how long a client rests after each, and whether they shall be long streams. It writes a JSON
-line for each request that is sent, has its first tokens, or ends. Each request goes to the next of these hosts, as a
-Kubernetes Service chooses among the pods that are ready. Answers are compared with the library's, computed in this
-process before.
+`python -m benchmarks.pods_parts.load CLIENTS [CHECKPOINT]` hears on its standard input, a JSON line each time, which
+hosts may get requests, how many at once at most, how long a client rests after each, whether they shall be long
+streams, and whether what fails is asked again. It writes a JSON line for each request that is sent, has its first
+tokens, fails and is asked again, or ends; times are this machine's monotonic clock. Each request goes to the next of
+these hosts, as a Kubernetes Service chooses among the pods that are ready. Answers are compared with the library's,
+computed in this process before; with those of the other checkpoint too, where one is given.
 """
 
 import asyncio
@@ -14,11 +15,21 @@ import os
 import sys
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.chaos_parts.client import KINDS, Asked, Client, Load, Question, client_of, questions
+from benchmarks.chaos_parts.client import (
+    KINDS,
+    Asked,
+    Client,
+    Load,
+    Question,
+    also_answered,
+    client_of,
+    questions,
+)
 from twotower.core import Mode
 
 HTTP_PORT, GRPC_PORT = 8000, 50051
@@ -26,6 +37,7 @@ QUESTIONS, _TOKENS = 16, 48
 # Streams to their last token. Those of diffusion take the library too long.
 _LONG = tuple(kind for kind in KINDS if kind[1] in (Mode.AR, Mode.MOCK_AR) and kind[2:] == (True, False))
 _LONG_TOKENS = 128
+_AGAIN_S, _AGAIN_PAUSE_S = 90.0, 0.2
 
 
 class Chooser:
@@ -35,35 +47,47 @@ class Chooser:
         self._stack, self._long_ones = stack, itertools.cycle(long)
         self._clients: dict[str, Client] = {}
         self._hosts: list[str] = []
+        self._last_hosts: list[str] = []  # for what is asked again, though nothing new is asked
         self._most = self._under_way = 0
-        self._pause_s, self._long = 0.0, False
+        self._pause_s, self._long, self._again = 0.0, False, False
         self._turn = itertools.count()
         self._changed = asyncio.Condition()
 
-    async def take(self, hosts: list[str], most: int, pause_s: float, long: bool) -> None:
+    async def take(self, hosts: list[str], most: int, pause_s: float, long: bool, again: bool) -> None:
         for host in hosts:
             if host not in self._clients:
                 reached = client_of(f"{host}:{HTTP_PORT}", f"{host}:{GRPC_PORT}")
                 self._clients[host] = await self._stack.enter_async_context(reached)
         async with self._changed:
-            self._hosts, self._most, self._pause_s, self._long = hosts, most, pause_s, long
+            self._hosts, self._most, self._pause_s = hosts, most, pause_s
+            self._last_hosts = hosts or self._last_hosts
+            self._long, self._again = long, again
             self._changed.notify_all()
 
     async def ask(self, asked: Asked) -> None:
         async with self._changed:
             await self._changed.wait_for(lambda: self._hosts and self._under_way < self._most)
             self._under_way += 1
-        host = self._hosts[next(self._turn) % len(self._hosts)]
         if self._long:
             asked.question = next(self._long_ones)
-        began = time.monotonic()
-        _say(label=asked.label, host=host, what=_named(asked.question))
+        asked.sent = time.monotonic()
+        host = self._next_host()
+        question = asked.question
+        _say(label=asked.label, host=host, what=_named(question), sent=asked.sent, differs=_differs(question))
         await self._clients[host].ask(asked, heard=_say_first)
-        _say(label=asked.label, host=host, outcome=asked.outcome, took_s=round(time.monotonic() - began, 2))
+        while asked.outcome.startswith("failed") and self._again and time.monotonic() < asked.sent + _AGAIN_S:
+            await asyncio.sleep(_AGAIN_PAUSE_S)
+            host = self._next_host()
+            _say(label=asked.label, host=host, error=asked.outcome, at=asked.errors[-1][0])
+            await self._clients[host].ask(asked, heard=_say_first)
+        _say(label=asked.label, outcome=asked.outcome, events=asked.events, ended=asked.ended)
         await asyncio.sleep(self._pause_s)
         async with self._changed:
             self._under_way -= 1
             self._changed.notify_all()
+
+    def _next_host(self) -> str:
+        return self._last_hosts[next(self._turn) % len(self._last_hosts)]
 
 
 def _named(question: Question) -> str:
@@ -86,10 +110,12 @@ async def _hear(chooser: Chooser) -> None:
         await chooser.take(**json.loads(line))
 
 
-async def main(clients: int) -> None:
+async def main(clients: int, other: Path | None = None) -> None:
     asked = await questions(QUESTIONS, _TOKENS)
     long = await questions(len(_LONG), _LONG_TOKENS, kinds=_LONG)
-    _say(questions=len(asked) + len(long))
+    if other is not None:
+        asked, long = await also_answered(asked, other), await also_answered(long, other)
+    _say(questions=len(asked) + len(long), differ=sum(map(_differs, [*asked, *long])))
     async with AsyncExitStack() as stack:
         chooser = Chooser(stack, long)
         load = Load(chooser.ask, asked, "pods")
@@ -98,5 +124,11 @@ async def main(clients: int) -> None:
         await load.stop(0)  # nobody asks any more
 
 
+def _differs(question: Question) -> bool:
+    """Whether the other weights answer it otherwise."""
+    right, other = question.right, question.other
+    return other is not None and (other.tokens, other.log_probs) != (right.tokens, right.log_probs)
+
+
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1])))
+    asyncio.run(main(int(sys.argv[1]), *map(Path, sys.argv[2:])))

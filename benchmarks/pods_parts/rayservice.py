@@ -1,22 +1,20 @@
 """A RayService of ours on pods: what the operator does for it, and what one sees of it from outside."""
 
 import json
-import os
 import secrets
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.pods.clients import Clients
-from tests.pods.manifest import CHECKOUT, Manifest, Settings
-from tests.pods.network import Network, Pod, inside
+from benchmarks.pods_parts.clients import Clients, Stuck
+from benchmarks.pods_parts.manifest import Manifest, Settings
+from benchmarks.pods_parts.network import Pod, inside
+from benchmarks.pods_parts.site import Site, environment, site
 
 WORKERS = ("worker-a", "worker-b")
-_CLIENTS = 6
 _DASHBOARD, _APPLICATIONS = 8265, "/api/serve/applications/"
 _ASK_S, _PUT_S, _POLL_S = 10.0, 60.0, 0.5
 _UP_S = 240.0
@@ -29,16 +27,19 @@ class Silent(Exception):
 
 
 class RayService:
-    """A head, two workers and clients, each on a host of its own. `hosts`: the addresses of workers by name."""
+    """A head and two workers, each on a host of its own. `hosts`: the addresses of workers by name. `waited`: what has
+    been waited for, and how many seconds."""
 
-    def __init__(self, manifest: Manifest, directory: Path) -> None:
-        self.manifest, self._directory = manifest, directory
+    def __init__(self, manifest: Manifest, where: Site, name: str = "") -> None:
+        """`name`: of the Ray cluster, where there is another beside it."""
+        self.manifest, self._site, self._name = manifest, where, name
+        self._directory = where.directory / (name or "cluster")
+        self._directory.mkdir()
         self._token = secrets.token_hex(16)
-        self._network = Network()
         self.pods: dict[str, Pod] = {}
         self._ending: list[Pod] = []
         self._started = self._failed_starts = 0
-        self.clients: Clients | None = None
+        self.waited: list[tuple[str, float]] = []
 
     @property
     def hosts(self) -> dict[str, str]:
@@ -46,15 +47,12 @@ class RayService:
 
     @property
     def load(self) -> Clients:
-        assert self.clients is not None
-        return self.clients
+        return self._site.load
 
     # What the operator does.
 
     def start(self) -> None:
         """Until there is a cell and a router on each host."""
-        self._client, _ = self._network.join("client")
-        self.clients = Clients(self._client, _CLIENTS, self._directory, _environment(self._directory))
         self._start_head()
         self.until(lambda: not self.replicas("Cell"), "the head's dashboard answers")
         for name in WORKERS:
@@ -79,9 +77,10 @@ class RayService:
         self._started += 1
         directory = self._directory / f"{self._started}-{name}"
         directory.mkdir()
-        environment = group.environment | _environment(directory)
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
-        pod = self.pods[name] = Pod(self._network, directory.name, directory, group.shared_memory, environment)
+        given = group.environment | environment(directory)
+        given |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
+        host = f"{self._name}{directory.name}"
+        pod = self.pods[name] = Pod(self._site.network, host, directory, group.shared_memory, given)
         pod.start(f"{command} --node-ip-address={pod.address}")
 
     def _start_what_failed(self) -> None:
@@ -89,9 +88,10 @@ class RayService:
         failed = [n for n, pod in self.pods.items() if pod.has_ended and _CAME_UP not in pod.said(_WHOLE_LOG)]
         for name in failed:
             self._failed_starts += 1
-            assert self._failed_starts <= _MOST_FAILED_STARTS, self.said()
-            print(f"{name} has not come up: another is started")
-            self._start_head() if name == "head" else self.start_worker(name)
+            if self._failed_starts > _MOST_FAILED_STARTS:
+                raise Stuck(self.said())
+            print(f"{name} has not come up: another is started", flush=True)
+            self.pods[name].start_again() if name == "head" else self.start_worker(name)
 
     def spread(self, changes: Settings) -> None:
         """Until there is a cell and a router on each host. Where a pod has come back, that takes these changes."""
@@ -106,10 +106,10 @@ class RayService:
     # What happens to it.
 
     def cut(self, name: str) -> None:
-        self._network.cut(self.pods[name].space)
+        self._site.network.cut(self.pods[name].space)
 
     def heal(self, name: str) -> None:
-        self._network.heal(self.pods[name].space)
+        self._site.network.heal(self.pods[name].space)
 
     # What one sees of it.
 
@@ -122,6 +122,14 @@ class RayService:
         nodes = json.loads(self._ask_head("/api/v0/nodes"))["data"]["result"]["result"]
         alive = {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
         return {name for name, pod in self.pods.items() if pod.address in alive}
+
+    def kill(self, name: str, title: str) -> None:
+        """kill -9 of the processes of this pod that call themselves so."""
+        found = self.pods[name].processes(title)
+        if not found:
+            raise Stuck(f"no {title} on {name}")
+        for process in found:
+            process.kill()
 
     def replicas(self, deployment: str) -> list[dict[str, Any]]:
         """What Serve says of each."""
@@ -167,9 +175,12 @@ class RayService:
                     break
             except Silent as error:
                 why = f": {error}"
-            assert time.monotonic() < began + within_s, f"not so within {within_s:g} s: {what}{why}\n{self.said()}"
+            if time.monotonic() > began + within_s:
+                raise Stuck(f"not so within {within_s:g} s: {what}{why}\n{self.said()}")
             time.sleep(_POLL_S)
-        print(f"{time.monotonic() - began:5.1f} s until {what}")
+        took_s = time.monotonic() - began
+        self.waited.append((what, took_s))
+        print(f"{took_s:5.1f} s until {what}", flush=True)
 
     def said(self) -> str:
         try:
@@ -180,29 +191,37 @@ class RayService:
 
     def _ask_head(self, path: str, body: str | None = None, within_s: float = _ASK_S) -> str:
         """What its dashboard answers, asked from the clients' host. Raises Silent."""
+        if "head" not in self.pods:
+            raise Silent("the cluster is deleted")
         url = f"http://{self.pods['head'].address}:{_DASHBOARD}{path}"
         command = ["curl", "-s", "-m", f"{within_s:g}", "-w", "\n%{http_code}", url]
         command += ["-H", f"Authorization: Bearer {self._token}"]
         if body is not None:
             command += ["-X", "PUT", "-H", "Content-Type: application/json", "-d", body]
-        asked = subprocess.run(inside(self._client, command), capture_output=True, text=True)
+        asked = subprocess.run(inside(self._site.client, command), capture_output=True, text=True)
         text, _, code = asked.stdout.rpartition("\n")
         if code != "200":
             raise Silent(f"{path}: {code}: {text[:500]}")
         return text
 
+    def terminate(self) -> list[Pod]:
+        """SIGTERM to all pods at once, as when the cluster is deleted. They are no longer its own to start again."""
+        ending = list(self.pods.values())
+        for pod in ending:
+            pod.terminate()
+        self._ending += ending
+        self.pods = {}
+        return ending
+
     def close(self) -> None:
         with ExitStack() as stack:  # whatever fails, the others end too
-            stack.callback(self._network.close)
             for pod in [*self._ending, *self.pods.values()]:
                 stack.callback(pod.remove)
-            if self.clients is not None:
-                stack.callback(self.clients.close)
 
 
 @contextmanager
-def running_rayservice(directory: Path) -> Iterator[RayService]:
-    service = RayService(Manifest.for_two_small_hosts(), directory)
+def running(manifest: Manifest, where: Site, name: str = "") -> Iterator[RayService]:
+    service = RayService(manifest, where, name)
     try:
         service.start()
         yield service
@@ -210,13 +229,10 @@ def running_rayservice(directory: Path) -> Iterator[RayService]:
         service.close()
 
 
-def _environment(home: Path) -> dict[str, str]:
-    """What an image gives, and that no host's processes yield to another's."""
-    path = os.pathsep.join(
-        [str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"]
-    )
-    given = {"PATH": path, "HOME": str(home), "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"}
-    return given | {"RAY_worker_niceness": "0"}
+@contextmanager
+def running_rayservice(directory: Path) -> Iterator[RayService]:
+    with site(directory) as where, running(Manifest.for_two_small_hosts(), where) as service:
+        yield service
 
 
 def _in_short(status: dict[str, Any]) -> dict[str, Any]:

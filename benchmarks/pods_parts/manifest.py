@@ -5,6 +5,7 @@ host there is a routers' pod and a cells' pod in one.
 """
 
 import json
+import uuid
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 _FILE = CHECKOUT / "deploy" / "kuberay" / "rayservice.yaml"
 _GPU = "nvidia.com/gpu"
 _OBJECT_STORE_BYTES = 128 * 2**20
-# A cell that is drained without room for another may go on for 5 s: the node's time less the cell's.
-_NODE_DRAIN_S, _CELL_DRAIN_S, _GRACE_S = 65, 60, 90
+# A node's drain takes 5 s more than a cell's: what a cell that is drained without room for another has left.
+_CELL_DRAIN_S, _NODE_DRAIN_S, _GRACE_S = 60, 5, 25  # the second beyond the first, the third beyond both
+_HEAD_LONGER_S = 10  # than workers, which end at once without it
 _ROUTERS_ON_A_HOST = 8
 # Ray takes a node for dead after 65 s of silence. These make it some 20.
 _SOONER_DEAD = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000"}
@@ -28,8 +30,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     # Nothing is recorded, as on GPUs: it would take each cell that starts seconds of the cores.
     "cell": {"placement": "colocated", "device": "cpu", "gpus_per_tower": 1, "max_sequences": 16, "capture": "off"},
     # As where every GPU is taken: a change has no room for another cell beside the old ones.
-    "cluster": {"min_cells": 2, "max_cells": 2, "surge": False, "drain_timeout_s": _CELL_DRAIN_S},
+    "cluster": {"min_cells": 2, "max_cells": 2, "surge": False},
 }
+# KubeRay gives a worker so long to find the GCS again, where that has a Redis.
+_RECONNECT_S = 600
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -47,12 +51,17 @@ class Group:
 
 
 class Manifest:
-    def __init__(self, spec: dict[str, Any]) -> None:
-        self._spec = spec
+    def __init__(self, spec: dict[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """`settings`: what is changed in those of the file."""
+        self._spec, self._settings = spec, settings
 
     @classmethod
-    def for_two_small_hosts(cls) -> "Manifest":
-        """Ours, for a cell of the demo on each of two hosts without GPUs, with less patience."""
+    def for_two_small_hosts(cls, redis: str = "", spare: bool = False, cell_drain_s: int = _CELL_DRAIN_S) -> "Manifest":
+        """Ours, for a cell of the demo on each of two hosts without GPUs, with less patience.
+
+        `redis`: the address of one, as `redis.address` of the chart. `spare`: each host has room for another cell, and
+        new ones start before old ones go, as in the chart's own values.
+        """
         documents = yaml.safe_load_all(_FILE.read_text(encoding="utf-8"))
         [spec] = [document["spec"] for document in documents if document["kind"] == "RayService"]
         cluster = spec["rayClusterConfig"]
@@ -60,31 +69,45 @@ class Manifest:
         head, worker = cluster["headGroupSpec"], groups["cells"]
         cluster["workerGroupSpecs"] = [worker]
         _take_routers(worker, groups["routers"])
-        for group in (head, worker):
+        node_drain_s = cell_drain_s + _NODE_DRAIN_S
+        for group, drain_s in ((head, node_drain_s + _HEAD_LONGER_S), (worker, node_drain_s)):
             group["rayStartParams"] |= {"object-store-memory": str(_OBJECT_STORE_BYTES)}
-            group["template"]["spec"]["terminationGracePeriodSeconds"] = _GRACE_S
-            _set(_container(group), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", str(_NODE_DRAIN_S))
+            group["template"]["spec"]["terminationGracePeriodSeconds"] = drain_s + _GRACE_S
+            _set(_container(group), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", str(drain_s))
         for name, value in _SOONER_DEAD.items():
             _set(_container(head), name, value)
-        _container(worker)["resources"]["limits"] |= {"cpu": "2", "memory": "4Gi", _GPU: 1}
+        _container(worker)["resources"]["limits"] |= {"cpu": "2", "memory": "4Gi", _GPU: 2 if spare else 1}
         [volume] = [v for v in worker["template"]["spec"]["volumes"] if v["name"] == "shared-memory"]
         volume["emptyDir"]["sizeLimit"] = "512Mi"
-        return cls(spec)
+        if redis:
+            cluster["gcsFaultToleranceOptions"] = {"redisAddress": redis}
+        settings = _SETTINGS | {"cluster": {**_SETTINGS["cluster"], "surge": spare, "drain_timeout_s": cell_drain_s}}
+        return cls(spec, settings)
 
     @property
     def head(self) -> Group:
-        return _group(self._spec["rayClusterConfig"]["headGroupSpec"], "--head")
+        """KubeRay names the Redis to the head alone, and a namespace in it that no other cluster has."""
+        cluster = self._spec["rayClusterConfig"]
+        head = _group(cluster["headGroupSpec"], "--head")
+        if "gcsFaultToleranceOptions" in cluster:
+            head.environment["RAY_REDIS_ADDRESS"] = cluster["gcsFaultToleranceOptions"]["redisAddress"]
+            head.environment["RAY_external_storage_namespace"] = str(uuid.uuid5(uuid.NAMESPACE_OID, "the cluster"))
+        return head
 
     @property
     def worker(self) -> Group:
-        [worker] = self._spec["rayClusterConfig"]["workerGroupSpecs"]
-        return _group(worker, "")
+        cluster = self._spec["rayClusterConfig"]
+        [group] = cluster["workerGroupSpecs"]
+        worker = _group(group, "")
+        if "gcsFaultToleranceOptions" in cluster:
+            worker.environment.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_RECONNECT_S))
+        return worker
 
     def serve_config(self, changes: Settings) -> str:
         """`serveConfigV2` as KubeRay puts it, with these settings changed."""
         config = yaml.safe_load(self._spec["serveConfigV2"])
         [application] = config["applications"]
-        for settings in (_SETTINGS, changes):
+        for settings in (self._settings, changes):
             for section, values in settings.items():
                 application["args"][section] = application["args"].get(section, {}) | values
         return json.dumps(config)

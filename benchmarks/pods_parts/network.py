@@ -14,12 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import pytest
 
 _PREFIX = "twotower"
 _SUBNET = "10.99.0"  # seen inside only
 _LOST = re.compile(rf"{_PREFIX}-(\d+)-\S+")
-_PROGRAMS = ("ip", "unshare", "setpriv", "curl", "wget")
+PROGRAMS = ("ip", "unshare", "setpriv", "curl", "wget")
 _END_S = 10.0
 
 
@@ -78,16 +77,19 @@ class Pod:
         self.ray = directory / "ray"
         self.ray.mkdir(parents=True)
         self._runtime: subprocess.Popen[bytes] | None = None
+        self._command, self._starts = "", 0
 
     def start(self, command: str) -> None:
         """By bash, as the container's entry point. Not from a thread that ends before the pod shall."""
+        self._command = command
+        self._starts += 1
         mounts = (
             f"mkdir -p /tmp/ray && mount --bind {shlex.quote(str(self.ray))} /tmp/ray"
             f" && mount -t tmpfs -o size={self._shared_memory} none /dev/shm"
         )
         isolated = "unshare --mount --pid --fork --kill-child --mount-proc --propagation private".split()
         entry = ["bash", "-c", f'{mounts} && exec bash -c "$0"', command]
-        with (self._directory / "log").open("wb") as log:
+        with self._log.open("wb") as log:
             self._runtime = subprocess.Popen(
                 inside(self.space, ["setpriv", "--pdeathsig", "KILL", *isolated, *entry]),
                 env=self._environment,
@@ -96,6 +98,11 @@ class Pod:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def start_again(self) -> None:
+        """As the kubelet does with a container that has ended: in the same pod, at the same address."""
+        assert self.has_ended, f"{self.name} still runs"
+        self.start(self._command)
 
     def run(self, command: Sequence[str], within_s: float) -> bool:
         """Whether this command succeeds within so many seconds on the pod's network, as a probe's does."""
@@ -113,39 +120,50 @@ class Pod:
         [first] = psutil.Process(self._runtime.pid).children()
         first.send_signal(signal.SIGTERM)
 
+    def kill(self) -> None:
+        """SIGKILL for all of its processes at once: the first one of a namespace takes the others with it."""
+        if self._runtime is not None:
+            first = psutil.Process(self._runtime.pid).children() if not self.has_ended else []
+            self._runtime.kill()
+            self._runtime.wait(_END_S)
+            psutil.wait_procs(first, _END_S)
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Those that call themselves so, as Ray's do."""
+        assert self._runtime is not None
+        found = []
+        for process in psutil.Process(self._runtime.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if "".join(process.cmdline()[:1]).startswith(title):
+                    found.append(process)
+        return found
+
     @property
     def has_ended(self) -> bool:
         return self._runtime is None or self._runtime.poll() is not None
 
     def remove(self) -> None:
         """The end of it, at once."""
-        if self._runtime is not None:
-            self._runtime.kill()
-            self._runtime.wait(_END_S)
+        self.kill()
         self._network.leave(self.space)
 
     def said(self, last: int = 3000) -> str:
-        log = self._directory / "log"
+        """Since it was started last."""
+        log = self._log
         return f"{self.name}: " + (log.read_text(errors="replace")[-last:] if log.exists() else "not started")
+
+    @property
+    def _log(self) -> Path:
+        return self._directory / ("log" if self._starts < 2 else f"log-{self._starts}")
 
 
 def inside(space: str, command: Sequence[str]) -> list[str]:
     return ["ip", "netns", "exec", space, *command]
 
 
-def require_namespaces() -> None:
-    """Skips where no network namespace can be made; fails there when REQUIRE_ALL=1."""
-    problem = _why_not()
-    if problem is None:
-        return
-    message = f"pods are network namespaces, which want Linux, root and {', '.join(_PROGRAMS)}: {problem}"
-    if os.environ.get("REQUIRE_ALL") == "1":
-        pytest.fail(message)
-    pytest.skip(message)
-
-
-def _why_not() -> str | None:
-    if missing := [program for program in _PROGRAMS if not shutil.which(program)]:
+def why_not() -> str | None:
+    """Why no pods can be had here; None where they can."""
+    if missing := [program for program in PROGRAMS if not shutil.which(program)]:
         return f"{', '.join(missing)} not installed"
     name = f"{_PREFIX}-{os.getpid()}-trial"
     trial = "unshare --mount --pid --fork --mount-proc mount -t tmpfs none /dev/shm".split()
@@ -162,7 +180,7 @@ def _why_not() -> str | None:
 
 
 def _clear_what_is_lost() -> None:
-    """Namespaces of test runs that were killed. Their pods have died with them."""
+    """Namespaces of runs that were killed. Their pods have died with them."""
     for line in _ip("netns", "list").splitlines():
         found = _LOST.match(line)
         if found is not None and not psutil.pid_exists(int(found[1])):

@@ -1,0 +1,1 @@
+"""Hosts without machines, with our RayService on them: the parts of benchmarks/pods.py, and of tests/pods."""

@@ -1,0 +1,99 @@
+"""What `benchmarks.pods` makes of what its clients say. The cases themselves take minutes each and are run by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import pods
+from benchmarks.pods_parts.cases import CASES, Case
+from benchmarks.pods_parts.clients import Request, Stuck
+from benchmarks.pods_parts.manifest import Manifest
+from benchmarks.pods_parts.report import Result, first_tokens, pauses, render
+from benchmarks.pods_parts.weights import write_other_weights
+from benchmarks.reference.workload import DEMO
+from twotower.model.checkpoint import Checkpoint
+
+STREAM = "grpc long ar stream"
+
+
+def _result(*requests: Request) -> Result:
+    return Result("head", "The head is killed.", 10.0, list(requests), resumed=2, waited=[("it is back", 4.0)])
+
+
+def _right(**given: object) -> Request:
+    return Request("10.0.0.1", STREAM, **{"sent": 1.0, "outcome": "right", "ended": 20.0} | given)  # type: ignore[arg-type]
+
+
+def test_the_table_says_what_failed_and_how_long_streams_stood_still() -> None:
+    told = _right(errors=[(10.1, "10.0.0.1", "failed: UNAVAILABLE: gone")])
+    paused = _right(events=[2.0, 2.5, 12.5, 13.0])
+    late = _right(sent=11.0, events=[14.0])
+    text = render([_result(told, paused, late)], {"date": "today"})
+    assert "| head | yes | 3 | 0 | 0 | 0 | 1 | 2 | 0 | 10.0 (0.5) | 3.0 (1.0) |" in text
+    assert "- 4.0 s until it is back" in text and text.endswith("Nothing.\n")
+
+
+@pytest.mark.parametrize(
+    ("request_", "row"),
+    [
+        (_right(outcome="failed: UNAVAILABLE: gone"), "| **no** | 1 | 1 | 0 |"),
+        (_right(outcome="changed tokens: got (1,), wanted (2,)"), "| **no** | 1 | 0 | 1 |"),
+        (_right(outcome="", ended=math.inf), "| **no** | 1 | 1 | 0 |"),
+        (_right(outcome="right, by the other weights"), "| yes | 1 | 0 | 0 |"),
+    ],
+)
+def test_what_is_not_right_does_not_pass(request_: Request, row: str) -> None:
+    result = _result(request_)
+    text = render([result], {})
+    assert row in text
+    assert result.passed == text.endswith("Nothing.\n") == request_.is_good
+    if request_.outcome:
+        assert request_.is_good or f"1 × {request_.outcome}" in text
+
+
+def test_a_gap_counts_where_it_ends() -> None:
+    result = _result(_right(sent=0.0, events=[1.0, 9.0, 10.5]))
+    assert pauses(result) == (1.5, 8.0)
+    assert first_tokens(result) == (0.0, 1.0)
+    assert pauses(_result()) == (0.0, 0.0) and not _result().passed, "a case without requests shows nothing"
+
+
+def test_a_case_that_gets_stuck_is_told_of_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stuck(directory: Path, result: Result) -> None:
+        result.requests.append(_right())
+        raise Stuck("not so within 240 s: it is back")
+
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    result = pods._run(Case("head", "The head is killed.", stuck), kept)
+    assert result.wrong == ["Stuck: not so within 240 s: it is back"] and not result.passed
+    assert "not so within" in render([result], {}) and len(list(kept.iterdir())) == 1
+    assert "| head | **no** | 1 | 0 |" in capsys.readouterr().out
+
+
+def test_an_unknown_case_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pods.main(["--cases", "head,tail"])
+    known = ", ".join(case.name for case in CASES)
+    assert f"got tail, wanted some of {known}" in capsys.readouterr().err
+
+
+def test_a_redis_is_told_to_the_head_and_patience_to_workers() -> None:
+    plain, safe = Manifest.for_two_small_hosts(), Manifest.for_two_small_hosts(redis="10.0.0.9:6379")
+    assert safe.head.environment.keys() - plain.head.environment.keys() == {
+        "RAY_REDIS_ADDRESS",
+        "RAY_external_storage_namespace",
+    }
+    assert safe.worker.environment.keys() - plain.worker.environment.keys() == {
+        "RAY_gcs_rpc_server_reconnect_timeout_s"
+    }
+    assert safe.head.grace_s > safe.worker.grace_s, "without the head workers end at once"
+
+
+def test_the_other_weights_are_another_checkpoint_with_the_demos_vocabulary(tmp_path: Path) -> None:
+    demo, other = Checkpoint.open(DEMO), Checkpoint.open(write_other_weights(tmp_path / "other"))
+    assert demo.fingerprint != other.fingerprint and demo.vocabulary == other.vocabulary
+    assert demo.config == other.config and demo.files.keys() == other.files.keys()
