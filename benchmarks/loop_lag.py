@@ -47,7 +47,7 @@ Body = Callable[[ServedModel], bytes]
 class OneToken:
     """An answer of the prompt's last token, again and again: cells, and a stay on one."""
 
-    cell = "script"
+    cell, vocabulary = "script", ""
 
     def __init__(self, fingerprint: str, request: AnyRequest | None = None) -> None:
         self.fingerprint, self._request, self._start = fingerprint, request, 0
