@@ -3,7 +3,7 @@
 import jsonschema
 import pytest
 
-from cluster.faces.http import completions
+from cluster.faces.http import strict_body
 from cluster.faces.http.completion_models import CompletionAndUsage, CompletionRequest
 from cluster.faces.http.completions import parse_call
 from twotower.core import PARAMETERS, PRIORITY, STOP, TRACE
@@ -54,7 +54,7 @@ def test_long_lists_are_handed_on_as_they_came() -> None:
 
 def test_only_the_first_unknown_names_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up: list[str] = []
-    monkeypatch.setattr(completions.difflib, "get_close_matches", lambda name, *_, **__: looked_up.append(name) or [])
+    monkeypatch.setattr(strict_body.difflib, "get_close_matches", lambda name, *_, **__: looked_up.append(name) or [])
     body = {"prompt": "a"} | {f"name{i:03}": 1 for i in range(500)}
     with pytest.raises(InvalidRequest) as caught:
         parse_call(body)

@@ -193,7 +193,7 @@ async def jammed(cells: ScriptedCells, monkeypatch: pytest.MonkeyPatch) -> Async
         return readers[0]
 
     monkeypatch.setattr("cluster.faces.http.service.BodyReader", reader)
-    monkeypatch.setattr("cluster.faces.http.service.PARSED_S", 1.0)  # every body is long
+    monkeypatch.setattr("cluster.faces.http.calls.PARSED_S", 1.0)  # every body is long
     service = generation(cells)
     app = make_app(service, all_modes, 10_000)
     begun, loop = asyncio.Event(), asyncio.get_running_loop()

@@ -24,9 +24,9 @@ from twotower.showing import show
 
 MAX_PROMPTS, MAX_LABEL = 256, 512
 
-_TEXT: dict[str, Any] = {"type": "string"}
-_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-_PARTS: list[dict[str, Any]] = [{"type": "array", "items": item, "maxItems": MAX_PROMPTS} for item in (_TEXT, _IDS)]
+TEXT: dict[str, Any] = {"type": "string"}
+IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PARTS: list[dict[str, Any]] = [{"type": "array", "items": item, "maxItems": MAX_PROMPTS} for item in (TEXT, IDS)]
 PROMPT = "a string, a list of token ids, or a list of either"
 
 
@@ -36,14 +36,17 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def _schema(parameter: Parameter) -> WithJsonSchema:
+def schema_of(parameter: Parameter) -> WithJsonSchema:
+    """What a field that takes this parameter tells of it."""
     return WithJsonSchema({**parameter.kind.schema, "description": parameter.meaning})
 
 
 def _declared(outer: str) -> dict[str, Any]:
     """The parameters that are fields of this object (empty: of the body itself); None is not given."""
     places = {parameter.http.rpartition("."): parameter for parameter in PARAMETERS.values()}
-    return {own: (Annotated[Any, _schema(parameter)], None) for (o, _, own), parameter in places.items() if o == outer}
+    return {
+        own: (Annotated[Any, schema_of(parameter)], None) for (o, _, own), parameter in places.items() if o == outer
+    }
 
 
 def _prompts(value: object) -> Sequence[Any]:
@@ -60,7 +63,7 @@ def _prompts(value: object) -> Sequence[Any]:
 
 
 Label = Annotated[str, Field(max_length=MAX_LABEL)]
-Prompts = Annotated[Any, AfterValidator(_prompts), WithJsonSchema({"anyOf": [_TEXT, _IDS, *_PARTS]})]
+Prompts = Annotated[Any, AfterValidator(_prompts), WithJsonSchema({"anyOf": [TEXT, IDS, *_PARTS]})]
 _Parameters: Any = create_model("_Parameters", __base__=Body, **_declared(""))
 _Diffusion: Any = create_model("_Diffusion", __base__=Body, **_declared("diffusion"))
 
@@ -68,7 +71,7 @@ _Diffusion: Any = create_model("_Diffusion", __base__=Body, **_declared("diffusi
 class Diffusion(_Diffusion):  # type: ignore[misc]
     """The parameters that OpenAI lacks."""
 
-    trace: Annotated[Any, _schema(TRACE)] = TRACE.default
+    trace: Annotated[Any, schema_of(TRACE)] = TRACE.default
 
 
 class StreamOptions(Body):
@@ -81,11 +84,11 @@ class StreamOptions(Body):
 class CompletionRequest(_Parameters):  # type: ignore[misc]
     """`prompt` as a list of prompts, whatever shape it came in."""
 
-    prompt: Prompts
+    prompt: Annotated[Prompts, Field(description=PROMPT)]
     model: Label = ""
     diffusion: Diffusion = Diffusion()
-    stop: Annotated[Any, _schema(STOP)] = ()
-    priority: Annotated[Any, _schema(PRIORITY)] = PRIORITY.default
+    stop: Annotated[Any, schema_of(STOP)] = ()
+    priority: Annotated[Any, schema_of(PRIORITY)] = PRIORITY.default
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     request_id: Label = ""

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, aclosing, contextmanager
@@ -15,28 +14,24 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.faces.error_codes import CODES, Failure, NoSuchModel, SlowBody, describe
+from cluster.faces.error_codes import CODES, Failure, SlowBody, describe
+from cluster.faces.http.calls import CALL, Begun, begun, check_model
 from cluster.faces.http.completion_bodies import chunk_body, encoded, error_body, trace_body, usage_event, whole_body
 from cluster.faces.http.completions import CompletionCall, outside_problems, parse_call
 from cluster.faces.http.cross_origin import CrossOrigin
 from cluster.faces.http.request_body import BodyReader
+from cluster.faces.http.scores import ScoresFace
 from cluster.runs.answer import Chunk, Piece, Usage
-from cluster.runs.callers import Caller, of_http
 from cluster.runs.deadline import Deadline
 from cluster.runs.generation import Checked, Generation
-from cluster.runs.labels import REQUEST_ID, label_of
 from cluster.runs.run import Generating
 from cluster.runs.streams import until_disconnect
-from cluster.runs.trace_parent import TraceParent
 from twotower.core import Mode
 from twotower.errors import InvalidRequest
-from twotower.showing import one_line, show
-from twotower.strict_json import PARSED_S, parse_json
+from twotower.showing import one_line
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_HEADER = "x-request-timeout"
-_CALL = "twotower.call"  # where in a scope the log finds what the call is named
 _READ = ["GET", "HEAD"]
 _TRACE_EVENT = b"twotower.trace"
 _LAST_WORDS_S = 2.0  # beyond its deadline, for a stream to say that it has passed
@@ -56,7 +51,8 @@ def make_app(
     """The ASGI application of one router. `served`: the modes that are served now. `cors_origins`: whose pages may read
     its answers; `*` is everybody's."""
     app = FastAPI(title="TwoTower Serve", docs_url=None, redoc_url=None, openapi_url=None)
-    face = CompletionsFace(generation, BodyReader(max_bytes, body_timeout_s))
+    bodies = BodyReader(max_bytes, body_timeout_s)
+    face, scores = CompletionsFace(generation, bodies), ScoresFace(generation, bodies)
     model = generation.model
     card: dict[str, object] = {"id": model.name, "object": "model", "created": int(time.time()), "owned_by": "twotower"}
     card["max_model_len"] = model.limits.max_sequence_length
@@ -66,6 +62,10 @@ def make_app(
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await face.answer(request)
+
+    @app.post("/v1/score")
+    async def score(request: Request) -> Response:
+        return await scores.answer(request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions() -> Response:
@@ -77,7 +77,7 @@ def make_app(
 
     @app.api_route("/v1/models/{name:path}", methods=_READ)
     async def one_model(name: str) -> dict[str, object]:
-        _check_model(name, model.name)
+        check_model(name, model.name)
         return card
 
     @app.api_route("/health", methods=_READ)
@@ -111,32 +111,23 @@ class CompletionsFace:
 
     async def answer(self, request: Request) -> Response:
         generation = self._generation
-        deadline = generation.deadline(_timeout_of(request.headers))
-        generation.check_open()
-        caller = of_http(request)
-        body = await self._body(request, deadline)
-        outer_id = label_of(request.headers.get(REQUEST_ID, ""))
-        call = parse_call(body, outer_id)
-        request.scope[_CALL] = call.name
-        _check_model(call.model, generation.model.name)
-        # Serve's proxy sets this header itself, to what the request brought or to what it drew for it.
-        headers = {} if outer_id else {REQUEST_ID: call.label or call.id}
+        began = await begun(request, generation, self._bodies)
+        call = parse_call(began.body, began.outer_id)
+        request.scope[CALL] = call.name
+        check_model(call.model, generation.model.name)
+        headers = began.headers(call.label or call.id)
         checked = await self._checked(call)
         with ExitStack() as held:
-            held.enter_context(generation.hold(len(checked), caller))
-            runs = await self._runs(checked, deadline, caller, TraceParent.of(request.headers))
+            held.enter_context(generation.hold(len(checked), began.caller))
+            runs = await self._runs(checked, began)
             pieces = generation.many(runs)
             if call.stream:
                 first = await until_disconnect(request.receive, _next(pieces))
                 write = partial(self._write, call, runs, first, pieces)
-                return EventStream(write, pieces, headers, deadline, held.pop_all())
+                return EventStream(write, pieces, headers, began.deadline, held.pop_all())
             await until_disconnect(request.receive, _drained(pieces))
         whole = await whole_body(call, generation.model.name, int(time.time()), runs)
         return Response(whole, headers=headers, media_type="application/json")
-
-    async def _body(self, request: Request, deadline: Deadline) -> dict[str, object]:
-        async with deadline.over(), self._bodies.read(request) as raw:
-            return await self._generation.lanes.run(len(raw) * PARSED_S, partial(parse_json, raw), deadline)
 
     async def _checked(self, call: CompletionCall) -> list[Checked]:
         checked = []
@@ -146,13 +137,11 @@ class CompletionsFace:
             await asyncio.sleep(0)  # many prompts, one after the other, hold the loop up
         return checked
 
-    async def _runs(
-        self, asks: Sequence[Checked], deadline: Deadline, caller: Caller, parent: TraceParent
-    ) -> list[Generating]:
+    async def _runs(self, asks: Sequence[Checked], began: Begun) -> list[Generating]:
         runs = []
         for place, checked in enumerate(asks):
             with _told_of(place, len(asks)):
-                runs.append(await self._generation.run(checked, deadline, caller, parent))
+                runs.append(await self._generation.run(checked, began.deadline, began.caller, began.parent))
         return runs
 
     async def _write(
@@ -236,7 +225,7 @@ class ErrorBoundary:
         except Exception as error:
             if scope["type"] != "http":
                 raise
-            response = error_response(describe(error, scope.get(_CALL, "")))
+            response = error_response(describe(error, scope.get(CALL, "")))
             if not started:
                 await response(scope, receive, send)
 
@@ -266,25 +255,6 @@ def _told_of(place: int, prompts: int) -> Iterator[None]:
         yield
     except InvalidRequest as error:
         raise outside_problems(error, place if prompts > 1 else None) from None
-
-
-def _check_model(got: str | None, served: str) -> None:
-    if got not in (None, served):
-        raise NoSuchModel.of("model", f"got {show(got)}, wanted {show(served)}, the one served here")
-
-
-def _timeout_of(headers: Mapping[str, str]) -> float | None:
-    """Seconds the client will wait; None where it does not say."""
-    text = headers.get(TIMEOUT_HEADER)
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise InvalidRequest.of(TIMEOUT_HEADER, f"got {show(text)}, wanted a positive number of seconds")
-    return seconds
 
 
 async def _next(items: AsyncGenerator[Item, None]) -> Item:
