@@ -9,7 +9,7 @@ const MODE_MEANINGS = {
 const PLAYED_MS = [2500, 9000]; // a replay takes between so long, whatever the answer took
 const A_FRAME_MS = 120;
 const EXAMPLE = "json: age=26 city=delhi pet=owl name=bob\n"; // what the demo checkpoint has learned
-const play = { modes: [], replay: new Replay(), cursor: 0, asking: null, playing: null, call: "curl", drawing: false, ends: [] };
+const play = { modes: [], replay: new Replay(), cursor: 0, asking: null, playing: null, call: "curl", drawing: false, ends: [], scores: [] };
 
 function chosenMode() { return document.querySelector("input[name=mode]:checked").value; }
 
@@ -44,7 +44,7 @@ async function ask() {
   stopPlaying();
   const asking = play.asking = new AbortController();
   const given = asked();
-  Object.assign(play, { modes: LANES[chosenMode()], replay: new Replay(), cursor: 0, ends: [] });
+  Object.assign(play, { modes: LANES[chosenMode()], replay: new Replay(), cursor: 0, ends: [], scores: [] });
   byId("lanes").kept?.forEach((node) => node.remove());
   byId("lanes").kept?.clear();
   showPlay();
@@ -57,10 +57,17 @@ async function ask() {
         drawSoon();
       });
     }
-    if (play.modes.length > 1) play.replay.alignStarts();
+    const answers = play.replay.after(play.replay.frames.length);
+    for (const [lane, answer] of answers.entries()) {
+      if (answer.tokens.length) play.scores[lane] = await readScore(given.prompt, answer.tokens, asking.signal).catch((error) => {
+        if (asking.signal.aborted) throw error;
+        return { failed: error.message }; // the answer is whole all the same
+      });
+    }
+    play.ends = answers.map((answer) => answer.committed);
+    if (play.modes.length > 1) { play.replay.alignStarts(); play.cursor = play.replay.frames.length; }
     play.asking = null;
     draw();
-    play.ends = play.replay.answers.map((answer) => answer.committed);
     announce(play.modes.map((mode, lane) => `${mode} ${speedOf(play.replay.answers[lane])}`).join(", "));
     if (play.modes.length > 1 && !matchMedia("(prefers-reduced-motion: reduce)").matches) startPlaying();
   } catch (error) {
@@ -90,7 +97,7 @@ function drawSoon() {
 
 function draw() {
   const answers = play.replay.after(play.cursor);
-  const lanes = play.modes.map((mode, lane) => ({ mode, answer: answers[lane] ?? emptyAnswer(), end: play.ends[lane] ?? Number(byId("most").value) }));
+  const lanes = play.modes.map((mode, lane) => ({ mode, answer: answers[lane] ?? emptyAnswer(), end: play.ends[lane] ?? Number(byId("most").value), score: play.scores[lane] }));
   keep(byId("lanes"), lanes, (lane) => lane.mode, makeLane, updateLane);
   showPlay();
 }
@@ -106,34 +113,38 @@ function makeLane({ mode }) {
   return node;
 }
 
-function updateLane(node, { answer, end }) {
+function updateLane(node, { answer, end, score }) {
   const { speed, facts, bar, tokens, text } = node.parts;
   say(speed, answer.at && answer.committed ? speedOf(answer) : "");
-  say(facts, answer.at ? factsOf(answer) : "waits");
+  say(facts, answer.at ? factsOf(answer, score) : "waits");
   bar.style.width = `${Math.min(100, (100 * answer.committed) / Math.max(1, end))}%`;
-  keep(tokens, chipsOf(answer), (chip) => chip.key, () => element("span"), updateChip);
+  keep(tokens, chipsOf(answer, score), (chip) => chip.key, () => element("span"), updateChip);
   say(text, answer.text);
 }
 
-function factsOf(answer) {
+function factsOf(answer, score) {
   const steps = answer.usage?.num_steps ?? answer.steps;
   const facts = [`${count(answer.committed, "token")} in ${seconds(answer.at / 1000)}`];
   if (steps) facts.push(count(steps, "step"));
   if (steps && answer.committed) facts.push(`${number(answer.committed / steps)} tokens a step`);
   if (answer.drafted) facts.push(`${answer.accepted} of ${answer.drafted} drafted tokens stand`);
   if (answer.reason) facts.push(answer.reason === "stop" ? "it ended by itself" : "max tokens");
+  if (score?.failed) facts.push(`no probabilities: ${score.failed}`);
+  else if (score && answer.reason) facts.push(`${score.is_greedy.filter(Boolean).length} of ${score.is_greedy.length} are what ar would choose`);
   return facts.join(" · ");
 }
 
 function speedOf(answer) { return `${number((1000 * answer.committed) / Math.max(1, answer.at))} tokens/s`; }
 
-function chipsOf(answer) {
+function chipsOf(answer, score) {
   const chips = [];
   const end = Math.max(-1, ...answer.places.keys());
   for (let index = 0; index <= end; index += 1) {
     (answer.rejected.get(index) ?? []).forEach((place, n) => chips.push({ ...place, key: `rejected ${index} ${n}`, index: index + n }));
     const place = answer.places.get(index);
-    if (place) chips.push({ ...place, key: `${index}`, index, now: answer.fixed.has(index) });
+    const scored = score && !score.failed && place?.token === score.token_ids[index] && !(place.tokens > 1);
+    const likely = scored ? { probability: Math.exp(score.log_probs[index]), chosen: score.is_greedy[index] } : {};
+    if (place) chips.push({ ...place, ...likely, key: `${index}`, index, now: answer.fixed.has(index) });
   }
   return chips;
 }
@@ -147,12 +158,13 @@ function shownText(chip) {
 const KIND_WORDS = { masked: "not fixed yet", fixed: "fixed", accepted: "drafted, and stands", written: "written by the context tower", rejected: "drafted, and rejected", behind: "behind the answer's end" };
 
 function updateChip(node, chip) {
-  set(node, { class: ["chip", chip.kind, chip.begins && "begins", chip.now && "now"].filter(Boolean).join(" ") });
+  set(node, { class: ["chip", chip.kind, chip.begins && "begins", chip.chosen === false && "unchosen", chip.now && "now"].filter(Boolean).join(" ") });
   const sure = `${Math.round(100 * (chip.confidence ?? 1) ** 2)}%`; // squared: most are near 1, and differ there
   if (node.sure !== sure) { node.sure = sure; node.style.setProperty("--sure", sure); }
   say(node, shownText(chip));
   const told = [`position ${chip.index}: ${KIND_WORDS[chip.kind]}`];
   if (chip.confidence !== undefined) told.push(`confidence ${chip.confidence.toFixed(3)}, step ${chip.step} of its block`);
+  if (chip.probability !== undefined) told.push(`probability under ar ${chip.probability.toFixed(3)}${chip.chosen ? "" : ", which would choose another"}`);
   if (chip.token !== undefined) told.push(chip.tokens > 1 ? `${chip.tokens} tokens` : `token ${chip.token}`);
   set(node, { title: told.join("; ") });
 }

@@ -22,10 +22,19 @@ async function readCompletion(body, signal, hearEvent) {
   }
 }
 
+// How likely `ar` finds these tokens after the prompt. Throws what ended it.
+async function readScore(prompt, tokens, signal) {
+  const body = JSON.stringify({ prompt, continuation: tokens });
+  const response = await fetch("v1/score", { method: "POST", headers: { "content-type": "application/json" }, body, signal });
+  const told = await response.json();
+  if (!response.ok) throw new Error(told.error?.message ?? `the service answered ${response.status}`);
+  return told;
+}
+
 // `places`: by index among the new tokens. `rejected`: by the index that the first of the draft's rejected tokens had.
 // `fixed`: the places of the last event.
 function emptyAnswer() {
-  return { places: new Map(), rejected: new Map(), fixed: new Set(), committed: 0, text: "", usage: null, drafted: 0, accepted: 0, steps: 0, reason: null, at: 0 };
+  return { places: new Map(), rejected: new Map(), fixed: new Set(), tokens: [], committed: 0, text: "", usage: null, drafted: 0, accepted: 0, steps: 0, reason: null, at: 0 };
 }
 
 // The answer after one more event.
@@ -70,6 +79,7 @@ function growByRound(answer, round) {
 function growByTokens(answer, choice) {
   const start = answer.committed;
   answer.committed += choice.token_ids.length;
+  answer.tokens.push(...choice.token_ids);
   answer.text += choice.text;
   answer.reason = choice.finish_reason;
   if (choice.token_ids.length && !answer.places.has(start)) {

@@ -47,7 +47,7 @@ class Tab:
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
-        told = await asyncio.wait_for(answer, 30)
+        told = await asyncio.wait_for(answer, 60)
         assert "error" not in told, f"{method}: {told['error']}"
         result: dict[str, Any] = told["result"]
         return result
@@ -62,7 +62,7 @@ class Tab:
         assert "exceptionDetails" not in told, told["exceptionDetails"]
         return told["result"].get("value")
 
-    async def until(self, expression: str, within_s: float = 15.0) -> Any:
+    async def until(self, expression: str, within_s: float = 45.0) -> Any:
         """Waits until it is true; its value."""
         try:
             async with asyncio.timeout(within_s):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -19,11 +20,11 @@ from cluster.runs.record import Record
 from cluster.served_paths import checkpoint_directory
 from tests.cluster.board.browser import Tab, program, tab
 from tests.cluster.board.signed import Hearing, beat
-from tests.cluster.fakes import FINGERPRINT, ScriptedCells, all_modes, generation, served_model
+from tests.cluster.fakes import FINGERPRINT, ScriptedCells, all_modes, generation, served_model, tokens
 from twotower.core import DecodingParams, Mode, Request, RequestId
 
 CTRL = 2  # as DevTools has it
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 @asynccontextmanager
@@ -81,7 +82,7 @@ async def the_trade(page: Tab, record: Path) -> None:
 
 async def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program()
-    monkeypatch.setattr(feeds, "PACE_S", 0.1)
+    monkeypatch.setattr(feeds, "PACE_S", 0.3)
     hearing = service()
     async with served(Feed(hearing.board), tmp_path) as url, tab(tmp_path / "profile") as page:
         await page.look(1280, 900)
@@ -131,6 +132,12 @@ async def _see_the_playground(page: Tab) -> None:
     assert await page.value(chips("diffusion")) == list("All go")
     assert "6 tokens" in await text(page, ".facts") and "4 steps" in await text(page, ".facts")
     assert await page.value("document.querySelector('.chip').title.includes('confidence 0.500, step 0')")
+    # Scripted cells: exp(-token / 100), and even tokens are what ar would choose.
+    chosen = sum(token % 2 == 0 for token in tokens("All go"))
+    assert f"{chosen} of 6 are what ar would choose" in await text(page, ".facts")
+    assert len(await page.value(chips("diffusion", ".unchosen"))) == 6 - chosen > 0
+    probability = f"probability under ar {math.exp(-tokens('A')[0] / 100):.3f}"
+    assert probability in await page.value("document.querySelector('.chip').title")
     await page.value("document.getElementById('frame').focus()")
     await page.call("Input.dispatchKeyEvent", type="keyDown", key="Home", code="Home", windowsVirtualKeyCode=36)
     await page.call(
