@@ -8,10 +8,12 @@ import pytest
 from actors.settings import CellSettings
 from actors.towers import ColocatedActor, ContextActor, DenoiserActor, TowerProcess
 from tests.goldens import VENDORED
+from twotower.engine.settings import EngineSettings
 
 
 async def _said(kind: type[TowerProcess], placement: str, caplog: pytest.LogCaptureFixture) -> list[str]:
-    settings = CellSettings(str((VENDORED / "tt_moe").resolve()), device="cpu", placement=placement)
+    engine = EngineSettings(capture="off")  # what is recorded takes longer than all else
+    settings = CellSettings(str((VENDORED / "tt_moe").resolve()), device="cpu", placement=placement, engine=engine)
     process = kind(settings)
     with caplog.at_level(logging.INFO):
         await process.load()

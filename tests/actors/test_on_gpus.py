@@ -96,8 +96,7 @@ def _threads() -> set[str]:
     return {each.name for each in threading.enumerate() if each.name.startswith(("engine", "link"))}
 
 
-# Each in each of the others' company at least once; all of them are the long ones.
-_USUAL = {("tt_moe", "split", "on"), ("tt_dense", "colocated", "on"), ("tt_dense", "split", "off")}
+_USUAL = {("tt_dense", "colocated", "on"), ("tt_dense", "split", "off")}  # split with captures is in the next test
 _CASES = [
     pytest.param(*case, marks=[] if case in _USUAL else pytest.mark.long)
     for case in product(["tt_dense", "tt_moe"], ["split", "colocated"], ["off", "on"])

@@ -10,6 +10,7 @@ from actors.settings import CellSettings
 from actors.towers import ColocatedActor
 from tests.actors.test_cell import DEMO
 from tests.goldens import MODELS, golden
+from twotower.engine.settings import EngineSettings
 from twotower.model.threads import threads_for
 
 
@@ -23,7 +24,8 @@ def test_only_a_wide_model_is_worth_more_than_one() -> None:
 def test_a_tower_process_of_the_demo_computes_on_one() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    actor = ColocatedActor(CellSettings(str(DEMO), device="cpu", placement="colocated"))
+    settings = CellSettings(str(DEMO), device="cpu", placement="colocated", engine=EngineSettings(capture="off"))
+    actor = ColocatedActor(settings)
     try:
         home = asyncio.run(actor.load())
         assert (home["threads"], torch.get_num_threads()) == ("1", 1)
