@@ -43,7 +43,10 @@ async def test_naive_and_in_process_give_the_same_tokens(model: Golden, mode: Mo
     ours = await _drive(InProcessPath(model.context, model.denoiser, SETTINGS, 1), requests)
     assert [a.token_ids for a in ours.answers] == [a.token_ids for a in naive.answers]
     assert naive.num_tokens == 5 * 16
-    assert naive.tokens_per_step == ours.tokens_per_step
+    if mode is Mode.VERIFIED:  # the script drafts every round, the engine leaves out drafts that do not pay
+        assert naive.tokens_per_step and ours.tokens_per_step and naive.tokens_per_step <= ours.tokens_per_step
+    else:
+        assert naive.tokens_per_step == ours.tokens_per_step
     assert (naive.tokens_per_step is None) is (mode is Mode.AR)
 
 
