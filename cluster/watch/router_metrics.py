@@ -126,7 +126,9 @@ COMMITTED = Metric(
     "that these steps fixed, as clients see them in `usage`",
 )
 BLOCK_STEPS = Metric("steps_per_block", Kind.HISTOGRAM, "steps", "that a block of `diffusion` took", (), _STEPS)
-DRAFTS = Metric("spec_decode_num_drafts_total", Kind.COUNTER, "drafts", "rounds in answers of `verified`")
+DRAFTS = Metric(
+    "spec_decode_num_drafts_total", Kind.COUNTER, "drafts", "rounds in answers of `verified`, with a draft or without"
+)
 DRAFTED = Metric(
     "spec_decode_num_draft_tokens_total",
     Kind.COUNTER,

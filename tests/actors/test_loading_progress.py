@@ -31,13 +31,12 @@ def lines_reach_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "placement", "towers"),
     [
-        pytest.param(ContextActor, "split", ["context tower"], marks=pytest.mark.slow),
+        (ContextActor, "split", ["context tower"]),
         (DenoiserActor, "split", ["denoiser tower"]),
-        pytest.param(ColocatedActor, "colocated", ["context tower", "denoiser tower"], marks=pytest.mark.slow),
-        pytest.param(ColocatedActor, "ar_only", ["context tower"], marks=pytest.mark.slow),
+        (ColocatedActor, "colocated", ["context tower", "denoiser tower"]),
+        (ColocatedActor, "ar_only", ["context tower"]),
     ],
 )
-@pytest.mark.slow
 async def test_every_tenth_part_of_a_large_tower(
     kind: type[TowerProcess],
     placement: str,
@@ -56,6 +55,5 @@ async def test_every_tenth_part_of_a_large_tower(
     assert [line[4] for line in lines if line and line[2] == line[3]] == ["100"] * len(towers)
 
 
-@pytest.mark.slow
 async def test_a_small_tower_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
     assert await _said(ContextActor, "split", caplog) == []

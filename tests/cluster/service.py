@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.reference.service import free_port as free_port
+from benchmarks.reference.service import free_port
 from cluster.app import APP_NAME
 from cluster.cell import CellStats
 from cluster.cli.client import is_ready

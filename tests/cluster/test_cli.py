@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.reference.service import free_port
 from cluster.cli import client
 from cluster.cli.main import main
 from cluster.cli.up import Up, _what_next
@@ -24,7 +25,6 @@ from cluster.ops import run_state
 from cluster.ops.deployment import Progress, choice, failure_of, progress, reason, shortage
 from cluster.ops.run_state import RunState
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
-from tests.cluster.service import free_port
 from tests.model.checkpoints import SINGLE, base_tensors, config_of, tensors_of, write
 from twotower.errors import ConfigError, Unavailable
 

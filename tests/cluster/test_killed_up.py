@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.reference.service import free_port
 from cluster.ops import left_behind, run_state
-from tests.cluster.service import free_port
 from tests.cluster.test_stopping import LONGEST, Streams
 from tests.cluster.up_process import CHECKOUT, UpProcess
 

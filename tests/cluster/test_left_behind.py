@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.reference.service import free_port
 from cluster.cli.main import main
 from cluster.ops import left_behind, run_state
 from cluster.ops.run_state import RunState
-from tests.cluster.service import free_port
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # Stands for an `up`: starts what writes into the logs of its session, and waits to be killed.

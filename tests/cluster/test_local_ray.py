@@ -11,11 +11,11 @@ from unittest import mock
 import grpc
 import pytest
 
+from benchmarks.reference.service import free_port
 from cluster.cli.main import main
 from cluster.no_proxies import bypass_proxies
 from cluster.ops import local_ray, run_state
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server
-from tests.cluster.service import free_port
 from twotower.errors import ConfigError
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc

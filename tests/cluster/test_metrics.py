@@ -15,11 +15,12 @@ import grpc
 import httpx
 import pytest
 
+from benchmarks.reference.service import free_port
 from cluster.ops.scraping import targets
 from cluster.watch import cell_metrics, router_metrics
 from cluster.watch.metric import Kind, declared_in
 from tests.cluster.scraped import LATE_S, Scrape, scrape, scraped
-from tests.cluster.service import Service, free_port, running_service
+from tests.cluster.service import Service, running_service
 from tests.deploy.observability import ALERTS, RULES, loaded, panel_queries
 from tests.deploy.promql import selectors
 from tests.prometheus import Prometheus, require, running_prometheus

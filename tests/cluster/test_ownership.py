@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.reference.service import free_port
 from cluster.cli import client
 from cluster.cli.up import Up
 from cluster.config import ServiceConfig, load_config
 from cluster.ops import deployment, ownership
 from cluster.ops.deployment import Progress
-from tests.cluster.service import Service, free_port, running_service
+from tests.cluster.service import Service, running_service
 from tests.goldens import VENDORED
 from twotower.errors import Unavailable
 

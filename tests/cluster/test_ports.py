@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reference.service import free_port
 from cluster.cli.main import main
 from cluster.ops import ports
 from cluster.ops.ports import PortTaken, check_free, check_host
-from tests.cluster.service import free_port
 
 HOLDS = """
 import sys

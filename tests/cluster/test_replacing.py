@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.service import free_port
+from benchmarks.reference.service import free_port
 from tests.cluster.test_stopping import refused
 from tests.cluster.up_process import UpProcess
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from google.rpc import error_details_pb2
 
-from tests.cluster.service import free_port
+from benchmarks.reference.service import free_port
 from tests.cluster.test_grpc import details_of
 from tests.cluster.up_process import UpProcess
 from twotower.pb.twotower.v1 import generation_pb2 as pb

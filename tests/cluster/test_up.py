@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.service import free_port
+from benchmarks.reference.service import free_port
 from tests.cluster.up_process import CHECKOUT, STOP_S, UpProcess, first_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]

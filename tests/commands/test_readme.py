@@ -17,10 +17,10 @@ import httpx
 import pytest
 import torch
 
+from benchmarks.reference.service import free_port
 from cluster.cli.main import main as cluster_main
 from cluster.config import ServiceConfig
 from cluster.ops import deployment
-from tests.cluster.service import free_port
 from tests.commands.readme import (
     ANYTHING,
     README,

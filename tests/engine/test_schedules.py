@@ -46,7 +46,7 @@ from twotower.testing import ScriptedContextTower, ScriptedDenoiserTower, script
 from twotower.testing.towers import VOCAB
 
 SCHEDULES = 2040
-BATCHES, SLOW_BATCHES, QUICK_BATCHES = 17, 6, 1  # those from the second number on are long
+BATCHES, USUAL_BATCHES = 17, 6  # the others are long
 MIRRORED, MIRRORED_BATCHES = 60, 3  # further ones over the exchange of processes
 MAX_TICKS = 3000  # far more than any schedule needs: reaching it is starvation
 
@@ -303,14 +303,7 @@ def _long(batches: Sequence[int]) -> list[Any]:
     return [pytest.param(batch, marks=pytest.mark.long) for batch in batches]
 
 
-def _slow(batches: range) -> list[Any]:
-    return [pytest.param(batch, marks=pytest.mark.slow) for batch in batches]
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [*range(QUICK_BATCHES), *_slow(range(QUICK_BATCHES, SLOW_BATCHES)), *_long(range(SLOW_BATCHES, BATCHES))],
-)
+@pytest.mark.parametrize("batch", [*range(USUAL_BATCHES), *_long(range(USUAL_BATCHES, BATCHES))])
 @pytest.mark.slow
 def test_random_schedules(batch: int) -> None:
     seen: Counter[str] = Counter()
@@ -324,7 +317,8 @@ def test_random_schedules(batch: int) -> None:
     assert seen["halved"] > per_batch // 20, "too few batches in halves to show anything"
 
 
-@pytest.mark.parametrize("batch", _slow(range(MIRRORED_BATCHES)))
+@pytest.mark.parametrize("batch", range(MIRRORED_BATCHES))
+@pytest.mark.slow
 def test_random_schedules_over_mirrors(batch: int) -> None:
     seen: Counter[str] = Counter()
     per_batch = MIRRORED // MIRRORED_BATCHES

@@ -6,6 +6,7 @@ A field that is unknown, or that asks for what this service cannot do, is refuse
 import difflib
 import heapq
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -69,8 +70,9 @@ def _ours(
     return ours, refused
 
 
+@cache
 def _objects(kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The fields that are objects of their own."""
+    """The fields that are objects of their own. Asked of every body that comes."""
     kinds = {name: field.annotation for name, field in kind.model_fields.items()}
     return {name: inner for name, inner in kinds.items() if isinstance(inner, type) and issubclass(inner, BaseModel)}
 
