@@ -102,8 +102,11 @@ async def _an_interrupted_down_ends_it(up: UpProcess) -> None:
         said = await asyncio.to_thread(down.stderr.readline)
         assert said == "waiting for the running requests, for 300 s at most; Ctrl-C ends them now\n"
         down.send_signal(signal.SIGINT)
-        async with asyncio.timeout(60):
-            await streams.ended()
+        try:
+            async with asyncio.timeout(60):
+                await streams.ended()
+        except TimeoutError:
+            raise AssertionError(f"streams go on after the second signal; it said: {up.said}") from None
         assert await asyncio.to_thread(down.wait, 40) == 0
     streams.were_told()
 
