@@ -68,7 +68,6 @@ class Up:
                 print(_what_next(self._state, prompt, scraping.targets()), flush=True)
                 self._watch()
             except KeyboardInterrupt:
-                self._say("stopping")
                 draining.drain(self._mark, self._config.cluster.drain_timeout_s, self._say)
 
     def _take_down(self) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from actors.settings import bundles
 from cluster.config import ServiceConfig
@@ -153,15 +154,27 @@ def _progress(mark: bytes | None) -> Progress:
         return Progress(0, 0, lost="another `up` has taken its place")
     if application is None or application.status == "DELETING":
         return Progress(0, 0, lost=None if mark is None else "somebody has deleted it")
-    running = {
-        name: sum(count for state, count in d.replica_states.items() if state == "RUNNING")
-        for name, d in application.deployments.items()
-    }
     failure = None
     if application.status == "DEPLOY_FAILED":
         messages = [d.message for d in application.deployments.values() if d.status == "DEPLOY_FAILED"]
         failure = failure_of(messages[0] if messages else application.message)
-    return Progress(running.get("Router", 0), running.get("Cell", 0), failure)
+    return Progress(_running(application, "Router"), _running(application, "Cell"), failure)
+
+
+def routers() -> int:
+    """How many run. Waits for Serve however long it takes."""
+    from ray import serve
+
+    from cluster.app import APP_NAME
+
+    application = serve.status().applications.get(APP_NAME)
+    return 0 if application is None else _running(application, "Router")
+
+
+def _running(application: Any, name: str) -> int:
+    """How many replicas of this deployment, by Serve's status of the application."""
+    deployment = application.deployments.get(name)
+    return 0 if deployment is None else sum(n for state, n in deployment.replica_states.items() if state == "RUNNING")
 
 
 def failure_of(message: str) -> TwoTowerError:

@@ -1,20 +1,22 @@
 """The end of a service in good order: every router finishes what it has begun and refuses what is new."""
 
-import contextlib
 import threading
+import time
 from collections.abc import Callable
 
 _SLACK_S = 10.0  # for routers to tell what they give up, and for Serve to tell us
 _AT_ONCE_S = 1.0
+_AGAIN_S = 0.1
 
 
 def drain(mark: bytes | None, timeout_s: float, say: Callable[[str], None]) -> None:
     """As `finish`. An interruption ends the requests at once."""
     try:
+        say("stopping")
         finish(mark, timeout_s, say, "; Ctrl-C once more ends them now")
     except KeyboardInterrupt:
         say("ending the running requests now")
-        _start(mark, 0.0).wait(_SLACK_S)
+        _start(mark, 0.0, say).wait(_SLACK_S)
 
 
 def finish(mark: bytes | None, timeout_s: float, say: Callable[[str], None], hint: str = "") -> None:
@@ -23,30 +25,46 @@ def finish(mark: bytes | None, timeout_s: float, say: Callable[[str], None], hin
 
     New requests get 503 meanwhile. Returns at once where no request runs, or no router is there.
     """
-    done = _start(mark, timeout_s)
+    done = _start(mark, timeout_s, say)
     if not done.wait(_AT_ONCE_S):
         say(f"finishing the running requests, for {timeout_s:g} s at most{hint}")
         done.wait(timeout_s + _SLACK_S)
 
 
-def _start(mark: bytes | None, timeout_s: float) -> threading.Event:
+def _start(mark: bytes | None, timeout_s: float, say: Callable[[str], None]) -> threading.Event:
     """On a thread, for Serve's own calls cannot be interrupted."""
     done = threading.Event()
-    threading.Thread(target=_drain, args=(mark, timeout_s, done), daemon=True).start()
+    threading.Thread(target=_drain, args=(mark, timeout_s, say, done), daemon=True).start()
     return done
 
 
-def _drain(mark: bytes | None, timeout_s: float, done: threading.Event) -> None:
-    import ray
-    from ray import serve
-
-    from cluster.app import APP_NAME
-    from cluster.ops import ownership
-
+def _drain(mark: bytes | None, timeout_s: float, say: Callable[[str], None], done: threading.Event) -> None:
     try:
-        with contextlib.suppress(Exception):  # whatever is gone already has nothing to finish
-            if mark is not None and ray.is_initialized() and ownership.holder() == mark:
-                routers = serve.get_deployment_handle("Router", APP_NAME).broadcast("drain", timeout_s)
-                routers.results(timeout_s=timeout_s + _SLACK_S, return_exceptions=True)
+        _ask_routers(mark, timeout_s)
+    except Exception as error:
+        say(f"the routers were not asked to finish their requests: {type(error).__name__}: {error}")
     finally:
         done.set()
+
+
+def _ask_routers(mark: bytes | None, timeout_s: float) -> None:
+    """Asks until they were asked: a handle of Serve's that is new may not have heard of any replica yet, and then says
+    that there is none."""
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    from cluster.app import APP_NAME
+    from cluster.ops import deployment, ownership
+
+    ends_at = time.monotonic() + timeout_s + _SLACK_S
+    while mark is not None and ray.is_initialized() and ownership.holder() == mark and deployment.routers():
+        left_s = max(0.0, ends_at - time.monotonic())
+        asked = serve.get_deployment_handle("Router", APP_NAME).broadcast("drain", min(timeout_s, left_s))
+        try:
+            asked.results(timeout_s=left_s, return_exceptions=True)
+            return
+        except DeploymentUnavailableError:
+            if not left_s:
+                raise
+        time.sleep(_AGAIN_S)

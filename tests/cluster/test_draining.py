@@ -11,6 +11,8 @@ import httpx
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster.board.board import Board
 from cluster.board.feed import Feed
@@ -160,13 +162,15 @@ async def test_what_begins_after_the_giving_up_is_given_up_too(cells: ScriptedCe
 def test_without_a_service_there_is_nothing_to_wait_for() -> None:
     said: list[str] = []
     draining.drain(b"mark", 60.0, said.append)
-    assert not said
+    assert said == ["stopping"]
 
 
-def test_an_interrupt_ends_the_wait_and_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupt_ends_the_wait_and_the_requests(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever it comes, even before the routers have been asked to finish."""
     asked: list[float] = []
 
-    def ask_routers(mark: bytes | None, timeout_s: float, done: threading.Event) -> None:
+    def ask_routers(mark: bytes | None, timeout_s: float, say: object, done: threading.Event) -> None:
         asked.append(timeout_s)
         if not timeout_s:
             done.set()
@@ -175,22 +179,76 @@ def test_an_interrupt_ends_the_wait_and_the_requests(monkeypatch: pytest.MonkeyP
 
     def interrupt(what: str) -> None:
         said.append(what)
-        if len(said) == 1:
+        if len(said) == at:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(draining, "_drain", ask_routers)
     monkeypatch.setattr(draining, "_AT_ONCE_S", 0.01)
     draining.drain(b"mark", 60.0, interrupt)
-    assert asked == [60.0, 0.0] and said[1:] == ["ending the running requests now"]
+    assert asked == [60.0, 0.0][2 - at :] and said[at:] == ["ending the running requests now"]
+
+
+class Serve:
+    """Serve with some routers of ours. A handle does not know them the first times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, routers: int = 1, misses: int = 0) -> None:
+        self.asked: list[tuple[str, str, str, float]] = []
+        self._misses = misses
+        self.routers = routers
+        monkeypatch.setattr("ray.is_initialized", lambda: True)
+        monkeypatch.setattr("cluster.ops.ownership.holder", lambda: b"ours")
+        monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *names: _Handle(self, names))
+        monkeypatch.setattr("ray.serve.status", self._status)
+        monkeypatch.setattr(draining, "_AGAIN_S", 0.001)
+
+    def _status(self) -> SimpleNamespace:
+        router = SimpleNamespace(replica_states={"RUNNING": self.routers} if self.routers else {"STOPPING": 1})
+        return SimpleNamespace(applications={"twotower": SimpleNamespace(deployments={"Router": router})})
+
+    def results(self) -> list[None]:
+        if self._misses:
+            self._misses -= 1
+            raise DeploymentUnavailableError(DeploymentID("Router", "twotower"))
+        return [None]
+
+
+class _Handle:
+    def __init__(self, serve: Serve, names: tuple[str, str]) -> None:
+        self._serve, self._names = serve, names
+
+    def broadcast(self, method: str, timeout_s: float) -> "_Handle":
+        self._serve.asked.append((*self._names, method, timeout_s))
+        return self
+
+    def results(self, timeout_s: float, return_exceptions: bool) -> list[None]:
+        assert return_exceptions and timeout_s > 0
+        return self._serve.results()
 
 
 @pytest.mark.parametrize(("mark", "drained"), [(None, False), (b"ours", True), (b"another's", False)])
 def test_only_an_application_of_ones_own_is_drained(
     mark: bytes | None, drained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("cluster.ops.ownership.holder", lambda: b"ours")
-    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda name, app: asked.append(name))
-    draining._drain(mark, 0.0, threading.Event())
-    assert bool(asked) == drained
+    serve, said = Serve(monkeypatch), list[str]()
+    draining.finish(mark, 0.0, said.append)
+    assert serve.asked == [("Router", "twotower", "drain", 0.0)] * drained and not said
+
+
+def test_routers_are_asked_until_the_handle_knows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else their streams would be cut when Serve is shut down."""
+    serve, said = Serve(monkeypatch, misses=3), list[str]()
+    draining.finish(b"ours", 7.0, said.append)
+    assert serve.asked == [("Router", "twotower", "drain", 7.0)] * 4 and not said
+
+
+def test_where_no_router_runs_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve, said = Serve(monkeypatch, routers=0), list[str]()
+    draining.finish(b"ours", 7.0, said.append)
+    assert not serve.asked and not said
+
+
+def test_routers_that_cannot_be_asked_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve, said = Serve(monkeypatch), list[str]()
+    monkeypatch.setattr(serve, "results", lambda: 1 / 0)
+    draining.finish(b"ours", 7.0, said.append)
+    assert said == ["the routers were not asked to finish their requests: ZeroDivisionError: division by zero"]
