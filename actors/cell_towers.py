@@ -7,16 +7,12 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
-import torch
 from ray.util.placement_group import PlacementGroup
 
-from actors.memory import memories
+from actors.hosts import ColocatedActor, ContextActor, DenoiserActor, Host
 from actors.remote import RemoteEngine, start_tower
 from actors.settings import CellSettings
-from actors.towers import ColocatedActor, ContextActor, DenoiserActor, TowerProcess
 from twotower.device_names import parse_device
-from twotower.engine.free_memory import check_fits
-from twotower.engine.memory import together
 from twotower.errors import TwoTowerError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +28,6 @@ class CellTowers:
         self._settings, self._group = settings, group
         self.engines: list[RemoteEngine] = []
         self.homes: list[dict[str, str]] = []
-        self._memories = memories(settings)
         self._epochs = [0] * settings.denoisers_per_context
 
     @property
@@ -48,10 +43,10 @@ class CellTowers:
 
     async def start(self) -> None:
         """All processes with their weights, joined. Raises a TwoTowerError."""
-        if parse_device(self._settings.device).kind == "cpu":
-            check_fits(together(self._memories), torch.device("cpu"))  # one memory for all, before any has its part
         self.engines = [self._begin(number) for number in range(self._settings.processes)]
         self.homes = [{} for _ in self.engines]
+        if parse_device(self._settings.device).kind == "cpu":
+            await self.context.call("check_room", timeout_s=self._settings.engine.start_timeout_s)
         await self._load(range(len(self.engines)))
         await self._connect()
 
@@ -99,7 +94,7 @@ class CellTowers:
         kind, name = self._kind(number)
         return start_tower(kind, self._settings, self._group, 1 + number, name)
 
-    def _kind(self, number: int) -> tuple[type[TowerProcess], str]:
+    def _kind(self, number: int) -> tuple[type[Host], str]:
         if self._settings.placement != "split":
             return ColocatedActor, f"{self._settings.placement} tower"
         return (ContextActor, "context tower") if number == 0 else (DenoiserActor, f"denoiser tower {number - 1}")
@@ -113,12 +108,11 @@ class CellTowers:
         await self._load(lost)
 
     async def _load(self, numbers: Iterable[int]) -> None:
-        for number in (wanted := [*numbers]):
-            logger.info("%s: %s", self.engines[number].name, self._memories[number])
+        wanted = [*numbers]
         patience = self._settings.engine.start_timeout_s
         loaded = await asyncio.gather(*(self.engines[number].load(patience) for number in wanted))
         for number, told in zip(wanted, loaded, strict=True):
-            self.homes[number] = told | {"memory": str(self._memories[number])}
+            self.homes[number] = told
             logger.info("%s is ready: %s", self.engines[number].name, self.homes[number])
 
     async def _connect(self) -> None:

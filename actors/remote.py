@@ -15,9 +15,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.hosts import Host
 from actors.line import LINE, SILENCE_S, Add, Cancel, Ended, Instruction, News, Score, instruction_of
 from actors.settings import CellSettings, bundles
-from actors.towers import TowerProcess
 from twotower.core import AnyRequest, Event, FailureEvent, ReleasedEvent, RequestId
 from twotower.engine.handle import EngineStats
 from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
@@ -120,7 +120,7 @@ class RemoteEngine:
         """The method's answer. Raises the TwoTowerError it raised, or Unavailable when the process is gone or mute."""
         patience = self._timeout_s if timeout_s is None else timeout_s
         try:
-            return await asyncio.wait_for(getattr(self._actor, method).remote(*args), patience)
+            return await asyncio.wait_for(self._actor.call.remote(method, *args), patience)
         except TimeoutError:
             raise Unavailable(f"the {self.name} process did not answer {method!r} within {patience:g} s") from None
         except RayError as error:
@@ -165,7 +165,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def start_tower(
-    kind: type[TowerProcess], settings: CellSettings, group: PlacementGroup, bundle: int, name: str
+    kind: type[Host], settings: CellSettings, group: PlacementGroup, bundle: int, name: str
 ) -> RemoteEngine:
     """A tower process in its bundle of the cell's placement group. Returns before it has loaded its weights."""
     resources = bundles(settings)[bundle]

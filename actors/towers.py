@@ -1,27 +1,29 @@
 """The tower processes: plain classes that load a tower, give it an engine and a thread, and answer for them.
 
-Decorated as Ray actors in `remote.py`, so that tests can construct them directly. Their methods are called when the
-cell is put together, and for counters; requests and events go over the line.
+Ray's actors host them (`actors/hosts.py`), and tests construct them directly. Their methods are called when the cell is
+put together, and for counters; requests and events go over the line.
 """
 
 import asyncio
+import logging
 import os
 import time
 
 import torch
 
 import twotower
-from actors.line import TowerLine
 from actors.loading_progress import reported
 from actors.memory import memories
 from actors.process_logs import log_to_stderr
 from actors.settings import CellSettings
+from actors.tower_line import TowerLine
 from twotower.engine.capture import check_capture
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine, prepared_passes
 from twotower.engine.free_memory import check_fits
 from twotower.engine.handle import EngineStats
 from twotower.engine.in_process import colocated_runner, pick_device, pick_dtype
+from twotower.engine.memory import Memory, together
 from twotower.engine.runner import EngineRunner
 from twotower.errors import LinkDown
 from twotower.exchange.distributed import connect, open_port
@@ -36,6 +38,8 @@ from twotower.model.threads import threads_for
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import current
 from twotower.transport.handshake import Address
+
+logger = logging.getLogger(__name__)
 
 _SOON_S = 0.005
 _LET_GO_S = 3.0
@@ -55,6 +59,11 @@ class TowerProcess:
         self.settings = settings
         self.runner = EngineRunner(settings.engine.stall_timeout_s)
 
+    async def check_room(self) -> None:
+        """Before any process of a cell on the CPU has its part of the one memory. Raises ConfigError where there is too
+        little left for all of them, or CheckpointError."""
+        await asyncio.to_thread(lambda: check_fits(together(memories(self.settings)), torch.device("cpu")))
+
     async def load(self) -> dict[str, str]:
         """Read the weights; then where this process lives. Raises CheckpointError, or ConfigError for a device that is
         not there or has too little memory left."""
@@ -63,7 +72,9 @@ class TowerProcess:
         torch.set_num_threads(threads_for(self.checkpoint.config, self.settings.cores))
         self.device = pick_device(self.settings.device)
         self.dtype = pick_dtype(self.settings.dtype)
-        await asyncio.to_thread(self._load_what_fits)
+        memory = memories(self.settings)[self.number]
+        logger.info("%s", memory)
+        await asyncio.to_thread(self._load_what_fits, memory)
         return {
             "tower": type(self).__name__,
             "pid": str(os.getpid()),
@@ -71,12 +82,13 @@ class TowerProcess:
             "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             "threads": str(torch.get_num_threads()),
             "library": os.path.dirname(os.path.abspath(twotower.__file__)),
+            "memory": str(memory),
         }
 
-    def _load_what_fits(self) -> None:
+    def _load_what_fits(self, memory: Memory) -> None:
         with current(self.device):
             check_capture(self.settings.engine.capture, self.checkpoint.config, self.device, self.dtype)
-            check_fits(memories(self.settings)[self.number], self.device)
+            check_fits(memory, self.device)
             self._load()
 
     def _load(self) -> None:
@@ -99,7 +111,7 @@ class TowerProcess:
         return EngineHooks(self.runner.progress, self.runner.wake)
 
 
-class ContextActor(TowerProcess):
+class ContextProcess(TowerProcess):
     """Hosts the context tower; opens a port for each denoiser that is to connect, one at a time for each link."""
 
     def _load(self) -> None:
@@ -136,7 +148,7 @@ class ContextActor(TowerProcess):
             time.sleep(_SOON_S)
 
 
-class DenoiserActor(TowerProcess):
+class DenoiserProcess(TowerProcess):
     """Hosts the denoiser tower and its mirror; decodes nothing before it is connected."""
 
     number = 1
@@ -174,7 +186,7 @@ class DenoiserActor(TowerProcess):
         self.runner.start([denoiser], self.device)
 
 
-class ColocatedActor(TowerProcess):
+class ColocatedProcess(TowerProcess):
     """Hosts both towers on one device (`colocated`), or the context tower alone (`ar_only`)."""
 
     def _load(self) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from actors.remote import RemoteEngine
 from actors.settings import CellSettings
-from actors.towers import ContextActor, DenoiserActor, TowerProcess
+from actors.towers import ContextProcess, DenoiserProcess, TowerProcess
 from benchmarks.engine_parts.bare import Bench, PassTime
 from benchmarks.engine_parts.recorder import Recorder, Recording
 from twotower.engine.ledger import Ledger
@@ -75,7 +75,7 @@ class _Watched(TowerProcess):
         raise NotImplementedError
 
 
-class WatchedContext(_Watched, ContextActor):
+class WatchedContext(_Watched, ContextProcess):
     """The context tower's process."""
 
     def _load(self) -> None:
@@ -96,7 +96,7 @@ class WatchedContext(_Watched, ContextActor):
         return self._engine.tower
 
 
-class WatchedDenoiser(_Watched, DenoiserActor):
+class WatchedDenoiser(_Watched, DenoiserProcess):
     """The denoiser tower's process."""
 
     def _connect(self, address: Any) -> None:
@@ -139,7 +139,8 @@ class _Method:
 
 
 class _Actor:
-    """A tower process with the face of an actor handle: `actor.method.remote(…)` gives something to await."""
+    """A tower process with the face of an actor handle: `actor.method.remote(…)` gives something to await, and so does
+    a host's `actor.call.remote(method, …)`."""
 
     def __init__(self, kind: type[_Watched], settings: CellSettings, threads: int) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -148,6 +149,10 @@ class _Actor:
         self.process: BaseProcess = spawn.Process(target=_main, args=(far_end, kind, settings, threads), daemon=True)
         self.process.start()
         far_end.close()
+
+    @property
+    def call(self) -> _Method:
+        return _Method(self._call)
 
     def __getattr__(self, method: str) -> _Method:
         return _Method(partial(self._call, method))

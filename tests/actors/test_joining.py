@@ -6,7 +6,7 @@ import time
 import pytest
 
 from actors.settings import CellSettings
-from actors.towers import ContextActor, DenoiserActor
+from actors.towers import ContextProcess, DenoiserProcess
 from tests.goldens import VENDORED
 from twotower.core import DecodingParams, Mode, Request, RequestId
 from twotower.engine.denoiser_engine import DenoiserEngine
@@ -21,7 +21,7 @@ async def test_a_denoiser_that_captures_for_long_is_not_taken_for_stuck(monkeypa
     """Once the link stands, the context side ends it where the denoiser's engine makes no progress."""
     engine = EngineSettings(2, 64, stall_timeout_s=STALL_S, link_timeout_s=3, capture="off")
     settings = CellSettings(str(VENDORED / "tt_dense"), device="cpu", placement="split", engine=engine)
-    context, denoiser = ContextActor(settings), DenoiserActor(settings)
+    context, denoiser = ContextProcess(settings), DenoiserProcess(settings)
     await context.load()
     monkeypatch.setattr(EagerPasses, "prepare", lambda *_: time.sleep(2.5 * STALL_S))
     await denoiser.load()
@@ -41,7 +41,7 @@ async def test_a_link_is_forgotten_before_another_denoiser_is_there(lives: bool)
     """And its room is free then, whatever the denoiser does."""
     engine = EngineSettings(2, 1024, link_timeout_s=3, capture="off")
     settings = CellSettings(str(VENDORED / "tt_dense"), device="cpu", placement="split", engine=engine)
-    context, denoiser, other = ContextActor(settings), DenoiserActor(settings), DenoiserActor(settings)
+    context, denoiser, other = ContextProcess(settings), DenoiserProcess(settings), DenoiserProcess(settings)
     for actor in (context, denoiser, other):
         await actor.load()
     try:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from actors.line import LINE, Cancel, Ended, TowerLine
+from actors.line import LINE, Cancel, Ended
 from actors.remote import RemoteEngine
+from actors.tower_line import TowerLine
 from twotower.core import (
     AnyRequest,
     BlockEvent,
@@ -92,10 +93,11 @@ class _Actor:
     """What Ray's handle of a tower process looks like from the cell."""
 
     def __init__(self, line: TowerLine) -> None:
-        self.open_line = self
+        self.call = self
         self._line = line
 
-    async def remote(self) -> Address:
+    async def remote(self, method: str) -> Address:
+        assert method == "open_line"
         return await self._line.open()
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from actors.settings import CellSettings
-from actors.towers import ColocatedActor, ContextActor, DenoiserActor, TowerProcess
+from actors.towers import ColocatedProcess, ContextProcess, DenoiserProcess, TowerProcess
 from tests.goldens import VENDORED
 from twotower.engine.settings import EngineSettings
 
@@ -31,10 +31,10 @@ def lines_reach_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "placement", "towers"),
     [
-        (ContextActor, "split", ["context tower"]),
-        (DenoiserActor, "split", ["denoiser tower"]),
-        (ColocatedActor, "colocated", ["context tower", "denoiser tower"]),
-        (ColocatedActor, "ar_only", ["context tower"]),
+        (ContextProcess, "split", ["context tower"]),
+        (DenoiserProcess, "split", ["denoiser tower"]),
+        (ColocatedProcess, "colocated", ["context tower", "denoiser tower"]),
+        (ColocatedProcess, "ar_only", ["context tower"]),
     ],
 )
 async def test_every_tenth_part_of_a_large_tower(
@@ -56,4 +56,4 @@ async def test_every_tenth_part_of_a_large_tower(
 
 
 async def test_a_small_tower_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
-    assert await _said(ContextActor, "split", caplog) == []
+    assert await _said(ContextProcess, "split", caplog) == []

@@ -2,10 +2,9 @@
 
 import pytest
 
-from actors.cell import start_pair
 from actors.memory import memories
 from actors.settings import CellSettings, bundles
-from actors.towers import ColocatedActor, ContextActor, DenoiserActor, TowerProcess
+from actors.towers import ColocatedProcess, ContextProcess, DenoiserProcess, TowerProcess
 from tests.goldens import VENDORED
 from twotower.engine import free_memory
 from twotower.engine.memory import together
@@ -48,7 +47,7 @@ def test_a_device_in_words_is_counted_as_what_it_is(gpus_per_tower: float | None
 
 @pytest.mark.parametrize(
     ("actor", "placement", "number"),
-    [(ContextActor, "split", 0), (DenoiserActor, "split", 1), (ColocatedActor, "ar_only", 0)],
+    [(ContextProcess, "split", 0), (DenoiserProcess, "split", 1), (ColocatedProcess, "ar_only", 0)],
 )
 async def test_a_tower_process_that_does_not_fit_reads_no_weights(
     actor: type[TowerProcess], placement: str, number: int, monkeypatch: pytest.MonkeyPatch
@@ -65,12 +64,12 @@ async def test_a_tower_process_that_does_not_fit_reads_no_weights(
 
 
 async def test_tower_processes_share_one_memory_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each alone would fit. Refused before any process is started, so no placement group is needed."""
+    """Each alone would fit. A process says so before any loads."""
     settings = CellSettings(CHECKPOINT, device="cpu", placement="split")
     both = together(memories(settings))
     monkeypatch.setattr(free_memory, "free_bytes", lambda _: both.total + both.passing)
     with pytest.raises(ConfigError, match="GiB free on cpu"):
-        await start_pair(settings, None)  # type: ignore[arg-type]
+        await ContextProcess(settings).check_room()
 
 
 def test_two_towers_in_one_process_count_once_together() -> None:

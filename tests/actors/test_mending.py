@@ -9,7 +9,7 @@ import pytest
 
 from actors.cell import RunningPair
 from actors.settings import CellSettings
-from actors.towers import ContextActor
+from actors.towers import ContextProcess
 from tests.engine.test_pair import FakeEngine, _block, _events, _settled, _three, plain_request
 from twotower.core import FinishReason, Mode, ReleasedEvent, RequestId
 from twotower.errors import Unavailable
@@ -73,7 +73,7 @@ class Port:
 
 async def test_whoever_asks_again_waits_until_a_link_is_forgotten() -> None:
     """As after an answer that was too late: the room of what it led is not free yet."""
-    actor: Any = ContextActor.__new__(ContextActor)
+    actor: Any = ContextProcess.__new__(ContextProcess)
     port, serves = Port(), [True]
     actor._ports, actor._engine, actor.runner = {0: port}, FakeEngine(), FakeEngine()
     actor._engine.serves = lambda asked: serves[0]

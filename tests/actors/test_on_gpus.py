@@ -1,6 +1,6 @@
 """Whole cells of tower processes on GPUs that are none (`tests/cuda_stand_in.py`), put together as in production.
 
-Only Ray is left out: the plain actor classes run in this process, each with a GPU of its own.
+Only Ray is left out: the classes that its actors host run in this process, each with a GPU of its own.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import torch
 
 from actors import cell, cell_towers, towers
 from actors.cell import RunningPair, start_pair
+from actors.hosts import Host
 from actors.remote import RemoteEngine
 from actors.settings import CellSettings
 from actors.towers import TowerProcess
@@ -59,8 +60,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
     Here.made = []
     with gpus(2, monkeypatch) as found, stand_in(monkeypatch):
 
-        def start_tower(kind: type[TowerProcess], settings: CellSettings, _: object, bundle: int, name: str) -> Here:
-            engine = Here(kind(replace(settings, device=f"cuda:{2 - bundle}")), name, found)
+        def start_tower(kind: type[Host], settings: CellSettings, _: object, bundle: int, name: str) -> Here:
+            process = getattr(towers, kind.hosts)
+            engine = Here(process(replace(settings, device=f"cuda:{2 - bundle}")), name, found)
             Here.made.append(engine)
             return engine
 

@@ -7,7 +7,7 @@ import pytest
 
 from actors.memory import memories
 from actors.settings import CellSettings, bundles, resolve_device
-from actors.towers import ContextActor
+from actors.towers import ContextProcess
 from cluster.app import cell_settings
 from cluster.config import ServiceConfig, load_config
 from cluster.placing import choose
@@ -129,7 +129,7 @@ async def test_a_link_is_told_what_the_cell_says() -> None:
     engine = EngineSettings(4, 64, link_timeout_s=7, stall_timeout_s=9, capture="off")
     checkpoint = str(VENDORED / "tt_dense")
     settings = CellSettings(checkpoint, device="cpu", engine=engine, ssm_wire_dtype="bfloat16")
-    actor = ContextActor(settings)
+    actor = ContextProcess(settings)
     await actor.load()
     try:
         told = (await actor.open_link(0, 1)).settings

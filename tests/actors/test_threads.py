@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from actors.settings import CellSettings
-from actors.towers import ColocatedActor
+from actors.towers import ColocatedProcess
 from tests.actors.test_cell import DEMO
 from tests.goldens import MODELS, golden
 from twotower.engine.settings import EngineSettings
@@ -25,7 +25,7 @@ def test_a_tower_process_of_the_demo_computes_on_one() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     settings = CellSettings(str(DEMO), device="cpu", placement="colocated", engine=EngineSettings(capture="off"))
-    actor = ColocatedActor(settings)
+    actor = ColocatedProcess(settings)
     try:
         home = asyncio.run(actor.load())
         assert (home["threads"], torch.get_num_threads()) == ("1", 1)

@@ -92,7 +92,7 @@ def test_every_process_runs_this_checkout(up: Up) -> None:
     towers = re.findall(r"'tower': '(\w+)'.*?'library': '([^']+)'", up.said)
     assert len(re.findall(r"runs the code in", up.said)) >= 2, up.said
     assert code == {str(CHECKOUT)}
-    assert dict(towers) == {name: str(CHECKOUT / "twotower") for name in ("ContextActor", "DenoiserActor")}
+    assert dict(towers) == {name: str(CHECKOUT / "twotower") for name in ("ContextProcess", "DenoiserProcess")}
 
 
 def test_nothing_but_loopback(up: Up) -> None:
