@@ -5,6 +5,7 @@ import hashlib
 import logging
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,8 +26,10 @@ from cluster.message_size import check_message_size
 from cluster.no_proxies import bypass_proxies
 from cluster.readiness import Readiness
 from cluster.runs.admission import Admission
+from cluster.runs.callers import Door, OpenDoor
 from cluster.runs.cell_lines import CellLines
 from cluster.runs.generation import Generation
+from cluster.runs.keys import Keys
 from cluster.runs.remote_cells import RemoteCells
 from cluster.runs.run import Patience
 from cluster.runs.served_model import ServedModel, load_served_model
@@ -65,6 +68,12 @@ def turns(config: ServiceConfig, lines: CellLines) -> Turns:
     return Turns(lambda: sum(slots + ahead for slots in lines.slots()), fewest * engine.max_sequences)
 
 
+def door(config: ServiceConfig) -> Door:
+    """Who may ask. Raises ConfigError for a file of keys that is not right."""
+    file = config.ingress.keys_file
+    return OpenDoor() if file is None else Keys(Path(file), config.cluster.routers)
+
+
 def deployed(config: ServiceConfig, model: ServedModel) -> Deployed:
     """What the ops page tells of this deployment. Settings of other ports are another deployment, too."""
     settings = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:8]
@@ -98,13 +107,14 @@ class Router:
         patience = Patience(config.cluster.max_resumes, config.cluster.queue_timeout_s)
         self._turns = turns(config, self._lines)
         self._lines.on_beat, self._lines.waits = self._turns.grant, self._turns.waits
-        self._watch = RouterWatch(model.name, model.limits.modes)
+        who_may_ask = door(config)
+        self._watch = RouterWatch(model.name, model.limits.modes, keys=who_may_ask.names)
         self._board = Board(name, node, deployed(config, model))
         self._feed = Feed(self._board, routers, self._is_left)
         self._trade = Trade(checkpoint_directory(config.model.checkpoint), model)
         self._generation = Generation(
             model, self._cells, ingress.request_timeout_s, at_once, self._admission, patience, self._turns,
-            (*self._watch.observers, *([self._board.observer] if ingress.ops_page else [])),
+            (*self._watch.observers, *([self._board.observer] if ingress.ops_page else [])), who_may_ask,
         )  # fmt: skip
         self._grpc = GrpcServer(self._generation, ingress.host, ingress.grpc_port, ingress.max_request_bytes)
         await self._grpc.start()

@@ -232,9 +232,14 @@ class IngressSection(Section):
     cors_origins: list[Origin] = Field(
         default_factory=list, description="whose web pages may read answers in a browser; `*`: all"
     )
+    keys_file: Annotated[str, Field(pattern=r"^/")] | None = Field(
+        default=None,
+        description="absolute path of the file of keys (`python -m cluster key` makes entries); without one everybody "
+        "may ask",
+    )
     ops_page: bool = Field(
         default=True,
-        description="whether HTTP has `/ops`, which shows cells and requests, without text, to whoever reaches it",
+        description="whether HTTP has `/ops`, which shows cells and requests, without text, to whoever may ask",
     )
 
     @model_validator(mode="after")

@@ -95,8 +95,9 @@ REQUESTS = [
         {
             "{{mode}} {{code}}": total(rate(router.FAILURE), "mode", "code"),
             "refused {{code}}": total(rate(router.REFUSED), "code"),
+            "{{limit}} of {{key}}": total(rate(router.KEY_LIMITS), "key", "limit"),
         },
-        note="CANCELLED is a client that left.",
+        note="CANCELLED is a client that left. Limits are those of keys.",
     ),
     Panel(
         "Requests in the service",

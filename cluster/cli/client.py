@@ -5,6 +5,7 @@ They name the address they mean, so the proxies of the environment have no say.
 
 import http.client
 import json
+import os
 import sys
 import urllib.request
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
 CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
+KEY_VARIABLE = "TWOTOWER_API_KEY"
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -45,16 +47,23 @@ def served(address: str, timeout_s: float = 2.0) -> dict[str, bool] | None:
         return None
 
 
+def credentials() -> list[tuple[str, str]]:
+    """As headers, or metadata: the key in this variable of the environment, where there is one."""
+    key = os.environ.get(KEY_VARIABLE)
+    return [("authorization", f"Bearer {key}")] if key else []
+
+
 def generate(address: str, request: pb.GenerateRequest, timeout_s: float | None, as_json: bool) -> None:
     """Prints the answer: text as it comes, or one JSON object. Raises Refused or Unavailable."""
     with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
         try:
             if as_json:
-                _print_json(stub.GenerateStream(request, timeout=timeout_s))
+                _print_json(stub.GenerateStream(request, timeout=timeout_s, metadata=credentials()))
             else:
-                has_text = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout_s).has_tokenizer
-                _print_text(stub.GenerateStream(request, timeout=timeout_s), has_text)
+                told = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout_s, metadata=credentials())
+                answer = stub.GenerateStream(request, timeout=timeout_s, metadata=credentials())
+                _print_text(answer, told.has_tokenizer)
         except grpc.RpcError as error:
             raise explained(error, address) from None
 
@@ -64,7 +73,7 @@ def model_info(address: str, timeout_s: float = 5.0) -> pb.GetModelInfoResponse:
     with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         try:
             info: pb.GetModelInfoResponse = pb_grpc.GenerationServiceStub(channel).GetModelInfo(
-                pb.GetModelInfoRequest(), timeout=timeout_s
+                pb.GetModelInfoRequest(), timeout=timeout_s, metadata=credentials()
             )
             return info
         except grpc.RpcError as error:
@@ -107,4 +116,8 @@ def explained(error: Any, address: str) -> Unavailable | Refused:
         return Unavailable(f"no service answers on {address}; start one with: {command('up')}")
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         return Unavailable(f"{address}: {error.details()}")
+    if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+        return Refused(
+            f"{address}: {error.details()}; the variable {KEY_VARIABLE} is where this command has it from", True
+        )
     return Refused(error.details(), error.code() is grpc.StatusCode.INVALID_ARGUMENT)

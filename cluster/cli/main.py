@@ -1,4 +1,4 @@
-"""The command line: `up`, `status`, `down`, `generate`, `tune`. Exit code 2: a mistake in the input; 1: a failure."""
+"""The command line, a function a command. Exit code 2: a mistake in the input; 1: a failure."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.cli import key as key_command
 from cluster.cli.flag_types import host_and_port, port
 from cluster.cli.generate_arguments import add_generate_arguments, request_of
 from cluster.cli.tune import command as tune_command
@@ -26,6 +27,7 @@ _EXAMPLES = """examples:
   python -m cluster tune --input prompts.jsonl                    find the confidence threshold for these prompts
   python -m cluster status                                        is the service ready, and where?
   python -m cluster status --watch                                its cells and requests, once a second
+  python -m cluster key team-a                                    let a client in, where keys are wanted
   python -m cluster down                                          let running requests finish, then stop
 """
 _UP_EXAMPLES = """examples:
@@ -99,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_generate_arguments(generate)
     generate.set_defaults(run=_generate)
+    key = commands.add_parser(
+        "key",
+        help="draw a key for a client",
+        description=key_command.TEXT,
+        epilog=key_command.EXAMPLES,
+        formatter_class=raw,
+    )
+    key_command.add_key_arguments(key)
     tune = commands.add_parser(
         "tune",
         help="find the confidence threshold for your own prompts",

@@ -109,11 +109,15 @@ class Snapshots:
 
 def _snapshot(address: str, since: int) -> dict[str, Any]:
     try:
-        with client.DIRECT.open(f"http://{address}/ops/snapshot?since={since}", timeout=_TIMEOUT_S) as response:
+        url = f"http://{address}/ops/snapshot?since={since}"
+        request = urllib.request.Request(url, headers=dict(client.credentials()))
+        with client.DIRECT.open(request, timeout=_TIMEOUT_S) as response:
             told: Any = json.load(response)
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise ConfigError(f"{address}: has no ops page; wanted a service with ingress.ops_page: true") from None
+        if error.code == 401:
+            raise ConfigError(f"{address}: wants a key; set the variable {client.KEY_VARIABLE}") from None
         raise Unavailable(f"{address}: answers {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Unavailable(f"no service answers on http://{address}: {error}") from None

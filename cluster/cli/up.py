@@ -65,7 +65,8 @@ class Up:
                 self._note()
                 self._say("ready")
                 prompt = served_paths.example_prompt(self._config.model.checkpoint)
-                print(_what_next(self._state, prompt, scraping.targets()), flush=True)
+                keys = self._config.ingress.keys_file is not None
+                print(_what_next(self._state, prompt, scraping.targets(), keys), flush=True)
                 self._watch()
             except KeyboardInterrupt:
                 draining.drain(self._mark, self._config.cluster.drain_timeout_s, self._say)
@@ -256,14 +257,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _what_next(state: RunState, prompt: str | list[int], targets: list[str]) -> str:
+def _what_next(state: RunState, prompt: str | list[int], targets: list[str], keys: bool) -> str:
+    key = ' -H "authorization: Bearer $TWOTOWER_API_KEY"' if keys else ""
     scraped = "".join(f"\nMetrics for Prometheus: http://{target}/metrics" for target in targets)
     text = isinstance(prompt, str)
     shell = f"--prompt $'{json.dumps(prompt)[1:-1]}'" if text else f"--prompt-token-ids {','.join(map(str, prompt))}"
     return f"""
 The service answers on http://{state.http} (OpenAI's API) and {state.grpc} (gRPC). In another terminal, try:
 
-  curl http://{state.http}/v1/completions -H 'content-type: application/json' \\
+  curl http://{state.http}/v1/completions -H 'content-type: application/json'{key} \\
     -d '{json.dumps({"prompt": prompt, "max_tokens": 64})}'
   {command(f"generate {shell}")}
 {scraped}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import grpc
 
+from cluster.runs.allowances import LimitReached
+from cluster.runs.callers import KeyRefused
 from twotower.errors import (
     Cancelled,
     CheckpointError,
@@ -65,6 +67,15 @@ CODES: dict[type[TwoTowerError], Code] = {
     SlowBody: Code(408, grpc.StatusCode.INVALID_ARGUMENT, _WRONG, retry=False),
     UnknownEncoding: Code(415, grpc.StatusCode.INVALID_ARGUMENT, _WRONG),
     Overloaded: Code(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded_error", retry=True, retry_after_s=1),
+    LimitReached: Code(
+        429,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "rate_limit_error",
+        retry=True,
+        retry_after_s=1,
+        code="rate_limit_exceeded",
+    ),
+    KeyRefused: Code(401, grpc.StatusCode.UNAUTHENTICATED, "authentication_error", retry=False, code="invalid_api_key"),
     Unavailable: Code(503, grpc.StatusCode.UNAVAILABLE, "unavailable_error", retry=True, retry_after_s=5),
     # The work was done and thrown away; done again it would take as long.
     DeadlineExceeded: Code(504, grpc.StatusCode.DEADLINE_EXCEEDED, "deadline_exceeded_error", retry=False),
@@ -78,12 +89,13 @@ CODES: dict[type[TwoTowerError], Code] = {
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error as a client gets it."""
+    """An error as a client gets it. `key`: the name of the key whose limit is reached."""
 
     code: Code
     message: str
     problems: tuple[FieldError, ...] = ()
     retry_after_s: int | None = None
+    key: str | None = None
 
 
 def code_of(error: BaseException) -> Code:
@@ -101,7 +113,8 @@ def describe(error: BaseException, request_id: str = "") -> Failure:
     problems = error.problems[:_MAX_PROBLEMS] if isinstance(error, InvalidRequest) else ()
     shown = tuple(FieldError(one_line(p.field), one_line(p.message)) for p in problems)
     message = one_line("; ".join(map(str, shown)) or str(error), _MAX_MESSAGE)
-    return Failure(code, message, shown, _retry_after_s(error, code))
+    key = error.key if isinstance(error, LimitReached) else None
+    return Failure(code, message, shown, _retry_after_s(error, code), key)
 
 
 def _retry_after_s(error: BaseException, code: Code) -> int | None:

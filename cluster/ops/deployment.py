@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -37,8 +38,11 @@ def check(config: ServiceConfig) -> None:
     """Raises CheckpointError or ConfigError for what cells and routers would refuse. Reads headers, needs no Ray."""
     from actors.settings import check_settings
     from cluster.app import cell_settings
+    from cluster.runs.keys import read_keys
     from cluster.runs.served_model import load_served_model
 
+    if config.ingress.keys_file is not None:
+        read_keys(Path(config.ingress.keys_file))
     check_settings(cell_settings(choose(config, nodes=()).config), asked=config.cell.placement)
     load_served_model(config)
 

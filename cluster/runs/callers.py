@@ -1,24 +1,51 @@
-"""Who asks: what is kept fair between callers knows them by this name."""
+"""Who asks: what is kept fair between callers knows them by this, and what their keys allow them."""
 
-from typing import Any, NewType
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from starlette.requests import Request
+from twotower.errors import TwoTowerError
 
-Caller = NewType("Caller", str)
+
+class KeyRefused(TwoTowerError):
+    """A key is wanted, and there is none or it is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a key allows at one router; None: no less than others have. `priority_from`: no request asks for a lower
+    priority number, which would go first."""
+
+    concurrent_requests: int | None = None
+    tokens_per_minute: int | None = None
+    priority_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The address that a call comes from or, where keys are wanted, the name of its key. Limits may change."""
+
+    name: str
+    limits: Limits = field(default=Limits(), compare=False)
+
+
 NOBODY = Caller("")
 
 
-def of_http(request: Request) -> Caller:
-    """Its address. Of a gateway's requests the proxy finds the clients' own where FORWARDED_ALLOW_IPS names it.
+class Door(Protocol):
+    """Who may ask. `names`: of keys, where they are wanted."""
 
-    Not the `user` of a body: whoever floods would write a new one on every request.
-    """
-    return Caller(request.client.host) if request.client else NOBODY
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def caller(self, key: str | None, address: str) -> Caller:
+        """Of a call with this key, or none. Raises KeyRefused."""
+        ...
 
 
-def of_grpc(context: Any) -> Caller:
-    """Its address, of a peer such as ipv4:127.0.0.1:4711 or ipv6:[::1]:4711."""
-    family, _, rest = str(context.peer() or "").partition(":")
-    if family not in ("ipv4", "ipv6"):
-        return NOBODY
-    return Caller(rest.rpartition(":")[0].strip("[]"))
+class OpenDoor:
+    """Everybody, whatever key a client sends: OpenAI's always send one."""
+
+    names: tuple[str, ...] = ()
+
+    def caller(self, key: str | None, address: str) -> Caller:
+        return Caller(address)

@@ -12,8 +12,9 @@ from typing import TypeVar
 from weakref import WeakSet
 
 from cluster.runs.admission import Admission
+from cluster.runs.allowances import Allowances
 from cluster.runs.answer import Piece
-from cluster.runs.callers import NOBODY, Caller
+from cluster.runs.callers import NOBODY, Caller, Door, OpenDoor
 from cluster.runs.cells import Cells
 from cluster.runs.deadline import Deadline
 from cluster.runs.labels import WANTED, is_label
@@ -119,9 +120,12 @@ class Generation:
         patience: Patience | None = None,
         turns: Turns | None = None,
         observers: Sequence[Observer] = (),
+        door: Door | None = None,
     ) -> None:
         self.model, self.default_timeout_s, self._at_once = model, default_timeout_s, at_once
-        self._means = Means(cells, patience or Patience(), tuple(observers), turns or Turns())
+        self._door, self._allowances = door or OpenDoor(), Allowances()
+        observers = (*observers, self._allowances)
+        self._means = Means(cells, patience or Patience(), observers, turns or Turns())
         self._runs: WeakSet[Run] = WeakSet()
         self._given_up: TwoTowerError | None = None
         self.lanes = Lanes()
@@ -161,6 +165,11 @@ class Generation:
             request = join_score(ask.id, prompt, continuation, priority, self.model.limits)
         return CheckedScore(ask, prompt, continuation, priority, request)
 
+    def caller(self, key: str | None, address: str) -> Caller:
+        """Who a call with this key, or none, is from. Raises KeyRefused."""
+        with self._refusals_told():
+            return self._door.caller(key, address)
+
     def check_open(self) -> None:
         """Raises Unavailable once no more requests are taken."""
         with self._refusals_told():
@@ -170,11 +179,13 @@ class Generation:
     def hold(self, prompts: int = 1, caller: Caller = NOBODY) -> Iterator[None]:
         """Room for a call: for each prompt that the cells hold of it at a time.
 
-        Raises Overloaded, Unavailable.
+        Raises Overloaded, LimitReached, Unavailable; InvalidRequest for more prompts than its key ever allows.
         """
+        requests = min(prompts, self._at_once)
         with ExitStack() as held:
             with self._refusals_told():
-                held.enter_context(self.admission.hold(min(prompts, self._at_once), caller))
+                held.enter_context(self._allowances.hold(requests, caller))
+                held.enter_context(self.admission.hold(requests, caller))
             yield
 
     def deadline(self, timeout_s: float | None = None) -> Deadline:
@@ -184,10 +195,12 @@ class Generation:
     async def run(
         self, checked: Checked, deadline: Deadline, caller: Caller = NOBODY, parent: TraceParent = NO_PARENT
     ) -> Generating:
-        """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens;
-        DeadlineExceeded.
+        """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens, or its
+        caller's key does not allow its priority; DeadlineExceeded.
         """
         ask, request, model = checked.ask, checked.request, self.model
+        with self._refusals_told():
+            self._allowances.check_priority(checked.terms.priority, caller)
         if request is None:
             with self._refusals_told():
                 prompt = await self._tokenized("prompt", checked.prompt, deadline)
@@ -201,6 +214,8 @@ class Generation:
     ) -> Scoring:
         """As `run`."""
         ask, request, model = checked.ask, checked.request, self.model
+        with self._refusals_told():
+            self._allowances.check_priority(checked.priority, caller)
         if request is None:
             with self._refusals_told():
                 prompt = await self._tokenized("prompt", checked.prompt, deadline)

@@ -1,4 +1,4 @@
-"""What clients hold at a time, counted by their addresses: one of them alone cannot take all."""
+"""What callers hold at a time, counted by their names: one of them alone cannot take all."""
 
 from collections import Counter
 
@@ -6,30 +6,28 @@ from twotower.errors import Overloaded
 
 
 class Shares:
-    """`most` units, of which the last quarter is kept for addresses that hold no more than a quarter of all.
+    """`most` units, of which the last quarter is kept for callers that hold no more than a quarter of all.
 
-    Behind a gateway all clients have its address, and so three quarters together.
+    Without keys, all clients behind a gateway are one caller, and have three quarters together.
     """
 
     def __init__(self, most: int, what: str) -> None:
         self._most, self._what = most, what
-        self._held: Counter[str] = Counter()  # of addresses that hold any
+        self._held: Counter[str] = Counter()  # of callers that hold any
         self.total = 0
 
-    def take(self, address: str, units: int = 1) -> None:
+    def take(self, caller: str, units: int = 1) -> None:
         """Raises Overloaded, and then nothing is taken."""
-        total, own = self.total + units, self._held[address] + units
+        total, own = self.total + units, self._held[caller] + units
         if total > self._most:
             raise Overloaded(f"{self._what}: {total} at a time, wanted at most {self._most}")
         if 4 * total > 3 * self._most and 4 * own > self._most:
             quarter = self._most // 4
-            raise Overloaded(
-                f"{self._what}: {own} at a time from one address, wanted at most {quarter} under this load"
-            )
-        self.total, self._held[address] = total, own
+            raise Overloaded(f"{self._what}: {own} at a time of one caller, wanted at most {quarter} under this load")
+        self.total, self._held[caller] = total, own
 
-    def give_back(self, address: str, units: int = 1) -> None:
+    def give_back(self, caller: str, units: int = 1) -> None:
         self.total -= units
-        self._held[address] -= units
-        if not self._held[address]:
-            del self._held[address]
+        self._held[caller] -= units
+        if not self._held[caller]:
+            del self._held[caller]

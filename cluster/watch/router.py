@@ -1,11 +1,12 @@
 """What one router tells of itself: observers for its runs, and once a second how full it is and who lives."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cluster.faces.error_codes import CODES
 from cluster.readiness import Readiness
 from cluster.runs.admission import Admission
+from cluster.runs.allowances import LIMITS
 from cluster.runs.cell_lines import CellLines
 from cluster.runs.observers import Observer
 from cluster.runs.turns import Turns
@@ -26,7 +27,11 @@ _AT = "router"  # where a cell's name stands for those that wait in a cell
 class RouterWatch:
     """`observers` are for the runs. `start` it in the event loop that they live in."""
 
-    def __init__(self, model: str, modes: Iterable[Mode], exporter: Exporter | None = None) -> None:
+    def __init__(
+        self, model: str, modes: Iterable[Mode], exporter: Exporter | None = None, keys: Sequence[str] = ()
+    ) -> None:
+        """`keys`: the names of those there are."""
+        self._keys = keys
         self._modes, self._exporter = tuple(modes), exporter or RayExporter({"model_name": model})
         self._tally = Tally()
         self._runs = RunMetrics(self._tally)
@@ -65,6 +70,8 @@ class RouterWatch:
             "finished_reason": tuple(FinishReason),
             "code": tuple(sorted({code.grpc.name for code in CODES.values()})),
             "reason": ("cell_lost", "gap", "handed_over"),
+            "key": tuple(self._keys),
+            "limit": LIMITS,
         }
         for metric in declared_in(vars(metrics)):
             if metric.kind is Kind.COUNTER:

@@ -26,9 +26,17 @@ REFUSED = Metric(
     "calls_refused_total",
     Kind.COUNTER,
     "calls",
-    "ended before a request of theirs began: INVALID_ARGUMENT by a check, RESOURCE_EXHAUSTED for want of room, "
-    "UNAVAILABLE while the router ends; what cannot even be parsed is not counted",
+    "ended before a request of theirs began: INVALID_ARGUMENT by a check, RESOURCE_EXHAUSTED for want of room or by "
+    "the limit of a key, UNAUTHENTICATED without a key, UNAVAILABLE while the router ends; what cannot even be parsed "
+    "is not counted",
     ("code",),
+)
+KEY_LIMITS = Metric(
+    "key_limits_reached_total",
+    Kind.COUNTER,
+    "calls",
+    "refused because the key of this name allows no more now, and by which of its limits",
+    ("key", "limit"),
 )
 OPEN = Metric(
     "router_requests", Kind.GAUGE, "requests", "under way in a router: they wait, run, or their answer is being written"

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cluster.runs.allowances import LimitReached
 from cluster.runs.answer import NOTHING, Usage
 from cluster.runs.observers import Observer
 from cluster.runs.record import Gap, Record
@@ -39,6 +40,8 @@ class RunMetrics(Observer):
 
     def refused(self, error: TwoTowerError) -> None:
         self._tally.add(metrics.REFUSED, 1, code_of_end(error).name)
+        if isinstance(error, LimitReached):
+            self._tally.add(metrics.KEY_LIMITS, 1, error.key, error.limit)
 
     def opened(self, record: Record) -> None:
         self._open[record.request.id] = _Watched(record, mode_of(record), self._clock())

@@ -214,7 +214,7 @@ def test_what_to_type_next_names_a_python_that_works(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.executable", str(tmp_path / executable))
     state = RunState(1, 1, "127.0.0.1:8000", "127.0.0.1:50051", "demo")
-    said = _what_next(state, "words: 2009\n", ["127.0.0.2:4711"])
+    said = _what_next(state, "words: 2009\n", ["127.0.0.2:4711"], keys=False)
     assert f"\n  {typed.format(parent=tmp_path.parent)} -m cluster generate --prompt $'words: 2009\\n'\n" in said
     assert said.endswith("\n\nMetrics for Prometheus: http://127.0.0.2:4711/metrics\nCtrl-C stops it.")
 

@@ -1,6 +1,7 @@
 """Every error of ours has a row, and only what is meant for clients reaches them."""
 
 import logging
+from typing import Any
 
 import grpc
 import pytest
@@ -9,6 +10,8 @@ from google.rpc import error_details_pb2
 from cluster.faces.error_codes import CODES, INTERNAL, NoSuchModel, SlowBody, UnknownEncoding, code_of, describe
 from cluster.faces.grpc.boundary import status_of
 from cluster.faces.http.service import error_response
+from cluster.runs.allowances import LimitReached
+from cluster.runs.callers import KeyRefused
 from twotower import errors
 from twotower.errors import (
     Cancelled,
@@ -39,6 +42,8 @@ def test_the_table_says_what_it_should() -> None:
         "NoSuchModel": (404, "INVALID_ARGUMENT"),
         "SlowBody": (408, "INVALID_ARGUMENT"),
         "UnknownEncoding": (415, "INVALID_ARGUMENT"),
+        "KeyRefused": (401, "UNAUTHENTICATED"),
+        "LimitReached": (429, "RESOURCE_EXHAUSTED"),
         "Overloaded": (429, "RESOURCE_EXHAUSTED"),
         "Unavailable": (503, "UNAVAILABLE"),
         "DeadlineExceeded": (504, "DEADLINE_EXCEEDED"),
@@ -55,7 +60,9 @@ RETRIES: dict[type[TwoTowerError], tuple[str | None, str | None]] = {
     NoSuchModel: (None, None),
     UnknownEncoding: (None, None),
     SlowBody: ("false", None),
+    KeyRefused: ("false", None),
     Overloaded: ("true", "1"),
+    LimitReached: ("true", "3"),
     Unavailable: ("true", "5"),
     LinkDown: ("true", "5"),
     DeadlineExceeded: ("false", None),
@@ -64,13 +71,15 @@ RETRIES: dict[type[TwoTowerError], tuple[str | None, str | None]] = {
     CheckpointError: (None, None),  # nobody knows
     ConfigError: (None, None),
 }
+ARGUMENTS: dict[type[TwoTowerError], tuple[Any, ...]] = {LimitReached: ("a", "tokens_per_minute", "no more", 2.5)}
 
 
 @pytest.mark.parametrize("kind", RETRIES)
 def test_clients_are_told_whether_and_when_to_come_again(kind: type[TwoTowerError]) -> None:
     """OpenAI's SDKs repeat 408, 429 and all from 500 on, unless x-should-retry says otherwise."""
     should_retry, retry_after = RETRIES[kind]
-    failure = describe(kind.of("x", "wrong") if issubclass(kind, InvalidRequest) else kind("gone"))
+    error = kind.of("x", "wrong") if issubclass(kind, InvalidRequest) else kind(*ARGUMENTS.get(kind, ("gone",)))
+    failure = describe(error)
     headers = error_response(failure).headers
     assert (headers.get("x-should-retry"), headers.get("retry-after")) == (should_retry, retry_after)
     hints = [detail for detail in status_of(failure).details if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]

@@ -1,4 +1,4 @@
-"""How much one address may hold of what all hold together."""
+"""How much one caller may hold of what all hold together."""
 
 import pytest
 
@@ -10,14 +10,14 @@ def test_one_address_cannot_take_all() -> None:
     shares = Shares(8, "bodies")
     for _ in range(6):
         shares.take("greedy")
-    with pytest.raises(Overloaded, match="bodies: 7 at a time from one address, wanted at most 2 under this load"):
+    with pytest.raises(Overloaded, match="bodies: 7 at a time of one caller, wanted at most 2 under this load"):
         shares.take("greedy")
     shares.take("modest")
     shares.take("modest")
     with pytest.raises(Overloaded, match="bodies: 9 at a time, wanted at most 8"):
         shares.take("late")
     shares.give_back("greedy")
-    with pytest.raises(Overloaded, match="3 at a time from one address"):
+    with pytest.raises(Overloaded, match="3 at a time of one caller"):
         shares.take("modest")
     shares.take("late")
 
@@ -25,7 +25,7 @@ def test_one_address_cannot_take_all() -> None:
 def test_units_are_taken_together_or_not_at_all() -> None:
     shares = Shares(100, "bytes")
     shares.take("a", 70)
-    for units, words in ((31, "bytes: 101 at a time, wanted"), (6, "from one address")):
+    for units, words in ((31, "bytes: 101 at a time, wanted"), (6, "of one caller")):
         with pytest.raises(Overloaded, match=words):
             shares.take("a", units)
         assert shares.total == 70

@@ -6,14 +6,15 @@ from contextlib import ExitStack
 import pytest
 
 from cluster.config import ServiceConfig
+from cluster.faces.grpc.gate import caller_of
 from cluster.router import turns
 from cluster.runs.admission import Admission
-from cluster.runs.callers import NOBODY, Caller, of_grpc
+from cluster.runs.callers import NOBODY, Caller
 from cluster.runs.deadline import Deadline
 from cluster.runs.generation import Ask, Checked, Generation
 from cluster.runs.run import Patience
 from cluster.runs.turns import Turns
-from tests.cluster.fakes import ByteTokenizer, ScriptedCells, served_model, tokens
+from tests.cluster.fakes import ByteTokenizer, ScriptedCells, generation, served_model, tokens
 from tests.cluster.runs.script import GONE, WELL, Script, Stay
 from twotower.core import Mode
 from twotower.engine.ledger import MAX_PASSED
@@ -65,11 +66,11 @@ async def test_callers_that_all_flood_share_the_cells() -> None:
     queue = Queue(Turns(lambda: 6))
     for caller in (FLOOD, OTHER, THIRD):
         for _ in range(20):
-            await queue.joins(caller, caller)
-    assert queue.order == [FLOOD] * 6
+            await queue.joins(caller.name, caller)
+    assert queue.order == [FLOOD.name] * 6
     for _ in range(6):
         await queue.ends(FLOOD)
-    assert sorted(queue.order[6:]) == sorted([OTHER, OTHER, THIRD, THIRD, FLOOD, FLOOD])
+    assert sorted(queue.order[6:]) == sorted(2 * [OTHER.name, THIRD.name, FLOOD.name])
     for task in queue.tasks.values():
         task.cancel()
 
@@ -305,10 +306,13 @@ class Context:
     def peer(self) -> str:
         return self._peer
 
+    def invocation_metadata(self) -> None:
+        """Some clients send none."""
+
 
 @pytest.mark.parametrize(
     ("peer", "wanted"),
     [("ipv4:127.0.0.1:4711", "127.0.0.1"), ("ipv6:[::1]:4711", "::1"), ("unix:/tmp/x", ""), ("", "")],
 )
 def test_a_grpc_caller_is_its_address_without_the_port(peer: str, wanted: str) -> None:
-    assert of_grpc(Context(peer)) == wanted
+    assert caller_of(generation(ScriptedCells()), Context(peer)) == Caller(wanted)

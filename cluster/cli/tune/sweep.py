@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from cluster.cli.client import CHANNEL_OPTIONS, Refused, explained
+from cluster.cli.client import CHANNEL_OPTIONS, Refused, credentials, explained
 from cluster.cli.tune.questions import Question
 from twotower.errors import Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
@@ -128,7 +128,9 @@ class Sweep:
     async def _ask(self, stub: pb_grpc.GenerationServiceStub, question: Question, threshold: float | None) -> Answered:
         for tried, pause_s in enumerate((*_PAUSES_S, None)):
             try:
-                answer = await stub.Generate(self._request(question, threshold), timeout=self.timeout_s)
+                answer = await stub.Generate(
+                    self._request(question, threshold), timeout=self.timeout_s, metadata=credentials()
+                )
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _PASSING or pause_s is None:
                     raise _told(error, self.address, question) from None

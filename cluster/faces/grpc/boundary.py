@@ -74,13 +74,17 @@ def _outside(error: Exception, kind: type[Message]) -> Exception:
 
 
 def status_of(failure: Failure) -> status_pb2.Status:
-    """google.rpc.Status: BadRequest for fields at fault, RetryInfo where trying again makes sense."""
+    """google.rpc.Status: BadRequest for fields at fault, QuotaFailure for a key's limit, RetryInfo where trying again
+    makes sense."""
     status = status_pb2.Status(code=failure.code.grpc.value[0], message=failure.message)
     if failure.problems:
         violations = [
             error_details_pb2.BadRequest.FieldViolation(field=p.field, description=p.message) for p in failure.problems
         ]
         _attach(status, error_details_pb2.BadRequest(field_violations=violations))
+    if failure.key is not None:
+        violation = error_details_pb2.QuotaFailure.Violation(subject=f"key:{failure.key}", description=failure.message)
+        _attach(status, error_details_pb2.QuotaFailure(violations=[violation]))
     if failure.retry_after_s is not None:
         delay = Duration(seconds=failure.retry_after_s)
         _attach(status, error_details_pb2.RetryInfo(retry_delay=delay))

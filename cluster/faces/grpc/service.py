@@ -10,6 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.faces.grpc.boundary import Boundary
+from cluster.faces.grpc.gate import Gate, caller_of
 from cluster.faces.grpc.messages import (
     answer_message,
     ask_of,
@@ -18,7 +19,6 @@ from cluster.faces.grpc.messages import (
     score_ask_of,
     score_message,
 )
-from cluster.runs.callers import of_grpc
 from cluster.runs.generation import Generation, drawn_id
 from cluster.runs.labels import OWN_ID, REQUEST_ID, is_label, label_of
 from cluster.runs.trace_parent import TraceParent
@@ -42,7 +42,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         if request.trace:
             raise InvalidRequest.of("trace", "got true, wanted it only of GenerateStream")
         checked = self._generation.check(ask_of(request, *_names(request, context)))
-        caller = of_grpc(context)
+        caller = caller_of(self._generation, context)
         with self._generation.hold(caller=caller):
             run = await self._generation.run(checked, deadline, caller, _parent_of(context))
             return answer_message(await run.whole())
@@ -50,7 +50,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
         deadline = self._generation.deadline(_timeout_of(context))
         checked = self._generation.check(ask_of(request, *_names(request, context)))
-        caller = of_grpc(context)
+        caller = caller_of(self._generation, context)
         with self._generation.hold(caller=caller):
             run = await self._generation.run(checked, deadline, caller, _parent_of(context))
             # Writing waits for the client to read, and may wait for ever.
@@ -62,7 +62,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         deadline = self._generation.deadline(_timeout_of(context))
         checked = self._generation.check_score(score_ask_of(request, *_names(request, context)))
-        caller = of_grpc(context)
+        caller = caller_of(self._generation, context)
         with self._generation.hold(caller=caller):
             run = await self._generation.score_run(checked, deadline, caller, _parent_of(context))
             return score_message(run, await run.whole())
@@ -80,7 +80,7 @@ class GrpcServer:
         """`ping_interval_s`: clients may ask as often as this whether the connection lives."""
         messages = {f"/{SERVICE.full_name}/{method.name}": _message(method) for method in SERVICE.methods}
         self._server = grpc.aio.server(
-            interceptors=[Boundary(messages, generation.model.limits.max_sequence_length)],
+            interceptors=[Gate(generation), Boundary(messages, generation.model.limits.max_sequence_length)],
             options=[
                 ("grpc.so_reuseport", 1),
                 ("grpc.max_receive_message_length", max_bytes),

@@ -8,8 +8,9 @@ from functools import partial
 from fastapi import Request
 
 from cluster.faces.error_codes import NoSuchModel
+from cluster.faces.http.gate import caller_of
 from cluster.faces.http.request_body import BodyReader
-from cluster.runs.callers import Caller, of_http
+from cluster.runs.callers import Caller
 from cluster.runs.deadline import Deadline
 from cluster.runs.generation import Generation
 from cluster.runs.labels import REQUEST_ID, label_of
@@ -44,7 +45,7 @@ async def begun(request: Request, generation: Generation, bodies: BodyReader) ->
     async with deadline.over(), bodies.read(request) as raw:
         body = await generation.lanes.run(len(raw) * PARSED_S, partial(parse_json, raw), deadline)
     outer_id = label_of(request.headers.get(REQUEST_ID, ""))
-    return Begun(deadline, of_http(request), TraceParent.of(request.headers), outer_id, body)
+    return Begun(deadline, caller_of(request), TraceParent.of(request.headers), outer_id, body)
 
 
 def check_model(got: str | None, served: str) -> None:

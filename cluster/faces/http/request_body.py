@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from starlette.requests import ClientDisconnect, Request
 
 from cluster.faces.error_codes import SlowBody, UnknownEncoding
-from cluster.runs.callers import of_http
+from cluster.faces.http.gate import caller_of
 from cluster.runs.shares import Shares
 from twotower.errors import Cancelled, InvalidRequest
 from twotower.showing import show
@@ -46,14 +46,14 @@ class BodyReader:
         length = request.headers.get("content-length", "")
         if length.isdecimal() and len(length) < 20 and int(length) > self._max_bytes:
             raise self._too_big()
-        body, address = bytearray(), of_http(request)
-        self._bodies.take(address)
+        body, caller = bytearray(), caller_of(request).name
+        self._bodies.take(caller)
         try:
             await self._arrival(body, request, encoding)
             yield body
         finally:
-            self._bodies.give_back(address)
-            self._bytes.give_back(address, len(body))
+            self._bodies.give_back(caller)
+            self._bytes.give_back(caller, len(body))
 
     async def _arrival(self, body: bytearray, request: Request, encoding: str) -> None:
         try:
@@ -69,7 +69,7 @@ class BodyReader:
         async for part in parts if encoding == "identity" else _inflated(parts, encoding):
             if len(body) + len(part) > self._max_bytes:
                 raise self._too_big()
-            self._bytes.take(of_http(request), len(part))
+            self._bytes.take(caller_of(request).name, len(part))
             body += part
 
     async def _bounded(self, request: Request) -> AsyncIterator[bytes]:

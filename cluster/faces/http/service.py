@@ -14,14 +14,17 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.faces.credentials import CHALLENGE
 from cluster.faces.error_codes import CODES, Failure, SlowBody, describe
 from cluster.faces.http.calls import CALL, Begun, begun, check_model
 from cluster.faces.http.completion_bodies import chunk_body, encoded, error_body, trace_body, usage_event, whole_body
 from cluster.faces.http.completions import CompletionCall, outside_problems, parse_call
 from cluster.faces.http.cross_origin import CrossOrigin
+from cluster.faces.http.gate import Gate
 from cluster.faces.http.request_body import BodyReader
 from cluster.faces.http.scores import ScoresFace
 from cluster.runs.answer import Chunk, Piece, Usage
+from cluster.runs.callers import KeyRefused
 from cluster.runs.deadline import Deadline
 from cluster.runs.generation import Checked, Generation
 from cluster.runs.run import Generating
@@ -97,6 +100,7 @@ def make_app(
         return {"version": model.version}
 
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(Gate, generation=generation)
     app.add_middleware(ErrorBoundary)
     if cors_origins:
         app.add_middleware(CrossOrigin, origins=cors_origins)
@@ -236,6 +240,8 @@ def error_response(failure: Failure, status: int | None = None) -> Response:
         headers["Retry-After"] = str(failure.retry_after_s)
     if failure.code.retry is not None:
         headers["x-should-retry"] = "true" if failure.code.retry else "false"  # OpenAI's SDKs obey it
+    if failure.code is CODES[KeyRefused]:
+        headers["WWW-Authenticate"] = CHALLENGE
     if failure.code is CODES[SlowBody]:
         headers["Connection"] = "close"  # the rest of the body may never come
     return JSONResponse(error_body(failure), status or failure.code.http, headers=headers)

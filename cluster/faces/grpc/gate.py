@@ -1,0 +1,56 @@
+"""Who a call over gRPC is from. Where keys are wanted, nobody without one gets further."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health
+from grpc_status import rpc_status
+
+from cluster.faces.credentials import key_of
+from cluster.faces.error_codes import describe
+from cluster.faces.grpc.boundary import status_of
+from cluster.runs.callers import Caller, KeyRefused
+from cluster.runs.generation import Generation
+
+_OPEN = f"/{health.SERVICE_NAME}/"  # probes have no key
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Refuses calls of all services but health."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        if not str(handler_call_details.method).startswith(_OPEN):
+            try:
+                self._generation.caller(_key(handler_call_details.invocation_metadata), "")
+            except KeyRefused as error:
+                return _refusal(error)
+        return await continuation(handler_call_details)
+
+
+def caller_of(generation: Generation, context: Any) -> Caller:
+    """By its key, else by the address of a peer such as ipv4:127.0.0.1:4711 or ipv6:[::1]:4711. Raises KeyRefused."""
+    family, _, rest = str(context.peer() or "").partition(":")
+    address = rest.rpartition(":")[0].strip("[]") if family in ("ipv4", "ipv6") else ""
+    return generation.caller(_key(context.invocation_metadata()), address)
+
+
+def _key(metadata: Any) -> str | None:
+    found = dict(metadata or ()).get("authorization")
+    return key_of(None if found is None else str(found))
+
+
+def _refusal(error: KeyRefused) -> Any:
+    status = rpc_status.to_status(status_of(describe(error)))
+
+    async def refuse(request: bytes, context: Any) -> None:
+        await context.abort(status.code, status.details, status.trailing_metadata)
+
+    return grpc.unary_unary_rpc_method_handler(refuse)
