@@ -137,7 +137,7 @@ class Router:
             ingress.cors_origins,
         )
         if ingress.ops_page:
-            add_ops(app, self._feed)
+            add_ops(app, self._feed, keys=ingress.keys_file is not None)
             add_trade(app, self._trade)
         return app
 

@@ -19,13 +19,14 @@ _WRITTEN_S = 5.0  # in which a watcher takes a message; else it is dropped
 _AGAIN_MS = 1000  # after which a browser whose stream has ended asks for another
 
 
-def add_ops(app: FastAPI, feed: Feed) -> None:
-    """Adds the paths to a router's application."""
+def add_ops(app: FastAPI, feed: Feed, keys: bool = False) -> None:
+    """Adds the paths to a router's application. `keys`: whether it wants them."""
+    shown = page(keys)
 
     @app.api_route("/ops", methods=_READ)
     async def ops() -> Response:
-        headers = _FRESH | {"content-security-policy": page().policy, "referrer-policy": "no-referrer"}
-        return Response(page().html, headers=headers, media_type="text/html")
+        headers = _FRESH | {"content-security-policy": shown.policy, "referrer-policy": "no-referrer"}
+        return Response(shown.html, headers=headers, media_type="text/html")
 
     @app.api_route("/ops/snapshot", methods=_READ)
     async def snapshot(request: Request) -> Response:

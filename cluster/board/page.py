@@ -31,12 +31,14 @@ class Page:
 
 
 @cache
-def page() -> Page:
-    """Read once: a process serves one version."""
+def page(keys: bool = False) -> Page:
+    """Read once: a process serves one version. `keys`: whether the service wants them."""
     style, script = (
         "".join((_FILES / name).read_text(encoding="utf-8") for name in names) for names in (STYLES, SCRIPTS)
     )
-    html = (_FILES / "ops.html").read_text(encoding="utf-8").replace("{{style}}", style).replace("{{script}}", script)
+    html = (_FILES / "ops.html").read_text(encoding="utf-8")
+    for name, text in (("keys", str(keys).lower()), ("style", style), ("script", script)):
+        html = html.replace(f"{{{{{name}}}}}", text)
     return Page(html.encode(), _policy(style, script))
 
 

@@ -3,7 +3,7 @@
 import base64
 import binascii
 
-CHALLENGE = 'Bearer, Basic realm="TwoTower Serve"'
+CHALLENGES = ('Basic realm="TwoTower Serve"', "Bearer")  # a header each, or Chromium sees the first only
 
 
 def key_of(authorization: str | None) -> str | None:

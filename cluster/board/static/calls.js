@@ -1,5 +1,8 @@
 // A request of the playground: its body, and the same as a command to copy. Knows nothing of the page.
 const GRPC_PORT = 50051; // by default; a page cannot know another
+const KEY = "TWOTOWER_API_KEY"; // the variable that our own commands have it from, too
+
+function keysWanted() { return document.body.dataset.keys === "true"; }
 
 function bodyOf(mode, asked) {
   const diffusion = { mode };
@@ -11,14 +14,16 @@ function bodyOf(mode, asked) {
 function quoted(text) { return `'${text.replaceAll("'", "'\\''")}'`; }
 
 function asCurl(mode, asked, base) {
-  return `curl -sN ${base}/v1/completions -d ${quoted(JSON.stringify(bodyOf(mode, asked)))}`;
+  const key = keysWanted() ? ` -H "authorization: Bearer $${KEY}"` : "";
+  return `curl -sN ${base}/v1/completions${key} -d ${quoted(JSON.stringify(bodyOf(mode, asked)))}`;
 }
 
 function asGrpcurl(mode, asked, base) {
   const params = { mode: `MODE_${mode.toUpperCase()}`, maxNewTokens: asked.most };
   if (mode === "diffusion") params.confidenceThreshold = asked.gamma;
   const message = { text: asked.prompt, params, ...(mode === "ar" ? {} : { trace: true }) };
-  return `grpcurl -plaintext -d ${quoted(JSON.stringify(message))} ${new URL(base).hostname}:${GRPC_PORT} twotower.v1.GenerationService/GenerateStream`;
+  const key = keysWanted() ? ` -H "authorization: Bearer $${KEY}"` : "";
+  return `grpcurl -plaintext${key} -d ${quoted(JSON.stringify(message))} ${new URL(base).hostname}:${GRPC_PORT} twotower.v1.GenerationService/GenerateStream`;
 }
 
 function pythonOf(value) {
@@ -28,11 +33,12 @@ function pythonOf(value) {
 }
 
 function asPython(mode, asked, base) {
+  const key = keysWanted() ? `, {"authorization": "Bearer " + os.environ["${KEY}"]}` : "";
   return `import json
-import urllib.request
+${keysWanted() ? "import os\n" : ""}import urllib.request
 
 body = ${pythonOf(bodyOf(mode, asked))}
-request = urllib.request.Request("${base}/v1/completions", json.dumps(body).encode())
+request = urllib.request.Request("${base}/v1/completions", json.dumps(body).encode()${key})
 with urllib.request.urlopen(request) as events:
     for line in events:
         if line.startswith(b"data: {"):

@@ -21,6 +21,13 @@ function set(node, attributes) {
   }
 }
 
+// A path of this service. Where the page's own address holds a key, the browser has it; a script may not repeat it.
+function ours(path) {
+  const url = new URL(path, document.baseURI);
+  url.username = url.password = "";
+  return url;
+}
+
 function say(node, text) { if (node.textContent !== text) node.textContent = text; }
 
 // Children of `parent`, one for each item and in their order; those of items that are gone go.

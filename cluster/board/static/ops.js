@@ -175,7 +175,7 @@ function showLink() {
 }
 
 function connect() {
-  const source = new EventSource("ops/stream");
+  const source = new EventSource(ours("ops/stream"));
   source.onmessage = (message) => {
     const told = JSON.parse(message.data);
     if (told.columns) hear(told); // else the proxy says that the router of this stream is gone

@@ -3,7 +3,7 @@
 // Hands on each event's JSON and the milliseconds since it was asked. Throws what ended the answer.
 async function readCompletion(body, signal, hearEvent) {
   const began = performance.now();
-  const response = await fetch("v1/completions", { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body), signal });
+  const response = await fetch(ours("v1/completions"), { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body), signal });
   if (!response.ok) throw new Error((await response.json().catch(() => null))?.error?.message ?? `the service answered ${response.status}`);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let open = "";
@@ -25,7 +25,7 @@ async function readCompletion(body, signal, hearEvent) {
 // How likely `ar` finds these tokens after the prompt. Throws what ended it.
 async function readScore(prompt, tokens, signal) {
   const body = JSON.stringify({ prompt, continuation: tokens });
-  const response = await fetch("v1/score", { method: "POST", headers: { "content-type": "application/json" }, body, signal });
+  const response = await fetch(ours("v1/score"), { method: "POST", headers: { "content-type": "application/json" }, body, signal });
   const told = await response.json();
   if (!response.ok) throw new Error(told.error?.message ?? `the service answered ${response.status}`);
   return told;

@@ -25,7 +25,7 @@ function showTrade(told) {
 
 async function readTrade() {
   try {
-    const answer = await fetch("ops/trade");
+    const answer = await fetch(ours("ops/trade"));
     if (!answer.ok) throw new Error(`${answer.status}`);
     trade.told = await answer.json();
   } catch {

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.faces.credentials import CHALLENGE
+from cluster.faces.credentials import CHALLENGES
 from cluster.faces.error_codes import CODES, Failure, SlowBody, describe
 from cluster.faces.http.calls import CALL, Begun, begun, check_model
 from cluster.faces.http.completion_bodies import chunk_body, encoded, error_body, trace_body, usage_event, whole_body
@@ -240,11 +240,12 @@ def error_response(failure: Failure, status: int | None = None) -> Response:
         headers["Retry-After"] = str(failure.retry_after_s)
     if failure.code.retry is not None:
         headers["x-should-retry"] = "true" if failure.code.retry else "false"  # OpenAI's SDKs obey it
-    if failure.code is CODES[KeyRefused]:
-        headers["WWW-Authenticate"] = CHALLENGE
     if failure.code is CODES[SlowBody]:
         headers["Connection"] = "close"  # the rest of the body may never come
-    return JSONResponse(error_body(failure), status or failure.code.http, headers=headers)
+    response = JSONResponse(error_body(failure), status or failure.code.http, headers=headers)
+    for challenge in CHALLENGES if failure.code is CODES[KeyRefused] else ():
+        response.headers.append("WWW-Authenticate", challenge)
+    return response
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
