@@ -125,7 +125,7 @@ def ended_cluster(directory: Path, result: Result) -> None:
 def lost_router(directory: Path, result: Result) -> None:
     with (
         site(directory) as where,
-        running(Manifest.for_two_small_hosts(), where) as service,
+        running(Manifest.for_two_small_hosts(routers_on_a_host=1), where) as service,
         _watched(result, where.load, service),
     ):
         _warm(service, result, again=True)

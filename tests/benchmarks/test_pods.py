@@ -93,6 +93,14 @@ def test_a_redis_is_told_to_the_head_and_patience_to_workers() -> None:
     assert safe.head.grace_s > safe.worker.grace_s, "without the head workers end at once"
 
 
+def test_a_host_takes_as_many_routers_as_it_is_told() -> None:
+    """Where one is lost, a host has room for no other one beside its own, as a routers' pod of the chart."""
+    one, many = Manifest.for_two_small_hosts(routers_on_a_host=1), Manifest.for_two_small_hosts()
+    assert "--resources='{\"twotower_router\": 1}'" in one.worker.command
+    assert "--resources='{\"twotower_router\": 8}'" in many.worker.command
+    assert "twotower_router" not in one.head.command
+
+
 def test_the_other_weights_are_another_checkpoint_with_the_demos_vocabulary(tmp_path: Path) -> None:
     demo, other = Checkpoint.open(DEMO), Checkpoint.open(write_other_weights(tmp_path / "other"))
     assert demo.fingerprint != other.fingerprint and demo.vocabulary == other.vocabulary
