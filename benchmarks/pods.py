@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the towers of the demo are so s
 from benchmarks.pods_parts.cases import CASES, Case
 from benchmarks.pods_parts.network import PROGRAMS, why_not
 from benchmarks.pods_parts.report import Result, acceptance, render
-from benchmarks.pods_parts.site import CLIENTS
+from benchmarks.pods_parts.site import CLIENTS, PATH
 from benchmarks.reference.report import setting
 
 _NAMES = tuple(case.name for case in CASES)
@@ -72,7 +72,7 @@ def _told(error: BaseException) -> list[str]:
 
 def _require(cases: Sequence[Case]) -> None:
     """Raises SystemExit where one of them cannot run here."""
-    missing = sorted({program for case in cases for program in case.needs if not shutil.which(program)})
+    missing = sorted({program for case in cases for program in case.needs if not shutil.which(program, path=PATH)})
     if missing:
         raise SystemExit(f"not installed: {', '.join(missing)}, which --cases {','.join(c.name for c in cases)} wants")
     if (problem := why_not()) is not None:

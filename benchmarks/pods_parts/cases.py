@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.pods_parts.clients import Clients, Request
+from benchmarks.pods_parts.gateway import Gateway
 from benchmarks.pods_parts.manifest import Manifest
 from benchmarks.pods_parts.rayservice import WORKERS, RayService, running
 from benchmarks.pods_parts.report import Result
@@ -16,6 +17,7 @@ from benchmarks.pods_parts.weights import write_other_weights
 A, B = WORKERS
 _PATIENCE_S = 180.0
 _SOME, _STREAMS = 12, 4  # requests that end; streams that are under way when the fault comes
+_BEGUN, _SILENT = 2, 2  # streams that have begun, and requests that have not
 _AWAY_S = 5.0  # between the end of the head and its next start
 _UPGRADE_DRAIN_S = 30  # of a cell, in the upgrade: the head takes as long and 15 s more, whatever runs
 _TOLD_S = 1.0
@@ -125,7 +127,7 @@ def ended_cluster(directory: Path, result: Result) -> None:
 def lost_router(directory: Path, result: Result) -> None:
     with (
         site(directory) as where,
-        running(Manifest.for_two_small_hosts(), where) as service,
+        running(Manifest.for_two_small_hosts(routers_on_a_host=1), where) as service,
         _watched(result, where.load, service),
     ):
         _warm(service, result, again=True)
@@ -141,7 +143,7 @@ def lost_router(directory: Path, result: Result) -> None:
             if ready and [ready] != asked[-1:]:
                 asked.append(ready)
                 service.load.ask(*ready, again=True)
-            return len(ready) == len(WORKERS) and service.is_whole() and _replicas(service) != old
+            return len(ready) == len(WORKERS) and _is_mended(service, old)
 
         service.until(is_back, "another router is there")
         service.load.wait_for_more(_SOME, _PATIENCE_S, list(hosts.values()))
@@ -170,6 +172,80 @@ def _check_told(result: Result, load: Clients, under_way: list[Request], hosts: 
         result.wrong.append(f"{len(others)} requests of the other router had an error: {others[0].errors[0][2]}")
 
 
+def behind_a_gateway(directory: Path, result: Result) -> None:
+    """A router is killed, then its node is drained."""
+    manifest = Manifest.for_two_small_hosts(routers_on_a_host=1)
+    with site(directory) as where, running(manifest, where) as service, _watched(result, where.load, service):
+        gateway = Gateway(where, list(service.hosts.values()))
+        service.until(lambda: gateway.is_ready(*service.hosts.values()), "the gateway takes both hosts for healthy")
+        service.load.ask(gateway.address)
+        service.load.wait_for_more(_SOME, _PATIENCE_S)
+        with _sent_again(result, gateway, "while a router was gone"):
+            _lose_a_router(service, gateway, result)
+        with _sent_again(result, gateway, "during the drain"):
+            _drain(service, gateway)
+        for face, requests in gateway.requests().items():
+            if not all(requests.get(host) for host in service.hosts.values()):
+                result.wrong.append(f"{face}: got {requests} requests on the hosts, wanted some on each")
+        _settle(service.load)
+        _check_cut(result, service.load)
+
+
+@contextmanager
+def _sent_again(result: Result, gateway: Gateway, when: str) -> Iterator[None]:
+    before = gateway.sent_again()
+    yield
+    numbers = " and ".join(f"{now - before[face]} {face}" for face, now in gateway.sent_again().items())
+    result.notes.append(f"the gateway sent {numbers} requests to another host {when}")
+
+
+def _lose_a_router(service: RayService, gateway: Gateway, result: Result) -> None:
+    """What the gateway cannot save is asked again."""
+    load, hosts, old = service.load, list(service.hosts.values()), _replicas(service)
+    load.ask(gateway.address, long=True, again=True)
+    load.wait_for_long_streams(_STREAMS, _PATIENCE_S)
+    load.ask(gateway.address, again=True)
+    load.wait_for_a_mixture(_BEGUN, _SILENT, _PATIENCE_S)
+    begun = [request.streams for request in load.requests() if not request.outcome]
+    result.notes.append(
+        f"{begun.count(True)} streams that had begun and {begun.count(False)} requests that had no answer yet were "
+        "under way when a router was killed"
+    )
+    result.struck = time.monotonic()
+    service.kill(A, _ROUTER)
+    service.until(lambda: _is_mended(service, old), "another router is there")
+    service.until(lambda: gateway.is_ready(*hosts), "the gateway takes both hosts for healthy again")
+    load.wait_for_more(_SOME, _PATIENCE_S)
+
+
+def _check_cut(result: Result, load: Clients) -> None:
+    """Only a stream that had begun may have an error: of nothing else has a client heard anything."""
+    cut = [request for request in load.requests() if request.errors]
+    result.notes.append(f"{len(cut)} requests were cut, and asked again by their clients")
+    result.notes += [f"told: {text}" for text in sorted({error[:120] for r in cut for _, _, error in r.errors})]
+    if silent := [request for request in cut if not request.events or request.events[0] > request.errors[0][0]]:
+        result.wrong.append(f"{len(silent)} requests that had no answer yet had an error: {silent[0].errors[0][2]}")
+
+
+def _drain(service: RayService, gateway: Gateway) -> None:
+    """As by `kubectl drain`: SIGTERM, a little later the endpoint is gone, and another pod comes up meanwhile."""
+    load, old = service.load, service.pods[A]
+    load.ask(gateway.address, long=True)
+    load.wait_for_long_streams(_STREAMS, _PATIENCE_S)
+    load.ask(gateway.address)
+    old.terminate()
+    load.wait_for_more(2, _PATIENCE_S)
+    gateway.route(service.hosts[B])
+    load.ask(gateway.address, easy=True)
+    service.start_worker(A)
+    service.until(lambda: old.has_ended, "the drained pod has ended by itself", service.manifest.worker.grace_s)
+    service.until(lambda: service.is_whole() and service.is_ready(A), "a cell and a router on the pod in its place")
+    gateway.route(*service.hosts.values())
+    service.until(lambda: gateway.is_ready(*service.hosts.values()), "the gateway takes the new pod for healthy")
+    load.ask(gateway.address)
+    load.wait_for_more(2 * _SOME, _PATIENCE_S)
+
+
 CASES = (
     Case(
         "head",
@@ -188,6 +264,13 @@ CASES = (
         "router",
         "A router is killed. What fails is asked again under its request id, of the hosts that are ready.",
         lost_router,
+    ),
+    Case(
+        "gateway",
+        "All requests go through an Envoy, which sends again what a router has not begun to answer. A router dies, "
+        "and its streams are asked again. Then its pod is drained, and nothing is asked again.",
+        behind_a_gateway,
+        ("envoy",),
     ),
 )
 
@@ -226,6 +309,11 @@ def _counted(result: Result, service: RayService) -> Iterator[None]:
 def _settle(load: Clients) -> None:
     load.ask()
     load.wait_until_idle(_PATIENCE_S)
+
+
+def _is_mended(service: RayService, old: set[str]) -> bool:
+    """In this order: Serve takes a dead one for running for a while."""
+    return _replicas(service) != old and service.is_whole()
 
 
 def _replicas(service: RayService) -> set[str]:

@@ -147,6 +147,15 @@ class Clients:
 
         self._wait(lambda: streaming() >= number, within_s)
 
+    def wait_for_a_mixture(self, begun: int, silent: int, within_s: float) -> None:
+        """Until so many streams that have begun are under way, and so many requests without any answer yet."""
+
+        def is_there() -> bool:
+            streams = [request.streams for request in self.requests() if not request.outcome]
+            return streams.count(True) >= begun and streams.count(False) >= silent
+
+        self._wait(is_there, within_s)
+
     def wait_until_idle(self, within_s: float, host: str | None = None) -> None:
         self._wait(lambda: not self.under_way(host), within_s)
 

@@ -21,7 +21,7 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 # A node's drain takes 5 s more than a cell's: what a cell that is drained without room for another has left.
 _CELL_DRAIN_S, _NODE_DRAIN_S, _GRACE_S = 60, 5, 25  # the second beyond the first, the third beyond both
 _HEAD_LONGER_S = 10  # than workers, which end at once without it
-_ROUTERS_ON_A_HOST = 8
+_ROUTERS_ON_A_HOST = 8  # as many as a change of settings takes, with a drain before it: no autoscaler brings pods
 # Ray takes a node for dead after 65 s of silence. These make it some 20.
 _SOONER_DEAD = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000"}
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -56,11 +56,18 @@ class Manifest:
         self._spec, self._settings = spec, settings
 
     @classmethod
-    def for_two_small_hosts(cls, redis: str = "", spare: bool = False, cell_drain_s: int = _CELL_DRAIN_S) -> "Manifest":
+    def for_two_small_hosts(
+        cls,
+        redis: str = "",
+        spare: bool = False,
+        cell_drain_s: int = _CELL_DRAIN_S,
+        routers_on_a_host: int = _ROUTERS_ON_A_HOST,
+    ) -> "Manifest":
         """Ours, for a cell of the demo on each of two hosts without GPUs, with less patience.
 
         `redis`: the address of one, as `redis.address` of the chart. `spare`: each host has room for another cell, and
-        new ones start before old ones go, as in the chart's own values.
+        new ones start before old ones go, as in the chart's own values. `routers_on_a_host`: 1, as a routers' pod of
+        the chart, where no settings change.
         """
         documents = yaml.safe_load_all(_FILE.read_text(encoding="utf-8"))
         [spec] = [document["spec"] for document in documents if document["kind"] == "RayService"]
@@ -68,7 +75,7 @@ class Manifest:
         groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
         head, worker = cluster["headGroupSpec"], groups["cells"]
         cluster["workerGroupSpecs"] = [worker]
-        _take_routers(worker, groups["routers"])
+        _take_routers(worker, groups["routers"], routers_on_a_host)
         node_drain_s = cell_drain_s + _NODE_DRAIN_S
         for group, drain_s in ((head, node_drain_s + _HEAD_LONGER_S), (worker, node_drain_s)):
             group["rayStartParams"] |= {"object-store-memory": str(_OBJECT_STORE_BYTES)}
@@ -113,11 +120,11 @@ class Manifest:
         return json.dumps(config)
 
 
-def _take_routers(worker: dict[str, Any], routers: dict[str, Any]) -> None:
-    """Its probe is theirs. It has room for all of them: nobody brings pods for more."""
+def _take_routers(worker: dict[str, Any], routers: dict[str, Any], most: int) -> None:
+    """Its probe is theirs, and it has room for so many."""
     assert _container(worker)["env"] == _container(routers)["env"]
     _container(worker)["readinessProbe"] = _container(routers)["readinessProbe"]
-    room = {name: _ROUTERS_ON_A_HOST for name in routers["resources"] if name != "CPU"}
+    room = {name: most for name in routers["resources"] if name != "CPU"}
     worker["rayStartParams"] |= {"resources": f"'{json.dumps(room)}'"}
 
 

@@ -39,6 +39,7 @@ class RayService:
         self.pods: dict[str, Pod] = {}
         self._ending: list[Pod] = []
         self._started = self._failed_starts = 0
+        self._is_up = False
         self.waited: list[tuple[str, float]] = []
 
     @property
@@ -61,6 +62,7 @@ class RayService:
         self.put({})
         self.until(self.is_whole, "a cell and a router on each host")
         self.until(lambda: all(map(self.is_ready, WORKERS)), "each host is ready")
+        self._is_up = True
         self.load.wait_for_questions(_UP_S)
 
     def _start_head(self) -> None:
@@ -84,8 +86,11 @@ class RayService:
         pod.start(f"{command} --node-ip-address={pod.address}")
 
     def _start_what_failed(self) -> None:
-        """As Kubernetes does. A raylet gives up where its agents take 15 s to start, as on a busy machine they may."""
-        failed = [n for n, pod in self.pods.items() if pod.has_ended and _CAME_UP not in pod.said(_WHOLE_LOG)]
+        """As Kubernetes does. A raylet gives up where its agents take 15 s to start, as on a busy machine they may, and
+        the head where its server for Ray's clients takes 30 s. Once the service is up, what had come up ends on
+        purpose."""
+        ended = {name: pod for name, pod in self.pods.items() if pod.has_ended}
+        failed = [n for n, pod in ended.items() if not self._is_up or _CAME_UP not in pod.said(_WHOLE_LOG)]
         for name in failed:
             self._failed_starts += 1
             if self._failed_starts > _MOST_FAILED_STARTS:

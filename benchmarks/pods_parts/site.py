@@ -13,6 +13,13 @@ from benchmarks.pods_parts.network import Network, Pod
 CLIENTS = 6
 _REDIS = "exec redis-server --bind 0.0.0.0 --protected-mode no --save '' --appendonly no --dir /tmp/ray"
 REDIS_PORT = 6379
+# Of every pod: this environment's programs, the system's, and what `make deploy-env` brings.
+PATH = os.pathsep.join(
+    [
+        str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin",
+        str(CHECKOUT / ".venv-deploy" / "bin"),
+    ]
+)  # fmt: skip
 
 
 class Site:
@@ -31,11 +38,16 @@ class Site:
 
     def start_redis(self) -> str:
         """Its address. As somebody else runs one: without a password, and nothing on disk."""
-        directory = self.directory / "redis"
-        pod = Pod(self.network, "redis", directory, "1m", environment(directory))
-        self._others.append(pod)
+        pod = self.pod("redis")
         pod.start(_REDIS)
         return f"{pod.address}:{REDIS_PORT}"
+
+    def pod(self, name: str) -> Pod:
+        """One of no Ray cluster, not started yet. It ends with the site."""
+        directory = self.directory / name
+        pod = Pod(self.network, name, directory, "1m", environment(directory))
+        self._others.append(pod)
+        return pod
 
     def close(self) -> None:
         with ExitStack() as stack:  # whatever fails, the others end too
@@ -56,8 +68,5 @@ def site(directory: Path, other: Path | None = None) -> Iterator[Site]:
 
 def environment(home: Path) -> dict[str, str]:
     """What an image gives, and that no host's processes yield to another's."""
-    path = os.pathsep.join(
-        [str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"]
-    )
-    given = {"PATH": path, "HOME": str(home), "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"}
+    given = {"PATH": PATH, "HOME": str(home), "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"}
     return given | {"RAY_worker_niceness": "0"}

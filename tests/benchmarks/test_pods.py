@@ -1,17 +1,22 @@
 """What `benchmarks.pods` makes of what its clients say. The cases themselves take minutes each and are run by hand."""
 
 import math
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks import pods
+from benchmarks.pods_parts import gateway
 from benchmarks.pods_parts.cases import CASES, Case
 from benchmarks.pods_parts.clients import Request, Stuck
 from benchmarks.pods_parts.manifest import Manifest
 from benchmarks.pods_parts.report import Result, first_tokens, pauses, render
+from benchmarks.pods_parts.site import PATH
 from benchmarks.pods_parts.weights import write_other_weights
 from benchmarks.reference.workload import DEMO
+from tests.deploy.chart import require
 from twotower.model.checkpoint import Checkpoint
 
 STREAM = "grpc long ar stream"
@@ -91,6 +96,27 @@ def test_a_redis_is_told_to_the_head_and_patience_to_workers() -> None:
         "RAY_gcs_rpc_server_reconnect_timeout_s"
     }
     assert safe.head.grace_s > safe.worker.grace_s, "without the head workers end at once"
+
+
+def test_a_host_takes_as_many_routers_as_it_is_told() -> None:
+    """Where one is lost, a host has room for no other one beside its own, as a routers' pod of the chart."""
+    one, many = Manifest.for_two_small_hosts(routers_on_a_host=1), Manifest.for_two_small_hosts()
+    assert "--resources='{\"twotower_router\": 1}'" in one.worker.command
+    assert "--resources='{\"twotower_router\": 8}'" in many.worker.command
+    assert "twotower_router" not in one.head.command
+
+
+@pytest.mark.parametrize(("old", "new", "said"), [("", "", " OK"), ("timeout: 0s", "timeuot: 0s", "timeuot")])
+def test_envoy_takes_the_gateways_configuration(old: str, new: str, said: str, tmp_path: Path) -> None:
+    """And names what is wrong in another one."""
+    envoy = require(shutil.which("envoy", path=PATH), "envoy")
+    gateway.write_hosts(tmp_path, ["10.0.0.1", "10.0.0.2"])
+    config = tmp_path / "envoy.yaml"
+    config.write_text(gateway.CONFIG.read_text().replace("/tmp/ray/", f"{tmp_path}/").replace(old, new))
+    command = [envoy, "--mode", "validate", "--config-path", str(config), "--disable-hot-restart"]
+    validated = subprocess.run(command, capture_output=True, text=True)
+    assert (validated.returncode == 0) == (not old)
+    assert said in validated.stdout + validated.stderr
 
 
 def test_the_other_weights_are_another_checkpoint_with_the_demos_vocabulary(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -19,11 +20,15 @@ def require_helm() -> str:
 
 def require(path: str | Path | None, name: str) -> str:
     if path is None or not Path(path).exists():
-        message = f"no {name} here; `make deploy-env` brings one"
-        if os.environ.get("REQUIRE_ALL") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
+        missing(f"no {name} here; `make deploy-env` brings one")
     return str(path)
+
+
+def missing(message: str) -> NoReturn:
+    """Skips; fails when REQUIRE_ALL=1."""
+    if os.environ.get("REQUIRE_ALL") == "1":
+        pytest.fail(message)
+    pytest.skip(message)
 
 
 @cache
