@@ -1,0 +1,63 @@
+"""Which mode is fastest for an `auto` request, from what passes cost and what came of blocks before: numbers alone."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from twotower.core import Mode
+
+_LEAST_LOST = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds of a pass over all rows that are there now: a denoiser's step, a read with a verdict, a token each.
+
+    `apart`: the towers compute at the same time, so that with several rows the slower one sets the pace.
+    """
+
+    step: float
+    read: float
+    token: float
+    apart: bool = False
+
+    def round_s(self, steps: float) -> float:
+        """Of a block that takes so many steps and one read."""
+        return max(steps * self.step, self.read) if self.apart else steps * self.step + self.read
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """What came of blocks: a draft's steps and its accepted tokens; a `diffusion` block's steps and its tokens, where
+    any was decoded."""
+
+    draft_steps: float
+    accepted: float
+    block_steps: float = 0.0
+    block_tokens: float = 0.0
+
+
+def paces(costs: Costs, signs: Signs) -> dict[Mode, float]:
+    """Tokens a second of each row, if all rows were decoded so. A commit is reckoned like a read with a verdict."""
+    found = {
+        Mode.AR: 1 / costs.token,
+        Mode.VERIFIED: (signs.accepted + 1) / costs.round_s(signs.draft_steps),
+    }
+    if signs.block_steps:
+        found[Mode.DIFFUSION] = signs.block_tokens / costs.round_s(signs.block_steps)
+    return found
+
+
+def fastest(found: dict[Mode, float], allowed: Collection[Mode]) -> Mode:
+    """Of those that are allowed; of equals the first in the order of `Mode`."""
+    return max((mode for mode in Mode if mode in allowed and mode in found), key=lambda mode: found[mode])
+
+
+def loss_s(costs: Costs, signs: Signs, drafts: bool, tokens: int) -> float:
+    """Seconds that the device loses where each row is tried once the slower way: with a draft, or else by so many
+    tokens alone. At least a quarter of what that takes, for all of this is known roughly."""
+    by_mode = paces(costs, signs)
+    if drafts:
+        taken_s, gained_s = costs.round_s(signs.draft_steps), (signs.accepted + 1) / by_mode[Mode.AR]
+    else:
+        taken_s, gained_s = tokens * costs.token, tokens / by_mode[Mode.VERIFIED]
+    return max(taken_s - gained_s, _LEAST_LOST * taken_s)
