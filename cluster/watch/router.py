@@ -65,6 +65,7 @@ class RouterWatch:
             "finished_reason": tuple(FinishReason),
             "code": tuple(sorted({code.grpc.name for code in CODES.values()})),
             "reason": ("cell_lost", "gap", "handed_over"),
+            "chosen": (Mode.AR, Mode.DIFFUSION, Mode.VERIFIED),
         }
         for metric in declared_in(vars(metrics)):
             if metric.kind is Kind.COUNTER:

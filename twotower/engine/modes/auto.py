@@ -1,0 +1,152 @@
+"""`auto`: drafts while that is faster than tokens that the context tower writes alone, by what passes cost just now.
+
+The tokens are `ar`'s either way. Where the request's floor lets `diffusion` in, it is decoded by that from its begin to
+its end, or not at all: then its tokens are those of a mode that can be asked for by name.
+
+What is slower now may be faster later, so all rows try it now and then. A try waits until the time that it loses is
+two per cent of the time since the last one.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from twotower.core import DecodingParams, Floor, Mode, Request
+from twotower.engine.meter import Meter, Pass
+from twotower.engine.modes.choosing import Costs, Signs, fastest, loss_s, paces
+
+_WEIGHT = 0.1  # of the newest block, in what is known of all requests with such parameters
+_OWN_WEIGHT = 0.35  # in what is known of one request
+_MOST_KNOWN = 256  # parameters of which something is known
+_SPENT = 0.02  # of the time, for tries
+_TRIED = 4  # tokens that a try without drafts is long
+_TRIED_EVERY = 50  # requests, of which one is decoded the other way where that is not far slower
+_FAR_SLOWER = 0.5
+_CAUSAL = (Mode.AR, Mode.VERIFIED)
+
+
+@dataclass(slots=True)
+class Blocks:
+    """What blocks took and gave, running means: their steps, and their tokens (of drafts the accepted ones)."""
+
+    steps: float
+    tokens: float
+
+    def note(self, steps: float, tokens: float, weight: float) -> None:
+        self.steps += weight * (steps - self.steps)
+        self.tokens += weight * (tokens - self.tokens)
+
+
+class _Known:
+    """Means by parameters, those that were new last."""
+
+    def __init__(self) -> None:
+        self._by_params: dict[Hashable, Blocks] = {}
+
+    def get(self, params: Hashable) -> Blocks | None:
+        return self._by_params.get(params)
+
+    def note(self, params: Hashable, steps: int, tokens: int) -> None:
+        if params not in self._by_params and len(self._by_params) >= _MOST_KNOWN:
+            del self._by_params[next(iter(self._by_params))]
+        self._by_params.setdefault(params, Blocks(steps, tokens)).note(steps, tokens, _WEIGHT)
+
+
+class Auto:
+    """What all `auto` requests of an engine have in common. `apart`: the towers compute at the same time."""
+
+    def __init__(self, meter: Meter, apart: bool) -> None:
+        self._meter, self._apart = meter, apart
+        self._drafts, self._diffused = _Known(), _Known()
+        self._rows = 1
+        self._costs: Costs | None = None
+        self._begun = 0
+        self._spare_s = 0.0  # of the device, that a try may lose
+        self._tries = 0  # choices that are still to be made so, whatever they cost:
+        self._tries_drafts = False
+
+    def look(self, rows: int) -> None:
+        """Before a tick's choices: so many sequences share passes now, and these cost what they cost."""
+        self._rows = max(1, rows)
+        step, read, token = (self._meter.seconds(kind, self._rows) for kind in Pass)
+        if step is not None and read is not None and token is not None:
+            self._costs = Costs(step, read, token, self._apart and rows > 1)
+
+    def begin(self, request: Request) -> Mode:
+        """`diffusion`, or `verified`: how it begins, and goes on."""
+        params = request.params
+        if params.floor is Floor.LOSSLESS or request.committed:
+            return Mode.VERIFIED
+        self._begun += 1
+        blocks, costs = self._diffused.get(_blocks(params)), self._costs
+        if blocks is None or costs is None:
+            return Mode.DIFFUSION if blocks is None else Mode.VERIFIED
+        drafts = self.drafts(params)
+        found = paces(costs, Signs(drafts.steps, drafts.tokens, blocks.steps, blocks.tokens))
+        best = fastest(found, found)
+        other = fastest(found, _CAUSAL if best is Mode.DIFFUSION else (Mode.DIFFUSION,))
+        if self._begun % _TRIED_EVERY == 0 and found[other] > _FAR_SLOWER * found[best]:
+            best = other
+        return best if best is Mode.DIFFUSION else Mode.VERIFIED
+
+    def diffused(self, params: DecodingParams, steps: int, tokens: int) -> None:
+        """A block of `diffusion` took so many steps and gave the answer so many tokens."""
+        self._diffused.note(_blocks(params), steps, tokens)
+
+    def drafted(self, params: DecodingParams, steps: int, accepted: int) -> None:
+        """A draft took so many steps, and so much of it stands."""
+        self._drafts.note(_drafts(params), steps, accepted)
+
+    def drafts(self, params: DecodingParams) -> Blocks:
+        """Of requests like this one; where there were none, as good as a draft has to be to pay at all."""
+        return self._drafts.get(_drafts(params)) or Blocks(params.draft_steps, params.draft_steps)
+
+    def alone(self, blocks: Blocks, size: int) -> int:
+        """How many tokens the context tower writes next, of `size` that it may, for a request with such drafts; 0: it
+        drafts."""
+        costs = self._costs
+        if costs is None:  # until each kind of pass has been seen
+            seen = (self._meter.seconds(kind, self._rows) is not None for kind in (Pass.STEP, Pass.READ))
+            return min(_TRIED, size) if all(seen) else 0
+        signs = Signs(blocks.steps, blocks.tokens)
+        drafts = fastest(paces(costs, signs), _CAUSAL) is Mode.VERIFIED
+        if not self._tries:
+            lost_s = loss_s(costs, signs, not drafts, _TRIED)
+            if self._spare_s < lost_s:
+                return 0 if drafts else size
+            self._spare_s, self._tries, self._tries_drafts = 0.0, self._rows, not drafts
+        self._tries -= 1
+        return 0 if self._tries_drafts else min(_TRIED, size)
+
+    def ended(self, steps: int, tokens: int) -> None:
+        """A block has had its part of the device's time: a draft of so many steps, or so many tokens alone."""
+        if self._costs is not None:
+            taken_s = self._costs.round_s(steps) if steps else tokens * self._costs.token
+            self._spare_s += _SPENT * taken_s / self._rows
+
+
+class Weighed:
+    """When one request drafts (`Drafts`): by the clock."""
+
+    def __init__(self, auto: Auto, params: DecodingParams) -> None:
+        self._auto, self._params = auto, params
+        self._own: Blocks | None = None
+
+    def ended(self, steps: int, tokens: int) -> None:
+        self._auto.ended(steps, tokens)
+        if steps:
+            if self._own is None:
+                known = self._auto.drafts(self._params)
+                self._own = Blocks(known.steps, known.tokens)
+            self._own.note(steps, tokens, _OWN_WEIGHT)
+            self._auto.drafted(self._params, steps, tokens)
+
+    def alone(self) -> int:
+        return self._auto.alone(self._own or self._auto.drafts(self._params), self._params.block_size)
+
+
+def _blocks(params: DecodingParams) -> Hashable:
+    return params.block_size, params.steps_per_block, round(params.confidence_threshold, 1)
+
+
+def _drafts(params: DecodingParams) -> Hashable:
+    return params.block_size, params.draft_steps, round(params.draft_threshold, 1)
