@@ -176,7 +176,7 @@ def _play(weighed: Sequence[Weighed], accepted: int, blocks: int) -> tuple[int, 
     """Drafts, and tokens alone."""
     drafts = tokens = 0
     for one in [*weighed] * blocks:
-        alone = one.alone()
+        alone = one.alone(1000)
         one.ended(0 if alone else 2, alone or accepted)
         drafts, tokens = drafts + (not alone), tokens + alone
     return drafts, tokens
@@ -212,12 +212,13 @@ def test_it_follows_what_passes_cost() -> None:
     auto, [one] = _weighed(1, 0.013, 0.011, 0.006)
     for _ in range(10):
         one.ended(2, 8)
-    assert one.alone() == 0
-    for _ in range(30):
-        auto._meter.note(Pass.TOKEN, 1, 0.002)
+    assert one.alone(1000) == 0
+    for _ in range(90):
+        for kind, seconds in zip(Pass, (0.013, 0.011, 0.002), strict=True):
+            auto._meter.note(kind, 1, seconds)
     auto.look(1)
     auto._spare_s = auto._tries = 0
-    assert one.alone() == 16
+    assert one.alone(1000) == 16
 
 
 def test_before_it_knows_what_passes_cost_it_has_a_look_at_each() -> None:
@@ -225,11 +226,11 @@ def test_before_it_knows_what_passes_cost_it_has_a_look_at_each() -> None:
     auto = Auto(meter, apart=False)
     auto.look(1)
     one = Weighed(auto, DecodingParams(Mode.AUTO))
-    assert one.alone() == 0
+    assert one.alone(1000) == 0
     meter.note(Pass.STEP, 1, 0.01)
     meter.note(Pass.READ, 1, 0.01)
     auto.look(1)
-    assert one.alone() == 4
+    assert one.alone(1000) == 4
 
 
 FLOOR = {"floor": Floor.CONFIDENCE, "confidence_threshold": 0.5}
@@ -238,6 +239,8 @@ FLOOR = {"floor": Floor.CONFIDENCE, "confidence_threshold": 0.5}
 def test_with_a_floor_of_confidence_it_takes_diffusion_where_that_is_faster() -> None:
     request = _auto([5], 20, **FLOOR)
     auto, _ = _weighed(4, 0.013, 0.011, 0.006)
+    for _ in range(60):
+        auto.drafted(request.params, 2, 3)
     assert auto.begin(request) is Mode.DIFFUSION, "nobody knows yet how many steps its blocks take"
     auto.diffused(request.params, 3, 16)
     assert auto.begin(request) is Mode.DIFFUSION

@@ -25,24 +25,47 @@ def test_one_reading_tells_of_more_rows_half_of_the_rest() -> None:
 
 @pytest.mark.parametrize(("rows", "seconds"), [(1, 0.1), (2, 0.1), (4, 0.2), (6, 0.3), (10, 0.5), (12, 0.6), (20, 1.0)])
 def test_between_and_beyond_readings_it_is_a_line(rows: int, seconds: float) -> None:
-    assert _metered(rows2=0.1, rows8=0.4, rows10=0.5).seconds(Pass.STEP, rows) == pytest.approx(seconds)
+    assert _metered(rows2=0.1, rows4=0.2, rows8=0.4).seconds(Pass.STEP, rows) == pytest.approx(seconds)
 
 
 def test_more_rows_never_cost_less() -> None:
     assert _metered(rows2=0.5, rows8=0.1).seconds(Pass.STEP, 64) == 0.5
 
 
-def test_readings_are_smoothed_and_follow_the_machine() -> None:
+def _noted(meter: Meter, kind: Pass, seconds: float, times: int) -> None:
+    for number in range(times):
+        meter.note(kind, 4, seconds + 1e-9 * number)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_slows_one_kind_of_pass_down_is_taken_for_the_machine(apart: bool) -> None:
+    meter = Meter(apart)
+    meter.note(Pass.STEP, 4, 0.1)
+    _noted(meter, Pass.TOKEN, 0.1, 2)
+    _noted(meter, Pass.TOKEN, 0.2, 30)
+    assert meter.seconds(Pass.TOKEN, 4) == pytest.approx(0.2, rel=0.01)
+    step = meter.seconds(Pass.STEP, 4)
+    assert step == pytest.approx(0.1 if apart else 0.174, rel=0.01), "another machine's pass is as quick as before"
+
+
+def test_a_pass_that_was_not_seen_for_long_is_judged_by_itself() -> None:
     meter = Meter()
-    for seconds in (0.1, 0.2):
-        meter.note(Pass.TOKEN, 4, seconds)
-    assert meter.seconds(Pass.TOKEN, 4) == pytest.approx(0.12)
-    for _ in range(30):
-        meter.note(Pass.TOKEN, 4, 1.0)
-    assert meter.seconds(Pass.TOKEN, 4) == pytest.approx(1.0, rel=0.01)
+    meter.note(Pass.STEP, 4, 0.1)
+    _noted(meter, Pass.TOKEN, 0.1, 100)
+    meter.note(Pass.STEP, 4, 0.025)
+    assert meter.seconds(Pass.STEP, 4) == pytest.approx(0.05), "half of the way, in the logarithm"
+    assert meter.seconds(Pass.TOKEN, 4) == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_reading_counts_once_whoever_tells_it() -> None:
+    once, often = _metered(rows4=0.1), _metered(rows4=0.1)
+    once.note(Pass.STEP, 4, 0.2)
+    for _ in range(16):
+        often.note(Pass.STEP, 4, 0.2)
+    assert once.seconds(Pass.STEP, 4) == often.seconds(Pass.STEP, 4) != 0.1
 
 
 def test_a_pass_that_was_recorded_meanwhile_hardly_counts() -> None:
     meter = _metered(rows4=0.1)
     meter.note(Pass.STEP, 4, 5.0)
-    assert meter.seconds(Pass.STEP, 4) == pytest.approx(0.14)
+    assert meter.seconds(Pass.STEP, 4) == pytest.approx(0.1 * 3**0.25)

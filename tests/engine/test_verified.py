@@ -96,7 +96,7 @@ def test_any_request_in_company_has_ars_tokens(name: str, arrangement: str) -> N
 class Always(Drafting):
     """Drafts whatever came of it."""
 
-    def alone(self) -> int:
+    def alone(self, room: int) -> int:
         return 0
 
 

@@ -64,7 +64,7 @@ class DenoiserEngine:
             Mode.DIFFUSION: Diffusion(self._passes, trace),
             Mode.VERIFIED: Verified(self._passes, trace),
         }
-        self._meter = Meter()
+        self._meter = Meter(link.apart)
         self._auto = Auto(self._meter, link.apart)
         self._sequences: dict[int, LedSequence] = {}
         self._numbers: dict[RequestId, int] = {}

@@ -45,10 +45,11 @@ class _Known:
     def get(self, params: Hashable) -> Blocks | None:
         return self._by_params.get(params)
 
-    def note(self, params: Hashable, steps: int, tokens: int) -> None:
+    def note(self, params: Hashable, steps: int, tokens: int, before: Blocks) -> None:
+        """`before`: what is thought of such blocks before there are any."""
         if params not in self._by_params and len(self._by_params) >= _MOST_KNOWN:
             del self._by_params[next(iter(self._by_params))]
-        self._by_params.setdefault(params, Blocks(steps, tokens)).note(steps, tokens, _WEIGHT)
+        self._by_params.setdefault(params, before).note(steps, tokens, _WEIGHT)
 
 
 class Auto:
@@ -90,15 +91,15 @@ class Auto:
 
     def diffused(self, params: DecodingParams, steps: int, tokens: int) -> None:
         """A block of `diffusion` took so many steps and gave the answer so many tokens."""
-        self._diffused.note(_blocks(params), steps, tokens)
+        self._diffused.note(_blocks(params), steps, tokens, Blocks(steps, tokens))
 
     def drafted(self, params: DecodingParams, steps: int, accepted: int) -> None:
         """A draft took so many steps, and so much of it stands."""
-        self._drafts.note(_drafts(params), steps, accepted)
+        self._drafts.note(_drafts(params), steps, accepted, self.drafts(params))
 
     def drafts(self, params: DecodingParams) -> Blocks:
-        """Of requests like this one; where there were none, as good as a draft has to be to pay at all."""
-        return self._drafts.get(_drafts(params)) or Blocks(params.draft_steps, params.draft_steps)
+        """Of requests like this one. Where there were none, as good as can be: so the first ones draft."""
+        return self._drafts.get(_drafts(params)) or Blocks(1, params.block_size - 1)
 
     def alone(self, blocks: Blocks, size: int) -> int:
         """How many tokens the context tower writes next, of `size` that it may, for a request with such drafts; 0: it
@@ -140,13 +141,14 @@ class Weighed:
             self._own.note(steps, tokens, _OWN_WEIGHT)
             self._auto.drafted(self._params, steps, tokens)
 
-    def alone(self) -> int:
-        return self._auto.alone(self._own or self._auto.drafts(self._params), self._params.block_size)
+    def alone(self, room: int) -> int:
+        known, size = self._own or self._auto.drafts(self._params), min(self._params.block_size, room)
+        return self._auto.alone(Blocks(known.steps, min(known.tokens, size - 1)), size)
 
 
 def _blocks(params: DecodingParams) -> Hashable:
-    return params.block_size, params.steps_per_block, round(params.confidence_threshold, 1)
+    return params.block_size, params.steps_per_block, round(params.confidence_threshold, 1), params.samples
 
 
 def _drafts(params: DecodingParams) -> Hashable:
-    return params.block_size, params.draft_steps, round(params.draft_threshold, 1)
+    return params.block_size, params.draft_steps, round(params.draft_threshold, 1), params.samples

@@ -19,8 +19,9 @@ class Drafts(Protocol):
         alone."""
         ...
 
-    def alone(self) -> int:
-        """How many tokens the context tower writes next, and tells together; 0: a draft comes."""
+    def alone(self, room: int) -> int:
+        """How many tokens the context tower writes next, and tells together, of an answer that may take so many more;
+        0: a draft comes."""
         ...
 
 
@@ -44,7 +45,7 @@ class Drafting:
         else:
             self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, _LONGEST)
 
-    def alone(self) -> int:
+    def alone(self, room: int) -> int:
         if self.rest == 0:
             return 0
         self.rest -= 1

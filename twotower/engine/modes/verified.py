@@ -57,7 +57,7 @@ class Verified(DenoiserMode):
         _begin_block(sequence, token)
         room = sequence.answer.room - len(tokens)
         # Where the answer takes one token more, there is nothing to draft.
-        alone = sequence.drafting.alone() if _wanted(sequence, room) > 1 else 1
+        alone = sequence.drafting.alone(room) if _wanted(sequence, room) > 1 else 1
         commit = [token] if alone else ()
         return Turn(delta.decided.margin, tokens, cost, commit, trace=told, alone=min(alone, room))
 
