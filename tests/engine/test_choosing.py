@@ -47,6 +47,6 @@ def test_of_equals_the_first_is_taken() -> None:
 
 
 def test_what_a_try_loses() -> None:
-    assert loss_s(SMALL, Signs(2, 0), True, 4) == pytest.approx(0.037 - 0.006)
-    assert loss_s(SMALL, Signs(2, 15), False, 4) == pytest.approx(4 * 0.006 - 4 * 0.037 / 16)
-    assert loss_s(SMALL, Signs(2, 5.2), False, 4) == pytest.approx(0.25 * 4 * 0.006), "though it is as fast"
+    assert loss_s(SMALL, SMALL, 1, Signs(2, 0)) == pytest.approx(0.037 - 0.006)
+    assert loss_s(SMALL, LARGE, 64, Signs(2, 3)) == pytest.approx(0.037 - 4 * 0.016 / 64), "all others wait for it"
+    assert loss_s(SMALL, SMALL, 1, Signs(2, 15)) == pytest.approx(0.25 * 0.037), "though it seems to lose nothing"

@@ -11,7 +11,7 @@ from enum import Enum
 _SPEED, _OWN = 0.2, 0.05  # what of a reading's surprise is the machine's, and what this pass's
 _OLD, _OWN_OLD = 64, 0.5  # readings after which it is taken for the pass's alone
 _MOST = 3.0  # times what was expected, that a reading counts for: a pass that is recorded takes fifty times as long
-_FIXED = 0.5  # share of a pass's time that does not depend on its rows, where only one number of rows is known
+_FORGOTTEN = 4096  # readings after which a number of rows that was not seen again counts as never seen
 
 
 class Pass(Enum):
@@ -65,20 +65,17 @@ class Meter:
     def seconds(self, kind: Pass, rows: int) -> float | None:
         """Of a pass with so many rows; None where no pass of this kind has been seen.
 
-        Between two means on the line through them, and beyond the last on the line through the last two, which never
-        falls. Fewer rows than any that were seen take as long as the fewest.
+        Between two means on the line through them. More rows than any that were seen are hoped to take no longer than
+        the most, so that whoever chooses by cost will see.
         """
         means = sorted(self._means[kind].values(), key=lambda mean: mean.rows)
-        return _at(rows, means) * self._speed[self._machine[kind]] if means else None
+        recent = [mean for mean in means if self._readings - mean.last < _FORGOTTEN] or means
+        return _at(rows, recent) * self._speed[self._machine[kind]] if recent else None
 
 
 def _at(rows: int, means: list[_Mean]) -> float:
-    if len(means) == 1:
-        [only] = means
-        return only.seconds * (_FIXED + (1 - _FIXED) * rows / only.rows if rows > only.rows else 1)
-    if rows <= means[0].rows:
-        return means[0].seconds
-    upper = next((n for n, mean in enumerate(means) if mean.rows >= rows), len(means) - 1)
-    before, after = means[upper - 1], means[upper]
-    slope = max(0.0, (after.seconds - before.seconds) / (after.rows - before.rows))
-    return before.seconds + slope * (rows - before.rows)
+    before = next((mean for mean in reversed(means) if mean.rows <= rows), means[0])
+    after = next((mean for mean in means if mean.rows > rows), means[-1])
+    if rows < before.rows or after.rows <= before.rows:
+        return before.seconds
+    return before.seconds + (after.seconds - before.seconds) * (rows - before.rows) / (after.rows - before.rows)

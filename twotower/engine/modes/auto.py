@@ -3,8 +3,9 @@
 The tokens are `ar`'s either way. Where the request's floor lets `diffusion` in, it is decoded by that from its begin to
 its end, or not at all: then its tokens are those of a mode that can be asked for by name.
 
-What is slower now may be faster later, so all rows try it now and then. A try waits until the time that it loses is
-two per cent of the time since the last one.
+Drafts that are not worth their time now may be later, so a row tries one now and then. A try waits until the time that
+it loses is two per cent of the time since the last one. What passes cost with more rows than were ever seen needs no
+try: it is hoped to be little, so they are seen where that matters.
 """
 
 from collections.abc import Hashable
@@ -18,9 +19,9 @@ _WEIGHT = 0.1  # of the newest block, in what is known of all requests with such
 _OWN_WEIGHT = 0.35  # in what is known of one request
 _MOST_KNOWN = 256  # parameters of which something is known
 _SPENT = 0.02  # of the time, for tries
-_TRIED = 4  # tokens that a try without drafts is long
+_FIRST = 4  # tokens alone, for a first look at what they cost
 _TRIED_EVERY = 50  # requests, of which one is decoded the other way where that is not far slower
-_FAR_SLOWER = 0.5
+_FAR_SLOWER, _FAR_FASTER = 0.5, 1.1
 _CAUSAL = (Mode.AR, Mode.VERIFIED)
 
 
@@ -59,18 +60,15 @@ class Auto:
         self._meter, self._apart = meter, apart
         self._drafts, self._diffused = _Known(), _Known()
         self._rows = 1
-        self._costs: Costs | None = None
+        self._costs: Costs | None = None  # with the rows that are there now; until each kind of pass has been seen
         self._begun = 0
+        self._usual = Mode.DIFFUSION  # how requests begin, where their floor says nothing else
         self._spare_s = 0.0  # of the device, that a try may lose
-        self._tries = 0  # choices that are still to be made so, whatever they cost:
-        self._tries_drafts = False
 
     def look(self, rows: int) -> None:
         """Before a tick's choices: so many sequences share passes now, and these cost what they cost."""
         self._rows = max(1, rows)
-        step, read, token = (self._meter.seconds(kind, self._rows) for kind in Pass)
-        if step is not None and read is not None and token is not None:
-            self._costs = Costs(step, read, token, self._apart and rows > 1)
+        self._costs = self._costs_of(self._rows)
 
     def begin(self, request: Request) -> Mode:
         """`diffusion`, or `verified`: how it begins, and goes on."""
@@ -83,11 +81,13 @@ class Auto:
             return Mode.DIFFUSION if blocks is None else Mode.VERIFIED
         drafts = self.drafts(params)
         found = paces(costs, Signs(drafts.steps, drafts.tokens, blocks.steps, blocks.tokens))
-        best = fastest(found, found)
-        other = fastest(found, _CAUSAL if best is Mode.DIFFUSION else (Mode.DIFFUSION,))
-        if self._begun % _TRIED_EVERY == 0 and found[other] > _FAR_SLOWER * found[best]:
-            best = other
-        return best if best is Mode.DIFFUSION else Mode.VERIFIED
+        pace = {Mode.DIFFUSION: found[Mode.DIFFUSION], Mode.VERIFIED: found[fastest(found, _CAUSAL)]}
+        other = Mode.VERIFIED if self._usual is Mode.DIFFUSION else Mode.DIFFUSION
+        if pace[other] > _FAR_FASTER * pace[self._usual]:  # else some rows of each kind would share no pass
+            self._usual = other
+        elif self._begun % _TRIED_EVERY == 0 and pace[other] > _FAR_SLOWER * pace[self._usual]:
+            return other
+        return self._usual
 
     def diffused(self, params: DecodingParams, steps: int, tokens: int) -> None:
         """A block of `diffusion` took so many steps and gave the answer so many tokens."""
@@ -104,25 +104,28 @@ class Auto:
     def alone(self, blocks: Blocks, size: int) -> int:
         """How many tokens the context tower writes next, of `size` that it may, for a request with such drafts; 0: it
         drafts."""
-        costs = self._costs
-        if costs is None:  # until each kind of pass has been seen
+        costs, single = self._costs, self._costs_of(1)
+        if costs is None or single is None:
             seen = (self._meter.seconds(kind, self._rows) is not None for kind in (Pass.STEP, Pass.READ))
-            return min(_TRIED, size) if all(seen) else 0
+            return min(_FIRST, size) if all(seen) else 0
         signs = Signs(blocks.steps, blocks.tokens)
-        drafts = fastest(paces(costs, signs), _CAUSAL) is Mode.VERIFIED
-        if not self._tries:
-            lost_s = loss_s(costs, signs, not drafts, _TRIED)
-            if self._spare_s < lost_s:
-                return 0 if drafts else size
-            self._spare_s, self._tries, self._tries_drafts = 0.0, self._rows, not drafts
-        self._tries -= 1
-        return 0 if self._tries_drafts else min(_TRIED, size)
+        if fastest(paces(costs, signs), _CAUSAL) is Mode.VERIFIED:
+            return 0
+        if self._spare_s < loss_s(single, costs, self._rows, signs):
+            return size
+        self._spare_s = 0.0
+        return 0
 
-    def ended(self, steps: int, tokens: int) -> None:
-        """A block has had its part of the device's time: a draft of so many steps, or so many tokens alone."""
+    def wrote(self, tokens: int) -> None:
+        """The context tower wrote so many for one of the rows."""
         if self._costs is not None:
-            taken_s = self._costs.round_s(steps) if steps else tokens * self._costs.token
-            self._spare_s += _SPENT * taken_s / self._rows
+            self._spare_s += _SPENT * tokens * self._costs.token / self._rows
+
+    def _costs_of(self, rows: int) -> Costs | None:
+        step, read, token = (self._meter.seconds(kind, rows) for kind in Pass)
+        if step is None or read is None or token is None:
+            return None
+        return Costs(step, read, token, self._apart and rows > 1)
 
 
 class Weighed:
@@ -131,14 +134,18 @@ class Weighed:
     def __init__(self, auto: Auto, params: DecodingParams) -> None:
         self._auto, self._params = auto, params
         self._own: Blocks | None = None
+        self._wrote = False
 
     def ended(self, steps: int, tokens: int) -> None:
-        self._auto.ended(steps, tokens)
-        if steps:
-            if self._own is None:
-                known = self._auto.drafts(self._params)
-                self._own = Blocks(known.steps, known.tokens)
-            self._own.note(steps, tokens, _OWN_WEIGHT)
+        wrote, self._wrote = self._wrote, not steps
+        if not steps:
+            self._auto.wrote(tokens)
+            return
+        if self._own is None:
+            known = self._auto.drafts(self._params)
+            self._own = Blocks(known.steps, known.tokens)
+        self._own.note(steps, tokens, _OWN_WEIGHT)
+        if not wrote:  # behind tokens alone an answer's end is near, and a draft worth less than others
             self._auto.drafted(self._params, steps, tokens)
 
     def alone(self, room: int) -> int:

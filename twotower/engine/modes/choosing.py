@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from twotower.core import Mode
 
-_LEAST_LOST = 0.25
+_LEAST_LOST = 0.25  # of what a try takes: all of this is known roughly
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,10 @@ def fastest(found: dict[Mode, float], allowed: Collection[Mode]) -> Mode:
     return max((mode for mode in Mode if mode in allowed and mode in found), key=lambda mode: found[mode])
 
 
-def loss_s(costs: Costs, signs: Signs, drafts: bool, tokens: int) -> float:
-    """Seconds that the device loses where each row is tried once the slower way: with a draft, or else by so many
-    tokens alone. At least a quarter of what that takes, for all of this is known roughly."""
-    by_mode = paces(costs, signs)
-    if drafts:
-        taken_s, gained_s = costs.round_s(signs.draft_steps), (signs.accepted + 1) / by_mode[Mode.AR]
-    else:
-        taken_s, gained_s = tokens * costs.token, tokens / by_mode[Mode.VERIFIED]
+def loss_s(single: Costs, costs: Costs, rows: int, signs: Signs) -> float:
+    """Seconds that the device loses where one of so many rows drafts, while the others would go on without.
+
+    `single`: costs with one row, `costs`: with all.
+    """
+    taken_s, gained_s = single.round_s(signs.draft_steps), (signs.accepted + 1) * costs.token / rows
     return max(taken_s - gained_s, _LEAST_LOST * taken_s)
