@@ -48,6 +48,8 @@ class Cost:
     num_blocks: int
     num_drafted: int
     num_accepted: int
+    num_ar_blocks: int = 0
+    num_diffusion_blocks: int = 0
 
 
 @dataclass

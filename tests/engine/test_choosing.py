@@ -39,6 +39,7 @@ def test_diffusion_is_one_of_them_where_its_blocks_are_known_and_it_is_allowed()
     assert Mode.DIFFUSION not in paces(SMALL, Signs(2, 10))
     found = paces(SMALL, signs)
     assert found[Mode.DIFFUSION] == pytest.approx(16 / (3 * 0.013 + 0.011))
+    assert paces(SMALL, Signs(2, 10, 3, 16, 0.5))[Mode.DIFFUSION] == pytest.approx(16 / (3 * 0.013 + 0.0055))
     assert fastest(found, Mode) is Mode.DIFFUSION and fastest(found, CAUSAL) is Mode.VERIFIED
 
 

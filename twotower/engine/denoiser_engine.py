@@ -147,7 +147,7 @@ class DenoiserEngine:
             event = sequence.answer.extend(turn.tokens, turn.cost)
             self._emit(event)
             if sequence.mode is self._modes[Mode.DIFFUSION]:
-                self._auto.diffused(sequence.request.params, event.num_steps, len(event.token_ids))
+                self._auto.diffused(sequence.request.params, event.num_steps, len(event.token_ids), event.is_last)
             if event.is_last:
                 self._release(sequence)
                 return

@@ -27,14 +27,17 @@ _CAUSAL = (Mode.AR, Mode.VERIFIED)
 
 @dataclass(slots=True)
 class Blocks:
-    """What blocks took and gave, running means: their steps, and their tokens (of drafts the accepted ones)."""
+    """What blocks took and gave, running means: their steps, and their tokens (of drafts the accepted ones); how many
+    were committed."""
 
     steps: float
     tokens: float
+    commits: float = 1.0
 
-    def note(self, steps: float, tokens: float, weight: float) -> None:
+    def note(self, steps: float, tokens: float, weight: float, commits: float = 1.0) -> None:
         self.steps += weight * (steps - self.steps)
         self.tokens += weight * (tokens - self.tokens)
+        self.commits += weight * (commits - self.commits)
 
 
 class _Known:
@@ -46,11 +49,11 @@ class _Known:
     def get(self, params: Hashable) -> Blocks | None:
         return self._by_params.get(params)
 
-    def note(self, params: Hashable, steps: int, tokens: int, before: Blocks) -> None:
+    def note(self, params: Hashable, steps: int, tokens: int, before: Blocks, commits: int = 1) -> None:
         """`before`: what is thought of such blocks before there are any."""
         if params not in self._by_params and len(self._by_params) >= _MOST_KNOWN:
             del self._by_params[next(iter(self._by_params))]
-        self._by_params.setdefault(params, before).note(steps, tokens, _WEIGHT)
+        self._by_params.setdefault(params, before).note(steps, tokens, _WEIGHT, commits)
 
 
 class Auto:
@@ -80,7 +83,7 @@ class Auto:
         if blocks is None or costs is None:
             return Mode.DIFFUSION if blocks is None else Mode.VERIFIED
         drafts = self.drafts(params)
-        found = paces(costs, Signs(drafts.steps, drafts.tokens, blocks.steps, blocks.tokens))
+        found = paces(costs, Signs(drafts.steps, drafts.tokens, blocks.steps, blocks.tokens, blocks.commits))
         pace = {Mode.DIFFUSION: found[Mode.DIFFUSION], Mode.VERIFIED: found[fastest(found, _CAUSAL)]}
         other = Mode.VERIFIED if self._usual is Mode.DIFFUSION else Mode.DIFFUSION
         if pace[other] > _FAR_FASTER * pace[self._usual]:  # else some rows of each kind would share no pass
@@ -89,9 +92,9 @@ class Auto:
             return other
         return self._usual
 
-    def diffused(self, params: DecodingParams, steps: int, tokens: int) -> None:
+    def diffused(self, params: DecodingParams, steps: int, tokens: int, last: bool = False) -> None:
         """A block of `diffusion` took so many steps and gave the answer so many tokens."""
-        self._diffused.note(_blocks(params), steps, tokens, Blocks(steps, tokens))
+        self._diffused.note(_blocks(params), steps, tokens, Blocks(steps, tokens), int(not last))
 
     def drafted(self, params: DecodingParams, steps: int, accepted: int) -> None:
         """A draft took so many steps, and so much of it stands."""

@@ -20,20 +20,22 @@ class Costs:
     token: float
     apart: bool = False
 
-    def round_s(self, steps: float) -> float:
-        """Of a block that takes so many steps and one read."""
-        return max(steps * self.step, self.read) if self.apart else steps * self.step + self.read
+    def round_s(self, steps: float, reads: float = 1.0) -> float:
+        """Of a block that takes so many steps and reads."""
+        stepping_s, reading_s = steps * self.step, reads * self.read
+        return max(stepping_s, reading_s) if self.apart else stepping_s + reading_s
 
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """What came of blocks: a draft's steps and its accepted tokens; a `diffusion` block's steps and its tokens, where
-    any was decoded."""
+    """What came of blocks: a draft's steps and its accepted tokens; a `diffusion` block's steps, tokens and commits
+    (an answer's last block has none), where any was decoded."""
 
     draft_steps: float
     accepted: float
     block_steps: float = 0.0
     block_tokens: float = 0.0
+    block_commits: float = 1.0
 
 
 def paces(costs: Costs, signs: Signs) -> dict[Mode, float]:
@@ -43,7 +45,7 @@ def paces(costs: Costs, signs: Signs) -> dict[Mode, float]:
         Mode.VERIFIED: (signs.accepted + 1) / costs.round_s(signs.draft_steps),
     }
     if signs.block_steps:
-        found[Mode.DIFFUSION] = signs.block_tokens / costs.round_s(signs.block_steps)
+        found[Mode.DIFFUSION] = signs.block_tokens / costs.round_s(signs.block_steps, signs.block_commits)
     return found
 
 
