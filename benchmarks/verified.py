@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.verified", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--clients", type=_counts, default=(1, 4, 16), metavar="N,M", help="at once (1,4,16)")
+    add("--clients", type=counts, default=(1, 4, 16), metavar="N,M", help="at once (1,4,16)")
     add("--requests", type=count, default=64, help="prompts (%(default)s)")
     add("--rounds", type=count, default=5, help="each mode once in each, by each way (%(default)s)")
     add("--repetitions", type=count, default=60, help="of each bare pass (%(default)s)")
@@ -154,7 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def counts(text: str) -> tuple[int, ...]:
+    """Numbers with commas between them, of a command line."""
     return tuple(count(word) for word in text.split(","))
 
 

@@ -147,6 +147,7 @@ DECODING = [
         },
     ),
     Panel("Blocks a second", "short", {"{{mode}}": total(rate(router.BLOCKS), "mode")}),
+    Panel("Blocks of auto a second", "short", {"{{chosen}}": total(rate(router.AUTO_BLOCKS), "chosen")}),
     Panel(
         "Near-ties per thousand tokens",
         "short",

@@ -81,10 +81,10 @@ def _vectors(name: str) -> dict[str, Any]:
 
 
 def _with_verified(path: Path) -> dict[str, Any]:
-    """The vectors, with a run for `verified`, which the released code does not have: it is that of `ar`."""
+    """The vectors, with runs for `verified` and `auto`, which the released code does not have: those of `ar`."""
     vectors: dict[str, Any] = json.loads(path.read_text())
     for prompt in vectors["prompts"]:
-        prompt[str(Mode.VERIFIED)] = prompt[str(Mode.AR)]
+        prompt |= {str(mode): prompt[str(Mode.AR)] for mode in (Mode.VERIFIED, Mode.AUTO)}
     return vectors
 
 
@@ -102,7 +102,7 @@ def diffusion_request(prompt: dict[str, Any], case: dict[str, Any]) -> Request:
 
 
 def causal_request(prompt: dict[str, Any], mode: Mode) -> Request:
-    """A golden `ar`, `mock_ar` or `verified` run as a request."""
+    """A golden `ar`, `mock_ar`, `verified` or `auto` run as a request."""
     tokens = prompt[str(mode)]["tokens"]
     params = DecodingParams(mode=mode, max_new_tokens=len(tokens), ignore_eos=True)
     return Request(RequestId(f"{prompt['id']}.{mode}"), tuple(prompt["tokens"]), params)

@@ -71,12 +71,12 @@ def _refused(values: dict[str, Any], limits: ModelLimits = LIMITS, prompt: Any =
         ("ignore_eos", "yes", "'yes'", "true or false"),
         ("stop_token_ids", 5, "5", "a list of token ids"),
         ("stop_token_ids", "5", "'5'", "a list of token ids"),
-        ("mode", "diffuse", "'diffuse'", "one of diffusion, mock_ar, ar, verified"),
-        ("mode", "AR", "'AR'", "one of diffusion, mock_ar, ar, verified"),
-        ("mode", [], "[]", "one of diffusion, mock_ar, ar, verified"),
-        ("mode", None, "None", "one of diffusion, mock_ar, ar, verified"),
-        ("mode", "x" * 500, "'xxx", "one of diffusion, mock_ar, ar, verified"),
-        ("mode", "a\nb", r"'a\nb'", "one of diffusion, mock_ar, ar, verified"),
+        ("mode", "diffuse", "'diffuse'", "one of diffusion, mock_ar, ar, verified, auto"),
+        ("mode", "AR", "'AR'", "one of diffusion, mock_ar, ar, verified, auto"),
+        ("mode", [], "[]", "one of diffusion, mock_ar, ar, verified, auto"),
+        ("mode", None, "None", "one of diffusion, mock_ar, ar, verified, auto"),
+        ("mode", "x" * 500, "'xxx", "one of diffusion, mock_ar, ar, verified, auto"),
+        ("mode", "a\nb", r"'a\nb'", "one of diffusion, mock_ar, ar, verified, auto"),
     ],
 )
 def test_one_wrong_value(name: str, value: object, got: str, wanted: str) -> None:

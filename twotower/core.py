@@ -20,11 +20,19 @@ class Mode(StrEnum):
     MOCK_AR = "mock_ar"
     AR = "ar"
     VERIFIED = "verified"
+    AUTO = "auto"
 
     @property
     def by_token(self) -> bool:
         """Whether each token is an event of its own; whoever carries events may join some of them."""
         return self in (Mode.AR, Mode.MOCK_AR)
+
+
+class Floor(StrEnum):
+    """What `auto` may choose among: `lossless` the modes that give `ar`'s tokens, `confidence` also `diffusion`."""
+
+    LOSSLESS = "lossless"
+    CONFIDENCE = "confidence"
 
 
 class FinishReason(StrEnum):
@@ -44,8 +52,16 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 
-_DIFFUSION, _VERIFIED = (Mode.DIFFUSION,), (Mode.VERIFIED,)
-_BLOCKS, _CAUSAL = (*_DIFFUSION, *_VERIFIED), (Mode.AR, Mode.MOCK_AR, *_VERIFIED)
+_AUTO = (Mode.AUTO,)
+_DIFFUSION, _VERIFIED = (Mode.DIFFUSION, *_AUTO), (Mode.VERIFIED, *_AUTO)
+_BLOCKS, _CAUSAL = (Mode.DIFFUSION, *_VERIFIED), (Mode.AR, Mode.MOCK_AR, *_VERIFIED)
+# Of `diffusion`, and of `causal` modes; in `auto` they ask for this floor.
+ONLY_WITH_FLOOR = {
+    "steps_per_block": Floor.CONFIDENCE,
+    "confidence_threshold": Floor.CONFIDENCE,
+    "top_k": Floor.LOSSLESS,
+    "top_p": Floor.LOSSLESS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +145,14 @@ class DecodingParams:
         http="diffusion.draft_threshold",
         by_service=True,
     ).field
+    floor: Floor = Parameter(
+        Floor.LOSSLESS,
+        Choice(Floor),
+        "the least quality: `ar`'s own tokens, or `diffusion` at γ = `confidence_threshold` too",
+        _AUTO,
+        http="diffusion.floor",
+        by_service=True,
+    ).field
 
     @property
     def samples(self) -> bool:
@@ -166,7 +190,8 @@ class Request:
 
     `priority` decides when it starts, never its tokens: a lower value goes first (`twotower.engine.ledger`).
     `committed`: the first of its new tokens, where it was begun elsewhere (in `diffusion` whole blocks). Its events go
-    on after them, from `start` == len(`committed`). `trace`: whether its TraceEvents are told.
+    on after them, from `start` == len(`committed`); in `auto` the context tower wrote them. `trace`: whether its
+    TraceEvents are told.
     """
 
     id: RequestId
@@ -185,7 +210,8 @@ class Request:
     def positions(self) -> int:
         """Cache positions this request may fill at most: the prompt and every block but the last, which is not read.
 
-        In `verified` no more of a draft is read than the answer may still take, so its blocks are tokens here.
+        In `verified` no more of a draft is read than the answer may still take, so its blocks are tokens here; `auto`
+        has room for it.
         """
         width = self.params.block_size if self.params.mode is Mode.DIFFUSION else 1
         blocks = -(-self.params.max_new_tokens // width)
@@ -223,7 +249,8 @@ class ScoreRequest:
 AnyRequest = Request | ScoreRequest
 
 
-COSTS = ("num_steps", "num_blocks", "num_drafted", "num_accepted")  # counts of a BlockEvent that add up
+# Counts of a BlockEvent that add up.
+COSTS = ("num_steps", "num_blocks", "num_drafted", "num_accepted", "num_ar_blocks", "num_diffusion_blocks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +261,8 @@ class BlockEvent:
     `start` is the index of the first of them among the request's new tokens. `num_steps` counts denoiser steps. In
     `verified`, `num_blocks` counts rounds, `num_drafted` the tokens that the denoiser proposed in them, `num_accepted`
     those among them that the context tower would have written; the first token comes with the prompt, of no round.
+    In `auto`, of its blocks `num_ar_blocks` were written by the context tower alone, `num_diffusion_blocks` by the
+    denoiser; the others are rounds.
     The last event of a request carries a `finish_reason`; it may hold no tokens. It also tells the smallest margin of
     the request's decisions (`twotower.decoding.margins`): in fp32, only below 1e-5 might its tokens have been others.
     """
@@ -247,6 +276,8 @@ class BlockEvent:
     margin: float | None = None
     num_drafted: int = 0
     num_accepted: int = 0
+    num_ar_blocks: int = 0
+    num_diffusion_blocks: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -280,6 +311,8 @@ class BlockEvent:
             following.margin,
             self.num_drafted + following.num_drafted,
             self.num_accepted + following.num_accepted,
+            self.num_ar_blocks + following.num_ar_blocks,
+            self.num_diffusion_blocks + following.num_diffusion_blocks,
         )
 
 

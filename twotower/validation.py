@@ -10,7 +10,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from twotower.core import PARAMETERS, PRIORITY, STOP, TRACE, DecodingParams, Mode, Request, RequestId, ScoreRequest
+from twotower.core import (
+    ONLY_WITH_FLOOR,
+    PARAMETERS,
+    PRIORITY,
+    STOP,
+    TRACE,
+    DecodingParams,
+    Floor,
+    Mode,
+    Request,
+    RequestId,
+    ScoreRequest,
+)
 from twotower.errors import FieldError, InvalidRequest
 from twotower.parameters import Parameter, TokenIds, check_text
 from twotower.showing import show, show_name
@@ -250,13 +262,21 @@ def _tokens_of(name: str, token_ids: object, limits: ModelLimits, problems: Prob
     return ()
 
 
-def _check_mode(mode: object, values: Mapping[str, object], limits: ModelLimits, problems: Problems) -> None:
+def _check_mode(mode: object, values: Mapping[str, Any], limits: ModelLimits, problems: Problems) -> None:
     if mode not in limits.modes:
         can = ", ".join(limits.modes)
         problems.add("mode", str(mode), f"a mode this checkpoint can serve ({can})")
     for name, parameter in PARAMETERS.items():
         if name in values:
             _check_meaning(name, parameter, values[name], mode, problems)
+    if mode is Mode.AUTO:
+        _check_floor(Floor(values.get("floor", limits.defaults.floor)), values, problems)
+
+
+def _check_floor(floor: Floor, values: Mapping[str, object], problems: Problems) -> None:
+    for name, wanted in ONLY_WITH_FLOOR.items():
+        if name in values and wanted is not floor and values[name] != PARAMETERS[name].off:
+            problems.say(name, f"got {show(values[name])}, but {name} has no meaning with floor {floor} in auto mode")
 
 
 def _check_meaning(name: str, parameter: Parameter, value: object, mode: object, problems: Problems) -> None:

@@ -149,7 +149,7 @@ def _message(request: Request) -> object:
         message.params.block_size = params.block_size
         message.params.steps_per_block = params.steps_per_block
         message.params.confidence_threshold = params.confidence_threshold
-    elif params.mode is Mode.VERIFIED:
+    elif params.mode in (Mode.VERIFIED, Mode.AUTO):
         message.params.block_size = params.block_size
         message.params.draft_steps = params.draft_steps
         message.params.draft_threshold = params.draft_threshold

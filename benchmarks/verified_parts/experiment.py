@@ -48,6 +48,8 @@ class Cost:
     num_blocks: int
     num_drafted: int
     num_accepted: int
+    num_ar_blocks: int = 0
+    num_diffusion_blocks: int = 0
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Experiment:
             self.found.costs[mode] = await self._cost(mode)
         squares = [(way, mode, clients) for clients in plan.clients for way in plan.ways for mode in MODES]
         async with InProcessPath(self._context, self._denoiser, self._settings, threads=1).open() as running:
-            paths: dict[str, Path] = {IN_PROCESS: _Kept(running)}
+            paths: dict[str, Path] = {IN_PROCESS: Kept(running)}
             if plan.address is not None:
                 paths[SERVED] = ServedPath(plan.address)
             for number in tqdm(range(plan.rounds), unit="round", smoothing=0):
@@ -122,7 +124,7 @@ class Experiment:
         return await drive(path, warm_up, self.requests(mode, name), clients)
 
 
-class _Kept:
+class Kept:
     """A path that is open already: a pair that records its passes once."""
 
     name = IN_PROCESS

@@ -165,7 +165,7 @@ def _row(run: _Open, now: float) -> RunRow:
         tokens=usage.completion_tokens,
         most_tokens=most_tokens,
         # A round of `verified` commits any number of tokens: its blocks are its tokens, as those of `ar` are.
-        blocks=usage.completion_tokens if run.mode == Mode.VERIFIED else usage.num_blocks,
+        blocks=usage.completion_tokens if run.mode in (Mode.VERIFIED, Mode.AUTO) else usage.num_blocks,
         most_blocks=-(-most_tokens // width),
         steps=usage.num_steps,
         most_steps=most_steps,

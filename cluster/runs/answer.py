@@ -15,6 +15,8 @@ class Usage:
     num_blocks: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    num_ar_blocks: int = 0
+    num_diffusion_blocks: int = 0
 
     def plus(self, event: BlockEvent) -> "Usage":
         return Usage(
@@ -24,6 +26,8 @@ class Usage:
             self.num_blocks + event.num_blocks,
             self.num_drafted + event.num_drafted,
             self.num_accepted + event.num_accepted,
+            self.num_ar_blocks + event.num_ar_blocks,
+            self.num_diffusion_blocks + event.num_diffusion_blocks,
         )
 
 

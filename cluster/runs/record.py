@@ -6,7 +6,7 @@ from math import inf
 from cluster.runs.answer import NOTHING, Usage
 from cluster.runs.callers import NOBODY, Caller
 from cluster.runs.trace_parent import NO_PARENT, TraceParent
-from twotower.core import AnyRequest, BlockEvent, FinishReason, Request, RequestId, StepEvent, TraceEvent
+from twotower.core import AnyRequest, BlockEvent, FinishReason, Mode, Request, RequestId, StepEvent, TraceEvent
 from twotower.errors import Unavailable
 
 
@@ -33,6 +33,7 @@ class Record:
     usage: Usage = NOTHING
     finish_reason: FinishReason | None = None
     vocabulary: str = ""
+    _diffused: bool = False  # of `auto`: its tokens are those of `diffusion`
     _asked: int = 0  # how often a cell has been asked to take it
     _traced: tuple[int, float] = (0, -1)  # the block whose step was told last, and which
 
@@ -61,14 +62,17 @@ class Record:
         """The request as the next cell gets it, under a name of its own: the last that was asked may not have let go of
         it yet, and may be the next too.
 
-        Scores are asked for again as a whole.
+        Scores are asked for again as a whole. `auto` goes on with what its first cell chose: the tokens of `diffusion`,
+        or the context tower's.
         """
         before, self._asked = self._asked, self._asked + 1
         if not before:
             return self.request
         name = RequestId(f"{self.request.id}~{before}")
         if isinstance(self.request, Request):
-            return replace(self.request, id=name, committed=tuple(self.committed))
+            params = self.request.params
+            params = replace(params, mode=Mode.DIFFUSION) if self._diffused else params
+            return replace(self.request, id=name, params=params, committed=tuple(self.committed))
         return replace(self.request, id=name)
 
     def news(self, event: BlockEvent) -> BlockEvent | None:
@@ -85,6 +89,9 @@ class Record:
                 f"got {got}, wanted those from {have} on" if known < 0 else f"got {got} that are not those of before"
             )
         self.committed.extend(event.token_ids[known:])
+        self._diffused = self._diffused or event.num_diffusion_blocks > 0
+        if self._diffused:  # a cell that goes on does not know that `auto` was asked for
+            event = replace(event, num_diffusion_blocks=event.num_blocks)
         if known == 0:
             return event
         return event.after(known) if known < len(event.token_ids) else None

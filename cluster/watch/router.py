@@ -72,6 +72,7 @@ class RouterWatch:
             "reason": ("cell_lost", "gap", "handed_over"),
             "key": tuple(self._keys),
             "limit": LIMITS,
+            "chosen": (Mode.AR, Mode.DIFFUSION, Mode.VERIFIED),
         }
         for metric in declared_in(vars(metrics)):
             if metric.kind is Kind.COUNTER:

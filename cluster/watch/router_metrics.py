@@ -80,8 +80,8 @@ BETWEEN_BLOCKS = Metric(
     "inter_block_latency_seconds",
     Kind.HISTOGRAM,
     "seconds",
-    "from one event to the next: of a block in `diffusion`, of a round in `verified`, of a token or several joined in "
-    "`ar` and `mock_ar`",
+    "from one event to the next: of a block in `diffusion`, of a round in `verified`, of either in `auto`, of a token "
+    "or several joined in `ar` and `mock_ar`",
     ("mode",),
     _SHORT_S,
 )
@@ -111,7 +111,7 @@ BLOCKS = Metric(
     "committed_blocks_total",
     Kind.COUNTER,
     "blocks",
-    "of answers; in `ar` and `mock_ar` a token is a block, in `verified` a round",
+    "of answers; in `ar` and `mock_ar` a token is a block, in `verified` a round, in `auto` what was chosen each time",
     ("mode",),
 )
 STEPS = Metric(
@@ -134,6 +134,13 @@ COMMITTED = Metric(
     "that these steps fixed, as clients see them in `usage`",
 )
 BLOCK_STEPS = Metric("steps_per_block", Kind.HISTOGRAM, "steps", "that a block of `diffusion` took", (), _STEPS)
+AUTO_BLOCKS = Metric(
+    "auto_blocks_total",
+    Kind.COUNTER,
+    "blocks",
+    "of answers of `auto`, by the mode that was chosen for each: `ar`, `verified` or `diffusion`",
+    ("chosen",),
+)
 DRAFTS = Metric(
     "spec_decode_num_drafts_total", Kind.COUNTER, "drafts", "rounds in answers of `verified`, with a draft or without"
 )

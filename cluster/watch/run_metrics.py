@@ -113,11 +113,20 @@ class RunMetrics(Observer):
             self._tally.add(metrics.STEPS, steps)
             self._tally.add(metrics.CANVAS, steps * run.record.request.params.block_size)
             self._tally.add(metrics.COMMITTED, tokens)
+        if run.mode == Mode.AUTO:
+            for way, blocks in _blocks_by_mode(told).items():
+                self._tally.add(metrics.AUTO_BLOCKS, blocks - _blocks_by_mode(counted)[way], str(way))
         if run.mode == Mode.VERIFIED:
             self._tally.add(metrics.DRAFTS, told.num_blocks - counted.num_blocks)
             self._tally.add(metrics.DRAFTED, told.num_drafted - counted.num_drafted)
             self._tally.add(metrics.ACCEPTED, told.num_accepted - counted.num_accepted)
             self._tally.add(metrics.DRAFT_STEPS, steps)
+
+
+def _blocks_by_mode(usage: Usage) -> dict[Mode, int]:
+    """Of `auto`."""
+    ar, diffusion = usage.num_ar_blocks, usage.num_diffusion_blocks
+    return {Mode.AR: ar, Mode.DIFFUSION: diffusion, Mode.VERIFIED: usage.num_blocks - ar - diffusion}
 
 
 def _prompt_tokens(record: Record) -> int:

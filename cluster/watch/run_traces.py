@@ -23,7 +23,7 @@ from twotower.core import AnswerEvent, BlockEvent, Mode, Request, RequestId, Sco
 from twotower.errors import TwoTowerError
 
 MOST_BLOCKS = 256
-_SPANNED = (Mode.DIFFUSION, Mode.VERIFIED)
+_SPANNED = (Mode.DIFFUSION, Mode.VERIFIED, Mode.AUTO)
 Attributes = dict[str, str | int | Sequence[str]]
 _W3C = TraceContextTextMapPropagator()
 

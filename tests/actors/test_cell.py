@@ -94,7 +94,7 @@ def _golden_requests(name: str, modes: tuple[Mode, ...]) -> list[tuple[Request, 
     wanted = []
     for number, prompt in enumerate(vendored(name).prompts):
         cases = [case for case in prompt["cases"] if case["eos_token_id"] is None]
-        causal = (Mode.AR, Mode.MOCK_AR, Mode.VERIFIED)
+        causal = (Mode.AR, Mode.MOCK_AR, Mode.VERIFIED, Mode.AUTO)
         of_this = [(causal_request(prompt, mode), prompt[str(mode)]["tokens"]) for mode in causal]
         of_this += [(diffusion_request(prompt, case), case["output"]) for case in cases]
         of_this = [(request, tokens) for request, tokens in of_this if request.params.mode in modes]

@@ -75,7 +75,7 @@ async def test_all_is_well_and_every_line_fits(answering: Answering) -> None:
     hearing.tick(30)
     told = json.loads(await told_by(hearing))
     lines = BoardText(80, colour=False).lines(told, "127.0.0.1:8000")
-    assert lines[1] == "✓ All is well: 40 cells serve diffusion, mock_ar, ar, verified"
+    assert lines[1] == "✓ All is well: 40 cells serve diffusion, mock_ar, ar, verified, auto"
     assert max(map(len, lines)) <= 80
     coloured = BoardText(80, colour=True).lines(told, "x")
     assert coloured[1] == f"\033[1;32m{lines[1]}\033[0m"

@@ -55,7 +55,7 @@ def test_every_parameter_is_a_flag() -> None:
         (["--priority", "2147483648"], "priority: got 2147483648, wanted an integer from -2147483648 to 2147483647"),
         (["--priority", "high"], "priority: got 'high'"),
         (["--temperature", "nan"], "temperature: got nan, wanted a number in [0, 1000]"),
-        (["--mode", "fast"], "mode: got 'fast', wanted one of diffusion, mock_ar, ar, verified"),
+        (["--mode", "fast"], "mode: got 'fast', wanted one of diffusion, mock_ar, ar, verified, auto"),
         (["--prompt", "caf\udce9"], "prompt: got text with half a surrogate pair"),
         (["--timeout", "nan"], "--timeout: got 'nan', wanted seconds, above 0"),
         (["--timeout=-1"], "--timeout: got '-1', wanted seconds, above 0"),

@@ -74,7 +74,7 @@ async def test_every_parameter_reaches_the_cell(stub: Stub, cells: ScriptedCells
 async def test_model_info(stub: Stub) -> None:
     info = await stub.GetModelInfo(pb.GetModelInfoRequest())
     assert info.model_name == "fake" and info.vocab_size == 260 and info.max_sequence_length == 256
-    assert list(info.modes) == [pb.MODE_DIFFUSION, pb.MODE_MOCK_AR, pb.MODE_AR, pb.MODE_VERIFIED]
+    assert list(info.modes) == [pb.MODE_DIFFUSION, pb.MODE_MOCK_AR, pb.MODE_AR, pb.MODE_VERIFIED, pb.MODE_AUTO]
     assert info.defaults.max_new_tokens == 128 and info.defaults.confidence_threshold == 0.8
     assert not info.defaults.HasField("seed")
     assert info.has_tokenizer and info.checkpoint_fingerprint and info.version
@@ -176,7 +176,7 @@ async def test_health_follows_readiness_and_drain(cells: ScriptedCells) -> None:
             await server.set_served(set(Mode))
             assert (await health.Check(request)).status == states.SERVING
             await server.set_served({Mode.AR})
-            needs_denoiser = service.endswith(("diffusion", "mock_ar", "verified"))
+            needs_denoiser = service.endswith(("diffusion", "mock_ar", "verified", "auto"))
             assert (await health.Check(request)).status == (states.NOT_SERVING if needs_denoiser else states.SERVING)
             await server.set_served(set())
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -44,6 +44,8 @@ async def test_whole_answer_in_openai_shape(http: httpx.AsyncClient) -> None:
         "num_blocks": 10,
         "num_drafted": 0,
         "num_accepted": 0,
+        "num_ar_blocks": 0,
+        "num_diffusion_blocks": 0,
     }
 
 

@@ -31,7 +31,7 @@ from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 MODEL = "scraped by a test"  # the exporter keeps what other services of this Ray have told
-MODES = ("diffusion", "mock_ar", "ar", "verified")
+MODES = ("diffusion", "mock_ar", "ar", "verified", "auto")
 ROUTERS = 2
 # Those of a run that goes on after a loss, and of keys, which other tests see.
 ELSEWHERE = {router_metrics.PAUSE, router_metrics.KEY_LIMITS}
@@ -106,7 +106,7 @@ class Counted:
 
 def length(number: int, mode: str) -> int:
     """What random weights draft does not stand, so most rounds have no draft: there are more of them."""
-    return 8 + number + (32 if mode == "verified" else 0)
+    return 8 + number + (32 if mode in ("verified", "auto") else 0)
 
 
 async def by_http(http: httpx.AsyncClient, counted: Counted, number: int, mode: str) -> None:
@@ -187,9 +187,11 @@ async def test_a_scrape_agrees_with_what_clients_counted(service: Service) -> No
         for histogram in (router_metrics.LATENCY, router_metrics.QUEUE_TIME, router_metrics.FIRST_TOKEN):
             cut = 0 if histogram is router_metrics.LATENCY else of["cut"][mode]
             assert found.total(histogram, "_count", mode=mode) == of["ended"][mode] + cut, histogram.name
-    for mode in ("mock_ar", "ar", "verified"):
+    for mode in ("mock_ar", "ar", "verified", "auto"):
         assert found.total(router_metrics.TOKENS, mode=mode) == of["tokens"][mode]
         assert found.total(router_metrics.BLOCKS, mode=mode) == of["num_blocks"][mode]
+    assert found.total(router_metrics.AUTO_BLOCKS) == of["num_blocks"]["auto"] > 0
+    assert found.total(router_metrics.AUTO_BLOCKS, chosen="ar") == of["num_ar_blocks"]["auto"]
     assert found.total(router_metrics.DRAFTED) == of["num_drafted"]["verified"] > 0
     assert found.total(router_metrics.ACCEPTED) == of["num_accepted"]["verified"]
     assert found.total(router_metrics.DRAFT_STEPS) == of["num_steps"]["verified"]

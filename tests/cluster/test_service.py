@@ -36,7 +36,7 @@ def service(ray_cluster: None) -> Iterator[Service]:
 def golden_requests() -> list[tuple[Request, list[int]]]:
     wanted = []
     for prompt in vendored("tt_moe").prompts:
-        for mode in (Mode.AR, Mode.MOCK_AR, Mode.VERIFIED):
+        for mode in (Mode.AR, Mode.MOCK_AR, Mode.VERIFIED, Mode.AUTO):
             wanted.append((causal_request(prompt, mode), prompt[str(mode)]["tokens"]))
         for case in prompt["cases"]:
             if case["eos_token_id"] is None:
@@ -169,7 +169,7 @@ async def test_scores_beside_generation(service: Service) -> None:
     await service.all_free()
 
 
-@pytest.mark.parametrize("mode", ["diffusion", "mock_ar", "ar", "verified"])
+@pytest.mark.parametrize("mode", ["diffusion", "mock_ar", "ar", "verified", "auto"])
 async def test_a_grpc_client_that_leaves_frees_both_towers(service: Service, mode: str) -> None:
     params = pb.DecodingParams(mode=f"MODE_{mode.upper()}", **LONG)
     request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6, 7]), params=params)

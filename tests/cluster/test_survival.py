@@ -18,7 +18,7 @@ from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
-MODES = ("diffusion", "mock_ar", "ar", "verified")
+MODES = ("diffusion", "mock_ar", "ar", "verified", "auto")
 REQUESTS, TOKENS = 12, 128
 _undisturbed: list[list[int]] = []
 PATIENCE = {"queue_timeout_s": 120.0}  # on a busy machine another process takes longer than the usual half a minute

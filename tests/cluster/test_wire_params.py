@@ -9,7 +9,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from cluster.cli.generate_arguments import add_generate_arguments, request_of
 from cluster.faces.grpc.wire_params import given_in, params_message
 from cluster.faces.http.completions import parse_call
-from twotower.core import PARAMETERS, DecodingParams, Mode
+from twotower.core import PARAMETERS, DecodingParams, Floor, Mode
 from twotower.parameters import Choice, Flag, Integer, Number, TokenIds
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.validation import check_values
@@ -29,6 +29,7 @@ NUMBERS = {
     "ignore_eos": 11,
     "draft_steps": 12,
     "draft_threshold": 13,
+    "floor": 40,
 }
 TYPES = {
     Choice: FieldDescriptor.TYPE_ENUM,
@@ -52,6 +53,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "ignore_eos": (["--ignore-eos"], True),
     "draft_steps": (["--draft-steps", "3"], 3),
     "draft_threshold": (["--draft-threshold", "1"], 1),
+    "floor": (["--floor", "confidence"], "confidence"),
 }
 
 
@@ -72,8 +74,15 @@ def test_the_message_is_what_is_declared() -> None:
         "MODE_MOCK_AR": 2,
         "MODE_AR": 3,
         "MODE_VERIFIED": 4,
+        "MODE_AUTO": 5,
     }
     assert set(pb.Mode.keys()) == {"MODE_UNSPECIFIED", *(f"MODE_{mode.upper()}" for mode in Mode)}
+    assert {v.name: v.number for v in pb.Floor.DESCRIPTOR.values} == {
+        "FLOOR_UNSPECIFIED": 0,
+        "FLOOR_LOSSLESS": 1,
+        "FLOOR_CONFIDENCE": 2,
+    }
+    assert set(pb.Floor.keys()) == {"FLOOR_UNSPECIFIED", *(f"FLOOR_{floor.upper()}" for floor in Floor)}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -98,7 +107,7 @@ def test_defaults_go_there_and_back() -> None:
 
 
 def test_a_mode_of_a_newer_client_stays_a_number() -> None:
-    assert given_in(pb.DecodingParams(mode=99)) == {"mode": 99}  # type: ignore[arg-type]
+    assert given_in(pb.DecodingParams(mode=99, floor=7)) == {"mode": 99, "floor": 7}  # type: ignore[arg-type]
 
 
 def test_long_lists_are_not_copied() -> None:

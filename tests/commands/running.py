@@ -22,6 +22,8 @@ RESULT = [
     "num_blocks",
     "num_drafted",
     "num_accepted",
+    "num_ar_blocks",
+    "num_diffusion_blocks",
     "mode",
     "seconds",
     "seed",

@@ -39,9 +39,13 @@ def _mixed(name: str, seed: int, count: int) -> list[Request]:
 
 
 def _content(requests: list[Request], results: list[Decoded]) -> list[tuple[object, ...]]:
-    """In `verified` rounding may change a draft, and so the cost, but no token."""
+    """In `verified` and `auto` the cost may change, but no token: rounding changes a draft, the load a choice."""
     return [
-        (d.token_ids, d.finish_reason, *([] if r.params.mode is Mode.VERIFIED else [d.num_steps, d.num_blocks]))
+        (
+            d.token_ids,
+            d.finish_reason,
+            *([] if r.params.mode in (Mode.VERIFIED, Mode.AUTO) else [d.num_steps, d.num_blocks]),
+        )
         for r, d in zip(requests, results, strict=True)
     ]
 

@@ -7,7 +7,7 @@ def played(drafting: Drafting, accepted: int, rounds: int, steps: int = 2) -> li
     """The rounds that had a draft, where each draft of so many steps has so much accepted."""
     drafted = []
     for number in range(rounds):
-        if drafting.pays():
+        if not drafting.alone(1000):
             drafted.append(number)
             drafting.ended(steps, accepted)
     return drafted
@@ -27,7 +27,7 @@ def test_one_bad_draft_among_good_ones_changes_nothing() -> None:
     drafting = Drafting()
     played(drafting, 10, 8)
     drafting.ended(2, 0)
-    assert drafting.pays()
+    assert not drafting.alone(1000)
 
 
 def test_it_drafts_again_once_that_pays() -> None:

@@ -64,7 +64,7 @@ def test_every_mode_and_case_of_a_prompt_in_one_batch(name: str, number: int) ->
     prompt = model.prompts[number]
     cases = _cases(prompt)
     requests = [diffusion_request(prompt, case) for case in cases]
-    causal = (Mode.AR, Mode.MOCK_AR, Mode.VERIFIED)
+    causal = (Mode.AR, Mode.MOCK_AR, Mode.VERIFIED, Mode.AUTO)
     requests += [causal_request(prompt, mode) for mode in causal]
     wanted = [case["output"] for case in cases] + [prompt[str(mode)]["tokens"] for mode in causal]
     results = decode_all(model.context, model.denoiser, requests)

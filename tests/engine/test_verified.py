@@ -96,8 +96,8 @@ def test_any_request_in_company_has_ars_tokens(name: str, arrangement: str) -> N
 class Always(Drafting):
     """Drafts whatever came of it."""
 
-    def pays(self) -> bool:
-        return True
+    def alone(self, room: int) -> int:
+        return 0
 
 
 class Oracle(Verified):
@@ -257,5 +257,5 @@ def test_costs_follow_the_tokens() -> None:
     assert told.after(2) == replace(
         told, start=3, token_ids=(8,), num_steps=0, num_blocks=0, num_drafted=0, num_accepted=0
     )
-    assert Cost() == (0, 1, 0, 0)
+    assert Cost() == (0, 1, 0, 0, 0, 0)
     assert partial(told.first, 0)().num_drafted == 0

@@ -200,10 +200,14 @@ def _pair(options: Namespace, model: Model, orders: Sequence[Order]) -> Abstract
 
 
 def _cost(result: Result) -> str:
-    if result.mode is not Mode.VERIFIED:
-        return f"{result.num_blocks} blocks, {result.num_steps} steps"
+    blocks, steps = f"{result.num_blocks} blocks", f"{result.num_steps} steps"
     drafted = f"{result.num_accepted} of {result.num_drafted} drafted tokens accepted"
-    return f"{result.num_blocks} rounds, {result.num_steps} steps, {drafted}"
+    if result.mode is Mode.VERIFIED:
+        return f"{result.num_blocks} rounds, {steps}, {drafted}"
+    if result.mode is Mode.AUTO:
+        by_mode = f"{result.num_ar_blocks} by ar, {result.num_diffusion_blocks} by diffusion"
+        return f"{blocks} ({by_mode}), {steps}, {drafted}"
+    return f"{blocks}, {steps}"
 
 
 def _summary(result: Result) -> str:

@@ -23,6 +23,8 @@ class Result:
     num_blocks: int
     num_drafted: int
     num_accepted: int
+    num_ar_blocks: int
+    num_diffusion_blocks: int
     mode: Mode
     seconds: float
     seed: int

@@ -17,6 +17,8 @@ class Cost(NamedTuple):
     num_blocks: int = 1
     num_drafted: int = 0
     num_accepted: int = 0
+    num_ar_blocks: int = 0
+    num_diffusion_blocks: int = 0
 
 
 @dataclass(slots=True)
@@ -53,7 +55,7 @@ class Answer:
         margin = None if reason is None else self.margin
         event = BlockEvent(
             self.request.id, self.generated, kept, cost.num_steps, cost.num_blocks, reason, margin,
-            cost.num_drafted, cost.num_accepted,
+            cost.num_drafted, cost.num_accepted, cost.num_ar_blocks, cost.num_diffusion_blocks,
         )  # fmt: skip
         self.generated += len(kept)
         return event

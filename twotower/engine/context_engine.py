@@ -36,8 +36,8 @@ class ContextEngine:
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens, lambda keys: self._commits.waited_for(keys))
         self._sequences = Sequences(self.cache, self._passes, self._scheduler)
         self._prompts = Prompts(self._sequences, self._scheduler, self._passes, self._eager, tower.device)
-        self._commits = Commits(tower, self._sequences, self._prompts)
         self._decoding = Decoding(tower, self._sequences, emit)
+        self._commits = Commits(tower, self._sequences, self._prompts, self._decoding)
         self._scoring = Scoring(tower, self._sequences, emit)
         self._inbox: deque[AnyRequest | RequestId | Port] = deque()
         self.ticks = 0

@@ -5,6 +5,7 @@ are not: while some blocks are being committed, others go on. What a step is and
 (`twotower.engine.modes`).
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -14,6 +15,8 @@ from twotower.engine.answer import Answer
 from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
 from twotower.engine.held_up import HeldUp
+from twotower.engine.meter import Meter, Pass
+from twotower.engine.modes.auto import Auto, Weighed
 from twotower.engine.modes.block_steps import StepTrace
 from twotower.engine.modes.diffusion import Diffusion
 from twotower.engine.modes.mock_ar import MockAr
@@ -61,6 +64,8 @@ class DenoiserEngine:
             Mode.DIFFUSION: Diffusion(self._passes, trace),
             Mode.VERIFIED: Verified(self._passes, trace),
         }
+        self._meter = Meter(link.apart)
+        self._auto = Auto(self._meter, link.apart)
         self._sequences: dict[int, LedSequence] = {}
         self._numbers: dict[RequestId, int] = {}
         self._next_number = 0
@@ -97,10 +102,11 @@ class DenoiserEngine:
     def tick(self) -> bool:
         """Take what has arrived, step all ready rows, submit what is full. False where nothing was ready."""
         self._take_inbox()
+        self._auto.look(self._verified_rows())
         self._take_replies()
         ready = [s for s in self._sequences.values() if s.ready and not s.closing]
         self._waits.note(self._sequences.values(), bool(ready))
-        for turns in take_all(self._launch(ready)):
+        for turns in self._stepped(ready):
             for sequence, turn in turns:
                 self._take(sequence, turn)
         self._submit()
@@ -108,6 +114,16 @@ class DenoiserEngine:
             self.ticks += 1
             self.rows += len(ready)
         return bool(ready)
+
+    def _stepped(self, ready: list[LedSequence]) -> list[Turns]:
+        """A step of each. Several forwards are reckoned as equally dear."""
+        started = time.perf_counter()
+        steps = self._launch(ready)
+        turns = take_all(steps)
+        if steps and not any(sequence.mode.commits_first for sequence in ready):
+            seconds, rows = time.perf_counter() - started, sum(map(_rows, ready))
+            self._meter.note(Pass.STEP, max(1, rows // len(steps)), seconds / len(steps))
+        return turns
 
     def _launch(self, ready: list[LedSequence]) -> list[Step[Turns]]:
         steps: list[Step[Turns]] = []
@@ -130,15 +146,17 @@ class DenoiserEngine:
         if turn.tokens:
             event = sequence.answer.extend(turn.tokens, turn.cost)
             self._emit(event)
+            if sequence.mode is self._modes[Mode.DIFFUSION]:
+                self._auto.diffused(sequence.request.params, event.num_steps, len(event.token_ids), event.is_last)
             if event.is_last:
                 self._release(sequence)
                 return
         if turn.commit:
-            self._commit(sequence, turn.commit)
+            self._commit(sequence, turn.commit, turn.alone)
 
-    def _commit(self, sequence: LedSequence, tokens: Sequence[int]) -> None:
+    def _commit(self, sequence: LedSequence, tokens: Sequence[int], alone: int = 0) -> None:
         """It goes with the next message; until its delta has come the sequence is not ready."""
-        self._commands.append(Commit(sequence.number, sequence.length, tuple(tokens)))
+        self._commands.append(Commit(sequence.number, sequence.length, tuple(tokens), alone))
         sequence.ready = False
 
     def _take_inbox(self) -> None:
@@ -174,8 +192,12 @@ class DenoiserEngine:
             self._numbers[sequence.request.id] = sequence.number
 
     def _sequence(self, request: Request) -> LedSequence:
-        answer = Answer.begun(request, self.tower.config.eos_token_id)
-        sequence = LedSequence(answer, self._next_number, self._modes[request.params.mode])
+        answer, params = Answer.begun(request, self.tower.config.eos_token_id), request.params
+        if params.mode is Mode.AUTO:
+            mode, drafting = self._modes[self._auto.begin(request)], Weighed(self._auto, params)
+            sequence = LedSequence(answer, self._next_number, mode, drafting=drafting)
+        else:
+            sequence = LedSequence(answer, self._next_number, self._modes[params.mode])
         sequence.mode.open(sequence)
         self._next_number += 1
         return sequence
@@ -195,10 +217,19 @@ class DenoiserEngine:
                 self._forget(sequence)
 
     def _has_grown(self, sequence: LedSequence, delta: Delta) -> None:
+        decided = delta.decided
+        if decided is not None and decided.took is not None:
+            kind = Pass.READ if sequence.step else Pass.TOKEN
+            self._meter.note(kind, decided.took.rows, decided.took.seconds)
         sequence.slot, sequence.length = delta.slot, delta.end
         sequence.ready = delta.complete
         if not sequence.closing:
             self._take(sequence, sequence.mode.answered(sequence, delta))
+
+    def _verified_rows(self) -> int:
+        """Of the sequences whose tokens the context tower decides: they share passes."""
+        mode = self._modes[Mode.VERIFIED]
+        return sum(max(1, _rows(sequence)) for sequence in self._sequences.values() if sequence.mode is mode)
 
     def _forget(self, sequence: LedSequence) -> None:
         del self._sequences[sequence.number]
@@ -229,6 +260,11 @@ class DenoiserEngine:
                 self._emit(FailureEvent(sequence.request.id, error))
             self._forget(sequence)
         raise error
+
+
+def _rows(sequence: LedSequence) -> int:
+    """Of the usual width, that it takes in a pass."""
+    return -(-len(sequence.tokens) // USUAL_WIDTH)
 
 
 def _prefill(sequence: LedSequence) -> Prefill:

@@ -91,7 +91,7 @@ async def _count_tokens(pair: Pair | Trial, mode: Mode, timeout_s: float) -> Non
 
 
 async def _check_answers(pair: Pair | Trial, expected: Expectation, mode: Mode, timeout_s: float) -> None:
-    alike = Mode.AR if mode is Mode.VERIFIED else mode  # its answers are that mode's
+    alike = Mode.AR if mode in (Mode.VERIFIED, Mode.AUTO) else mode  # its answers are that mode's
     bounds = next((bounds for bounds in expected.bounds if bounds.mode is alike), None)
     if bounds is None:
         return

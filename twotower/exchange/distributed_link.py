@@ -60,6 +60,8 @@ class _Arrived:
 class DistributedLink:
     """A mirror slot is taken with `Prefill` and given back when the context side's `Released` has come."""
 
+    apart = True
+
     def __init__(self, cache: TowerCache, endpoint: Endpoint, layout: DeltaLayout, pool: StagingPool) -> None:
         self.cache, self.traffic = cache, Traffic()
         self._endpoint, self._layout, self._pool = endpoint, layout, pool

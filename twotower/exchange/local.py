@@ -52,6 +52,8 @@ class LocalPort:
 class LocalLink:
     """The denoiser engine's end."""
 
+    apart = False
+
     def __init__(
         self,
         cache: TowerCache,

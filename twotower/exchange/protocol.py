@@ -45,11 +45,16 @@ class Prefill:
 @dataclass(frozen=True, slots=True)
 class Commit:
     """Read a block on. `start` is the position of its first token; anything else than the next one is an error. A
-    draft's first token is the one that was decided last."""
+    draft's first token is the one that was decided last.
+
+    `alone`: the block is that token only, and the context tower writes so many tokens behind it, as `ar` would, before
+    it answers; fewer where one of them ends the answer.
+    """
 
     sequence: int
     start: int
     token_ids: tuple[int, ...]
+    alone: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +68,24 @@ Command = Prefill | Commit | Release
 
 
 @dataclass(frozen=True, slots=True)
+class Took:
+    """What a forward of the context tower took: its rows, in blocks of the usual width, and seconds until the host knew
+    its outcome."""
+
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Decided:
-    """The token that follows what has been read, and the smallest margin of the decisions that it and the accepted
-    part of the draft took."""
+    """The token that follows what has been read, and the smallest margin of the decisions that it and what was read
+    took. `written`: the tokens before it that the context tower wrote alone. `took`: the last forward; None behind a
+    prompt."""
 
     token: int
     margin: float
+    written: tuple[int, ...] = ()
+    took: Took | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +141,12 @@ class Traffic:
 
 
 class Link(Protocol):
-    """The denoiser's end. All methods are called from the denoiser engine's thread."""
+    """The denoiser's end. All methods are called from the denoiser engine's thread.
 
+    `apart`: as a Port's.
+    """
+
+    apart: bool
     cache: TowerCache
     traffic: Traffic
 

@@ -3,22 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
-from twotower.core import Mode
+from twotower.core import PARAMETERS, Mode
+from twotower.parameters import Choice
 from twotower.pb.twotower.v1 import generation_pb2 as pb
+
+_ENUMS: dict[str, Any] = {"mode": pb.Mode, "floor": pb.Floor}
+assert set(_ENUMS) == {name for name, parameter in PARAMETERS.items() if isinstance(parameter.kind, Choice)}
 
 
 def given_in(message: pb.DecodingParams) -> dict[str, object]:
     """What the client gave, by name. Lists are the message's own: they may be far too long to be copied."""
-    given: dict[str, object] = {field.name: value for field, value in message.ListFields()}
-    if message.mode:
-        given["mode"] = _mode_word(message.mode)
-    return given
+    given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
+    return {**given, **{name: _word(name, given[name]) for name in _ENUMS.keys() & given.keys()}}
 
 
 def params_message(values: Mapping[str, Any]) -> pb.DecodingParams:
     """A message of checked values by name."""
-    modes = {"mode": mode_name(values["mode"])} if "mode" in values else {}
-    return pb.DecodingParams(**{**values, **modes})
+    words = {name: f"{name}_{values[name]}".upper() for name in _ENUMS.keys() & values.keys()}
+    return pb.DecodingParams(**{**values, **words})
 
 
 def mode_name(mode: Mode) -> Any:
@@ -26,7 +28,7 @@ def mode_name(mode: Mode) -> Any:
     return f"MODE_{mode.upper()}"
 
 
-def _mode_word(number: int) -> str | int:
-    """The library's word for a mode; a number this server has no word for stays a number, and is refused there."""
-    name = pb.Mode.Name(number) if number in pb.Mode.values() else None
-    return number if name is None else name.removeprefix("MODE_").lower()
+def _word(name: str, number: int) -> str | int:
+    """The library's word for a choice; a number this server has no word for stays a number, and is refused there."""
+    enum = _ENUMS[name]
+    return enum.Name(number).removeprefix(f"{name}_".upper()).lower() if number in enum.values() else number

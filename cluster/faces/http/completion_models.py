@@ -122,6 +122,8 @@ class Usage(Body):
     num_blocks: int
     num_drafted: int
     num_accepted: int
+    num_ar_blocks: int
+    num_diffusion_blocks: int
 
 
 class Choice(Body):

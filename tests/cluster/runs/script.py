@@ -44,6 +44,7 @@ class Script:
         self.leaving = set[str]()
         self.open = 0
         self.lacking = False
+        self.chosen = Mode.AR  # for each block of `auto`
 
     @property
     def committed(self) -> list[int]:
@@ -98,7 +99,10 @@ class ScriptedStay:
         last = FinishReason.LENGTH if start + len(part) >= len(script.answer) else None
         drafted = len(part) if self._request.params.mode is Mode.VERIFIED else 0
         accepted = max(0, drafted - 1)
-        return BlockEvent(self._request.id, start, part, 2, 1, last, num_drafted=drafted, num_accepted=accepted)
+        chosen = script.chosen if self._request.params.mode is Mode.AUTO else None
+        by_mode = {"num_ar_blocks": int(chosen is Mode.AR), "num_diffusion_blocks": int(chosen is Mode.DIFFUSION)}
+        drafts = {"num_drafted": drafted, "num_accepted": accepted}
+        return BlockEvent(self._request.id, start, part, 2, 1, last, **drafts, **by_mode)
 
     async def close(self) -> None:
         assert not self._closed

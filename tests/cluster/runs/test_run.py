@@ -14,7 +14,17 @@ from cluster.runs.record import Gap, Record
 from cluster.runs.run import Generating, Means, Patience, Scoring
 from tests.cluster.fakes import BLOCK, FINGERPRINT, VOCABULARY, ByteTokenizer, tokens
 from tests.cluster.runs.script import GONE, WELL, Script, Stay
-from twotower.core import AnswerEvent, BlockEvent, FinishReason, Request, RequestId, ScoreRequest
+from twotower.core import (
+    AnswerEvent,
+    BlockEvent,
+    DecodingParams,
+    FinishReason,
+    Floor,
+    Mode,
+    Request,
+    RequestId,
+    ScoreRequest,
+)
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded, TwoTowerError, Unavailable
 from twotower.text.answer_text import AnswerText
 
@@ -23,6 +33,7 @@ ANSWER = tokens(TEXT)
 BLOCKS = -(-len(ANSWER) // BLOCK)
 ONCE = Patience(max_resumes=3, queue_timeout_s=60.0)
 FULL = Overloaded("full")
+USUAL = DecodingParams()
 
 
 def run_on(
@@ -31,8 +42,9 @@ def run_on(
     patience: Patience = ONCE,
     observers: tuple[Observer, ...] = (),
     timeout_s: float = 60.0,
+    params: DecodingParams = USUAL,
 ) -> Generating:
-    record = Record(Request(RequestId("r"), (5, 6)), FINGERPRINT, "gateway", vocabulary=VOCABULARY)
+    record = Record(Request(RequestId("r"), (5, 6), params), FINGERPRINT, "gateway", vocabulary=VOCABULARY)
     means = Means(script, patience, observers)
     return Generating(record, Deadline.after(timeout_s), means, AnswerText(ByteTokenizer(), stop))
 
@@ -69,6 +81,24 @@ async def test_a_causal_mode_goes_on_at_any_token(died_after: int) -> None:
     script = Script(ANSWER, [Stay(died_after, GONE), Stay(1, GONE), WELL], width=1)
     assert await outcome(run_on(script, ("stop",))) == await undisturbed(("stop",), width=1)
     assert script.committed == [0, died_after, died_after + 1]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "goes_on_as"),
+    [(Mode.AR, Mode.AUTO), (Mode.VERIFIED, Mode.AUTO), (Mode.DIFFUSION, Mode.DIFFUSION)],
+)
+async def test_auto_goes_on_with_what_its_first_cell_chose(chosen: Mode, goes_on_as: Mode) -> None:
+    """So the tokens are those of one mode, wherever they are from."""
+    script = Script(ANSWER, [Stay(0, GONE), Stay(2, GONE), WELL])
+    script.chosen = chosen
+    params = DecodingParams(Mode.AUTO, floor=Floor.CONFIDENCE, confidence_threshold=0.7, seed=3)
+    run = await run_on(script, params=params).whole()
+    assert run.token_ids == list(ANSWER) and script.committed == [0, 0, 2 * BLOCK]
+    asked = [request.params for request, _ in script.placed if isinstance(request, Request)]
+    assert asked == [params, params, replace(params, mode=goes_on_as)]
+    assert run.request.params == params, "the client is told what it asked for"
+    told = {Mode.AR: run.usage.num_ar_blocks, Mode.DIFFUSION: run.usage.num_diffusion_blocks}
+    assert told == {Mode.AR: 0, Mode.DIFFUSION: 0} | ({chosen: BLOCKS} if chosen in told else {})
 
 
 async def test_the_next_cell_knows_it_by_another_name_and_the_one_that_died_is_avoided() -> None:

@@ -22,4 +22,5 @@ def test_a_declaration(metric: Metric) -> None:
     assert bool(metric.bounds) == (metric.kind is Kind.HISTOGRAM)
     assert list(metric.bounds) == sorted(set(metric.bounds)) and all(bound > 0 for bound in metric.bounds)
     assert metric.meaning.isascii(), "Ray takes nothing else"
-    assert set(metric.labels) <= {"mode", "finished_reason", "code", "cell", "tower", "reason", "key", "limit"}
+    known = {"mode", "finished_reason", "code", "cell", "tower", "reason", "key", "limit", "chosen"}
+    assert set(metric.labels) <= known

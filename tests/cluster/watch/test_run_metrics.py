@@ -172,6 +172,17 @@ async def test_rounds_count_what_was_drafted_and_what_was_accepted() -> None:
     assert noted.of(metrics.DRAFT_STEPS) == {(): usage.num_steps}
 
 
+@pytest.mark.parametrize("chosen", ["ar", "verified", "diffusion"])
+async def test_blocks_of_auto_count_by_what_was_chosen(chosen: str) -> None:
+    script = Script(ANSWER, [Stay(2, GONE), WELL])
+    script.chosen = Mode(chosen)
+    watching = Watching(script, Mode.AUTO)
+    usage = (await watching.run.whole()).usage
+    noted = watching.noted
+    assert noted.of(metrics.BLOCKS) == {("auto",): usage.num_blocks} and not noted.of(metrics.STEPS)
+    assert {mode: n for (mode,), n in noted.of(metrics.AUTO_BLOCKS).items() if n} == {chosen: usage.num_blocks}
+
+
 async def test_a_score() -> None:
     tally = Tally()
     request = ScoreRequest(RequestId("s"), (1, 2, 3, 4), 2)

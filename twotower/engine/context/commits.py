@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from twotower.engine.context.decoding import Decoding
 from twotower.engine.context.prompts import Prompts
 from twotower.engine.context.sequences import ReadChunk, Sequences
 from twotower.engine.context.verification import Verification
@@ -26,8 +27,8 @@ class Led(NamedTuple):
 class Commits:
     """Owns the ports. A port that is lost takes its sequences with it."""
 
-    def __init__(self, tower: ContextTower, sequences: Sequences, prompts: Prompts) -> None:
-        self._sequences, self._prompts = sequences, prompts
+    def __init__(self, tower: ContextTower, sequences: Sequences, prompts: Prompts, decoding: Decoding) -> None:
+        self._sequences, self._prompts, self._decoding = sequences, prompts, decoding
         self._verification = Verification(tower, sequences, self._tell, self._fail)
         self.ports: dict[int, Port] = {}
         self._next_port = 0
@@ -113,10 +114,19 @@ class Commits:
             raise InvalidRequest.of("start", f"got a commit at position {command.start}, wanted {expected}")
         if waiting:
             raise InvalidRequest.of("sequence", f"got a second commit to {key.number} before the first was read")
-        self._sequences.commit(key, command.token_ids)
+        if not command.alone:
+            self._sequences.commit(key, command.token_ids)
+        elif key in self._verification and len(command.token_ids) == 1:
+            [token] = command.token_ids
+            self._decoding.write(key, token, self._verification.alone(key, command.alone))
+        else:
+            raise InvalidRequest.of(
+                "alone", "got a block to go on behind, wanted one token of a sequence with verdicts"
+            )
 
     def _close(self, key: Key) -> None:
         self._prompts.finish(key)
+        self._decoding.forget(key)
         self._sequences.close(key)
         self._verification.forget(key)
 

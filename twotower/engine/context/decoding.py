@@ -1,47 +1,62 @@
-"""Decodes `ar` requests: the context tower's own head decides, a token for each row of a forward."""
+"""Writes tokens with the context tower's own head, a token for each row of a forward: those of `ar` requests, and of
+sequences whose denoiser leaves some to it."""
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from twotower.core import Event, FailureEvent, ReleasedEvent, Request
+from twotower.core import Event, Request
 from twotower.decoding.sampling import decide
-from twotower.engine.answer import Answer, Cost
+from twotower.engine.answer import Answer
 from twotower.engine.context.sequences import ReadChunk, Sequences
+from twotower.engine.context.writing import Own, Writer
 from twotower.engine.passes import Want
 from twotower.engine.scheduler import Key
 from twotower.engine.steps import Rows, Step, take_all
-from twotower.errors import NumericalError
+from twotower.exchange.protocol import Took
 from twotower.model.tower import ContextTower
 
 
 class Decoding:
-    """An answer's first token follows from its prompt's last chunk."""
+    """Owns the sequences of `ar` requests, whose first token follows from the prompt's last chunk. Others it has for as
+    long as they write."""
 
     def __init__(self, tower: ContextTower, sequences: Sequences, emit: Callable[[Event], None]) -> None:
         self._tower, self._sequences, self._emit = tower, sequences, emit
-        self._answers: dict[Key, Answer] = {}
+        self._writers: dict[Key, Writer] = {}
         self.near_ties = 0
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._answers
+        return key in self._writers
 
     def open(self, request: Request) -> None:
         """Raises Overloaded."""
         self._sequences.open(request.id, self, request.history, request.positions)
-        self._answers[request.id] = Answer.begun(request, self._tower.config.eos_token_id)
+        answer = Answer.begun(request, self._tower.config.eos_token_id)
+        self._writers[request.id] = Own(answer, self._emit, self._near_tie)
+
+    def write(self, key: Key, token: int, writer: Writer) -> None:
+        """Go on behind this token of a sequence that is another's."""
+        self._writers[key] = writer
+        self._sequences.decode(key, token)
 
     def end(self, key: Key) -> None:
-        answer = self._answers.pop(key)
+        """Close the sequence."""
         self._sequences.close(key)
-        self._emit(ReleasedEvent(answer.request.id))
+        self._writers.pop(key).ended()
+
+    def forget(self, key: Key) -> None:
+        """Its owner closes it."""
+        self._writers.pop(key, None)
 
     def read(self, keys: Sequence[Key]) -> None:
         """The newest token of each of these, for the next one."""
+        started = time.perf_counter()
         logits_RLV = self._sequences.read(keys, Want.LOGITS)
-        take_all([self._decide(keys, logits_RLV[:, 0])])
+        take_all([self._decide(keys, logits_RLV[:, 0], started)])
 
     def wants_hidden(self, last: bool) -> bool:
         return last
@@ -53,28 +68,29 @@ class Decoding:
         hidden_RD = torch.stack([hidden_RLD[read.row, read.chunk.end - read.chunk.start - 1] for read in ends])
         return self._decide([read.chunk.key for read in ends], self._tower.logits(hidden_RD))
 
-    def _decide(self, keys: Sequence[Key], logits_RV: Tensor) -> Step[None]:
-        return Step(decide(logits_RV, [self._answers[key].next_token for key in keys]), partial(self._take, keys))
+    def _decide(self, keys: Sequence[Key], logits_RV: Tensor, started: float | None = None) -> Step[None]:
+        chosen = decide(logits_RV, [self._writers[key].next_token for key in keys])
+        return Step(chosen, partial(self._take, keys, started))
 
-    def _take(self, keys: Sequence[Key], outcome: Rows) -> None:
+    def _take(self, keys: Sequence[Key], started: float | None, outcome: Rows) -> None:
+        took = None if started is None else Took(len(keys), time.perf_counter() - started)
         for key, (token, margin, finite) in zip(keys, outcome, strict=True):
-            if finite:
-                self._has_token(key, int(token), margin)
+            writer = self._writers[key]
+            if not finite:
+                writer.failed()
+                self._stop(key)
+            elif writer.wrote(int(token), margin, took):
+                self._stop(key)
             else:
-                request_id = self._answers[key].request.id
-                self._emit(FailureEvent(request_id, not_finite(request_id)))
-                self.end(key)
+                self._sequences.decode(key, int(token))
 
-    def _has_token(self, key: Key, token: int, margin: float) -> None:
-        answer = self._answers[key]
-        self.near_ties += answer.decided(margin)
-        event = answer.extend([token], Cost())
-        self._emit(event)
-        if event.is_last:
+    def _stop(self, key: Key) -> None:
+        """Its own sequences end here; those of others go on elsewhere."""
+        if isinstance(self._writers[key], Own):
             self.end(key)
         else:
-            self._sequences.decode(key, token)
+            self._sequences.pause(key)
+            self.forget(key)
 
-
-def not_finite(request_id: str) -> NumericalError:
-    return NumericalError(f"request {request_id}: the context tower's logits hold a NaN or an infinity")
+    def _near_tie(self) -> None:
+        self.near_ties += 1

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from twotower.core import Event, FailureEvent, ReleasedEvent, ScoreRequest
 from twotower.decoding.margins import NEAR_TIE
-from twotower.engine.context.decoding import not_finite
 from twotower.engine.context.sequences import ReadChunk, Sequences
+from twotower.engine.context.writing import not_finite
 from twotower.engine.scheduler import Key
 from twotower.engine.scores import ScoredRow, ScoreSheet, by_row, score_rows
 from twotower.engine.steps import Rows, Step

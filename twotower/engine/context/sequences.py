@@ -86,6 +86,11 @@ class Sequences:
         self._by_key[key].to_read = [token]
         self._scheduler.add_decoding(key)
 
+    def pause(self, key: Key) -> None:
+        """It decodes no more for now; its newest token is not read."""
+        self._scheduler.drop(key)
+        self._by_key[key].to_read = []
+
     def close(self, key: Key) -> None:
         """Its slot may be another's at once: no pass that writes there may be under way (`Prompts.finish`)."""
         self._scheduler.drop(key)

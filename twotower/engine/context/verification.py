@@ -3,6 +3,7 @@
 The token after a prompt is decided here, too. Knows neither ports nor how a draft was made.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -13,11 +14,13 @@ from torch import Tensor
 from twotower.decoding.sampling import TokenParams, decide
 from twotower.decoding.verifying import Verdict, places, verdict
 from twotower.engine.context.sequences import ReadChunk, Sequences
+from twotower.engine.context.writing import Alone
+from twotower.engine.passes import USUAL_WIDTH
 from twotower.engine.scheduler import Key
 from twotower.engine.scores import MAX_LOGITS
 from twotower.engine.steps import Rows, Step, take_all
 from twotower.errors import NumericalError, TwoTowerError
-from twotower.exchange.protocol import Decided, Verifying
+from twotower.exchange.protocol import Decided, Took, Verifying
 from twotower.model.tower import ContextTower
 from twotower.model.transfer import on_device
 
@@ -47,8 +50,15 @@ class Verification:
     def forget(self, key: Key) -> None:
         self._verifying.pop(key, None)
 
+    def alone(self, key: Key, most: int) -> Alone:
+        """Tells, in one answer, the next tokens that the tower writes."""
+        start, fails = self._sequences.length(key), partial(self._fail, key, not_finite())
+        tell, eos = partial(self._tell, key, start, True), self._tower.config.eos_token_id
+        return Alone(self._verifying[key], start, most, eos, tell, fails)
+
     def read(self, keys: Sequence[Key]) -> None:
         """The blocks of these, in one forward. Waits for the device: only the logits say where to cut."""
+        started = time.perf_counter()
         blocks, hidden_RLD, scans = self._sequences.verify(keys)
         places_P2 = [(row, place) for row, block in enumerate(blocks) for place in range(len(block))]
         rows_P, columns_P = on_device(list(zip(*places_P2, strict=True)), hidden_RLD.device)
@@ -58,8 +68,9 @@ class Verification:
         chosen = self._decide(hidden_RLD[rows_P, columns_P], params)
         [verdicts] = take_all([Step(chosen, partial(_verdicts, blocks))])
         self._sequences.settle(keys, scans, [verdict.cut for verdict in verdicts])
+        took = Took(len(keys) * -(-max(map(len, blocks)) // USUAL_WIDTH), time.perf_counter() - started)
         for key, start, one in zip(keys, starts, verdicts, strict=True):
-            self._has_decided(key, start, one)
+            self._has_decided(key, start, one, took)
 
     def wants_hidden(self, last: bool) -> bool:
         return last
@@ -93,11 +104,15 @@ class Verification:
         for read, one in zip(ends, chosen, strict=True):
             self._has_decided(read.chunk.key, read.chunk.start, verdict([0], [one]))
 
-    def _has_decided(self, key: Key, start: int, one: Verdict) -> None:
+    def _has_decided(self, key: Key, start: int, one: Verdict, took: Took | None = None) -> None:
         if one.finite:
-            self._tell(key, start, True, Decided(one.token, one.margin))
+            self._tell(key, start, True, Decided(one.token, one.margin, took=took))
         else:
-            self._fail(key, NumericalError("the context tower's logits hold a NaN or an infinity"))
+            self._fail(key, not_finite())
+
+
+def not_finite() -> NumericalError:
+    return NumericalError("the context tower's logits hold a NaN or an infinity")
 
 
 def _verdicts(blocks: Sequence[Sequence[int]], chosen: Rows) -> list[Verdict]:

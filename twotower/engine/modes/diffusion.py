@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from twotower.config import MASK_TOKEN_ID
-from twotower.core import Request
+from twotower.core import Mode, Request
 from twotower.decoding.randomness import step_key
 from twotower.decoding.unmasking import Decision, StepParams
 from twotower.engine.answer import Cost
@@ -35,7 +35,9 @@ class Diffusion(DenoiserMode):
 def _turn(sequence: LedSequence, decision: Decision) -> Turn:
     if any(sequence.masked):
         return Turn(decision.margin)
-    full = Turn(decision.margin, sequence.tokens, Cost(sequence.step), commit=sequence.tokens)
+    by_auto = int(sequence.request.params.mode is Mode.AUTO)
+    cost = Cost(sequence.step, num_diffusion_blocks=by_auto)
+    full = Turn(decision.margin, sequence.tokens, cost, commit=sequence.tokens)
     _begin_block(sequence, sequence.block + 1)
     return full
 

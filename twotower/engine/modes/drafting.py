@@ -5,9 +5,24 @@ without a draft is a step of `ar`: one pass, one token. So a draft pays where mo
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 _WEIGHT = 0.25  # of the newest draft
 _LONGEST = 64  # rounds between two drafts, where none has paid: they then cost 3 % at most
+
+
+class Drafts(Protocol):
+    """When a sequence drafts."""
+
+    def ended(self, steps: int, tokens: int) -> None:
+        """A draft of so many steps was read, and so much of it stands; without steps, so many tokens were written
+        alone."""
+        ...
+
+    def alone(self, room: int) -> int:
+        """How many tokens the context tower writes next, and tells together, of an answer that may take so many more;
+        0: a draft comes."""
+        ...
 
 
 @dataclass(slots=True)
@@ -21,17 +36,17 @@ class Drafting:
     rest: int = 0
     next_rest: int = 1
 
-    def ended(self, steps: int, accepted: int) -> None:
-        """A draft of so many steps was read, and so much of it stands."""
-        self.gain += _WEIGHT * (accepted - steps - self.gain)
+    def ended(self, steps: int, tokens: int) -> None:
+        if not steps:
+            return
+        self.gain += _WEIGHT * (tokens - steps - self.gain)
         if self.gain >= 0:
             self.next_rest = 1
         else:
             self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, _LONGEST)
 
-    def pays(self) -> bool:
-        """Whether the round that begins is to have a draft."""
+    def alone(self, room: int) -> int:
         if self.rest == 0:
-            return True
+            return 0
         self.rest -= 1
-        return False
+        return 1  # told as soon as it is there

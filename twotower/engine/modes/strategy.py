@@ -11,7 +11,7 @@ from typing import Protocol
 
 from twotower.core import Request, TraceEvent
 from twotower.engine.answer import Answer, Cost
-from twotower.engine.modes.drafting import Drafting
+from twotower.engine.modes.drafting import Drafting, Drafts
 from twotower.engine.steps import Step
 from twotower.exchange.protocol import Delta, Verifying
 
@@ -23,8 +23,8 @@ class Turn:
     """What was decided for one sequence.
 
     `tokens`: the answer's next ones, at this `cost`. `commit`: what the context tower is to read, unless the answer
-    ends with `tokens`. `finite`: the logits hold no NaN and no infinity; otherwise nothing else counts. `trace`: what
-    is told of how it was decided, where the request asks.
+    ends with `tokens`; `alone`: how many tokens it writes behind that. `finite`: the logits hold no NaN and no
+    infinity; otherwise nothing else counts. `trace`: what is told of how it was decided, where the request asks.
     """
 
     margin: float = 1.0
@@ -33,6 +33,7 @@ class Turn:
     commit: Sequence[int] = ()
     finite: bool = True
     trace: TraceEvent | None = None
+    alone: int = 0
 
 
 NOTHING = Turn()
@@ -45,8 +46,8 @@ class LedSequence:
 
     `ready`: the mirror holds all that has been committed, `length` positions, so the sequence can step.
     `tokens`, `masked`, `step` and `block` are its mode's: the block that it steps on. `drafted`: its mode's, too: how
-    many tokens of the block wait for the context tower's verdict. `drafting`: whether it drafts at all. `known`: how
-    many of the block's first are in the answer already.
+    many tokens of the block wait for the context tower's verdict. `drafting`: when it drafts. `known`: how many of the
+    block's first are in the answer already.
     """
 
     answer: Answer
@@ -61,7 +62,7 @@ class LedSequence:
     step: int = 0
     block: int = 0
     drafted: int = 0
-    drafting: Drafting = field(default_factory=Drafting)
+    drafting: Drafts = field(default_factory=Drafting)
     known: int = 0
 
     @property

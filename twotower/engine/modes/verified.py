@@ -2,14 +2,14 @@
 
 A block begins with the token that was decided last. The draft stands behind it: a guess that costs nothing but time
 where it is wrong. What the context tower answers to a block is a round: the accepted part of the draft and the token
-that it wrote itself. Where drafts do not pay (`Drafting`), a block is the one token that is certain, and a round a
-step of `ar`.
+that it wrote itself. Where drafts do not pay (`Drafts`), a block is the one token that is certain, and the context
+tower goes on behind it as in `ar`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from twotower.config import MASK_TOKEN_ID
-from twotower.core import Request, RoundEvent
+from twotower.core import Mode, Request, RoundEvent
 from twotower.decoding.unmasking import Decision, StepParams
 from twotower.engine.answer import Cost
 from twotower.engine.modes.block_steps import BlockSteps, StepTrace
@@ -44,17 +44,22 @@ class Verified(DenoiserMode):
             return NOTHING  # a part of the prompt
         token = delta.decided.token
         tokens, cost, told = [token], Cost(num_blocks=0), None
-        if sequence.tokens:
+        if sequence.step:
             accepted = sequence.tokens[1 : delta.end - delta.start]
             tokens, cost = [*accepted, token], Cost(sequence.step, 1, sequence.drafted, len(accepted))
-            told = _told(sequence, len(accepted), token) if sequence.request.trace else None
-            if sequence.step:
-                sequence.drafting.ended(sequence.step, len(accepted))
+            told = _told(sequence, accepted, token) if sequence.request.trace else None
+            sequence.drafting.ended(sequence.step, len(accepted))
+        elif sequence.tokens:
+            by_auto = sequence.request.params.mode is Mode.AUTO
+            tokens, cost = [*delta.decided.written, token], Cost(num_ar_blocks=int(by_auto))
+            told = _told(sequence, [], token) if sequence.request.trace and not by_auto else None
+            sequence.drafting.ended(0, len(tokens))
         _begin_block(sequence, token)
+        room = sequence.answer.room - len(tokens)
         # Where the answer takes one token more, there is nothing to draft.
-        drafts = _wanted(sequence, sequence.answer.room - len(tokens)) > 1 and sequence.drafting.pays()
-        commit = () if drafts else [token]
-        return Turn(delta.decided.margin, tokens, cost, commit, trace=told)
+        alone = sequence.drafting.alone(room) if _wanted(sequence, room) > 1 else 1
+        commit = [token] if alone else ()
+        return Turn(delta.decided.margin, tokens, cost, commit, trace=told, alone=min(alone, room))
 
 
 def _begin_block(sequence: LedSequence, token: int) -> None:
@@ -63,9 +68,9 @@ def _begin_block(sequence: LedSequence, token: int) -> None:
     sequence.block, sequence.step, sequence.drafted, sequence.known = sequence.block + 1, 0, 0, 1
 
 
-def _told(sequence: LedSequence, accepted: int, token: int) -> RoundEvent:
+def _told(sequence: LedSequence, accepted: Sequence[int], token: int) -> RoundEvent:
     draft = tuple(sequence.tokens[1 : 1 + sequence.drafted])
-    return RoundEvent(sequence.request.id, sequence.answer.generated, draft, accepted, token)
+    return RoundEvent(sequence.request.id, sequence.answer.generated, draft, len(accepted), token)
 
 
 def _wanted(sequence: LedSequence, room: int) -> int:

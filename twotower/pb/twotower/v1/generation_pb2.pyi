@@ -14,6 +14,13 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODE_MOCK_AR: _ClassVar[Mode]
     MODE_AR: _ClassVar[Mode]
     MODE_VERIFIED: _ClassVar[Mode]
+    MODE_AUTO: _ClassVar[Mode]
+
+class Floor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FLOOR_UNSPECIFIED: _ClassVar[Floor]
+    FLOOR_LOSSLESS: _ClassVar[Floor]
+    FLOOR_CONFIDENCE: _ClassVar[Floor]
 
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -25,6 +32,10 @@ MODE_DIFFUSION: Mode
 MODE_MOCK_AR: Mode
 MODE_AR: Mode
 MODE_VERIFIED: Mode
+MODE_AUTO: Mode
+FLOOR_UNSPECIFIED: Floor
+FLOOR_LOSSLESS: Floor
+FLOOR_CONFIDENCE: Floor
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -36,7 +47,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DecodingParams(_message.Message):
-    __slots__ = ("mode", "max_new_tokens", "block_size", "steps_per_block", "confidence_threshold", "temperature", "top_k", "top_p", "seed", "stop_token_ids", "ignore_eos", "draft_steps", "draft_threshold")
+    __slots__ = ("mode", "max_new_tokens", "block_size", "steps_per_block", "confidence_threshold", "temperature", "top_k", "top_p", "seed", "stop_token_ids", "ignore_eos", "draft_steps", "draft_threshold", "floor")
     MODE_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +61,7 @@ class DecodingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_STEPS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
     mode: Mode
     max_new_tokens: int
     block_size: int
@@ -63,7 +75,8 @@ class DecodingParams(_message.Message):
     ignore_eos: bool
     draft_steps: int
     draft_threshold: float
-    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., max_new_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., steps_per_block: _Optional[int] = ..., confidence_threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., draft_steps: _Optional[int] = ..., draft_threshold: _Optional[float] = ...) -> None: ...
+    floor: Floor
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., max_new_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., steps_per_block: _Optional[int] = ..., confidence_threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., draft_steps: _Optional[int] = ..., draft_threshold: _Optional[float] = ..., floor: _Optional[_Union[Floor, str]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "params", "stop", "priority", "trace")
@@ -84,20 +97,24 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., params: _Optional[_Union[DecodingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ..., trace: _Optional[bool] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "num_steps", "num_blocks", "num_drafted", "num_accepted")
+    __slots__ = ("prompt_tokens", "completion_tokens", "num_steps", "num_blocks", "num_drafted", "num_accepted", "num_ar_blocks", "num_diffusion_blocks")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_AR_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DIFFUSION_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     num_steps: int
     num_blocks: int
     num_drafted: int
     num_accepted: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ...) -> None: ...
+    num_ar_blocks: int
+    num_diffusion_blocks: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., num_ar_blocks: _Optional[int] = ..., num_diffusion_blocks: _Optional[int] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("finish_reason", "usage", "mode", "seed")
@@ -124,7 +141,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class CommittedBlock(_message.Message):
-    __slots__ = ("start", "token_ids", "text", "num_steps", "num_blocks", "num_drafted", "num_accepted")
+    __slots__ = ("start", "token_ids", "text", "num_steps", "num_blocks", "num_drafted", "num_accepted", "num_ar_blocks", "num_diffusion_blocks")
     START_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +149,8 @@ class CommittedBlock(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_AR_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DIFFUSION_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     start: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
@@ -139,7 +158,9 @@ class CommittedBlock(_message.Message):
     num_blocks: int
     num_drafted: int
     num_accepted: int
-    def __init__(self, start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., num_steps: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ...) -> None: ...
+    num_ar_blocks: int
+    num_diffusion_blocks: int
+    def __init__(self, start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., num_steps: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., num_ar_blocks: _Optional[int] = ..., num_diffusion_blocks: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("start", "size", "step", "positions", "token_ids", "texts", "confidence")

@@ -67,8 +67,8 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """One `block` event per committed block (in VERIFIED: per round, in AR and MOCK_AR: per token, or several merged),
-        then `finished`.
+        """One `block` event per committed block (in VERIFIED: per round, in AR and MOCK_AR: per token, or several merged, in
+        AUTO: per block or round), then `finished`.
         Committed tokens never change. Cancelling the call frees the sequence. With `trace`, `step` and `round` events come
         before the block that they tell of.
         """

@@ -1,0 +1,99 @@
+"""What a sequence makes of the tokens that the context tower writes for it, one at a time."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from twotower.core import Event, FailureEvent, ReleasedEvent
+from twotower.decoding.sampling import TokenParams
+from twotower.decoding.stopping import Stopping
+from twotower.engine.answer import Answer, Cost
+from twotower.errors import NumericalError
+from twotower.exchange.protocol import Decided, Took, Verifying
+
+
+class Writer(Protocol):
+    """Of one sequence. `next_token`: how its next token is chosen."""
+
+    @property
+    def next_token(self) -> TokenParams: ...
+
+    def wrote(self, token: int, margin: float, took: Took | None) -> bool:
+        """The next token. Returns whether it is the last for now. `took`: the forward; None of a prompt's."""
+        ...
+
+    def failed(self) -> None:
+        """There is none: its logits hold a NaN or an infinity."""
+        ...
+
+    def ended(self) -> None:
+        """Nothing more is written, and its slot is free."""
+        ...
+
+
+class Own:
+    """Of an `ar` request: each token goes into its answer."""
+
+    def __init__(self, answer: Answer, emit: Callable[[Event], None], near_tie: Callable[[], None]) -> None:
+        self._answer, self._emit, self._near_tie = answer, emit, near_tie
+
+    @property
+    def next_token(self) -> TokenParams:
+        return self._answer.next_token
+
+    def wrote(self, token: int, margin: float, took: Took | None) -> bool:
+        if self._answer.decided(margin):
+            self._near_tie()
+        event = self._answer.extend([token], Cost())
+        self._emit(event)
+        return event.is_last
+
+    def failed(self) -> None:
+        request_id = self._answer.request.id
+        self._emit(FailureEvent(request_id, not_finite(request_id)))
+
+    def ended(self) -> None:
+        self._emit(ReleasedEvent(self._answer.request.id))
+
+
+class Alone:
+    """Of a sequence that a denoiser leads: so many tokens, or up to one that ends the answer, are told together.
+
+    `start` is the position of the block, whose one token is known. `tell(decided)`: it waits for the denoiser again.
+    """
+
+    def __init__(
+        self,
+        verifying: Verifying,
+        start: int,
+        most: int,
+        eos_token_id: int,
+        tell: Callable[[Decided], None],
+        fail: Callable[[], None],
+    ) -> None:
+        self._params, self._place, self._most = verifying.params, start + 1 - verifying.answer_start, most
+        self._stopping = Stopping(verifying.params, eos_token_id)
+        self._tell, self._fail = tell, fail
+        self._written: list[int] = []
+        self._margin = 1.0
+
+    @property
+    def next_token(self) -> TokenParams:
+        return TokenParams.of(self._params, self._place + len(self._written))
+
+    def wrote(self, token: int, margin: float, took: Took | None) -> bool:
+        self._margin = min(self._margin, margin)
+        if len(self._written) + 1 < self._most and not self._stopping.ends(token):
+            self._written.append(token)
+            return False
+        self._tell(Decided(token, self._margin, tuple(self._written), took))
+        return True
+
+    def failed(self) -> None:
+        self._fail()
+
+    def ended(self) -> None:
+        """Its denoiser goes on with it."""
+
+
+def not_finite(request_id: str) -> NumericalError:
+    return NumericalError(f"request {request_id}: the context tower's logits hold a NaN or an infinity")

@@ -1,0 +1,63 @@
+"""Which mode is fastest for an `auto` request, from what passes cost and what came of blocks before: numbers alone."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from twotower.core import Mode
+
+_LEAST_LOST = 0.25  # of what a try takes: all of this is known roughly
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds of a pass over all rows that are there now: a denoiser's step, a read with a verdict, a token each.
+
+    `apart`: the towers compute at the same time, so that with several rows the slower one sets the pace.
+    """
+
+    step: float
+    read: float
+    token: float
+    apart: bool = False
+
+    def round_s(self, steps: float, reads: float = 1.0) -> float:
+        """Of a block that takes so many steps and reads."""
+        stepping_s, reading_s = steps * self.step, reads * self.read
+        return max(stepping_s, reading_s) if self.apart else stepping_s + reading_s
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """What came of blocks: a draft's steps and its accepted tokens; a `diffusion` block's steps, tokens and commits
+    (an answer's last block has none), where any was decoded."""
+
+    draft_steps: float
+    accepted: float
+    block_steps: float = 0.0
+    block_tokens: float = 0.0
+    block_commits: float = 1.0
+
+
+def paces(costs: Costs, signs: Signs) -> dict[Mode, float]:
+    """Tokens a second of each row, if all rows were decoded so. A commit is reckoned like a read with a verdict."""
+    found = {
+        Mode.AR: 1 / costs.token,
+        Mode.VERIFIED: (signs.accepted + 1) / costs.round_s(signs.draft_steps),
+    }
+    if signs.block_steps:
+        found[Mode.DIFFUSION] = signs.block_tokens / costs.round_s(signs.block_steps, signs.block_commits)
+    return found
+
+
+def fastest(found: dict[Mode, float], allowed: Collection[Mode]) -> Mode:
+    """Of those that are allowed; of equals the first in the order of `Mode`."""
+    return max((mode for mode in Mode if mode in allowed and mode in found), key=lambda mode: found[mode])
+
+
+def loss_s(single: Costs, costs: Costs, rows: int, signs: Signs) -> float:
+    """Seconds that the device loses where one of so many rows drafts, while the others would go on without.
+
+    `single`: costs with one row, `costs`: with all.
+    """
+    taken_s, gained_s = single.round_s(signs.draft_steps), (signs.accepted + 1) * costs.token / rows
+    return max(taken_s - gained_s, _LEAST_LOST * taken_s)
