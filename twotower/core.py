@@ -5,7 +5,7 @@ Plain data without torch. The engine knows token ids only; text is the business 
 
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from twotower.errors import TwoTowerError
 from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenIds, declared_in
@@ -43,6 +43,7 @@ MAX_SEED = 2**63 - 1
 MAX_STOP_TOKEN_IDS = 64
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
+MAX_ALTERNATIVES = 20
 
 _DIFFUSION, _VERIFIED = (Mode.DIFFUSION,), (Mode.VERIFIED,)
 _BLOCKS, _CAUSAL = (*_DIFFUSION, *_VERIFIED), (Mode.AR, Mode.MOCK_AR, *_VERIFIED)
@@ -158,6 +159,14 @@ TRACE = Parameter(
     off=False,
     http="diffusion.trace",
 )
+LOGPROBS = Parameter(
+    None,
+    Integer(0, MAX_ALTERNATIVES),
+    "tell of each token its log-probability under the context tower, and so many of the likeliest tokens at its place; "
+    "never changes a token",
+    http="logprobs",
+    default_is="not told",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +175,8 @@ class Request:
 
     `priority` decides when it starts, never its tokens: a lower value goes first (`twotower.engine.ledger`).
     `committed`: the first of its new tokens, where it was begun elsewhere (in `diffusion` whole blocks). Its events go
-    on after them, from `start` == len(`committed`). `trace`: whether its TraceEvents are told.
+    on after them, from `start` == len(`committed`). `trace`: whether its TraceEvents are told. `logprobs`: whether its
+    tokens are told with their Likelihood, and with how many alternatives.
     """
 
     id: RequestId
@@ -175,6 +185,7 @@ class Request:
     priority: int = 0
     committed: tuple[int, ...] = ()
     trace: bool = False
+    logprobs: int | None = None
 
     @property
     def history(self) -> tuple[int, ...]:
@@ -185,8 +196,11 @@ class Request:
     def positions(self) -> int:
         """Cache positions this request may fill at most: the prompt and every block but the last, which is not read.
 
-        In `verified` no more of a draft is read than the answer may still take, so its blocks are tokens here.
+        In `verified` no more of a draft is read than the answer may still take, so its blocks are tokens here. What a
+        denoiser has decided is read to its last token where likelihoods are told: they follow from reading.
         """
+        if self.logprobs is not None and self.params.mode in (Mode.DIFFUSION, Mode.MOCK_AR):
+            return len(self.prompt_token_ids) + self.params.max_new_tokens
         width = self.params.block_size if self.params.mode is Mode.DIFFUSION else 1
         blocks = -(-self.params.max_new_tokens // width)
         return len(self.prompt_token_ids) + (blocks - 1) * width
@@ -223,6 +237,20 @@ class ScoreRequest:
 AnyRequest = Request | ScoreRequest
 
 
+class Likelihood(NamedTuple):
+    """How likely the context tower finds a committed token after all before it, in whatever mode it was decoded.
+
+    `log_prob`: as in a ScoreEvent, of the raw logits: the request's temperature has no part in it. `top_token_ids` and
+    `top_log_probs`: the likeliest tokens at its place, the likeliest first. `confidence`: in `diffusion`, the
+    denoiser's probability of the token when it was fixed.
+    """
+
+    log_prob: float
+    top_token_ids: tuple[int, ...] = ()
+    top_log_probs: tuple[float, ...] = ()
+    confidence: float | None = None
+
+
 COSTS = ("num_steps", "num_blocks", "num_drafted", "num_accepted")  # counts of a BlockEvent that add up
 
 
@@ -236,6 +264,7 @@ class BlockEvent:
     those among them that the context tower would have written; the first token comes with the prompt, of no round.
     The last event of a request carries a `finish_reason`; it may hold no tokens. It also tells the smallest margin of
     the request's decisions (`twotower.decoding.margins`): in fp32, only below 1e-5 might its tokens have been others.
+    `likelihoods`: one for each token, where the request asks for them.
     """
 
     request_id: RequestId
@@ -247,6 +276,7 @@ class BlockEvent:
     margin: float | None = None
     num_drafted: int = 0
     num_accepted: int = 0
+    likelihoods: tuple[Likelihood, ...] = ()
 
     @property
     def is_last(self) -> bool:
@@ -260,13 +290,14 @@ class BlockEvent:
             return self
         blocks = min(count, self.num_blocks)
         costs = {name: getattr(self, name) * blocks // max(1, self.num_blocks) for name in COSTS}
-        return replace(self, token_ids=self.token_ids[:count], **costs)
+        return replace(self, token_ids=self.token_ids[:count], likelihoods=self.likelihoods[:count], **costs)
 
     def after(self, count: int) -> "BlockEvent":
         """It without its first `count` tokens and what they cost."""
         head = self.first(count)
         costs = {name: getattr(self, name) - getattr(head, name) for name in COSTS}
-        return replace(self, start=self.start + count, token_ids=self.token_ids[count:], **costs)
+        tokens, likelihoods = self.token_ids[count:], self.likelihoods[count:]
+        return replace(self, start=self.start + count, token_ids=tokens, likelihoods=likelihoods, **costs)
 
     def joined(self, following: "BlockEvent") -> "BlockEvent":
         """This one and the next of its request as one."""
@@ -280,6 +311,7 @@ class BlockEvent:
             following.margin,
             self.num_drafted + following.num_drafted,
             self.num_accepted + following.num_accepted,
+            self.likelihoods + following.likelihoods,
         )
 
 

@@ -18,12 +18,24 @@ from twotower.engine.modes.block_steps import StepTrace
 from twotower.engine.modes.diffusion import Diffusion
 from twotower.engine.modes.mock_ar import MockAr
 from twotower.engine.modes.strategy import DenoiserMode, LedSequence, Turn, Turns
+from twotower.engine.modes.unrated import Unrated
 from twotower.engine.modes.verified import Verified
 from twotower.engine.passes import USUAL_WIDTH, Passes
 from twotower.engine.settings import EngineSettings
 from twotower.engine.steps import Step, take_all
 from twotower.errors import LinkDown, NumericalError, TwoTowerError
-from twotower.exchange.protocol import Command, Commit, Delta, Failed, Link, LinkLost, Prefill, Release, Released
+from twotower.exchange.protocol import (
+    Command,
+    Commit,
+    Delta,
+    Failed,
+    Link,
+    LinkLost,
+    Prefill,
+    Rating,
+    Release,
+    Released,
+)
 from twotower.model.cache import TowerCache
 from twotower.model.tower import DenoiserTower
 
@@ -98,7 +110,7 @@ class DenoiserEngine:
         """Take what has arrived, step all ready rows, submit what is full. False where nothing was ready."""
         self._take_inbox()
         self._take_replies()
-        ready = [s for s in self._sequences.values() if s.ready and not s.closing]
+        ready = [s for s in self._sequences.values() if s.steps]
         self._waits.note(self._sequences.values(), bool(ready))
         for turns in take_all(self._launch(ready)):
             for sequence, turn in turns:
@@ -128,13 +140,24 @@ class DenoiserEngine:
         if turn.trace is not None:
             self._emit(turn.trace)
         if turn.tokens:
-            event = sequence.answer.extend(turn.tokens, turn.cost)
-            self._emit(event)
+            event = sequence.answer.extend(turn.tokens, turn.cost, turn.likelihoods)
+            if sequence.unrated is not None:
+                sequence.unrated.add(event, turn.confidence)
+            else:
+                self._emit(event)
             if event.is_last:
-                self._release(sequence)
+                self._end(sequence)
                 return
         if turn.commit:
             self._commit(sequence, turn.commit)
+
+    def _end(self, sequence: LedSequence) -> None:
+        """Its answer is whole. Where likelihoods are told, its last tokens are read for theirs, once they can be."""
+        last_words = sequence.unrated.last_words if sequence.unrated is not None else ()
+        if not last_words:
+            self._release(sequence)
+        elif sequence.ready:
+            self._commit(sequence, last_words)
 
     def _commit(self, sequence: LedSequence, tokens: Sequence[int]) -> None:
         """It goes with the next message; until its delta has come the sequence is not ready."""
@@ -176,6 +199,8 @@ class DenoiserEngine:
     def _sequence(self, request: Request) -> LedSequence:
         answer = Answer.begun(request, self.tower.config.eos_token_id)
         sequence = LedSequence(answer, self._next_number, self._modes[request.params.mode])
+        if request.logprobs is not None and sequence.mode.verifying(request) is None:
+            sequence.unrated = Unrated(len(request.prompt_token_ids))
         sequence.mode.open(sequence)
         self._next_number += 1
         return sequence
@@ -197,8 +222,20 @@ class DenoiserEngine:
     def _has_grown(self, sequence: LedSequence, delta: Delta) -> None:
         sequence.slot, sequence.length = delta.slot, delta.end
         sequence.ready = delta.complete
-        if not sequence.closing:
-            self._take(sequence, sequence.mode.answered(sequence, delta))
+        if sequence.closing:
+            return
+        self._take(sequence, sequence.mode.answered(sequence, delta))
+        if sequence.unrated is not None:
+            self._tell_rated(sequence, sequence.unrated, delta)
+
+    def _tell_rated(self, sequence: LedSequence, unrated: Unrated, delta: Delta) -> None:
+        for event in unrated.rated(delta):
+            self._emit(event)
+            if event.is_last:
+                self._release(sequence)
+                return
+        if unrated.last_words:
+            self._end(sequence)
 
     def _forget(self, sequence: LedSequence) -> None:
         del self._sequences[sequence.number]
@@ -233,7 +270,8 @@ class DenoiserEngine:
 
 def _prefill(sequence: LedSequence) -> Prefill:
     request, mode = sequence.request, sequence.mode
-    return Prefill(sequence.number, mode.prompt(request), request.positions, mode.verifying(request))
+    rating = None if request.logprobs is None else Rating(request.logprobs, len(request.history))
+    return Prefill(sequence.number, mode.prompt(request), request.positions, mode.verifying(request), rating)
 
 
 def _named(sequence: LedSequence, error: TwoTowerError) -> TwoTowerError:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower.core import Event, FailureEvent, ReleasedEvent, Request
+from twotower.decoding.likelihoods import beside, likelihood_of
 from twotower.decoding.sampling import decide
 from twotower.engine.answer import Answer, Cost
 from twotower.engine.context.sequences import ReadChunk, Sequences
@@ -15,6 +16,8 @@ from twotower.engine.scheduler import Key
 from twotower.engine.steps import Rows, Step, take_all
 from twotower.errors import NumericalError
 from twotower.model.tower import ContextTower
+
+NOT_FINITE = "the context tower's logits hold a NaN or an infinity"
 
 
 class Decoding:
@@ -54,21 +57,29 @@ class Decoding:
         return self._decide([read.chunk.key for read in ends], self._tower.logits(hidden_RD))
 
     def _decide(self, keys: Sequence[Key], logits_RV: Tensor) -> Step[None]:
-        return Step(decide(logits_RV, [self._answers[key].next_token for key in keys]), partial(self._take, keys))
+        decided_RC = decide(logits_RV, [self._answers[key].next_token for key in keys])
+        asked = {row: most for row, key in enumerate(keys) if (most := self._asked(key)) is not None}
+        if asked:
+            decided_RC = beside(decided_RC, logits_RV, list(asked), max(asked.values()))
+        return Step(decided_RC, partial(self._take, keys))
+
+    def _asked(self, key: Key) -> int | None:
+        return self._answers[key].request.logprobs
 
     def _take(self, keys: Sequence[Key], outcome: Rows) -> None:
-        for key, (token, margin, finite) in zip(keys, outcome, strict=True):
+        for key, (token, margin, finite, *rated) in zip(keys, outcome, strict=True):
             if finite:
-                self._has_token(key, int(token), margin)
+                self._has_token(key, int(token), margin, rated)
             else:
                 request_id = self._answers[key].request.id
                 self._emit(FailureEvent(request_id, not_finite(request_id)))
                 self.end(key)
 
-    def _has_token(self, key: Key, token: int, margin: float) -> None:
-        answer = self._answers[key]
+    def _has_token(self, key: Key, token: int, margin: float, rated: Sequence[float]) -> None:
+        answer, alternatives = self._answers[key], self._asked(key)
         self.near_ties += answer.decided(margin)
-        event = answer.extend([token], Cost())
+        likelihoods = () if alternatives is None else [likelihood_of(rated, alternatives)]
+        event = answer.extend([token], Cost(), likelihoods)
         self._emit(event)
         if event.is_last:
             self.end(key)
@@ -77,4 +88,4 @@ class Decoding:
 
 
 def not_finite(request_id: str) -> NumericalError:
-    return NumericalError(f"request {request_id}: the context tower's logits hold a NaN or an infinity")
+    return NumericalError(f"request {request_id}: {NOT_FINITE}")

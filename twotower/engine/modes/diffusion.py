@@ -35,7 +35,8 @@ class Diffusion(DenoiserMode):
 def _turn(sequence: LedSequence, decision: Decision) -> Turn:
     if any(sequence.masked):
         return Turn(decision.margin)
-    full = Turn(decision.margin, sequence.tokens, Cost(sequence.step), commit=sequence.tokens)
+    confidence = [sequence.confidence[place] for place in range(len(sequence.tokens))] if sequence.confidence else ()
+    full = Turn(decision.margin, sequence.tokens, Cost(sequence.step), commit=sequence.tokens, confidence=confidence)
     _begin_block(sequence, sequence.block + 1)
     return full
 
@@ -43,7 +44,7 @@ def _turn(sequence: LedSequence, decision: Decision) -> Turn:
 def _begin_block(sequence: LedSequence, block: int) -> None:
     size = sequence.request.params.block_size
     sequence.tokens, sequence.masked = [MASK_TOKEN_ID] * size, [True] * size
-    sequence.step, sequence.block = 0, block
+    sequence.step, sequence.block, sequence.confidence = 0, block, {}
 
 
 def _step_params(sequence: LedSequence) -> StepParams:

@@ -54,7 +54,7 @@ class Verified(DenoiserMode):
         # Where the answer takes one token more, there is nothing to draft.
         drafts = _wanted(sequence, sequence.answer.room - len(tokens)) > 1 and sequence.drafting.pays()
         commit = () if drafts else [token]
-        return Turn(delta.decided.margin, tokens, cost, commit, trace=told)
+        return Turn(delta.decided.margin, tokens, cost, commit, trace=told, likelihoods=delta.likelihoods)
 
 
 def _begin_block(sequence: LedSequence, token: int) -> None:
