@@ -10,7 +10,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from twotower.core import PARAMETERS, PRIORITY, STOP, TRACE, DecodingParams, Mode, Request, RequestId, ScoreRequest
+from twotower.core import (
+    LOGPROBS,
+    PARAMETERS,
+    PRIORITY,
+    STOP,
+    TRACE,
+    DecodingParams,
+    Mode,
+    Request,
+    RequestId,
+    ScoreRequest,
+)
 from twotower.errors import FieldError, InvalidRequest
 from twotower.parameters import Parameter, TokenIds, check_text
 from twotower.showing import show, show_name
@@ -36,6 +47,7 @@ class Terms:
     priority: int
     length_given: bool
     trace: bool = False
+    logprobs: int | None = None
 
 
 _Checked = TypeVar("_Checked")
@@ -109,6 +121,11 @@ def check_priority(priority: object) -> int:
     return int(PRIORITY.kind.read("priority", priority))
 
 
+def check_logprobs(logprobs: object) -> int | None:
+    """None is not asked for. Raises InvalidRequest."""
+    return None if logprobs is None else int(LOGPROBS.kind.read("logprobs", logprobs))
+
+
 def check_token_ids(name: str, token_ids: Sequence[object], vocab_size: int) -> tuple[int, ...]:
     """Every one of them in range. Raises InvalidRequest that names the first which is not."""
     problems = Problems()
@@ -169,18 +186,23 @@ def make_request(
 
 
 def check_terms(
-    given: Mapping[str, object], priority: object, limits: ModelLimits, trace: object = TRACE.default
+    given: Mapping[str, object],
+    priority: object,
+    limits: ModelLimits,
+    trace: object = TRACE.default,
+    logprobs: object = LOGPROBS.default,
 ) -> Terms:
     """All but the prompt. Raises InvalidRequest naming each field that is wrong."""
     problems = Problems()
     params = problems.of(lambda: parse_params(given, limits), None)
     order = problems.of(lambda: check_priority(priority), 0)
     traced = problems.of(lambda: bool(TRACE.kind.read("trace", trace)), False)
+    alternatives = problems.of(lambda: check_logprobs(logprobs), None)
     if params is not None:
         _check_meaning("trace", TRACE, traced, params.mode, problems)
     problems.raise_any()
     assert params is not None
-    return Terms(params, order, "max_new_tokens" in given, traced)
+    return Terms(params, order, "max_new_tokens" in given, traced, alternatives)
 
 
 def join(request_id: str, prompt: tuple[int, ...], terms: Terms, limits: ModelLimits) -> Request:
@@ -202,7 +224,9 @@ def join(request_id: str, prompt: tuple[int, ...], terms: Terms, limits: ModelLi
             f"got {params.max_new_tokens} after a prompt of {len(prompt)} tokens ({together} together), "
             f"wanted at most {longest} together",
         )
-    return Request(RequestId(request_id), prompt, params, priority=terms.priority, trace=terms.trace)
+    return Request(
+        RequestId(request_id), prompt, params, priority=terms.priority, trace=terms.trace, logprobs=terms.logprobs
+    )
 
 
 def make_score_request(

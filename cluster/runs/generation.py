@@ -29,6 +29,7 @@ from twotower.core import Request, ScoreRequest
 from twotower.errors import TwoTowerError
 from twotower.showing import show
 from twotower.text.answer_text import AnswerText
+from twotower.text.token_names import TokenNames
 from twotower.text.token_texts import TokenTexts
 from twotower.text.tokenizer import check_stop, require_tokenizer
 from twotower.validation import (
@@ -54,7 +55,7 @@ class Ask:
     """What a client sent, unchecked. `params` holds only what was given, under the names of DecodingParams.
 
     `label` is the client's name for it, echoed and logged; several requests may bear the same. `id` is ours. `trace`:
-    whether the stream shows the steps.
+    whether the stream shows the steps. `logprobs`: with how many alternatives likelihoods are told; None: they are not.
     """
 
     prompt: Given
@@ -64,6 +65,7 @@ class Ask:
     priority: object = 0
     id: str = field(default_factory=lambda: drawn_id())
     trace: object = False
+    logprobs: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ class Generation:
         self._given_up: TwoTowerError | None = None
         self.lanes = Lanes()
         self.token_texts = TokenTexts(model.tokenizer)
+        self.token_names = TokenNames(self.token_texts)
         self.admission = admission or Admission(capacity=1024, slots=at_once)
 
     def check(self, ask: Ask) -> Checked:
@@ -138,7 +141,7 @@ class Generation:
         _check_label(ask.label, problems)
         stop = problems.of(lambda: check_stop(self.model.tokenizer, ask.stop), tuple[str, ...]())
         prompt = problems.of(lambda: self._checked("prompt", ask.prompt), _NO_PART)
-        terms = problems.of(lambda: check_terms(ask.params, ask.priority, limits, ask.trace), None)
+        terms = problems.of(lambda: check_terms(ask.params, ask.priority, limits, ask.trace, ask.logprobs), None)
         problems.raise_any()
         assert terms is not None
         request = None if isinstance(prompt, str) else join(ask.id, prompt, terms, limits)
@@ -193,7 +196,7 @@ class Generation:
                 prompt = await self._tokenized("prompt", checked.prompt, deadline)
                 request = join(ask.id, prompt, checked.terms, self.model.limits)
         record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
-        text = AnswerText(self.model.tokenizer, checked.stop)
+        text = AnswerText(self.model.tokenizer, checked.stop, request.logprobs is not None)
         return self._added(Generating(record, deadline, self._means, text))
 
     async def score_run(

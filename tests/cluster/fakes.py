@@ -14,6 +14,7 @@ from twotower.core import (
     BlockEvent,
     DecodingParams,
     FinishReason,
+    Likelihood,
     Mode,
     Request,
     RoundEvent,
@@ -70,7 +71,8 @@ class ScriptedCells:
     A trace has two steps a block, each fixing every other token with a confidence of a half; in `verified` the context
     tower rejects the last one, and writes it itself.
 
-    Their score of a token is minus a hundredth of its id. The token is greedy where the id is even.
+    Their score of a token is minus a hundredth of its id, and so is its log-probability. The token is greedy where the
+    id is even. The likeliest tokens are those of the bytes 0, 1, 2 and so on.
 
     `fail` is called before each block with the request and the block's number and may raise. `pace_s` delays every
     block. `open` counts the streams not yet closed.
@@ -149,7 +151,8 @@ class ScriptedCells:
             self.fail(request, start // BLOCK)
             await asyncio.sleep(self.pace_s)
             last = start + BLOCK >= len(answer)
-            yield BlockEvent(request.id, start, part, 2, 1, reason if last else None)
+            likelihoods = () if request.logprobs is None else tuple(_likely(t, request) for t in part)
+            yield BlockEvent(request.id, start, part, 2, 1, reason if last else None, likelihoods=likelihoods)
 
     def _trace(self, request: Request, start: int, part: Sequence[int]) -> Iterator[TraceEvent]:
         for step in (0, 1):
@@ -158,6 +161,13 @@ class ScriptedCells:
             yield StepEvent(request.id, start, BLOCK, step, positions, token_ids, (0.5,) * len(places))
         if request.params.mode is Mode.VERIFIED:
             yield RoundEvent(request.id, start, (*part[:-1], 35), len(part) - 1, part[-1])
+
+
+def _likely(token: int, request: Request) -> Likelihood:
+    assert request.logprobs is not None
+    tops = range(4, 4 + request.logprobs)
+    confidence = 0.5 if request.params.mode is Mode.DIFFUSION else None
+    return Likelihood(-token / 100, tuple(tops), tuple(-top / 100 for top in tops), confidence)
 
 
 def all_modes() -> Set[Mode]:

@@ -8,22 +8,27 @@ from pydantic_core import to_json
 
 from cluster.faces.error_codes import Failure
 from cluster.faces.error_shape import error_shape
-from cluster.faces.http.completion_models import Choice, Completion, CompletionAndUsage
+from cluster.faces.http.completion_models import Choice, Completion, CompletionAndUsage, LogProbs
 from cluster.faces.http.completion_models import Usage as UsageBody
 from cluster.faces.http.completions import CompletionCall
+from cluster.faces.http.log_probs import log_probs, whole_log_probs
 from cluster.runs.answer import Chunk, Usage
 from cluster.runs.run import Generating
 from twotower.core import COSTS, FinishReason, StepEvent, TraceEvent
+from twotower.text.token_names import TokenNames
 from twotower.text.token_texts import TokenTexts
 
 _NO_CHOICES = b'"choices":[]'
 
 
-async def whole_body(call: CompletionCall, model: str, created: int, runs: Sequence[Generating]) -> bytes:
+async def whole_body(
+    call: CompletionCall, model: str, created: int, runs: Sequence[Generating], names: TokenNames
+) -> bytes:
     """The response of a call that does not stream. It may be very long: others have their turn between its choices."""
     choices = []
     for index, run in enumerate(runs):
-        choices.append(encoded(_choice(index, run, run.text, run.token_ids, run.finish_reason)))
+        told = await whole_log_probs(run, names)
+        choices.append(encoded(_choice(index, run, run.text, run.token_ids, run.finish_reason, told)))
         await asyncio.sleep(0)
     around = encoded(_completion(call, model, created, [], [run.usage for run in runs]))
     before, after = around.split(_NO_CHOICES, 1)
@@ -38,9 +43,12 @@ def chunk_body(
     run: Generating,
     chunk: Chunk,
     usages: Sequence[Usage] | None,
+    names: TokenNames,
 ) -> Completion:
     """One event of a stream; `usages`: of all its prompts so far, where every event has them."""
-    choice = _choice(index, run, chunk.text, chunk.token_ids, chunk.finish_reason)
+    asked = run.request.logprobs is not None
+    told = log_probs(chunk.token_ids, chunk.likelihoods, chunk.offsets, names) if asked else None
+    choice = _choice(index, run, chunk.text, chunk.token_ids, chunk.finish_reason, told)
     return _completion(call, model, created, [choice], usages)
 
 
@@ -100,7 +108,18 @@ def _together(usages: Sequence[Usage]) -> UsageBody:
 
 
 def _choice(
-    index: int, run: Generating, text: str, token_ids: Sequence[int], finish_reason: FinishReason | None
+    index: int,
+    run: Generating,
+    text: str,
+    token_ids: Sequence[int],
+    finish_reason: FinishReason | None,
+    logprobs: LogProbs | None,
 ) -> Choice:
-    seed = run.request.params.seed
-    return Choice(index=index, text=text, token_ids=list(token_ids), finish_reason=finish_reason, seed=seed)
+    return Choice(
+        index=index,
+        text=text,
+        token_ids=list(token_ids),
+        logprobs=logprobs,
+        finish_reason=finish_reason,
+        seed=run.request.params.seed,
+    )

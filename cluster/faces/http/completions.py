@@ -46,11 +46,12 @@ def parse_call(body: Mapping[str, object], label: str = "") -> CompletionCall:
     trace = read.diffusion.trace
     if trace is True and not read.stream:
         raise InvalidRequest.of(TRACE.http, "got true, wanted it only with stream: true")
+    logprobs = None if read.logprobs is False else read.logprobs  # as the chat endpoint's clients say it is off
     label = read.request_id or label  # empty: as over gRPC
     call_id = f"cmpl-{uuid.uuid4().hex}"
     ids = [call_id] if len(read.prompt) == 1 else [f"{call_id}-{place}" for place in range(len(read.prompt))]
     asks = tuple(
-        Ask(prompt, params, read.stop, label, read.priority, own_id, trace)
+        Ask(prompt, params, read.stop, label, read.priority, own_id, trace, logprobs)
         for prompt, own_id in zip(read.prompt, ids, strict=True)
     )
     options = read.stream_options

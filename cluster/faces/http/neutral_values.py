@@ -39,7 +39,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "n": Neutral((1,), _OPENAI),
     "best_of": Neutral((1,), _OPENAI),
     "echo": Neutral(_OFF, _OPENAI),
-    "logprobs": Neutral(_OFF, _OPENAI),
     "suffix": Neutral(_NO_TEXT, _OPENAI),
     "presence_penalty": Neutral((0,), _OPENAI),
     "frequency_penalty": Neutral((0,), _OPENAI),

@@ -126,7 +126,7 @@ class CompletionsFace:
                 write = partial(self._write, call, runs, first, pieces)
                 return EventStream(write, pieces, headers, began.deadline, held.pop_all())
             await until_disconnect(request.receive, _drained(pieces))
-        whole = await whole_body(call, generation.model.name, int(time.time()), runs)
+        whole = await whole_body(call, generation.model.name, int(time.time()), runs, generation.token_names)
         return Response(whole, headers=headers, media_type="application/json")
 
     async def _checked(self, call: CompletionCall) -> list[Checked]:
@@ -162,7 +162,8 @@ class CompletionsFace:
                 if isinstance(piece, Chunk):
                     usages[index] = piece.usage
                     told = usages if call.continuous_usage else None
-                    await send(_event(chunk_body(call, name, created, index, runs[index], piece, told)))
+                    names = self._generation.token_names
+                    await send(_event(chunk_body(call, name, created, index, runs[index], piece, told, names)))
                 else:
                     await send(_event(trace_body(call, index, piece, self._generation.token_texts), _TRACE_EVENT))
                 numbered = await anext(rest, None)
