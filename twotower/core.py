@@ -215,14 +215,15 @@ class Request:
 class ScoreRequest:
     """How likely the context tower finds the tokens from position `start` on, each after all before it.
 
-    1 <= `start` < len(`token_ids`): the first token follows nothing, so nothing says how likely it is. `priority` as
-    a Request's.
+    1 <= `start` < len(`token_ids`): the first token follows nothing, so nothing says how likely it is. `priority` and
+    `logprobs` as a Request's.
     """
 
     id: RequestId
     token_ids: tuple[int, ...]
     start: int
     priority: int = 0
+    logprobs: int | None = None
 
     @property
     def positions(self) -> int:
@@ -362,13 +363,15 @@ class ScoreEvent:
     """The whole answer to a ScoreRequest, one entry for each token from its `start` on.
 
     `log_probs`: natural logarithms, the fp32 log-softmax of the context tower's fp32 logits. `is_greedy`: whether `ar`
-    would have chosen this token at temperature 0; `margin` is the smallest of these decisions.
+    would have chosen this token at temperature 0; `margin` is the smallest of these decisions. `likelihoods`: the same
+    with the likeliest tokens, where the request asks for them.
     """
 
     request_id: RequestId
     log_probs: tuple[float, ...]
     is_greedy: tuple[bool, ...]
     margin: float
+    likelihoods: tuple[Likelihood, ...] = ()
 
     @property
     def is_last(self) -> bool:

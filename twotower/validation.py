@@ -246,7 +246,12 @@ def make_score_request(
 
 
 def join_score(
-    request_id: str, prompt: tuple[int, ...], continuation: tuple[int, ...], priority: int, limits: ModelLimits
+    request_id: str,
+    prompt: tuple[int, ...],
+    continuation: tuple[int, ...],
+    priority: int,
+    limits: ModelLimits,
+    logprobs: int | None = None,
 ) -> ScoreRequest:
     """The request of two checked parts. Raises InvalidRequest where they do not fit together."""
     together = len(prompt) + len(continuation)
@@ -256,7 +261,7 @@ def join_score(
             f"got a prompt of {len(prompt)} tokens and a continuation of {len(continuation)} ({together} together), "
             f"wanted at most {limits.max_sequence_length} together",
         )
-    return ScoreRequest(RequestId(request_id), prompt + continuation, len(prompt), priority)
+    return ScoreRequest(RequestId(request_id), prompt + continuation, len(prompt), priority, logprobs)
 
 
 def _tokens_of(name: str, token_ids: object, limits: ModelLimits, problems: Problems) -> tuple[int, ...]:

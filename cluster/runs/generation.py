@@ -16,13 +16,14 @@ from cluster.runs.answer import Piece
 from cluster.runs.callers import NOBODY, Caller
 from cluster.runs.cells import Cells
 from cluster.runs.deadline import Deadline
+from cluster.runs.echoing import EchoedPrompt, Echoing
 from cluster.runs.labels import WANTED, is_label
 from cluster.runs.lanes import Lanes
 from cluster.runs.observers import Observer
 from cluster.runs.record import Record
 from cluster.runs.run import Generating, Means, Patience, Run, Scoring
 from cluster.runs.served_model import ServedModel
-from cluster.runs.streams import merged
+from cluster.runs.streams import Stream, merged
 from cluster.runs.trace_parent import NO_PARENT, TraceParent
 from cluster.runs.turns import Turns
 from twotower.core import Request, ScoreRequest
@@ -48,6 +49,7 @@ Given = str | Sequence[object]  # text, or token ids
 Part = str | tuple[int, ...]  # the same, checked
 _NO_PART: Part = ()  # where it is wrong, which is told
 _TOKENIZED_S = 1e-6  # a byte, about
+_DETOKENIZED_S = 5e-5  # a token, one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,29 @@ class Generation:
         text = AnswerText(self.model.tokenizer, checked.stop, request.logprobs is not None)
         return self._added(Generating(record, deadline, self._means, text))
 
+    async def echo_run(
+        self,
+        checked: Checked,
+        answers: bool,
+        deadline: Deadline,
+        caller: Caller = NOBODY,
+        parent: TraceParent = NO_PARENT,
+    ) -> Echoing:
+        """As `run`, with the prompt told again; without an answer where it is not to `answer`."""
+        answer = await self.run(checked, deadline, caller, parent)
+        request, model = answer.request, self.model
+        prompt, scoring = request.prompt_token_ids, None
+        if request.logprobs is not None and len(prompt) > 1:
+            score_id, priority = f"{request.id}-prompt", request.priority
+            scored = join_score(score_id, prompt[:1], prompt[1:], priority, model.limits, request.logprobs)
+            label, vocabulary = checked.ask.label, model.vocabulary
+            record = Record(scored, model.fingerprint, label, caller, parent=parent, vocabulary=vocabulary)
+            scoring = self._added(Scoring(record, deadline, self._means))
+        text = AnswerText(model.tokenizer, with_offsets=True)
+        await self.lanes.run(len(prompt) * _DETOKENIZED_S, partial(text.push, prompt, last=True), deadline)
+        given = checked.prompt if isinstance(checked.prompt, str) else text.text or ""
+        return Echoing(EchoedPrompt(prompt, given, text.offsets), scoring, answer, answers)
+
     async def score_run(
         self, checked: CheckedScore, deadline: Deadline, caller: Caller = NOBODY, parent: TraceParent = NO_PARENT
     ) -> Scoring:
@@ -212,7 +237,7 @@ class Generation:
         record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
         return self._added(Scoring(record, deadline, self._means))
 
-    def many(self, runs: Sequence[Generating]) -> AsyncGenerator[tuple[int, Piece], None]:
+    def many(self, runs: Sequence[Stream[Piece]]) -> AsyncGenerator[tuple[int, Piece], None]:
         """Pieces of all runs of a call as they come, each with its run's number.
 
         The rest waits here, so that a call of many prompts needs no more room in the cells' queues than others do.

@@ -129,7 +129,8 @@ class ScriptedCells:
             await asyncio.sleep(self.pace_s)
             scored = request.token_ids[request.start :]
             log_probs, is_greedy = (-token / 100 for token in scored), (token % 2 == 0 for token in scored)
-            return ScoreEvent(request.id, tuple(log_probs), tuple(is_greedy), 1.0)
+            likelihoods = () if request.logprobs is None else [_likely(token, request.logprobs) for token in scored]
+            return ScoreEvent(request.id, tuple(log_probs), tuple(is_greedy), 1.0, tuple(likelihoods))
 
     @contextmanager
     def _opened(self, timeout_s: float) -> Iterator[None]:
@@ -151,7 +152,8 @@ class ScriptedCells:
             self.fail(request, start // BLOCK)
             await asyncio.sleep(self.pace_s)
             last = start + BLOCK >= len(answer)
-            likelihoods = () if request.logprobs is None else tuple(_likely(t, request) for t in part)
+            sure, most = 0.5 if request.params.mode is Mode.DIFFUSION else None, request.logprobs
+            likelihoods = () if most is None else tuple(_likely(token, most, sure) for token in part)
             yield BlockEvent(request.id, start, part, 2, 1, reason if last else None, likelihoods=likelihoods)
 
     def _trace(self, request: Request, start: int, part: Sequence[int]) -> Iterator[TraceEvent]:
@@ -163,10 +165,8 @@ class ScriptedCells:
             yield RoundEvent(request.id, start, (*part[:-1], 35), len(part) - 1, part[-1])
 
 
-def _likely(token: int, request: Request) -> Likelihood:
-    assert request.logprobs is not None
-    tops = range(4, 4 + request.logprobs)
-    confidence = 0.5 if request.params.mode is Mode.DIFFUSION else None
+def _likely(token: int, most: int, confidence: float | None = None) -> Likelihood:
+    tops = range(4, 4 + most)
     return Likelihood(-token / 100, tuple(tops), tuple(-top / 100 for top in tops), confidence)
 
 

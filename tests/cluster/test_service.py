@@ -145,6 +145,11 @@ async def test_likelihoods_of_all_modes_are_the_scorers(service: Service) -> Non
 
         for told, scored in await asyncio.gather(*map(told_and_scored, requests)):
             assert told == pytest.approx(scored, abs=1e-4)
+        text = [*prompt["tokens"], *prompt["ar"]["tokens"]]
+        echo = {"prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1}
+        [choice] = (await http.post("/v1/completions", json=echo)).json()["choices"]
+        scored = (await http.post("/v1/score", json={"prompt": text[:1], "continuation": text[1:]})).json()["log_probs"]
+        assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(scored, abs=1e-4)
     await service.all_free()
 
 

@@ -92,8 +92,10 @@ def _passes(context: ContextTower, denoiser: DenoiserTower, device: torch.device
             cache.advance(slot, length)
         logits_RV, chosen = context.logits(hidden[:, 0]), [TokenParams(), TokenParams(0.7, 3, 0.9, 1), TokenParams()]
         sample(logits_RV, chosen)
-        beside(decide(logits_RV, chosen), logits_RV, [0, 2], 5)
-        sheets = [ScoreSheet(ScoreRequest(RequestId("s"), (5,) * (length + 1), 1)) for length in lengths]
+        decided_R3 = decide(logits_RV, chosen)
+        beside(decided_R3, logits_RV, decided_R3[:, 0].long(), [0, 2], 5)
+        asks = [ScoreRequest(RequestId("s"), (5,) * (length + 1), 1, logprobs=length % 2 or None) for length in lengths]
+        sheets = list(map(ScoreSheet, asks))
         score_rows(
             context, hidden, [ScoredRow(row, s, 0, s.positions(0, lengths[row])) for row, s in enumerate(sheets)]
         )

@@ -11,7 +11,18 @@ import torch
 from tests.engine.arrangements import Towers, split_pair
 from tests.engine.decode import SETTINGS
 from tests.goldens import golden, vendored
-from twotower.core import BlockEvent, DecodingParams, FinishReason, Likelihood, Mode, Request, RequestId, ScoreRequest
+from twotower.core import (
+    BlockEvent,
+    DecodingParams,
+    FinishReason,
+    Likelihood,
+    Mode,
+    Request,
+    RequestId,
+    ScoreEvent,
+    ScoreRequest,
+)
+from twotower.engine import scores
 from twotower.engine.context import likelihoods as rating
 from twotower.engine.in_process import pair_of
 from twotower.engine.modes.unrated import Unrated
@@ -264,3 +275,28 @@ def test_tokens_wait_until_they_are_read() -> None:
     [told] = waiting.rated(Delta(0, 10, 13, 0, likelihoods=rated))
     assert told.likelihoods == (Likelihood(-1.0, confidence=0.5), Likelihood(-2.0, confidence=0.25))
     assert not waiting.last_words
+
+
+def test_the_scorer_tells_alternatives_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one batch with others that ask for more, for less and for none, and in pieces of the head's rows."""
+    model = golden("tt_dense")
+    tokens = tuple(model.prompts[0]["tokens"])
+    monkeypatch.setattr(scores, "MAX_LOGITS", 5 * model.context.config.vocab_size)
+    requests = [
+        ScoreRequest(RequestId(f"{number}"), tokens[: 12 + number], 1, logprobs=most)
+        for number, most in enumerate((None, 0, 3, 7))
+    ]
+
+    async def run() -> list[ScoreEvent]:
+        async with pair_of(model.context, None, SETTINGS) as pair:
+            return list(await asyncio.gather(*(pair.score(request, 60) for request in requests)))
+
+    for request, event in zip(requests, asyncio.run(run()), strict=True):
+        if request.logprobs is None:
+            assert event.likelihoods == ()
+            continue
+        assert tuple(one.log_prob for one in event.likelihoods) == pytest.approx(event.log_probs, abs=1e-6)
+        for one, is_greedy in zip(event.likelihoods, event.is_greedy, strict=True):
+            assert len(one.top_token_ids) == request.logprobs
+            if request.logprobs:
+                assert is_greedy == (one.log_prob == one.top_log_probs[0])

@@ -26,16 +26,15 @@ def rate(logits_PV: Tensor, tokens_P: Tensor, most: int) -> Tensor:
     return torch.cat([given_P1, finite_P1.float(), top.indices.float(), top.values], dim=1)
 
 
-def beside(decided_RC: Tensor, logits_RV: Tensor, asked: Sequence[int], most: int) -> Tensor:
-    """What `decide` gave, with the ratings of the tokens chosen in rows `asked` behind it; in other rows nothing is
-    worked out, and what stands there means nothing."""
+def beside(told_RC: Tensor, logits_RV: Tensor, tokens_R: Tensor, asked: Sequence[int], most: int) -> Tensor:
+    """What is told of each row already, with the ratings of the tokens in rows `asked` behind it; in other rows nothing
+    is worked out, and what stands there means nothing."""
     width = _HEAD + 2 * min(most, logits_RV.shape[1])
-    rated_RC = decided_RC.new_zeros(len(decided_RC), width)
+    rated_RC = told_RC.new_zeros(len(told_RC), width)
     if asked:
         which_M = on_device(list(asked), logits_RV.device)
-        chosen_M = decided_RC[which_M, 0].long()
-        rated_RC = rated_RC.index_copy(0, which_M, rate(logits_RV[which_M], chosen_M, most))
-    return torch.cat([decided_RC, rated_RC], dim=1)
+        rated_RC = rated_RC.index_copy(0, which_M, rate(logits_RV[which_M], tokens_R[which_M], most))
+    return torch.cat([told_RC, rated_RC], dim=1)
 
 
 def is_finite(row: Sequence[float]) -> bool:

@@ -13,6 +13,7 @@ from cluster.faces.http.completion_models import Usage as UsageBody
 from cluster.faces.http.completions import CompletionCall
 from cluster.faces.http.log_probs import log_probs, whole_log_probs
 from cluster.runs.answer import Chunk, Usage
+from cluster.runs.echoing import Echoing
 from cluster.runs.run import Generating
 from twotower.core import COSTS, FinishReason, StepEvent, TraceEvent
 from twotower.text.token_names import TokenNames
@@ -22,15 +23,16 @@ _NO_CHOICES = b'"choices":[]'
 
 
 async def whole_body(
-    call: CompletionCall, model: str, created: int, runs: Sequence[Generating], names: TokenNames
+    call: CompletionCall, model: str, created: int, runs: Sequence[Generating | Echoing], names: TokenNames
 ) -> bytes:
     """The response of a call that does not stream. It may be very long: others have their turn between its choices."""
     choices = []
-    for index, run in enumerate(runs):
-        told = await whole_log_probs(run, names)
-        choices.append(encoded(_choice(index, run, run.text, run.token_ids, run.finish_reason, told)))
+    answers = [run.answer if isinstance(run, Echoing) else run for run in runs]
+    for index, (run, answer) in enumerate(zip(runs, answers, strict=True)):
+        told = None if answer.request.logprobs is None else await whole_log_probs(run, names)
+        choices.append(encoded(_choice(index, answer, run.text, run.token_ids, run.finish_reason, told)))
         await asyncio.sleep(0)
-    around = encoded(_completion(call, model, created, [], [run.usage for run in runs]))
+    around = encoded(_completion(call, model, created, [], [answer.usage for answer in answers]))
     before, after = around.split(_NO_CHOICES, 1)
     return b"".join([before, b'"choices":[', b",".join(choices), b"]", after])
 

@@ -91,9 +91,17 @@ class CompletionRequest(_Parameters):  # type: ignore[misc]
     priority: Annotated[Any, schema_of(PRIORITY)] = PRIORITY.default
     logprobs: Annotated[Any, schema_of(LOGPROBS)] = LOGPROBS.default
     stream: bool = False
+    echo: bool = False
     stream_options: StreamOptions = StreamOptions()
     request_id: Label = ""
     user: Label = ""
+
+    @field_validator("echo")
+    @classmethod
+    def _only_of_whole_answers(cls, echo: bool, info: ValidationInfo) -> bool:
+        if echo and info.data.get("stream"):
+            raise ValueError("got true, wanted it only without stream")
+        return echo
 
     @field_validator("stream_options")
     @classmethod
@@ -127,13 +135,14 @@ class Usage(Body):
 
 class LogProbs(Body):
     """Of each token: its name, its log-probability, those of the likeliest tokens and its own by name, where its text
-    begins in the answer's. `confidence`: in `diffusion`, how sure the denoiser was of it when it was fixed."""
+    begins in the answer's. `confidence`: in `diffusion`, how sure the denoiser was of it when it was fixed. None of
+    what there is not: a prompt's first token follows nothing, and nobody decided a prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
-    confidence: list[float] | None = None
+    confidence: list[float | None] | None = None
 
 
 class Choice(Body):

@@ -60,7 +60,7 @@ class Decoding:
         decided_RC = decide(logits_RV, [self._answers[key].next_token for key in keys])
         asked = {row: most for row, key in enumerate(keys) if (most := self._asked(key)) is not None}
         if asked:
-            decided_RC = beside(decided_RC, logits_RV, list(asked), max(asked.values()))
+            decided_RC = beside(decided_RC, logits_RV, decided_RC[:, 0].long(), list(asked), max(asked.values()))
         return Step(decided_RC, partial(self._take, keys))
 
     def _asked(self, key: Key) -> int | None:

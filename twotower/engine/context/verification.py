@@ -115,7 +115,7 @@ class Verification:
         if most is None:
             return decided_PC
         asked = [number for number, place in enumerate(wanted) if place.alternatives is not None]
-        return beside(decided_PC, logits_PV, asked, most)
+        return beside(decided_PC, logits_PV, decided_PC[:, 0].long(), asked, most)
 
     def _prompts_decided(self, ends: Sequence[ReadChunk], chosen: Rows) -> None:
         for read, one in zip(ends, chosen, strict=True):
