@@ -148,6 +148,7 @@ class Run:
     def _new(self, event: ToldEvent) -> ToldEvent | None:
         """What of it has not been told."""
         if isinstance(event, ScoreEvent):
+            self.record.check_rated(event)
             return event
         return self.record.news(event) if isinstance(event, BlockEvent) else self.record.trace_news(event)
 
