@@ -14,7 +14,7 @@ from cluster.config import ServiceConfig
 from cluster.faces.http.neutral_values import NEUTRAL
 from cluster.watch import cell_metrics, router_metrics
 from cluster.watch.metric import declared_in
-from twotower.core import PARAMETERS, PRIORITY, STOP, TRACE
+from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, STOP, TRACE
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MADE = "made by `make docs`"
@@ -23,7 +23,8 @@ MADE = "made by `make docs`"
 def parameters() -> str:
     """The parameters of a request."""
     rows = []
-    for name, parameter in {**PARAMETERS, "stop": STOP, "priority": PRIORITY, "trace": TRACE}.items():
+    beside = {"stop": STOP, "priority": PRIORITY, "trace": TRACE, "logprobs": LOGPROBS}
+    for name, parameter in {**PARAMETERS, **beside}.items():
         modes, http = ", ".join(parameter.modes) or "all", f"`{parameter.http}`"
         rows.append((f"`{name}`", http, modes, parameter.default_told, parameter.kind.allowed, parameter.meaning))
     return table(("name", "over HTTP", "modes", "default", "allowed", "meaning"), rows)

@@ -5,7 +5,7 @@ Plain data without torch. The engine knows token ids only; text is the business 
 
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from twotower.errors import TwoTowerError
 from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenIds, declared_in
@@ -51,6 +51,7 @@ MAX_SEED = 2**63 - 1
 MAX_STOP_TOKEN_IDS = 64
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
+MAX_ALTERNATIVES = 20
 
 _AUTO = (Mode.AUTO,)
 _DIFFUSION, _VERIFIED = (Mode.DIFFUSION, *_AUTO), (Mode.VERIFIED, *_AUTO)
@@ -182,6 +183,14 @@ TRACE = Parameter(
     off=False,
     http="diffusion.trace",
 )
+LOGPROBS = Parameter(
+    None,
+    Integer(0, MAX_ALTERNATIVES),
+    "tell of each token its log-probability under the context tower, and so many of the likeliest tokens at its place; "
+    "never changes a token",
+    http="logprobs",
+    default_is="not told",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +200,7 @@ class Request:
     `priority` decides when it starts, never its tokens: a lower value goes first (`twotower.engine.ledger`).
     `committed`: the first of its new tokens, where it was begun elsewhere (in `diffusion` whole blocks). Its events go
     on after them, from `start` == len(`committed`); in `auto` the context tower wrote them. `trace`: whether its
-    TraceEvents are told.
+    TraceEvents are told. `logprobs`: whether its tokens are told with their Likelihood, and with how many alternatives.
     """
 
     id: RequestId
@@ -200,6 +209,7 @@ class Request:
     priority: int = 0
     committed: tuple[int, ...] = ()
     trace: bool = False
+    logprobs: int | None = None
 
     @property
     def history(self) -> tuple[int, ...]:
@@ -211,8 +221,11 @@ class Request:
         """Cache positions this request may fill at most: the prompt and every block but the last, which is not read.
 
         In `verified` no more of a draft is read than the answer may still take, so its blocks are tokens here; `auto`
-        has room for it.
+        has room for it. What a denoiser has decided is read to its last token where likelihoods are told: they follow
+        from reading.
         """
+        if self.logprobs is not None and self.params.mode in (Mode.DIFFUSION, Mode.MOCK_AR, Mode.AUTO):
+            return len(self.prompt_token_ids) + self.params.max_new_tokens
         width = self.params.block_size if self.params.mode is Mode.DIFFUSION else 1
         blocks = -(-self.params.max_new_tokens // width)
         return len(self.prompt_token_ids) + (blocks - 1) * width
@@ -227,14 +240,15 @@ class Request:
 class ScoreRequest:
     """How likely the context tower finds the tokens from position `start` on, each after all before it.
 
-    1 <= `start` < len(`token_ids`): the first token follows nothing, so nothing says how likely it is. `priority` as
-    a Request's.
+    1 <= `start` < len(`token_ids`): the first token follows nothing, so nothing says how likely it is. `priority` and
+    `logprobs` as a Request's.
     """
 
     id: RequestId
     token_ids: tuple[int, ...]
     start: int
     priority: int = 0
+    logprobs: int | None = None
 
     @property
     def positions(self) -> int:
@@ -247,6 +261,20 @@ class ScoreRequest:
 
 
 AnyRequest = Request | ScoreRequest
+
+
+class Likelihood(NamedTuple):
+    """How likely the context tower finds a committed token after all before it, in whatever mode it was decoded.
+
+    `log_prob`: as in a ScoreEvent, of the raw logits: the request's temperature has no part in it. `top_token_ids` and
+    `top_log_probs`: the likeliest tokens at its place, the likeliest first. `confidence`: in `diffusion`, the
+    denoiser's probability of the token when it was fixed.
+    """
+
+    log_prob: float
+    top_token_ids: tuple[int, ...] = ()
+    top_log_probs: tuple[float, ...] = ()
+    confidence: float | None = None
 
 
 # Counts of a BlockEvent that add up.
@@ -265,6 +293,7 @@ class BlockEvent:
     denoiser; the others are rounds.
     The last event of a request carries a `finish_reason`; it may hold no tokens. It also tells the smallest margin of
     the request's decisions (`twotower.decoding.margins`): in fp32, only below 1e-5 might its tokens have been others.
+    `likelihoods`: one for each token, where the request asks for them.
     """
 
     request_id: RequestId
@@ -278,6 +307,7 @@ class BlockEvent:
     num_accepted: int = 0
     num_ar_blocks: int = 0
     num_diffusion_blocks: int = 0
+    likelihoods: tuple[Likelihood, ...] = ()
 
     @property
     def is_last(self) -> bool:
@@ -291,13 +321,14 @@ class BlockEvent:
             return self
         blocks = min(count, self.num_blocks)
         costs = {name: getattr(self, name) * blocks // max(1, self.num_blocks) for name in COSTS}
-        return replace(self, token_ids=self.token_ids[:count], **costs)
+        return replace(self, token_ids=self.token_ids[:count], likelihoods=self.likelihoods[:count], **costs)
 
     def after(self, count: int) -> "BlockEvent":
         """It without its first `count` tokens and what they cost."""
         head = self.first(count)
         costs = {name: getattr(self, name) - getattr(head, name) for name in COSTS}
-        return replace(self, start=self.start + count, token_ids=self.token_ids[count:], **costs)
+        tokens, likelihoods = self.token_ids[count:], self.likelihoods[count:]
+        return replace(self, start=self.start + count, token_ids=tokens, likelihoods=likelihoods, **costs)
 
     def joined(self, following: "BlockEvent") -> "BlockEvent":
         """This one and the next of its request as one."""
@@ -313,6 +344,7 @@ class BlockEvent:
             self.num_accepted + following.num_accepted,
             self.num_ar_blocks + following.num_ar_blocks,
             self.num_diffusion_blocks + following.num_diffusion_blocks,
+            self.likelihoods + following.likelihoods,
         )
 
 
@@ -363,13 +395,15 @@ class ScoreEvent:
     """The whole answer to a ScoreRequest, one entry for each token from its `start` on.
 
     `log_probs`: natural logarithms, the fp32 log-softmax of the context tower's fp32 logits. `is_greedy`: whether `ar`
-    would have chosen this token at temperature 0; `margin` is the smallest of these decisions.
+    would have chosen this token at temperature 0; `margin` is the smallest of these decisions. `likelihoods`: the same
+    with the likeliest tokens, where the request asks for them.
     """
 
     request_id: RequestId
     log_probs: tuple[float, ...]
     is_greedy: tuple[bool, ...]
     margin: float
+    likelihoods: tuple[Likelihood, ...] = ()
 
     @property
     def is_last(self) -> bool:

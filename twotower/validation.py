@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from twotower.core import (
+    LOGPROBS,
     ONLY_WITH_FLOOR,
     PARAMETERS,
     PRIORITY,
@@ -48,6 +49,7 @@ class Terms:
     priority: int
     length_given: bool
     trace: bool = False
+    logprobs: int | None = None
 
 
 _Checked = TypeVar("_Checked")
@@ -121,6 +123,11 @@ def check_priority(priority: object) -> int:
     return int(PRIORITY.kind.read("priority", priority))
 
 
+def check_logprobs(logprobs: object) -> int | None:
+    """None is not asked for. Raises InvalidRequest."""
+    return None if logprobs is None else int(LOGPROBS.kind.read("logprobs", logprobs))
+
+
 def check_token_ids(name: str, token_ids: Sequence[object], vocab_size: int) -> tuple[int, ...]:
     """Every one of them in range. Raises InvalidRequest that names the first which is not."""
     problems = Problems()
@@ -181,18 +188,23 @@ def make_request(
 
 
 def check_terms(
-    given: Mapping[str, object], priority: object, limits: ModelLimits, trace: object = TRACE.default
+    given: Mapping[str, object],
+    priority: object,
+    limits: ModelLimits,
+    trace: object = TRACE.default,
+    logprobs: object = LOGPROBS.default,
 ) -> Terms:
     """All but the prompt. Raises InvalidRequest naming each field that is wrong."""
     problems = Problems()
     params = problems.of(lambda: parse_params(given, limits), None)
     order = problems.of(lambda: check_priority(priority), 0)
     traced = problems.of(lambda: bool(TRACE.kind.read("trace", trace)), False)
+    alternatives = problems.of(lambda: check_logprobs(logprobs), None)
     if params is not None:
         _check_meaning("trace", TRACE, traced, params.mode, problems)
     problems.raise_any()
     assert params is not None
-    return Terms(params, order, "max_new_tokens" in given, traced)
+    return Terms(params, order, "max_new_tokens" in given, traced, alternatives)
 
 
 def join(request_id: str, prompt: tuple[int, ...], terms: Terms, limits: ModelLimits) -> Request:
@@ -214,7 +226,9 @@ def join(request_id: str, prompt: tuple[int, ...], terms: Terms, limits: ModelLi
             f"got {params.max_new_tokens} after a prompt of {len(prompt)} tokens ({together} together), "
             f"wanted at most {longest} together",
         )
-    return Request(RequestId(request_id), prompt, params, priority=terms.priority, trace=terms.trace)
+    return Request(
+        RequestId(request_id), prompt, params, priority=terms.priority, trace=terms.trace, logprobs=terms.logprobs
+    )
 
 
 def make_score_request(
@@ -234,7 +248,12 @@ def make_score_request(
 
 
 def join_score(
-    request_id: str, prompt: tuple[int, ...], continuation: tuple[int, ...], priority: int, limits: ModelLimits
+    request_id: str,
+    prompt: tuple[int, ...],
+    continuation: tuple[int, ...],
+    priority: int,
+    limits: ModelLimits,
+    logprobs: int | None = None,
 ) -> ScoreRequest:
     """The request of two checked parts. Raises InvalidRequest where they do not fit together."""
     together = len(prompt) + len(continuation)
@@ -244,7 +263,7 @@ def join_score(
             f"got a prompt of {len(prompt)} tokens and a continuation of {len(continuation)} ({together} together), "
             f"wanted at most {limits.max_sequence_length} together",
         )
-    return ScoreRequest(RequestId(request_id), prompt + continuation, len(prompt), priority)
+    return ScoreRequest(RequestId(request_id), prompt + continuation, len(prompt), priority, logprobs)
 
 
 def _tokens_of(name: str, token_ids: object, limits: ModelLimits, problems: Problems) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from twotower.core import BlockEvent, FinishReason, TraceEvent
+from twotower.core import BlockEvent, FinishReason, Likelihood, TraceEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ NOTHING = Usage(0)
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Committed tokens with what they `cost`, the text that became certain with them, the usage so far. The last has a
-    `finish_reason`."""
+    `finish_reason`. Where likelihoods are asked for, `offsets` are where the tokens' text begins."""
 
     start: int
     token_ids: tuple[int, ...]
@@ -45,6 +45,12 @@ class Chunk:
     cost: BlockEvent
     usage: Usage
     finish_reason: FinishReason | None = None
+    offsets: tuple[int, ...] = ()
+
+    @property
+    def likelihoods(self) -> tuple[Likelihood, ...]:
+        """One for each token, where they are asked for."""
+        return self.cost.likelihoods
 
 
 Piece = Chunk | TraceEvent  # of a stream

@@ -17,19 +17,21 @@ from cluster.runs.answer import Piece
 from cluster.runs.callers import NOBODY, Caller, Door, OpenDoor
 from cluster.runs.cells import Cells
 from cluster.runs.deadline import Deadline
+from cluster.runs.echoing import EchoedPrompt, Echoing
 from cluster.runs.labels import WANTED, is_label
 from cluster.runs.lanes import Lanes
 from cluster.runs.observers import Observer
 from cluster.runs.record import Record
 from cluster.runs.run import Generating, Means, Patience, Run, Scoring
 from cluster.runs.served_model import ServedModel
-from cluster.runs.streams import merged
+from cluster.runs.streams import Stream, merged
 from cluster.runs.trace_parent import NO_PARENT, TraceParent
 from cluster.runs.turns import Turns
 from twotower.core import Request, ScoreRequest
 from twotower.errors import TwoTowerError
 from twotower.showing import show
 from twotower.text.answer_text import AnswerText
+from twotower.text.token_names import TokenNames
 from twotower.text.token_texts import TokenTexts
 from twotower.text.tokenizer import check_stop, require_tokenizer
 from twotower.validation import (
@@ -48,6 +50,7 @@ Given = str | Sequence[object]  # text, or token ids
 Part = str | tuple[int, ...]  # the same, checked
 _NO_PART: Part = ()  # where it is wrong, which is told
 _TOKENIZED_S = 1e-6  # a byte, about
+_DETOKENIZED_S = 5e-5  # a token, one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Ask:
     """What a client sent, unchecked. `params` holds only what was given, under the names of DecodingParams.
 
     `label` is the client's name for it, echoed and logged; several requests may bear the same. `id` is ours. `trace`:
-    whether the stream shows the steps.
+    whether the stream shows the steps. `logprobs`: with how many alternatives likelihoods are told; None: they are not.
     """
 
     prompt: Given
@@ -65,6 +68,7 @@ class Ask:
     priority: object = 0
     id: str = field(default_factory=lambda: drawn_id())
     trace: object = False
+    logprobs: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,7 @@ class Generation:
         self._given_up: TwoTowerError | None = None
         self.lanes = Lanes()
         self.token_texts = TokenTexts(model.tokenizer)
+        self.token_names = TokenNames(self.token_texts)
         self.admission = admission or Admission(capacity=1024, slots=at_once)
 
     def check(self, ask: Ask) -> Checked:
@@ -142,7 +147,7 @@ class Generation:
         _check_label(ask.label, problems)
         stop = problems.of(lambda: check_stop(self.model.tokenizer, ask.stop), tuple[str, ...]())
         prompt = problems.of(lambda: self._checked("prompt", ask.prompt), _NO_PART)
-        terms = problems.of(lambda: check_terms(ask.params, ask.priority, limits, ask.trace), None)
+        terms = problems.of(lambda: check_terms(ask.params, ask.priority, limits, ask.trace, ask.logprobs), None)
         problems.raise_any()
         assert terms is not None
         request = None if isinstance(prompt, str) else join(ask.id, prompt, terms, limits)
@@ -206,8 +211,31 @@ class Generation:
                 prompt = await self._tokenized("prompt", checked.prompt, deadline)
                 request = join(ask.id, prompt, checked.terms, self.model.limits)
         record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
-        text = AnswerText(self.model.tokenizer, checked.stop)
+        text = AnswerText(self.model.tokenizer, checked.stop, request.logprobs is not None)
         return self._added(Generating(record, deadline, self._means, text))
+
+    async def echo_run(
+        self,
+        checked: Checked,
+        answers: bool,
+        deadline: Deadline,
+        caller: Caller = NOBODY,
+        parent: TraceParent = NO_PARENT,
+    ) -> Echoing:
+        """As `run`, with the prompt told again; without an answer where it is not to `answer`."""
+        answer = await self.run(checked, deadline, caller, parent)
+        request, model = answer.request, self.model
+        prompt, scoring = request.prompt_token_ids, None
+        if request.logprobs is not None and len(prompt) > 1:
+            score_id, priority = f"{request.id}-prompt", request.priority
+            scored = join_score(score_id, prompt[:1], prompt[1:], priority, model.limits, request.logprobs)
+            label, vocabulary = checked.ask.label, model.vocabulary
+            record = Record(scored, model.fingerprint, label, caller, parent=parent, vocabulary=vocabulary)
+            scoring = self._added(Scoring(record, deadline, self._means))
+        text = AnswerText(model.tokenizer, with_offsets=True)
+        await self.lanes.run(len(prompt) * _DETOKENIZED_S, partial(text.push, prompt, last=True), deadline)
+        given = checked.prompt if isinstance(checked.prompt, str) else text.text or ""
+        return Echoing(EchoedPrompt(prompt, given, text.offsets), scoring, answer, answers)
 
     async def score_run(
         self, checked: CheckedScore, deadline: Deadline, caller: Caller = NOBODY, parent: TraceParent = NO_PARENT
@@ -224,7 +252,7 @@ class Generation:
         record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
         return self._added(Scoring(record, deadline, self._means))
 
-    def many(self, runs: Sequence[Generating]) -> AsyncGenerator[tuple[int, Piece], None]:
+    def many(self, runs: Sequence[Stream[Piece]]) -> AsyncGenerator[tuple[int, Piece], None]:
         """Pieces of all runs of a call as they come, each with its run's number.
 
         The rest waits here, so that a call of many prompts needs no more room in the cells' queues than others do.

@@ -6,7 +6,17 @@ from math import inf
 from cluster.runs.answer import NOTHING, Usage
 from cluster.runs.callers import NOBODY, Caller
 from cluster.runs.trace_parent import NO_PARENT, TraceParent
-from twotower.core import AnyRequest, BlockEvent, FinishReason, Mode, Request, RequestId, StepEvent, TraceEvent
+from twotower.core import (
+    AnswerEvent,
+    AnyRequest,
+    BlockEvent,
+    FinishReason,
+    Mode,
+    Request,
+    RequestId,
+    StepEvent,
+    TraceEvent,
+)
 from twotower.errors import Unavailable
 
 
@@ -77,8 +87,9 @@ class Record:
 
     def news(self, event: BlockEvent) -> BlockEvent | None:
         """What of a block is not committed yet, which is from now on; None where there is nothing. Raises Gap where it
-        does not follow, and where it repeats other tokens than are there.
+        does not follow, where it repeats other tokens than are there, and where likelihoods are asked for and missing.
         """
+        self.check_rated(event)
         have, known = len(self.committed), len(self.committed) - event.start
         if (
             known < 0
@@ -95,6 +106,12 @@ class Record:
         if known == 0:
             return event
         return event.after(known) if known < len(event.token_ids) else None
+
+    def check_rated(self, event: AnswerEvent) -> None:
+        """Raises Gap where likelihoods are asked for and are not told: a cell of an older version tells none."""
+        tokens = len(event.token_ids if isinstance(event, BlockEvent) else event.log_probs)
+        if self.request.logprobs is not None and len(event.likelihoods) != tokens:
+            raise Gap(f"got {tokens} tokens with {len(event.likelihoods)} likelihoods, wanted one for each")
 
     def trace_news(self, event: TraceEvent) -> TraceEvent | None:
         """A part of the trace that has not been told; None where it has.

@@ -15,6 +15,7 @@ from cluster.runs.turns import Turns
 from twotower.core import (
     BlockEvent,
     FinishReason,
+    Likelihood,
     Request,
     ScoreEvent,
     ScoreRequest,
@@ -147,6 +148,7 @@ class Run:
     def _new(self, event: ToldEvent) -> ToldEvent | None:
         """What of it has not been told."""
         if isinstance(event, ScoreEvent):
+            self.record.check_rated(event)
             return event
         return self.record.news(event) if isinstance(event, BlockEvent) else self.record.trace_news(event)
 
@@ -307,6 +309,7 @@ class Generating(Run):
         assert isinstance(record.request, Request), record.request
         self.request, self._answer = record.request, text
         self.usage = Usage(len(self.request.prompt_token_ids))
+        self.likelihoods: list[Likelihood] = []  # where they are asked for
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -317,6 +320,11 @@ class Generating(Run):
     @property
     def text(self) -> str:
         return self._answer.text or ""
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where the tokens' text begins, where likelihoods are asked for."""
+        return self._answer.offsets
 
     def __aiter__(self) -> "Generating":
         return self
@@ -335,7 +343,9 @@ class Generating(Run):
         self.record.finish_reason = self.finish_reason
         if self.finish_reason is not None:
             await self._end(None)
-        return Chunk(event.start, token_ids, text, taken, self.usage, self.finish_reason)
+        self.likelihoods += taken.likelihoods
+        offsets = self.offsets[event.start :]
+        return Chunk(event.start, token_ids, text, taken, self.usage, self.finish_reason, tuple(offsets))
 
     async def aclose(self) -> None:
         await self.close()

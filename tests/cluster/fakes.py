@@ -14,6 +14,7 @@ from twotower.core import (
     BlockEvent,
     DecodingParams,
     FinishReason,
+    Likelihood,
     Mode,
     Request,
     RoundEvent,
@@ -70,7 +71,8 @@ class ScriptedCells:
     A trace has two steps a block, each fixing every other token with a confidence of a half; in `verified` the context
     tower rejects the last one, and writes it itself.
 
-    Their score of a token is minus a hundredth of its id. The token is greedy where the id is even.
+    Their score of a token is minus a hundredth of its id, and so is its log-probability. The token is greedy where the
+    id is even. The likeliest tokens are those of the bytes 0, 1, 2 and so on.
 
     `fail` is called before each block with the request and the block's number and may raise. `pace_s` delays every
     block. `open` counts the streams not yet closed.
@@ -127,7 +129,8 @@ class ScriptedCells:
             await asyncio.sleep(self.pace_s)
             scored = request.token_ids[request.start :]
             log_probs, is_greedy = (-token / 100 for token in scored), (token % 2 == 0 for token in scored)
-            return ScoreEvent(request.id, tuple(log_probs), tuple(is_greedy), 1.0)
+            likelihoods = () if request.logprobs is None else [_likely(token, request.logprobs) for token in scored]
+            return ScoreEvent(request.id, tuple(log_probs), tuple(is_greedy), 1.0, tuple(likelihoods))
 
     @contextmanager
     def _opened(self, timeout_s: float) -> Iterator[None]:
@@ -149,7 +152,9 @@ class ScriptedCells:
             self.fail(request, start // BLOCK)
             await asyncio.sleep(self.pace_s)
             last = start + BLOCK >= len(answer)
-            yield BlockEvent(request.id, start, part, 2, 1, reason if last else None)
+            sure, most = 0.5 if request.params.mode is Mode.DIFFUSION else None, request.logprobs
+            likelihoods = () if most is None else tuple(_likely(token, most, sure) for token in part)
+            yield BlockEvent(request.id, start, part, 2, 1, reason if last else None, likelihoods=likelihoods)
 
     def _trace(self, request: Request, start: int, part: Sequence[int]) -> Iterator[TraceEvent]:
         for step in (0, 1):
@@ -158,6 +163,11 @@ class ScriptedCells:
             yield StepEvent(request.id, start, BLOCK, step, positions, token_ids, (0.5,) * len(places))
         if request.params.mode is Mode.VERIFIED:
             yield RoundEvent(request.id, start, (*part[:-1], 35), len(part) - 1, part[-1])
+
+
+def _likely(token: int, most: int, confidence: float | None = None) -> Likelihood:
+    tops = range(4, 4 + most)
+    return Likelihood(-token / 100, tuple(tops), tuple(-top / 100 for top in tops), confidence)
 
 
 def all_modes() -> Set[Mode]:

@@ -48,8 +48,11 @@ JSON: list[tuple[str, dict[str, Any], str, str]] = [
     ("mode outside", {"mode": "ar"}, "mode", "did you mean diffusion.mode?"),
     ("n of 2", {"n": 2}, "n", "not supported"),
     ("n is true", {"n": True}, "n", "not supported"),
-    ("logprobs", {"logprobs": 0}, "logprobs", "not supported"),
-    ("echo", {"echo": True}, "echo", "not supported"),
+    ("logprobs too many", {"logprobs": 21}, "logprobs", "got 21, wanted an integer from 0 to 20"),
+    ("logprobs as of chats", {"logprobs": True}, "logprobs", "got True, wanted an integer"),
+    ("top_logprobs of chats", {"top_logprobs": 5}, "top_logprobs", "unknown field"),
+    ("echo a number", {"echo": 1}, "echo", "wanted true or false"),
+    ("nothing without echo", {"max_tokens": 0}, "max_tokens", "got 0, wanted an integer from 1"),
     ("best_of", {"best_of": 3}, "best_of", "not supported"),
     ("penalty", {"presence_penalty": 0.5}, "presence_penalty", "not supported"),
     ("logit_bias", {"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
@@ -149,9 +152,9 @@ async def test_http_refuses_broken_bodies(
 
 
 async def test_http_tells_all_problems_at_once(http: httpx.AsyncClient) -> None:
-    response = await http.post("/v1/completions", json={"prompt": "a", "n": 2, "magic": 1, "echo": True})
+    response = await http.post("/v1/completions", json={"prompt": "a", "n": 2, "magic": 1, "best_of": 3})
     message = response.json()["error"]["message"]
-    assert all(name in message for name in ("n: got 2", "magic: unknown", "echo: got True"))
+    assert all(name in message for name in ("n: got 2", "magic: unknown", "best_of: got 3"))
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])

@@ -20,6 +20,7 @@ from cluster.faces.http.service import make_app
 from cluster.runs.generation import Generation
 from tests.cluster.fakes import ByteTokenizer, ScriptedCells, all_modes, generation, grpc_server, served_model
 from twotower.core import (
+    MAX_ALTERNATIVES,
     MAX_COUNT,
     MAX_PRIORITY,
     MAX_SEED,
@@ -71,6 +72,7 @@ HTTP: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "max_tokens",
         "got 57 after a prompt of 200 tokens (257 together), wanted at most 256 together",
     ),
+    ("logprobs", {"logprobs": MAX_ALTERNATIVES}, {"logprobs": MAX_ALTERNATIVES + 1}, "logprobs", "from 0 to 20"),
     ("priority", {"priority": MAX_PRIORITY}, {"priority": MAX_PRIORITY + 1}, "priority", f"to {MAX_PRIORITY}"),
     ("lowest priority", {"priority": MIN_PRIORITY}, {"priority": MIN_PRIORITY - 1}, "priority", f"from {MIN_PRIORITY}"),
 ]
@@ -252,6 +254,12 @@ GRPC: list[tuple[str, pb.GenerateRequest, pb.GenerateRequest, str]] = [
         params(200, max_new_tokens=56),
         params(200, max_new_tokens=57),
         "params.max_new_tokens: got 57 after a prompt of 200 tokens (257 together), wanted at most 256 together",
+    ),
+    (
+        "logprobs",
+        pb.GenerateRequest(text="a", logprobs=MAX_ALTERNATIVES),
+        pb.GenerateRequest(text="a", logprobs=MAX_ALTERNATIVES + 1),
+        "logprobs: got 21, wanted an integer from 0 to 20",
     ),
     (
         "priority",

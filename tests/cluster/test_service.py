@@ -130,6 +130,29 @@ async def test_a_trace_is_the_released_codes_steps_over_both_faces(service: Serv
     await service.all_free()
 
 
+async def test_likelihoods_of_all_modes_are_the_scorers(service: Service) -> None:
+    prompt = vendored("tt_moe").prompts[0]
+    requests = [causal_request(prompt, mode) for mode in (Mode.AR, Mode.MOCK_AR, Mode.VERIFIED)]
+    requests.append(diffusion_request(prompt, prompt["cases"][0]))
+    async with httpx.AsyncClient(base_url=f"http://{service.http}", timeout=60) as http:
+
+        async def told_and_scored(request: Request) -> tuple[list[float], list[float]]:
+            [choice] = (await http.post("/v1/completions", json=as_json(request) | {"logprobs": 20})).json()["choices"]
+            assert all(20 <= len(top) <= 21 for top in choice["logprobs"]["top_logprobs"])
+            score = {"prompt": list(request.prompt_token_ids), "continuation": choice["token_ids"]}
+            scored = (await http.post("/v1/score", json=score)).json()["log_probs"]
+            return choice["logprobs"]["token_logprobs"], scored
+
+        for told, scored in await asyncio.gather(*map(told_and_scored, requests)):
+            assert told == pytest.approx(scored, abs=1e-4)
+        text = [*prompt["tokens"], *prompt["ar"]["tokens"]]
+        echo = {"prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1}
+        [choice] = (await http.post("/v1/completions", json=echo)).json()["choices"]
+        scored = (await http.post("/v1/score", json={"prompt": text[:1], "continuation": text[1:]})).json()["log_probs"]
+        assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(scored, abs=1e-4)
+    await service.all_free()
+
+
 async def test_scores_beside_generation(service: Service) -> None:
     """The golden logits' own log-probabilities, while requests of every mode run; cancelled ones free their room."""
     model = vendored("tt_moe")

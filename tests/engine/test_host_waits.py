@@ -29,7 +29,8 @@ from twotower.core import (
     ScoreEvent,
     ScoreRequest,
 )
-from twotower.decoding.sampling import TokenParams, sample
+from twotower.decoding.likelihoods import beside
+from twotower.decoding.sampling import TokenParams, decide, sample
 from twotower.decoding.unmasking import Blocks, StepParams, unmask
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
@@ -89,8 +90,12 @@ def _passes(context: ContextTower, denoiser: DenoiserTower, device: torch.device
         hidden = context(tokens, cache.extending(slots, lengths, max(lengths)))
         for slot, length in zip(slots, lengths, strict=True):
             cache.advance(slot, length)
-        sample(context.logits(hidden[:, 0]), [TokenParams(), TokenParams(0.7, 3, 0.9, 1), TokenParams()])
-        sheets = [ScoreSheet(ScoreRequest(RequestId("s"), (5,) * (length + 1), 1)) for length in lengths]
+        logits_RV, chosen = context.logits(hidden[:, 0]), [TokenParams(), TokenParams(0.7, 3, 0.9, 1), TokenParams()]
+        sample(logits_RV, chosen)
+        decided_R3 = decide(logits_RV, chosen)
+        beside(decided_R3, logits_RV, decided_R3[:, 0].long(), [0, 2], 5)
+        asks = [ScoreRequest(RequestId("s"), (5,) * (length + 1), 1, logprobs=length % 2 or None) for length in lengths]
+        sheets = list(map(ScoreSheet, asks))
         score_rows(
             context, hidden, [ScoredRow(row, s, 0, s.positions(0, lengths[row])) for row, s in enumerate(sheets)]
         )

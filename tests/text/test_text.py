@@ -300,3 +300,31 @@ def test_stop_strings_need_a_tokenizer() -> None:
     assert check_stop(None, []) == () and check_stop(_plain(), "x") == ("x",)
     with pytest.raises(InvalidRequest, match="stop: got text, but this checkpoint has no tokenizer"):
         check_stop(None, "x")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@FAST
+@given(ANY_TEXT, CUTS)
+def test_offsets_are_where_tokens_begin(name: str, text: str, cuts: list[int]) -> None:
+    """Text and tokens are the same as without; a character of several tokens begins where the first of them does."""
+    tokenizer = _plain(name)
+    ids = tokenizer.encode(text)
+    bare, told = AnswerText(tokenizer), AnswerText(tokenizer, with_offsets=True)
+    for block in _split(ids, cuts):
+        bare.push(block)
+        told.push(block)
+    bare.push((), last=True)
+    told.push((), last=True)
+    assert (told.text, told.token_ids, bare.offsets) == (bare.text, bare.token_ids, [])
+    assert len(told.offsets) == len(ids) and told.offsets == sorted(told.offsets)
+    for place, offset in enumerate(told.offsets):
+        whole = tokenizer.decode(ids[:place])
+        if told.text is not None and "\ufffd" not in whole and told.text.startswith(whole):
+            assert offset == len(whole)
+
+
+def test_offsets_do_not_know_of_a_stop_string() -> None:
+    text = AnswerText(_demo(), ["thousand"], with_offsets=True)
+    taken, _ = text.push(_demo().encode_continuation("two thousand and nine"), last=True)
+    assert text.text == "two " and len(text.offsets) == len(taken)
+    assert text.offsets[-1] >= 3

@@ -32,9 +32,10 @@ def places(params: DecodingParams, first: int, count: int) -> list[TokenParams]:
 
 
 def verdict(block: Sequence[int], chosen: Sequence[Sequence[float]]) -> Verdict:
-    """`chosen[i]`: token, margin and finiteness of the choice behind `block[i]`. The block's first token is certain."""
+    """`chosen[i]`: token, margin and finiteness of the choice behind `block[i]`, and perhaps more. The block's first
+    token is certain."""
     cut = 1
     while cut < len(block) and block[cut] == chosen[cut - 1][0]:
         cut += 1
     made = chosen[:cut]
-    return Verdict(cut, int(made[-1][0]), min(margin for _, margin, _ in made), all(finite for *_, finite in made))
+    return Verdict(cut, int(made[-1][0]), min(one[1] for one in made), all(one[2] for one in made))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-from twotower.core import BlockEvent, Request
+from twotower.core import BlockEvent, Likelihood, Request
 from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.sampling import TokenParams
 from twotower.decoding.stopping import Stopping
@@ -49,13 +49,14 @@ class Answer:
         """Tokens that it may still take."""
         return self.request.params.max_new_tokens - self.generated
 
-    def extend(self, tokens: Sequence[int], cost: Cost) -> BlockEvent:
+    def extend(self, tokens: Sequence[int], cost: Cost, likelihoods: Sequence[Likelihood] = ()) -> BlockEvent:
         """The event that tells the next tokens, cut where the answer ends."""
         kept, reason = self.stopping.cut(tokens, self.generated)
         margin = None if reason is None else self.margin
         event = BlockEvent(
             self.request.id, self.generated, kept, cost.num_steps, cost.num_blocks, reason, margin,
             cost.num_drafted, cost.num_accepted, cost.num_ar_blocks, cost.num_diffusion_blocks,
+            tuple(likelihoods[: len(kept)]),
         )  # fmt: skip
         self.generated += len(kept)
         return event

@@ -21,12 +21,24 @@ from twotower.engine.modes.block_steps import StepTrace
 from twotower.engine.modes.diffusion import Diffusion
 from twotower.engine.modes.mock_ar import MockAr
 from twotower.engine.modes.strategy import DenoiserMode, LedSequence, Turn, Turns
+from twotower.engine.modes.unrated import Unrated
 from twotower.engine.modes.verified import Verified
 from twotower.engine.passes import USUAL_WIDTH, Passes
 from twotower.engine.settings import EngineSettings
 from twotower.engine.steps import Step, take_all
 from twotower.errors import LinkDown, NumericalError, TwoTowerError
-from twotower.exchange.protocol import Command, Commit, Delta, Failed, Link, LinkLost, Prefill, Release, Released
+from twotower.exchange.protocol import (
+    Command,
+    Commit,
+    Delta,
+    Failed,
+    Link,
+    LinkLost,
+    Prefill,
+    Rating,
+    Release,
+    Released,
+)
 from twotower.model.cache import TowerCache
 from twotower.model.tower import DenoiserTower
 
@@ -104,7 +116,7 @@ class DenoiserEngine:
         self._take_inbox()
         self._auto.look(self._verified_rows())
         self._take_replies()
-        ready = [s for s in self._sequences.values() if s.ready and not s.closing]
+        ready = [s for s in self._sequences.values() if s.steps]
         self._waits.note(self._sequences.values(), bool(ready))
         for turns in self._stepped(ready):
             for sequence, turn in turns:
@@ -144,15 +156,27 @@ class DenoiserEngine:
         if turn.trace is not None:
             self._emit(turn.trace)
         if turn.tokens:
-            event = sequence.answer.extend(turn.tokens, turn.cost)
-            self._emit(event)
+            event = sequence.answer.extend(turn.tokens, turn.cost, turn.likelihoods)
+            if sequence.unrated is not None:
+                sequence.unrated.add(event, turn.confidence)
+            else:
+                self._emit(event)
             if sequence.mode is self._modes[Mode.DIFFUSION]:
-                self._auto.diffused(sequence.request.params, event.num_steps, len(event.token_ids), event.is_last)
+                uncommitted = event.is_last and sequence.unrated is None
+                self._auto.diffused(sequence.request.params, event.num_steps, len(event.token_ids), uncommitted)
             if event.is_last:
-                self._release(sequence)
+                self._end(sequence)
                 return
         if turn.commit:
             self._commit(sequence, turn.commit, turn.alone)
+
+    def _end(self, sequence: LedSequence) -> None:
+        """Its answer is whole. Where likelihoods are told, its last tokens are read for theirs, once they can be."""
+        last_words = sequence.unrated.last_words if sequence.unrated is not None else ()
+        if not last_words:
+            self._release(sequence)
+        elif sequence.ready:
+            self._commit(sequence, last_words)
 
     def _commit(self, sequence: LedSequence, tokens: Sequence[int], alone: int = 0) -> None:
         """It goes with the next message; until its delta has come the sequence is not ready."""
@@ -198,6 +222,8 @@ class DenoiserEngine:
             sequence = LedSequence(answer, self._next_number, mode, drafting=drafting)
         else:
             sequence = LedSequence(answer, self._next_number, self._modes[params.mode])
+        if request.logprobs is not None and sequence.mode.verifying(request) is None:
+            sequence.unrated = Unrated(len(request.prompt_token_ids))
         sequence.mode.open(sequence)
         self._next_number += 1
         return sequence
@@ -223,8 +249,20 @@ class DenoiserEngine:
             self._meter.note(kind, decided.took.rows, decided.took.seconds)
         sequence.slot, sequence.length = delta.slot, delta.end
         sequence.ready = delta.complete
-        if not sequence.closing:
-            self._take(sequence, sequence.mode.answered(sequence, delta))
+        if sequence.closing:
+            return
+        self._take(sequence, sequence.mode.answered(sequence, delta))
+        if sequence.unrated is not None:
+            self._tell_rated(sequence, sequence.unrated, delta)
+
+    def _tell_rated(self, sequence: LedSequence, unrated: Unrated, delta: Delta) -> None:
+        for event in unrated.rated(delta):
+            self._emit(event)
+            if event.is_last:
+                self._release(sequence)
+                return
+        if unrated.last_words:
+            self._end(sequence)
 
     def _verified_rows(self) -> int:
         """Of the sequences whose tokens the context tower decides: they share passes."""
@@ -269,7 +307,8 @@ def _rows(sequence: LedSequence) -> int:
 
 def _prefill(sequence: LedSequence) -> Prefill:
     request, mode = sequence.request, sequence.mode
-    return Prefill(sequence.number, mode.prompt(request), request.positions, mode.verifying(request))
+    rating = None if request.logprobs is None else Rating(request.logprobs, len(request.history))
+    return Prefill(sequence.number, mode.prompt(request), request.positions, mode.verifying(request), rating)
 
 
 def _named(sequence: LedSequence, error: TwoTowerError) -> TwoTowerError:

@@ -10,7 +10,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from twotower.core import ScoreEvent, ScoreRequest
+from twotower.core import Likelihood, ScoreEvent, ScoreRequest
+from twotower.decoding.likelihoods import beside, likelihood_of
 from twotower.decoding.scoring import Scored, score
 from twotower.engine.scheduler import PrefillChunk
 from twotower.model.tower import ContextTower
@@ -23,12 +24,14 @@ MAX_LOGITS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """One token's numbers on the host. `finite`: the logits hold no NaN and no infinity."""
+    """One token's numbers on the host. `finite`: the logits hold no NaN and no infinity. `rated`: as `likelihood_of`
+    takes it, where the request asks for it."""
 
     log_prob: float
     is_greedy: bool
     margin: float
     finite: bool
+    rated: Sequence[float] = ()
 
 
 @dataclass(slots=True)
@@ -39,6 +42,7 @@ class ScoreSheet:
     log_probs: list[float] = field(default_factory=list)
     is_greedy: list[bool] = field(default_factory=list)
     margin: float = 1.0
+    likelihoods: list[Likelihood] = field(default_factory=list)
 
     def positions(self, start: int, end: int) -> range:
         """Those of the positions [start, end) whose logits score the token that follows."""
@@ -49,9 +53,12 @@ class ScoreSheet:
             self.log_probs.append(token.log_prob)
             self.is_greedy.append(token.is_greedy)
             self.margin = min(self.margin, token.margin)
+            if self.request.logprobs is not None:
+                self.likelihoods.append(likelihood_of(token.rated, self.request.logprobs))
 
     def event(self) -> ScoreEvent:
-        return ScoreEvent(self.request.id, tuple(self.log_probs), tuple(self.is_greedy), self.margin)
+        log_probs, is_greedy, likelihoods = tuple(self.log_probs), tuple(self.is_greedy), tuple(self.likelihoods)
+        return ScoreEvent(self.request.id, log_probs, is_greedy, self.margin, likelihoods)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +84,23 @@ def score_rows(tower: ContextTower, hidden_RLD: Tensor, rows: Sequence[ScoredRow
     places = [(row.row, position - row.start) for row in rows for position in row.positions]
     tokens = [row.sheet.request.token_ids[position + 1] for row in rows for position in row.positions]
     rows_P, columns_P = on_device(list(zip(*places, strict=True)), device)
-    pieces = max(1, MAX_LOGITS // tower.config.vocab_size)
+    at_once = max(1, MAX_LOGITS // tower.config.vocab_size)
     hidden_PD, tokens_P = hidden_RLD[rows_P, columns_P], on_device(tokens, device)
-    return torch.cat(
-        [
-            _packed(score(tower.logits(hidden_pD), tokens_p))
-            for hidden_pD, tokens_p in zip(hidden_PD.split(pieces), tokens_P.split(pieces), strict=True)
-        ]
-    )
+    asked = [row.sheet.request.logprobs is not None for row in rows for _ in row.positions]
+    most = max((n for row in rows if (n := row.sheet.request.logprobs) is not None), default=None)
+    pieces = []
+    for first in range(0, len(tokens), at_once):
+        part = slice(first, first + at_once)
+        pieces.append(_piece(tower.logits(hidden_PD[part]), tokens_P[part], asked[part], most))
+    return torch.cat(pieces)
+
+
+def _piece(logits_PV: Tensor, tokens_P: Tensor, asked: Sequence[bool], most: int | None) -> Tensor:
+    """Scores of some positions; where somebody asks for alternatives, with those of the positions `asked` behind."""
+    scored_P4 = _packed(score(logits_PV, tokens_P))
+    if most is None:
+        return scored_P4
+    return beside(scored_P4, logits_PV, tokens_P, [place for place, is_asked in enumerate(asked) if is_asked], most)
 
 
 def _packed(scored: Scored) -> Tensor:
@@ -96,7 +112,8 @@ def _packed(scored: Scored) -> Tensor:
 def by_row(outcome: Iterable[Sequence[float]], rows: Sequence[ScoredRow]) -> list[list[TokenScore]]:
     """Each row's scores, of what `score_rows` gave as the host reads it."""
     scores = [
-        TokenScore(log_prob, bool(is_greedy), margin, bool(finite)) for log_prob, is_greedy, margin, finite in outcome
+        TokenScore(log_prob, bool(is_greedy), margin, bool(finite), rated)
+        for log_prob, is_greedy, margin, finite, *rated in outcome
     ]
     ends = accumulate((len(row.positions) for row in rows), initial=0)
     return [scores[start:end] for start, end in pairwise(ends)]

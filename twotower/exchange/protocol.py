@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from twotower.core import DecodingParams
+from twotower.core import DecodingParams, Likelihood
 from twotower.errors import TwoTowerError
 from twotower.model.cache import TowerCache
 
@@ -29,17 +29,26 @@ class Verifying:
 
 
 @dataclass(frozen=True, slots=True)
+class Rating:
+    """The context tower tells how likely it finds the tokens from position `start` on, with so many alternatives."""
+
+    alternatives: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Prefill:
     """Read these tokens as a new sequence, with room reserved for `reserve` positions. May be empty.
 
     `verifying`: blocks that are committed to it are drafts. Only what `ar` would have written of them is read, and the
-    next token is told, behind the prompt too.
+    next token is told, behind the prompt too. `rating`: tokens are rated as they are read, or as they are decided.
     """
 
     sequence: int
     token_ids: tuple[int, ...]
     reserve: int
     verifying: Verifying | None = None
+    rating: Rating | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,7 @@ class Delta:
 
     `complete` is False for the chunks of a prompt but the last: the Mamba states come with the last one only. Of a
     draft only the accepted part has been read, so `end` is the cut. `decided`: of a sequence that is verified.
+    `likelihoods`: of one that is rated; those of the last tokens up to `end`, or up to the one that is decided.
     On the way out of a port `slot` is the context cache's slot; out of `poll` it is a slot of `Link.cache`.
     """
 
@@ -103,6 +113,7 @@ class Delta:
     slot: int
     complete: bool = True
     decided: Decided | None = None
+    likelihoods: tuple[Likelihood, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,16 @@ _MOST_OPEN = 2 * _LONGEST_CHARACTER  # tokens that wait for the end of a charact
 class AnswerText:
     """Tokens and text of a growing answer. A stop string ends it: its text before the string, its tokens with the one
     that completes the string. Without a tokenizer there is no text, and nothing to stop at.
+
+    `offsets`: where each token's text begins in the whole text, stop strings not cut off; only where asked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), with_offsets: bool = False) -> None:
         self._stream = None if tokenizer is None else TextStream(tokenizer, stop)
-        self._one_by_one = bool(stop)
+        self._with_offsets = with_offsets
+        self._one_by_one = bool(stop) or with_offsets
         self.token_ids: list[int] = []
+        self.offsets: list[int] = []
 
     @property
     def text(self) -> str | None:
@@ -33,6 +37,7 @@ class AnswerText:
         """Those of the tokens that belong to the answer, and the text that became certain with them."""
         if self._stream is None:
             taken, new = list(token_ids), ""
+            self.offsets += [0] * len(taken) if self._with_offsets else []
         else:
             taken, new = self._push_text(self._stream, token_ids)
             new += self._stream.push((), last=True) if last else ""
@@ -45,6 +50,8 @@ class AnswerText:
         for part in parts:
             if stream.stopped:
                 break
+            if self._with_offsets:
+                self.offsets.append(stream.settled)
             new += stream.push(part)
             taken += part
         return taken, new
@@ -55,7 +62,8 @@ class TextStream:
 
     `push` returns the text that has become certain. It holds back text that a later token may still change (half a
     UTF-8 character), and the possible beginning of a stop string. After a stop string was found, `stopped` is True and
-    the text ends before the stop string.
+    the text ends before the stop string. `settled` counts the characters that no later token changes, also those that a
+    stop string may cut off.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -63,6 +71,7 @@ class TextStream:
         self._certain: list[str] = []
         self._held = ""  # may be the beginning of a stop string
         self._open = ""  # may be half a character
+        self.settled = 0
         self.stopped = False
 
     @property
@@ -77,6 +86,7 @@ class TextStream:
         settled, self._open = self._growing.push(token_ids)
         if last:
             settled, self._open = settled + self._open, ""
+        self.settled += len(settled)
         self._held += settled
         self._stop_at(self._search.push(settled))
         if not self.stopped:

@@ -19,6 +19,7 @@ from twotower.core import (
     BlockEvent,
     DecodingParams,
     FinishReason,
+    Likelihood,
     ScoreEvent,
     StepEvent,
     TraceEvent,
@@ -30,7 +31,17 @@ from twotower.text.token_texts import TokenTexts
 
 def ask_of(request: pb.GenerateRequest, label: str, own_id: str) -> Ask:
     """What the client asked for; only the fields it gave."""
-    return Ask(_prompt(request), given_in(request.params), request.stop, label, request.priority, own_id, request.trace)
+    logprobs = request.logprobs if request.HasField("logprobs") else None
+    return Ask(
+        _prompt(request),
+        given_in(request.params),
+        request.stop,
+        label,
+        request.priority,
+        own_id,
+        request.trace,
+        logprobs,
+    )
 
 
 def score_ask_of(request: pb.ScoreRequest, label: str, own_id: str) -> ScoreAsk:
@@ -49,20 +60,21 @@ def outside_problems(error: InvalidRequest, kind: type[Message]) -> InvalidReque
     return InvalidRequest([FieldError(path(p.field), p.message) for p in error.problems])
 
 
-def answer_message(run: Generating) -> pb.GenerateResponse:
+def answer_message(run: Generating, texts: TokenTexts) -> pb.GenerateResponse:
     assert run.finish_reason is not None
     return pb.GenerateResponse(
         request_id=run.shown_id,
         token_ids=run.token_ids,
         text=run.text,
         finished=_finished(run, run.usage, run.finish_reason),
+        likelihoods=_likelihoods(run.likelihoods, texts),
     )
 
 
 def piece_messages(run: Generating, piece: Piece, texts: TokenTexts) -> Iterator[pb.GenerateStreamResponse]:
     """A piece of a stream as events."""
     if isinstance(piece, Chunk):
-        yield from _chunk_messages(run, piece)
+        yield from _chunk_messages(run, piece, texts)
     else:
         yield _trace_message(run, piece, texts)
 
@@ -90,7 +102,7 @@ def _trace_message(run: Generating, event: TraceEvent, texts: TokenTexts) -> pb.
     return pb.GenerateStreamResponse(request_id=run.shown_id, round=verdict)
 
 
-def _chunk_messages(run: Generating, chunk: Chunk) -> Iterator[pb.GenerateStreamResponse]:
+def _chunk_messages(run: Generating, chunk: Chunk, texts: TokenTexts) -> Iterator[pb.GenerateStreamResponse]:
     """The chunk as a `block` event where it holds anything, and `finished` after the last."""
     request_id = run.shown_id
     if chunk.token_ids or chunk.text:
@@ -98,12 +110,24 @@ def _chunk_messages(run: Generating, chunk: Chunk) -> Iterator[pb.GenerateStream
             start=chunk.start,
             token_ids=chunk.token_ids,
             text=chunk.text,
+            likelihoods=_likelihoods(chunk.likelihoods, texts),
             **_costs(chunk.cost),
         )
         yield pb.GenerateStreamResponse(request_id=request_id, block=block)
     if chunk.finish_reason is not None:
         finished = _finished(run, chunk.usage, chunk.finish_reason)
         yield pb.GenerateStreamResponse(request_id=request_id, finished=finished)
+
+
+def _likelihoods(likelihoods: Sequence[Likelihood], texts: TokenTexts) -> Iterator[pb.Likelihood]:
+    for one in likelihoods:
+        yield pb.Likelihood(
+            log_prob=one.log_prob,
+            top_token_ids=one.top_token_ids,
+            top_log_probs=one.top_log_probs,
+            top_texts=texts.of(one.top_token_ids),
+            confidence=one.confidence,
+        )
 
 
 def score_message(run: Scoring, event: ScoreEvent) -> pb.ScoreResponse:

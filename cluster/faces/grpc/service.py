@@ -45,7 +45,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         caller = caller_of(self._generation, context)
         with self._generation.hold(caller=caller):
             run = await self._generation.run(checked, deadline, caller, _parent_of(context))
-            return answer_message(await run.whole())
+            return answer_message(await run.whole(), self._generation.token_texts)
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
         deadline = self._generation.deadline(_timeout_of(context))

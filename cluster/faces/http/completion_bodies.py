@@ -8,24 +8,31 @@ from pydantic_core import to_json
 
 from cluster.faces.error_codes import Failure
 from cluster.faces.error_shape import error_shape
-from cluster.faces.http.completion_models import Choice, Completion, CompletionAndUsage
+from cluster.faces.http.completion_models import Choice, Completion, CompletionAndUsage, LogProbs
 from cluster.faces.http.completion_models import Usage as UsageBody
 from cluster.faces.http.completions import CompletionCall
+from cluster.faces.http.log_probs import log_probs, whole_log_probs
 from cluster.runs.answer import Chunk, Usage
+from cluster.runs.echoing import Echoing
 from cluster.runs.run import Generating
 from twotower.core import COSTS, FinishReason, StepEvent, TraceEvent
+from twotower.text.token_names import TokenNames
 from twotower.text.token_texts import TokenTexts
 
 _NO_CHOICES = b'"choices":[]'
 
 
-async def whole_body(call: CompletionCall, model: str, created: int, runs: Sequence[Generating]) -> bytes:
+async def whole_body(
+    call: CompletionCall, model: str, created: int, runs: Sequence[Generating | Echoing], names: TokenNames
+) -> bytes:
     """The response of a call that does not stream. It may be very long: others have their turn between its choices."""
     choices = []
-    for index, run in enumerate(runs):
-        choices.append(encoded(_choice(index, run, run.text, run.token_ids, run.finish_reason)))
+    answers = [run.answer if isinstance(run, Echoing) else run for run in runs]
+    for index, (run, answer) in enumerate(zip(runs, answers, strict=True)):
+        told = None if answer.request.logprobs is None else await whole_log_probs(run, names)
+        choices.append(encoded(_choice(index, answer, run.text, run.token_ids, run.finish_reason, told)))
         await asyncio.sleep(0)
-    around = encoded(_completion(call, model, created, [], [run.usage for run in runs]))
+    around = encoded(_completion(call, model, created, [], [answer.usage for answer in answers]))
     before, after = around.split(_NO_CHOICES, 1)
     return b"".join([before, b'"choices":[', b",".join(choices), b"]", after])
 
@@ -38,9 +45,12 @@ def chunk_body(
     run: Generating,
     chunk: Chunk,
     usages: Sequence[Usage] | None,
+    names: TokenNames,
 ) -> Completion:
     """One event of a stream; `usages`: of all its prompts so far, where every event has them."""
-    choice = _choice(index, run, chunk.text, chunk.token_ids, chunk.finish_reason)
+    asked = run.request.logprobs is not None
+    told = log_probs(chunk.token_ids, chunk.likelihoods, chunk.offsets, names) if asked else None
+    choice = _choice(index, run, chunk.text, chunk.token_ids, chunk.finish_reason, told)
     return _completion(call, model, created, [choice], usages)
 
 
@@ -100,7 +110,18 @@ def _together(usages: Sequence[Usage]) -> UsageBody:
 
 
 def _choice(
-    index: int, run: Generating, text: str, token_ids: Sequence[int], finish_reason: FinishReason | None
+    index: int,
+    run: Generating,
+    text: str,
+    token_ids: Sequence[int],
+    finish_reason: FinishReason | None,
+    logprobs: LogProbs | None,
 ) -> Choice:
-    seed = run.request.params.seed
-    return Choice(index=index, text=text, token_ids=list(token_ids), finish_reason=finish_reason, seed=seed)
+    return Choice(
+        index=index,
+        text=text,
+        token_ids=list(token_ids),
+        logprobs=logprobs,
+        finish_reason=finish_reason,
+        seed=run.request.params.seed,
+    )

@@ -18,7 +18,7 @@ from pydantic import (
     field_validator,
 )
 
-from twotower.core import PARAMETERS, PRIORITY, STOP, TRACE, FinishReason
+from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, STOP, TRACE, FinishReason
 from twotower.parameters import Parameter
 from twotower.showing import show
 
@@ -89,10 +89,19 @@ class CompletionRequest(_Parameters):  # type: ignore[misc]
     diffusion: Diffusion = Diffusion()
     stop: Annotated[Any, schema_of(STOP)] = ()
     priority: Annotated[Any, schema_of(PRIORITY)] = PRIORITY.default
+    logprobs: Annotated[Any, schema_of(LOGPROBS)] = LOGPROBS.default
     stream: bool = False
+    echo: bool = False
     stream_options: StreamOptions = StreamOptions()
     request_id: Label = ""
     user: Label = ""
+
+    @field_validator("echo")
+    @classmethod
+    def _only_of_whole_answers(cls, echo: bool, info: ValidationInfo) -> bool:
+        if echo and info.data.get("stream"):
+            raise ValueError("got true, wanted it only without stream")
+        return echo
 
     @field_validator("stream_options")
     @classmethod
@@ -126,13 +135,25 @@ class Usage(Body):
     num_diffusion_blocks: int
 
 
+class LogProbs(Body):
+    """Of each token: its name, its log-probability, those of the likeliest tokens and its own by name, where its text
+    begins in the answer's. `confidence`: in `diffusion`, how sure the denoiser was of it when it was fixed. None of
+    what there is not: a prompt's first token follows nothing, and nobody decided a prompt."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+    confidence: list[float | None] | None = None
+
+
 class Choice(Body):
     """An answer, or what a chunk adds to it."""
 
     index: int
     text: str
     token_ids: list[int]
-    logprobs: None = None
+    logprobs: LogProbs | None
     finish_reason: FinishReason | None
     seed: int
 

@@ -38,8 +38,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     # OpenAI's completions; LiteLLM and LangChain send these, AIPerf and vLLM's benchmark some of them
     "n": Neutral((1,), _OPENAI),
     "best_of": Neutral((1,), _OPENAI),
-    "echo": Neutral(_OFF, _OPENAI),
-    "logprobs": Neutral(_OFF, _OPENAI),
     "suffix": Neutral(_NO_TEXT, _OPENAI),
     "presence_penalty": Neutral((0,), _OPENAI),
     "frequency_penalty": Neutral((0,), _OPENAI),

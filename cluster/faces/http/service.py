@@ -26,6 +26,7 @@ from cluster.faces.http.scores import ScoresFace
 from cluster.runs.answer import Chunk, Piece, Usage
 from cluster.runs.callers import KeyRefused
 from cluster.runs.deadline import Deadline
+from cluster.runs.echoing import Echoing
 from cluster.runs.generation import Checked, Generation
 from cluster.runs.run import Generating
 from cluster.runs.streams import until_disconnect
@@ -123,6 +124,8 @@ class CompletionsFace:
         checked = await self._checked(call)
         with ExitStack() as held:
             held.enter_context(generation.hold(len(checked), began.caller))
+            if call.echo:
+                return await self._echoed(request, call, checked, began, headers)
             runs = await self._runs(checked, began)
             pieces = generation.many(runs)
             if call.stream:
@@ -130,7 +133,30 @@ class CompletionsFace:
                 write = partial(self._write, call, runs, first, pieces)
                 return EventStream(write, pieces, headers, began.deadline, held.pop_all())
             await until_disconnect(request.receive, _drained(pieces))
-        whole = await whole_body(call, generation.model.name, int(time.time()), runs)
+        return await self._whole(call, runs, headers)
+
+    async def _echoed(
+        self,
+        request: Request,
+        call: CompletionCall,
+        asks: Sequence[Checked],
+        began: Begun,
+        headers: Mapping[str, str],
+    ) -> Response:
+        """The prompts again, and their answers."""
+        runs = []
+        for place, checked in enumerate(asks):
+            with _told_of(place, len(asks)):
+                run = self._generation.echo_run(checked, call.answers, began.deadline, began.caller, began.parent)
+                runs.append(await run)
+        await until_disconnect(request.receive, _drained(self._generation.many(runs)))
+        return await self._whole(call, runs, headers)
+
+    async def _whole(
+        self, call: CompletionCall, runs: Sequence[Generating | Echoing], headers: Mapping[str, str]
+    ) -> Response:
+        generation = self._generation
+        whole = await whole_body(call, generation.model.name, int(time.time()), runs, generation.token_names)
         return Response(whole, headers=headers, media_type="application/json")
 
     async def _checked(self, call: CompletionCall) -> list[Checked]:
@@ -166,7 +192,8 @@ class CompletionsFace:
                 if isinstance(piece, Chunk):
                     usages[index] = piece.usage
                     told = usages if call.continuous_usage else None
-                    await send(_event(chunk_body(call, name, created, index, runs[index], piece, told)))
+                    names = self._generation.token_names
+                    await send(_event(chunk_body(call, name, created, index, runs[index], piece, told, names)))
                 else:
                     await send(_event(trace_body(call, index, piece, self._generation.token_texts), _TRACE_EVENT))
                 numbered = await anext(rest, None)

@@ -20,9 +20,11 @@ from twotower.core import (
     DecodingParams,
     FinishReason,
     Floor,
+    Likelihood,
     Mode,
     Request,
     RequestId,
+    ScoreEvent,
     ScoreRequest,
 )
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded, TwoTowerError, Unavailable
@@ -154,6 +156,19 @@ def test_what_a_cell_repeats_must_be_what_was_said() -> None:
     joined = BlockEvent(RequestId("r"), 1, (2, 3, 4, 5), 8, 4, FinishReason.LENGTH)
     assert record.news(joined) == BlockEvent(RequestId("r"), 3, (4, 5), 4, 2, FinishReason.LENGTH)
     assert record.committed == [1, 2, 3, 4, 5]
+
+
+def test_what_asks_for_likelihoods_is_not_told_without() -> None:
+    """As by a cell of an older version, which does not know the field."""
+    asking = Record(Request(RequestId("r"), (5,), logprobs=0), FINGERPRINT)
+    with pytest.raises(Gap, match="got 2 tokens with 0 likelihoods, wanted one for each"):
+        asking.news(BlockEvent(RequestId("r"), 0, (2, 3), 1, 1))
+    rated = (Likelihood(-1.0), Likelihood(-2.0))
+    assert asking.news(BlockEvent(RequestId("r"), 0, (2, 3), 1, 1, likelihoods=rated)) is not None
+    scores = Record(ScoreRequest(RequestId("s"), (5, 6, 7), 1, logprobs=3), FINGERPRINT)
+    with pytest.raises(Gap):
+        scores.check_rated(ScoreEvent(RequestId("s"), (-1.0, -2.0), (True, True), 1.0))
+    scores.check_rated(ScoreEvent(RequestId("s"), (-1.0, -2.0), (True, True), 1.0, rated))
 
 
 @pytest.mark.parametrize("starts", [(4,), (0, 8)])

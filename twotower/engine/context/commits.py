@@ -6,13 +6,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from twotower.core import Likelihood
 from twotower.engine.context.decoding import Decoding
+from twotower.engine.context.likelihoods import Likelihoods
 from twotower.engine.context.prompts import Prompts
 from twotower.engine.context.sequences import ReadChunk, Sequences
 from twotower.engine.context.verification import Verification
+from twotower.engine.context.writing import NOT_FINITE
 from twotower.engine.passes import Want
 from twotower.engine.scheduler import Key
-from twotower.errors import InvalidRequest, TwoTowerError
+from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Command, Commit, Decided, Delta, Failed, Port, Prefill, Released, Reply
 from twotower.model.tower import ContextTower
 
@@ -30,6 +33,7 @@ class Commits:
     def __init__(self, tower: ContextTower, sequences: Sequences, prompts: Prompts, decoding: Decoding) -> None:
         self._sequences, self._prompts, self._decoding = sequences, prompts, decoding
         self._verification = Verification(tower, sequences, self._tell, self._fail)
+        self._likelihoods = Likelihoods(tower, self._tell)
         self.ports: dict[int, Port] = {}
         self._next_port = 0
         self._replies: dict[int, list[Reply]] = {}
@@ -54,12 +58,24 @@ class Commits:
         drafts = [key for key in keys if key in self._verification]
         whole = [key for key in keys if key not in self._verification]
         if whole:
-            starts = [self._sequences.length(key) for key in whole]
-            self._sequences.read(whole, Want.STATES)
-            for key, start in zip(whole, starts, strict=True):
-                self._tell(key, start, complete=True)
+            self._read_whole(whole)
         if drafts:
             self._verification.read(drafts)
+
+    def _read_whole(self, keys: Sequence[Key]) -> None:
+        """Hidden states are for those whose tokens are rated; the others' are not looked at."""
+        starts = {key: self._sequences.length(key) for key in keys}
+        rated = [key for key in keys if key in self._likelihoods]
+        blocks = {key: (starts[key], tuple(self._sequences[key].to_read)) for key in rated}
+        hidden_RLD = self._sequences.read(keys, Want.HIDDEN if rated else Want.STATES)
+        rows = {key: hidden_RLD[row] for row, key in enumerate(keys) if key in blocks}
+        likelihoods = self._likelihoods.of(blocks, rows) if rated else {}
+        for key, start in starts.items():
+            told = likelihoods.get(key, ())
+            if told is None:
+                self._fail(key, NumericalError(NOT_FINITE))
+            else:
+                self._tell(key, start, complete=True, likelihoods=told)
 
     def send(self) -> None:
         """All answers since the last time, a message a port."""
@@ -99,7 +115,13 @@ class Commits:
             if not command.token_ids:
                 raise InvalidRequest.of("token_ids", "got an empty prompt, wanted one behind which a token is decided")
             self._sequences.open(key, self._verification, command.token_ids, command.reserve)
-            self._verification.open(key, command.verifying)
+            self._verification.open(key, command.verifying, command.rating)
+            return
+        if command.rating is not None:
+            self._sequences.open(key, self._likelihoods, command.token_ids, command.reserve)
+            self._likelihoods.open(key, command.rating)
+            if not command.token_ids:
+                self._tell(key, 0, complete=True)
             return
         self._sequences.open(key, self, command.token_ids, command.reserve)
         if not command.token_ids:
@@ -129,6 +151,7 @@ class Commits:
         self._decoding.forget(key)
         self._sequences.close(key)
         self._verification.forget(key)
+        self._likelihoods.forget(key)
 
     def _lose(self, index: int, port: Port) -> None:
         for key in self._sequences:
@@ -137,9 +160,17 @@ class Commits:
         threading.Thread(target=port.close, name="closing a lost port", daemon=True).start()
         del self.ports[index]
 
-    def _tell(self, key: Key, start: int, complete: bool, decided: Decided | None = None) -> None:
+    def _tell(
+        self,
+        key: Key,
+        start: int,
+        complete: bool,
+        decided: Decided | None = None,
+        likelihoods: Sequence[Likelihood] = (),
+    ) -> None:
         slot, (port, number) = self._sequences[key].slot, _led(key)
-        self._reply(port, Delta(number, start, self._sequences.length(key), slot, complete, decided))
+        end = self._sequences.length(key)
+        self._reply(port, Delta(number, start, end, slot, complete, decided, tuple(likelihoods)))
 
     def _fail(self, key: Key, error: TwoTowerError) -> None:
         port, number = _led(key)

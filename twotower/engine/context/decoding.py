@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from twotower.core import Event, Request
+from twotower.core import Event, Likelihood, Request
+from twotower.decoding.likelihoods import beside, likelihood_of
 from twotower.decoding.sampling import decide
 from twotower.engine.answer import Answer
 from twotower.engine.context.sequences import ReadChunk, Sequences
@@ -69,17 +70,21 @@ class Decoding:
         return self._decide([read.chunk.key for read in ends], self._tower.logits(hidden_RD))
 
     def _decide(self, keys: Sequence[Key], logits_RV: Tensor, started: float | None = None) -> Step[None]:
-        chosen = decide(logits_RV, [self._writers[key].next_token for key in keys])
-        return Step(chosen, partial(self._take, keys, started))
+        writers = [self._writers[key] for key in keys]
+        decided_RC = decide(logits_RV, [writer.next_token for writer in writers])
+        asked = {row: writer.alternatives for row, writer in enumerate(writers) if writer.alternatives is not None}
+        if asked:
+            decided_RC = beside(decided_RC, logits_RV, decided_RC[:, 0].long(), list(asked), max(asked.values()))
+        return Step(decided_RC, partial(self._take, keys, started))
 
     def _take(self, keys: Sequence[Key], started: float | None, outcome: Rows) -> None:
         took = None if started is None else Took(len(keys), time.perf_counter() - started)
-        for key, (token, margin, finite) in zip(keys, outcome, strict=True):
+        for key, (token, margin, finite, *rated) in zip(keys, outcome, strict=True):
             writer = self._writers[key]
             if not finite:
                 writer.failed()
                 self._stop(key)
-            elif writer.wrote(int(token), margin, took):
+            elif writer.wrote(int(token), margin, took, _likelihood(writer, rated)):
                 self._stop(key)
             else:
                 self._sequences.decode(key, int(token))
@@ -94,3 +99,7 @@ class Decoding:
 
     def _near_tie(self) -> None:
         self.near_ties += 1
+
+
+def _likelihood(writer: Writer, rated: Sequence[float]) -> Likelihood | None:
+    return None if writer.alternatives is None else likelihood_of(rated, writer.alternatives)

@@ -7,54 +7,69 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from twotower.core import Likelihood
+from twotower.decoding.likelihoods import beside, likelihood_of
 from twotower.decoding.sampling import TokenParams, decide
 from twotower.decoding.verifying import Verdict, places, verdict
 from twotower.engine.context.sequences import ReadChunk, Sequences
-from twotower.engine.context.writing import Alone
+from twotower.engine.context.writing import NOT_FINITE, Alone
 from twotower.engine.passes import USUAL_WIDTH
 from twotower.engine.scheduler import Key
 from twotower.engine.scores import MAX_LOGITS
 from twotower.engine.steps import Rows, Step, take_all
 from twotower.errors import NumericalError, TwoTowerError
-from twotower.exchange.protocol import Decided, Took, Verifying
+from twotower.exchange.protocol import Decided, Rating, Took, Verifying
 from twotower.model.tower import ContextTower
 from twotower.model.transfer import on_device
+
+
+class _Place(NamedTuple):
+    """How the token of one position is chosen; with how many alternatives its likelihood is told, if at all."""
+
+    params: TokenParams
+    alternatives: int | None
 
 
 class Verification:
     """Owns the sequences whose tokens the context tower decides for a denoiser.
 
-    `tell(key, start, complete, decided)`: what has been read from `start` on. `fail(key, error)`: it cannot go on.
+    `tell(key, start, complete, decided, likelihoods)`: what has been read from `start` on. `fail(key, error)`: it
+    cannot go on.
     """
 
     def __init__(
         self,
         tower: ContextTower,
         sequences: Sequences,
-        tell: Callable[[Key, int, bool, Decided | None], None],
+        tell: Callable[[Key, int, bool, Decided | None, Sequence[Likelihood]], None],
         fail: Callable[[Key, TwoTowerError], None],
     ) -> None:
         self._tower, self._sequences, self._tell, self._fail = tower, sequences, tell, fail
         self._verifying: dict[Key, Verifying] = {}
+        self._ratings: dict[Key, Rating] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._verifying
 
-    def open(self, key: Key, verifying: Verifying) -> None:
+    def open(self, key: Key, verifying: Verifying, rating: Rating | None) -> None:
         self._verifying[key] = verifying
+        if rating is not None:
+            self._ratings[key] = rating
 
     def forget(self, key: Key) -> None:
         self._verifying.pop(key, None)
+        self._ratings.pop(key, None)
 
     def alone(self, key: Key, most: int) -> Alone:
         """Tells, in one answer, the next tokens that the tower writes."""
-        start, fails = self._sequences.length(key), partial(self._fail, key, not_finite())
+        start, fails = self._sequences.length(key), partial(self._fail, key, NumericalError(NOT_FINITE))
         tell, eos = partial(self._tell, key, start, True), self._tower.config.eos_token_id
-        return Alone(self._verifying[key], start, most, eos, tell, fails)
+        return Alone(self._verifying[key], start, most, eos, self._alternatives(key), tell, fails)
 
     def read(self, keys: Sequence[Key]) -> None:
         """The blocks of these, in one forward. Waits for the device: only the logits say where to cut."""
@@ -64,13 +79,14 @@ class Verification:
         rows_P, columns_P = on_device(list(zip(*places_P2, strict=True)), hidden_RLD.device)
         starts = [self._sequences.length(key) for key in keys]
         rows = zip(keys, starts, blocks, strict=True)
-        params = [one for key, start, block in rows for one in self._params(key, start + 1, len(block))]
-        chosen = self._decide(hidden_RLD[rows_P, columns_P], params)
-        [verdicts] = take_all([Step(chosen, partial(_verdicts, blocks))])
+        wanted = [one for key, start, block in rows for one in self._places(key, start + 1, len(block))]
+        chosen = self._decide(hidden_RLD[rows_P, columns_P], wanted)
+        [rows_chosen] = take_all([Step(chosen, partial(_by_block, blocks))])
+        verdicts = list(map(verdict, blocks, rows_chosen))
         self._sequences.settle(keys, scans, [verdict.cut for verdict in verdicts])
         took = Took(len(keys) * -(-max(map(len, blocks)) // USUAL_WIDTH), time.perf_counter() - started)
-        for key, start, one in zip(keys, starts, verdicts, strict=True):
-            self._has_decided(key, start, one, took)
+        for key, start, one, made in zip(keys, starts, verdicts, rows_chosen, strict=True):
+            self._has_decided(key, start, one, made, took)
 
     def wants_hidden(self, last: bool) -> bool:
         return last
@@ -79,42 +95,58 @@ class Verification:
         ends = [read for read in chunks if read.last]
         for read in chunks:
             if not read.last:
-                self._tell(read.chunk.key, read.chunk.start, False, None)
+                self._tell(read.chunk.key, read.chunk.start, False, None, ())
         if not ends:
             return None
         hidden_RD = torch.stack([hidden_RLD[read.row, read.chunk.end - read.chunk.start - 1] for read in ends])
-        params = [one for read in ends for one in self._params(read.chunk.key, read.chunk.end, 1)]
-        return Step(self._decide(hidden_RD, params), partial(self._prompts_decided, ends))
+        wanted = [one for read in ends for one in self._places(read.chunk.key, read.chunk.end, 1)]
+        return Step(self._decide(hidden_RD, wanted), partial(self._prompts_decided, ends))
 
-    def _params(self, key: Key, position: int, count: int) -> list[TokenParams]:
-        """How the tokens of so many positions are chosen."""
-        verifying = self._verifying[key]
-        return places(verifying.params, position - verifying.answer_start, count)
+    def _places(self, key: Key, position: int, count: int) -> list[_Place]:
+        verifying, alternatives = self._verifying[key], self._alternatives(key)
+        chosen = places(verifying.params, position - verifying.answer_start, count)
+        return [_Place(params, alternatives) for params in chosen]
 
-    def _decide(self, hidden_PD: Tensor, params: Sequence[TokenParams]) -> Tensor:
+    def _decide(self, hidden_PD: Tensor, wanted: Sequence[_Place]) -> Tensor:
         """So many positions at a time that their logits stay within bounds."""
         at_once = max(1, MAX_LOGITS // self._tower.config.vocab_size)
+        most = max((place.alternatives for place in wanted if place.alternatives is not None), default=None)
         pieces = [
-            decide(self._tower.logits(hidden_PD[first : first + at_once]), list(params[first : first + at_once]))
-            for first in range(0, len(params), at_once)
+            self._piece(hidden_PD[first : first + at_once], wanted[first : first + at_once], most)
+            for first in range(0, len(wanted), at_once)
         ]
         return torch.cat(pieces)
 
+    def _piece(self, hidden_PD: Tensor, wanted: Sequence[_Place], most: int | None) -> Tensor:
+        """The choices; where somebody asks for likelihoods, with those behind them."""
+        logits_PV = self._tower.logits(hidden_PD)
+        decided_PC = decide(logits_PV, [place.params for place in wanted])
+        if most is None:
+            return decided_PC
+        asked = [number for number, place in enumerate(wanted) if place.alternatives is not None]
+        return beside(decided_PC, logits_PV, decided_PC[:, 0].long(), asked, most)
+
     def _prompts_decided(self, ends: Sequence[ReadChunk], chosen: Rows) -> None:
         for read, one in zip(ends, chosen, strict=True):
-            self._has_decided(read.chunk.key, read.chunk.start, verdict([0], [one]))
+            self._has_decided(read.chunk.key, read.chunk.start, verdict([0], [one]), [one])
 
-    def _has_decided(self, key: Key, start: int, one: Verdict, took: Took | None = None) -> None:
+    def _has_decided(self, key: Key, start: int, one: Verdict, made: Rows, took: Took | None = None) -> None:
+        """`made`: a block's choices."""
         if one.finite:
-            self._tell(key, start, True, Decided(one.token, one.margin, took=took))
+            decided = Decided(one.token, one.margin, took=took)
+            self._tell(key, start, True, decided, self._likelihoods(key, made[: one.cut]))
         else:
-            self._fail(key, not_finite())
+            self._fail(key, NumericalError(NOT_FINITE))
+
+    def _likelihoods(self, key: Key, made: Rows) -> list[Likelihood]:
+        alternatives = self._alternatives(key)
+        return [] if alternatives is None else [likelihood_of(rated, alternatives) for _, _, _, *rated in made]
+
+    def _alternatives(self, key: Key) -> int | None:
+        rating = self._ratings.get(key)
+        return None if rating is None else rating.alternatives
 
 
-def not_finite() -> NumericalError:
-    return NumericalError("the context tower's logits hold a NaN or an infinity")
-
-
-def _verdicts(blocks: Sequence[Sequence[int]], chosen: Rows) -> list[Verdict]:
+def _by_block(blocks: Sequence[Sequence[int]], chosen: Rows) -> list[Rows]:
     ends = accumulate(map(len, blocks), initial=0)
-    return [verdict(block, chosen[start:end]) for block, (start, end) in zip(blocks, pairwise(ends), strict=True)]
+    return [chosen[start:end] for start, end in pairwise(ends)]

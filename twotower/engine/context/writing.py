@@ -1,23 +1,29 @@
 """What a sequence makes of the tokens that the context tower writes for it, one at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from twotower.core import Event, FailureEvent, ReleasedEvent
+from twotower.core import Event, FailureEvent, Likelihood, ReleasedEvent
 from twotower.decoding.sampling import TokenParams
 from twotower.decoding.stopping import Stopping
 from twotower.engine.answer import Answer, Cost
 from twotower.errors import NumericalError
 from twotower.exchange.protocol import Decided, Took, Verifying
 
+NOT_FINITE = "the context tower's logits hold a NaN or an infinity"
+
 
 class Writer(Protocol):
-    """Of one sequence. `next_token`: how its next token is chosen."""
+    """Of one sequence. `next_token`: how its next token is chosen. `alternatives`: with how many of them a token's
+    likelihood is told; None: it is not."""
 
     @property
     def next_token(self) -> TokenParams: ...
 
-    def wrote(self, token: int, margin: float, took: Took | None) -> bool:
+    @property
+    def alternatives(self) -> int | None: ...
+
+    def wrote(self, token: int, margin: float, took: Took | None, likelihood: Likelihood | None) -> bool:
         """The next token. Returns whether it is the last for now. `took`: the forward; None of a prompt's."""
         ...
 
@@ -40,10 +46,14 @@ class Own:
     def next_token(self) -> TokenParams:
         return self._answer.next_token
 
-    def wrote(self, token: int, margin: float, took: Took | None) -> bool:
+    @property
+    def alternatives(self) -> int | None:
+        return self._answer.request.logprobs
+
+    def wrote(self, token: int, margin: float, took: Took | None, likelihood: Likelihood | None) -> bool:
         if self._answer.decided(margin):
             self._near_tie()
-        event = self._answer.extend([token], Cost())
+        event = self._answer.extend([token], Cost(), () if likelihood is None else [likelihood])
         self._emit(event)
         return event.is_last
 
@@ -58,7 +68,8 @@ class Own:
 class Alone:
     """Of a sequence that a denoiser leads: so many tokens, or up to one that ends the answer, are told together.
 
-    `start` is the position of the block, whose one token is known. `tell(decided)`: it waits for the denoiser again.
+    `start` is the position of the block, whose one token is known. `alternatives`: as a Writer's. `tell(decided,
+    likelihoods)`: it waits for the denoiser again.
     """
 
     def __init__(
@@ -67,25 +78,29 @@ class Alone:
         start: int,
         most: int,
         eos_token_id: int,
-        tell: Callable[[Decided], None],
+        alternatives: int | None,
+        tell: Callable[[Decided, Sequence[Likelihood]], None],
         fail: Callable[[], None],
     ) -> None:
         self._params, self._place, self._most = verifying.params, start + 1 - verifying.answer_start, most
         self._stopping = Stopping(verifying.params, eos_token_id)
         self._tell, self._fail = tell, fail
+        self.alternatives = alternatives
         self._written: list[int] = []
+        self._likelihoods: list[Likelihood] = []
         self._margin = 1.0
 
     @property
     def next_token(self) -> TokenParams:
         return TokenParams.of(self._params, self._place + len(self._written))
 
-    def wrote(self, token: int, margin: float, took: Took | None) -> bool:
+    def wrote(self, token: int, margin: float, took: Took | None, likelihood: Likelihood | None) -> bool:
+        self._likelihoods += [] if likelihood is None else [likelihood]
         self._margin = min(self._margin, margin)
         if len(self._written) + 1 < self._most and not self._stopping.ends(token):
             self._written.append(token)
             return False
-        self._tell(Decided(token, self._margin, tuple(self._written), took))
+        self._tell(Decided(token, self._margin, tuple(self._written), took), self._likelihoods)
         return True
 
     def failed(self) -> None:
@@ -96,4 +111,4 @@ class Alone:
 
 
 def not_finite(request_id: str) -> NumericalError:
-    return NumericalError(f"request {request_id}: the context tower's logits hold a NaN or an infinity")
+    return NumericalError(f"request {request_id}: {NOT_FINITE}")

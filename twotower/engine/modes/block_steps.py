@@ -77,6 +77,8 @@ class BlockSteps:
         if not decision.finite:
             return NOT_FINITE
         told = _told(sequence, decision) if sequence.request.trace else None
+        if sequence.unrated is not None:
+            sequence.confidence |= {p: decision.confidence[p] for p, now in enumerate(decision.committed) if now}
         sequence.tokens = decision.tokens[: len(sequence.tokens)]
         # Padding is not masked and so cannot have been fixed.
         sequence.masked = [m and not now for m, now in zip(sequence.masked, decision.committed, strict=False)]

@@ -37,7 +37,8 @@ def _turn(sequence: LedSequence, decision: Decision) -> Turn:
         return Turn(decision.margin)
     by_auto = int(sequence.request.params.mode is Mode.AUTO)
     cost = Cost(sequence.step, num_diffusion_blocks=by_auto)
-    full = Turn(decision.margin, sequence.tokens, cost, commit=sequence.tokens)
+    confidence = [sequence.confidence[place] for place in range(len(sequence.tokens))] if sequence.confidence else ()
+    full = Turn(decision.margin, sequence.tokens, cost, commit=sequence.tokens, confidence=confidence)
     _begin_block(sequence, sequence.block + 1)
     return full
 
@@ -45,7 +46,7 @@ def _turn(sequence: LedSequence, decision: Decision) -> Turn:
 def _begin_block(sequence: LedSequence, block: int) -> None:
     size = sequence.request.params.block_size
     sequence.tokens, sequence.masked = [MASK_TOKEN_ID] * size, [True] * size
-    sequence.step, sequence.block = 0, block
+    sequence.step, sequence.block, sequence.confidence = 0, block, {}
 
 
 def _step_params(sequence: LedSequence) -> StepParams:

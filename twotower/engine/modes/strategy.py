@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from twotower.core import Request, TraceEvent
+from twotower.core import Likelihood, Request, TraceEvent
 from twotower.engine.answer import Answer, Cost
 from twotower.engine.modes.drafting import Drafting, Drafts
+from twotower.engine.modes.unrated import Unrated
 from twotower.engine.steps import Step
 from twotower.exchange.protocol import Delta, Verifying
 
@@ -24,7 +25,8 @@ class Turn:
 
     `tokens`: the answer's next ones, at this `cost`. `commit`: what the context tower is to read, unless the answer
     ends with `tokens`; `alone`: how many tokens it writes behind that. `finite`: the logits hold no NaN and no
-    infinity; otherwise nothing else counts. `trace`: what is told of how it was decided, where the request asks.
+    infinity; otherwise nothing else counts. `trace`: what is told of how it was decided, where the request asks; so are
+    the tokens' `likelihoods`, where the context tower has decided them, and the `confidence` with which each was fixed.
     """
 
     margin: float = 1.0
@@ -34,6 +36,8 @@ class Turn:
     finite: bool = True
     trace: TraceEvent | None = None
     alone: int = 0
+    likelihoods: Sequence[Likelihood] = ()
+    confidence: Sequence[float] = ()
 
 
 NOTHING = Turn()
@@ -47,7 +51,8 @@ class LedSequence:
     `ready`: the mirror holds all that has been committed, `length` positions, so the sequence can step.
     `tokens`, `masked`, `step` and `block` are its mode's: the block that it steps on. `drafted`: its mode's, too: how
     many tokens of the block wait for the context tower's verdict. `drafting`: when it drafts. `known`: how many of the
-    block's first are in the answer already.
+    block's first are in the answer already. `unrated`: where tokens are told once the context tower has read and rated
+    them. `confidence`: of the block's fixed places then, as its mode keeps it.
     """
 
     answer: Answer
@@ -64,10 +69,17 @@ class LedSequence:
     drafted: int = 0
     drafting: Drafts = field(default_factory=Drafting)
     known: int = 0
+    unrated: Unrated | None = None
+    confidence: dict[int, float] = field(default_factory=dict)
 
     @property
     def request(self) -> Request:
         return self.answer.request
+
+    @property
+    def steps(self) -> bool:
+        """Whether there is a step to take now."""
+        return self.ready and not self.closing and not (self.unrated is not None and self.unrated.last_words)
 
 
 Turns = list[tuple[LedSequence, Turn]]

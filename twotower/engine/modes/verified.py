@@ -59,7 +59,15 @@ class Verified(DenoiserMode):
         # Where the answer takes one token more, there is nothing to draft.
         alone = sequence.drafting.alone(room) if _wanted(sequence, room) > 1 else 1
         commit = [token] if alone else ()
-        return Turn(delta.decided.margin, tokens, cost, commit, trace=told, alone=min(alone, room))
+        return Turn(
+            delta.decided.margin,
+            tokens,
+            cost,
+            commit,
+            trace=told,
+            alone=min(alone, room),
+            likelihoods=delta.likelihoods,
+        )
 
 
 def _begin_block(sequence: LedSequence, token: int) -> None:

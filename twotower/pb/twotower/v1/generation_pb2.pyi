@@ -79,7 +79,7 @@ class DecodingParams(_message.Message):
     def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., max_new_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., steps_per_block: _Optional[int] = ..., confidence_threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., draft_steps: _Optional[int] = ..., draft_threshold: _Optional[float] = ..., floor: _Optional[_Union[Floor, str]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "params", "stop", "priority", "trace")
+    __slots__ = ("request_id", "text", "token_ids", "params", "stop", "priority", "trace", "logprobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,7 @@ class GenerateRequest(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: TokenIds
@@ -94,7 +95,8 @@ class GenerateRequest(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[str]
     priority: int
     trace: bool
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., params: _Optional[_Union[DecodingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ..., trace: _Optional[bool] = ...) -> None: ...
+    logprobs: int
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., params: _Optional[_Union[DecodingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ..., trace: _Optional[bool] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "num_steps", "num_blocks", "num_drafted", "num_accepted", "num_ar_blocks", "num_diffusion_blocks")
@@ -128,20 +130,36 @@ class Finished(_message.Message):
     seed: int
     def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., seed: _Optional[int] = ...) -> None: ...
 
+class Likelihood(_message.Message):
+    __slots__ = ("log_prob", "top_token_ids", "top_log_probs", "top_texts", "confidence")
+    LOG_PROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_TEXTS_FIELD_NUMBER: _ClassVar[int]
+    CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    log_prob: float
+    top_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_log_probs: _containers.RepeatedScalarFieldContainer[float]
+    top_texts: _containers.RepeatedScalarFieldContainer[str]
+    confidence: float
+    def __init__(self, log_prob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_log_probs: _Optional[_Iterable[float]] = ..., top_texts: _Optional[_Iterable[str]] = ..., confidence: _Optional[float] = ...) -> None: ...
+
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "token_ids", "text", "finished")
+    __slots__ = ("request_id", "token_ids", "text", "finished", "likelihoods")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    LIKELIHOODS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
     finished: Finished
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+    likelihoods: _containers.RepeatedCompositeFieldContainer[Likelihood]
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., likelihoods: _Optional[_Iterable[_Union[Likelihood, _Mapping]]] = ...) -> None: ...
 
 class CommittedBlock(_message.Message):
-    __slots__ = ("start", "token_ids", "text", "num_steps", "num_blocks", "num_drafted", "num_accepted", "num_ar_blocks", "num_diffusion_blocks")
+    __slots__ = ("start", "token_ids", "text", "num_steps", "num_blocks", "num_drafted", "num_accepted", "likelihoods", "num_ar_blocks", "num_diffusion_blocks")
     START_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +167,7 @@ class CommittedBlock(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    LIKELIHOODS_FIELD_NUMBER: _ClassVar[int]
     NUM_AR_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_DIFFUSION_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     start: int
@@ -158,9 +177,10 @@ class CommittedBlock(_message.Message):
     num_blocks: int
     num_drafted: int
     num_accepted: int
+    likelihoods: _containers.RepeatedCompositeFieldContainer[Likelihood]
     num_ar_blocks: int
     num_diffusion_blocks: int
-    def __init__(self, start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., num_steps: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., num_ar_blocks: _Optional[int] = ..., num_diffusion_blocks: _Optional[int] = ...) -> None: ...
+    def __init__(self, start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., num_steps: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., likelihoods: _Optional[_Iterable[_Union[Likelihood, _Mapping]]] = ..., num_ar_blocks: _Optional[int] = ..., num_diffusion_blocks: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("start", "size", "step", "positions", "token_ids", "texts", "confidence")
