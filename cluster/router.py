@@ -107,7 +107,7 @@ class Router:
         patience = Patience(config.cluster.max_resumes, config.cluster.queue_timeout_s)
         self._turns = turns(config, self._lines)
         self._lines.on_beat, self._lines.waits = self._turns.grant, self._turns.waits
-        who_may_ask = door(config)
+        who_may_ask = await asyncio.to_thread(door, config)
         self._watch = RouterWatch(model.name, model.limits.modes, keys=who_may_ask.names)
         self._board = Board(name, node, deployed(config, model))
         self._feed = Feed(self._board, routers, self._is_left)
@@ -119,7 +119,7 @@ class Router:
         self._grpc = GrpcServer(self._generation, ingress.host, ingress.grpc_port, ingress.max_request_bytes)
         await self._grpc.start()
         self._readiness = Readiness(self._cells, self._grpc.set_served)
-        self._watching = asyncio.create_task(self._readiness.watch())
+        self._watching = [asyncio.create_task(one) for one in (self._readiness.watch(), who_may_ask.watch())]
         self._watch.start(self._admission, self._turns, self._lines, self._readiness)
         self._board.hold(self._admission, self._turns, self._lines, self._readiness)
         if ingress.ops_page:
@@ -172,7 +172,8 @@ class Router:
         ending = asyncio.create_task(self._grpc.stop(left_s + LAST_WORDS_S))
         await self._finish(left_s)
         await ending
-        self._watching.cancel()  # not before: what runs may have to meet a new cell
+        for watching in self._watching:  # not before: what runs may have to meet a new cell
+            watching.cancel()
         self._feed.stop()
         self._board.stop()
         self._lines.stop()

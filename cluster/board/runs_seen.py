@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.board.series import first_token_place
+from cluster.runs.allowances import LimitReached
 from cluster.runs.answer import NOTHING, Usage
+from cluster.runs.callers import KeyRefused
 from cluster.runs.observers import Observer
 from cluster.runs.record import Record
 from cluster.watch.words import code_of_end, mode_of
@@ -67,6 +69,9 @@ class RunsSeen(Observer):
         self._firsts: Counter[int] = Counter()
 
     def refused(self, error: TwoTowerError) -> None:
+        """What a key does not allow says nothing of the service."""
+        if isinstance(error, LimitReached | KeyRefused):
+            return
         code = code_of_end(error).name
         if code not in _NO_FAULT:
             self._counts["refused"] += 1

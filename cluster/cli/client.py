@@ -15,7 +15,7 @@ import grpc
 
 from cluster.ops.invocation import command
 from twotower.core import COSTS
-from twotower.errors import TwoTowerError, Unavailable
+from twotower.errors import ConfigError, TwoTowerError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
@@ -48,8 +48,10 @@ def served(address: str, timeout_s: float = 2.0) -> dict[str, bool] | None:
 
 
 def credentials() -> list[tuple[str, str]]:
-    """As headers, or metadata: the key in this variable of the environment, where there is one."""
-    key = os.environ.get(KEY_VARIABLE)
+    """As headers, or metadata: the key in this variable of the environment, where there is one. Raises ConfigError."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(f"{KEY_VARIABLE}: holds a character that no key has")
     return [("authorization", f"Bearer {key}")] if key else []
 
 

@@ -41,7 +41,6 @@ def run(options: argparse.Namespace) -> int:
         entry = KeyEntry.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise ConfigError("; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())) from None
-    lines = [f"{name}: {value}" for name, value in entry.model_dump(exclude_none=True).items()]
-    print("\n".join((f"  - {lines[0]}", *(f"    {line}" for line in lines[1:]))))
+    print(entry.written(), end="")
     print(f"the key of {options.name}, shown this once: {key}", file=sys.stderr)
     return 0

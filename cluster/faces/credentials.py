@@ -2,14 +2,17 @@
 
 import base64
 import binascii
+from collections.abc import Sequence
 
 CHALLENGES = ('Basic realm="TwoTower Serve"', "Bearer")  # a header each, or Chromium sees the first only
 
 
-def key_of(authorization: str | None) -> str | None:
+def key_of(headers: Sequence[str]) -> str | None:
     """Of `Bearer KEY`, or of `Basic` with the key as password, which is how a browser asks for one. None where there is
-    none."""
-    scheme, _, rest = (authorization or "").strip().partition(" ")
+    none, or where several headers might name several."""
+    if len(headers) != 1:
+        return None
+    scheme, _, rest = headers[0].strip().partition(" ")
     if scheme.lower() == "bearer":
         return rest.strip() or None
     if scheme.lower() == "basic":

@@ -4,6 +4,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from twotower.errors import Unavailable
+
 _SLACK_S = 10.0  # for routers to tell what they give up, and for Serve to tell us
 _AT_ONCE_S = 1.0
 _AGAIN_S = 0.1
@@ -42,7 +44,7 @@ def _drain(mark: bytes | None, timeout_s: float, say: Callable[[str], None], don
     try:
         _ask_routers(mark, timeout_s)
     except Exception as error:
-        say(f"the routers were not asked to finish their requests: {type(error).__name__}: {error}")
+        say(f"not all routers have finished their requests: {type(error).__name__}: {error}")
     finally:
         done.set()
 
@@ -52,6 +54,7 @@ def _ask_routers(mark: bytes | None, timeout_s: float) -> None:
     that there is none."""
     import ray
     from ray import serve
+    from ray.exceptions import RayActorError
     from ray.serve.exceptions import DeploymentUnavailableError
 
     from cluster.app import APP_NAME
@@ -62,9 +65,14 @@ def _ask_routers(mark: bytes | None, timeout_s: float) -> None:
         left_s = max(0.0, ends_at - time.monotonic())
         asked = serve.get_deployment_handle("Router", APP_NAME).broadcast("drain", min(timeout_s, left_s))
         try:
-            asked.results(timeout_s=left_s, return_exceptions=True)
-            return
+            answers = asked.results(timeout_s=left_s, return_exceptions=True)
         except DeploymentUnavailableError:
-            if not left_s:
-                raise
+            answers = []
+        failed = [
+            answer for answer in answers if isinstance(answer, Exception) and not isinstance(answer, RayActorError)
+        ]
+        if answers and not failed:
+            return
+        if not left_s:
+            raise failed[0] if failed else Unavailable("Serve's handle knows of no router, though one runs")
         time.sleep(_AGAIN_S)

@@ -1,13 +1,13 @@
 """What holders of keys have under way at this router, and what is left of their tokens a minute.
 
-Tokens are counted when a request ends: prompt and answer. So the last one may take more than was left, and the next
-waits for it.
+Nobody knows beforehand how many tokens an answer has. What is under way counts with the most that it may take; what it
+took is counted when it ends.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from cluster.runs.callers import Caller
 from cluster.runs.observers import Observer
@@ -27,31 +27,53 @@ class LimitReached(Overloaded):
         self.key, self.limit = key, limit
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a call wants: so many requests at a time, and tokens of prompts and answers at most."""
+
+    requests: int = 1
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Account:
+    """Of one key: what is under way, and how many tokens were left `at` a time."""
+
+    requests: int = 0
+    tokens: int = 0
+    left: float = 0.0
+    at: float = 0.0
+
+
 class Allowances(Observer):
     """Refuses what a caller's limits do not allow."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._running: Counter[str] = Counter()  # by caller's name, of those with such a limit that have any
-        self._left: dict[str, tuple[float, float]] = {}  # tokens, and when that was so
+        self._accounts: dict[str, _Account] = {}  # by name, of keys with such a limit
 
     @contextmanager
-    def hold(self, requests: int, caller: Caller) -> Iterator[None]:
-        """For as long as these are under way. Raises LimitReached; InvalidRequest for more than may ever be."""
-        self._check_tokens(caller)
-        most, running = caller.limits.concurrent_requests, self._running[caller.name] + requests
-        if most is not None and requests > most:
-            raise InvalidRequest.of("prompt", f"got {requests} at a time, wanted at most {most} with this key")
-        if most is not None and running > most:
-            told = f"{running} requests at a time with this key, wanted at most {most}"
-            raise LimitReached(caller.name, CONCURRENT, told, _SOON_S)
-        self._running[caller.name] = running
+    def hold(self, wish: Wish, caller: Caller) -> Iterator[None]:
+        """For as long as these are under way. Raises LimitReached, and InvalidRequest for what no waiting mends.
+
+        Limits are a router's parts. A call that is within the whole limit may have more, where nothing else of its key
+        is under way.
+        """
+        limits = caller.limits
+        if limits.concurrent_requests is None and limits.tokens_per_minute is None:
+            yield
+            return
+        _check(wish, caller)
+        account = self._account(caller)
+        self._check_requests(wish, account, caller)
+        self._check_tokens(wish, account, caller)
+        account.requests += wish.requests
+        account.tokens += wish.tokens
         try:
             yield
         finally:
-            self._running[caller.name] -= requests
-            if not self._running[caller.name]:
-                del self._running[caller.name]
+            account.requests -= wish.requests
+            account.tokens -= wish.tokens
 
     def check_priority(self, priority: int, caller: Caller) -> None:
         """Raises InvalidRequest."""
@@ -60,24 +82,46 @@ class Allowances(Observer):
             raise InvalidRequest.of("priority", f"got {priority}, wanted at least {least} with this key")
 
     def ended(self, record: Record, error: BaseException | None) -> None:
-        caller = record.caller
-        rate = caller.limits.tokens_per_minute
-        if rate is not None and record.attempts:
-            self._left[caller.name] = (self._tokens_left(caller.name, rate) - _tokens_of(record), self._clock())
+        if record.caller.limits.tokens_per_minute is not None and record.attempts:
+            self._account(record.caller).left -= _tokens_of(record)
 
-    def _check_tokens(self, caller: Caller) -> None:
+    def _check_requests(self, wish: Wish, account: _Account, caller: Caller) -> None:
+        most, requests = caller.limits.concurrent_requests, account.requests + wish.requests
+        if most is not None and account.requests and requests > most:
+            told = f"{requests} requests at a time with this key, wanted at most {most} here"
+            raise LimitReached(caller.name, CONCURRENT, told, _SOON_S)
+
+    def _check_tokens(self, wish: Wish, account: _Account, caller: Caller) -> None:
         rate = caller.limits.tokens_per_minute
         if rate is None:
             return
-        left = self._tokens_left(caller.name, rate)
-        if left <= 0:
-            told = f"the {rate} tokens a minute of this key are used up"
-            raise LimitReached(caller.name, TOKENS, told, (1 - left) / rate * 60)
+        free = account.left - account.tokens
+        if account.left <= 0 or (account.requests and wish.tokens > free):
+            told = f"of the {rate} tokens a minute of this key {max(0, int(free))} are left here, wanted {wish.tokens}"
+            lacking = 1 - account.left if account.left <= 0 else wish.tokens - free
+            raise LimitReached(caller.name, TOKENS, told, max(_SOON_S, lacking / rate * 60))
 
-    def _tokens_left(self, name: str, rate: int) -> float:
-        """As many come each minute; no more than those of one minute are kept."""
-        left, at = self._left.get(name, (float(rate), self._clock()))
-        return min(float(rate), left + (self._clock() - at) * rate / 60)
+    def _account(self, caller: Caller) -> _Account:
+        """As it is now: as many tokens come each minute, and no more than those of one minute are kept."""
+        rate, now = float(caller.limits.tokens_per_minute or 0), self._clock()
+        account = self._accounts.get(caller.name)
+        if account is None:
+            account = self._accounts[caller.name] = _Account(left=rate, at=now)
+        account.left, account.at = min(rate, account.left + (now - account.at) * rate / 60), now
+        return account
+
+
+def _check(wish: Wish, caller: Caller) -> None:
+    """Raises InvalidRequest for more than the key ever allows."""
+    whole = caller.limits.whole
+    if whole is None:
+        return
+    requests, tokens = whole
+    if requests is not None and wish.requests > requests:
+        raise InvalidRequest.of("prompt", f"got {wish.requests} at a time, wanted at most {requests} with this key")
+    if tokens is not None and wish.tokens > tokens:
+        told = f"got {wish.tokens} tokens of prompts and answers at most, wanted no more than {tokens} with this key"
+        raise InvalidRequest.of("max_new_tokens", told)
 
 
 def _tokens_of(record: Record) -> int:

@@ -13,11 +13,12 @@ class KeyRefused(TwoTowerError):
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a key allows at one router; None: no less than others have. `priority_from`: no request asks for a lower
-    priority number, which would go first."""
+    priority number, which would go first. `whole`: the first two of all routers together."""
 
     concurrent_requests: int | None = None
     tokens_per_minute: int | None = None
     priority_from: int | None = None
+    whole: tuple[int | None, int | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +27,19 @@ class Caller:
 
     name: str
     limits: Limits = field(default=Limits(), compare=False)
+    has_key: bool = False
+
+    @property
+    def key(self) -> str | None:
+        """Its key's name. Addresses are told to nobody."""
+        return self.name if self.has_key else None
 
 
 NOBODY = Caller("")
 
 
 class Door(Protocol):
-    """Who may ask. `names`: of keys, where they are wanted."""
+    """Who may ask. `names`: of keys, where they are wanted. `watch` keeps it right, for ever."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -40,6 +47,8 @@ class Door(Protocol):
     def caller(self, key: str | None, address: str) -> Caller:
         """Of a call with this key, or none. Raises KeyRefused."""
         ...
+
+    async def watch(self) -> None: ...
 
 
 class OpenDoor:
@@ -49,3 +58,6 @@ class OpenDoor:
 
     def caller(self, key: str | None, address: str) -> Caller:
         return Caller(address)
+
+    async def watch(self) -> None:
+        """There is nothing to watch."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 from weakref import WeakSet
 
 from cluster.runs.admission import Admission
-from cluster.runs.allowances import Allowances
+from cluster.runs.allowances import Allowances, Wish
 from cluster.runs.answer import Piece
 from cluster.runs.callers import NOBODY, Caller, Door, OpenDoor
 from cluster.runs.cells import Cells
@@ -50,6 +50,7 @@ Given = str | Sequence[object]  # text, or token ids
 Part = str | tuple[int, ...]  # the same, checked
 _NO_PART: Part = ()  # where it is wrong, which is told
 _TOKENIZED_S = 1e-6  # a byte, about
+_CHARACTERS_A_TOKEN = 4
 _DETOKENIZED_S = 5e-5  # a token, one by one
 
 
@@ -181,15 +182,19 @@ class Generation:
             self.admission.check_open()
 
     @contextmanager
-    def hold(self, prompts: int = 1, caller: Caller = NOBODY) -> Iterator[None]:
-        """Room for a call: for each prompt that the cells hold of it at a time.
+    def hold(self, checked: "Sequence[Checked | CheckedScore]" = (), caller: Caller = NOBODY) -> Iterator[None]:
+        """Room for a call of these prompts: for each that the cells hold of it at a time.
 
-        Raises Overloaded, LimitReached, Unavailable; InvalidRequest for more prompts than its key ever allows.
+        Raises Unavailable; InvalidRequest for what its caller's key does not allow; Overloaded, LimitReached.
         """
-        requests = min(prompts, self._at_once)
+        requests = min(max(1, len(checked)), self._at_once)
+        wish = Wish(requests, sum(map(_most_tokens, checked)))
         with ExitStack() as held:
             with self._refusals_told():
-                held.enter_context(self._allowances.hold(requests, caller))
+                self.admission.check_open()
+                for one in checked:
+                    self._allowances.check_priority(_priority(one), caller)
+                held.enter_context(self._allowances.hold(wish, caller))
                 held.enter_context(self.admission.hold(requests, caller))
             yield
 
@@ -200,12 +205,10 @@ class Generation:
     async def run(
         self, checked: Checked, deadline: Deadline, caller: Caller = NOBODY, parent: TraceParent = NO_PARENT
     ) -> Generating:
-        """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens, or its
-        caller's key does not allow its priority; DeadlineExceeded.
+        """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens;
+        DeadlineExceeded.
         """
         ask, request, model = checked.ask, checked.request, self.model
-        with self._refusals_told():
-            self._allowances.check_priority(checked.terms.priority, caller)
         if request is None:
             with self._refusals_told():
                 prompt = await self._tokenized("prompt", checked.prompt, deadline)
@@ -242,8 +245,6 @@ class Generation:
     ) -> Scoring:
         """As `run`."""
         ask, request, model = checked.ask, checked.request, self.model
-        with self._refusals_told():
-            self._allowances.check_priority(checked.priority, caller)
         if request is None:
             with self._refusals_told():
                 prompt = await self._tokenized("prompt", checked.prompt, deadline)
@@ -296,6 +297,21 @@ class Generation:
         encode = tokenizer.encode if name == "prompt" else tokenizer.encode_continuation
         token_ids = await self.lanes.run(len(part.encode()) * _TOKENIZED_S, partial(encode, part), deadline)
         return check_part(name, token_ids, self.model.limits)
+
+
+def _priority(checked: Checked | CheckedScore) -> int:
+    return checked.priority if isinstance(checked, CheckedScore) else checked.terms.priority
+
+
+def _most_tokens(checked: Checked | CheckedScore) -> int:
+    """That it may take, about: of text nobody knows yet how many it has."""
+    if isinstance(checked, CheckedScore):
+        return _length(checked.prompt) + _length(checked.continuation)
+    return _length(checked.prompt) + checked.terms.params.max_new_tokens
+
+
+def _length(part: Part) -> int:
+    return len(part) // _CHARACTERS_A_TOKEN if isinstance(part, str) else len(part)
 
 
 def drawn_id() -> str:

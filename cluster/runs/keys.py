@@ -1,17 +1,17 @@
 """The file of keys: who may ask, and how much. Keys themselves are in no file; it has their SHA-256.
 
-A key is drawn here, from 256 random bits, so its plain hash gives nothing away.
+A key is drawn here, from 256 random bits, so its plain hash gives nothing away, and how long a hash is looked for tells
+nothing either.
 """
 
+import asyncio
 import hashlib
-import hmac
 import logging
 import math
 import secrets
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError
@@ -20,12 +20,11 @@ from cluster.runs.callers import Caller, KeyRefused, Limits
 from cluster.sections import Count, Section
 from twotower.core import MAX_PRIORITY, MIN_PRIORITY
 from twotower.errors import ConfigError
-from twotower.showing import one_line
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "tt-"
-_MOST_BYTES, _MOST_KEYS = 2**20, 1000
+_MOST_BYTES, _MOST_KEYS = 256 * 2**10, 1000
 _LOOK_S = 1.0
 
 
@@ -39,18 +38,34 @@ class KeyEntry(Section):
     priority_from: Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)] | None = None
 
     def limits(self, routers: int) -> Limits:
-        """Of one of so many routers: an equal part, rounded up."""
+        """Of one of so many routers: an equal part of what is counted, rounded up."""
 
         def part(whole: int | None) -> int | None:
             return None if whole is None else math.ceil(whole / routers)
 
-        return Limits(part(self.concurrent_requests), part(self.tokens_per_minute), self.priority_from)
+        requests, tokens = self.concurrent_requests, self.tokens_per_minute
+        return Limits(part(requests), part(tokens), self.priority_from, (requests, tokens))
+
+    def written(self) -> str:
+        """As an item of the file's list."""
+        given = self.model_dump(exclude_none=True)
+        return "".join(f"  {line}\n" for line in yaml.safe_dump([given], sort_keys=False).splitlines())
 
 
 class KeysFile(Section):
     """The whole file."""
 
     keys: Annotated[list[KeyEntry], Field(min_length=1, max_length=_MOST_KEYS)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: a name may look like one."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def new_key() -> str:
@@ -62,50 +77,59 @@ def hash_of(key: str) -> str:
 
 
 class Keys:
-    """A Door for those who have a key of the file. It is read again soon after it changes; what cannot be read then is
-    told in the log, and the keys of before stay."""
+    """A Door for those who have a key of the file. `watch` reads it again soon after it changes; what cannot be read
+    then is told in the log, and the keys of before stay."""
 
-    def __init__(self, path: Path, routers: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path, routers: int = 1) -> None:
         """Raises ConfigError."""
-        self._path, self._routers, self._clock = path, routers, clock
-        self._seen, self._looked_at = _state(path), clock()
-        self._keys = read_keys(path)
+        self._path, self._routers = path, routers
+        self._state = _state(path)
+        self._callers = self._read()
+        self._told = ""
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(entry.name for entry in self._keys)
+        return tuple(caller.name for caller in self._callers.values())
 
     def caller(self, key: str | None, address: str) -> Caller:
-        self._look()
         if key is None:
             raise KeyRefused("this service wants a key: send the header `Authorization: Bearer KEY`")
-        given, found = hash_of(key), None
-        for entry in self._keys:  # all of them, each in the same time: how long it takes tells nothing
-            if hmac.compare_digest(entry.sha256, given):
-                found = entry
-        if found is None:
+        caller = self._callers.get(hash_of(key))
+        if caller is None:
             raise KeyRefused("the key of this call is not known to this service")
-        return Caller(found.name, found.limits(self._routers))
+        return caller
 
-    def _look(self) -> None:
-        now = self._clock()
-        if now - self._looked_at < _LOOK_S:
-            return
-        self._looked_at = now
+    async def watch(self) -> None:
+        """For ever. The event loop does not wait for the disk."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                await asyncio.to_thread(self.look)
+            except Exception:
+                logger.exception("the keys of before stay")
+
+    def look(self) -> None:
+        """Reads the file again if it has changed, or could not be read the last time."""
         state = _state(self._path)
-        if state == self._seen:
+        if state == self._state:
             return
-        self._seen = state
         try:
-            self._keys = read_keys(self._path)
+            callers = self._read()
         except ConfigError as error:
-            logger.error("the keys of before stay: %s", error)
-        else:
-            logger.info("%d keys read again from %s", len(self._keys), self._path)
+            if str(error) != self._told:
+                logger.error("the keys of before stay: %s", error)
+            self._told = str(error)
+            return
+        self._callers, self._state, self._told = callers, state, ""
+        logger.info("%d keys read again from %s", len(callers), self._path)
+
+    def _read(self) -> Mapping[str, Caller]:
+        entries = read_keys(self._path)
+        return {entry.sha256: Caller(entry.name, entry.limits(self._routers), has_key=True) for entry in entries}
 
 
 def read_keys(path: Path) -> tuple[KeyEntry, ...]:
-    """Raises ConfigError for a file that is not there or not right; no hash is in its message."""
+    """Raises ConfigError for a file that is not there or not right. The message repeats nothing of what is in it."""
     try:
         with path.open("rb") as file:
             text = file.read(_MOST_BYTES + 1)
@@ -114,14 +138,9 @@ def read_keys(path: Path) -> tuple[KeyEntry, ...]:
     if len(text) > _MOST_BYTES:
         raise _wrong(path, f"got more than {_MOST_BYTES} bytes")
     try:
-        keys = KeysFile.model_validate(yaml.safe_load(text)).keys
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise _wrong(path, f"is no YAML: {one_line(str(error))}") from None
-    except RecursionError:
-        raise _wrong(path, "is nested too deeply") from None
+        keys = KeysFile.model_validate(_parsed(path, text)).keys
     except ValidationError as error:
-        told = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors())
-        raise _wrong(path, "; ".join(f"{where}: {what}" if where else what for where, what in told)) from None
+        raise _wrong(path, "; ".join(map(_problem, error.errors()[:8]))) from None
     for what in ("name", "sha256"):
         values = [getattr(entry, what) for entry in keys]
         if len(set(values)) < len(values):
@@ -129,14 +148,33 @@ def read_keys(path: Path) -> tuple[KeyEntry, ...]:
     return tuple(keys)
 
 
+def _parsed(path: Path, text: bytes) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise _wrong(path, f"is no YAML{where}: {error.problem}") from None
+    except Exception as error:
+        raise _wrong(path, f"is no YAML of keys: {type(error).__name__}") from None
+
+
+def _problem(problem: Any) -> str:
+    """Where and what, without a word that is not ours."""
+    if problem["type"] == "extra_forbidden":
+        where, what = problem["loc"][:-1], f"an unknown name; wanted some of {', '.join(KeyEntry.model_fields)}"
+    else:
+        where, what = problem["loc"], problem["msg"]
+    return f"{'.'.join(map(str, where))}: {what}" if where else str(what)
+
+
 def _wrong(path: Path, what: str) -> ConfigError:
-    return ConfigError(f"ingress.keys_file: {one_line(str(path))}: {what}")
+    return ConfigError(f"ingress.keys_file: {path}: {what}")
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """Another one after every change, of a Secret's too, whose link then leads elsewhere."""
+    """Another one after every change, of a Secret's too, whose link then leads elsewhere, and of rights."""
     try:
         found = path.stat()
     except OSError:
         return ()
-    return (found.st_mtime_ns, found.st_ino, found.st_dev, found.st_size)
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev, found.st_size)

@@ -65,7 +65,8 @@ class RequestLog(Observer):
 
 def _asked(record: Record) -> dict[str, object]:
     request = record.request
-    asked: dict[str, object] = {"id": request.id, "label": record.label or None, "mode": mode_of(record)}
+    asked: dict[str, object] = {"id": request.id, "label": record.label or None, "key": record.caller.key}
+    asked |= {"mode": mode_of(record)}
     if not isinstance(request, Request):
         return asked | {"prompt_tokens": request.start, "scored_tokens": len(request.token_ids) - request.start}
     params = request.params

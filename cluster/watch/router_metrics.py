@@ -26,9 +26,9 @@ REFUSED = Metric(
     "calls_refused_total",
     Kind.COUNTER,
     "calls",
-    "ended before a request of theirs began: INVALID_ARGUMENT by a check, RESOURCE_EXHAUSTED for want of room or by "
-    "the limit of a key, UNAUTHENTICATED without a key, UNAVAILABLE while the router ends; what cannot even be parsed "
-    "is not counted",
+    "ended before a request of theirs began: INVALID_ARGUMENT by a check, RESOURCE_EXHAUSTED for want of room, "
+    "UNAUTHENTICATED without a key, UNAVAILABLE while the router ends; what cannot even be parsed is not counted, and "
+    "what the limit of a key refuses has a counter of its own",
     ("code",),
 )
 KEY_LIMITS = Metric(

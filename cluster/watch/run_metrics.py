@@ -39,9 +39,10 @@ class RunMetrics(Observer):
         self._open: dict[RequestId, _Watched] = {}
 
     def refused(self, error: TwoTowerError) -> None:
-        self._tally.add(metrics.REFUSED, 1, code_of_end(error).name)
         if isinstance(error, LimitReached):
             self._tally.add(metrics.KEY_LIMITS, 1, error.key, error.limit)
+        else:
+            self._tally.add(metrics.REFUSED, 1, code_of_end(error).name)
 
     def opened(self, record: Record) -> None:
         self._open[record.request.id] = _Watched(record, mode_of(record), self._clock())

@@ -36,7 +36,7 @@ def _rows() -> dict[str, list[str]]:
 
 def test_every_parameter_is_told_with_its_default() -> None:
     rows = _rows()
-    assert rows.keys() == {*DecodingParams.__dataclass_fields__, "stop", "priority", "trace"}
+    assert rows.keys() == {*DecodingParams.__dataclass_fields__, "stop", "priority", "trace", "logprobs"}
     for name in ("max_new_tokens", "block_size", "steps_per_block", "confidence_threshold", "temperature"):
         assert float(rows[name][3]) == getattr(DecodingParams(), name)
 

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -117,7 +118,7 @@ async def test_one_drain_time_for_both_faces(used_s: float, finishes: bool, cell
     service = generation(cells)
     async with grpc_server(service) as (address, server), grpc.aio.insecure_channel(address) as channel:
         router: Any = router_of(service, cells, Readiness(cells))
-        router._grpc, router._watching = server, asyncio.create_task(_never())
+        router._grpc, router._watching = server, [asyncio.create_task(_never())]
         router._lines, router._drain_timeout_s = SimpleNamespace(stop=lambda: None), 60.0
         router._watch = SimpleNamespace(stop=partial(asyncio.sleep, 0))
         await router.check_health()
@@ -221,7 +222,7 @@ class _Handle:
         return self
 
     def results(self, timeout_s: float, return_exceptions: bool) -> list[None]:
-        assert return_exceptions and timeout_s > 0
+        assert return_exceptions and timeout_s >= 0
         return self._serve.results()
 
 
@@ -251,4 +252,18 @@ def test_routers_that_cannot_be_asked_are_told_of(monkeypatch: pytest.MonkeyPatc
     serve, said = Serve(monkeypatch), list[str]()
     monkeypatch.setattr(serve, "results", lambda: 1 / 0)
     draining.finish(b"ours", 7.0, said.append)
-    assert said == ["the routers were not asked to finish their requests: ZeroDivisionError: division by zero"]
+    assert said == ["not all routers have finished their requests: ZeroDivisionError: division by zero"]
+
+
+def test_a_router_that_did_not_hear_is_asked_again_and_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve leaves out those that are unavailable for a moment, and returns what goes wrong with one. A dead one has
+    nothing to finish."""
+    serve, said = Serve(monkeypatch), list[str]()
+    answers: list[list[Any]] = [[], [RuntimeError("busy"), None], [None, ActorDiedError()]]
+    monkeypatch.setattr(serve, "results", lambda: answers.pop(0))
+    draining.finish(b"ours", 7.0, said.append)
+    assert len(serve.asked) == 3 and not said
+    monkeypatch.setattr(draining, "_SLACK_S", 0.0)
+    monkeypatch.setattr(serve, "results", lambda: [RuntimeError("busy")])
+    draining.finish(b"ours", 0.05, said.append)
+    assert said == ["not all routers have finished their requests: RuntimeError: busy"]

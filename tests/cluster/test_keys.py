@@ -97,7 +97,8 @@ def guarded(file: Path) -> Guarded:
     ],
 )
 def test_how_a_key_is_sent(text: str | None, key: str | None) -> None:
-    assert key_of(text) == key
+    assert key_of([] if text is None else [text]) == key
+    assert key_of([text or "", "Bearer abc"]) is None, "which of them?"
 
 
 async def test_every_path_but_health_wants_a_key(guarded: Guarded) -> None:
@@ -130,6 +131,30 @@ async def test_with_a_key_all_is_as_ever(guarded: Guarded) -> None:
         assert shown.status_code == 200 and '<body data-keys="true">' in shown.text
 
 
+async def test_a_page_of_elsewhere_cannot_use_the_key_that_a_browser_keeps(guarded: Guarded) -> None:
+    async with guarded.http() as http:
+        for site, status in (("cross-site", 401), ("same-site", 401), ("same-origin", 200), ("none", 200)):
+            sent = {"sec-fetch-site": site, "content-type": "text/plain"}
+            answer = await http.post("/v1/completions", json=BODY, headers=sent, auth=("anybody", KEY))
+            assert answer.status_code == status, site
+    async with guarded.http(KEY) as http:
+        answer = await http.post("/v1/completions", json=BODY, headers={"sec-fetch-site": "cross-site"})
+        assert answer.status_code == 200, "that page knows the key"
+
+
+async def test_a_websocket_is_closed(guarded: Guarded) -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    await guarded.app({"type": "websocket", "path": "/health", "headers": []}, receive, send)
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
 async def test_openais_client_gets_its_own_error(guarded: Guarded) -> None:
     async with AsyncExitStack() as stack:
         http = httpx.AsyncClient(transport=httpx.ASGITransport(guarded.app))
@@ -155,6 +180,8 @@ async def test_a_keys_limits_over_http(guarded: Guarded) -> None:
         assert (await other.post("/v1/completions", json=BODY)).status_code == 200, "no limit of this one's"
         assert (await running).status_code == 200
         assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+    refused_for = {labels for (metric, labels) in guarded.tally._added if metric is router_metrics.REFUSED}
+    assert refused_for == {("INVALID_ARGUMENT",)}, "a key's limit says nothing of the service's room"
     added = {labels: n for (metric, labels), n in guarded.tally._added.items() if metric is router_metrics.KEY_LIMITS}
     assert added == {("small", "concurrent_requests"): 1}
 
@@ -179,6 +206,18 @@ async def test_grpc_wants_a_key_but_for_health(guarded: Guarded) -> None:
         await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert (await stub.Generate(request, metadata=with_key)).text
         assert await _reflected(channel, with_key)
+
+
+async def test_a_refusal_does_not_wait_for_the_message(guarded: Guarded) -> None:
+    """Or whoever has no key could keep calls open for ever, and fill memory with messages."""
+    bare: Any = {"request_serializer": bytes, "response_deserializer": bytes}
+    async with grpc_server(guarded.service) as (address, _), grpc.aio.insecure_channel(address) as channel:
+        silent = channel.stream_stream("/twotower.v1.GenerationService/Generate", **bare)()
+        unknown = channel.stream_stream("/no.such.Service/Method", **bare)()
+        large = channel.unary_unary("/twotower.v1.GenerationService/Generate", **bare)(bytes(5 * 2**20))
+        for call in (silent, unknown, large):
+            async with asyncio.timeout(10):
+                assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def _reflected(channel: grpc.aio.Channel, metadata: Any) -> Any:
@@ -213,7 +252,11 @@ async def test_our_commands_send_the_key_of_the_environment(
         with pytest.raises(client.Refused, match=r"wants a key.* TWOTOWER_API_KEY") as caught:
             await asyncio.to_thread(client.model_info, address)
         assert caught.value.mistake
-        monkeypatch.setenv("TWOTOWER_API_KEY", KEY)
+        monkeypatch.setenv("TWOTOWER_API_KEY", KEY + "\nx")
+        with pytest.raises(ConfigError, match="TWOTOWER_API_KEY: holds a character") as wrong:
+            client.credentials()
+        assert KEY not in str(wrong.value)
+        monkeypatch.setenv("TWOTOWER_API_KEY", KEY + "\n")
         assert (await asyncio.to_thread(client.model_info, address)).model_name == "fake"
         await asyncio.to_thread(client.generate, address, pb.GenerateRequest(text="Hi"), 20.0, False)
     assert "good things" in capsys.readouterr().out
@@ -242,5 +285,6 @@ def test_the_command_draws_a_key_and_writes_its_entry(tmp_path: Path) -> None:
     [entry] = read_keys(path)
     assert (entry.name, entry.sha256) == ("team-a", hash_of(key))
     assert (entry.concurrent_requests, entry.tokens_per_minute, entry.priority_from) == (8, None, -5)
+    assert _key("on").stdout.startswith("  - name: 'on'\n")
     wrong = _key("team a", "--tokens-per-minute", "0")
     assert wrong.returncode == 2 and "name: " in wrong.stderr and "tokens_per_minute: " in wrong.stderr

@@ -221,7 +221,7 @@ def test_an_answer_has_room_to_be_read_to_its_end() -> None:
         assert asking.positions == (len(plain.prompt_token_ids) + 21 if led else plain.positions)
 
 
-@MODES
+@pytest.mark.parametrize("mode", [mode for mode in Mode if mode is not Mode.AUTO])  # whose rows are the clock's
 def test_who_does_not_ask_pays_no_head(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a request that asks, the head of the context tower goes over no row of one that does not."""
     logits, rows = ContextTower.logits, list[int]()

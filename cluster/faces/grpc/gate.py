@@ -43,14 +43,13 @@ def caller_of(generation: Generation, context: Any) -> Caller:
 
 
 def _key(metadata: Any) -> str | None:
-    found = dict(metadata or ()).get("authorization")
-    return key_of(None if found is None else str(found))
+    return key_of([str(value) for name, value in metadata or () if name == "authorization"])
 
 
 def _refusal(error: KeyRefused) -> Any:
     status = rpc_status.to_status(status_of(describe(error)))
 
-    async def refuse(request: bytes, context: Any) -> None:
+    async def refuse(_: Any, context: Any) -> None:
         await context.abort(status.code, status.details, status.trailing_metadata)
 
-    return grpc.unary_unary_rpc_method_handler(refuse)
+    return grpc.stream_stream_rpc_method_handler(refuse)  # which does not wait for the client's message

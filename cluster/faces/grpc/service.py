@@ -43,7 +43,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             raise InvalidRequest.of("trace", "got true, wanted it only of GenerateStream")
         checked = self._generation.check(ask_of(request, *_names(request, context)))
         caller = caller_of(self._generation, context)
-        with self._generation.hold(caller=caller):
+        with self._generation.hold([checked], caller):
             run = await self._generation.run(checked, deadline, caller, _parent_of(context))
             return answer_message(await run.whole(), self._generation.token_texts)
 
@@ -51,7 +51,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         deadline = self._generation.deadline(_timeout_of(context))
         checked = self._generation.check(ask_of(request, *_names(request, context)))
         caller = caller_of(self._generation, context)
-        with self._generation.hold(caller=caller):
+        with self._generation.hold([checked], caller):
             run = await self._generation.run(checked, deadline, caller, _parent_of(context))
             # Writing waits for the client to read, and may wait for ever.
             async with deadline.over(), aclosing(run):
@@ -63,7 +63,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         deadline = self._generation.deadline(_timeout_of(context))
         checked = self._generation.check_score(score_ask_of(request, *_names(request, context)))
         caller = caller_of(self._generation, context)
-        with self._generation.hold(caller=caller):
+        with self._generation.hold([checked], caller):
             run = await self._generation.score_run(checked, deadline, caller, _parent_of(context))
             return score_message(run, await run.whole())
 

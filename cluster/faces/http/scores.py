@@ -72,7 +72,7 @@ class ScoresFace:
         check_model(body.model or None, generation.model.name)
         try:
             checked = generation.check_score(ScoreAsk(body.prompt, body.continuation, label, body.priority, own_id))
-            with generation.hold(caller=call.caller):
+            with generation.hold([checked], call.caller):
                 run = await generation.score_run(checked, call.deadline, call.caller, call.parent)
                 event = await until_disconnect(request.receive, run.whole())
         except InvalidRequest as error:

@@ -123,7 +123,8 @@ class CompletionsFace:
         headers = began.headers(call.label or call.id)
         checked = await self._checked(call)
         with ExitStack() as held:
-            held.enter_context(generation.hold(len(checked), began.caller))
+            with _told_of(0, 1):
+                held.enter_context(generation.hold(checked, began.caller))
             if call.echo:
                 return await self._echoed(request, call, checked, began, headers)
             runs = await self._runs(checked, began)

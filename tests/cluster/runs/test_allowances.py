@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from cluster.runs.allowances import Allowances, LimitReached
+from cluster.runs.allowances import Allowances, LimitReached, Wish
 from cluster.runs.answer import Usage
 from cluster.runs.callers import NOBODY, Caller, Limits
 from cluster.runs.record import Record
@@ -19,67 +19,100 @@ def allowances() -> Allowances:
     return Allowances(lambda: NOW[0])
 
 
+def caller(name: str = "a", requests: int | None = None, tokens: int | None = None, routers: int = 1) -> Caller:
+    part = [None if whole is None else -(-whole // routers) for whole in (requests, tokens)]
+    return Caller(name, Limits(part[0], part[1], None, (requests, tokens)))
+
+
+def refusal(allowed: Allowances, wish: Wish, who: Caller) -> LimitReached:
+    with pytest.raises(LimitReached) as caught, allowed.hold(wish, who):
+        pass
+    assert isinstance(caught.value, Overloaded) and caught.value.key == who.name
+    return caught.value
+
+
 def test_so_many_at_a_time() -> None:
-    allowed, caller, other = allowances(), Caller("a", Limits(concurrent_requests=3)), Caller("b", Limits(1))
+    allowed, who, other = allowances(), caller(requests=3), caller("b", requests=1)
     with ExitStack() as held:
-        held.enter_context(allowed.hold(2, caller))
-        held.enter_context(allowed.hold(1, caller))
-        held.enter_context(allowed.hold(1, other))
-        with pytest.raises(LimitReached, match="4 requests at a time with this key, wanted at most 3") as caught:
-            held.enter_context(allowed.hold(1, caller))
-        assert (caught.value.key, caught.value.limit) == ("a", "concurrent_requests")
-        assert isinstance(caught.value, Overloaded) and caught.value.retry_after_s == 1.0
+        held.enter_context(allowed.hold(Wish(2), who))
+        held.enter_context(allowed.hold(Wish(1), who))
+        held.enter_context(allowed.hold(Wish(1), other))
+        refused = refusal(allowed, Wish(1), who)
+        assert "4 requests at a time with this key, wanted at most 3 here" in str(refused)
+        assert (refused.limit, refused.retry_after_s) == ("concurrent_requests", 1.0)
     for _ in range(2):
-        with allowed.hold(3, caller):
+        with allowed.hold(Wish(3), who):
             pass
-    assert not allowed._running
 
 
 def test_a_call_that_never_fits_is_a_mistake() -> None:
-    with pytest.raises(InvalidRequest, match="prompt: got 4 at a time, wanted at most 3 with this key"):
-        allowances().hold(4, Caller("a", Limits(concurrent_requests=3))).__enter__()
+    allowed = allowances()
+    for wish, words in (
+        (Wish(4), "prompt: got 4 at a time, wanted at most 3"),
+        (Wish(1, 61), "got 61 tokens of prompt"),
+    ):
+        with pytest.raises(InvalidRequest, match=words), allowed.hold(wish, caller(requests=3, tokens=60)):
+            pass
+
+
+def test_a_call_within_the_whole_limit_goes_alone_beyond_a_routers_part() -> None:
+    """Or the number of routers would decide what a key may ask at all."""
+    allowed, who = allowances(), caller(requests=8, tokens=800, routers=4)
+    with allowed.hold(Wish(4, 700), who):
+        refusal(allowed, Wish(1), who)
+    with allowed.hold(Wish(1, 10), who):
+        assert refusal(allowed, Wish(4), who).limit == "concurrent_requests"
+        assert refusal(allowed, Wish(1, 700), who).limit == "tokens_per_minute"
 
 
 def test_whoever_has_no_limits_has_none() -> None:
     allowed = allowances()
-    with allowed.hold(10_000, NOBODY), allowed.hold(10_000, NOBODY):
+    with allowed.hold(Wish(10_000, 10**9), NOBODY), allowed.hold(Wish(10_000), NOBODY):
         allowed.check_priority(-(2**31), NOBODY)
+    assert not allowed._accounts
 
 
-def _record(caller: Caller, prompt: int, answer: int, placed: bool = True) -> Record:
-    request = Request(RequestId("r"), (5,) * prompt, DecodingParams())
-    record = Record(request, "f", caller=caller)
+def _record(who: Caller, prompt: int, answer: int, placed: bool = True) -> Record:
+    record = Record(Request(RequestId("r"), (5,) * prompt, DecodingParams()), "f", caller=who)
     record.usage = Usage(prompt, answer)
     record.attempts = ["cell"] if placed else []
     return record
 
 
-def test_tokens_of_a_minute_come_back_with_time() -> None:
-    allowed, caller = allowances(), Caller("a", Limits(tokens_per_minute=60))
-    with allowed.hold(1, caller):
+def test_what_is_under_way_counts_with_the_most_that_it_may_take() -> None:
+    allowed, who = allowances(), caller(tokens=60)
+    with allowed.hold(Wish(1, 40), who):
+        refused = refusal(allowed, Wish(1, 21), who)
+        assert "of the 60 tokens a minute of this key 20 are left here, wanted 21" in str(refused)
+        with allowed.hold(Wish(1, 20), who):
+            refusal(allowed, Wish(1, 1), who)
+    with allowed.hold(Wish(1, 60), who):
         pass
-    allowed.ended(_record(caller, prompt=50, answer=40), None)
-    with pytest.raises(LimitReached, match="the 60 tokens a minute of this key are used up") as caught:
-        allowed.hold(1, caller).__enter__()
-    assert caught.value.retry_after_s == pytest.approx(31.0)
+
+
+def test_tokens_of_a_minute_come_back_with_time() -> None:
+    allowed, who = allowances(), caller(tokens=60)
+    allowed.ended(_record(who, prompt=50, answer=40), None)
+    refused = refusal(allowed, Wish(1, 10), who)
+    assert refused.limit == "tokens_per_minute" and refused.retry_after_s == pytest.approx(31.0)
     NOW[0] += 30.9
-    with allowed.hold(1, caller):
+    with allowed.hold(Wish(1, 10), who):
         pass
     NOW[0] += 1000.0
-    assert allowed._tokens_left("a", 60) == 60.0, "those of one minute are kept"
+    assert allowed._account(who).left == 60.0, "those of one minute are kept"
 
 
 def test_scores_count_and_what_no_cell_has_read_does_not() -> None:
-    allowed, caller = allowances(), Caller("a", Limits(tokens_per_minute=60))
-    allowed.ended(_record(caller, prompt=500, answer=0, placed=False), None)
-    assert allowed._tokens_left("a", 60) == 60.0
-    scored = Record(ScoreRequest(RequestId("s"), (1,) * 20, 5), "f", caller=caller, attempts=["cell"])
+    allowed, who = allowances(), caller(tokens=60)
+    allowed.ended(_record(who, prompt=500, answer=0, placed=False), None)
+    assert allowed._account(who).left == 60.0
+    scored = Record(ScoreRequest(RequestId("s"), (1,) * 20, 5), "f", caller=who, attempts=["cell"])
     allowed.ended(scored, None)
-    assert allowed._tokens_left("a", 60) == 40.0
+    assert allowed._account(who).left == 40.0
 
 
 def test_a_priority_that_the_key_does_not_allow() -> None:
-    allowed, caller = allowances(), Caller("a", Limits(priority_from=0))
-    allowed.check_priority(0, caller)
+    allowed, who = allowances(), Caller("a", Limits(priority_from=0))
+    allowed.check_priority(0, who)
     with pytest.raises(InvalidRequest, match="priority: got -1, wanted at least 0 with this key"):
-        allowed.check_priority(-1, caller)
+        allowed.check_priority(-1, who)
