@@ -110,7 +110,7 @@ class DenoiserEngine:
         """Take what has arrived, step all ready rows, submit what is full. False where nothing was ready."""
         self._take_inbox()
         self._take_replies()
-        ready = [s for s in self._sequences.values() if s.steps]
+        ready = [s for s in self._sequences.values() if s.ready and not s.closing]
         self._waits.note(self._sequences.values(), bool(ready))
         for turns in take_all(self._launch(ready)):
             for sequence, turn in turns:
@@ -229,11 +229,11 @@ class DenoiserEngine:
             self._tell_rated(sequence, sequence.unrated, delta)
 
     def _tell_rated(self, sequence: LedSequence, unrated: Unrated, delta: Delta) -> None:
-        for event in unrated.rated(delta):
+        event = unrated.rated(delta)
+        if event is not None:
             self._emit(event)
             if event.is_last:
                 self._release(sequence)
-                return
         if unrated.last_words:
             self._end(sequence)
 
