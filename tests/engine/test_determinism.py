@@ -1,13 +1,14 @@
 """In fp32 a request's tokens are its own: whoever shares its batch, wherever its towers are, however many denoisers.
 
-Random requests, each alone first, then all of them together in random arrangements. What differs must have a recorded
-margin below 1e-5. `DETERMINISM_ROUNDS` says how many rounds of each arrangement; by default one for each checkpoint.
+Random requests, each alone first, then all of them together in random arrangements, where some of them ask for
+likelihoods, too. What differs must have a recorded margin below 1e-5. `DETERMINISM_ROUNDS` says how many rounds of each
+arrangement; by default one for each checkpoint.
 """
 
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -146,7 +147,8 @@ def test_tokens_are_a_requests_own(arrangement: str) -> None:
         requests = [make_request(f"{number}", place, towers, draw) for place in range(REQUESTS)]
         own = alone(towers, requests)
         draw.shuffle(requests)
-        together = ARRANGEMENTS[arrangement](towers, requests, draw)
+        asking = [replace(request, logprobs=(None, 0, 7)[place % 3]) for place, request in enumerate(requests)]
+        together = ARRANGEMENTS[arrangement](towers, asking, draw)
         for request in requests:
             tally.compare(request, own[request.id], together[request.id], f"{arrangement}, {towers.name}")
     print(f"{arrangement}: {tally}")

@@ -26,10 +26,12 @@ from twotower.core import (
 )
 from twotower.engine import scores
 from twotower.engine.context import likelihoods as rating
+from twotower.engine.context.sequences import Sequences
 from twotower.engine.in_process import pair_of
 from twotower.engine.modes.auto import Auto
 from twotower.engine.modes.unrated import Unrated
 from twotower.engine.pair import Pair
+from twotower.engine.passes import Want
 from twotower.errors import NumericalError
 from twotower.exchange.protocol import Delta
 from twotower.model.cache import TowerCache
@@ -286,15 +288,32 @@ def test_joined_and_cut_events_keep_each_tokens_own() -> None:
 
 
 def test_tokens_wait_until_they_are_read() -> None:
-    """Of a delta, the likelihoods are those of the last tokens; what it read before them belongs to the prompt."""
+    """The last block ends where the answer does; the denoiser has filled all of it."""
     waiting = Unrated(10)
-    block = BlockEvent(RequestId("r"), 0, (5, 6), 1, 1)
-    waiting.add(block, (0.5, 0.25))
-    assert not list(waiting.rated(Delta(0, 8, 10, 0)))
-    rated = (Likelihood(-1.0), Likelihood(-2.0), Likelihood(-3.0))
-    [told] = waiting.rated(Delta(0, 10, 13, 0, likelihoods=rated))
+    block = BlockEvent(RequestId("r"), 2, (5, 6), 1, 1, FinishReason.STOP)
+    waiting.add(block, (0.5, 0.25, 0.125))
+    assert waiting.last_words == (5, 6)
+    assert waiting.rated(Delta(0, 8, 12, 0)) is None
+    rated = (Likelihood(-1.0), Likelihood(-2.0))
+    told = waiting.rated(Delta(0, 12, 14, 0, likelihoods=rated))
+    assert told is not None
     assert told.likelihoods == (Likelihood(-1.0, confidence=0.5), Likelihood(-2.0, confidence=0.25))
     assert not waiting.last_words
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_a_commit_pass_goes_to_its_end_only_where_a_row_asks(
+    logprobs: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wants, read = list[Want](), Sequences.read
+
+    def watched(self: Sequences, keys: Sequence[Any], want: Want) -> torch.Tensor:
+        wants.append(want)
+        return read(self, keys, want)
+
+    monkeypatch.setattr(Sequences, "read", watched)
+    _decode("tt_dense", [_request(Mode.DIFFUSION, logprobs)])
+    assert set(wants) == {Want.STATES if logprobs is None else Want.HIDDEN}
 
 
 def test_the_scorer_tells_alternatives_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ class DenoiserEngine:
         self._take_inbox()
         self._auto.look(self._verified_rows())
         self._take_replies()
-        ready = [s for s in self._sequences.values() if s.steps]
+        ready = [s for s in self._sequences.values() if s.ready and not s.closing]
         self._waits.note(self._sequences.values(), bool(ready))
         for turns in self._stepped(ready):
             for sequence, turn in turns:
@@ -256,11 +256,11 @@ class DenoiserEngine:
             self._tell_rated(sequence, sequence.unrated, delta)
 
     def _tell_rated(self, sequence: LedSequence, unrated: Unrated, delta: Delta) -> None:
-        for event in unrated.rated(delta):
+        event = unrated.rated(delta)
+        if event is not None:
             self._emit(event)
             if event.is_last:
                 self._release(sequence)
-                return
         if unrated.last_words:
             self._end(sequence)
 

@@ -76,11 +76,6 @@ class LedSequence:
     def request(self) -> Request:
         return self.answer.request
 
-    @property
-    def steps(self) -> bool:
-        """Whether there is a step to take now."""
-        return self.ready and not self.closing and not (self.unrated is not None and self.unrated.last_words)
-
 
 Turns = list[tuple[LedSequence, Turn]]
 

@@ -1,7 +1,7 @@
 """Committed tokens that wait for their likelihoods: the context tower finds them as it reads the tokens."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from twotower.core import BlockEvent, Likelihood
@@ -22,16 +22,19 @@ class Unrated:
         return event.token_ids if event is not None and event.is_last else ()
 
     def add(self, event: BlockEvent, confidence: Sequence[float]) -> None:
-        """`confidence`: of each token when it was fixed, where there is such a thing."""
+        """`confidence`: of each token when it was fixed, where there is such a thing; of a whole block, maybe cut."""
         self._events.append((event, confidence))
 
-    def rated(self, delta: Delta) -> Iterator[BlockEvent]:
-        """Those of the events whose tokens have been read, as they are to be told."""
-        first = delta.end - len(delta.likelihoods) - self.answer_start  # of the likelihoods, among the answer's tokens
-        while self._events and self._events[0][0].start + self.answer_start < delta.end:
-            event, confidence = self._events.popleft()
-            known = delta.likelihoods[event.start - first :][: len(event.token_ids)]
-            yield replace(event, likelihoods=tuple(_with_confidence(known, confidence)))
+    def rated(self, delta: Delta) -> BlockEvent | None:
+        """The event whose tokens have been read, as it is to be told; None where it was the prompt that was read."""
+        if not delta.likelihoods:
+            return None
+        event, confidence = self._events.popleft()
+        told = (delta.end - len(delta.likelihoods), len(delta.likelihoods))
+        assert told == (self.answer_start + event.start, len(event.token_ids)), (
+            "what is committed is one event's tokens"
+        )
+        return replace(event, likelihoods=tuple(_with_confidence(delta.likelihoods, confidence)))
 
 
 def _with_confidence(likelihoods: Sequence[Likelihood], confidence: Sequence[float]) -> Sequence[Likelihood]:
