@@ -2,14 +2,14 @@
 
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twotower.core import MAX_COUNT, MAX_SEED, MAX_STOP_CHARACTERS, DecodingParams, Mode
+from twotower.core import MAX_COUNT, MAX_SEED, MAX_STOP_CHARACTERS, DecodingParams, Floor, Mode
 from twotower.errors import InvalidRequest
 from twotower.parameters import check_text
 from twotower.validation import (
@@ -160,10 +160,31 @@ def test_modes_the_checkpoint_cannot_do(mode: str) -> None:
         ({"mode": "ar", "block_size": 16}, "block_size"),
         ({"mode": "mock_ar", "steps_per_block": 16}, "steps_per_block"),
         ({"mode": "ar", "confidence_threshold": 0.8}, "confidence_threshold"),
+        ({"mode": "verified", "floor": "lossless"}, "floor"),
     ],
 )
 def test_values_without_a_meaning_in_the_mode(values: dict[str, Any], name: str) -> None:
     assert re.search(f"but {name} (is not supported|has no meaning) in", _refused(values)[name])
+
+
+@pytest.mark.parametrize(
+    ("floor", "values"),
+    [
+        ("lossless", {"confidence_threshold": 0.8}),
+        ("lossless", {"steps_per_block": 4}),
+        ("confidence", {"top_k": 5}),
+        ("confidence", {"top_p": 0.5}),
+    ],
+)
+def test_values_without_a_meaning_with_the_floor(floor: str, values: dict[str, Any]) -> None:
+    [name] = values
+    asked = {"mode": "auto", **values}
+    message = f"but {name} has no meaning with floor {floor} in auto mode"
+    assert message in _refused({**asked, "floor": floor})[name]
+    defaults = replace(LIMITS, defaults=DecodingParams(floor=Floor(floor)))
+    assert message in _refused(asked, defaults)[name], "the service's floor is the request's"
+    other = "confidence" if floor == "lossless" else "lossless"
+    assert parse_params({**asked, "floor": other}, LIMITS).floor == other
 
 
 def test_off_switches_mean_the_same_everywhere() -> None:

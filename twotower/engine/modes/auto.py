@@ -63,7 +63,9 @@ class Auto:
         self._meter, self._apart = meter, apart
         self._drafts, self._diffused = _Known(), _Known()
         self._rows = 1
-        self._costs: Costs | None = None  # with the rows that are there now; until each kind of pass has been seen
+        # With the rows that are there now, and with one; none until each kind of pass has been seen.
+        self._costs: Costs | None = None
+        self._single: Costs | None = None
         self._begun = 0
         self._usual = Mode.DIFFUSION  # how requests begin, where their floor says nothing else
         self._spare_s = 0.0  # of the device, that a try may lose
@@ -71,7 +73,7 @@ class Auto:
     def look(self, rows: int) -> None:
         """Before a tick's choices: so many sequences share passes now, and these cost what they cost."""
         self._rows = max(1, rows)
-        self._costs = self._costs_of(self._rows)
+        self._costs, self._single = self._costs_of(self._rows), self._costs_of(1)
 
     def begin(self, request: Request) -> Mode:
         """`diffusion`, or `verified`: how it begins, and goes on."""
@@ -107,7 +109,7 @@ class Auto:
     def alone(self, blocks: Blocks, size: int) -> int:
         """How many tokens the context tower writes next, of `size` that it may, for a request with such drafts; 0: it
         drafts."""
-        costs, single = self._costs, self._costs_of(1)
+        costs, single = self._costs, self._single
         if costs is None or single is None:
             seen = (self._meter.seconds(kind, self._rows) is not None for kind in (Pass.STEP, Pass.READ))
             return min(_FIRST, size) if all(seen) else 0
