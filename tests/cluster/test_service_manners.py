@@ -226,7 +226,7 @@ async def test_a_service_that_shuts_down(service: Service) -> None:
             events = [line async for line in lines if line]
         assert "the service has shut down" in events[-1] and "unavailable_error" in events[-1]
         await asyncio.to_thread(draining.join, 20)
-        assert not draining.is_alive() and "finishing the running requests" in said[0]
+        assert not draining.is_alive() and said[0] == "stopping" and "finishing the running requests" in said[1]
         await service.all_free()
         ownership.give_up(mark)
         await asyncio.to_thread(serve.delete, APP_NAME)
