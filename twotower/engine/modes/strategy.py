@@ -46,8 +46,9 @@ class LedSequence:
 
     `ready`: the mirror holds all that has been committed, `length` positions, so the sequence can step.
     `tokens`, `masked`, `step` and `block` are its mode's: the block that it steps on. `drafted`: its mode's, too: how
-    many tokens of the block wait for the context tower's verdict. `drafting`: when it drafts. `known`: how many of the
-    block's first are in the answer already.
+    many tokens of the block wait for the context tower's verdict. `drafting`: when it drafts. `alone`: how many tokens
+    the context tower writes behind what was committed last. `known`: how many of the block's first are in the answer
+    already.
     """
 
     answer: Answer
@@ -63,6 +64,7 @@ class LedSequence:
     block: int = 0
     drafted: int = 0
     drafting: Drafts = field(default_factory=Drafting)
+    alone: int = 0
     known: int = 0
 
     @property
