@@ -16,7 +16,7 @@ from twotower.engine.meter import Meter, Pass
 from twotower.engine.modes.choosing import Costs, Signs, fastest, loss_s, paces
 
 _WEIGHT = 0.1  # of the newest block, in what is known of all requests with such parameters
-_OWN_WEIGHT = 0.35  # in what is known of one request
+_OWN_WEIGHT = 0.25  # in what is known of one request
 _MOST_KNOWN = 256  # parameters of which something is known
 _SPENT = 0.02  # of the time, for tries
 _FIRST = 4  # tokens alone, for a first look at what they cost

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from twotower.core import Mode
 
-_CLEARLY = 1.15
+_CLEARLY = 1.3
 _LEAST_LOST = 0.25  # of what a try takes: all of this is known roughly
 
 
