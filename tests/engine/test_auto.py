@@ -32,7 +32,7 @@ class Drawn(Auto):
 
     draw: random.Random
 
-    def alone(self, blocks: object, size: int) -> int:
+    def alone(self, blocks: object, size: int, now: object = None) -> int:
         return self.draw.choice([0, 0, size, 1])
 
 
@@ -109,7 +109,7 @@ def _events(pair: ByHand, request: Request) -> list[Event]:
 
 
 def _always(size: int) -> Callable[..., int]:
-    return lambda blocks, most: min(size, most)
+    return lambda blocks, most, now: min(size, most)
 
 
 @pytest.mark.parametrize("size", [0, 16])

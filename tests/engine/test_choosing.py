@@ -47,6 +47,11 @@ def test_of_equals_the_first_is_taken() -> None:
     assert fastest({Mode.AR: 1.0, Mode.VERIFIED: 1.0}, CAUSAL) is Mode.AR
 
 
+@pytest.mark.parametrize(("pace", "best"), [(0.5, Mode.VERIFIED), (1.1, Mode.VERIFIED), (1.4, Mode.AR)])
+def test_what_is_hardly_faster_is_no_reason_to_change(pace: float, best: Mode) -> None:
+    assert fastest({Mode.AR: pace, Mode.VERIFIED: 1.0}, CAUSAL, now=Mode.VERIFIED) is best
+
+
 def test_what_a_try_loses() -> None:
     assert loss_s(SMALL, SMALL, 1, Signs(2, 0)) == pytest.approx(0.037 - 0.006)
     assert loss_s(SMALL, LARGE, 64, Signs(2, 3)) == pytest.approx(0.037 - 4 * 0.016 / 64), "all others wait for it"

@@ -181,7 +181,7 @@ class DenoiserEngine:
     def _commit(self, sequence: LedSequence, tokens: Sequence[int], alone: int = 0) -> None:
         """It goes with the next message; until its delta has come the sequence is not ready."""
         self._commands.append(Commit(sequence.number, sequence.length, tuple(tokens), alone))
-        sequence.ready = False
+        sequence.ready, sequence.alone = False, alone
 
     def _take_inbox(self) -> None:
         requests: list[Request] = []
@@ -245,7 +245,7 @@ class DenoiserEngine:
     def _has_grown(self, sequence: LedSequence, delta: Delta) -> None:
         decided = delta.decided
         if decided is not None and decided.took is not None:
-            kind = Pass.READ if sequence.step else Pass.TOKEN
+            kind = Pass.TOKEN if sequence.alone else Pass.READ
             self._meter.note(kind, decided.took.rows, decided.took.seconds)
         sequence.slot, sequence.length = delta.slot, delta.end
         sequence.ready = delta.complete

@@ -16,12 +16,12 @@ from twotower.engine.meter import Meter, Pass
 from twotower.engine.modes.choosing import Costs, Signs, fastest, loss_s, paces
 
 _WEIGHT = 0.1  # of the newest block, in what is known of all requests with such parameters
-_OWN_WEIGHT = 0.35  # in what is known of one request
+_OWN_WEIGHT = 0.25  # in what is known of one request
 _MOST_KNOWN = 256  # parameters of which something is known
 _SPENT = 0.02  # of the time, for tries
 _FIRST = 4  # tokens alone, for a first look at what they cost
 _TRIED_EVERY = 50  # requests, of which one is decoded the other way where that is not far slower
-_FAR_SLOWER, _FAR_FASTER = 0.5, 1.1
+_FAR_SLOWER = 0.5
 _CAUSAL = (Mode.AR, Mode.VERIFIED)
 
 
@@ -62,7 +62,7 @@ class Auto:
     def __init__(self, meter: Meter, apart: bool) -> None:
         self._meter, self._apart = meter, apart
         self._drafts, self._diffused = _Known(), _Known()
-        self._rows = 1
+        self.rows = 1
         # With the rows that are there now, and with one; none until each kind of pass has been seen.
         self._costs: Costs | None = None
         self._single: Costs | None = None
@@ -72,8 +72,8 @@ class Auto:
 
     def look(self, rows: int) -> None:
         """Before a tick's choices: so many sequences share passes now, and these cost what they cost."""
-        self._rows = max(1, rows)
-        self._costs, self._single = self._costs_of(self._rows), self._costs_of(1)
+        self.rows = max(1, rows)
+        self._costs, self._single = self._costs_of(self.rows), self._costs_of(1)
 
     def begin(self, request: Request) -> Mode:
         """`diffusion`, or `verified`: how it begins, and goes on."""
@@ -87,12 +87,10 @@ class Auto:
         drafts = self.drafts(params)
         found = paces(costs, Signs(drafts.steps, drafts.tokens, blocks.steps, blocks.tokens, blocks.commits))
         pace = {Mode.DIFFUSION: found[Mode.DIFFUSION], Mode.VERIFIED: found[fastest(found, _CAUSAL)]}
+        self._usual = fastest(pace, pace, self._usual)
         other = Mode.VERIFIED if self._usual is Mode.DIFFUSION else Mode.DIFFUSION
-        if pace[other] > _FAR_FASTER * pace[self._usual]:  # else some rows of each kind would share no pass
-            self._usual = other
-        elif self._begun % _TRIED_EVERY == 0 and pace[other] > _FAR_SLOWER * pace[self._usual]:
-            return other
-        return self._usual
+        is_try = self._begun % _TRIED_EVERY == 0 and pace[other] > _FAR_SLOWER * pace[self._usual]
+        return other if is_try else self._usual
 
     def diffused(self, params: DecodingParams, steps: int, tokens: int, last: bool = False) -> None:
         """A block of `diffusion` took so many steps and gave the answer so many tokens."""
@@ -106,17 +104,17 @@ class Auto:
         """Of requests like this one. Where there were none, as good as can be: so the first ones draft."""
         return self._drafts.get(_drafts(params)) or Blocks(1, params.block_size - 1)
 
-    def alone(self, blocks: Blocks, size: int) -> int:
+    def alone(self, blocks: Blocks, size: int, now: Mode | None = None) -> int:
         """How many tokens the context tower writes next, of `size` that it may, for a request with such drafts; 0: it
-        drafts."""
+        drafts. `now`: how its last block was decoded."""
         costs, single = self._costs, self._single
         if costs is None or single is None:
-            seen = (self._meter.seconds(kind, self._rows) is not None for kind in (Pass.STEP, Pass.READ))
+            seen = (self._meter.seconds(kind, self.rows) is not None for kind in (Pass.STEP, Pass.READ))
             return min(_FIRST, size) if all(seen) else 0
         signs = Signs(blocks.steps, blocks.tokens)
-        if fastest(paces(costs, signs), _CAUSAL) is Mode.VERIFIED:
+        if fastest(paces(costs, signs), _CAUSAL, now) is Mode.VERIFIED:
             return 0
-        if self._spare_s < loss_s(single, costs, self._rows, signs):
+        if self._spare_s < loss_s(single, costs, self.rows, signs):
             return size
         self._spare_s = 0.0
         return 0
@@ -124,7 +122,7 @@ class Auto:
     def wrote(self, tokens: int) -> None:
         """The context tower wrote so many for one of the rows."""
         if self._costs is not None:
-            self._spare_s += _SPENT * tokens * self._costs.token / self._rows
+            self._spare_s += _SPENT * tokens * self._costs.token / self.rows
 
     def _costs_of(self, rows: int) -> Costs | None:
         step, read, token = (self._meter.seconds(kind, rows) for kind in Pass)
@@ -139,10 +137,10 @@ class Weighed:
     def __init__(self, auto: Auto, params: DecodingParams) -> None:
         self._auto, self._params = auto, params
         self._own: Blocks | None = None
-        self._wrote = False
+        self._now: Mode | None = None
 
     def ended(self, steps: int, tokens: int) -> None:
-        wrote, self._wrote = self._wrote, not steps
+        before, self._now = self._now, Mode.VERIFIED if steps else Mode.AR
         if not steps:
             self._auto.wrote(tokens)
             return
@@ -150,12 +148,14 @@ class Weighed:
             known = self._auto.drafts(self._params)
             self._own = Blocks(known.steps, known.tokens)
         self._own.note(steps, tokens, _OWN_WEIGHT)
-        if not wrote:  # behind tokens alone an answer's end is near, and a draft worth less than others
+        if before is not Mode.AR:  # behind tokens alone an answer's end is near, and a draft worth less than others
             self._auto.drafted(self._params, steps, tokens)
 
     def alone(self, room: int) -> int:
         known, size = self._own or self._auto.drafts(self._params), min(self._params.block_size, room)
-        return self._auto.alone(Blocks(known.steps, min(known.tokens, size - 1)), size)
+        # Beside others the end of an answer goes as the rest of it: a pass for one row would cost them all.
+        tokens = min(known.tokens, size - 1) if self._auto.rows == 1 else known.tokens
+        return self._auto.alone(Blocks(known.steps, tokens), size, self._now)
 
 
 def _blocks(params: DecodingParams) -> Hashable:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from twotower.core import Mode
 
+_CLEARLY = 1.3
 _LEAST_LOST = 0.25  # of what a try takes: all of this is known roughly
 
 
@@ -49,9 +50,11 @@ def paces(costs: Costs, signs: Signs) -> dict[Mode, float]:
     return found
 
 
-def fastest(found: dict[Mode, float], allowed: Collection[Mode]) -> Mode:
-    """Of those that are allowed; of equals the first in the order of `Mode`."""
-    return max((mode for mode in Mode if mode in allowed and mode in found), key=lambda mode: found[mode])
+def fastest(found: dict[Mode, float], allowed: Collection[Mode], now: Mode | None = None) -> Mode:
+    """Of those that are allowed; of equals the first in the order of `Mode`. Another than `now` has to be clearly
+    faster: a row that goes its own way has passes of its own, for which all others wait."""
+    best = max((mode for mode in Mode if mode in allowed and mode in found), key=lambda mode: found[mode])
+    return best if now is None or found[best] > _CLEARLY * found[now] else now
 
 
 def loss_s(single: Costs, costs: Costs, rows: int, signs: Signs) -> float:

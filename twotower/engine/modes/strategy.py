@@ -50,9 +50,10 @@ class LedSequence:
 
     `ready`: the mirror holds all that has been committed, `length` positions, so the sequence can step.
     `tokens`, `masked`, `step` and `block` are its mode's: the block that it steps on. `drafted`: its mode's, too: how
-    many tokens of the block wait for the context tower's verdict. `drafting`: when it drafts. `known`: how many of the
-    block's first are in the answer already. `unrated`: where tokens are told once the context tower has read and rated
-    them. `confidence`: of the block's fixed places then, as its mode keeps it.
+    many tokens of the block wait for the context tower's verdict. `drafting`: when it drafts. `alone`: how many tokens
+    the context tower writes behind what was committed last. `known`: how many of the block's first are in the answer
+    already. `unrated`: where tokens are told once the context tower has read and rated them. `confidence`: of the
+    block's fixed places then, as its mode keeps it.
     """
 
     answer: Answer
@@ -68,6 +69,7 @@ class LedSequence:
     block: int = 0
     drafted: int = 0
     drafting: Drafts = field(default_factory=Drafting)
+    alone: int = 0
     known: int = 0
     unrated: Unrated | None = None
     confidence: dict[int, float] = field(default_factory=dict)

@@ -54,20 +54,15 @@ class Verified(DenoiserMode):
             tokens, cost = [*delta.decided.written, token], Cost(num_ar_blocks=int(by_auto))
             told = _told(sequence, [], token) if sequence.request.trace and not by_auto else None
             sequence.drafting.ended(0, len(tokens))
+        drafted, room = sequence.step > 0, sequence.answer.room - len(tokens)
         _begin_block(sequence, token)
-        room = sequence.answer.room - len(tokens)
-        # Where the answer takes one token more, there is nothing to draft.
-        alone = sequence.drafting.alone(room) if _wanted(sequence, room) > 1 else 1
-        commit = [token] if alone else ()
-        return Turn(
-            delta.decided.margin,
-            tokens,
-            cost,
-            commit,
-            trace=told,
-            alone=min(alone, room),
-            likelihoods=delta.likelihoods,
-        )
+        if _wanted(sequence, room) > 1:
+            alone = sequence.drafting.alone(room)
+            commit = [token] if alone else ()
+        else:  # nothing to draft: behind drafts it shares their pass, behind tokens alone theirs
+            alone, commit = int(not drafted), [token]
+        margin, rated = delta.decided.margin, delta.likelihoods
+        return Turn(margin, tokens, cost, commit, trace=told, alone=min(alone, room), likelihoods=rated)
 
 
 def _begin_block(sequence: LedSequence, token: int) -> None:
