@@ -7,8 +7,15 @@ import httpx
 import pytest
 
 from cluster.faces.http.service import make_app
+from cluster.runs import kept
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+
+
+@pytest.fixture(autouse=True)
+def no_cell_is_known_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test of Serve's replicas has noted in this process is another one's no more."""
+    monkeypatch.setattr(kept, "cells", frozenset())
 
 
 @pytest.fixture
