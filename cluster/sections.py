@@ -232,7 +232,7 @@ class IngressSection(Section):
     cors_origins: list[Origin] = Field(
         default_factory=list, description="whose web pages may read answers in a browser; `*`: all"
     )
-    keys_file: Annotated[str, Field(pattern=r"^/")] | None = Field(
+    keys_file: str | None = Field(
         default=None,
         description="absolute path of the file of keys (`python -m cluster key` makes entries); without one everybody "
         "may ask",
@@ -241,6 +241,12 @@ class IngressSection(Section):
         default=True,
         description="whether HTTP has `/ops`, which shows cells and requests, without text, to whoever may ask",
     )
+
+    @model_validator(mode="after")
+    def _file_for_every_process(self) -> "IngressSection":
+        if self.keys_file is not None and not self.keys_file.startswith("/"):
+            raise ValueError(f"keys_file: got {self.keys_file!r}, wanted an absolute path")
+        return self
 
     @model_validator(mode="after")
     def _two_ports(self) -> "IngressSection":

@@ -259,6 +259,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _what_next(state: RunState, prompt: str | list[int], targets: list[str], keys: bool) -> str:
     key = ' -H "authorization: Bearer $TWOTOWER_API_KEY"' if keys else ""
+    wanted = "\nIt wants a key: `generate`, `status` and `tune` have it from TWOTOWER_API_KEY." if keys else ""
     scraped = "".join(f"\nMetrics for Prometheus: http://{target}/metrics" for target in targets)
     text = isinstance(prompt, str)
     shell = f"--prompt $'{json.dumps(prompt)[1:-1]}'" if text else f"--prompt-token-ids {','.join(map(str, prompt))}"
@@ -268,5 +269,5 @@ The service answers on http://{state.http} (OpenAI's API) and {state.grpc} (gRPC
   curl http://{state.http}/v1/completions -H 'content-type: application/json'{key} \\
     -d '{json.dumps({"prompt": prompt, "max_tokens": 64})}'
   {command(f"generate {shell}")}
-{scraped}
+{wanted}{scraped}
 Ctrl-C stops it."""

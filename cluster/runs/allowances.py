@@ -56,8 +56,8 @@ class Allowances(Observer):
     def hold(self, wish: Wish, caller: Caller) -> Iterator[None]:
         """For as long as these are under way. Raises LimitReached, and InvalidRequest for what no waiting mends.
 
-        Limits are a router's parts. A call that is within the whole limit may have more, where nothing else of its key
-        is under way.
+        Limits are a router's parts. A call that is within the whole limit may have more: where nothing else of its key
+        is under way, and a whole part of the tokens is left.
         """
         limits = caller.limits
         if limits.concurrent_requests is None and limits.tokens_per_minute is None:
@@ -95,11 +95,10 @@ class Allowances(Observer):
         rate = caller.limits.tokens_per_minute
         if rate is None:
             return
-        free = account.left - account.tokens
-        if account.left <= 0 or (account.requests and wish.tokens > free):
+        free, wanted = account.left - account.tokens, min(wish.tokens, rate)
+        if wanted > free:
             told = f"of the {rate} tokens a minute of this key {max(0, int(free))} are left here, wanted {wish.tokens}"
-            lacking = 1 - account.left if account.left <= 0 else wish.tokens - free
-            raise LimitReached(caller.name, TOKENS, told, max(_SOON_S, lacking / rate * 60))
+            raise LimitReached(caller.name, TOKENS, told, max(_SOON_S, (wanted - free) / rate * 60))
 
     def _account(self, caller: Caller) -> _Account:
         """As it is now: as many tokens come each minute, and no more than those of one minute are kept."""

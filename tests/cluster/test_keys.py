@@ -30,6 +30,7 @@ from cluster.ops import deployment
 from cluster.router import door
 from cluster.runs.generation import Generation
 from cluster.runs.keys import hash_of, new_key, read_keys
+from cluster.runs.labels import OWN_ID, REQUEST_ID
 from cluster.watch import router_metrics
 from cluster.watch.run_metrics import RunMetrics
 from cluster.watch.tally import Tally
@@ -137,6 +138,13 @@ async def test_a_page_of_elsewhere_cannot_use_the_key_that_a_browser_keeps(guard
             sent = {"sec-fetch-site": site, "content-type": "text/plain"}
             answer = await http.post("/v1/completions", json=BODY, headers=sent, auth=("anybody", KEY))
             assert answer.status_code == status, site
+        follows = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+        assert (await http.get("/ops", headers=follows, auth=("anybody", KEY))).status_code == 200, "a link to it"
+        refused = await http.post("/v1/completions", json=BODY, headers=follows, auth=("anybody", KEY))
+        assert refused.status_code == 401 and "own pages alone" in refused.json()["error"]["message"]
+        for origin, status in (("http://evil.example", 401), ("null", 401), ("http://fake", 200)):
+            answer = await http.post("/v1/completions", json=BODY, headers={"origin": origin}, auth=("anybody", KEY))
+            assert answer.status_code == status, origin
     async with guarded.http(KEY) as http:
         answer = await http.post("/v1/completions", json=BODY, headers={"sec-fetch-site": "cross-site"})
         assert answer.status_code == 200, "that page knows the key"
@@ -202,6 +210,7 @@ async def test_grpc_wants_a_key_but_for_health(guarded: Guarded) -> None:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await call
                 assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED, caught.value
+                assert {OWN_ID, REQUEST_ID} <= dict(caught.value.trailing_metadata()).keys()
         assert not guarded.cells.requests
         await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert (await stub.Generate(request, metadata=with_key)).text
@@ -263,7 +272,7 @@ async def test_our_commands_send_the_key_of_the_environment(
 
 
 def test_a_file_that_is_wrong_is_found_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"keys_file"):
+    with pytest.raises(ConfigError, match=r"keys_file: got 'none', wanted an absolute path"):
         ServiceConfig.parse({"ingress": {"keys_file": "none"}})
     missing = ServiceConfig.parse({"ingress": {"keys_file": str(tmp_path / "none")}})
     with pytest.raises(ConfigError, match=r"ingress.keys_file: .* cannot be read"):

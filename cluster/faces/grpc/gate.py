@@ -11,7 +11,8 @@ from cluster.faces.credentials import key_of
 from cluster.faces.error_codes import describe
 from cluster.faces.grpc.boundary import status_of
 from cluster.runs.callers import Caller, KeyRefused
-from cluster.runs.generation import Generation
+from cluster.runs.generation import Generation, drawn_id
+from cluster.runs.labels import OWN_ID, REQUEST_ID, label_of
 
 _OPEN = f"/{health.SERVICE_NAME}/"  # probes have no key
 
@@ -50,6 +51,8 @@ def _refusal(error: KeyRefused) -> Any:
     status = rpc_status.to_status(status_of(describe(error)))
 
     async def refuse(_: Any, context: Any) -> None:
-        await context.abort(status.code, status.details, status.trailing_metadata)
+        own_id, metadata = drawn_id(), dict(context.invocation_metadata() or ())
+        names = (REQUEST_ID, label_of(str(metadata.get(REQUEST_ID, ""))) or own_id), (OWN_ID, own_id)
+        await context.abort(status.code, status.details, (*names, *status.trailing_metadata))
 
     return grpc.stream_stream_rpc_method_handler(refuse)  # which does not wait for the client's message

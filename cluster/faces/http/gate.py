@@ -1,11 +1,13 @@
 """Who a call over HTTP is from. Where keys are wanted, nobody without one gets further."""
 
+from urllib.parse import urlsplit
+
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.faces.credentials import key_of
-from cluster.runs.callers import Caller
+from cluster.runs.callers import Caller, KeyRefused
 from cluster.runs.generation import Generation
 
 _CALLER = "twotower.caller"
@@ -25,15 +27,23 @@ class Gate:
             return
         if scope["type"] == "http" and scope["path"] not in _OPEN:
             headers = Headers(scope=scope)
-            key = None if _from_elsewhere(headers) else key_of(headers.getlist("authorization"))
+            if _from_elsewhere(scope["method"], headers):
+                raise KeyRefused("a key that a browser keeps is taken from this service's own pages alone")
+            key = key_of(headers.getlist("authorization"))
             scope[_CALLER] = self._generation.caller(key, scope["client"][0] if scope.get("client") else "")
         await self._app(scope, receive, send)
 
 
-def _from_elsewhere(headers: Headers) -> bool:
-    """Whether a browser sends it for another site's page. With `Bearer` that page knows the key itself."""
-    kept = headers.get("authorization", "").strip().lower().startswith("basic")
-    return kept and headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+def _from_elsewhere(method: str, headers: Headers) -> bool:
+    """Whether a browser sends it with the key that it keeps, for another site's page; a link that is followed to one of
+    ours is none. With `Bearer` that page knows the key itself."""
+    if not headers.get("authorization", "").strip().lower().startswith("basic"):
+        return False
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is None:  # browsers tell it where TLS or loopback is
+        return origin is not None and urlsplit(origin).netloc != headers.get("host")
+    follows_link = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
+    return site not in ("same-origin", "none") and not follows_link
 
 
 def caller_of(request: Request) -> Caller:

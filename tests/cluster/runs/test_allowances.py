@@ -63,6 +63,8 @@ def test_a_call_within_the_whole_limit_goes_alone_beyond_a_routers_part() -> Non
     with allowed.hold(Wish(1, 10), who):
         assert refusal(allowed, Wish(4), who).limit == "concurrent_requests"
         assert refusal(allowed, Wish(1, 700), who).limit == "tokens_per_minute"
+    allowed.ended(_record(who, prompt=1, answer=0), None)
+    assert refusal(allowed, Wish(1, 700), who).retry_after_s == 1.0, "its part is not whole"
 
 
 def test_whoever_has_no_limits_has_none() -> None:
@@ -92,11 +94,15 @@ def test_what_is_under_way_counts_with_the_most_that_it_may_take() -> None:
 
 def test_tokens_of_a_minute_come_back_with_time() -> None:
     allowed, who = allowances(), caller(tokens=60)
-    allowed.ended(_record(who, prompt=50, answer=40), None)
-    refused = refusal(allowed, Wish(1, 10), who)
-    assert refused.limit == "tokens_per_minute" and refused.retry_after_s == pytest.approx(31.0)
-    NOW[0] += 30.9
+    allowed.ended(_record(who, prompt=30, answer=20), None)
     with allowed.hold(Wish(1, 10), who):
+        pass
+    refused = refusal(allowed, Wish(1, 40), who)
+    assert refused.limit == "tokens_per_minute" and refused.retry_after_s == pytest.approx(30.0)
+    NOW[0] += 29.9
+    refusal(allowed, Wish(1, 40), who)
+    NOW[0] += 0.2
+    with allowed.hold(Wish(1, 40), who):
         pass
     NOW[0] += 1000.0
     assert allowed._account(who).left == 60.0, "those of one minute are kept"
