@@ -52,6 +52,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 MAX_ALTERNATIVES = 20
+MAX_LIKELIHOODS = 2**18  # of tokens and alternatives that one call is told: 2 kB for each token with all alternatives
 
 _AUTO = (Mode.AUTO,)
 _DIFFUSION, _VERIFIED = (Mode.DIFFUSION, *_AUTO), (Mode.VERIFIED, *_AUTO)

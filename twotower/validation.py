@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from twotower.core import (
     LOGPROBS,
+    MAX_LIKELIHOODS,
     ONLY_WITH_FLOOR,
     PARAMETERS,
     PRIORITY,
@@ -207,6 +208,13 @@ def check_terms(
     return Terms(params, order, "max_new_tokens" in given, traced, alternatives)
 
 
+def check_likelihoods(tokens: int, logprobs: int | None, most: int = MAX_LIKELIHOODS) -> None:
+    """Of so many tokens, each with its alternatives. Raises InvalidRequest."""
+    if logprobs is not None and tokens * (logprobs + 1) > most:
+        told = f"got {logprobs} for up to {tokens} tokens, which is {tokens * (logprobs + 1)} log-probabilities"
+        raise InvalidRequest.of("logprobs", f"{told}; wanted at most {most}, the token's own among them")
+
+
 def join(request_id: str, prompt: tuple[int, ...], terms: Terms, limits: ModelLimits) -> Request:
     """The request of a checked prompt. Raises InvalidRequest where prompt and new tokens do not fit together.
 
@@ -226,6 +234,7 @@ def join(request_id: str, prompt: tuple[int, ...], terms: Terms, limits: ModelLi
             f"got {params.max_new_tokens} after a prompt of {len(prompt)} tokens ({together} together), "
             f"wanted at most {longest} together",
         )
+    check_likelihoods(params.max_new_tokens, terms.logprobs)
     return Request(
         RequestId(request_id), prompt, params, priority=terms.priority, trace=terms.trace, logprobs=terms.logprobs
     )
@@ -263,6 +272,7 @@ def join_score(
             f"got a prompt of {len(prompt)} tokens and a continuation of {len(continuation)} ({together} together), "
             f"wanted at most {limits.max_sequence_length} together",
         )
+    check_likelihoods(together, logprobs)
     return ScoreRequest(RequestId(request_id), prompt + continuation, len(prompt), priority, logprobs)
 
 

@@ -121,7 +121,7 @@ class CellsSeen:
             node=sign.node if sign is not None else "",
             placement=sign.placement if sign is not None else "",
             fingerprint=beat.fingerprint,
-            modes=beat.modes,
+            modes=beat.serves,
             lacks=self._lacks(beat),
             lacking_s=round(lacking_s, 1),
             leaves=known.leaves,

@@ -129,7 +129,7 @@ class CellLines:
 
     def served(self) -> set[Mode]:
         """The modes that any cell serves which has a line here."""
-        return {mode for beat in self.beats() for mode in beat.modes}
+        return {mode for beat in self.beats() for mode in beat.serves}
 
     def unfit(self, mode: Mode) -> set[str]:
         """Those that had a line and have none any more, or do not serve this mode now. Serve may not know it yet."""

@@ -38,6 +38,7 @@ from twotower.validation import (
     Problems,
     Terms,
     check_bytes,
+    check_likelihoods,
     check_part,
     check_priority,
     check_terms,
@@ -192,6 +193,7 @@ class Generation:
         with ExitStack() as held:
             with self._refusals_told():
                 self.admission.check_open()
+                _check_likelihoods(checked)
                 for one in checked:
                     self._allowances.check_priority(_priority(one), caller)
                 held.enter_context(self._allowances.hold(wish, caller))
@@ -297,6 +299,13 @@ class Generation:
         encode = tokenizer.encode if name == "prompt" else tokenizer.encode_continuation
         token_ids = await self.lanes.run(len(part.encode()) * _TOKENIZED_S, partial(encode, part), deadline)
         return check_part(name, token_ids, self.model.limits)
+
+
+def _check_likelihoods(checked: "Sequence[Checked | CheckedScore]") -> None:
+    """Of all prompts of a call together. Raises InvalidRequest."""
+    asking = [one.terms for one in checked if isinstance(one, Checked) and one.terms.logprobs is not None]
+    if asking:
+        check_likelihoods(sum(terms.params.max_new_tokens for terms in asking), asking[0].logprobs)
 
 
 def _priority(checked: Checked | CheckedScore) -> int:

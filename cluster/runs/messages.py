@@ -23,15 +23,20 @@ class ReplyTo:
 @dataclass(frozen=True, slots=True)
 class Beat:
     """A cell lives: which one, from what checkpoint, what it serves now, and how full it is. Scores are served where
-    `ar` is. `sign`: what operators see of it; a cell of an older version says none."""
+    `ar` is. `sign`: what operators see of it; a cell of an older version says none. One of a newer version may serve
+    `modes` that this one does not know; `serves` are those that it does."""
 
     cell: str
     fingerprint: str
-    modes: tuple[Mode, ...]
+    modes: tuple[str, ...]
     running: int
     waiting: int
     slots: int
     sign: CellSign | None = None
+
+    @property
+    def serves(self) -> tuple[Mode, ...]:
+        return tuple(mode for mode in Mode if mode in self.modes)
 
 
 @dataclass(frozen=True, slots=True)

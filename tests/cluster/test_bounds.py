@@ -33,6 +33,7 @@ from twotower.errors import InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 from twotower.strict_json import MAX_NAMES
+from twotower.validation import check_likelihoods
 
 LONGEST = 256  # max_sequence_length of the fake, whose tokens are bytes
 LABEL, STOP = "x" * MAX_LABEL, "x" * MAX_STOP_CHARACTERS
@@ -385,3 +386,23 @@ def test_lists_of_a_message_are_not_copied_before_they_are_counted() -> None:
     params = pb.DecodingParams(stop_token_ids=[5])
     ask = ask_of(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=params, stop=["a"]), "", "id")
     assert not any(isinstance(value, list | tuple) for value in (ask.prompt, ask.stop, ask.params["stop_token_ids"]))
+
+
+async def test_log_probabilities_of_a_call() -> None:
+    """Of all its prompts together: none of them alone is too many."""
+    cells, model = ScriptedCells(), served_model(ByteTokenizer())
+    long = replace(model, limits=replace(model.limits, max_sequence_length=4096))
+    transport = httpx.ASGITransport(make_app(Generation(long, cells, at_once=64), all_modes))
+    async with httpx.AsyncClient(transport=transport, base_url="http://fake") as http:
+        for prompts, status in ((4, 200), (5, 400)):
+            body = {"prompt": [[5]] * prompts, "max_tokens": 3120, "logprobs": 20}
+            answer = await http.post("/v1/completions", json=body)
+            assert answer.status_code == status, answer.text
+        assert answer.json()["error"]["param"] == "logprobs" and "wanted at most 262144" in answer.text
+        echoed = {"prompt": [5] * 4000, "max_tokens": 0, "echo": True, "logprobs": 20}
+        assert (await http.post("/v1/completions", json=echoed)).status_code == 200
+        assert len(cells.scored) == 1
+    for tokens, alternatives in ((2**18, 0), (12_483, 20)):
+        check_likelihoods(tokens, alternatives)
+        with pytest.raises(InvalidRequest, match="logprobs: got"):
+            check_likelihoods(tokens + 1, alternatives)

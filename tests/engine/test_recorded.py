@@ -176,6 +176,19 @@ def test_what_comes_up_often_or_is_prepared_is_recorded() -> None:
         assert len(passes._programs) == prepared, "commits and short prompts were prepared"
 
 
+def test_a_pass_wider_than_the_vocabulary_is_recorded() -> None:
+    """A block may be: its size is the client's choice, and an engine that cannot record it would end."""
+    model = golden(MODELS[0])
+    width = model.context.config.vocab_size + 8
+    with torch.inference_mode():
+        cache = TowerCache(model.context.config, 1, pages_for(3 * width), CPU, torch.float32)
+        slot = cache.allocate(3 * width)
+        passes = RecordedPasses(model.context, cache, often=1)
+        for _ in range(2):
+            passes.run([slot], [[5] * width])
+    assert {form.width for form in passes._programs} >= {width}
+
+
 def test_the_setting_chooses() -> None:
     model = golden(MODELS[0])
     cache = TowerCache(model.context.config, 1, 4, CPU, torch.float32)

@@ -1,5 +1,6 @@
 """What a token looks like on its own."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import twotower
@@ -20,3 +21,17 @@ def test_the_demo_checkpoints_tokens_keep_their_spaces() -> None:
     assert tokenizer is not None
     text = "two thousand and nine"
     assert "".join(TokenTexts(tokenizer).of(tokenizer.encode_continuation(text))) == text
+
+
+def test_a_token_that_is_known_is_looked_up_and_the_others_are_not_looked_at() -> None:
+    """A vocabulary of 131,072 that is known takes milliseconds to go through, and this is asked for each token."""
+    texts = TokenTexts(ByteTokenizer())
+
+    class Known(dict[int, str]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("goes through all that is known")
+
+        keys = __iter__  # type: ignore[assignment]
+
+    texts._known = Known({5: "\x01"})
+    assert texts.of([5, 6, 5]) == ["\x01", "\x02", "\x01"]

@@ -163,7 +163,8 @@ def record(tower: ContextTower | DenoiserTower, form: Form) -> Program:
     rows = max(1, min(2, FEW_TOKENS // width)) if form.few else max(2, FEW_TOKENS // width + 1)
     pages = pages_for(width) + 1
     cache = TowerCache(tower.config, rows, rows * pages, device, tower.dtype)
-    given = [[*range(width), row, 1, width, *[WASTE_PAGE] * pages] for row in range(rows)]
+    tokens = [place % tower.config.vocab_size for place in range(width)]
+    given = [[*tokens, row, 1, width, *[WASTE_PAGE] * pages] for row in range(rows)]
     t_R = torch.full((rows if form.timed else 0,), 0.5, device=device)
     example: tuple[Tensor, ...] = (on_device(given, device), t_R, cache.conv, cache.ssm, cache.keys, cache.values)
     if form.decides:

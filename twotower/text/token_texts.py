@@ -17,8 +17,9 @@ class TokenTexts:
         tokenizer = self._tokenizer
         if tokenizer is None:
             return []
-        for token in set(token_ids) - self._known.keys():
-            self._known[token] = _text(tokenizer, token)
+        for token in token_ids:
+            if token not in self._known:  # a difference of sets would look at all that is known
+                self._known[token] = _text(tokenizer, token)
         return [self._known[token] for token in token_ids]
 
 
