@@ -23,6 +23,7 @@ from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 from twotower.model.cache import Span, TowerCache
 from twotower.model.moe import FEW_TOKENS
+from twotower.model.pages import pages_for
 from twotower.model.tower import ContextTower, DenoiserTower
 
 FORMS = [
