@@ -187,7 +187,7 @@ def test_a_pass_wider_than_the_vocabulary_is_recorded() -> None:
         passes = RecordedPasses(model.context, cache, often=1)
         for _ in range(2):
             passes.run([slot], [[5] * width])
-    assert {form.width for form in passes._programs} >= {width}
+    assert max(form.width for form in passes._programs) >= width
 
 
 def test_the_setting_chooses() -> None:
