@@ -119,7 +119,5 @@ def explained(error: Any, address: str) -> Unavailable | Refused:
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         return Unavailable(f"{address}: {error.details()}")
     if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-        return Refused(
-            f"{address}: {error.details()}; the variable {KEY_VARIABLE} is where this command has it from", True
-        )
+        return Refused(f"{address}: {error.details()}; this command sends what the variable {KEY_VARIABLE} holds", True)
     return Refused(error.details(), error.code() is grpc.StatusCode.INVALID_ARGUMENT)

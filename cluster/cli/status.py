@@ -46,12 +46,24 @@ def print_note(state: RunState, served: dict[str, bool] | None) -> None:
     rows = [("ready", "no" if served is None else "yes"), ("pid", str(state.pid))]
     rows += [("HTTP", f"http://{state.http}"), ("gRPC", state.grpc), ("cells", str(state.cells))]
     if served is not None:
-        info = client.model_info(state.grpc)
-        rows += [("model", f"{info.model_name} ({info.checkpoint_layout}, {info.checkpoint_fingerprint})")]
         rows += [("modes", ", ".join(mode if serves else f"{mode} (not now)" for mode, serves in served.items()))]
-        rows += [("max_sequence_length", str(info.max_sequence_length)), ("version", info.version)]
+        rows += _model(state)
     for name, value in rows:
         print(f"{name:<20} {value}")
+
+
+def _model(state: RunState) -> list[tuple[str, str]]:
+    """What is served; what is known without a key stands without one."""
+    try:
+        info = client.model_info(state.grpc)
+    except client.Refused as refused:
+        return [("model", f"not told: {refused}")]
+    model = f"{info.model_name} ({info.checkpoint_layout}, {info.checkpoint_fingerprint})"
+    return [
+        ("model", model),
+        ("max_sequence_length", str(info.max_sequence_length)),
+        ("version", info.version),
+    ]
 
 
 def print_board(snapshots: "Snapshots") -> int:

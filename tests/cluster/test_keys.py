@@ -22,11 +22,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.board.face import add_ops
 from cluster.board.feed import Feed
-from cluster.cli import client
+from cluster.cli import client, status
 from cluster.config import ServiceConfig
 from cluster.faces.credentials import key_of
 from cluster.faces.http.service import make_app
 from cluster.ops import deployment
+from cluster.ops.run_state import RunState
 from cluster.router import door
 from cluster.runs.generation import Generation
 from cluster.runs.keys import hash_of, new_key, read_keys
@@ -297,3 +298,17 @@ def test_the_command_draws_a_key_and_writes_its_entry(tmp_path: Path) -> None:
     assert _key("on").stdout.startswith("  - name: 'on'\n")
     wrong = _key("team a", "--tokens-per-minute", "0")
     assert wrong.returncode == 2 and "name: " in wrong.stderr and "tokens_per_minute: " in wrong.stderr
+
+
+def test_status_of_ones_own_service_needs_no_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For all but what is served."""
+
+    def refuse(address: str) -> None:
+        raise client.Refused(f"{address}: this service wants a key", True)
+
+    monkeypatch.setattr(client, "model_info", refuse)
+    status.print_note(RunState(4711, 1, "127.0.0.1:8000", "127.0.0.1:50051", "demo"), {"ar": True})
+    said = capsys.readouterr().out
+    assert "4711" in said and "not told: 127.0.0.1:50051: this service wants a key" in said
