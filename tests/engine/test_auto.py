@@ -32,7 +32,7 @@ class Drawn(Auto):
 
     draw: random.Random
 
-    def alone(self, blocks: object, size: int, now: object = None) -> int:
+    def alone(self, params: object, blocks: object, size: int, now: object = None) -> int:
         return self.draw.choice([0, 0, size, 1])
 
 
@@ -109,7 +109,7 @@ def _events(pair: ByHand, request: Request) -> list[Event]:
 
 
 def _always(size: int) -> Callable[..., int]:
-    return lambda blocks, most, now: min(size, most)
+    return lambda params, blocks, most, now: min(size, most)
 
 
 @pytest.mark.parametrize("size", [0, 16])
@@ -189,6 +189,25 @@ def test_drafts_that_do_not_pay_take_two_per_cent_of_the_time(rows: int) -> None
     drafts, tokens = _play(weighed, 0, 1000)
     lost_s = drafts * (0.037 - 0.006 / rows)
     assert drafts >= 5 and 0.01 < lost_s / (tokens * 0.006 / rows) < 0.03
+
+
+def test_each_kind_of_drafts_is_tried() -> None:
+    """The one whose tries lose little leaves time to the other."""
+    auto, _ = _weighed(2, 0.013, 0.011, 0.006)
+    cheap, dear = (
+        Weighed(auto, DecodingParams(Mode.AUTO, block_size=size, draft_steps=steps))
+        for size, steps in ((16, 2), (64, 16))
+    )
+    for one, steps in ((cheap, 2), (dear, 16)):
+        for _ in range(20):
+            one.ended(steps, 0)
+    tried = {cheap: 0, dear: 0}
+    for _ in range(4000):
+        for one, steps in ((cheap, 2), (dear, 16)):
+            alone = one.alone(1000)
+            tried[one] += not alone
+            one.ended(0 if alone else steps, alone)
+    assert min(tried.values()) >= 3, tried
 
 
 def test_good_drafts_are_never_left_out() -> None:

@@ -107,7 +107,7 @@ def test_they_are_the_scorers(name: str, mode: Mode, split: bool) -> None:
 def test_they_are_the_scorers_however_auto_decodes(split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts, tokens that the context tower writes alone in a row, and whole answers of `diffusion`."""
     draw = random.Random(5)
-    monkeypatch.setattr(Auto, "alone", lambda self, blocks, size, *_: draw.choice([0, size, 1]))
+    monkeypatch.setattr(Auto, "alone", lambda self, params, blocks, size, *_: draw.choice([0, size, 1]))
     asks = [_request(Mode.AUTO, 2, f"lossless {number}", number % 2) for number in range(4)]
     asks.append(_request(Mode.AUTO, 2, "confidence", floor=Floor.CONFIDENCE, confidence_threshold=0.3))
     for request, (events, scored) in zip(asks, _decode("tt_dense", asks, split), strict=True):

@@ -68,7 +68,7 @@ class Auto:
         self._single: Costs | None = None
         self._begun = 0
         self._usual = Mode.DIFFUSION  # how requests begin, where their floor says nothing else
-        self._spare_s = 0.0  # of the device, that a try may lose
+        self._spare_s: dict[Hashable, float] = {}  # of the device, that a try may lose, by the kind of drafts
 
     def look(self, rows: int) -> None:
         """Before a tick's choices: so many sequences share passes now, and these cost what they cost."""
@@ -104,7 +104,7 @@ class Auto:
         """Of requests like this one. Where there were none, as good as can be: so the first ones draft."""
         return self._drafts.get(_drafts(params)) or Blocks(1, params.block_size - 1)
 
-    def alone(self, blocks: Blocks, size: int, now: Mode | None = None) -> int:
+    def alone(self, params: DecodingParams, blocks: Blocks, size: int, now: Mode | None = None) -> int:
         """How many tokens the context tower writes next, of `size` that it may, for a request with such drafts; 0: it
         drafts. `now`: how its last block was decoded."""
         costs, single = self._costs, self._single
@@ -114,15 +114,20 @@ class Auto:
         signs = Signs(blocks.steps, blocks.tokens)
         if fastest(paces(costs, signs), _CAUSAL, now) is Mode.VERIFIED:
             return 0
-        if self._spare_s < loss_s(single, costs, self.rows, signs):
+        if self._spare_s.get(_drafts(params), 0.0) < loss_s(single, costs, self.rows, signs):
             return size
-        self._spare_s = 0.0
+        self._spare_s[_drafts(params)] = 0.0
         return 0
 
-    def wrote(self, tokens: int) -> None:
-        """The context tower wrote so many for one of the rows."""
-        if self._costs is not None:
-            self._spare_s += _SPENT * tokens * self._costs.token / self.rows
+    def wrote(self, params: DecodingParams, tokens: int) -> None:
+        """The context tower wrote so many for one of the rows. Its time pays for tries of its own kind: else those that
+        lose little would leave nothing to the others."""
+        if self._costs is None:
+            return
+        kind = _drafts(params)
+        if kind not in self._spare_s and len(self._spare_s) >= _MOST_KNOWN:
+            del self._spare_s[next(iter(self._spare_s))]
+        self._spare_s[kind] = self._spare_s.get(kind, 0.0) + _SPENT * tokens * self._costs.token / self.rows
 
     def _costs_of(self, rows: int) -> Costs | None:
         step, read, token = (self._meter.seconds(kind, rows) for kind in Pass)
@@ -142,7 +147,7 @@ class Weighed:
     def ended(self, steps: int, tokens: int) -> None:
         before, self._now = self._now, Mode.VERIFIED if steps else Mode.AR
         if not steps:
-            self._auto.wrote(tokens)
+            self._auto.wrote(self._params, tokens)
             return
         if self._own is None:
             known = self._auto.drafts(self._params)
@@ -155,7 +160,7 @@ class Weighed:
         known, size = self._own or self._auto.drafts(self._params), min(self._params.block_size, room)
         # Beside others the end of an answer goes as the rest of it: a pass for one row would cost them all.
         tokens = min(known.tokens, size - 1) if self._auto.rows == 1 else known.tokens
-        return self._auto.alone(Blocks(known.steps, tokens), size, self._now)
+        return self._auto.alone(self._params, Blocks(known.steps, tokens), size, self._now)
 
 
 def _blocks(params: DecodingParams) -> Hashable:
