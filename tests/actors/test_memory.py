@@ -1,8 +1,13 @@
 """Every process of a cell has its memory worked out, without Ray."""
 
+from typing import Any
+
 import pytest
 
+from actors import cell_towers
+from actors.cell import start_pair
 from actors.memory import memories
+from actors.remote import RemoteEngine
 from actors.settings import CellSettings, bundles
 from actors.towers import ColocatedProcess, ContextProcess, DenoiserProcess, TowerProcess
 from tests.goldens import VENDORED
@@ -78,3 +83,20 @@ def test_two_towers_in_one_process_count_once_together() -> None:
     assert one.weights == context.weights + denoiser.weights
     assert one.pages == context.pages == denoiser.pages
     assert one.passing == max(context.passing, denoiser.passing)
+
+
+async def test_a_cell_on_a_cpu_asks_whether_all_fit_before_any_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Full(RemoteEngine):
+        async def call(self, method: str, *_: object, timeout_s: float | None = None) -> Any:
+            asked.append(method)
+            raise ConfigError("memory: too little")
+
+        def kill(self) -> None:
+            asked.append("kill")
+
+    monkeypatch.setattr(cell_towers, "start_tower", lambda *_: Full(None, "tower", 1.0))
+    with pytest.raises(ConfigError, match="too little"):
+        await start_pair(CellSettings(CHECKPOINT, device="cpu", placement="split"), None)  # type: ignore[arg-type]
+    assert asked == ["check_room", "kill", "kill"]
