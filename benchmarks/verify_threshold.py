@@ -13,7 +13,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from twotower.config import MASK_TOKEN_ID
 from twotower.core import Mode, Request, RequestId
 from twotower.demo.corpus import Instance, families_of, held_out
 from twotower.demo.scores import AR, MAX_NEW_TOKENS, Way
-from twotower.demo.tokenizer import decode_answer, encode_prompt, load_tokenizer
+from twotower.demo.tokenizer import EOS_ID, decode_answer, encode_prompt, load_tokenizer
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 
@@ -74,61 +74,79 @@ class Found:
         return self.tokens / (self.denoiser + self.context)
 
 
-class CheckedLoop(NaiveLoop):
-    """The naive loop, and `diffusion` with a check."""
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A block that the denoiser has filled, and what the context tower makes of it."""
 
-    def tried(self, request: Request, check: float | None) -> tuple[list[int], Found]:
-        """All tokens, and what they cost an engine, which does not read what nothing follows."""
-        if check is not None:
-            with torch.inference_mode():
-                return self._checked(request, check)
+    tokens_L: Tensor
+    steps: int
+    read: NaiveCache
+    logits_LV: Tensor  # of each token, and of the one behind the block
+
+
+class CheckedLoop(NaiveLoop):
+    """The naive loop, and `diffusion` with several checks, which share what is the same in all of them."""
+
+    def plain(self, request: Request) -> tuple[list[int], Found]:
+        """All tokens in `ar` or `verified`, and what they cost. What the prompt gives, and what ends, is not read."""
         blocks = list(self.generate(request))
         tokens, steps = [token for block in blocks for token in block.token_ids], sum(b.num_steps for b in blocks)
         return tokens, Found(denoiser=steps, context=len(blocks) - 1, blocks=len(blocks))
 
-    def _checked(self, request: Request, check: float) -> tuple[list[int], Found]:
-        params = request.params
+    @torch.inference_mode()
+    def checked(self, request: Request, checks: Sequence[float | None]) -> Iterator[tuple[list[int], Found]]:
+        """In `diffusion`, for each check: all tokens, and what they cost an engine."""
+        known = dict[tuple[int, ...], Filled]()  # by the new tokens before the block
         cache, _, last_RV = self.prefill(request.prompt_token_ids)
-        tokens, found = list[int](), Found()
-        while len(tokens) < params.max_new_tokens:
-            block = self._fill_block(cache, request)
-            tokens_L, steps = torch.tensor(block.token_ids), block.num_steps
-            read, logits_LV = self._read(cache, tokens_L, last_RV)
-            doubtful_L = self._doubtful(tokens_L, logits_LV[:-1], check)
+        for check in checks:
+            yield self._checked(request, check, cache, last_RV, known)
+
+    def _checked(
+        self,
+        request: Request,
+        check: float | None,
+        cache: NaiveCache,
+        last_RV: Tensor,
+        known: dict[tuple[int, ...], Filled],
+    ) -> tuple[list[int], Found]:
+        tokens, found, ended = list[int](), Found(), False
+        while not ended:
+            filled = known.get(tuple(tokens))
+            if filled is None:
+                block = self._fill_block(cache, request)
+                filled = self._read(cache, torch.tensor(block.token_ids), block.num_steps, last_RV)
+                known[tuple(tokens)] = filled
+            doubtful_L = self._doubtful(filled, check or 0.0)
             again = bool(doubtful_L.any())
             if again:
-                tokens_L, more = self._again(cache, tokens_L, doubtful_L, request)
-                read, logits_LV = self._read(cache, tokens_L, last_RV)
-                steps += more
-            cache, last_RV = read, logits_LV[-1:]
-            tokens += tokens_L.tolist()
-            ends = self.context.config.eos_token_id in tokens
-            reads = 1 + int(again and not ends and len(tokens) < params.max_new_tokens)
-            found += Found(denoiser=steps, context=reads, blocks=1, masked_again=int(again))
-            if ends:
-                break
+                filled = self._again(cache, filled, doubtful_L, request, last_RV)
+            cache, last_RV = filled.read, filled.logits_LV[-1:]
+            tokens += filled.tokens_L.tolist()
+            ended = self.context.config.eos_token_id in tokens or len(tokens) >= request.params.max_new_tokens
+            reads = int(not ended) if check is None else 1 + int(again and not ended)
+            found += Found(denoiser=filled.steps, context=reads, blocks=1, masked_again=int(again))
         return tokens, found
 
-    def _read(self, cache: NaiveCache, tokens_L: Tensor, last_RV: Tensor) -> tuple[NaiveCache, Tensor]:
-        """The cache behind the block, and the logits of its tokens and of the one behind it."""
+    def _read(self, cache: NaiveCache, tokens_L: Tensor, steps: int, last_RV: Tensor) -> Filled:
         read, hidden_RLD = self.extend(cache, tokens_L.tolist())
-        return read, torch.cat([last_RV, self.context.logits(hidden_RLD)[0]])
+        return Filled(tokens_L, steps, read, torch.cat([last_RV, self.context.logits(hidden_RLD)[0]]))
 
-    def _doubtful(self, tokens_L: Tensor, logits_LV: Tensor, check: float) -> Tensor:
+    def _doubtful(self, filled: Filled, check: float) -> Tensor:
         """Which tokens, up to the first EOS, the context tower finds less likely than `check`."""
-        is_end_L = tokens_L == self.context.config.eos_token_id
+        is_end_L = filled.tokens_L == self.context.config.eos_token_id
         behind_L = is_end_L.cumsum(0) - is_end_L.long() > 0
-        return (logits_LV.softmax(-1).gather(1, tokens_L[:, None])[:, 0] < check) & ~behind_L
+        likely_LV = filled.logits_LV[:-1].softmax(-1)
+        return (likely_LV.gather(1, filled.tokens_L[:, None])[:, 0] < check) & ~behind_L
 
-    def _again(self, cache: NaiveCache, tokens_L: Tensor, masked_L: Tensor, request: Request) -> tuple[Tensor, int]:
-        """The block with the masked tokens decided anew, and the steps that took."""
+    def _again(self, cache: NaiveCache, filled: Filled, masked_L: Tensor, request: Request, last_RV: Tensor) -> Filled:
+        """The block with the masked tokens decided anew."""
         params, steps = request.params, 0
-        tokens_L = torch.where(masked_L, torch.full_like(tokens_L, MASK_TOKEN_ID), tokens_L)
+        tokens_L = torch.where(masked_L, torch.full_like(filled.tokens_L, MASK_TOKEN_ID), filled.tokens_L)
         while masked_L.any():
             left = params.steps_per_block - steps
             tokens_L, masked_L = self._step(cache, tokens_L, masked_L, params.confidence_threshold, left)
             steps += 1
-        return tokens_L, steps
+        return self._read(cache, tokens_L, filled.steps + steps, last_RV)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,14 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checkpoint, cpu = Checkpoint.open(options.checkpoint), torch.device("cpu")
     towers = (load(checkpoint, cpu, torch.float32) for load in (load_context_tower, load_denoiser_tower))
     instances = [one for family in families_of(options.checkpoint) for one in held_out(family, options.per_family)]
-    plain = [Tried(Way(Mode.DIFFUSION, threshold)) for threshold in _THRESHOLDS]
-    all_tried = [Tried(AR), Tried(Way(Mode.VERIFIED)), *plain]
-    all_tried += [replace(one, check=check) for one in plain for check in options.checks]
     loop, tokenizer = CheckedLoop(*towers), load_tokenizer(options.checkpoint)
-    found = {
-        tried: sum((ask(loop, tokenizer, one, tried) for one in instances), Found())
-        for tried in tqdm(all_tried, unit="way")
-    }
+    found = dict[Tried, Found]()
+    for way in tqdm([AR, Way(Mode.VERIFIED), *(Way(Mode.DIFFUSION, threshold) for threshold in _THRESHOLDS)]):
+        found |= measured(loop, tokenizer, instances, way, options.checks)
     command = shlex.join(["python", "-m", "benchmarks.verify_threshold", *(arguments or sys.argv[1:])])
     about = {"checkpoint": checkpoint.fingerprint, "prompts": f"{len(instances)}, {options.per_family} a family"}
     report = f"# A check of blocks by the context tower\n\n{setup(load_before, command)}\n{bullets(about)}\n\n"
@@ -157,15 +171,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def ask(loop: CheckedLoop, tokenizer: BpeTokenizer, instance: Instance, tried: Tried) -> Found:
-    """What one answer is, and costs."""
-    prompt = tuple(encode_prompt(tokenizer, instance.prompt))
-    request = Request(RequestId("one"), prompt, tried.way.params(MAX_NEW_TOKENS))
-    tokens, found = loop.tried(request, tried.check)
-    eos = loop.context.config.eos_token_id
-    told = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens[:MAX_NEW_TOKENS]
+def measured(
+    loop: CheckedLoop, tokenizer: BpeTokenizer, instances: Sequence[Instance], way: Way, checks: Sequence[float]
+) -> dict[Tried, Found]:
+    """All answers of a way, in `diffusion` without a check and with each."""
+    tried = [Tried(way), *(Tried(way, check) for check in checks if way.mode is Mode.DIFFUSION)]
+    found = dict.fromkeys(tried, Found())
+    for instance in instances:
+        request = Request(RequestId("one"), tuple(encode_prompt(tokenizer, instance.prompt)), way.params())
+        checked = way.mode is Mode.DIFFUSION
+        answers = loop.checked(request, [one.check for one in tried]) if checked else [loop.plain(request)]
+        for one, (tokens, cost) in zip(tried, answers, strict=True):
+            found[one] += _marked(tokenizer, instance, tokens[:MAX_NEW_TOKENS], cost)
+    return found
+
+
+def _marked(tokenizer: BpeTokenizer, instance: Instance, tokens: list[int], cost: Found) -> Found:
+    told = tokens[: tokens.index(EOS_ID) + 1] if EOS_ID in tokens else tokens
     right = instance.is_answered_by(decode_answer(tokenizer, told))
-    return replace(found, right=int(right), answers=1, tokens=len(told))
+    return replace(cost, right=int(right), answers=1, tokens=len(told))
 
 
 def render(found: dict[Tried, Found]) -> str:
