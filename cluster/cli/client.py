@@ -13,8 +13,11 @@ from typing import Any
 
 import grpc
 
+from cluster.cli.answers import HeardTexts, told_by
 from cluster.ops.invocation import command
-from twotower.core import COSTS
+from twotower.commands.told import Piece, logprobs_json, trace_json
+from twotower.commands.views import View, view_of
+from twotower.core import COSTS, Likelihood, TraceEvent
 from twotower.errors import ConfigError, TwoTowerError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
@@ -60,12 +63,13 @@ def generate(address: str, request: pb.GenerateRequest, timeout_s: float | None,
     with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
         try:
+            told = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout_s, metadata=credentials())
+            answer, texts = stub.GenerateStream(request, timeout=timeout_s, metadata=credentials()), HeardTexts()
             if as_json:
-                _print_json(stub.GenerateStream(request, timeout=timeout_s, metadata=credentials()))
+                _print_json(answer, request, texts, told.has_tokenizer)
             else:
-                told = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout_s, metadata=credentials())
-                answer = stub.GenerateStream(request, timeout=timeout_s, metadata=credentials())
-                _print_text(answer, told.has_tokenizer)
+                view = view_of(request.trace, request.HasField("logprobs"), texts)
+                _print_text(answer, view, texts, told.has_tokenizer)
         except grpc.RpcError as error:
             raise explained(error, address) from None
 
@@ -86,28 +90,44 @@ def mode_names(modes: Iterable[int]) -> list[str]:
     return [pb.Mode.Name(mode).removeprefix("MODE_").lower() for mode in modes]
 
 
-def _print_text(events: Iterable[pb.GenerateStreamResponse], has_text: bool) -> None:
+def _print_text(events: Iterable[pb.GenerateStreamResponse], view: View, texts: HeardTexts, has_text: bool) -> None:
     """Token ids only where the service has no text at all: a block's text may lag behind its tokens."""
     for event in events:
-        if event.HasField("block"):
-            block = event.block
-            print(block.text if has_text else "".join(f"{token} " for token in block.token_ids), end="", flush=True)
-    print()
+        told = told_by(event, texts, has_text)
+        if told is not None:
+            view.hear(told)
+    view.end()
 
 
-def _print_json(events: Iterable[pb.GenerateStreamResponse]) -> None:
+def _print_json(
+    events: Iterable[pb.GenerateStreamResponse], request: pb.GenerateRequest, texts: HeardTexts, has_text: bool
+) -> None:
     result: dict[str, Any] = {"token_ids": [], "text": ""}
+    likelihoods, trace = list[Likelihood](), list[TraceEvent]()
     for event in events:
-        if event.HasField("block"):
-            result["token_ids"] += event.block.token_ids
+        told = told_by(event, texts, has_text)
+        if isinstance(told, Piece):
+            result["token_ids"] += told.token_ids
             result["text"] += event.block.text
+            likelihoods += told.likelihoods
+        elif told is not None:
+            trace.append(told)
         else:
-            done = event.finished
-            result["finish_reason"] = pb.FinishReason.Name(done.finish_reason).removeprefix("FINISH_REASON_").lower()
-            result |= {name: getattr(done.usage, name) for name in COSTS}
-            result |= {"mode": mode_names([done.mode])[0], "seed": done.seed, "request_id": event.request_id}
+            result |= _finished(event)
+    if request.HasField("logprobs"):
+        result["logprobs"] = logprobs_json(result["token_ids"], likelihoods, texts)
+    if request.trace:
+        result["trace"] = trace_json(trace, texts)
     json.dump(result, sys.stdout, ensure_ascii=False)
     print()
+
+
+def _finished(event: pb.GenerateStreamResponse) -> dict[str, Any]:
+    done = event.finished
+    reason = pb.FinishReason.Name(done.finish_reason).removeprefix("FINISH_REASON_").lower()
+    costs = {name: getattr(done.usage, name) for name in COSTS}
+    how = {"mode": mode_names([done.mode])[0], "seed": done.seed, "request_id": event.request_id}
+    return {"finish_reason": reason} | costs | how
 
 
 def explained(error: Any, address: str) -> Unavailable | Refused:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from twotower import __version__
-from twotower.commands.parameter_flags import add_parameter_flags
+from twotower.commands.parameter_flags import add_parameter_flags, add_telling_flags
 from twotower.commands.parser import Parser, ids, number
 
 EXAMPLES = """\
@@ -36,6 +36,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     _add_sources(generate)
     add_parameter_flags(generate.add_argument_group("decoding"))
+    add_telling_flags(generate.add_argument_group("telling"))
     _add_running(generate)
     options = parser.parse_args(arguments)
     _check_together(generate, options)

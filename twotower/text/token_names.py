@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from twotower.text.token_texts import TokenTexts
+from twotower.text.token_texts import Texts
 
 _REPLACEMENT = "\ufffd"
 
@@ -11,7 +11,7 @@ class TokenNames:
     """A token's own text, or `token_id:` and its id, as vLLM writes it, where the text does not tell which it is: for
     half a character, a special token, and without a tokenizer."""
 
-    def __init__(self, texts: TokenTexts) -> None:
+    def __init__(self, texts: Texts) -> None:
         self._texts = texts
 
     def of(self, token_ids: Sequence[int]) -> list[str]:

@@ -8,12 +8,15 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
 
 from cluster.cli.client import CHANNEL_OPTIONS, Refused, credentials, explained
 from cluster.cli.tune.questions import Question
+from cluster.faces.grpc.wire_params import params_message
+from twotower.core import Mode
 from twotower.errors import Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
@@ -22,6 +25,19 @@ _WARM_UP = 2
 # A full service or one whose cell is being replaced answers so; it is asked again after 1, 2, 4, 8, 8, 8 s.
 _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
+
+
+class Way(NamedTuple):
+    """How prompts are answered. `threshold`: γ of `diffusion`, None of other modes."""
+
+    mode: Mode
+    threshold: float | None = None
+
+    def __str__(self) -> str:
+        return str(self.mode) if self.threshold is None else f"γ {self.threshold:g}"
+
+
+AR, VERIFIED = Way(Mode.AR), Way(Mode.VERIFIED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +55,9 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """All prompts once, in one way. `threshold` None: `ar`."""
+    """All prompts once, in one way."""
 
-    threshold: float | None
+    way: Way
     answers: tuple[Answered, ...]
     seconds: float
 
@@ -55,28 +71,31 @@ class Pass:
 
     @property
     def tokens_per_step(self) -> float:
-        """1 for `ar`."""
+        """1 for `ar`. In `verified` the context tower's reads of drafts do not count."""
         tokens = sum(len(answer.token_ids) for answer in self.answers)
-        return tokens / max(1, sum(answer.num_steps for answer in self.answers)) if self.threshold is not None else 1.0
+        return 1.0 if self.way == AR else tokens / max(1, sum(answer.num_steps for answer in self.answers))
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What to ask: of whom, how much at a time, how many tokens at most (None: the service's default)."""
+    """What to ask: of whom, in which ways, how much at a time, how many tokens at most (None: the service's default).
+
+    `ways`: `ar` first.
+    """
 
     address: str
     questions: Sequence[Question]
-    thresholds: Sequence[float]
+    ways: Sequence[Way]
     concurrency: int
     max_new_tokens: int | None
     timeout_s: float
 
     @property
     def num_calls(self) -> int:
-        return len(self.questions) * (1 + len(self.thresholds))
+        return len(self.questions) * len(self.ways)
 
     def about(self) -> dict[str, object]:
-        """What decides a pass, but for the service. Neither the thresholds, of which a sweep that goes on may have
+        """What decides a pass, but for the service. Neither the ways, of which a sweep that goes on may have
         more, nor the answers, which are compared afterwards."""
         asked = json.dumps([question.prompt for question in self.questions])
         return {
@@ -86,33 +105,33 @@ class Sweep:
         }
 
     async def run(
-        self, known: Mapping[float | None, Pass], answered: Callable[[], object], keep: Callable[[Pass], object]
+        self, known: Mapping[Way, Pass], answered: Callable[[], object], keep: Callable[[Pass], object]
     ) -> list[Pass]:
-        """`ar` first, then each threshold, but for those `known` already; `answered` is called once an answer, `keep`
-        once a pass. Raises Refused or Unavailable."""
+        """Each way, but for those `known` already; `answered` is called once an answer, `keep` once a pass.
+
+        Raises Refused or Unavailable.
+        """
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             stub = pb_grpc.GenerationServiceStub(channel)
             passes = []
-            for threshold in (None, *self.thresholds):
-                one = known.get(threshold)
+            for way in self.ways:
+                one = known.get(way)
                 if one is None:
                     for question in self.questions[:_WARM_UP]:
-                        await self._ask(stub, question, threshold)
-                    one = await self._pass(stub, threshold, answered)
+                        await self._ask(stub, question, way)
+                    one = await self._pass(stub, way, answered)
                     keep(one)
                 passes.append(one)
             return passes
 
-    async def _pass(
-        self, stub: pb_grpc.GenerationServiceStub, threshold: float | None, answered: Callable[[], object]
-    ) -> Pass:
+    async def _pass(self, stub: pb_grpc.GenerationServiceStub, way: Way, answered: Callable[[], object]) -> Pass:
         waiting = deque(enumerate(self.questions))
         answers: dict[int, Answered] = {}
 
         async def client() -> None:
             while waiting:
                 number, question = waiting.popleft()
-                answers[number] = await self._ask(stub, question, threshold)
+                answers[number] = await self._ask(stub, question, way)
                 answered()
 
         started = time.perf_counter()
@@ -123,13 +142,13 @@ class Sweep:
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         seconds = time.perf_counter() - started
-        return Pass(threshold, tuple(answers[number] for number in range(len(self.questions))), seconds)
+        return Pass(way, tuple(answers[number] for number in range(len(self.questions))), seconds)
 
-    async def _ask(self, stub: pb_grpc.GenerationServiceStub, question: Question, threshold: float | None) -> Answered:
+    async def _ask(self, stub: pb_grpc.GenerationServiceStub, question: Question, way: Way) -> Answered:
         for tried, pause_s in enumerate((*_PAUSES_S, None)):
             try:
                 answer = await stub.Generate(
-                    self._request(question, threshold), timeout=self.timeout_s, metadata=credentials()
+                    self._request(question, way), timeout=self.timeout_s, metadata=credentials()
                 )
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _PASSING or pause_s is None:
@@ -139,10 +158,10 @@ class Sweep:
             return Answered(answer.text, tuple(answer.token_ids), answer.finished.usage.num_steps, tried)
         raise AssertionError("the last try returns or raises")
 
-    def _request(self, question: Question, threshold: float | None) -> pb.GenerateRequest:
-        params = pb.DecodingParams(mode=pb.MODE_AR if threshold is None else pb.MODE_DIFFUSION, temperature=0.0)
-        if threshold is not None:
-            params.confidence_threshold = threshold
+    def _request(self, question: Question, way: Way) -> pb.GenerateRequest:
+        params = params_message({"mode": way.mode, "temperature": 0.0})
+        if way.threshold is not None:
+            params.confidence_threshold = way.threshold
         if self.max_new_tokens is not None:
             params.max_new_tokens = self.max_new_tokens
         request = pb.GenerateRequest(request_id=f"tune-{uuid.uuid4()}", params=params)

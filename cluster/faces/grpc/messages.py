@@ -67,7 +67,7 @@ def answer_message(run: Generating, texts: TokenTexts) -> pb.GenerateResponse:
         token_ids=run.token_ids,
         text=run.text,
         finished=_finished(run, run.usage, run.finish_reason),
-        likelihoods=_likelihoods(run.likelihoods, texts),
+        likelihoods=_likelihoods(run.token_ids, run.likelihoods, texts),
     )
 
 
@@ -110,7 +110,7 @@ def _chunk_messages(run: Generating, chunk: Chunk, texts: TokenTexts) -> Iterato
             start=chunk.start,
             token_ids=chunk.token_ids,
             text=chunk.text,
-            likelihoods=_likelihoods(chunk.likelihoods, texts),
+            likelihoods=_likelihoods(chunk.token_ids, chunk.likelihoods, texts),
             **_costs(chunk.cost),
         )
         yield pb.GenerateStreamResponse(request_id=request_id, block=block)
@@ -119,14 +119,17 @@ def _chunk_messages(run: Generating, chunk: Chunk, texts: TokenTexts) -> Iterato
         yield pb.GenerateStreamResponse(request_id=request_id, finished=finished)
 
 
-def _likelihoods(likelihoods: Sequence[Likelihood], texts: TokenTexts) -> Iterator[pb.Likelihood]:
-    for one in likelihoods:
+def _likelihoods(
+    token_ids: Sequence[int], likelihoods: Sequence[Likelihood], texts: TokenTexts
+) -> Iterator[pb.Likelihood]:
+    for token, one in zip(token_ids if likelihoods else (), likelihoods, strict=True):
         yield pb.Likelihood(
             log_prob=one.log_prob,
             top_token_ids=one.top_token_ids,
             top_log_probs=one.top_log_probs,
             top_texts=texts.of(one.top_token_ids),
             confidence=one.confidence,
+            text="".join(texts.of([token])),
         )
 
 

@@ -131,18 +131,20 @@ class Finished(_message.Message):
     def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Likelihood(_message.Message):
-    __slots__ = ("log_prob", "top_token_ids", "top_log_probs", "top_texts", "confidence")
+    __slots__ = ("log_prob", "top_token_ids", "top_log_probs", "top_texts", "confidence", "text")
     LOG_PROB_FIELD_NUMBER: _ClassVar[int]
     TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_TEXTS_FIELD_NUMBER: _ClassVar[int]
     CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
     log_prob: float
     top_token_ids: _containers.RepeatedScalarFieldContainer[int]
     top_log_probs: _containers.RepeatedScalarFieldContainer[float]
     top_texts: _containers.RepeatedScalarFieldContainer[str]
     confidence: float
-    def __init__(self, log_prob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_log_probs: _Optional[_Iterable[float]] = ..., top_texts: _Optional[_Iterable[str]] = ..., confidence: _Optional[float] = ...) -> None: ...
+    text: str
+    def __init__(self, log_prob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_log_probs: _Optional[_Iterable[float]] = ..., top_texts: _Optional[_Iterable[str]] = ..., confidence: _Optional[float] = ..., text: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "token_ids", "text", "finished", "likelihoods")
