@@ -1,7 +1,7 @@
 """A tokenizer of bytes and cells that play a script, so that both faces are tested without Ray and without towers."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence, Set
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager
 
 from cluster.faces.grpc.service import GrpcServer
@@ -27,6 +27,7 @@ from twotower.errors import Unavailable
 from twotower.validation import ModelLimits
 
 BLOCK = 4
+SPECIAL = (b"<pad>", b"<s>", b"</s>", b"<mask>")
 FINGERPRINT = "0123456789abcdef"
 VOCABULARY = "fedcba9876543210"
 
@@ -42,8 +43,18 @@ class ByteTokenizer:
     def encode_continuation(self, text: str) -> list[int]:
         return self.encode(text)[1:]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(token - 4 for token in token_ids if token >= 4).decode("utf-8", errors="replace")
+    def decode(self, token_ids: Sequence[int], with_special: bool = False) -> str:
+        said = (
+            SPECIAL[token] if token < 4 else bytes([token - 4]) for token in token_ids if with_special or token >= 4
+        )
+        return b"".join(said).decode("utf-8", errors="replace")
+
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        return [SPECIAL[token].decode() if token < 4 else f"<0x{token - 4:02X}>" for token in token_ids]
+
+    @property
+    def described(self) -> Mapping[str, object]:
+        return {"tokenizer_class": "ByteTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def tokens(text: str) -> tuple[int, ...]:

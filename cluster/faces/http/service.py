@@ -23,6 +23,7 @@ from cluster.faces.http.cross_origin import CrossOrigin
 from cluster.faces.http.gate import Gate
 from cluster.faces.http.request_body import BodyReader
 from cluster.faces.http.scores import ScoresFace
+from cluster.faces.http.tokens import TokensFace
 from cluster.runs.answer import Chunk, Piece, Usage
 from cluster.runs.callers import KeyRefused
 from cluster.runs.deadline import Deadline
@@ -57,6 +58,7 @@ def make_app(
     app = FastAPI(title="TwoTower Serve", docs_url=None, redoc_url=None, openapi_url=None)
     bodies = BodyReader(max_bytes, body_timeout_s)
     face, scores = CompletionsFace(generation, bodies), ScoresFace(generation, bodies)
+    tokens = TokensFace(generation, bodies)
     model = generation.model
     card: dict[str, object] = {"id": model.name, "object": "model", "created": int(time.time()), "owned_by": "twotower"}
     card["max_model_len"] = model.limits.max_sequence_length
@@ -70,6 +72,18 @@ def make_app(
     @app.post("/v1/score")
     async def score(request: Request) -> Response:
         return await scores.answer(request)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return await tokens.tokenize(request)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return await tokens.detokenize(request)
+
+    @app.api_route("/tokenizer_info", methods=_READ)
+    async def tokenizer_info() -> dict[str, object]:
+        return tokens.info()
 
     @app.post("/v1/chat/completions")
     async def chat_completions() -> Response:
