@@ -16,6 +16,7 @@ from cluster.runs.allowances import Allowances, Wish
 from cluster.runs.answer import Piece
 from cluster.runs.callers import NOBODY, Caller, Door, OpenDoor
 from cluster.runs.cells import Cells
+from cluster.runs.choices import tries_of
 from cluster.runs.deadline import Deadline
 from cluster.runs.echoing import EchoedPrompt, Echoing
 from cluster.runs.labels import WANTED, is_label
@@ -55,6 +56,7 @@ class Ask:
 
     `label` is the client's name for it, echoed and logged; several requests may bear the same. `id` is ours. `trace`:
     whether the stream shows the steps. `logprobs`: with how many alternatives likelihoods are told; None: they are not.
+    `special_tokens`: whether the tokenizer puts its own around text, a BOS say.
     """
 
     prompt: Given
@@ -65,6 +67,7 @@ class Ask:
     id: str = field(default_factory=lambda: drawn_id())
     trace: object = False
     logprobs: object = None
+    special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class Generation:
         terms = problems.of(lambda: check_terms(ask.params, ask.priority, limits, ask.trace, ask.logprobs), None)
         problems.raise_any()
         assert terms is not None
-        request = None if isinstance(prompt, str) else join(ask.id, prompt, terms, limits)
+        request = join(ask.id, prompt, terms, limits) if isinstance(prompt, tuple) else None
         return Checked(ask, stop, prompt, terms, request)
 
     def check_score(self, ask: ScoreAsk) -> CheckedScore:
@@ -163,7 +166,7 @@ class Generation:
         priority = problems.of(lambda: check_priority(ask.priority), 0)
         problems.raise_any()
         request = None
-        if not isinstance(prompt, str) and not isinstance(continuation, str):
+        if isinstance(prompt, tuple) and isinstance(continuation, tuple):
             request = join_score(ask.id, prompt, continuation, priority, self.model.limits)
         return CheckedScore(ask, prompt, continuation, priority, request)
 
@@ -205,14 +208,28 @@ class Generation:
         """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens;
         DeadlineExceeded.
         """
+        return (await self.runs(checked, 1, deadline, caller, parent))[0]
+
+    async def runs(
+        self,
+        checked: Checked,
+        count: int,
+        deadline: Deadline,
+        caller: Caller = NOBODY,
+        parent: TraceParent = NO_PARENT,
+    ) -> list[Generating]:
+        """As `run`: so many answers to one prompt, which is tokenized once."""
         ask, request, model = checked.ask, checked.request, self.model
         if request is None:
             with self._refusals_told():
-                prompt = await self.prompts.token_ids("prompt", checked.prompt, deadline)
+                prompt = await self.prompts.token_ids("prompt", checked.prompt, deadline, ask.special_tokens)
                 request = join(ask.id, prompt, checked.terms, self.model.limits)
-        record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
-        text = AnswerText(self.model.tokenizer, checked.stop, request.logprobs is not None)
-        return self._added(Generating(record, deadline, self._means, text))
+        runs = []
+        for one in tries_of(request, count):
+            record = Record(one, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
+            text = AnswerText(self.model.tokenizer, checked.stop, one.logprobs is not None)
+            runs.append(self._added(Generating(record, deadline, self._means, text)))
+        return runs
 
     async def echo_run(
         self,

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from cluster.faces.grpc.service import GrpcServer
 from cluster.runs.generation import Generation
 from cluster.runs.observers import Observer
@@ -24,12 +26,14 @@ from twotower.core import (
     TraceEvent,
 )
 from twotower.errors import Unavailable
+from twotower.text.chat_template import ChatTemplate
 from twotower.validation import ModelLimits
 
 BLOCK = 4
 SPECIAL = (b"<pad>", b"<s>", b"</s>", b"<mask>")
 FINGERPRINT = "0123456789abcdef"
 VOCABULARY = "fedcba9876543210"
+TEMPLATE = "{% for message in messages %}{{ message.role[0] }}: {{ message.content }}\n{% endfor %}a:"
 
 
 class ByteTokenizer:
@@ -55,6 +59,14 @@ class ByteTokenizer:
     @property
     def described(self) -> Mapping[str, object]:
         return {"tokenizer_class": "ByteTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+
+    @property
+    def chat_template(self) -> str | None:
+        return TEMPLATE
+
+    def rendered(self, template: str, messages: Sequence[Mapping[str, str]]) -> str:
+        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        return compiled.render(messages=messages, add_generation_prompt=True)
 
 
 def tokens(text: str) -> tuple[int, ...]:
@@ -190,13 +202,20 @@ def served_model(
     tokenizer: ByteTokenizer | None = None,
     modes: tuple[Mode, ...] = tuple(Mode),
     defaults: DecodingParams | None = None,
+    template: str | None = TEMPLATE,
 ) -> ServedModel:
     limits = ModelLimits(260, 256, modes, defaults or DecodingParams())
-    return ServedModel("fake", limits, tokenizer, "two-tower", FINGERPRINT, VOCABULARY)
+    chat = None if tokenizer is None or template is None else ChatTemplate(tokenizer, template, "fake")
+    return ServedModel("fake", limits, tokenizer, "two-tower", FINGERPRINT, VOCABULARY, chat)
 
 
-def generation(cells: ScriptedCells, with_tokenizer: bool = True, observers: Sequence[Observer] = ()) -> Generation:
-    model = served_model(ByteTokenizer() if with_tokenizer else None)
+def generation(
+    cells: ScriptedCells,
+    with_tokenizer: bool = True,
+    observers: Sequence[Observer] = (),
+    template: str | None = TEMPLATE,
+) -> Generation:
+    model = served_model(ByteTokenizer() if with_tokenizer else None, template=template)
     return Generation(model, cells, default_timeout_s=60.0, observers=observers)
 
 

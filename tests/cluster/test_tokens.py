@@ -61,7 +61,7 @@ async def test_as_lm_eval_reads_a_remote_tokenizer(http: httpx.AsyncClient) -> N
         ("detokenize", {"tokens": [259]}, {"tokens": [5, 260]}, "tokens[1]", "from 0 to 259"),
         ("detokenize", {"tokens": [5]}, {"tokens": "5"}, "tokens", "wanted a list of token ids"),
         ("tokenize", {"prompt": "a"}, {"prompt": ["a"]}, "prompt", "wanted a string"),
-        ("tokenize", {"prompt": "a"}, {}, "prompt", "missing, wanted a string"),
+        ("tokenize", {"prompt": "a"}, {}, "prompt", "wanted a prompt, which is a string, or messages"),
         ("tokenize", {"prompt": "a"}, {"prompt": "a", "add_special": True}, "add_special", "did you mean add_special_"),
         ("tokenize", {"prompt": "a", "model": "m"[:0]}, {"prompt": "a", "model": "gpt-4"}, "model", "wanted 'fake'"),
     ],

@@ -41,6 +41,16 @@ class Tokenizer(Protocol):
         """What tokenizer_config.json says of it, with its class and its special tokens by role; JSON values."""
         ...
 
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's own."""
+        ...
+
+    def rendered(self, template: str, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt that a chat template makes of messages, up to where the answer begins. Raises what the template
+        raises."""
+        ...
+
 
 class PretrainedTokenizer:
     """The checkpoint directory's own tokenizer. Never runs remote code, never asks the network.
@@ -74,6 +84,18 @@ class PretrainedTokenizer:
     def described(self) -> Mapping[str, object]:
         own = {"tokenizer_class": type(self._tokenizer).__name__}
         return {**own, **(self._told or {}), **self._tokenizer.special_tokens_map}
+
+    @property
+    def chat_template(self) -> str | None:
+        own = self._tokenizer.chat_template  # of several by name: the one for chats without tools
+        return own.get("default") if isinstance(own, Mapping) else own
+
+    def rendered(self, template: str, messages: Sequence[Mapping[str, str]]) -> str:
+        chat = [dict(message) for message in messages]
+        made = self._tokenizer.apply_chat_template(
+            chat, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+        return str(made)
 
 
 def _told(directory: Path) -> dict[str, object] | None:

@@ -6,22 +6,30 @@ from fastapi import Request, Response
 from pydantic import Field, WithJsonSchema
 
 from cluster.faces.http.calls import begun, check_model
+from cluster.faces.http.chat_messages import SCHEMA, conversation_of
 from cluster.faces.http.completion_models import IDS, Body, Label
+from cluster.faces.http.neutral_values import NEUTRAL_IN_CHATS
 from cluster.faces.http.request_body import BodyReader
 from cluster.faces.http.strict_body import read_body
+from cluster.runs.deadline import Deadline
 from cluster.runs.generation import Generation
+from cluster.runs.prompts import Prompts
 from twotower.errors import FieldError, InvalidRequest
 from twotower.showing import show
 
 TOKENS = "a list of token ids"
+_OF_CHATS = ("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs", "tools")
+_NEUTRAL = {name: NEUTRAL_IN_CHATS[name] for name in _OF_CHATS}
 
 
 class TokenizeBody(Body):
-    """A prompt's text. `add_special_tokens`: those that a prompt of a completion gets, a BOS say."""
+    """A prompt's text, or a chat's messages. `add_special_tokens`: those that the tokenizer puts around text, a BOS.
+    Where nothing is said it puts them around a prompt's alone: a chat's template writes them."""
 
-    prompt: Annotated[str, Field(description="a string")]
+    prompt: str | None = None
+    messages: Annotated[Any, WithJsonSchema(SCHEMA)] = None
     model: Label = ""
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
 
@@ -56,9 +64,9 @@ class TokensFace:
     async def tokenize(self, request: Request) -> Response:
         prompts, model = self._generation.prompts, self._generation.model
         call = await begun(request, self._generation, self._bodies)
-        body: TokenizeBody = read_body(TokenizeBody, call.body, {})
+        body: TokenizeBody = read_body(TokenizeBody, call.body, _NEUTRAL)
         check_model(body.model or None, model.name)
-        ids = await prompts.tokenized(body.prompt, call.deadline, body.add_special_tokens)
+        ids = await _tokenized(prompts, body, call.deadline)
         strings = await prompts.tokens(ids, call.deadline) if body.return_token_strs else None
         longest = model.limits.max_sequence_length
         return _answer(Tokenized(count=len(ids), max_model_len=longest, tokens=list(ids), token_strs=strings))
@@ -81,6 +89,19 @@ class TokensFace:
         if tokenizer is None:
             raise InvalidRequest.of("tokenizer", "this checkpoint has no tokenizer")
         return dict(tokenizer.described)
+
+
+async def _tokenized(prompts: Prompts, body: TokenizeBody, deadline: Deadline) -> tuple[int, ...]:
+    """Raises InvalidRequest."""
+    if (body.prompt is None) is (body.messages is None):
+        raise InvalidRequest.of("prompt", "wanted a prompt, which is a string, or messages, and not both")
+    if body.prompt is not None:
+        return await prompts.tokenized(body.prompt, deadline, body.add_special_tokens is not False)
+    try:
+        return await prompts.tokenized(conversation_of(body.messages), deadline, body.add_special_tokens is True)
+    except InvalidRequest as error:
+        told = [FieldError("messages" if p.field == "prompt" else p.field, p.message) for p in error.problems]
+        raise InvalidRequest(told) from None
 
 
 def _answer(body: Body) -> Response:
