@@ -15,9 +15,13 @@ class TokenNames:
         self._texts = texts
 
     def of(self, token_ids: Sequence[int]) -> list[str]:
+        return [name for name, _ in self.told(token_ids)]
+
+    def told(self, token_ids: Sequence[int]) -> list[tuple[str, bool]]:
+        """Each name, and whether it is the token's text."""
         texts = self._texts.of(token_ids) or [""] * len(token_ids)
         return [
-            text if text and _REPLACEMENT not in text else _numbered(token)
+            (text, True) if text and _REPLACEMENT not in text else (_numbered(token), False)
             for token, text in zip(token_ids, texts, strict=True)
         ]
 

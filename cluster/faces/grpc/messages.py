@@ -4,7 +4,7 @@ Lists are handed on as the message has them: they may be far too long to be copi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from google.protobuf.message import Message
 
@@ -56,7 +56,7 @@ def score_ask_of(request: pb.ScoreRequest, label: str, own_id: str) -> ScoreAsk:
 
 def outside_problems(error: InvalidRequest, kind: type[Message]) -> InvalidRequest:
     """The same problems under the paths of this kind of message."""
-    path = _score_path if kind is pb.ScoreRequest else _path
+    path = _PATHS.get(kind, _path)
     return InvalidRequest([FieldError(path(p.field), p.message) for p in error.problems])
 
 
@@ -188,6 +188,21 @@ def _score_path(field: str) -> str:
     if name == "token_ids":
         return "continuation"
     return f"{name}.ids[{place}" if bracket else field
+
+
+def _text_path(field: str) -> str:
+    return "text" if field == "prompt" else field
+
+
+def _ids_path(field: str) -> str:
+    return "token_ids" if field == "prompt" else _path(field)
+
+
+_PATHS: Mapping[type[Message], Callable[[str], str]] = {
+    pb.ScoreRequest: _score_path,
+    pb.TokenizeRequest: _text_path,
+    pb.DetokenizeRequest: _ids_path,
+}
 
 
 def _finished(run: Generating, usage: Usage, reason: FinishReason) -> pb.Finished:
