@@ -16,7 +16,7 @@ from twotower.engine.in_process import open_pair
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError, Unavailable
 
-_SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=256, max_queued_requests=256)
+_SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=512, max_queued_requests=256)
 
 
 def target_of(text: str, checkpoint: Directory) -> Path:

@@ -17,7 +17,7 @@ from twotower.engine.in_process import open_pair
 from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 
-_SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=128, max_queued_requests=10_000)
+_SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=512, max_queued_requests=10_000)
 
 
 async def evaluate(directory: Path, ways: Sequence[Way], num_instances: int) -> AsyncIterator[Score]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from twotower.core import DecodingParams, Mode
 
-MAX_NEW_TOKENS = 64  # a block more than the longest answer of the corpus
+MAX_NEW_TOKENS = 256  # a block more than the longest answer of the corpus
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 FEWER_STEPS = (4, 8)
 _RESAMPLES = 2000
