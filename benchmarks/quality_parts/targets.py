@@ -98,8 +98,8 @@ class _HttpClient:
                     raise Unavailable(f"request {request.id}: {event['error']['message']}")
                 for choice in event["choices"]:
                     yield Piece(tuple(choice["token_ids"]), 0)
-                if "usage" in event:  # HTTP tells the steps of the whole answer, not of each block
-                    yield Piece((), event["usage"]["num_steps"])
+                if "usage" in event:  # HTTP tells the costs of the whole answer, not of each block
+                    yield Piece((), event["usage"]["num_steps"], event["usage"]["num_blocks"])
 
 
 def _body(request: Request) -> dict[str, object]:

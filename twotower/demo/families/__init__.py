@@ -39,6 +39,8 @@ FAMILIES: dict[str, Family] = {
     "balance": balance,
     "module": module,
 }
+LONG = frozenset(("rows", "people", "balance", "module"))
+"""Those whose answers run to many blocks."""
 SHARES: dict[str, int] = {
     "sort": 2, "count": 2, "brackets": 2, "add": 2, "problem": 2, "letters": 6, "rows": 3, "people": 2, "balance": 3,
     "module": 2,
