@@ -56,7 +56,8 @@ class Ask:
 
     `label` is the client's name for it, echoed and logged; several requests may bear the same. `id` is ours. `trace`:
     whether the stream shows the steps. `logprobs`: with how many alternatives likelihoods are told; None: they are not.
-    `special_tokens`: whether the tokenizer puts its own around text, a BOS say.
+    `special_tokens`: whether the tokenizer puts its own around text, a BOS say. `offsets`: whether likelihoods are told
+    with where each token's text begins, which takes the tokenizer a while.
     """
 
     prompt: Given
@@ -68,6 +69,7 @@ class Ask:
     trace: object = False
     logprobs: object = None
     special_tokens: bool = True
+    offsets: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,7 @@ class Generation:
         runs = []
         for one in tries_of(request, count):
             record = Record(one, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
-            text = AnswerText(self.model.tokenizer, checked.stop, one.logprobs is not None)
+            text = AnswerText(model.tokenizer, checked.stop, ask.offsets and one.logprobs is not None)
             runs.append(self._added(Generating(record, deadline, self._means, text)))
         return runs
 

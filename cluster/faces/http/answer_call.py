@@ -74,6 +74,7 @@ class Question:
     params: dict[str, object]
     logprobs: object = None
     special_tokens: bool = True
+    offsets: bool = True
     echo: bool = False
     answers: bool = True
     names: Mapping[str, str] = field(default_factory=dict)
@@ -93,8 +94,9 @@ def answer_call(read: AnswerRequest, question: Question, prefix: str, label: str
     label = read.request_id or label  # empty: as over gRPC
     call_id = f"{prefix}-{uuid.uuid4().hex}"
     ids = [call_id] if len(prompts) == 1 else [f"{call_id}-{place}" for place in range(len(prompts))]
+    special, offsets = question.special_tokens, question.offsets and rated
     asks = tuple(
-        Ask(prompt, params, read.stop, label, read.priority, own_id, trace, logprobs, question.special_tokens)
+        Ask(prompt, params, read.stop, label, read.priority, own_id, trace, logprobs, special, offsets)
         for prompt, own_id in zip(prompts, ids, strict=True)
     )
     return AnswerCall(
