@@ -7,6 +7,7 @@ The cells are a script, the tokenizer is the demo's. A task beside each request 
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import statistics
@@ -27,7 +28,17 @@ from cluster.faces.grpc.service import GenerationServicer
 from cluster.faces.http.service import make_app
 from cluster.runs.generation import Generation
 from cluster.runs.served_model import ServedModel, load_served_model
-from twotower.core import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, AnyRequest, BlockEvent, FinishReason, Mode, Request
+from twotower.core import (
+    MAX_ALTERNATIVES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    AnyRequest,
+    BlockEvent,
+    FinishReason,
+    Likelihood,
+    Mode,
+    Request,
+)
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
 _MIB = 2**20
@@ -41,6 +52,8 @@ _WHAT = """\
 - request: from the first byte to the last one of the answer, in s.
 - Each is the median over the repeats of the worst in each. Status 200 and 0: answered; 400 and 3: refused.
 """
+# By the number of alternatives: texts of one to nine bytes.
+_LIKELY = [Likelihood(-1.0, tuple(range(400, 400 + n)), (-2.0,) * n) for n in range(MAX_ALTERNATIVES + 1)]
 Body = Callable[[ServedModel], bytes]
 
 
@@ -75,7 +88,8 @@ class OneToken:
         tokens = request.prompt_token_ids[-1:] * min(_EVENT, left)
         self._start += len(tokens)
         reason = FinishReason.LENGTH if len(tokens) == left else None
-        return BlockEvent(request.id, start, tokens, 1, len(tokens), reason)
+        likelihoods = () if request.logprobs is None else (_LIKELY[request.logprobs],) * len(tokens)
+        return BlockEvent(request.id, start, tokens, 1, len(tokens), reason, likelihoods=likelihoods)
 
     async def close(self) -> None:
         """Nothing runs."""
@@ -106,6 +120,11 @@ def _stop_strings(model: ServedModel) -> bytes:
     stop = ["a" * (MAX_STOP_CHARACTERS - 1 - i) + "b" for i in range(MAX_STOP_STRINGS // 2)]
     stop += ["b" + "a" * (MAX_STOP_CHARACTERS - 1 - i) for i in range(MAX_STOP_STRINGS // 2)]
     return _completion(prompt=letter, max_tokens=4000, ignore_eos=True, stop=stop, diffusion={"mode": "ar"})
+
+
+def _chat(count: int, **fields: object) -> Body:
+    """Of so many messages."""
+    return lambda model: _completion(messages=[{"role": "user", "content": "words: 65"}] * count, **fields)
 
 
 def _endless(token: Callable[[ServedModel], int]) -> Body:
@@ -145,6 +164,16 @@ KINDS: Mapping[str, Body] = {
     "unknown fields: 300,000": lambda model: _completion(prompt="a", **{f"f{i}": 1 for i in range(300_000)}),
     "a nonsensical value: 2 million entries": lambda model: (
         b'{"prompt":"a","seed":[' + b"9," * (2 * _MIB - 40) + b"9]}"
+    ),
+    "chat: 1,024 messages": _chat(1024, max_tokens=1),
+    "chat: a message of 4 MB": lambda model: _completion(
+        messages=[{"role": "user", "content": "words: 65 " * 400_000}]
+    ),
+    "chat: an answer of 2,000 tokens, each with 20 alternatives": _chat(
+        1, max_tokens=2000, logprobs=True, top_logprobs=20, ignore_eos=True
+    ),
+    "best of 16 answers of 1,000 tokens": lambda model: _completion(
+        prompt="a", max_tokens=1000, best_of=16, ignore_eos=True
     ),
     "256 whole answers of 1,000 tokens": lambda model: _completion(prompt=["a"] * 256, max_tokens=1000),
 }
@@ -189,7 +218,7 @@ Ask = Callable[[bytes], Awaitable[int]]
 
 
 async def ask(app: Any, body: bytes) -> int:
-    """The status of one completion request, asked without a client library, whose own work would count."""
+    """The status of one completion, or of a chat, asked without a client library, whose own work would count."""
     parts: list[dict[str, object]] = [{"type": "http.request", "body": body}]
     gone: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
     statuses: list[int] = []
@@ -201,7 +230,8 @@ async def ask(app: Any, body: bytes) -> int:
         if "status" in message:
             statuses.append(message["status"])
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"}
+    path = "/v1/chat/completions" if body.startswith(b'{"messages"') else "/v1/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode()}
     scope |= {"headers": [], "query_string": b"", "http_version": "1.1", "scheme": "http", "root_path": ""}
     await app({**scope, "server": ("here", 80), "client": ("here", 1), "asgi": {"version": "3.0"}}, receive, send)
     return statuses[0]
@@ -268,6 +298,7 @@ def open_faces() -> tuple[Ask, Ask, ServedModel]:
     model = load_served_model(ServiceConfig())
     generation = Generation(model, OneToken(model.fingerprint))
     app = make_app(generation, lambda: frozenset(Mode), 4 * _MIB)
+    gc.freeze()  # as a router does
     return partial(ask, app), partial(ask_grpc, GenerationServicer(generation), model.limits.max_sequence_length), model
 
 

@@ -1,6 +1,7 @@
 """One router of the service: both faces in one process, without weights and without a GPU."""
 
 import asyncio
+import gc
 import hashlib
 import logging
 import math
@@ -125,6 +126,8 @@ class Router:
         if ingress.ops_page:
             self._board.start()
             self._adopting = asyncio.create_task(self._feed.adopt())
+        # What is here now stays: to look through it for garbage holds the loop up for a tenth of a second and more.
+        gc.freeze()
         logger.info("serving %s, gRPC on %s:%d", model.name, ingress.host, ingress.grpc_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

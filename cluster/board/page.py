@@ -1,10 +1,10 @@
 """The ops page as one document: the files of `static/` put together, and a policy that allows these alone."""
 
-import base64
-import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from cluster.faces.http.page_policy import policy
 
 _FILES = Path(__file__).parent / "static"
 STYLES = ("ops.css", "playground.css", "trade.css")
@@ -39,23 +39,4 @@ def page(keys: bool = False) -> Page:
     html = (_FILES / "ops.html").read_text(encoding="utf-8")
     for name, text in (("keys", str(keys).lower()), ("style", style), ("script", script)):
         html = html.replace(f"{{{{{name}}}}}", text)
-    return Page(html.encode(), _policy(style, script))
-
-
-def _policy(style: str, script: str) -> str:
-    rules = {
-        "default-src": "'none'",
-        "style-src": _hash(style),
-        "script-src": _hash(script),
-        "connect-src": "'self'",
-        "img-src": "data:",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-        "frame-ancestors": "'none'",
-    }
-    return "; ".join(f"{name} {allowed}" for name, allowed in rules.items())
-
-
-def _hash(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return f"'sha256-{digest}'"
+    return Page(html.encode(), policy(style, script))

@@ -33,7 +33,7 @@ from twotower.core import Request, ScoreRequest
 from twotower.errors import TwoTowerError
 from twotower.showing import show
 from twotower.text.answer_text import AnswerText
-from twotower.text.token_names import TokenNames
+from twotower.text.token_names import TokenNames, TokenNumbers
 from twotower.text.token_texts import TokenTexts
 from twotower.text.tokenizer import check_stop
 from twotower.validation import (
@@ -56,7 +56,9 @@ class Ask:
 
     `label` is the client's name for it, echoed and logged; several requests may bear the same. `id` is ours. `trace`:
     whether the stream shows the steps. `logprobs`: with how many alternatives likelihoods are told; None: they are not.
-    `special_tokens`: whether the tokenizer puts its own around text, a BOS say.
+    `special_tokens`: whether the tokenizer puts its own around text, a BOS say. `offsets`: whether likelihoods are told
+    with where each token's text begins, which takes the tokenizer a while. `with_stop`: the text goes on to the end of
+    the stop string.
     """
 
     prompt: Given
@@ -68,6 +70,8 @@ class Ask:
     trace: object = False
     logprobs: object = None
     special_tokens: bool = True
+    offsets: bool = True
+    with_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,7 @@ class Generation:
         self.lanes = Lanes()
         self.prompts = Prompts(model, self.lanes)
         self.token_texts = TokenTexts(model.tokenizer)
-        self.token_names = TokenNames(self.token_texts)
+        self.token_names, self.token_numbers = TokenNames(self.token_texts), TokenNumbers(self.token_texts)
         self.admission = admission or Admission(capacity=1024, slots=at_once)
 
     def check(self, ask: Ask) -> Checked:
@@ -227,7 +231,8 @@ class Generation:
         runs = []
         for one in tries_of(request, count):
             record = Record(one, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
-            text = AnswerText(self.model.tokenizer, checked.stop, one.logprobs is not None)
+            with_offsets = ask.offsets and one.logprobs is not None
+            text = AnswerText(model.tokenizer, checked.stop, with_offsets, ask.with_stop)
             runs.append(self._added(Generating(record, deadline, self._means, text)))
         return runs
 

@@ -195,6 +195,29 @@ async def test_a_keys_limits_over_http(guarded: Guarded) -> None:
     assert added == {("small", "concurrent_requests"): 1}
 
 
+async def test_a_key_pays_for_each_answer_and_for_chats(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    entry = {"name": "small", "sha256": hash_of(SMALL), "concurrent_requests": 3, "tokens_per_minute": 120}
+    path.write_text(yaml.safe_dump({"keys": [entry]}))
+    guarded = Guarded(path)
+    guarded.service._allowances._clock = lambda: 0.0
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
+
+    async def ask(**fields: object) -> httpx.Response:
+        async with guarded.http(SMALL) as http:
+            return await http.post("/v1/chat/completions", json=chat | fields)
+
+    refused = await ask(n=4)
+    assert refused.status_code == 400 and "got 4 at a time, wanted at most 3" in refused.text
+    for fields in ({"n": 3}, {"best_of": 2}):  # each reads a prompt of 8 tokens and writes 8
+        assert (await ask(**fields)).status_code == 200
+    refused = await ask(n=3)  # at most 9 tokens each, as far as is known before
+    assert refused.status_code == 200, "27 of 40"
+    refused = await ask()
+    assert refused.status_code == 429 and "of the 120 tokens a minute of this key 0 are left here" in refused.text
+    assert guarded.service._allowances._accounts["small"].left == 120 - 8 * 16
+
+
 async def test_grpc_wants_a_key_but_for_health(guarded: Guarded) -> None:
     request = pb.GenerateRequest(text="Hi", params=pb.DecodingParams(max_new_tokens=8))
     with_key = [("authorization", f"Bearer {KEY}")]

@@ -19,9 +19,13 @@ def test_it_finds_what_find_finds(text: str, stop: list[str], cuts: list[int]) -
         seen += piece
         peeked, found = search.peek(piece), search.push(piece)
         places = [seen.find(one) for one in stop if one in seen]
-        assert peeked == found == (len(seen) - min(places) if places else None)
+        assert peeked == found
         if found is not None:
+            begin = len(seen) - found.before_end
+            here = [one for one in stop if seen.startswith(one, begin)]
+            assert begin == min(places) and found.text == min(here, key=len)
             return
+        assert not places
         assert search.begun == max(n for one in stop for n in range(len(one)) if seen.endswith(one[:n]))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from twotower.text.stop_strings import StopSearch
+from twotower.text.stop_strings import Found, StopSearch
 from twotower.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
@@ -15,10 +15,17 @@ class AnswerText:
     that completes the string. Without a tokenizer there is no text, and nothing to stop at.
 
     `offsets`: where each token's text begins in the whole text, stop strings not cut off; only where asked for.
+    `with_stop`: its text goes on to the end of the stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), with_offsets: bool = False) -> None:
-        self._stream = None if tokenizer is None else TextStream(tokenizer, stop)
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        stop: Sequence[str] = (),
+        with_offsets: bool = False,
+        with_stop: bool = False,
+    ) -> None:
+        self._stream = None if tokenizer is None else TextStream(tokenizer, stop, with_stop)
         self._with_offsets = with_offsets
         self._one_by_one = bool(stop) or with_offsets
         self.token_ids: list[int] = []
@@ -62,12 +69,12 @@ class TextStream:
 
     `push` returns the text that has become certain. It holds back text that a later token may still change (half a
     UTF-8 character), and the possible beginning of a stop string. After a stop string was found, `stopped` is True and
-    the text ends before the stop string. `settled` counts the characters that no later token changes, also those that a
-    stop string may cut off.
+    the text ends before it, or `with_stop` behind it. `settled` counts the characters that no later token changes, also
+    those that a stop string may cut off.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._growing, self._search = _GrowingText(tokenizer), StopSearch(stop)
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), with_stop: bool = False) -> None:
+        self._growing, self._search, self._with_stop = _GrowingText(tokenizer), StopSearch(stop), with_stop
         self._certain: list[str] = []
         self._held = ""  # may be the beginning of a stop string
         self._open = ""  # may be half a character
@@ -94,10 +101,12 @@ class TextStream:
             self._stop_at(self._search.peek(whole), whole)
         return self._let_out(0 if last or self.stopped else self._search.begun)
 
-    def _stop_at(self, found: int | None, following: str = "") -> None:
-        """End the text `found` characters before the end of what is held and `following`."""
+    def _stop_at(self, found: Found | None, following: str = "") -> None:
+        """End the text at the stop string that is `found` in what is held and `following`."""
         if found is not None:
-            self._held = (self._held + following)[:-found]
+            text = self._held + following
+            end = len(text) - found.before_end + (len(found.text) if self._with_stop else 0)
+            self._held = text[:end]
             self._open, self.stopped = "", True
 
     def _let_out(self, held: int) -> str:

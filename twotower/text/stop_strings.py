@@ -2,6 +2,15 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
+
+
+class Found(NamedTuple):
+    """The earliest stop string: how many characters before the end of the text it begins, and itself. Of those that
+    begin there the shortest, which ended first."""
+
+    before_end: int
+    text: str
 
 
 class StopSearch:
@@ -16,23 +25,23 @@ class StopSearch:
         """Characters at the end of the text that may be the beginning of a stop string."""
         return max(self._matched, default=0)
 
-    def push(self, piece: str) -> int | None:
-        """Go on with `piece`: how many characters before its end the earliest stop string begins, None without one."""
-        self._matched, begins = self._after(piece)
-        return begins
+    def push(self, piece: str) -> Found | None:
+        """Go on with `piece`: the stop string that is there now, None without one."""
+        self._matched, found = self._after(piece)
+        return found
 
-    def peek(self, piece: str) -> int | None:
+    def peek(self, piece: str) -> Found | None:
         """What `push` would say."""
         return self._after(piece)[1]
 
-    def _after(self, piece: str) -> tuple[list[int], int | None]:
-        matched, begins = list[int](), list[int]()
+    def _after(self, piece: str) -> tuple[list[int], Found | None]:
+        matched, found = list[int](), list[Found]()
         for text, before in zip(self._stop, self._matched, strict=True):
             count, end = _match(text, before, piece)
             matched.append(count)
             if count == len(text):
-                begins.append(len(piece) - end + count)
-        return matched, max(begins, default=None)
+                found.append(Found(len(piece) - end + count, text))
+        return matched, max(found, key=lambda one: (one.before_end, -len(one.text)), default=None)
 
 
 def _match(text: str, matched: int, piece: str) -> tuple[int, int]:

@@ -34,5 +34,12 @@ class TokenNames:
         return named
 
 
+class TokenNumbers(TokenNames):
+    """Every token by its id."""
+
+    def told(self, token_ids: Sequence[int]) -> list[tuple[str, bool]]:
+        return [(_numbered(token), False) for token in token_ids]
+
+
 def _numbered(token: int) -> str:
     return f"token_id:{token}"

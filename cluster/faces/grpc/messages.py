@@ -41,6 +41,7 @@ def ask_of(request: pb.GenerateRequest, label: str, own_id: str) -> Ask:
         own_id,
         request.trace,
         logprobs,
+        with_stop=request.include_stop_str_in_output,
     )
 
 

@@ -30,7 +30,7 @@ class AnswerBodies(ABC):
         """The response of a call that does not stream. It may be very long: others have their turn meanwhile."""
 
     @abstractmethod
-    def chunk(self, index: int, run: Generating, chunk: Chunk, usages: Sequence[Usage] | None) -> Sequence[BaseModel]:
+    def chunk(self, index: int, run: Generating, chunk: Chunk, usages: Sequence[Usage] | None) -> Sequence[object]:
         """The events of a stream that tell a chunk; `usages`: where every event has them."""
 
     @abstractmethod
@@ -41,6 +41,10 @@ class AnswerBodies(ABC):
         """A `twotower.trace` event: without choices, since OpenAI's SDKs read any event as a completion."""
         about = {"id": self._call.id, "request_id": self._call.shown_id, "object": "twotower.trace", "choices": []}
         return {**about, "index": index, **_traced(event, texts)}
+
+    def _prompt(self, run: Generating) -> dict[str, object]:
+        """Its ids, where they are asked for."""
+        return {"prompt_token_ids": run.request.prompt_token_ids} if self._call.told_ids else {}
 
     def _used(self, usages: Sequence[Usage]) -> UsageBody:
         """A prompt counts once, however many answers it has."""

@@ -21,7 +21,8 @@ class AnswerCall:
 
     `id` is ours and unlike any other; `label` is the client's own name for the call, which may be any other call's too.
     `include_usage`: an event of its own at the end of a stream; `continuous_usage`: on every event. `rated`: whether
-    log-probabilities are told. `echo`: the prompts are told again; `answers`: not them alone. `names`: what the client
+    log-probabilities are told, with `numbered` tokens by their ids. `told_ids`: whether ids of prompt and answer are
+    told, too. `echo`: the prompts are told again; `answers`: not them alone. `names`: what the client
     calls fields that the library knows by other names.
     """
 
@@ -35,6 +36,8 @@ class AnswerCall:
     choices: int = 1
     tries: int = 1
     rated: bool = False
+    numbered: bool = False
+    told_ids: bool = False
     echo: bool = False
     answers: bool = True
     names: Mapping[str, str] = field(default_factory=dict)
@@ -74,6 +77,7 @@ class Question:
     params: dict[str, object]
     logprobs: object = None
     special_tokens: bool = True
+    offsets: bool = True
     echo: bool = False
     answers: bool = True
     names: Mapping[str, str] = field(default_factory=dict)
@@ -93,8 +97,10 @@ def answer_call(read: AnswerRequest, question: Question, prefix: str, label: str
     label = read.request_id or label  # empty: as over gRPC
     call_id = f"{prefix}-{uuid.uuid4().hex}"
     ids = [call_id] if len(prompts) == 1 else [f"{call_id}-{place}" for place in range(len(prompts))]
+    special, offsets = question.special_tokens, question.offsets and rated
+    with_stop = read.include_stop_str_in_output
     asks = tuple(
-        Ask(prompt, params, read.stop, label, read.priority, own_id, trace, logprobs, question.special_tokens)
+        Ask(prompt, params, read.stop, label, read.priority, own_id, trace, logprobs, special, offsets, with_stop)
         for prompt, own_id in zip(prompts, ids, strict=True)
     )
     return AnswerCall(
@@ -108,6 +114,8 @@ def answer_call(read: AnswerRequest, question: Question, prefix: str, label: str
         choices=choices,
         tries=tries,
         rated=rated,
+        numbered=read.return_tokens_as_token_ids,
+        told_ids=read.return_token_ids,
         echo=question.echo,
         answers=question.answers,
         names=question.names if rated else {**question.names, "logprobs": "best_of"},

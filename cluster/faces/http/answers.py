@@ -100,7 +100,8 @@ class AnswersFace:
         return runs
 
     def _bodies_of(self, call: AnswerCall, asks: Sequence[Checked]) -> AnswerBodies:
-        name, names = self._generation.model.name, self._generation.token_names
+        name = self._generation.model.name
+        names = self._generation.token_numbers if call.numbered else self._generation.token_names
         return self._bodies(call, name, int(time.time()), asks[0].terms.params.mode, names)
 
     async def _write(

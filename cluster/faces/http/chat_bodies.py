@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from cluster.faces.http.answer_bodies import AnswerBodies, encoded, spliced
@@ -31,7 +32,9 @@ class ChatBodies(AnswerBodies):
             choices.append(await self._whole_choice(index, run))
             await asyncio.sleep(0)
         around = ChatCompletion(**self._told, choices=[], usage=self._used(usages))
-        return spliced(encoded(around), b'"choices":[]', choices)
+        first, *_ = told
+        assert isinstance(first, Generating)
+        return spliced(encoded({**dict(around), **self._prompt(first)}), b'"choices":[]', choices)
 
     async def _whole_choice(self, index: int, run: Generating) -> bytes:
         assert run.finish_reason is not None
@@ -43,28 +46,30 @@ class ChatBodies(AnswerBodies):
             finish_reason=run.finish_reason,
             seed=run.request.params.seed,
         )
+        shown = {**dict(choice), **self._ids(run.token_ids)}
         if rated is None:
-            return encoded(choice)
+            return encoded(shown)
         parts = []
         for first in range(0, len(run.token_ids), AT_ONCE):
             part = slice(first, first + AT_ONCE)
             listed = encoded(chat_log_probs(run.token_ids[part], run.likelihoods[part], self._names))
             parts.append(listed[1:-1])
             await asyncio.sleep(0)
-        return spliced(encoded(choice), b'"content":[]', parts)
+        return spliced(encoded(shown), b'"content":[]', parts)
 
-    def chunk(self, index: int, run: Generating, chunk: Chunk, usages: Sequence[Usage] | None) -> list[ChatChunk]:
+    def chunk(self, index: int, run: Generating, chunk: Chunk, usages: Sequence[Usage] | None) -> list[object]:
         """Three kinds of events, as OpenAI has them: the role, text, the end."""
-        events = []
+        events = list[object]()
+        event = partial(self._event, index, run, usages)
         if chunk.start == 0:
-            events.append(self._event(index, run, {"role": "assistant", "content": ""}, usages))
+            events.append({**event({"role": "assistant", "content": ""}), **self._prompt(run)})
         rated = None
         if self._call.rated:
             rated = ChatLogProbs(content=chat_log_probs(chunk.token_ids, chunk.likelihoods, self._names))
         if chunk.text or chunk.token_ids:
-            events.append(self._event(index, run, {"content": chunk.text}, usages, rated))
+            events.append(event({"content": chunk.text}, rated, token_ids=chunk.token_ids))
         if chunk.finish_reason is not None:
-            events.append(self._event(index, run, {}, usages, finish_reason=chunk.finish_reason))
+            events.append(event({}, finish_reason=chunk.finish_reason))
         return events
 
     def usage(self, usages: Sequence[Usage]) -> ChatChunk:
@@ -74,16 +79,24 @@ class ChatBodies(AnswerBodies):
         self,
         index: int,
         run: Generating,
-        delta: dict[Any, str],
         usages: Sequence[Usage] | None,
+        delta: dict[Any, str],
         rated: ChatLogProbs | None = None,
         finish_reason: FinishReason | None = None,
-    ) -> ChatChunk:
+        token_ids: Sequence[int] = (),
+    ) -> dict[str, object]:
         seed = run.request.params.seed
         choice = ChatChunkChoice(index=index, delta=delta, logprobs=rated, finish_reason=finish_reason, seed=seed)
-        if usages is None:
-            return ChatChunk(**self._told, choices=[choice])
-        return ChatChunkAndUsage(**self._told, choices=[choice], usage=self._used(usages))
+        told = {"usage": self._used(usages)} if usages is not None else {}
+        return {
+            **dict(ChatChunk(**self._told, choices=[])),
+            "choices": [{**dict(choice), **self._ids(token_ids)}],
+            **told,
+        }
+
+    def _ids(self, token_ids: Sequence[int]) -> dict[str, object]:
+        """Of the answer, where they are asked for."""
+        return {"token_ids": token_ids} if self._call.told_ids else {}
 
     @property
     def _told(self) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """`logprobs` of a chat's choice, in OpenAI's shape for chats."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cluster.faces.http.chat_models import ContentLogProb, TokenLogProb
+from cluster.faces.http.chat_models import ContentLogProb
 from twotower.core import Likelihood
 from twotower.text.token_names import TokenNames
 
-AT_ONCE = 64  # tokens: some milliseconds with 20 alternatives
+AT_ONCE = 32  # tokens: some milliseconds with 20 alternatives
 
 
 def chat_log_probs(
@@ -18,12 +18,14 @@ def chat_log_probs(
 
 
 def _content(token: int, likelihood: Likelihood, names: TokenNames) -> ContentLogProb:
-    told = names.told([token, *likelihood.top_token_ids])
-    log_probs = [likelihood.log_prob, *likelihood.top_log_probs]
-    tops = [TokenLogProb.model_construct(**_told(*one)) for one in zip(told[1:], log_probs[1:], strict=True)]
-    return ContentLogProb.model_construct(**_told(told[0], likelihood.log_prob), top_logprobs=tops)
+    """Not validated again: a token may have 20 others beside it, and an answer thousands of tokens."""
+    [own] = _told([token], [likelihood.log_prob], names)
+    tops = _told(likelihood.top_token_ids, likelihood.top_log_probs, names)
+    return ContentLogProb.model_construct(**own, top_logprobs=tops)
 
 
-def _told(named: tuple[str, bool], log_prob: float) -> dict[str, Any]:
-    name, is_text = named
-    return {"token": name, "logprob": log_prob, "bytes": list(name.encode()) if is_text else None}
+def _told(token_ids: Sequence[int], log_probs: Iterable[float], names: TokenNames) -> list[dict[str, Any]]:
+    return [
+        {"token": name, "logprob": log_prob, "bytes": list(name.encode()) if is_text else None}
+        for (name, is_text), log_prob in zip(names.told(token_ids), log_probs, strict=True)
+    ]

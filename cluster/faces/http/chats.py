@@ -29,5 +29,5 @@ def parse_chat(body: Mapping[str, object], label: str = "") -> AnswerCall:
     if read.top_logprobs is not None:
         names["logprobs"] = "top_logprobs"
     chat = conversation_of(read.messages)
-    question = Question([chat], params, logprobs, special_tokens=read.add_special_tokens, names=names)
+    question = Question([chat], params, logprobs, special_tokens=read.add_special_tokens, offsets=False, names=names)
     return answer_call(read, question, "chatcmpl", label)

@@ -21,15 +21,19 @@ class CompletionBodies(AnswerBodies):
         for index, run in enumerate(told):
             answer = run.answer if isinstance(run, Echoing) else run
             rated = await whole_log_probs(run, self._names) if self._call.rated else None
-            choices.append(encoded(_choice(index, answer, run.text, run.token_ids, run.finish_reason, rated)))
+            choice = _choice(index, answer, run.text, run.token_ids, run.finish_reason, rated)
+            choices.append(encoded({**dict(choice), **self._prompt(answer)}))
             await asyncio.sleep(0)
         return spliced(encoded(self._completion([], usages)), b'"choices":[]', choices)
 
-    def chunk(self, index: int, run: Generating, chunk: Chunk, usages: Sequence[Usage] | None) -> list[Completion]:
+    def chunk(self, index: int, run: Generating, chunk: Chunk, usages: Sequence[Usage] | None) -> list[object]:
         rated = self._call.rated
         told = log_probs(chunk.token_ids, chunk.likelihoods, chunk.offsets, self._names) if rated else None
         choice = _choice(index, run, chunk.text, chunk.token_ids, chunk.finish_reason, told)
-        return [self._completion([choice], usages)]
+        event = self._completion([choice], usages)
+        if chunk.start or not self._call.told_ids:
+            return [event]
+        return [{**dict(event), "choices": [{**dict(choice), **self._prompt(run)}]}]
 
     def usage(self, usages: Sequence[Usage]) -> Completion:
         return self._completion([], usages)

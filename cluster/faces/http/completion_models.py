@@ -90,7 +90,11 @@ class StreamOptions(Body):
 
 
 class AnswerRequest(_Parameters):  # type: ignore[misc]
-    """What calls for answers have in common, beside what they are to answer."""
+    """What calls for answers have in common, beside what they are to answer.
+
+    Those of vLLM: `include_stop_str_in_output`: the text ends behind a stop string, not before it. `return_token_ids`:
+    the ids of prompt and answer. `return_tokens_as_token_ids`: tokens in logprobs are named by their ids.
+    """
 
     model: Label = ""
     diffusion: Diffusion = Diffusion()
@@ -98,6 +102,9 @@ class AnswerRequest(_Parameters):  # type: ignore[misc]
     priority: Annotated[Any, schema_of(PRIORITY)] = PRIORITY.default
     n: Annotated[Any, schema_of(N)] = N.default
     best_of: Annotated[Any, schema_of(BEST_OF)] = BEST_OF.default
+    include_stop_str_in_output: bool = False
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     request_id: Label = ""

@@ -17,7 +17,9 @@ def parse_call(body: Mapping[str, object], label: str = "") -> AnswerCall:
     if not answers:
         del params["max_new_tokens"]
     logprobs = None if read.logprobs is False else read.logprobs  # as the chat endpoint's clients say it is off
-    question = Question(read.prompt, params, logprobs, read.add_special_tokens, read.echo, answers)
+    question = Question(
+        read.prompt, params, logprobs, special_tokens=read.add_special_tokens, echo=read.echo, answers=answers
+    )
     call = answer_call(read, question, "cmpl", label)
     if call.echo and call.tries > 1:
         raise InvalidRequest.of("echo", "got true, wanted it only where n and best_of are 1")

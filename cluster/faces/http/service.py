@@ -18,6 +18,7 @@ from cluster.faces.http.chats import parse_chat
 from cluster.faces.http.completion_bodies import CompletionBodies
 from cluster.faces.http.completions import parse_call
 from cluster.faces.http.cross_origin import CrossOrigin
+from cluster.faces.http.docs_page import add_docs
 from cluster.faces.http.gate import Gate
 from cluster.faces.http.request_body import BodyReader
 from cluster.faces.http.scores import ScoresFace
@@ -100,6 +101,7 @@ def make_app(
     async def version() -> dict[str, str]:
         return {"version": model.version}
 
+    add_docs(app)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(Gate, generation=generation)
     app.add_middleware(ErrorBoundary)

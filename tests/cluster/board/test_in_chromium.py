@@ -117,6 +117,19 @@ async def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert "no denoiser in cell a" in alert and "since 12 s" in alert
         assert "no denoiser in cell a" in await page.value("document.title")
         await _see_the_playground(page)
+        await _see_the_docs(page)
+
+
+async def _see_the_docs(page: Tab) -> None:
+    """The other page of the service: made by its script of what the service says of itself."""
+    before = len(page.said)
+    await page.value("location.href = '/docs'")
+    await page.until("location.pathname === '/docs' && document.getElementById('ChatRequest') !== null")
+    assert "/v1/chat/completions" in await text(page, "#main")
+    row = "[...document.querySelectorAll('#CompletionRequest tr')].find((one) => one.innerText.startsWith('n\\t'))"
+    assert await page.value(f"{row}.innerText") == "n\tinteger from 1 to 256 · else 1\tanswers to each prompt"
+    assert await page.value("document.documentElement.scrollWidth") == 390, "nothing sticks out of a phone"
+    assert page.said[before:] == []
 
 
 async def _see_the_playground(page: Tab) -> None:

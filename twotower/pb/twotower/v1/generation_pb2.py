@@ -24,57 +24,57 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(twotower/pb/twotower/v1/generation.proto\x12\x0btwotower.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb8\x04\n\x0e\x44\x65\x63odingParams\x12\x1f\n\x04mode\x18\x01 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x1b\n\x0emax_new_tokens\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nblock_size\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x1c\n\x0fsteps_per_block\x18\x04 \x01(\x03H\x02\x88\x01\x01\x12!\n\x14\x63onfidence_threshold\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x03H\x05\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x07\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\x08\x88\x01\x01\x12\x18\n\x0b\x64raft_steps\x18\x0c \x01(\x03H\t\x88\x01\x01\x12\x1c\n\x0f\x64raft_threshold\x18\r \x01(\x01H\n\x88\x01\x01\x12!\n\x05\x66loor\x18( \x01(\x0e\x32\x12.twotower.v1.FloorB\x11\n\x0f_max_new_tokensB\r\n\x0b_block_sizeB\x12\n\x10_steps_per_blockB\x17\n\x15_confidence_thresholdB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0e\n\x0c_draft_stepsB\x12\n\x10_draft_threshold\"\xeb\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x00\x12+\n\x06params\x18\x04 \x01(\x0b\x32\x1b.twotower.v1.DecodingParams\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x10\n\x08priority\x18\x06 \x01(\x03\x12\r\n\x05trace\x18\x07 \x01(\x08\x12\x15\n\x08logprobs\x18\x1e \x01(\x03H\x01\x88\x01\x01\x42\x08\n\x06promptB\x0b\n\t_logprobs\"\xc0\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\x12\x11\n\tnum_steps\x18\x03 \x01(\x03\x12\x12\n\nnum_blocks\x18\x04 \x01(\x03\x12\x13\n\x0bnum_drafted\x18\x05 \x01(\x03\x12\x14\n\x0cnum_accepted\x18\x06 \x01(\x03\x12\x15\n\rnum_ar_blocks\x18( \x01(\x03\x12\x1c\n\x14num_diffusion_blocks\x18) \x01(\x03\"\x8e\x01\n\x08\x46inished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.twotower.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.twotower.v1.Usage\x12\x1f\n\x04mode\x18\x03 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x0c\n\x04seed\x18\x04 \x01(\x03\"\x95\x01\n\nLikelihood\x12\x10\n\x08log_prob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x15\n\rtop_log_probs\x18\x03 \x03(\x02\x12\x11\n\ttop_texts\x18\x04 \x03(\t\x12\x17\n\nconfidence\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x06 \x01(\tB\r\n\x0b_confidence\"\x9e\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x15.twotower.v1.Finished\x12,\n\x0blikelihoods\x18\x1e \x03(\x0b\x32\x17.twotower.v1.Likelihood\"\xf5\x01\n\x0e\x43ommittedBlock\x12\r\n\x05start\x18\x01 \x01(\x03\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\tnum_steps\x18\x04 \x01(\x03\x12\x12\n\nnum_blocks\x18\x05 \x01(\x03\x12\x13\n\x0bnum_drafted\x18\x06 \x01(\x03\x12\x14\n\x0cnum_accepted\x18\x07 \x01(\x03\x12,\n\x0blikelihoods\x18\x1e \x03(\x0b\x32\x17.twotower.v1.Likelihood\x12\x15\n\rnum_ar_blocks\x18( \x01(\x03\x12\x1c\n\x14num_diffusion_blocks\x18) \x01(\x03\"z\n\x04Step\x12\r\n\x05start\x18\x01 \x01(\x03\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x11\n\tpositions\x18\x04 \x03(\x03\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\r\n\x05texts\x18\x06 \x03(\t\x12\x12\n\nconfidence\x18\x07 \x03(\x02\"p\n\x05Round\x12\r\n\x05start\x18\x01 \x01(\x03\x12\r\n\x05\x64raft\x18\x02 \x03(\r\x12\x13\n\x0b\x64raft_texts\x18\x03 \x03(\t\x12\x14\n\x0cnum_accepted\x18\x04 \x01(\x03\x12\x10\n\x08token_id\x18\x05 \x01(\r\x12\x0c\n\x04text\x18\x06 \x01(\t\"\xd6\x01\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x1b.twotower.v1.CommittedBlockH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.twotower.v1.FinishedH\x00\x12!\n\x04step\x18\x04 \x01(\x0b\x32\x11.twotower.v1.StepH\x00\x12#\n\x05round\x18\x05 \x01(\x0b\x32\x12.twotower.v1.RoundH\x00\x42\x07\n\x05\x65vent\"\xee\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\x0bprompt_text\x18\x02 \x01(\tH\x00\x12\x31\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x00\x12\x1b\n\x11\x63ontinuation_text\x18\x04 \x01(\tH\x01\x12\x37\n\x16\x63ontinuation_token_ids\x18\x05 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x01\x12\x10\n\x08priority\x18\x06 \x01(\x03\x42\x08\n\x06promptB\x0e\n\x0c\x63ontinuation\"\x89\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tlog_probs\x18\x03 \x03(\x02\x12\x11\n\tis_greedy\x18\x04 \x03(\x08\x12\x14\n\x0csum_log_prob\x18\x05 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x03\"l\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x0bwith_tokens\x18\x03 \x01(\x08\x42\x15\n\x13_add_special_tokens\"R\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x1b\n\x13max_sequence_length\x18\x03 \x01(\x03\"=\n\x11\x44\x65tokenizeRequest\x12(\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x15.twotower.v1.TokenIds\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\x8f\x02\n\x14GetModelInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12 \n\x05modes\x18\x02 \x03(\x0e\x32\x11.twotower.v1.Mode\x12\x12\n\nvocab_size\x18\x03 \x01(\x03\x12\x1b\n\x13max_sequence_length\x18\x04 \x01(\x03\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\x12-\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x1b.twotower.v1.DecodingParams\x12\x19\n\x11\x63heckpoint_layout\x18\x07 \x01(\t\x12\x1e\n\x16\x63heckpoint_fingerprint\x18\x08 \x01(\t\x12\x0f\n\x07version\x18\t \x01(\t*q\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0eMODE_DIFFUSION\x10\x01\x12\x10\n\x0cMODE_MOCK_AR\x10\x02\x12\x0b\n\x07MODE_AR\x10\x03\x12\x11\n\rMODE_VERIFIED\x10\x04\x12\r\n\tMODE_AUTO\x10\x05*H\n\x05\x46loor\x12\x15\n\x11\x46LOOR_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x46LOOR_LOSSLESS\x10\x01\x12\x14\n\x10\x46LOOR_CONFIDENCE\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xe0\x03\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.twotower.v1.GenerateRequest\x1a\x1d.twotower.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1c.twotower.v1.GenerateRequest\x1a#.twotower.v1.GenerateStreamResponse0\x01\x12>\n\x05Score\x12\x19.twotower.v1.ScoreRequest\x1a\x1a.twotower.v1.ScoreResponse\x12G\n\x08Tokenize\x12\x1c.twotower.v1.TokenizeRequest\x1a\x1d.twotower.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.twotower.v1.DetokenizeRequest\x1a\x1f.twotower.v1.DetokenizeResponse\x12S\n\x0cGetModelInfo\x12 .twotower.v1.GetModelInfoRequest\x1a!.twotower.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(twotower/pb/twotower/v1/generation.proto\x12\x0btwotower.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb8\x04\n\x0e\x44\x65\x63odingParams\x12\x1f\n\x04mode\x18\x01 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x1b\n\x0emax_new_tokens\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nblock_size\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x1c\n\x0fsteps_per_block\x18\x04 \x01(\x03H\x02\x88\x01\x01\x12!\n\x14\x63onfidence_threshold\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x03H\x05\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x07\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\x08\x88\x01\x01\x12\x18\n\x0b\x64raft_steps\x18\x0c \x01(\x03H\t\x88\x01\x01\x12\x1c\n\x0f\x64raft_threshold\x18\r \x01(\x01H\n\x88\x01\x01\x12!\n\x05\x66loor\x18( \x01(\x0e\x32\x12.twotower.v1.FloorB\x11\n\x0f_max_new_tokensB\r\n\x0b_block_sizeB\x12\n\x10_steps_per_blockB\x17\n\x15_confidence_thresholdB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0e\n\x0c_draft_stepsB\x12\n\x10_draft_threshold\"\x8f\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x00\x12+\n\x06params\x18\x04 \x01(\x0b\x32\x1b.twotower.v1.DecodingParams\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x10\n\x08priority\x18\x06 \x01(\x03\x12\r\n\x05trace\x18\x07 \x01(\x08\x12\x15\n\x08logprobs\x18\x1e \x01(\x03H\x01\x88\x01\x01\x12\"\n\x1ainclude_stop_str_in_output\x18\x32 \x01(\x08\x42\x08\n\x06promptB\x0b\n\t_logprobs\"\xc0\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\x12\x11\n\tnum_steps\x18\x03 \x01(\x03\x12\x12\n\nnum_blocks\x18\x04 \x01(\x03\x12\x13\n\x0bnum_drafted\x18\x05 \x01(\x03\x12\x14\n\x0cnum_accepted\x18\x06 \x01(\x03\x12\x15\n\rnum_ar_blocks\x18( \x01(\x03\x12\x1c\n\x14num_diffusion_blocks\x18) \x01(\x03\"\x8e\x01\n\x08\x46inished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.twotower.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.twotower.v1.Usage\x12\x1f\n\x04mode\x18\x03 \x01(\x0e\x32\x11.twotower.v1.Mode\x12\x0c\n\x04seed\x18\x04 \x01(\x03\"\x95\x01\n\nLikelihood\x12\x10\n\x08log_prob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x15\n\rtop_log_probs\x18\x03 \x03(\x02\x12\x11\n\ttop_texts\x18\x04 \x03(\t\x12\x17\n\nconfidence\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x06 \x01(\tB\r\n\x0b_confidence\"\x9e\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x15.twotower.v1.Finished\x12,\n\x0blikelihoods\x18\x1e \x03(\x0b\x32\x17.twotower.v1.Likelihood\"\xf5\x01\n\x0e\x43ommittedBlock\x12\r\n\x05start\x18\x01 \x01(\x03\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\tnum_steps\x18\x04 \x01(\x03\x12\x12\n\nnum_blocks\x18\x05 \x01(\x03\x12\x13\n\x0bnum_drafted\x18\x06 \x01(\x03\x12\x14\n\x0cnum_accepted\x18\x07 \x01(\x03\x12,\n\x0blikelihoods\x18\x1e \x03(\x0b\x32\x17.twotower.v1.Likelihood\x12\x15\n\rnum_ar_blocks\x18( \x01(\x03\x12\x1c\n\x14num_diffusion_blocks\x18) \x01(\x03\"z\n\x04Step\x12\r\n\x05start\x18\x01 \x01(\x03\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x11\n\tpositions\x18\x04 \x03(\x03\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\r\n\x05texts\x18\x06 \x03(\t\x12\x12\n\nconfidence\x18\x07 \x03(\x02\"p\n\x05Round\x12\r\n\x05start\x18\x01 \x01(\x03\x12\r\n\x05\x64raft\x18\x02 \x03(\r\x12\x13\n\x0b\x64raft_texts\x18\x03 \x03(\t\x12\x14\n\x0cnum_accepted\x18\x04 \x01(\x03\x12\x10\n\x08token_id\x18\x05 \x01(\r\x12\x0c\n\x04text\x18\x06 \x01(\t\"\xd6\x01\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x1b.twotower.v1.CommittedBlockH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.twotower.v1.FinishedH\x00\x12!\n\x04step\x18\x04 \x01(\x0b\x32\x11.twotower.v1.StepH\x00\x12#\n\x05round\x18\x05 \x01(\x0b\x32\x12.twotower.v1.RoundH\x00\x42\x07\n\x05\x65vent\"\xee\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\x0bprompt_text\x18\x02 \x01(\tH\x00\x12\x31\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x00\x12\x1b\n\x11\x63ontinuation_text\x18\x04 \x01(\tH\x01\x12\x37\n\x16\x63ontinuation_token_ids\x18\x05 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x01\x12\x10\n\x08priority\x18\x06 \x01(\x03\x42\x08\n\x06promptB\x0e\n\x0c\x63ontinuation\"\x89\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tlog_probs\x18\x03 \x03(\x02\x12\x11\n\tis_greedy\x18\x04 \x03(\x08\x12\x14\n\x0csum_log_prob\x18\x05 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x03\"l\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x0bwith_tokens\x18\x03 \x01(\x08\x42\x15\n\x13_add_special_tokens\"R\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x1b\n\x13max_sequence_length\x18\x03 \x01(\x03\"=\n\x11\x44\x65tokenizeRequest\x12(\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x15.twotower.v1.TokenIds\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\x8f\x02\n\x14GetModelInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12 \n\x05modes\x18\x02 \x03(\x0e\x32\x11.twotower.v1.Mode\x12\x12\n\nvocab_size\x18\x03 \x01(\x03\x12\x1b\n\x13max_sequence_length\x18\x04 \x01(\x03\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\x12-\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x1b.twotower.v1.DecodingParams\x12\x19\n\x11\x63heckpoint_layout\x18\x07 \x01(\t\x12\x1e\n\x16\x63heckpoint_fingerprint\x18\x08 \x01(\t\x12\x0f\n\x07version\x18\t \x01(\t*q\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0eMODE_DIFFUSION\x10\x01\x12\x10\n\x0cMODE_MOCK_AR\x10\x02\x12\x0b\n\x07MODE_AR\x10\x03\x12\x11\n\rMODE_VERIFIED\x10\x04\x12\r\n\tMODE_AUTO\x10\x05*H\n\x05\x46loor\x12\x15\n\x11\x46LOOR_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x46LOOR_LOSSLESS\x10\x01\x12\x14\n\x10\x46LOOR_CONFIDENCE\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xe0\x03\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.twotower.v1.GenerateRequest\x1a\x1d.twotower.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1c.twotower.v1.GenerateRequest\x1a#.twotower.v1.GenerateStreamResponse0\x01\x12>\n\x05Score\x12\x19.twotower.v1.ScoreRequest\x1a\x1a.twotower.v1.ScoreResponse\x12G\n\x08Tokenize\x12\x1c.twotower.v1.TokenizeRequest\x1a\x1d.twotower.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.twotower.v1.DetokenizeRequest\x1a\x1f.twotower.v1.DetokenizeResponse\x12S\n\x0cGetModelInfo\x12 .twotower.v1.GetModelInfoRequest\x1a!.twotower.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'twotower.pb.twotower.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODE']._serialized_start=3218
-  _globals['_MODE']._serialized_end=3331
-  _globals['_FLOOR']._serialized_start=3333
-  _globals['_FLOOR']._serialized_end=3405
-  _globals['_FINISHREASON']._serialized_start=3407
-  _globals['_FINISHREASON']._serialized_end=3502
+  _globals['_MODE']._serialized_start=3254
+  _globals['_MODE']._serialized_end=3367
+  _globals['_FLOOR']._serialized_start=3369
+  _globals['_FLOOR']._serialized_end=3441
+  _globals['_FINISHREASON']._serialized_start=3443
+  _globals['_FINISHREASON']._serialized_end=3538
   _globals['_TOKENIDS']._serialized_start=57
   _globals['_TOKENIDS']._serialized_end=80
   _globals['_DECODINGPARAMS']._serialized_start=83
   _globals['_DECODINGPARAMS']._serialized_end=651
   _globals['_GENERATEREQUEST']._serialized_start=654
-  _globals['_GENERATEREQUEST']._serialized_end=889
-  _globals['_USAGE']._serialized_start=892
-  _globals['_USAGE']._serialized_end=1084
-  _globals['_FINISHED']._serialized_start=1087
-  _globals['_FINISHED']._serialized_end=1229
-  _globals['_LIKELIHOOD']._serialized_start=1232
-  _globals['_LIKELIHOOD']._serialized_end=1381
-  _globals['_GENERATERESPONSE']._serialized_start=1384
-  _globals['_GENERATERESPONSE']._serialized_end=1542
-  _globals['_COMMITTEDBLOCK']._serialized_start=1545
-  _globals['_COMMITTEDBLOCK']._serialized_end=1790
-  _globals['_STEP']._serialized_start=1792
-  _globals['_STEP']._serialized_end=1914
-  _globals['_ROUND']._serialized_start=1916
-  _globals['_ROUND']._serialized_end=2028
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2031
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2245
-  _globals['_SCOREREQUEST']._serialized_start=2248
-  _globals['_SCOREREQUEST']._serialized_end=2486
-  _globals['_SCORERESPONSE']._serialized_start=2489
-  _globals['_SCORERESPONSE']._serialized_end=2626
-  _globals['_TOKENIZEREQUEST']._serialized_start=2628
-  _globals['_TOKENIZEREQUEST']._serialized_end=2736
-  _globals['_TOKENIZERESPONSE']._serialized_start=2738
-  _globals['_TOKENIZERESPONSE']._serialized_end=2820
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2822
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2883
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2885
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2919
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2921
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2942
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2945
-  _globals['_GETMODELINFORESPONSE']._serialized_end=3216
-  _globals['_GENERATIONSERVICE']._serialized_start=3505
-  _globals['_GENERATIONSERVICE']._serialized_end=3985
+  _globals['_GENERATEREQUEST']._serialized_end=925
+  _globals['_USAGE']._serialized_start=928
+  _globals['_USAGE']._serialized_end=1120
+  _globals['_FINISHED']._serialized_start=1123
+  _globals['_FINISHED']._serialized_end=1265
+  _globals['_LIKELIHOOD']._serialized_start=1268
+  _globals['_LIKELIHOOD']._serialized_end=1417
+  _globals['_GENERATERESPONSE']._serialized_start=1420
+  _globals['_GENERATERESPONSE']._serialized_end=1578
+  _globals['_COMMITTEDBLOCK']._serialized_start=1581
+  _globals['_COMMITTEDBLOCK']._serialized_end=1826
+  _globals['_STEP']._serialized_start=1828
+  _globals['_STEP']._serialized_end=1950
+  _globals['_ROUND']._serialized_start=1952
+  _globals['_ROUND']._serialized_end=2064
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2067
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2281
+  _globals['_SCOREREQUEST']._serialized_start=2284
+  _globals['_SCOREREQUEST']._serialized_end=2522
+  _globals['_SCORERESPONSE']._serialized_start=2525
+  _globals['_SCORERESPONSE']._serialized_end=2662
+  _globals['_TOKENIZEREQUEST']._serialized_start=2664
+  _globals['_TOKENIZEREQUEST']._serialized_end=2772
+  _globals['_TOKENIZERESPONSE']._serialized_start=2774
+  _globals['_TOKENIZERESPONSE']._serialized_end=2856
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2858
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2919
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2921
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2955
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2957
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2978
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2981
+  _globals['_GETMODELINFORESPONSE']._serialized_end=3252
+  _globals['_GENERATIONSERVICE']._serialized_start=3541
+  _globals['_GENERATIONSERVICE']._serialized_end=4021
 # @@protoc_insertion_point(module_scope)
