@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from cluster.cli.client import CHANNEL_OPTIONS, Refused, credentials, explained
+from cluster.cli import tls
+from cluster.cli.client import Refused, credentials, explained
 from cluster.cli.tune.questions import Question
 from twotower.errors import Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
@@ -90,7 +91,7 @@ class Sweep:
     ) -> list[Pass]:
         """`ar` first, then each threshold, but for those `known` already; `answered` is called once an answer, `keep`
         once a pass. Raises Refused or Unavailable."""
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with tls.aio_channel(self.address) as channel:
             stub = pb_grpc.GenerationServiceStub(channel)
             passes = []
             for threshold in (None, *self.thresholds):
