@@ -129,6 +129,9 @@ def _snapshot(address: str, since: int) -> dict[str, Any]:
         if error.code == 401:
             raise ConfigError(f"{address}: wants a key; set the variable {client.KEY_VARIABLE}") from None
         raise Unavailable(f"{address}: answers {error.code} {error.reason}") from None
+    except http.client.RemoteDisconnected:
+        hint = "" if url.startswith("https:") else f"; if it speaks TLS, set {tls.CA_VARIABLE}"
+        raise Unavailable(f"{url}: the connection was closed without an answer{hint}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Unavailable(f"no service answers on {url}: {error}") from None
     if not isinstance(told, dict) or "alerts" not in told:

@@ -16,6 +16,7 @@ from ray.serve.config import HTTPOptions
 
 from cluster.certificates import Files, rereading
 from cluster.cli import client, tls
+from cluster.cli.status import Snapshots
 from cluster.cli.up import _what_next
 from cluster.config import ServiceConfig
 from cluster.faces.grpc.service import GrpcServer
@@ -216,6 +217,12 @@ async def test_http_over_tls(files: dict[str, str], monkeypatch: pytest.MonkeyPa
 
         assert await asyncio.to_thread(client.is_ready, address, 10.0, True)
         assert not await asyncio.to_thread(client.is_ready, address, 10.0)
+        with (
+            monkeypatch.context() as without,
+            pytest.raises(Unavailable, match="if it speaks TLS, set TWOTOWER_TLS_CA"),
+        ):
+            without.delenv(tls.CA_VARIABLE)
+            await asyncio.to_thread(Snapshots(address).next)
         assert await asyncio.to_thread(status) == 200
         OTHER.files(tmp_path)
         assert await asyncio.to_thread(status) == 200, "a proxy reads its files once: docs/operations.md says so"
