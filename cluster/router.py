@@ -120,8 +120,9 @@ class Router:
         files = Files.of(ingress)
         certificates = None if files is None else await asyncio.to_thread(rereading, files)
         self._grpc = GrpcServer(
-            self._generation, ingress.host, ingress.grpc_port, ingress.max_request_bytes, certificates=certificates
-        )
+            self._generation, ingress.host, ingress.grpc_port, ingress.max_request_bytes,
+            certificates=certificates, max_age_s=ingress.grpc_max_connection_age_s,
+        )  # fmt: skip
         await self._grpc.start()
         self._readiness = Readiness(self._cells, self._grpc.set_served)
         watches = [self._readiness.watch(), who_may_ask.watch(), *([certificates.watch()] if certificates else [])]

@@ -25,6 +25,7 @@ from twotower.parameters import Choice, Integer, Kind, Number, Parameter
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Age = Annotated[float, Field(ge=1, le=1_000_000, allow_inf_nan=False)]  # gRPC counts milliseconds in 31 bits
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 _MAY_BE_SPLIT = ("auto", "split")
@@ -229,6 +230,11 @@ class IngressSection(Section):
     max_request_bytes: Count = Field(default=4 * 2**20, description="how big a request may be")
     request_timeout_s: Seconds = Field(default=600.0, description="how long one without its own deadline may take")
     body_timeout_s: Seconds = Field(default=30.0, description="how long a body may take to arrive")
+    grpc_max_connection_age_s: Age = Field(
+        default=300.0,
+        description="after so long, give or take a tenth, a gRPC connection takes no more calls, so its client makes "
+        "another one, which may lead to another router; calls that run go on to their end",
+    )
     cors_origins: list[Origin] = Field(
         default_factory=list, description="whose web pages may read answers in a browser; `*`: all"
     )

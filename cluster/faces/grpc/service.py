@@ -85,9 +85,10 @@ class GrpcServer:
         max_bytes: int = 4 * 2**20,
         ping_interval_s: float = 5.0,
         certificates: Rereading[Credentials] | None = None,
+        max_age_s: float = 300.0,
     ) -> None:
         """`ping_interval_s`: clients may ask as often as this whether the connection lives. `certificates`: those of
-        TLS, without which it speaks plainly."""
+        TLS, without which it speaks plainly. `max_age_s`: a connection takes no more calls then."""
         messages = {f"/{SERVICE.full_name}/{method.name}": _message(method) for method in SERVICE.methods}
         self._server = grpc.aio.server(
             interceptors=[Gate(generation), Boundary(messages, generation.model.limits.max_sequence_length)],
@@ -96,6 +97,8 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", max_bytes),
                 ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * ping_interval_s)),
                 ("grpc.keepalive_permit_without_calls", 1),  # without it: every two hours while no call runs
+                # No grace period: it would end the calls that run. As it comes, those have as long as they like.
+                ("grpc.max_connection_age_ms", round(1000 * max_age_s)),
             ],
         )
         pb_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generation), self._server)
