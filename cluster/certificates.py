@@ -84,12 +84,12 @@ def read(files: Files, now: datetime | None = None) -> Credentials:
 
 
 def leaf(path: Path) -> tuple[bytes, str]:
-    """The first certificate of a file, in PEM, and a name of it. Raises ConfigError."""
+    """The first certificate of a file, in PEM, and a host that it is for. Raises ConfigError."""
     from cryptography.hazmat.primitives.serialization import Encoding
 
     with _of("tls_cert_file", path):
         first = _certificates(_content(path))[0]
-        return first.public_bytes(Encoding.PEM), names_of(first)[0]
+        return first.public_bytes(Encoding.PEM), names_of(first)[0].replace("*.", "any.", 1)
 
 
 def names_of(certificate: "Certificate") -> list[str]:

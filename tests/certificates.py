@@ -68,6 +68,9 @@ def drawn(
         .not_valid_before(began)
         .not_valid_after(ends)
         .add_extension(x509.BasicConstraints(is_ca, None), critical=True)
+        # Python 3.13 takes no certificate without them.
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signing.public_key()), critical=False)
     )
     if is_ca:
         usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)

@@ -173,9 +173,10 @@ def note(http: str, grpc_address: str, cert_file: str | None) -> RunState:
     return state
 
 
-async def test_ones_own_service_is_known_by_its_certificate(files: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", [NAME, "*.serving.example", "10.1.2.3"])
+async def test_ones_own_service_is_known_by_its_certificate(host: str, files: dict[str, str]) -> None:
     """Whatever name it is for."""
-    other_name = drawn("server", SOME.middle, hosts=(NAME,))
+    other_name = drawn("server", SOME.middle, hosts=(host,))
     Path(files["tls_cert_file"]).write_bytes(other_name.pem + SOME.middle.pem)
     Path(files["tls_key_file"]).write_bytes(other_name.key)
     async with serving(files) as face:
