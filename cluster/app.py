@@ -10,6 +10,7 @@ from typing import Any, cast
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from actors.settings import STRATEGY, CellSettings, bundles
@@ -17,6 +18,7 @@ from cluster.board.siblings import ServeRouters
 from cluster.cell import Cell
 from cluster.config import ServiceConfig
 from cluster.faces.http.request_body import MAX_BODIES
+from cluster.http_options import TLS, check_same
 from cluster.placing import ROUTER_CPUS, Nodes, choose
 from cluster.router import LAST_WORDS_S, Router, admission
 from cluster.runs.routing import ElsewhereFirst
@@ -60,8 +62,12 @@ class RouterReplica(Router):
 
 
 def build(args: Mapping[str, Any] | ServiceConfig) -> Application:
-    """The application of a configuration. Raises ConfigError naming every wrong setting."""
+    """The application of a configuration. Raises ConfigError naming every wrong setting, and where Serve's HTTP proxies
+    do not speak TLS as it says: a Serve YAML tells them so in `http_options`."""
     config = args if isinstance(args, ServiceConfig) else ServiceConfig.parse(args)
+    serving = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    if serving is not None:
+        check_same(serving.http_config, config.ingress, TLS)
     choice = choose(config, nodes_there())  # once, for all cells that are ever to come
     logger.info("%s", choice.why)
     cells = cell_deployment(choice.config).bind(cell_settings(choice.config), served_name(choice.config))

@@ -83,8 +83,8 @@ class Cell:
         log_to_stderr()
         self.name = name
         logger.info("starting %s towers from %s", settings.placement, settings.checkpoint)
+        self._lines = RouterLines(self._beat)  # first: towers take long, and its files may be wrong
         self._running = await start(settings)
-        self._lines = RouterLines(self._beat)
         self._node, self._placement = get_node_ip_address(), settings.placement
         self._signs = TowerSigns(towers_of(settings.placement, settings.denoisers_per_context))
         self._meter = Meter()

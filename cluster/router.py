@@ -20,6 +20,7 @@ from cluster.board.feed import Feed
 from cluster.board.part import CODEC, Deployed
 from cluster.board.siblings import Ask, nobody
 from cluster.board.trade import Trade, add_trade
+from cluster.certificates import Files, rereading
 from cluster.config import ServiceConfig
 from cluster.faces.grpc.service import GrpcServer
 from cluster.faces.http.service import make_app
@@ -117,10 +118,16 @@ class Router:
             model, self._cells, ingress.request_timeout_s, at_once, self._admission, patience, self._turns,
             (*self._watch.observers, *([self._board.observer] if ingress.ops_page else [])), who_may_ask,
         )  # fmt: skip
-        self._grpc = GrpcServer(self._generation, ingress.host, ingress.grpc_port, ingress.max_request_bytes)
+        files = Files.of(ingress)
+        certificates = None if files is None else await asyncio.to_thread(rereading, files)
+        self._grpc = GrpcServer(
+            self._generation, ingress.host, ingress.grpc_port, ingress.max_request_bytes,
+            certificates=certificates, max_age_s=ingress.grpc_max_connection_age_s,
+        )  # fmt: skip
         await self._grpc.start()
         self._readiness = Readiness(self._cells, self._grpc.set_served)
-        self._watching = [asyncio.create_task(one) for one in (self._readiness.watch(), who_may_ask.watch())]
+        watches = [self._readiness.watch(), who_may_ask.watch(), *([certificates.watch()] if certificates else [])]
+        self._watching = [asyncio.create_task(one) for one in watches]
         self._watch.start(self._admission, self._turns, self._lines, self._readiness)
         self._board.hold(self._admission, self._turns, self._lines, self._readiness)
         if ingress.ops_page:
@@ -128,7 +135,8 @@ class Router:
             self._adopting = asyncio.create_task(self._feed.adopt())
         # What is here now stays: to look through it for garbage holds the loop up for a tenth of a second and more.
         gc.freeze()
-        logger.info("serving %s, gRPC on %s:%d", model.name, ingress.host, ingress.grpc_port)
+        until = "" if certificates is None else f", TLS until {certificates.now.until:%Y-%m-%d %H:%M} UTC"
+        logger.info("serving %s, gRPC on %s:%d%s", model.name, ingress.host, ingress.grpc_port, until)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         ingress = self._ingress

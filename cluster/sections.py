@@ -27,6 +27,7 @@ from twotower.text.chat_template import is_source
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Age = Annotated[float, Field(ge=1, le=1_000_000, allow_inf_nan=False)]  # gRPC counts milliseconds in 31 bits
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 _MAY_BE_SPLIT = ("auto", "split")
@@ -244,6 +245,11 @@ class IngressSection(Section):
     max_request_bytes: Count = Field(default=4 * 2**20, description="how big a request may be")
     request_timeout_s: Seconds = Field(default=600.0, description="how long one without its own deadline may take")
     body_timeout_s: Seconds = Field(default=30.0, description="how long a body may take to arrive")
+    grpc_max_connection_age_s: Age = Field(
+        default=300.0,
+        description="after so long, give or take a tenth, a gRPC connection takes no more calls, so its client makes "
+        "another one, which may lead to another router; calls that run go on to their end",
+    )
     cors_origins: list[Origin] = Field(
         default_factory=list, description="whose web pages may read answers in a browser; `*`: all"
     )
@@ -252,6 +258,17 @@ class IngressSection(Section):
         description="absolute path of the file of keys (`python -m cluster key` makes entries); without one everybody "
         "may ask",
     )
+    tls_cert_file: str | None = Field(
+        default=None,
+        description="absolute path of the certificate that both faces show, then those that lead to its root, in PEM; "
+        "with it both speak TLS alone",
+    )
+    tls_key_file: str | None = Field(default=None, description="absolute path of that certificate's key, in PEM")
+    grpc_client_ca_file: str | None = Field(
+        default=None,
+        description="absolute path of certificates, in PEM, one of which has to have signed a gRPC client's own; HTTP "
+        "asks for none",
+    )
     ops_page: bool = Field(
         default=True,
         description="whether HTTP has `/ops`, which shows cells and requests, without text, to whoever may ask",
@@ -259,8 +276,17 @@ class IngressSection(Section):
 
     @model_validator(mode="after")
     def _file_for_every_process(self) -> "IngressSection":
-        if self.keys_file is not None and not self.keys_file.startswith("/"):
-            raise ValueError(f"keys_file: got {self.keys_file!r}, wanted an absolute path")
+        for name in ("keys_file", "tls_cert_file", "tls_key_file", "grpc_client_ca_file"):
+            path = getattr(self, name)
+            if path is not None and not path.startswith("/"):
+                raise ValueError(f"{name}: got {path!r}, wanted an absolute path")
+        return self
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> "IngressSection":
+        for name, path in (("tls_cert_file", self.tls_cert_file), ("tls_key_file", self.tls_key_file)):
+            if path is None and (self.tls_cert_file or self.tls_key_file or self.grpc_client_ca_file):
+                raise ValueError(f"{name}: got none, wanted a file: TLS takes tls_cert_file and tls_key_file")
         return self
 
     @model_validator(mode="after")

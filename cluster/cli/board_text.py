@@ -21,10 +21,10 @@ class BoardText:
     def __init__(self, width: int, colour: bool) -> None:
         self._width, self._colour = width, colour
 
-    def lines(self, told: Told, address: str) -> list[str]:
+    def lines(self, told: Told, url: str) -> list[str]:
         """What matters most first: the rest may not fit on the screen. `told["fine"]`: as many rows as are known."""
         return [
-            *self._head(told, address), "",
+            *self._head(told, url), "",
             *self._now(told), "",
             *self._cells(told), "",
             *self._requests(told), "",
@@ -35,9 +35,9 @@ class BoardText:
     def paint(self, text: str, *codes: int) -> str:
         return f"\033[{';'.join(map(str, codes))}m{text}\033[0m" if self._colour and codes else text
 
-    def _head(self, told: Told, address: str) -> Iterator[str]:
+    def _head(self, told: Told, url: str) -> Iterator[str]:
         deployed = told["routers"][0]["deployed"]
-        name = f"TwoTower Serve · {deployed['model']} · http://{address}/ops"
+        name = f"TwoTower Serve · {deployed['model']} · {url}/ops"
         yield self.paint(name, _BOLD) + f"  {clock(told['at'])}"
         alerts = told["alerts"]
         if not alerts:

@@ -7,12 +7,12 @@ import http.client
 import json
 import os
 import sys
-import urllib.request
 from collections.abc import Iterable
 from typing import Any
 
 import grpc
 
+from cluster.cli import tls
 from cluster.cli.answers import HeardTexts, told_by
 from cluster.ops.invocation import command
 from twotower.commands.told import Piece, logprobs_json, trace_json
@@ -22,9 +22,13 @@ from twotower.errors import ConfigError, TwoTowerError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
-CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
 KEY_VARIABLE = "TWOTOWER_API_KEY"
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_OF_TLS = (
+    "Socket closed",
+    "Handshake",
+    "VERIFY_FAILED",
+    "Verification",
+)  # where one end speaks TLS, or trusts nobody there
 
 
 class Refused(TwoTowerError):
@@ -35,15 +39,15 @@ class Refused(TwoTowerError):
         self.mistake = mistake
 
 
-def is_ready(address: str, timeout_s: float = 2.0) -> bool:
+def is_ready(address: str, timeout_s: float = 2.0, over_tls: bool = False) -> bool:
     """Whether `/ready` says so."""
-    return served(address, timeout_s) is not None
+    return served(address, timeout_s, over_tls) is not None
 
 
-def served(address: str, timeout_s: float = 2.0) -> dict[str, bool] | None:
+def served(address: str, timeout_s: float = 2.0, over_tls: bool = False) -> dict[str, bool] | None:
     """Of each mode whether it is served now, by `/ready`; None where the service is not ready."""
     try:
-        with DIRECT.open(f"http://{address}/ready", timeout=timeout_s) as response:
+        with tls.probed(f"{'https' if over_tls else 'http'}://{address}/ready", timeout_s) as response:
             modes = json.load(response)["modes"] if response.status == 200 else None
             return None if modes is None else {str(mode): bool(serves) for mode, serves in modes.items()}
     except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError):
@@ -60,7 +64,7 @@ def credentials() -> list[tuple[str, str]]:
 
 def generate(address: str, request: pb.GenerateRequest, timeout_s: float | None, as_json: bool) -> None:
     """Prints the answer: text as it comes, or one JSON object. Raises Refused or Unavailable."""
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    with tls.channel(address) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
         try:
             told = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout_s, metadata=credentials())
@@ -76,7 +80,7 @@ def generate(address: str, request: pb.GenerateRequest, timeout_s: float | None,
 
 def model_info(address: str, timeout_s: float = 5.0) -> pb.GetModelInfoResponse:
     """Raises Refused or Unavailable."""
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    with tls.channel(address) as channel:
         try:
             info: pb.GetModelInfoResponse = pb_grpc.GenerationServiceStub(channel).GetModelInfo(
                 pb.GetModelInfoRequest(), timeout=timeout_s, metadata=credentials()
@@ -134,6 +138,11 @@ def explained(error: Any, address: str) -> Unavailable | Refused:
     """What to tell a person of a call's error."""
     if error.code() is grpc.StatusCode.UNAVAILABLE and "resol" in error.details():
         return Unavailable(f"{address}: no such host")
+    if error.code() is grpc.StatusCode.UNAVAILABLE and any(word in error.details() for word in _OF_TLS):
+        wanted = (
+            f"{tls.CA_VARIABLE} names the certificates to trust, {tls.CERT_VARIABLE} and {tls.KEY_VARIABLE} our own"
+        )
+        return Unavailable(f"{address}: no connection; does it speak TLS? {wanted}: {error.details()}")
     if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in error.details():
         return Unavailable(f"no service answers on {address}; start one with: {command('up')}")
     if error.code() is grpc.StatusCode.UNAVAILABLE:

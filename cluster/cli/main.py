@@ -159,7 +159,7 @@ def _down(options: argparse.Namespace) -> int:
         state.ends_within(limit_s)
     if state.is_alive():
         raise TwoTowerError(f"the service (pid {state.pid}) has not ended within {limit_s:g} s")
-    print(f"stopped the service on http://{state.http} (pid {state.pid})")
+    print(f"stopped the service on {state.url} (pid {state.pid})")
     return 0
 
 

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-from cluster.cli import client
+from cluster.cli import client, tls
 from cluster.cli.board_text import BoardText
 from cluster.cli.board_words import seconds
 from cluster.ops import run_state
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         return watch(Snapshots(address))
     if state is None:
         return print_board(Snapshots(address))
-    served = client.served(address)
+    served = client.served(address, over_tls=state.cert_file is not None)
     print_note(state, served)
     return 1 if served is None else 0
 
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 def print_note(state: RunState, served: dict[str, bool] | None) -> None:
     """What is known of an `up` of this user."""
     rows = [("ready", "no" if served is None else "yes"), ("pid", str(state.pid))]
-    rows += [("HTTP", f"http://{state.http}"), ("gRPC", state.grpc), ("cells", str(state.cells))]
+    rows += [("HTTP", state.url), ("gRPC", state.grpc), ("cells", str(state.cells))]
     if served is not None:
         rows += [("modes", ", ".join(mode if serves else f"{mode} (not now)" for mode, serves in served.items()))]
         rows += _model(state)
@@ -68,16 +68,14 @@ def _model(state: RunState) -> list[tuple[str, str]]:
 
 def print_board(snapshots: "Snapshots") -> int:
     told = snapshots.next()
-    print("\n".join(_text(sys.stdout.isatty()).lines(told, snapshots.address)))
+    print("\n".join(_text(sys.stdout.isatty()).lines(told, snapshots.url)))
     return 0 if any(router["ready"] for router in told["routers"]) else 1
 
 
 def watch(snapshots: "Snapshots", pace: Callable[[float], None] = time.sleep) -> int:
     """Until Ctrl-C. Where the output is no terminal, one after the other."""
     is_terminal = sys.stdout.isatty()
-    lines = _text(is_terminal).lines(
-        snapshots.next(), snapshots.address
-    )  # what is wrong is said before the screen goes
+    lines = _text(is_terminal).lines(snapshots.next(), snapshots.url)  # what is wrong is said before the screen goes
     if is_terminal:
         sys.stdout.write(_ALTERNATE)
     try:
@@ -97,7 +95,7 @@ class Snapshots:
     """Of the service at this address. Points are kept, so that each asks for the news only."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
+        self.address, self.url = address, tls.url(address)
         self.told: dict[str, Any] | None = None
         self._heard_at = time.monotonic()
 
@@ -120,10 +118,10 @@ class Snapshots:
 
 
 def _snapshot(address: str, since: int) -> dict[str, Any]:
+    url = tls.url(address)
     try:
-        url = f"http://{address}/ops/snapshot?since={since}"
-        request = urllib.request.Request(url, headers=dict(client.credentials()))
-        with client.DIRECT.open(request, timeout=_TIMEOUT_S) as response:
+        request = urllib.request.Request(f"{url}/ops/snapshot?since={since}", headers=dict(client.credentials()))
+        with tls.opened(request, address, _TIMEOUT_S) as response:
             told: Any = json.load(response)
     except urllib.error.HTTPError as error:
         if error.code == 404:
@@ -131,8 +129,11 @@ def _snapshot(address: str, since: int) -> dict[str, Any]:
         if error.code == 401:
             raise ConfigError(f"{address}: wants a key; set the variable {client.KEY_VARIABLE}") from None
         raise Unavailable(f"{address}: answers {error.code} {error.reason}") from None
+    except http.client.RemoteDisconnected:
+        hint = "" if url.startswith("https:") else f"; if it speaks TLS, set {tls.CA_VARIABLE}"
+        raise Unavailable(f"{url}: the connection was closed without an answer{hint}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Unavailable(f"no service answers on http://{address}: {error}") from None
+        raise Unavailable(f"no service answers on {url}: {error}") from None
     if not isinstance(told, dict) or "alerts" not in told:
         raise Unavailable(f"{address}: what it answers on /ops/snapshot is none of ours")
     return dict(told)
@@ -145,8 +146,8 @@ def _next_lines(snapshots: Snapshots, is_terminal: bool) -> list[str]:
     except Unavailable as error:
         assert snapshots.told is not None
         gone = text.paint(f"✕ no word since {seconds(snapshots.silent_s)}: {error}", 1, 31)
-        return [gone, *text.lines(snapshots.told, snapshots.address)]
-    return text.lines(told, snapshots.address)
+        return [gone, *text.lines(snapshots.told, snapshots.url)]
+    return text.lines(told, snapshots.url)
 
 
 def _text(is_terminal: bool) -> BoardText:

@@ -3,14 +3,16 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
-from cluster import served_paths
+from cluster import certificates, served_paths
 from cluster.cli.client import is_ready
 from cluster.config import ServiceConfig
 from cluster.ops import deployment, draining, left_behind, local_ray, ports, run_state, scraping
@@ -81,7 +83,7 @@ class Up:
             run_state.remove(port, state.pid)
             ended = "process" if len(titles) == 1 else "processes"
             cleared = f"its note, {len(titles)} {ended} ({', '.join(titles)})" if titles else "its note"
-            self._say(f"the `up` on http://{state.http} (pid {state.pid}) was killed; cleared: {one_line(cleared)}")
+            self._say(f"the `up` on {state.url} (pid {state.pid}) was killed; cleared: {one_line(cleared)}")
             if state.joined is not None:
                 self._say(
                     f"its application may still run on the Ray at {state.joined}; --address with --replace ends it"
@@ -100,8 +102,7 @@ class Up:
         self._say(choice.why)
         self._check_room()
         self._say("starting Serve")
-        ingress = self._config.ingress
-        local_ray.start_serve(ingress.host, ingress.http_port)
+        local_ray.start_serve(self._config.ingress)
         self._take_place()
         deployment.deploy(self._config)
         self._heard = time.monotonic()
@@ -156,7 +157,7 @@ class Up:
                 raise now.failure
             self._tell(now, told)
             told = now
-            if now.routers and now.cells and is_ready(self._state.http):
+            if now.routers and now.cells and is_ready(self._state.http, over_tls=self._state.cert_file is not None):
                 self._state = replace(self._state, cells=now.cells)
                 return
             if time.monotonic() > deadline:
@@ -172,7 +173,7 @@ class Up:
     def _lacking(self, now: Progress) -> str:
         cluster = self._config.cluster
         if now.routers and now.cells:
-            return f"routers and cells run, but http://{self._state.http}/ready does not say so"
+            return f"routers and cells run, but {self._state.url}/ready does not say so"
         running = f"{now.routers} of {cluster.routers} routers and {now.cells} of {cluster.min_cells} cells running"
         lacking = deployment.shortage(self._config)
         return running if lacking is None else f"{running}; {lacking}"
@@ -220,7 +221,9 @@ class Up:
         http, grpc = f"{host}:{ingress.http_port}", f"{host}:{ingress.grpc_port}"
         drain_timeout_s, model = self._config.cluster.drain_timeout_s, self._config.model.checkpoint
         started = run_state.start_tick(pid)
-        return RunState(pid, started, http, grpc, model, 0, drain_timeout_s, self._address)
+        return RunState(
+            pid, started, http, grpc, model, 0, drain_timeout_s, self._address, cert_file=ingress.tls_cert_file
+        )
 
     def _note_session(self, session: str) -> None:
         """Whatever kills this process from now on, its guard or the next `up` finds the processes of its Ray."""
@@ -257,6 +260,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _curled(state: RunState) -> str:
+    """The service's URL for curl, which knows the certificate by its file, whatever name it is for."""
+    if state.cert_file is None:
+        return state.url
+    file, (_, name) = Path(state.cert_file), certificates.leaf(Path(state.cert_file))
+    return f"--cacert {shlex.quote(str(file))} --connect-to ::{state.http} https://{name}"
+
+
 def _what_next(state: RunState, prompt: str | list[int], targets: list[str], keys: bool) -> str:
     key = ' -H "authorization: Bearer $TWOTOWER_API_KEY"' if keys else ""
     wanted = "\nIt wants a key: `generate`, `status` and `tune` have it from TWOTOWER_API_KEY." if keys else ""
@@ -264,9 +275,9 @@ def _what_next(state: RunState, prompt: str | list[int], targets: list[str], key
     text = isinstance(prompt, str)
     shell = f"--prompt $'{json.dumps(prompt)[1:-1]}'" if text else f"--prompt-token-ids {','.join(map(str, prompt))}"
     return f"""
-The service answers on http://{state.http} (OpenAI's API) and {state.grpc} (gRPC). In another terminal, try:
+The service answers on {state.url} (OpenAI's API) and {state.grpc} (gRPC). In another terminal, try:
 
-  curl http://{state.http}/v1/completions -H 'content-type: application/json'{key} \\
+  curl {_curled(state)}/v1/completions -H 'content-type: application/json'{key} \\
     -d '{json.dumps({"prompt": prompt, "max_tokens": 64})}'
   {command(f"generate {shell}")}
 {wanted}{scraped}

@@ -37,12 +37,15 @@ class Progress:
 def check(config: ServiceConfig) -> None:
     """Raises CheckpointError or ConfigError for what cells and routers would refuse. Reads headers, needs no Ray."""
     from actors.settings import check_settings
+    from cluster import certificates
     from cluster.app import cell_settings
     from cluster.runs.keys import read_keys
     from cluster.runs.served_model import load_served_model
 
     if config.ingress.keys_file is not None:
         read_keys(Path(config.ingress.keys_file))
+    if (files := certificates.Files.of(config.ingress)) is not None:
+        certificates.read(files)
     check_settings(cell_settings(choose(config, nodes=()).config), asked=config.cell.placement)
     load_served_model(config)
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cluster.http_options import check_same, http_options
 from cluster.no_proxies import bypass_proxies
 from cluster.ops.ray_room import check_room, ray_directory
-from twotower.errors import ConfigError, TwoTowerError, Unavailable
+from cluster.sections import IngressSection
+from twotower.errors import TwoTowerError, Unavailable
 from twotower.showing import one_line
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -148,13 +150,14 @@ def serve_runs() -> bool:
         return _get_global_client(raise_if_no_controller_running=False) is not None
 
 
-def start_serve(host: str, port: int) -> None:
-    """Serve's controller and its HTTP proxy. Raises Unavailable, or ConfigError where it runs with another port."""
+def start_serve(ingress: IngressSection) -> None:
+    """Serve's controller and its HTTP proxy. Raises Unavailable, or ConfigError where it runs with another port, or
+    with other certificates."""
     with failures_told("Serve"):
-        _start_serve(host, port)
+        _start_serve(ingress)
 
 
-def _start_serve(host: str, port: int) -> None:
+def _start_serve(ingress: IngressSection) -> None:
     from ray import serve
     from ray.serve.context import _get_global_client
     from ray.serve.schema import LoggingConfig
@@ -163,8 +166,6 @@ def _start_serve(host: str, port: int) -> None:
     running = _get_global_client(raise_if_no_controller_running=False)
     if running is None:
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-        serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
-    elif running.http_config.port != port:
-        raise ConfigError(
-            f"ingress.http_port: got {port}, wanted {running.http_config.port}, where the Serve of this Ray listens"
-        )
+        serve.start(http_options=http_options(ingress), logging_config=quiet)
+    else:
+        check_same(running.http_config, ingress)

@@ -33,6 +33,12 @@ class RunState:
     drain_timeout_s: float = 600.0  # a note of an older version does not say
     joined: str | None = None  # the address of a Ray that is not its own
     session: str | None = None  # the directory of its own Ray's session, once there is one
+    cert_file: str | None = None  # what its faces show; without one they speak no TLS
+
+    @property
+    def url(self) -> str:
+        """Of HTTP."""
+        return f"{'http' if self.cert_file is None else 'https'}://{self.http}"
 
     def is_alive(self) -> bool:
         """Whether that very process still runs."""

@@ -10,6 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from cluster.runs import line_tls
 from cluster.runs.messages import (
     CELL_SILENCE_S,
     CODEC,
@@ -115,8 +116,10 @@ class CellLines:
         self.waits: Callable[[], Waits] = lambda: Waits(0, 0.0)
 
     async def start(self, host: str) -> None:
-        """Listen on `host`, an address of this machine that the cells reach."""
-        self._listener = await listen(host, CODEC, self._accept, silence_s=self._silence_s)
+        """Listen on `host`, an address of this machine that the cells reach. Raises ConfigError for wrong files of
+        TLS."""
+        tls = line_tls.listening()
+        self._listener = await listen(host, CODEC, self._accept, silence_s=self._silence_s, tls=tls)
         self.address = self._listener.address
 
     def beats(self) -> list[Beat]:

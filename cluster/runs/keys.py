@@ -4,9 +4,7 @@ A key is drawn here, from 256 random bits, so its plain hash gives nothing away,
 nothing either.
 """
 
-import asyncio
 import hashlib
-import logging
 import math
 import secrets
 from collections.abc import Mapping
@@ -16,16 +14,14 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
+from cluster.rereading import Rereading
 from cluster.runs.callers import Caller, KeyRefused, Limits
 from cluster.sections import Count, Section
 from twotower.core import MAX_PRIORITY, MIN_PRIORITY
 from twotower.errors import ConfigError
 
-logger = logging.getLogger(__name__)
-
 PREFIX = "tt-"
 _MOST_BYTES, _MOST_KEYS = 256 * 2**10, 1000
-_LOOK_S = 1.0
 
 
 class KeyEntry(Section):
@@ -77,51 +73,31 @@ def hash_of(key: str) -> str:
 
 
 class Keys:
-    """A Door for those who have a key of the file. `watch` reads it again soon after it changes; what cannot be read
-    then is told in the log, and the keys of before stay."""
+    """A Door for those who have a key of the file, which is read again soon after it changes."""
 
     def __init__(self, path: Path, routers: int = 1) -> None:
         """Raises ConfigError."""
         self._path, self._routers = path, routers
-        self._state = _state(path)
-        self._callers = self._read()
-        self._told = ""
+        self._file = Rereading("keys", [path], self._read)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(caller.name for caller in self._callers.values())
+        return tuple(caller.name for caller in self._file.now.values())
 
     def caller(self, key: str | None, address: str) -> Caller:
         if key is None:
             raise KeyRefused("this service wants a key: send the header `Authorization: Bearer KEY`")
-        caller = self._callers.get(hash_of(key))
+        caller = self._file.now.get(hash_of(key))
         if caller is None:
             raise KeyRefused("the key of this call is not known to this service")
         return caller
 
     async def watch(self) -> None:
-        """For ever. The event loop does not wait for the disk."""
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            try:
-                await asyncio.to_thread(self.look)
-            except Exception:
-                logger.exception("the keys of before stay")
+        """For ever."""
+        await self._file.watch()
 
     def look(self) -> None:
-        """Reads the file again if it has changed, or could not be read the last time."""
-        state = _state(self._path)
-        if state == self._state:
-            return
-        try:
-            callers = self._read()
-        except ConfigError as error:
-            if str(error) != self._told:
-                logger.error("the keys of before stay: %s", error)
-            self._told = str(error)
-            return
-        self._callers, self._state, self._told = callers, state, ""
-        logger.info("%d keys read again from %s", len(callers), self._path)
+        self._file.look()
 
     def _read(self) -> Mapping[str, Caller]:
         entries = read_keys(self._path)
@@ -169,12 +145,3 @@ def _problem(problem: Any) -> str:
 
 def _wrong(path: Path, what: str) -> ConfigError:
     return ConfigError(f"ingress.keys_file: {path}: {what}")
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    """Another one after every change, of a Secret's too, whose link then leads elsewhere, and of rights."""
-    try:
-        found = path.stat()
-    except OSError:
-        return ()
-    return (found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev, found.st_size)

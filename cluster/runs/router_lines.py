@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from cluster.runs import line_tls
 from cluster.runs.messages import CODEC, ROUTER_SILENCE_S, Beat, Message, OfCall, Waits
 from twotower.errors import Unavailable
 from twotower.transport.connection import Connection, connect
@@ -67,10 +68,13 @@ class RouterLine:
 
 
 class RouterLines:
-    """Connections that are made when first used and again when lost. `beat`: how the cell is."""
+    """Connections that are made when first used and again when lost. `beat`: how the cell is.
+
+    Raises ConfigError for wrong files of TLS.
+    """
 
     def __init__(self, beat: Callable[[], Beat], silence_s: float = ROUTER_SILENCE_S) -> None:
-        self._beat, self._silence_s = beat, silence_s
+        self._beat, self._silence_s, self._tls = beat, silence_s, line_tls.connecting()
         self._lines: dict[Address, RouterLine] = {}
         self._connecting: dict[Address, asyncio.Task[RouterLine]] = {}
         self._closed = False
@@ -101,7 +105,7 @@ class RouterLines:
         self._lines = {known: line for known, line in self._lines.items() if not line.is_lost}
         line = RouterLine(self._beat)
         try:
-            line.connection, _ = await connect(address, {}, CODEC, line, silence_s=self._silence_s)
+            line.connection, _ = await connect(address, {}, CODEC, line, silence_s=self._silence_s, tls=self._tls)
         except Unavailable as error:
             raise Unavailable(f"the router at {error}") from error
         if self._closed:

@@ -62,7 +62,7 @@ def running_service(**sections: dict[str, Any]) -> Iterator[Service]:
         values[name] = values.get(name, {}) | section
     config = ServiceConfig.parse(values)
     service = Service(f"127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}", values)
-    local_ray.start_serve("127.0.0.1", http_port)
+    local_ray.start_serve(config.ingress)
     try:
         deployment.deploy(config)
         _wait_until_ready(service)

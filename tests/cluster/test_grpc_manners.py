@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from google.rpc import error_details_pb2
 
@@ -15,6 +17,7 @@ from cluster.runs.generation import Generation
 from tests.cluster.fakes import ByteTokenizer, ScriptedCells, generation, grpc_server, served_model
 from tests.cluster.test_grpc import Stub, ask, details_of
 from tests.cluster.test_http import raising
+from twotower.core import AnswerEvent, Request
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
 PING_MS = 1000  # as often as gRPC's clients ever do
@@ -161,3 +164,43 @@ async def test_a_write_to_a_client_that_has_gone_is_no_fault_of_ours(caplog: pyt
     with caplog.at_level(logging.ERROR):
         await guarded(write, pb.GenerateRequest, 256)(b"", Gone())
     assert codes == [grpc.StatusCode.CANCELLED] and not caplog.records
+
+
+class Held(ScriptedCells):
+    """After its first event an answer waits to be let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = asyncio.Event()
+
+    async def _events(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
+        async for event in super()._events(request):
+            yield event
+            await self.go.wait()
+
+
+def connections_to(port: int) -> set[int]:
+    """The clients' ports, of this process."""
+    found = psutil.Process().net_connections("tcp")
+    return {each.laddr.port for each in found if each.raddr and each.raddr.port == port}
+
+
+async def test_an_old_connection_takes_no_more_calls_and_cuts_none() -> None:
+    """So a client that stays finds other routers. A grace period of gRPC's would have ended the stream."""
+    cells = Held()
+    server = GrpcServer(generation(cells), "127.0.0.1", 0, max_age_s=0.1)
+    await server.start()
+    try:
+        async with asyncio.timeout(20), grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = Stub(channel)
+            stream = aiter(stub.GenerateStream(ask()))
+            events = [await anext(stream)]
+            seen = connections_to(server.port)
+            while len(seen) < 4:
+                await stub.GetModelInfo(pb.GetModelInfoRequest())
+                seen |= connections_to(server.port)
+            cells.go.set()
+            events += [event async for event in stream]
+            assert events[-1].HasField("finished") and len(events) > 2
+    finally:
+        await server.stop(0)

@@ -27,6 +27,7 @@ service: {annotations: {example: "yes"}}
 routes: {http: true, grpc: true, parentRefs: [{name: gateway}], hostnames: [twotower.example]}
 networkPolicy: {clients: [{podSelector: {matchLabels: {app: gateway}}}], egress: [{ports: [{port: 4318}]}]}
 podMonitor: {enabled: true, labels: {release: prometheus}}
+tls: {secretName: serving, grpcClientCa: {secretName: clients, key: ca.crt}}
 """ % ("a" * 64)
 
 
@@ -103,6 +104,29 @@ def test_secrets_are_directories_of_routers(full: Rendered) -> None:
     assert full.cluster["authOptions"] == {"mode": "token", "secretName": "ray-token"}
 
 
+def test_tls_is_in_every_place_that_has_to_know_it(full: Rendered) -> None:
+    """Each pod has one of Serve's HTTP proxies, which has to find the files; routers alone ask for clients'."""
+    ingress, http = full.config.ingress, full.deployed.http_options
+    assert ingress.tls_cert_file == http.ssl_certfile == "/etc/twotower-tls/tls.crt"
+    assert ingress.tls_key_file == http.ssl_keyfile == "/etc/twotower-tls/tls.key"
+    assert ingress.grpc_client_ca_file == "/etc/twotower-client-ca/ca.crt"
+    for group in full.groups:
+        assert group.mounts["/etc/twotower-tls"]["secret"] == {"secretName": "serving"}
+    wanted = {"secretName": "clients", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+    assert full.routers.mounts["/etc/twotower-client-ca"]["secret"] == wanted
+    assert all("/etc/twotower-client-ca" not in group.mounts for group in (full.head, full.cells))
+    for group in (full.routers, full.cells):
+        assert "wget --no-proxy --no-check-certificate -T 2 -q -O- https://localhost:8000/ready" in group.probe
+    ports = full.service["spec"]["serveService"]["spec"]["ports"]
+    assert [port["appProtocol"] for port in ports] == ["https", "https"]
+
+
+def test_without_tls_nothing_is_mounted() -> None:
+    made = rendered("cpu-demo")
+    assert made.config.ingress.tls_cert_file is None and made.deployed.http_options.ssl_certfile is None
+    assert made.head.mounts == made.routers.mounts == {} and "http://localhost:8000/ready" in made.routers.probe
+
+
 def test_routes_reach_the_service(full: Rendered) -> None:
     [http], [grpc] = full.of_kind("HTTPRoute"), full.of_kind("GRPCRoute")
     ports = {port["name"]: port["port"] for port in full.service["spec"]["serveService"]["spec"]["ports"]}
@@ -151,11 +175,21 @@ def test_more_variables_and_another_image_are_everywhere(full: Rendered) -> None
         ("image.digest=sha256:1", "/image/digest"),
         ("redis.address=nowhere", "/redis/address"),
         ("routes.http=true", "routes.parentRefs: got none"),
+        ("settings.ingress.tls_cert_file=/a", "settings.ingress.tls_cert_file: got /a, wanted tls.secretName"),
+        ("settings.ingress.grpc_client_ca_file=/a", "settings.ingress.grpc_client_ca_file: got /a, wanted tls."),
+        ("tls.secretName=Big", "/tls/secretName"),
+        ("tls.certificate=../x", "/tls/certificate"),
+        ("tls.grpcClientCa.secretName=clients", "/tls/grpcClientCa"),
         ("replicas=3", "additional properties 'replicas' not allowed"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(option: str, named: str) -> None:
     assert named in refusal("two-gpus", "--set", option)
+
+
+def test_clients_certificates_need_a_certificate_of_ours() -> None:
+    given = ("--set", "tls.grpcClientCa.secretName=clients", "--set", "tls.grpcClientCa.key=ca.crt")
+    assert "tls.grpcClientCa: got one without tls.secretName" in refusal("two-gpus", *given)
 
 
 def test_a_name_that_kuberay_would_refuse_is_refused() -> None:

@@ -226,6 +226,71 @@ async def test_strangers_are_let_in_by_nobody(greeting: Hello | bytes | None, an
         assert mine.heard == [] and mine.lost_for == [] and other.lost_for == []
 
 
+class Unread(Codec[Said]):
+    """Whose messages nobody may read."""
+
+    def decode(self, messages: bytes | memoryview) -> list[Said]:
+        raise AssertionError(f"read {bytes(messages)!r} of somebody without the token")
+
+
+def nobody_comes_in(connection: Connection[Said], about: About) -> tuple[End, About]:
+    raise AssertionError(f"let in {about}")
+
+
+_MESSAGE = framed(listed([CODEC.encode(Sign(9))]))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        said(Hello(VERSION, "", {"role": "cell"})),
+        said(Hello(VERSION, new_token()[:63] + "é", {"role": "cell"})),
+        said(Hello(VERSION + 1, "wrong", {})),
+        said(Hello(VERSION, "x" * 3000, {})),
+        _MESSAGE,
+        framed(b""),
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+    ids=["no token", "a wrong one", "another version", "a long one", "a message", "a beat", "HTTP", "TLS"],
+)
+async def test_without_the_token_nothing_is_read_and_nobody_is_let_in(first: bytes) -> None:
+    """Nor told anything but that it is refused."""
+    listener = await listen("127.0.0.1", Unread(Word, Sign), nobody_comes_in, silence_s=3.0)
+    try:
+        async with asyncio.timeout(10):
+            reader, writer = await asyncio.open_connection("127.0.0.1", listener.address.port)
+            writer.write(first + 3 * _MESSAGE)
+            answer = b""
+            with suppress(ConnectionResetError):
+                answer = await reader.read()
+            writer.close()
+        assert listener.address.token.encode() not in answer
+        assert not answer or b"Refused" in answer
+    finally:
+        listener.close()
+
+
+async def test_those_who_say_nothing_make_room_for_those_who_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twotower.transport.connection._MOST_UNKNOWN", 3)
+    monkeypatch.setattr("twotower.transport.connection.GREETING_S", 60.0)
+    async with ends() as (mine, _, listener):
+        silent = [await asyncio.open_connection("127.0.0.1", listener.address.port) for _ in range(3)]
+        known = End()
+        known.connection, _ = await connect(listener.address, {"role": "cell"}, CODEC, known, silence_s=3.0)
+        with suppress(ConnectionResetError):
+            assert await silent[0][0].read() == b"", "the oldest had to go"
+        assert mine.connection
+        mine.connection.post(Sign(1))
+        await until(lambda: known.heard)
+        for _, writer in silent:
+            writer.close()
+        known.connection.close()
+        again = End()
+        again.connection, _ = await connect(listener.address, {"role": "cell"}, CODEC, again, silence_s=3.0)
+        again.connection.close()
+
+
 async def test_a_refusal_and_a_wrong_token_and_nobody() -> None:
     async with ends() as (_, _, listener):
         address = listener.address

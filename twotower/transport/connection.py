@@ -29,6 +29,7 @@ Message = TypeVar("Message")
 _BEAT_S = 1.0
 _ROOM_BYTES = 1 << 20  # unsent; then `room` waits
 _UNSENT_BYTES = MOST_BYTES  # then the other end is given up
+_MOST_UNKNOWN = 256  # who have connected and not yet said who they are; beyond it the oldest has to go
 _GONE = "is gone"
 
 
@@ -248,9 +249,22 @@ Accept = Callable[[Connection[Message], About], tuple[Owner[Message], About]]
 class _Callee(Connection[Message]):
     """The end that was connected to."""
 
-    def __init__(self, codec: Codec[Message], silence_s: float, token: str, accept: Accept[Message]) -> None:
+    def __init__(
+        self,
+        codec: Codec[Message],
+        silence_s: float,
+        token: str,
+        accept: Accept[Message],
+        unknown: "dict[_Callee[Message], None]",
+    ) -> None:
+        """`unknown`: all of this listener that have not been let in, the oldest first."""
         super().__init__(codec, None, silence_s)
-        self._token, self._accept = token, accept
+        self._token, self._accept, self._unknown = token, accept, unknown
+
+    def _greet(self) -> None:
+        self._unknown[self] = None
+        if len(self._unknown) > _MOST_UNKNOWN:
+            next(iter(self._unknown)).abort("has said nothing, and others have come")
 
     def _introduced(self, body: bytes) -> None:
         reply = answer(body, self._token, self._admit)
@@ -258,7 +272,12 @@ class _Callee(Connection[Message]):
         if isinstance(reply, Refused):
             self.close()
         else:
+            self._unknown.pop(self, None)
             self._opened()
+
+    def _end(self, reason: str) -> None:
+        self._unknown.pop(self, None)
+        super()._end(reason)
 
     def _admit(self, about: About) -> About:
         self._owner, told = self._accept(self, about)
@@ -285,8 +304,12 @@ async def listen(
     tls: ssl.SSLContext | None = None,
 ) -> Listener:
     """Wait on a free port of `host`, an address of this machine, for whoever has the token."""
-    token = new_token()
+    token, unknown = new_token(), dict[_Callee[Message], None]()
     server = await asyncio.get_running_loop().create_server(
-        lambda: _Callee(codec, silence_s, token, accept), host, 0, ssl=tls
+        lambda: _Callee(codec, silence_s, token, accept, unknown),
+        host,
+        0,
+        ssl=tls,
+        ssl_handshake_timeout=GREETING_S if tls else None,
     )
     return Listener(server, Address(host, int(server.sockets[0].getsockname()[1]), token))

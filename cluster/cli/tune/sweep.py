@@ -13,7 +13,8 @@ from typing import NamedTuple
 import grpc
 import grpc.aio
 
-from cluster.cli.client import CHANNEL_OPTIONS, Refused, credentials, explained
+from cluster.cli import tls
+from cluster.cli.client import Refused, credentials, explained
 from cluster.cli.tune.questions import Question
 from cluster.faces.grpc.wire_params import params_message
 from twotower.core import Mode
@@ -111,7 +112,7 @@ class Sweep:
 
         Raises Refused or Unavailable.
         """
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with tls.aio_channel(self.address) as channel:
             stub = pb_grpc.GenerationServiceStub(channel)
             passes = []
             for way in self.ways:

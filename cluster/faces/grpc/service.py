@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.certificates import Credentials
 from cluster.faces.grpc.boundary import Boundary
 from cluster.faces.grpc.gate import Gate, caller_of
 from cluster.faces.grpc.messages import (
@@ -19,6 +20,8 @@ from cluster.faces.grpc.messages import (
     score_ask_of,
     score_message,
 )
+from cluster.faces.grpc.tls import server_credentials
+from cluster.rereading import Rereading
 from cluster.runs.generation import Generation, drawn_id
 from cluster.runs.labels import OWN_ID, REQUEST_ID, is_label, label_of
 from cluster.runs.trace_parent import TraceParent
@@ -89,9 +92,17 @@ class GrpcServer:
     """A grpc.aio server of this process. Several processes of one node share the port."""
 
     def __init__(
-        self, generation: Generation, host: str, port: int, max_bytes: int = 4 * 2**20, ping_interval_s: float = 5.0
+        self,
+        generation: Generation,
+        host: str,
+        port: int,
+        max_bytes: int = 4 * 2**20,
+        ping_interval_s: float = 5.0,
+        certificates: Rereading[Credentials] | None = None,
+        max_age_s: float = 300.0,
     ) -> None:
-        """`ping_interval_s`: clients may ask as often as this whether the connection lives."""
+        """`ping_interval_s`: clients may ask as often as this whether the connection lives. `certificates`: those of
+        TLS, without which it speaks plainly. `max_age_s`: a connection takes no more calls then."""
         messages = {f"/{SERVICE.full_name}/{method.name}": _message(method) for method in SERVICE.methods}
         self._server = grpc.aio.server(
             interceptors=[Gate(generation), Boundary(messages, generation.model.limits.max_sequence_length)],
@@ -100,6 +111,8 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", max_bytes),
                 ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * ping_interval_s)),
                 ("grpc.keepalive_permit_without_calls", 1),  # without it: every two hours while no call runs
+                # No grace period: it would end the calls that run. As it comes, those have as long as they like.
+                ("grpc.max_connection_age_ms", round(1000 * max_age_s)),
             ],
         )
         pb_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generation), self._server)
@@ -107,7 +120,7 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        self.port = _listen(self._server, host, port)
+        self.port = _listen(self._server, host, port, certificates)
 
     async def start(self) -> None:
         """Answers from now on; not yet serving in the sense of grpc.health.v1."""
@@ -128,9 +141,11 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
 
-def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
+def _listen(server: grpc.aio.Server, host: str, port: int, certificates: Rereading[Credentials] | None) -> int:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
+        if certificates is not None:
+            return server.add_secure_port(address, server_credentials(certificates))
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise ConfigError(f"ingress.grpc_port: cannot listen on {address}; is the port taken?") from error

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.runs import keys as keys_module
+from cluster import rereading
 from cluster.runs.callers import Caller, KeyRefused, Limits
 from cluster.runs.keys import KeyEntry, Keys, hash_of, new_key, read_keys
 from twotower.errors import ConfigError
@@ -89,7 +89,7 @@ def test_what_could_not_be_read_is_tried_again(tmp_path: Path, monkeypatch: pyte
 
 
 async def test_it_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys_module, "_LOOK_S", 0.01)
+    monkeypatch.setattr(rereading, "_LOOK_S", 0.01)
     path = written(tmp_path / "keys", entry("a", A))
     keys = opened(path)
     watching = asyncio.create_task(keys.watch())

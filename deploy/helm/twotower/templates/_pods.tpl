@@ -65,7 +65,7 @@ readinessProbe:
       - -c
       - >-
         wget --no-proxy -T 2 -q -O- http://localhost:52365/api/local_raylet_healthz | grep success
-        && wget --no-proxy -T 2 -q -O- http://localhost:{{ int $ingress.http_port }}/ready
+        && wget --no-proxy {{ with .root.Values.tls.secretName }}--no-check-certificate {{ end }}-T 2 -q -O- http{{ with .root.Values.tls.secretName }}s{{ end }}://localhost:{{ int $ingress.http_port }}/ready
         {{- if eq .component "router" }}
         && timeout 2 bash -c '</dev/tcp/127.0.0.1/{{ int $ingress.grpc_port }}'
         {{- end }}
@@ -73,6 +73,30 @@ readinessProbe:
   periodSeconds: 5
   timeoutSeconds: 8
   failureThreshold: 2
+{{- end -}}
+
+{{/* Each file of a Secret of its own: a directory, which Kubernetes exchanges whole when the Secret changes. Nothing where
+there is none. The list of mounts, then that of volumes. */}}
+{{- define "twotower.tls.mounts" -}}
+{{- if .root.Values.tls.secretName -}}
+- {name: tls, mountPath: {{ include "twotower.tls.directory" . }}, readOnly: true}
+{{- if and .root.Values.tls.grpcClientCa (eq .component "router") }}
+- {name: client-ca, mountPath: {{ include "twotower.clientCa.directory" . }}, readOnly: true}
+{{- end }}
+{{- end -}}
+{{- end -}}
+
+{{- define "twotower.tls.volumes" -}}
+{{- with .root.Values.tls.secretName -}}
+- name: tls
+  secret: {secretName: {{ . }}}
+{{- with $.root.Values.tls.grpcClientCa }}
+{{- if eq $.component "router" }}
+- name: client-ca
+  secret: {secretName: {{ .secretName }}, items: [{key: {{ .key }}, path: {{ .key }}}]}
+{{- end }}
+{{- end }}
+{{- end -}}
 {{- end -}}
 
 {{- define "twotower.weights.mount" -}}

@@ -40,6 +40,22 @@ app.kubernetes.io/part-of: twotower
 {{- end -}}
 {{- end -}}
 
+{{- define "twotower.tls.directory" -}}/etc/twotower-tls{{- end -}}
+{{- define "twotower.clientCa.directory" -}}/etc/twotower-client-ca{{- end -}}
+
+{{/* Takes (dict "root" $ "ingress" a copy of the settings'): puts the files of TLS into the copy. */}}
+{{- define "twotower.tls.settings" -}}
+{{- with .root.Values.tls -}}
+{{- if .secretName -}}
+{{- $_ := set $.ingress "tls_cert_file" (printf "%s/%s" (include "twotower.tls.directory" $) .certificate) -}}
+{{- $_ := set $.ingress "tls_key_file" (printf "%s/%s" (include "twotower.tls.directory" $) .key) -}}
+{{- with .grpcClientCa -}}
+{{- $_ := set $.ingress "grpc_client_ca_file" (printf "%s/%s" (include "twotower.clientCa.directory" $) .key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "twotower.check" -}}
 {{- $cluster := .Values.settings.cluster -}}
 {{- $checkpoint := .Values.settings.model.checkpoint -}}
@@ -60,6 +76,15 @@ app.kubernetes.io/part-of: twotower
 {{- end -}}
 {{- if and (ne $checkpoint "demo") (not (hasPrefix (printf "%s/" .Values.weights.mountPath) $checkpoint)) -}}
 {{- fail (printf "settings.model.checkpoint: got %s, wanted a directory in weights.mountPath (%s), or demo" $checkpoint .Values.weights.mountPath) -}}
+{{- end -}}
+{{- $ingress := .Values.settings.ingress -}}
+{{- range $name := list "tls_cert_file" "tls_key_file" "grpc_client_ca_file" -}}
+{{- if get $ingress $name -}}
+{{- fail (printf "settings.ingress.%s: got %s, wanted tls.secretName or tls.grpcClientCa, which mount the file in every pod that reads it" $name (get $ingress $name)) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.tls.grpcClientCa (not .Values.tls.secretName) -}}
+{{- fail "tls.grpcClientCa: got one without tls.secretName, the service's own certificate" -}}
 {{- end -}}
 {{- if and (or .Values.routes.http .Values.routes.grpc) (not .Values.routes.parentRefs) -}}
 {{- fail "routes.parentRefs: got none, wanted the Gateway that the routes are for" -}}

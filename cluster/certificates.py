@@ -1,0 +1,202 @@
+"""The files of TLS: read, and checked before anything shows them. Knows nothing of the faces.
+
+`cryptography` is imported where a file is read: a service without TLS is spared it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.rereading import Rereading
+from cluster.sections import IngressSection
+from twotower.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
+_MOST_BYTES = 2**20
+_LEAST_RSA_BITS = 2048
+_CURVES = ("secp256r1", "secp384r1")  # gRPC shakes hands with no other
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """By setting. `client_ca` None: clients show nothing."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None
+
+    @classmethod
+    def of(cls, ingress: IngressSection) -> "Files | None":
+        """None: the faces do not speak TLS."""
+        if ingress.tls_cert_file is None or ingress.tls_key_file is None:
+            return None
+        client_ca = ingress.grpc_client_ca_file
+        return cls(Path(ingress.tls_cert_file), Path(ingress.tls_key_file), Path(client_ca) if client_ca else None)
+
+    @property
+    def all(self) -> list[Path]:
+        return [self.certificate, self.key, *([self.client_ca] if self.client_ca else [])]
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """In PEM, and checked. `until`: when the first of the chain ends."""
+
+    chain: bytes
+    key: bytes = field(repr=False)
+    client_ca: bytes | None
+    until: datetime
+
+
+class _Wrong(Exception):
+    """What is wrong with a file."""
+
+
+def rereading(files: Files) -> Rereading[Credentials]:
+    """Raises ConfigError."""
+    return Rereading("certificates", files.all, lambda: read(files))
+
+
+def read(files: Files, now: datetime | None = None) -> Credentials:
+    """Raises ConfigError for a file that cannot be read, or that no client would take."""
+    now = now or datetime.now(UTC)
+    with _of("tls_cert_file", files.certificate):
+        chain_pem = _content(files.certificate)
+        chain = _certificates(chain_pem)
+    with _of("tls_key_file", files.key):
+        key_pem = _content(files.key)
+        _check_key(key_pem, chain, files.certificate)
+    with _of("tls_cert_file", files.certificate):
+        _check_order(chain)
+        _check_dates(chain, now)
+        names_of(chain[0])
+    ca_pem = None
+    if files.client_ca is not None:
+        with _of("grpc_client_ca_file", files.client_ca):
+            ca_pem = _content(files.client_ca)
+            _check_authorities(_certificates(ca_pem), now)
+    return Credentials(chain_pem, key_pem, ca_pem, min(each.not_valid_after_utc for each in chain))
+
+
+def leaf(path: Path) -> tuple[bytes, str]:
+    """The first certificate of a file, in PEM, and a host that it is for. Raises ConfigError."""
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    with _of("tls_cert_file", path):
+        first = _certificates(_content(path))[0]
+        return first.public_bytes(Encoding.PEM), names_of(first)[0].replace("*.", "any.", 1)
+
+
+def names_of(certificate: "Certificate") -> list[str]:
+    """Hosts' names and addresses, at least one."""
+    from cryptography.x509 import DNSName, ExtensionNotFound, IPAddress, SubjectAlternativeName
+
+    try:
+        told = certificate.extensions.get_extension_for_class(SubjectAlternativeName).value
+    except ExtensionNotFound:
+        told = SubjectAlternativeName([])
+    names = [*told.get_values_for_type(DNSName), *map(str, told.get_values_for_type(IPAddress))]
+    if not names:
+        raise _Wrong(f"{_shown(certificate)} names no host; wanted a subjectAltName, by which clients know the service")
+    return names
+
+
+class _of:
+    """What is wrong becomes a ConfigError that names setting and file, and repeats nothing of a key."""
+
+    def __init__(self, setting: str, path: Path) -> None:
+        self._where = f"ingress.{setting}: {path}"
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if isinstance(error, _Wrong):
+            raise ConfigError(f"{self._where}: {error}") from None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise _Wrong(f"cannot be read: {error.strerror}") from None
+    if len(content) > _MOST_BYTES:
+        raise _Wrong(f"got more than {_MOST_BYTES} bytes")
+    return content
+
+
+def _certificates(pem: bytes) -> "list[Certificate]":
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.x509 import load_pem_x509_certificates
+
+    try:
+        certificates = load_pem_x509_certificates(pem)
+        for each in certificates:
+            each.public_key()
+        return certificates
+    except (ValueError, UnsupportedAlgorithm):
+        raise _Wrong("holds no certificate in PEM, or one that is damaged") from None
+
+
+def _check_key(pem: bytes, chain: "Sequence[Certificate]", file: Path) -> None:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(pem, None)
+    except TypeError:
+        raise _Wrong("is encrypted; wanted a key without a password") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise _Wrong("holds no private key in PEM, or one that is damaged") from None
+    match key:
+        case RSAPrivateKey() if key.key_size >= _LEAST_RSA_BITS:
+            pass
+        case EllipticCurvePrivateKey() if key.curve.name in _CURVES:
+            pass
+        case _:
+            raise _Wrong(f"wanted RSA of at least {_LEAST_RSA_BITS} bits, or ECDSA on P-256 or P-384")
+    owned = [number for number, each in enumerate(chain, 1) if each.public_key() == key.public_key()]
+    if not owned:
+        raise _Wrong(f"does not belong to the certificate of {file}")
+    if owned[0] != 1:
+        raise _Wrong(f"belongs to certificate {owned[0]} of {file}; wanted the service's own certificate first there")
+
+
+def _check_order(chain: "Sequence[Certificate]") -> None:
+    from cryptography.exceptions import InvalidSignature
+
+    for number, (lower, upper) in enumerate(pairwise(chain), 1):
+        try:
+            lower.verify_directly_issued_by(upper)
+        except (ValueError, TypeError, InvalidSignature):
+            raise _Wrong(
+                f"certificate {number}, {_shown(lower)}, is not signed by the next one, {_shown(upper)}; wanted the "
+                "service's own certificate, then that of its issuer, and so on"
+            ) from None
+
+
+def _check_dates(chain: "Sequence[Certificate]", now: datetime) -> None:
+    for each in chain:
+        if now > each.not_valid_after_utc:
+            raise _Wrong(
+                f"{_shown(each)} has expired: it was valid until {each.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+            )
+        if now < each.not_valid_before_utc:
+            raise _Wrong(f"{_shown(each)} is not valid before {each.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
+
+
+def _check_authorities(authorities: "Sequence[Certificate]", now: datetime) -> None:
+    """Roots that have ended lie in many a bundle."""
+    if not any(each.not_valid_before_utc <= now <= each.not_valid_after_utc for each in authorities):
+        raise _Wrong(f"none of its {len(authorities)} certificates is valid today")
+
+
+def _shown(certificate: "Certificate") -> str:
+    return certificate.subject.rfc4514_string()[:100] or "one without a subject"

@@ -1,0 +1,132 @@
+"""How our own commands speak to a service: plainly, or over TLS, and whom they trust then.
+
+A service of this user's is known by the certificate that its note names, whatever the certificate's name; any other one
+by three variables of the environment.
+"""
+
+import os
+import ssl
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from cluster import certificates
+from cluster.ops import run_state
+from cluster.ops.run_state import RunState
+from twotower.errors import ConfigError
+
+CA_VARIABLE, CERT_VARIABLE, KEY_VARIABLE = "TWOTOWER_TLS_CA", "TWOTOWER_TLS_CERT", "TWOTOWER_TLS_KEY"
+CHANNEL_OPTIONS: list[tuple[str, int | str]] = [("grpc.enable_http_proxy", 0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """`roots`: certificates in PEM. `name`: a name of the one certificate in `roots`, where that one itself is wanted.
+    `own`: key and chain, for a service with `grpc_client_ca_file`."""
+
+    roots: bytes
+    name: str | None = None
+    own: tuple[bytes, bytes] | None = field(default=None, repr=False)
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        """Of HTTP."""
+        context = ssl.create_default_context(cadata=self.roots.decode())
+        if self.name is not None:
+            context.check_hostname = False
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        return context
+
+
+def trust_for(address: str) -> Trust | None:
+    """None: no TLS. Raises ConfigError for files that cannot be read."""
+    for state in _own_services():
+        if address in (state.http, state.grpc):
+            return None if state.cert_file is None else Trust(*certificates.leaf(Path(state.cert_file)), _own())
+    roots = _file(CA_VARIABLE)
+    if roots is None:
+        return None
+    try:
+        ssl.create_default_context(cadata=roots.decode())
+    except (ValueError, ssl.SSLError):
+        raise ConfigError(f"{CA_VARIABLE}: {os.environ[CA_VARIABLE]}: wanted certificates in PEM") from None
+    return Trust(roots, own=_own())
+
+
+def url(address: str) -> str:
+    """Of HTTP."""
+    return f"{'http' if trust_for(address) is None else 'https'}://{address}"
+
+
+def opened(request: urllib.request.Request, address: str, timeout_s: float) -> Any:
+    """The answer, past the proxies of the environment."""
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if (trust := trust_for(address)) is not None:
+        handlers.append(urllib.request.HTTPSHandler(context=trust.context))
+    return urllib.request.build_opener(*handlers).open(request, timeout=timeout_s)
+
+
+def probed(url: str, timeout_s: float) -> Any:
+    """The answer of `/ready`, which has no secrets: like a probe of Kubernetes, this takes any certificate."""
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if url.startswith("https:"):
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    return urllib.request.build_opener(*handlers).open(url, timeout=timeout_s)
+
+
+@contextmanager
+def channel(address: str) -> Iterator[grpc.Channel]:
+    trust = trust_for(address)
+    if trust is None:
+        made = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    else:
+        made = grpc.secure_channel(address, _credentials(trust), options=_options(trust))
+    with made:
+        yield made
+
+
+def aio_channel(address: str) -> grpc.aio.Channel:
+    trust = trust_for(address)
+    if trust is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, _credentials(trust), options=_options(trust))
+
+
+def _credentials(trust: Trust) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(trust.roots, *(trust.own or ()))
+
+
+def _options(trust: Trust) -> list[tuple[str, int | str]]:
+    return CHANNEL_OPTIONS + ([("grpc.ssl_target_name_override", trust.name)] if trust.name is not None else [])
+
+
+def _own_services() -> Iterable[RunState]:
+    """Of this user's. Whoever has no place for notes has none."""
+    try:
+        return run_state.running().values()
+    except ConfigError:
+        return ()
+
+
+def _own() -> tuple[bytes, bytes] | None:
+    chain, key = _file(CERT_VARIABLE), _file(KEY_VARIABLE)
+    if (chain is None) != (key is None):
+        raise ConfigError(f"{CERT_VARIABLE} and {KEY_VARIABLE}: got one of them, wanted both or none")
+    return None if chain is None or key is None else (key, chain)
+
+
+def _file(variable: str) -> bytes | None:
+    path = os.environ.get(variable)
+    if not path:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{variable}: {path}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,63 @@
+"""What files say, read again soon after one of them changes. Knows nothing of what it is."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from twotower.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Told = TypeVar("Told")
+
+_LOOK_S = 1.0
+
+
+class Rereading(Generic[Told]):
+    """`now`: what the files said when they could last be read. What is wrong with them later is told in the log, once,
+    and what they said before stays."""
+
+    def __init__(self, what: str, paths: Sequence[Path], read: Callable[[], Told]) -> None:
+        """`what`: the files' content, for the log. Raises what `read` raises: ConfigError."""
+        self._what, self._paths, self._read = what, paths, read
+        self._state = self._seen()
+        self.now = read()
+        self._told = ""
+
+    async def watch(self) -> None:
+        """For ever. The event loop does not wait for the disk."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                await asyncio.to_thread(self.look)
+            except Exception:
+                logger.exception("the %s of before stay", self._what)
+
+    def look(self) -> None:
+        """Reads the files again if one has changed, or could not be read the last time."""
+        state = self._seen()
+        if state == self._state:
+            return
+        try:
+            now = self._read()
+        except ConfigError as error:
+            if str(error) != self._told:
+                logger.error("the %s of before stay: %s", self._what, error)
+            self._told = str(error)
+            return
+        self.now, self._state, self._told = now, state, ""
+        logger.info("%s read again from %s", self._what, ", ".join(map(str, self._paths)))
+
+    def _seen(self) -> list[tuple[int, ...]]:
+        return [_state(path) for path in self._paths]
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Another one after every change, of a Secret's too, whose link then leads elsewhere, and of rights."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev, found.st_size)
