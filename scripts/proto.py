@@ -17,7 +17,7 @@ PROTOS = ROOT / "protos"
 WELL_KNOWN = Path(protoc.__file__).parent / "_proto"
 PREFIX = "twotower/pb"  # virtual: protoc writes `from twotower.pb... import` without these files lying there
 CLIENT = ROOT / "twotower_client" / "wire"
-CLIENTS_PROTO, CLIENTS_FILES = "twotower/v1/generation.proto", ("generation.binpb", "messages.pyi")
+CLIENTS_FILES = ("generation.binpb", "messages.pyi")
 
 
 def generate(output: Path) -> None:
@@ -35,13 +35,14 @@ def generate(output: Path) -> None:
 
 def generate_for_client(output: Path) -> None:
     """Writes what twotower_client/wire/messages.py reads: a descriptor, and types for whoever checks them."""
+    [proto] = PROTOS.rglob("*.proto")
     descriptor, types = (output / name for name in CLIENTS_FILES)
     kinds = [f"--descriptor_set_out={output / 'set'}", f"--pyi_out={output}"]
-    if protoc.main(["protoc", f"-I{PROTOS}", f"-I{WELL_KNOWN}", *kinds, CLIENTS_PROTO]):
+    if protoc.main(["protoc", f"-I{PROTOS}", f"-I{WELL_KNOWN}", *kinds, str(proto)]):
         sys.exit("protoc failed")
     [file] = FileDescriptorSet.FromString((output / "set").read_bytes()).file
     descriptor.write_bytes(file.SerializeToString(deterministic=True))
-    (output / CLIENTS_PROTO).with_name("generation_pb2.pyi").rename(types)
+    (output / file.name).with_name(f"{proto.stem}_pb2.pyi").rename(types)
 
 
 def files(package: Path) -> set[str]:

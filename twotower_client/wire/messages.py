@@ -12,7 +12,7 @@ from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
 _pool = DescriptorPool()
 _pool.AddSerializedFile(Path(__file__).with_name("generation.binpb").read_bytes())
-DESCRIPTOR = _pool.FindFileByName("twotower/v1/generation.proto")
+DESCRIPTOR = _pool.FindFileContainingSymbol("twotower.v1.GenerationService")
 for _name, _message in DESCRIPTOR.message_types_by_name.items():
     globals()[_name] = message_factory.GetMessageClass(_message)
 for _name, _enum in DESCRIPTOR.enum_types_by_name.items():
