@@ -9,19 +9,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import grpc
-import grpc.aio
-
-from cluster.cli.client import CHANNEL_OPTIONS, Refused, credentials, explained
+from cluster.cli.asking import Refused, credentials, explained
 from cluster.cli.tune.questions import Question
 from twotower.errors import Unavailable
-from twotower.pb.twotower.v1 import generation_pb2 as pb
-from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+from twotower_client import AsyncClient, RetryPolicy, ServiceError
+from twotower_client.asking import Options
 
 _WARM_UP = 2
-# A full service or one whose cell is being replaced answers so; it is asked again after 1, 2, 4, 8, 8, 8 s.
-_PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
-_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
+# A full service, or one whose cell is being replaced, is asked again.
+RETRIES = RetryPolicy(attempts=7, first_s=1.0, longest_s=8.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,70 +86,53 @@ class Sweep:
     ) -> list[Pass]:
         """`ar` first, then each threshold, but for those `known` already; `answered` is called once an answer, `keep`
         once a pass. Raises Refused or Unavailable."""
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
-            stub = pb_grpc.GenerationServiceStub(channel)
+        credentials()
+        async with AsyncClient(f"grpc://{self.address}", retry=RETRIES, timeout_s=self.timeout_s) as client:
             passes = []
             for threshold in (None, *self.thresholds):
                 one = known.get(threshold)
                 if one is None:
                     for question in self.questions[:_WARM_UP]:
-                        await self._ask(stub, question, threshold)
-                    one = await self._pass(stub, threshold, answered)
+                        await self._ask(client, question, threshold)
+                    one = await self._pass(client, threshold, answered)
                     keep(one)
                 passes.append(one)
             return passes
 
-    async def _pass(
-        self, stub: pb_grpc.GenerationServiceStub, threshold: float | None, answered: Callable[[], object]
-    ) -> Pass:
+    async def _pass(self, client: AsyncClient, threshold: float | None, answered: Callable[[], object]) -> Pass:
         waiting = deque(enumerate(self.questions))
         answers: dict[int, Answered] = {}
 
-        async def client() -> None:
+        async def one_client() -> None:
             while waiting:
                 number, question = waiting.popleft()
-                answers[number] = await self._ask(stub, question, threshold)
+                answers[number] = await self._ask(client, question, threshold)
                 answered()
 
         started = time.perf_counter()
         try:
             async with asyncio.TaskGroup() as clients:
                 for _ in range(self.concurrency):
-                    clients.create_task(client())
+                    clients.create_task(one_client())
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         seconds = time.perf_counter() - started
         return Pass(threshold, tuple(answers[number] for number in range(len(self.questions))), seconds)
 
-    async def _ask(self, stub: pb_grpc.GenerationServiceStub, question: Question, threshold: float | None) -> Answered:
-        for tried, pause_s in enumerate((*_PAUSES_S, None)):
-            try:
-                answer = await stub.Generate(
-                    self._request(question, threshold), timeout=self.timeout_s, metadata=credentials()
-                )
-            except grpc.aio.AioRpcError as error:
-                if error.code() not in _PASSING or pause_s is None:
-                    raise _told(error, self.address, question) from None
-                await asyncio.sleep(pause_s)
-                continue
-            return Answered(answer.text, tuple(answer.token_ids), answer.finished.usage.num_steps, tried)
-        raise AssertionError("the last try returns or raises")
+    async def _ask(self, client: AsyncClient, question: Question, threshold: float | None) -> Answered:
+        try:
+            answer = await client.complete(question.prompt, **self._options(threshold))
+        except ServiceError as error:
+            raise _told(error, self.address, question) from None
+        return Answered(answer.text, answer.token_ids, answer.usage.num_steps, answer.attempts - 1)
 
-    def _request(self, question: Question, threshold: float | None) -> pb.GenerateRequest:
-        params = pb.DecodingParams(mode=pb.MODE_AR if threshold is None else pb.MODE_DIFFUSION, temperature=0.0)
-        if threshold is not None:
-            params.confidence_threshold = threshold
-        if self.max_new_tokens is not None:
-            params.max_new_tokens = self.max_new_tokens
-        request = pb.GenerateRequest(request_id=f"tune-{uuid.uuid4()}", params=params)
-        if isinstance(question.prompt, str):
-            request.text = question.prompt
-        else:
-            request.token_ids.ids.extend(question.prompt)
-        return request
+    def _options(self, threshold: float | None) -> Options:
+        options: Options = {"temperature": 0.0, "request_id": f"tune-{uuid.uuid4()}"}
+        options["mode"] = "ar" if threshold is None else "diffusion"
+        return {**options, "confidence_threshold": threshold, "max_new_tokens": self.max_new_tokens}
 
 
-def _told(error: grpc.aio.AioRpcError, address: str, question: Question) -> Unavailable | Refused:
+def _told(error: ServiceError, address: str, question: Question) -> Unavailable | Refused:
     """Only a request's own mistake is blamed on its line."""
     told = explained(error, address)
     return Refused(f"line {question.line}: {told}", True) if isinstance(told, Refused) and told.mistake else told
