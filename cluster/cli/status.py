@@ -65,7 +65,7 @@ def _model(state: RunState) -> list[tuple[str, str]]:
     return [
         ("model", model),
         ("max_sequence_length", str(info.max_sequence_length)),
-        ("version", info.version),
+        ("version", str(info.version)),
     ]
 
 
