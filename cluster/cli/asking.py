@@ -49,9 +49,13 @@ def credentials() -> list[tuple[str, str]]:
 
 @contextmanager
 def asked(address: str) -> Iterator[Client]:
-    """A client of the service at this gRPC address. What goes wrong is Refused or Unavailable."""
-    credentials()
-    with Client(f"grpc://{address}", retry=ONCE) as client:
+    """A client of the service at this gRPC address. What goes wrong is Refused or Unavailable; what cannot be an
+    address or a key, ConfigError."""
+    try:
+        client = Client(f"grpc://{address}", retry=ONCE)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    with client:
         try:
             yield client
         except ServiceError as error:

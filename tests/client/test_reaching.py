@@ -26,6 +26,7 @@ from twotower_client.target import KEY_VARIABLE, target_of
         ("http://host/", "host:80", ""),
         ("https://host/models/a/", "host:443", "/models/a"),
         ("http://[::1]:8000", "[::1]:8000", ""),
+        ("grpc://[fe80::1%eth0]:9", "[fe80::1%eth0]:9", ""),
     ],
 )
 def test_urls(url: str, address: str, path: str) -> None:

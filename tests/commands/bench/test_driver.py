@@ -8,6 +8,7 @@ from itertools import islice, pairwise
 import pytest
 
 from tests.commands.bench.virtual_time import run
+from twotower.commands.bench import driver
 from twotower.commands.bench.driver import Driver, arrivals
 from twotower.commands.bench.load import Load
 from twotower.commands.bench.samples import Pass, Sample
@@ -66,6 +67,12 @@ def test_seconds_end_what_is_sent_not_what_runs() -> None:
     assert len(one.samples) == 3 and one.seconds == pytest.approx(4.5)
     both, _, _ = drive(Load(1, None, 2, 4.0))
     assert len(both.samples) == 2
+
+
+def test_seconds_alone_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "MAX_REQUESTS", 3)
+    one, _, _ = drive(Load(1, None, None, 1e6))
+    assert len(one.samples) == 3
 
 
 def test_an_open_loop_waits_for_no_answer() -> None:

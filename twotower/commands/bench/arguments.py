@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twotower.commands.bench.load import MAX_CLIENTS, MAX_RATE, MAX_REQUESTS, MAX_SECONDS, Load
+from twotower.commands.bench.load import MAX_CLIENTS, MAX_RATE, MAX_REQUESTS, MAX_REQUESTS_IN_ALL, MAX_SECONDS, Load
 from twotower.commands.parameter_flags import add_parameter_flags, add_priority_flag, given_parameters
 from twotower.core import PARAMETERS, Mode
 from twotower.errors import InvalidRequest
@@ -125,6 +125,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
     modes: tuple[str | None, ...] = tuple(options.mode or [None])
     if len(loads) * len(modes) * options.rounds > MAX_PASSES:
         raise InvalidRequest.of("--rounds", f"got more than {MAX_PASSES} passes in all")
+    if len(loads) * len(modes) * options.rounds * (requests or 1) > MAX_REQUESTS_IN_ALL:
+        raise InvalidRequest.of("--requests", f"got more than {MAX_REQUESTS_IN_ALL} in all passes together")
     if options.prompts is not None and options.family is not None:
         raise InvalidRequest.of("--family", "got --prompts too, wanted one of them")
     warm_up = max((load.clients or 4) for load in loads) * 2 if options.warm_up is None else options.warm_up

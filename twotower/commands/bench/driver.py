@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from random import Random
 from typing import Protocol
 
-from twotower.commands.bench.load import Load
+from twotower.commands.bench.load import MAX_REQUESTS, Load
 from twotower.commands.bench.samples import Pass, Sample
 from twotower_client import Block, Event, Finished, ServiceError, Usage
 
@@ -71,9 +71,7 @@ class Driver:
     def _take(self, at: float) -> int | None:
         """The number of the next request, which is due then; None after the last."""
         load = self._load
-        if (load.requests is not None and self._next >= load.requests) or (
-            load.seconds is not None and at >= load.seconds
-        ):
+        if self._next >= (load.requests or MAX_REQUESTS) or (load.seconds is not None and at >= load.seconds):
             return None
         self._next += 1
         return self._next - 1

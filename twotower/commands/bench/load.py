@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
-MAX_REQUESTS, MAX_SECONDS, MAX_CLIENTS, MAX_RATE = 1_000_000, 86_400.0, 4_096, 10_000.0
+# Each request is kept, with the time of each of its blocks, until the report is written.
+MAX_REQUESTS, MAX_REQUESTS_IN_ALL = 100_000, 1_000_000
+MAX_SECONDS, MAX_CLIENTS, MAX_RATE = 86_400.0, 4_096, 10_000.0
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """How requests come: in a closed loop of `clients`, or at random (Poisson) with `rate` a second, whatever becomes
-    of the ones before. It ends after `requests`, or takes no more after `seconds`."""
+    of the ones before. It ends after `requests`, or takes no more after `seconds` or MAX_REQUESTS."""
 
     clients: int | None
     rate: float | None

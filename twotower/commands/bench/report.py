@@ -14,6 +14,7 @@ from typing import Any
 import twotower
 from twotower.commands.bench.arguments import Plan
 from twotower.commands.bench.figures import Distribution, Figures, Spread
+from twotower.commands.bench.load import MAX_REQUESTS
 from twotower.commands.bench.samples import Pass
 from twotower_client import ModelInfo
 
@@ -115,6 +116,8 @@ class Run:
             if one.failed:
                 told = ", ".join(f"{count} {code}" for code, count in one.errors.items())
                 notes.append(f"{name}: {one.failed} of {one.requests} requests failed: {told}")
+            if self.plan.loads[0].requests is None and one.requests >= MAX_REQUESTS * one.rounds:
+                notes.append(f"{name}: ended before its time, after {MAX_REQUESTS} requests a pass")
             if one.client_cpu_share > 0.8:
                 notes.append(
                     f"{name}: the load's own process used {one.client_cpu_share:.2f} of a core, and may be the limit"
