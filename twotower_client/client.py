@@ -53,7 +53,8 @@ class Client:
 
     `api_key`: None takes the environment's TWOTOWER_API_KEY. `tls`: files for grpcs and https. `retry`: when a call
     that failed is sent again. `timeout_s`: for a call with all its attempts; None leaves the limit to the service.
-    `use_proxies`: whether the environment's proxies have a say. Raises ValueError for a setting that cannot be.
+    `use_proxies`: whether the environment's proxies have a say. `face`: another way to the service, as tests have.
+    Raises ValueError for a setting that cannot be.
     """
 
     def __init__(

@@ -27,9 +27,13 @@ class Tls:
     def context(self) -> ssl.SSLContext:
         """For HTTP. Raises ValueError, which names the file."""
         self.read()
-        context = ssl.create_default_context(cafile=_path(self.root_certificates))
-        if self.certificate is not None:
-            context.load_cert_chain(self.certificate, _path(self.key))
+        try:
+            context = ssl.create_default_context(cafile=_path(self.root_certificates))
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, _path(self.key))
+        except ssl.SSLError as error:
+            named = ", ".join(str(path) for path in (self.root_certificates, self.certificate, self.key) if path)
+            raise ValueError(f"{named}: not what TLS can use: {error.reason or error}") from None
         return context
 
     def read(self) -> tuple[bytes | None, bytes | None, bytes | None]:

@@ -60,6 +60,9 @@ def test_wrong_settings(tmp_path: Path) -> None:
         for kind in (Client, AsyncClient):
             with pytest.raises(ValueError, match=r"none\.pem: No such file"):
                 kind(f"{scheme}://host", tls=Tls(root_certificates=tmp_path / "none.pem"))
+    (tmp_path / "broken.pem").write_text("nothing")
+    with pytest.raises(ValueError, match=r"broken\.pem: not what TLS can use"):
+        Client("https://host", tls=Tls(tmp_path / "broken.pem"))
     with pytest.raises(ValueError, match="api_key: holds a character"):
         Client("http://host", api_key="a b")
     for wrong in ({"attempts": 0}, {"attempts": 101}, {"first_s": -1}, {"longest_s": 3601}, {"factor": 0.5}):

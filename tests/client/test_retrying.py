@@ -1,10 +1,25 @@
 """When a call is sent again, with a clock and dice that are made up."""
 
+import asyncio
 import random
+from collections.abc import AsyncGenerator, Generator
+from typing import Any
 
 import pytest
 
-from twotower_client import InternalError, Overloaded, RetryPolicy, ServiceError, Unavailable
+from twotower_client import (
+    Answer,
+    AsyncClient,
+    Client,
+    Finished,
+    InternalError,
+    Overloaded,
+    RetryPolicy,
+    ServiceError,
+    Unavailable,
+    Usage,
+)
+from twotower_client.asking import Ask
 from twotower_client.errors import Details
 from twotower_client.retrying import Tries
 
@@ -72,3 +87,53 @@ def test_what_would_not_go_better() -> None:
     tries.begin()
     with pytest.raises(Unavailable):
         tries.pause_s(unavailable(), streamed=True)
+
+
+class Face:
+    """Fails twice; notes what it was asked each time, and how long it was given."""
+
+    def __init__(self) -> None:
+        self.asked: list[Ask] = []
+        self.given_s: list[float] = []
+
+    def _note(self, ask: Ask, timeout_s: float | None) -> None:
+        self.asked.append(ask)
+        self.given_s.append(timeout_s or 0.0)
+        if len(self.asked) < 3:
+            raise unavailable()
+
+    def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
+        self._note(ask, timeout_s)
+        return Answer("a", (1,), "stop", Usage(), 1, None, ask.request_id)
+
+    def stream(self, ask: Ask, timeout_s: float | None) -> Generator[Finished, None, None]:
+        self._note(ask, timeout_s)
+        yield Finished("stop", Usage(), 1, None)
+
+
+class AsyncFace(Face):
+    async def complete(self, ask: Ask, timeout_s: float | None) -> Answer:  # type: ignore[override]
+        return super().complete(ask, timeout_s)
+
+    async def stream(self, ask: Ask, timeout_s: float | None) -> AsyncGenerator[Finished, None]:  # type: ignore[override]
+        for event in super().stream(ask, timeout_s):
+            yield event
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_all_attempts_have_one_label_and_one_deadline(streams: bool) -> None:
+    blocking, waiting = Face(), AsyncFace()
+    client: Any = Client("grpc://unused", retry=RetryPolicy(first_s=0.01), face=blocking)  # type: ignore[arg-type]
+    answer = client.stream("Hi", timeout_s=60).rest() if streams else client.complete("Hi", timeout_s=60)
+
+    async def ask() -> Answer:
+        other: Any = AsyncClient("grpc://unused", retry=RetryPolicy(first_s=0.01), face=waiting)  # type: ignore[arg-type]
+        told = other.stream("Hi", timeout_s=60).rest() if streams else other.complete("Hi", timeout_s=60)
+        answer: Answer = await told
+        return answer
+
+    for face, told in ((blocking, answer), (waiting, asyncio.run(ask()))):
+        first, *others = face.asked
+        assert len(others) == 2 and all(other is first for other in others)
+        assert told.request_id == first.request_id and told.attempts == 3
+        assert 60 >= face.given_s[0] > face.given_s[1] > face.given_s[2] > 50

@@ -127,7 +127,10 @@ async def test_what_cannot_be_served_is_told_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--url", "nowhere"], 2, "--url: got 'nowhere', wanted grpc://HOST:PORT"),
+        (["--url", "nowhere"], 2, "url: got 'nowhere', wanted grpc://HOST:PORT"),
+        (["--url", "grpcs://h", "--root-certificates", "/no/ca.pem"], 2, "TLS: /no/ca.pem: No such file"),
+        (["--url", "https://h", "--key", "/no/key.pem"], 2, "TLS: certificate and key: got one of them"),
+        (["--root-certificates", "/no/ca.pem"], 2, "TLS: tls: got some with grpc://"),
         (["--url", "grpc://127.0.0.1:1"], 1, "grpc://127.0.0.1:1: failed to connect"),
         (["--url", "http://127.0.0.1:1"], 1, "http://127.0.0.1:1: no connection"),
         (["--clients", "0"], 2, "wanted a whole number from 1 to 4096"),

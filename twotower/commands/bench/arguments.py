@@ -44,6 +44,7 @@ class Plan:
     """What is measured. `params`: by mode, those given that have a meaning in it."""
 
     url: str
+    tls: tuple[Path | None, Path | None, Path | None]  # root certificates, certificate, key
     loads: tuple[Load, ...]
     modes: tuple[str | None, ...]
     params: dict[str | None, dict[str, Any]]
@@ -65,6 +66,10 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--url", default=DEFAULT_URL, help="the service: grpc://HOST:PORT, grpcs://, http://, https:// (%(default)s)")
     add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="no load: two runs side by side")
+    tls = parser.add_argument_group("TLS", "Files in PEM, for grpcs:// and https://.")
+    tls.add_argument("--root-certificates", type=Path, metavar="FILE", help="whom to believe (default: the system's)")
+    tls.add_argument("--certificate", type=Path, metavar="FILE", help="the client's own, with --key")
+    tls.add_argument("--key", type=Path, metavar="FILE", help="of --certificate")
     load = parser.add_argument_group("load")
     how = load.add_mutually_exclusive_group()
     how.add_argument(
@@ -132,6 +137,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     warm_up = max((load.clients or 4) for load in loads) * 2 if options.warm_up is None else options.warm_up
     return Plan(
         options.url,
+        (options.root_certificates, options.certificate, options.key),
         loads,
         modes,
         _params(options, modes),

@@ -24,7 +24,7 @@ from twotower.commands.bench.report import Run
 from twotower.commands.bench.samples import Pass, Sample
 from twotower.commands.output import whole_file
 from twotower.errors import ConfigError, InvalidRequest, Unavailable
-from twotower_client import AsyncClient, Event, ModelInfo, RetryPolicy, ServiceError
+from twotower_client import AsyncClient, Event, ModelInfo, RetryPolicy, ServiceError, Tls
 from twotower_client import InvalidRequest as Refused
 
 ONCE = RetryPolicy(attempts=1)  # what fails is counted, not asked again
@@ -62,19 +62,14 @@ def write(run: Run, prefix: Path) -> None:
 
 
 class Bench:
-    """One run of the passes of a plan. `client`: for tests, in place of one of the plan's URL."""
+    """One run of the passes of a plan."""
 
-    def __init__(self, plan: Plan, prompts: Sequence[Prompt], client: AsyncClient | None = None) -> None:
+    def __init__(self, plan: Plan, prompts: Sequence[Prompt]) -> None:
         self._plan, self._prompts = plan, prompts
-        self._client = client
 
     async def run(self) -> Run:
         began, started, load = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), os.getloadavg()
-        try:
-            client = self._client or AsyncClient(self._plan.url, retry=ONCE)
-        except ValueError as error:
-            raise InvalidRequest.of("--url", str(error).removeprefix("url: ")) from None
-        async with client:
+        async with self._opened() as client:
             model = await self._model(client)
             passes = await self._passes(client)
         default = str((model.defaults or {}).get("mode", "the service's mode"))
@@ -83,6 +78,13 @@ class Bench:
             groups.setdefault((one.load, one.mode), []).append(one)
         figures: list[Figures] = [figures_of(rounds, default) for rounds in groups.values()]
         return Run(self._plan, model, began, time.monotonic() - started, load, figures, passes)
+
+    def _opened(self) -> AsyncClient:
+        try:
+            tls = Tls(*self._plan.tls) if any(self._plan.tls) else None
+            return AsyncClient(self._plan.url, tls=tls, retry=ONCE)
+        except ValueError as error:
+            raise InvalidRequest.of("--url and TLS", str(error)) from None
 
     async def _model(self, client: AsyncClient) -> ModelInfo:
         try:

@@ -46,7 +46,8 @@ class Run:
 
     def as_json(self) -> dict[str, Any]:
         plan = {**asdict(self.plan), "params": {str(mode): told for mode, told in self.plan.params.items()}}
-        paths = {name: None if plan[name] is None else str(plan[name]) for name in ("prompts", "output")}
+        paths: dict[str, Any] = {name: plan[name] and str(plan[name]) for name in ("prompts", "output")}
+        paths["tls"] = [path and str(path) for path in self.plan.tls]
         return {
             "format": FORMAT,
             "setting": dict(self.setting()),
@@ -71,7 +72,8 @@ class Run:
         before, after = self.load_before[0], os.getloadavg()[0]
         ends = [f"{load.requests} requests"] if load.requests is not None else []
         ends += [f"{load.seconds:g} s"] if load.seconds is not None else []
-        each = f"{' or '.join(ends)}, after {plan.warm_up} to warm up; {plan.rounds} rounds; seed {plan.seed}"
+        rounds = f"{plan.rounds} round" + ("" if plan.rounds == 1 else "s")
+        each = f"{' or '.join(ends)}, after {plan.warm_up} to warm up; {rounds}; seed {plan.seed}"
         machine = f"{_cpu_name()}, {os.cpu_count()} cores, load {before:.2f} before, {after:.2f} after"
         return [
             ("service", f"{plan.url}, version {model.version or 'not told'}"),
