@@ -40,12 +40,10 @@ test-alone: env
 	@echo "[1/3] Tests without a cluster, but for slow ones"
 	@$(PY) -m pytest --quiet --numprocesses 2 --dist worksteal -m "not ray and not slow and not long and not kernels"
 
-# On a local Ray the tests of a file stay together, because they share what they started. tests/conftest.py puts the files
-# in an order that keeps both workers busy to the end. (`--dist loadgroup` does nothing: xdist 3.8 cannot rename this
-# pytest's tests.)
+# What fails is run once more, alone: see there.
 test-cluster: env
 	@echo "[2/3] Tests on a local Ray, and slow ones"
-	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "(ray or slow) and not long and not kernels"
+	@$(PY) scripts/live_tests.py
 
 # Triton's interpreter is chosen for a whole process, and these packages are built without CUDA: nothing of it may
 # reach .venv.

@@ -85,7 +85,8 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     mine, tokenizer = Checkpoint.open(options.checkpoint).fingerprint, load_tokenizer(options.checkpoint)
     for family in plan.families:
         plan.instances(family)
-    plan.sample()
+    for long in plan.lengths:
+        plan.sample(long)
     theirs = served_fingerprint(options.target)
     if theirs is not None and theirs != mine:
         raise ConfigError(f"{options.target}: serves checkpoint {theirs}, wanted {mine}: {options.checkpoint}")

@@ -21,6 +21,8 @@ from twotower.core import PARAMETERS
 from twotower.engine.settings import SETTINGS
 from twotower.errors import ConfigError
 from twotower.parameters import Choice, Integer, Kind, Number, Parameter
+from twotower.showing import show
+from twotower.text.chat_template import is_source
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -92,6 +94,19 @@ class ModelSection(Section):
     checkpoint: str = Field(default="demo", description="a directory in the released layout, or `demo`")
     name: str | None = Field(default=None, min_length=1, description="the model's, for clients; else the directory's")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of weights, keys and values")
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="jinja that makes a prompt of a chat: the absolute path of its file, or its text; else the "
+        "checkpoint's own",
+    )
+
+    @model_validator(mode="after")
+    def _template_for_every_process(self) -> "ModelSection":
+        given = self.chat_template
+        if given is not None and not (given.startswith("/") or is_source(given)):
+            raise ValueError(f"chat_template: got {show(given)}, wanted an absolute path or a template's text")
+        return self
 
 
 @_with({name: _default_of(parameter) for name, parameter in PARAMETERS.items() if parameter.by_service})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ServiceConfig
-from cluster.faces.http.neutral_values import NEUTRAL
+from cluster.faces.http.neutral_values import CHAT_NEUTRAL, NEUTRAL, Neutral
 from cluster.watch import cell_metrics, router_metrics
 from cluster.watch.metric import declared_in
 from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, STOP, TRACE
@@ -30,10 +30,10 @@ def parameters() -> str:
     return table(("name", "over HTTP", "modes", "default", "allowed", "meaning"), rows)
 
 
-def neutral() -> str:
-    """The fields of other completion APIs that are taken where they ask for nothing."""
+def neutral(fields: Mapping[str, Neutral]) -> str:
+    """The fields of other APIs that are taken where they ask for nothing."""
     rows = []
-    for name, field in NEUTRAL.items():
+    for name, field in fields.items():
         values = ", ".join(f"`{json.dumps(value)}`" for value in field.values) or "only `null`"
         rows.append((f"`{name}`", values, field.source))
     return table(("field", "taken at", "whose"), rows)
@@ -62,7 +62,10 @@ def metrics(declared: Mapping[str, object]) -> str:
 
 
 TABLES = {
-    "api.md": {"neutral fields": neutral},
+    "api.md": {
+        "neutral fields": partial(neutral, NEUTRAL),
+        "neutral fields of chats": partial(neutral, CHAT_NEUTRAL),
+    },
     "operations.md": {
         "metrics of routers": partial(metrics, vars(router_metrics)),
         "metrics of cells": partial(metrics, vars(cell_metrics)),

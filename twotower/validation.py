@@ -178,11 +178,13 @@ def make_request(
     given: Mapping[str, object],
     limits: ModelLimits,
     priority: object = 0,
+    trace: object = TRACE.default,
+    logprobs: object = LOGPROBS.default,
 ) -> Request:
     """A request that fits the running model. Raises InvalidRequest naming each field that does not."""
     problems = Problems()
     prompt = problems.of(lambda: check_part("prompt", prompt_token_ids, limits), tuple[int, ...]())
-    terms = problems.of(lambda: check_terms(given, priority, limits), None)
+    terms = problems.of(lambda: check_terms(given, priority, limits, trace, logprobs), None)
     problems.raise_any()
     assert terms is not None
     return join(request_id, prompt, terms, limits)

@@ -51,13 +51,14 @@ class Alternative:
 class Likelihood:
     """How likely the context tower finds a token after all tokens before it; None for the first token of a prompt.
 
-    `confidence`: in `diffusion`, the denoiser's probability of the token when it was fixed. Over HTTP the token itself
-    is among the `top` ones.
+    `confidence`: in `diffusion`, the denoiser's probability of the token when it was fixed. `text`: of the token on its
+    own, for showing. Over HTTP the token itself is among the `top` ones.
     """
 
     log_prob: float | None
     top: tuple[Alternative, ...] = ()
     confidence: float | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

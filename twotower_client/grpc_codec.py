@@ -215,6 +215,7 @@ def _likelihood(one: pb.Likelihood) -> Likelihood:
         one.log_prob,
         tuple(Alternative(text, log_prob, token) for text, log_prob, token in tops),
         one.confidence if one.HasField("confidence") else None,
+        one.text,
     )
 
 

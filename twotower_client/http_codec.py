@@ -285,8 +285,8 @@ def _likelihoods(told: Any) -> tuple[Likelihood, ...]:
     if told is None:
         return ()
     confidence = told["confidence"] or [None] * len(told["tokens"])
-    rows = zip(told["token_logprobs"], told["top_logprobs"], confidence, strict=True)
-    return tuple(Likelihood(log_prob, _alternatives(top), sure) for log_prob, top, sure in rows)
+    rows = zip(told["token_logprobs"], told["top_logprobs"], confidence, told["tokens"], strict=True)
+    return tuple(Likelihood(log_prob, _alternatives(top), sure, text) for log_prob, top, sure, text in rows)
 
 
 def _alternatives(top: Mapping[str, float] | None) -> tuple[Alternative, ...]:

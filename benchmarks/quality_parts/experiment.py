@@ -5,15 +5,15 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer as BpeTokenizer
 from tqdm import tqdm
 
-from benchmarks.quality_parts.plan import BLOCK, LONG_TOKENS, QUALITY_CONCURRENCY, Plan
+from benchmarks.quality_parts.plan import BLOCK, QUALITY_CONCURRENCY, Plan
 from benchmarks.quality_parts.record import Record, Run, Spent
 from benchmarks.reference.paths import Path, Piece, Running
-from twotower.core import Request, RequestId
+from twotower.core import Mode, Request, RequestId
 from twotower.demo.corpus import Instance
 from twotower.demo.evaluate import answer_of
 from twotower.demo.scores import Score, Way
@@ -38,6 +38,10 @@ class Asked:
     def num_steps(self) -> int:
         return sum(piece.num_steps for piece in self.pieces)
 
+    @property
+    def num_blocks(self) -> int:
+        return sum(piece.num_blocks for piece in self.pieces)
+
 
 class Experiment:
     """Runs a plan against a target, leaving out what the record has already."""
@@ -50,7 +54,8 @@ class Experiment:
     @property
     def prompt_lengths(self) -> list[int]:
         """Tokens of each prompt that is timed."""
-        return [len(encode_prompt(self._tokenizer, instance.prompt)) for instance in self.plan.sample()]
+        timed = [instance for long in self.plan.lengths for instance in self.plan.sample(long)]
+        return [len(encode_prompt(self._tokenizer, instance.prompt)) for instance in timed]
 
     async def run(self) -> None:
         with tqdm(total=self.plan.num_runs, unit="run", smoothing=0.05) as self._bar:
@@ -74,47 +79,32 @@ class Experiment:
             self._bar.update()
 
     async def _speed(self, running: Running, number: int) -> None:
-        sample = self.plan.sample()
-        for concurrency in self.plan.concurrency:
-            ways = self.plan.speed_ways(concurrency)
-            # Whoever went first in one round goes last in the next.
-            for way in ways if number % 2 == 0 else ways[::-1]:
-                if (str(way), concurrency, number, False) not in self.record.runs:
-                    self._bar.set_postfix_str(f"speed: {way} x{concurrency}, round {number + 1}")
-                    await self._ask_all(running, sample[:_WARM_UP], way, concurrency, f"w-{number}")
-                    many = self.plan.timed(concurrency)
-                    self.record.add_run(await self._time(running, many, way, concurrency, number))
-                self._bar.update()
-        few = self.plan.few_ways()
-        for way in few if number % 2 == 0 else few[::-1]:
-            if (str(way), 1, number, True) not in self.record.runs:
-                self._bar.set_postfix_str(f"speed of long answers: {way}, round {number + 1}")
-                one_each = sample[: len(self.plan.families)]
-                await self._ask_all(running, one_each[:_WARM_UP], way, 1, f"wl-{number}", long=True)
-                self.record.add_run(await self._time(running, one_each, way, 1, number, long=True))
-            self._bar.update()
+        for long in self.plan.lengths:
+            for concurrency in self.plan.concurrency:
+                ways = self.plan.speed_ways(concurrency)
+                # Whoever went first in one round goes last in the next.
+                for way in ways if number % 2 == 0 else ways[::-1]:
+                    if (str(way), concurrency, number, long) not in self.record.runs:
+                        kind = "long" if long else "short"
+                        self._bar.set_postfix_str(f"speed, {kind} answers: {way} x{concurrency}, round {number + 1}")
+                        self.record.add_run(await self._time(running, way, concurrency, number, long))
+                    self._bar.update()
 
-    async def _time(
-        self, running: Running, many: Sequence[Instance], way: Way, concurrency: int, number: int, long: bool = False
-    ) -> Run:
+    async def _time(self, running: Running, way: Way, concurrency: int, number: int, long: bool) -> Run:
         name = f"{'l' if long else 's'}-{number}"
-        asked, seconds = await self._ask_all(running, many, way, concurrency, name, long)
+        await self._ask_all(running, self.plan.sample(long)[:_WARM_UP], way, concurrency, f"w{name}")
+        many = self.plan.timed(concurrency, long)
+        asked, seconds = await self._ask_all(running, many, way, concurrency, name)
         first = statistics.median(one.first_token_s for one in asked)
         tokens, steps = sum(one.num_tokens for one in asked), sum(one.num_steps for one in asked)
-        tasks = _by_task(many, asked) if concurrency == 1 else {}
+        tasks = _by_task(way, many, asked) if concurrency == 1 else {}
         return Run(str(way), concurrency, number, seconds, tokens, steps, first, long, tasks)
 
     async def _ask_all(
-        self,
-        running: Running,
-        instances: Sequence[Instance],
-        way: Way,
-        concurrency: int,
-        name: str,
-        long: bool = False,
+        self, running: Running, instances: Sequence[Instance], way: Way, concurrency: int, name: str
     ) -> tuple[list[Asked], float]:
         """Answers in the instances' order, and how long all of them took: `concurrency` closed-loop clients."""
-        params = replace(way.params(), max_new_tokens=LONG_TOKENS, ignore_eos=True) if long else way.params()
+        params = way.params()
         prefix = f"{self._name}-{name}-{way}-{concurrency}".replace(" ", "-")
         waiting = deque(enumerate(instances))
         answers: dict[int, Asked] = {}
@@ -143,10 +133,12 @@ async def _ask(running: Running, request: Request) -> Asked:
     return asked
 
 
-def _by_task(many: Sequence[Instance], asked: Sequence[Asked]) -> dict[str, Spent]:
+def _by_task(way: Way, many: Sequence[Instance], asked: Sequence[Asked]) -> dict[str, Spent]:
     tasks: dict[str, Spent] = {}
     for instance, one in zip(many, asked, strict=True):
         commits = max(0, -(-one.num_tokens // BLOCK) - 1) if one.num_steps else 0
+        if way.mode is Mode.VERIFIED:
+            commits = one.num_blocks
         spent = Spent(1, one.num_tokens, one.num_steps, commits, one.seconds)
         tasks[instance.family] = tasks.get(instance.family, Spent()) + spent
     return tasks

@@ -7,27 +7,24 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
-from benchmarks.quality_parts.report import Findings, blocks_of
-from twotower.demo.scores import AR, USUAL, retained, tokens_per_step
+from benchmarks.quality_parts.report import SHORT_OR_LONG, Findings, blocks_of
+from twotower.demo.scores import AR, USUAL, VERIFIED, Way, retained, tokens_per_step
 
-_INK, _ACCENT, _SHADES = "#333333", "#1f6f8b", ("#1f6f8b", "#63a6b8", "#a9d0da", "#dcecf0")
+_INK, _ACCENT, _OTHER = "#333333", "#1f6f8b", "#b5651d"
+_SHADES = ("#1f6f8b", "#63a6b8", "#a9d0da", "#dcecf0")
 
 
 def trade(findings: Findings, path: Path) -> None:
-    """Mean quality kept, with its interval, over throughput relative to `ar` at concurrency 1; a point a threshold."""
+    """Quality kept, with its interval, over throughput relative to `ar` at concurrency 1: a line of thresholds and a
+    point for `verified`, for short answers and for long ones."""
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    points = []
-    for way in findings.swept:
-        kept = retained(findings.scores(way), findings.scores(AR)).of_means
-        points.append((statistics.median(findings.times_ar(way, 1)), kept, way.confidence_threshold))
-    speeds, values = [x for x, _, _ in points], [100 * kept.value for _, kept, _ in points]
-    low = [100 * (kept.value - kept.low) for _, kept, _ in points]
-    high = [100 * (kept.high - kept.value) for _, kept, _ in points]
-    axes.errorbar(speeds, values, yerr=[low, high], fmt="o-", color=_ACCENT, ecolor=_SHADES[1], capsize=3, lw=1.5)
-    for speed, kept, threshold in points:
-        place = (speed, 100 * kept.value)
-        axes.annotate(f"γ {threshold:g}", place, (-6, -4), textcoords="offset points", ha="right", va="top", color=_INK)
+    for long, color in zip(findings.plan.lengths, (_ACCENT, _OTHER), strict=False):
+        ways = [(way, f"γ {way.confidence_threshold:g}") for way in findings.swept]
+        _draw(axes, findings, ways, long, f"diffusion, {SHORT_OR_LONG[long]} answers", color, "o-")
+        if VERIFIED in findings.plan.ways:
+            _draw(axes, findings, [(VERIFIED, "")], long, f"verified, {SHORT_OR_LONG[long]} answers", color, "D")
     axes.margins(0.08, 0.15)
     axes.axhline(98.7, color=_INK, lw=0.8, ls=":")
     axes.text(0.01, 98.72, "98.7 %", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom", color=_INK)
@@ -35,10 +32,25 @@ def trade(findings: Findings, path: Path) -> None:
     axes.annotate("AR", (1, 100), xytext=(7, -3), textcoords="offset points", color=_INK)
     axes.set_xlabel("throughput at concurrency 1, times that of AR")
     axes.set_ylabel("quality kept, % of AR's mean accuracy")
-    axes.set_title("What a lower threshold γ costs and brings", loc="left")
+    axes.set_title("What a lower threshold γ costs and brings, and what verification does", loc="left")
+    axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.25)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _draw(
+    axes: Axes, findings: Findings, ways: list[tuple[Way, str]], long: bool, label: str, color: str, form: str
+) -> None:
+    speeds = [statistics.median(findings.times_ar(way, 1, long)) for way, _ in ways]
+    kept = [retained(findings.scores(way, long), findings.scores(AR, long)).of_means for way, _ in ways]
+    values = [100 * each.value for each in kept]
+    low = [100 * (each.value - each.low) for each in kept]
+    high = [100 * (each.high - each.value) for each in kept]
+    axes.errorbar(speeds, values, yerr=[low, high], fmt=form, color=color, capsize=3, lw=1.5, label=label, alpha=0.9)
+    for speed, value, (_, name) in zip(speeds, values, ways, strict=True):
+        place = (speed, value)
+        axes.annotate(name, place, (-6, -4), textcoords="offset points", ha="right", va="top", color=_INK, fontsize=8)
 
 
 def steps(findings: Findings, path: Path) -> None:

@@ -11,7 +11,7 @@ from twotower.demo.scores import Score, from_json, to_json
 class Spent:
     """Of requests that came one after the other: how many, what they were given, and the seconds it took.
 
-    `num_commits`: blocks that another one followed.
+    `num_commits`: blocks that another one followed; in `verified` rounds, whose reads of the draft cost as much.
     """
 
     num_answers: int = 0
@@ -30,8 +30,8 @@ class Spent:
 
 @dataclass(frozen=True)
 class Run:
-    """One timed run of the sample. Seconds; `first_token_s` is the median. `num_steps`: 0 in the causal modes. `long`:
-    answers went on past eos. `tasks`: the same by family, at concurrency 1."""
+    """One timed run of a sample. Seconds; `first_token_s` is the median. `num_steps`: 0 in the causal modes. `long`: of
+    the families with long answers. `tasks`: the same by family, at concurrency 1."""
 
     way: str
     concurrency: int

@@ -3,23 +3,28 @@
 import statistics
 from dataclasses import asdict, dataclass
 
-from benchmarks.quality_parts.plan import BLOCK, LONG_TOKENS, Plan
+from benchmarks.quality_parts.plan import BLOCK, Plan
 from benchmarks.quality_parts.record import Record, Spent
 from benchmarks.reference.report import setup, spread
 from twotower.core import Mode
+from twotower.demo.families import LONG
 from twotower.demo.scores import (
     AR,
     USUAL,
+    VERIFIED,
     BlockSteps,
     Ratio,
     Score,
     Way,
     as_markdown,
+    identical,
     mean_accuracy,
     retained,
     steps_by_block,
     tokens_per_step,
 )
+
+SHORT_OR_LONG = {False: "short", True: "long"}
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,9 @@ class Costs:
     def c(self) -> float:
         return self.denoise_s / self.ar_s
 
-    def ceiling(self, per_step: float, committed: float = 1.0) -> float:
-        """Diffusion over AR at concurrency 1 at most, with a commit as dear as a step; `committed`: the share of blocks
-        that are; the usual formula counts all of them."""
-        return BLOCK / (self.c * (BLOCK / per_step + committed))
+    def ceiling(self, per_step: float) -> float:
+        """Diffusion over AR at concurrency 1 at most, with a commit as dear as a step."""
+        return BLOCK / (self.c * (BLOCK / per_step + 1))
 
     def passes_s(self, spent: Spent) -> float:
         """The passes of such requests, one after the other. A prompt's gives `ar` its first token too; the head for it
@@ -56,22 +60,21 @@ class Findings:
     def __init__(self, plan: Plan, record: Record, costs: Costs | None) -> None:
         self.plan, self.record, self.costs = plan, record, costs
 
-    def scores(self, way: Way) -> list[Score]:
-        return [self.record.scores[family, str(way)] for family in self.plan.families]
+    def scores(self, way: Way, long: bool | None = None) -> list[Score]:
+        """Of every family, or of those with long answers or the others."""
+        families = self.plan.families if long is None else self.plan.group(long)
+        return [self.record.scores[family, str(way)] for family in families]
 
-    def kept(self, way: Way) -> float:
+    def kept(self, way: Way, long: bool | None = None) -> float:
         """Mean accuracy as a share of `ar`'s."""
-        return mean_accuracy(self.scores(way)) / mean_accuracy(self.scores(AR))
+        return mean_accuracy(self.scores(way, long)) / mean_accuracy(self.scores(AR, long))
 
-    def tokens_per_s(self, way: Way, concurrency: int) -> float:
-        return statistics.median(run.tokens_per_s for run in self.record.of(str(way), concurrency))
-
-    def timed_tokens_per_step(self, way: Way, long: bool = False) -> float:
+    def timed_tokens_per_step(self, way: Way, long: bool) -> float:
         """Of the requests that were timed at concurrency 1."""
         runs = self.record.of(str(way), 1, long)
         return sum(run.num_tokens for run in runs) / max(1, sum(run.num_steps for run in runs))
 
-    def times_ar(self, way: Way, concurrency: int, long: bool = False) -> list[float]:
+    def times_ar(self, way: Way, concurrency: int, long: bool) -> list[float]:
         """Throughput over that of `ar`, round by round."""
         ours, theirs = (self.record.of(str(each), concurrency, long) for each in (way, AR))
         pairs = zip(ours, theirs, strict=True)
@@ -79,18 +82,23 @@ class Findings:
 
     def task_times_ar(self, way: Way, family: str) -> list[float]:
         """The same of one task, at concurrency 1."""
-        ours, theirs = (self.record.of(str(each), 1) for each in (way, AR))
+        ours, theirs = (self.record.of(str(each), 1, family in LONG) for each in (way, AR))
         pairs = zip(ours, theirs, strict=True)
         return [ours.tasks[family].tokens_per_s / theirs.tasks[family].tokens_per_s for ours, theirs in pairs]
+
+    @property
+    def compared(self) -> list[Way]:
+        """Beside `ar`, in the table of tasks."""
+        return [way for way in (USUAL, VERIFIED) if way in self.plan.ways]
 
     @property
     def swept(self) -> list[Way]:
         """The thresholds, at the usual number of steps."""
         return [way for way in self.plan.ways if way.mode is Mode.DIFFUSION and way.steps_per_block == BLOCK]
 
-    def slower_at(self, way: Way) -> list[int]:
+    def slower_at(self, way: Way, long: bool) -> list[int]:
         """The concurrencies at which `ar` was the faster one, by the median."""
-        return [c for c in self.plan.concurrency if statistics.median(self.times_ar(way, c)) < 1]
+        return [c for c in self.plan.concurrency if statistics.median(self.times_ar(way, c, long)) < 1]
 
 
 def render(findings: Findings, target: str, load_before: float, command: str) -> str:
@@ -99,39 +107,76 @@ def render(findings: Findings, target: str, load_before: float, command: str) ->
         "# Quality kept against throughput gained",
         setup(load_before, command),
         _method(findings, target),
+        "## Throughput, times that of AR\n\n" + throughput(findings),
         "## By task\n\n" + by_task(findings) + "\n\n" + _of_the_timed(findings),
         "## By way of decoding\n\n" + _by_way(findings),
         "## Speed\n\n" + _speed(findings),
         _whose_time(findings),
-        "## Long answers, concurrency 1\n\n" + _long(findings),
         _blocks(findings),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def by_task(findings: Findings) -> str:
-    """Tasks down, `ar` against diffusion at the usual threshold; the last row is throughput."""
-    rows = [["task", "AR", str(USUAL), "retained", "tokens per step", "tokens an answer", "× AR at 1"], ["---"] * 7]
-    timed = findings.record.of(str(AR), 1)[0].tasks
-    for ar, usual in zip(findings.scores(AR), findings.scores(USUAL), strict=True):
-        share = _percent(usual.accuracy / ar.accuracy) if ar.accuracy else "–"
-        cells = [ar.family, _percent(ar.accuracy), _percent(usual.accuracy), share, f"{tokens_per_step([usual]):.2f}"]
-        length = timed[ar.family].num_tokens / timed[ar.family].num_answers
-        rows.append([*cells, f"{length:.0f}", spread(findings.task_times_ar(USUAL, ar.family), 2)])
-    both = [findings.scores(way) for way in (AR, USUAL)]
-    means = [_percent(mean_accuracy(scores)) for scores in both]
-    rows.append(["**mean**", *means, _percent(findings.kept(USUAL)), f"{tokens_per_step(both[1]):.2f}", "", ""])
-    throughput = f"{spread(findings.times_ar(USUAL, 1), 2)} ×"
-    rows.append(["throughput at concurrency 1", "1.00 ×", throughput, "", "", "", ""])
+def throughput(findings: Findings) -> str:
+    """What is kept and gained, a row for each way and length of answers."""
+    clients = [f"at {concurrency}" for concurrency in findings.plan.concurrency]
+    head = ["answers", "way", "retained", "identical to AR's", "tokens a step or round", *clients]
+    rows = [head, ["---"] * len(head)]
+    for long in findings.plan.lengths:
+        for way in findings.compared:
+            scores = findings.scores(way, long)
+            cells = [SHORT_OR_LONG[long], str(way), *_against_ar(findings, way, long), f"{tokens_per_step(scores):.2f}"]
+            times = [spread(findings.times_ar(way, c, long), 2) for c in findings.plan.concurrency]
+            rows.append([*cells, *times])
     return as_markdown(rows)
+
+
+def _against_ar(findings: Findings, way: Way, long: bool | None) -> list[str]:
+    """What is kept of `ar`'s quality, and the share of answers that are its own."""
+    same = identical(findings.scores(way, long), findings.scores(AR, long))
+    return [_percent(findings.kept(way, long)), _percent(same)]
+
+
+def by_task(findings: Findings) -> str:
+    """Tasks down, those with short answers first; `ar` beside diffusion at the usual threshold and `verified`."""
+    head = ["task", "tokens an answer", "AR"]
+    for way in findings.compared:
+        unit = "tokens a round" if way.mode is Mode.VERIFIED else "tokens a step"
+        head += [str(way), "identical", unit, "× AR at 1"]
+    rows = [head, ["---"] * len(head)]
+    for long in findings.plan.lengths:
+        rows += [_task(findings, family) for family in findings.plan.group(long)]
+        rows.append(_of_all_tasks(findings, f"**{SHORT_OR_LONG[long]}**", long))
+    return as_markdown([*rows, _of_all_tasks(findings, "**mean**", None)])
+
+
+def _task(findings: Findings, family: str) -> list[str]:
+    [ar] = [score for score in findings.scores(AR) if score.family == family]
+    timed = findings.record.of(str(AR), 1, family in LONG)[0].tasks[family]
+    cells = [family, f"{timed.num_tokens / timed.num_answers:.0f}", _percent(ar.accuracy)]
+    for way in findings.compared:
+        [score] = [score for score in findings.scores(way) if score.family == family]
+        same, per_step = identical([score], [ar]), tokens_per_step([score])
+        times = spread(findings.task_times_ar(way, family), 2)
+        cells += [_percent(score.accuracy), _percent(same), f"{per_step:.2f}", times]
+    return cells
+
+
+def _of_all_tasks(findings: Findings, name: str, long: bool | None) -> list[str]:
+    cells = [name, "", _percent(mean_accuracy(findings.scores(AR, long)))]
+    for way in findings.compared:
+        scores = findings.scores(way, long)
+        times = "" if long is None else spread(findings.times_ar(way, 1, long), 2)
+        same = identical(scores, findings.scores(AR, long))
+        cells += [_percent(mean_accuracy(scores)), _percent(same), f"{tokens_per_step(scores):.2f}", times]
+    return cells
 
 
 def _of_the_timed(findings: Findings) -> str:
     plan = findings.plan
-    answers = len(plan.timed(1)) // len(plan.families)
     return (
-        f"Tokens an answer (`ar`'s) and × AR are of the {answers} answers a task that were timed in each of "
-        f"{plan.rounds} rounds, all else of the {plan.per_family} that were marked."
+        f"Tokens an answer (`ar`'s) and × AR are of the {plan.sample_per_family} prompts a task that were timed in "
+        f"each of {plan.rounds} rounds, all else of those that were marked."
     )
 
 
@@ -139,7 +184,8 @@ def _method(findings: Findings, target: str) -> str:
     plan = findings.plan
     resumed = " Measured in several runs (--resume)." if findings.record.resumed else ""
     return (
-        f"Target: {target}.{resumed} Quality: {plan.per_family} held-out instances a family, exact match, "
+        f"Target: {target}.{resumed} Quality: {plan.per_family} held-out instances a family, a quarter of them of "
+        "those with long answers, exact match, "
         f"temperature 0, blocks of 16, one pass at concurrency 16. Speed: {plan.sample_per_family} other instances a "
         f"family in turn, the same for every way, closed-loop clients, {plan.rounds} rounds whose order alternates; "
         "tokens up to eos. "
@@ -149,27 +195,30 @@ def _method(findings: Findings, target: str) -> str:
 
 
 def _by_way(findings: Findings) -> str:
-    head = ["way", "mean accuracy", "retained, ratio of means", "retained, mean of ratios", "tokens per step"]
-    head += ["× AR at 1", "τ of the timed", "ceiling", "of the ceiling"]
+    head = ["way", "mean accuracy", "retained, ratio of means", "retained, mean of ratios", "identical to AR's"]
+    head += ["tokens per step", "answers", "× AR at 1", "τ of the timed", "ceiling", "of the ceiling"]
     rows = [head, ["---"] * len(head)]
     for way in findings.plan.ways:
         scores, per_step = findings.scores(way), tokens_per_step(findings.scores(way))
         kept = retained(scores, findings.scores(AR))
         cells = [str(way), _percent(mean_accuracy(scores)), _ratio(kept.of_means), _ratio(kept.mean_of_ratios)]
-        rows.append([*cells, f"{per_step:.2f}", *_against_ceiling(findings, way)])
+        cells += [_percent(identical(scores, findings.scores(AR))), f"{per_step:.2f}"]
+        for long in findings.plan.lengths:
+            rows.append([*cells, SHORT_OR_LONG[long], *_against_ceiling(findings, way, long)])
+            cells = [""] * len(cells)
     said = as_markdown(rows)
     if findings.costs is not None:
         said += "\n\n" + _costs(findings.costs)
     return said
 
 
-def _against_ceiling(findings: Findings, way: Way) -> list[str]:
+def _against_ceiling(findings: Findings, way: Way, long: bool) -> list[str]:
     if way not in findings.plan.speed_ways(1):
         return ["", "", "", ""]
-    times = statistics.median(findings.times_ar(way, 1))
+    times = statistics.median(findings.times_ar(way, 1, long))
     if findings.costs is None or way.mode is not Mode.DIFFUSION:
         return [f"{times:.2f}", "", "", ""]
-    per_step = findings.timed_tokens_per_step(way)
+    per_step = findings.timed_tokens_per_step(way, long)
     ceiling = findings.costs.ceiling(per_step)
     return [f"{times:.2f}", f"{per_step:.2f}", f"{ceiling:.2f}", _percent(times / ceiling)]
 
@@ -184,19 +233,20 @@ def _costs(costs: Costs) -> str:
 
 
 def _speed(findings: Findings) -> str:
-    head = ["concurrency", "way", "tokens/s", "× AR", "first token, ms"]
-    rows = [head, ["---"] * len(head)]
-    for concurrency in findings.plan.concurrency:
-        for way in findings.plan.speed_ways(concurrency):
-            runs = findings.record.of(str(way), concurrency)
-            first = [1e3 * run.first_token_s for run in runs]
-            speeds = spread([run.tokens_per_s for run in runs], 0)
-            ratio = spread(findings.times_ar(way, concurrency), 2)
-            rows.append([str(concurrency), str(way), speeds, ratio, spread(first)])
-    slower = findings.slower_at(USUAL)
-    where = f"concurrency {', '.join(map(str, slower))}" if slower else "no concurrency measured"
-    said = f"`ar` is faster than {USUAL} at {where} (medians)."
-    return as_markdown(rows) + "\n\n" + said
+    head = ["answers", "concurrency", "way", "tokens/s", "× AR", "first token, ms"]
+    rows, said = [head, ["---"] * len(head)], []
+    for long in findings.plan.lengths:
+        for concurrency in findings.plan.concurrency:
+            for way in findings.plan.speed_ways(concurrency):
+                runs = findings.record.of(str(way), concurrency, long)
+                first = [1e3 * run.first_token_s for run in runs]
+                speeds = spread([run.tokens_per_s for run in runs], 0)
+                ratio = spread(findings.times_ar(way, concurrency, long), 2)
+                rows.append([SHORT_OR_LONG[long], str(concurrency), str(way), speeds, ratio, spread(first)])
+        slower = findings.slower_at(USUAL, long)
+        where = f"concurrency {', '.join(map(str, slower))}" if slower else "no concurrency measured"
+        said.append(f"With {SHORT_OR_LONG[long]} answers `ar` is faster than {USUAL} at {where} (medians).")
+    return as_markdown(rows) + "\n\n" + " ".join(said)
 
 
 def _whose_time(findings: Findings) -> str:
@@ -204,50 +254,26 @@ def _whose_time(findings: Findings) -> str:
     costs = findings.costs
     if costs is None:
         return ""
-    head = ["way", "an answer, ms", "passes alone", "all else", "× AR", "by passes alone", "of that"]
+    head = ["answers", "way", "an answer, ms", "passes alone", "all else", "× AR", "by passes alone", "of that"]
     rows, alone = [head, ["---"] * len(head)], {}
-    for way in findings.plan.few_ways():
-        spent = [run.spent for run in findings.record.of(str(way), 1)]
-        took = [1e3 * each.seconds / each.num_answers for each in spent]
-        passes = 1e3 * statistics.median(costs.passes_s(each) / each.num_answers for each in spent)
-        tokens = statistics.median(each.num_tokens / each.num_answers for each in spent)
-        alone[way] = tokens / passes
-        times, bound = statistics.median(findings.times_ar(way, 1)), alone[way] / alone[AR]
-        rest = statistics.median(took) - passes
-        cells = [str(way), spread(took), f"{passes:.1f}", f"{rest:.1f}", f"{times:.2f}", f"{bound:.2f}"]
-        rows.append([*cells, _percent(times / bound)])
+    for long in findings.plan.lengths:
+        for way in findings.plan.few_ways():
+            spent = [run.spent for run in findings.record.of(str(way), 1, long)]
+            took = [1e3 * each.seconds / each.num_answers for each in spent]
+            passes = 1e3 * statistics.median(costs.passes_s(each) / each.num_answers for each in spent)
+            tokens = statistics.median(each.num_tokens / each.num_answers for each in spent)
+            alone[way] = tokens / passes
+            times, bound = statistics.median(findings.times_ar(way, 1, long)), alone[way] / alone[AR]
+            rest = statistics.median(took) - passes
+            cells = [SHORT_OR_LONG[long], str(way), spread(took), f"{passes:.1f}", f"{rest:.1f}", f"{times:.2f}"]
+            rows.append([*cells, f"{bound:.2f}", _percent(times / bound)])
     return (
         "## Where an answer's time goes, concurrency 1\n\n"
         + as_markdown(rows)
         + f"\n\nPasses alone: a prompt ({1e3 * costs.prompt_s:.2f} ms on average), then steps, and "
-        f"commits ({1e3 * costs.commit_s:.2f} ms) of blocks that another one follows; × AR by them is what these "
-        "weights on this machine come to where passes, one after the other, are all that takes time. All else: client, "
-        "service, exchange, and what an engine does beside its passes."
-    )
-
-
-def _long(findings: Findings) -> str:
-    """Where nothing but blocks and commits counts, as in the ceiling."""
-    head = ["way", "tokens/s", "× AR", "τ", "ceiling", "of the ceiling", "of it, the last block not committed"]
-    rows = [head, ["---"] * len(head)]
-    blocks = LONG_TOKENS // BLOCK
-    for way in findings.plan.few_ways():
-        times = findings.times_ar(way, 1, long=True)
-        cells = [str(way), spread([run.tokens_per_s for run in findings.record.of(str(way), 1, True)], 0)]
-        cells.append(spread(times, 2))
-        if findings.costs is None or way.mode is not Mode.DIFFUSION:
-            rows.append([*cells, "", "", "", ""])
-            continue
-        per_step = findings.timed_tokens_per_step(way, long=True)
-        ceilings = [findings.costs.ceiling(per_step, committed) for committed in (1.0, (blocks - 1) / blocks)]
-        shares = [f"{spread([100 * each / ceiling for each in times])} %" for ceiling in ceilings]
-        rows.append([*cells, f"{per_step:.2f}", f"{ceilings[0]:.2f}", *shares])
-    short = findings.record.of(str(USUAL), 1)
-    mean = sum(run.num_tokens for run in short) / max(1, len(findings.plan.timed(1)) * len(short))
-    return as_markdown(rows) + (
-        "\n\nThe ceiling knows blocks and commits, but neither prompts nor a request's way through a service; the "
-        f"tasks' own answers, {mean:.0f} tokens on average, are mostly those. Here one instance a family goes on to "
-        f"{LONG_TOKENS} tokens past eos: text nobody asked for, so with fewer tokens a step."
+        f"commits ({1e3 * costs.commit_s:.2f} ms) of blocks that another one follows, or reads of drafts; × AR by "
+        "them is what these weights on this machine come to where passes, one after the other, are all that takes "
+        "time. All else: client, service, exchange, and what an engine does beside its passes."
     )
 
 
@@ -277,6 +303,7 @@ def blocks_of(findings: Findings, family: str, way: Way) -> list[BlockSteps]:
 def summary(findings: Findings) -> dict[str, object]:
     """The figures as JSON."""
     return {
+        "prompts": sum(len(score.answers) for score in findings.scores(AR)),
         "costs": None if findings.costs is None else {"c": findings.costs.c, **vars(findings.costs)},
         "quality": [_quality(findings, way) for way in findings.plan.ways],
         "speed": [{**asdict(run), "tokens_per_s": run.tokens_per_s} for run in findings.record.runs.values()],
@@ -303,6 +330,7 @@ def _quality(findings: Findings, way: Way) -> dict[str, object]:
         "mean_accuracy": mean_accuracy(scores),
         "retained_ratio_of_means": kept.of_means._asdict(),
         "retained_mean_of_ratios": kept.mean_of_ratios._asdict(),
+        "identical": identical(scores, findings.scores(AR)),
         "tokens_per_step": tokens_per_step(scores),
     }
 

@@ -16,7 +16,7 @@ from twotower.engine.in_process import open_pair
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError, Unavailable
 
-_SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=256, max_queued_requests=256)
+_SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=512, max_queued_requests=256)
 
 
 def target_of(text: str, checkpoint: Directory) -> Path:
@@ -98,8 +98,8 @@ class _HttpClient:
                     raise Unavailable(f"request {request.id}: {event['error']['message']}")
                 for choice in event["choices"]:
                     yield Piece(tuple(choice["token_ids"]), 0)
-                if "usage" in event:  # HTTP tells the steps of the whole answer, not of each block
-                    yield Piece((), event["usage"]["num_steps"])
+                if "usage" in event:  # HTTP tells the costs of the whole answer, not of each block
+                    yield Piece((), event["usage"]["num_steps"], event["usage"]["num_blocks"])
 
 
 def _body(request: Request) -> dict[str, object]:

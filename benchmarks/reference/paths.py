@@ -21,10 +21,11 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens that came together, and the denoiser steps behind them."""
+    """Tokens that came together, and the denoiser steps and the blocks behind them, which in `verified` are rounds."""
 
     token_ids: tuple[int, ...]
     num_steps: int
+    num_blocks: int = 0
 
 
 class Running(Protocol):
@@ -99,7 +100,7 @@ class PairPath:
 
     async def generate(self, request: Request) -> AsyncIterator[Piece]:
         async for event in self._pair.generate(request, TIMEOUT_S):
-            yield Piece(event.token_ids, event.num_steps)
+            yield Piece(event.token_ids, event.num_steps, event.num_blocks)
 
 
 class ServedPath:
@@ -127,7 +128,8 @@ class _GrpcPath:
     async def generate(self, request: Request) -> AsyncIterator[Piece]:
         async for answer in self._stub.GenerateStream(_message(request), timeout=TIMEOUT_S):
             if answer.WhichOneof("event") == "block":
-                yield Piece(tuple(answer.block.token_ids), answer.block.num_steps)
+                block = answer.block
+                yield Piece(tuple(block.token_ids), block.num_steps, block.num_blocks)
 
 
 def _message(request: Request) -> object:

@@ -39,8 +39,19 @@ class MeasuredWay(_Told):
     times_ar: _Rate
 
 
+class MeasuredVerified(MeasuredWay):
+    """`verified`. `same_as_ar`: all answers were `ar`'s, token for token. `recommended`: rather than any γ."""
+
+    threshold: None = None
+    same_as_ar: bool
+    recommended: bool
+
+
 class TradeRecord(_Told):
-    """What a sweep has found. `quality`: by known answers, or by agreement with `ar`. `ways`: `ar` first."""
+    """What a sweep has found. `quality`: by known answers, or by agreement with `ar`. `ways`: `ar` first, then γ.
+
+    `verified`: None in records of sweeps that did not ask for it.
+    """
 
     checkpoint: str
     quality: Literal["answers", "agreement"]
@@ -51,6 +62,7 @@ class TradeRecord(_Told):
     measured: str = Field(default="", max_length=40)
     hardware: str = Field(default="", max_length=200)
     ways: list[MeasuredWay] = Field(min_length=2, max_length=64)
+    verified: MeasuredVerified | None = None
 
     @model_validator(mode="after")
     def _ar_and_thresholds(self) -> "TradeRecord":

@@ -9,10 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from cluster.cli.answers import HeardTexts, told_by
 from cluster.ops.invocation import command
-from twotower.core import COSTS
+from twotower.commands.told import Piece, logprobs_json, trace_json
+from twotower.commands.views import View, view_of
+from twotower.core import COSTS, Likelihood, TraceEvent
 from twotower.errors import ConfigError, TwoTowerError, Unavailable
-from twotower_client import Block, Client, InvalidRequest, ModelInfo, RetryPolicy, ServiceError, Stream, Unauthenticated
+from twotower_client import Client, InvalidRequest, ModelInfo, RetryPolicy, ServiceError, Stream, Unauthenticated
 from twotower_client import Unavailable as Unanswered
 from twotower_client.target import KEY_VARIABLE, target_of
 
@@ -71,13 +74,13 @@ def model_info(address: str, timeout_s: float = 5.0) -> ModelInfo:
 def generate(address: str, prompt: Any, options: Mapping[str, Any], as_json: bool) -> None:
     """Prints the answer: text as it comes, or one JSON object. Raises Refused or Unavailable."""
     with asked(address) as client:
-        if as_json:
-            with client.stream(prompt, **options) as stream:
-                _print_json(stream)
-        else:
-            has_text = client.model(options.get("timeout_s")).has_tokenizer
-            with client.stream(prompt, **options) as stream:
-                _print_text(stream, bool(has_text))
+        has_text, texts = bool(client.model(options.get("timeout_s")).has_tokenizer), HeardTexts()
+        with client.stream(prompt, **options) as stream:
+            if as_json:
+                _print_json(stream, options, texts, has_text)
+            else:
+                logprobs = options.get("logprobs") is not None
+                _print_text(stream, view_of(bool(options.get("trace")), logprobs, texts), texts, has_text)
 
 
 def explained(error: ServiceError, address: str) -> Unavailable | Refused:
@@ -93,18 +96,31 @@ def explained(error: ServiceError, address: str) -> Unavailable | Refused:
     return Refused(str(error), isinstance(error, InvalidRequest))
 
 
-def _print_text(stream: Stream, has_text: bool) -> None:
+def _print_text(stream: Stream, view: View, texts: HeardTexts, has_text: bool) -> None:
     """Token ids only where the service has no text at all: a block's text may lag behind its tokens."""
     for event in stream:
-        if isinstance(event, Block):
-            print(event.text if has_text else "".join(f"{token} " for token in event.token_ids), end="", flush=True)
-    print()
+        told = told_by(event, texts, has_text)
+        if told is not None:
+            view.hear(told)
+    view.end()
 
 
-def _print_json(stream: Stream) -> None:
+def _print_json(stream: Stream, options: Mapping[str, Any], texts: HeardTexts, has_text: bool) -> None:
+    likelihoods, trace = list[Likelihood](), list[TraceEvent]()
+    for event in stream:
+        told = told_by(event, texts, has_text)
+        if isinstance(told, Piece):
+            likelihoods += told.likelihoods
+        elif told is not None:
+            trace.append(told)
     answer = stream.rest()
-    how = {"mode": answer.mode, "seed": answer.seed, "request_id": answer.request_id}
-    costs = {name: getattr(answer.usage, name) for name in COSTS}
-    whole = {"token_ids": answer.token_ids, "text": answer.text, "finish_reason": answer.finish_reason}
-    json.dump({**whole, **costs, **how}, sys.stdout, ensure_ascii=False)
+    result: dict[str, Any] = {"token_ids": answer.token_ids, "text": answer.text}
+    result["finish_reason"] = answer.finish_reason
+    result |= {name: getattr(answer.usage, name) for name in COSTS}
+    result |= {"mode": answer.mode, "seed": answer.seed, "request_id": answer.request_id}
+    if options.get("logprobs") is not None:
+        result["logprobs"] = logprobs_json(answer.token_ids, likelihoods, texts)
+    if options.get("trace"):
+        result["trace"] = trace_json(trace, texts)
+    json.dump(result, sys.stdout, ensure_ascii=False)
     print()

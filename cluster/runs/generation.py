@@ -16,11 +16,13 @@ from cluster.runs.allowances import Allowances, Wish
 from cluster.runs.answer import Piece
 from cluster.runs.callers import NOBODY, Caller, Door, OpenDoor
 from cluster.runs.cells import Cells
+from cluster.runs.choices import tries_of
 from cluster.runs.deadline import Deadline
 from cluster.runs.echoing import EchoedPrompt, Echoing
 from cluster.runs.labels import WANTED, is_label
 from cluster.runs.lanes import Lanes
 from cluster.runs.observers import Observer
+from cluster.runs.prompts import NO_PART, Given, Part, Prompts, length_of
 from cluster.runs.record import Record
 from cluster.runs.run import Generating, Means, Patience, Run, Scoring
 from cluster.runs.served_model import ServedModel
@@ -33,13 +35,11 @@ from twotower.showing import show
 from twotower.text.answer_text import AnswerText
 from twotower.text.token_names import TokenNames
 from twotower.text.token_texts import TokenTexts
-from twotower.text.tokenizer import check_stop, require_tokenizer
+from twotower.text.tokenizer import check_stop
 from twotower.validation import (
     Problems,
     Terms,
-    check_bytes,
     check_likelihoods,
-    check_part,
     check_priority,
     check_terms,
     join,
@@ -47,11 +47,6 @@ from twotower.validation import (
 )
 
 AnyRun = TypeVar("AnyRun", bound=Run)
-Given = str | Sequence[object]  # text, or token ids
-Part = str | tuple[int, ...]  # the same, checked
-_NO_PART: Part = ()  # where it is wrong, which is told
-_TOKENIZED_S = 1e-6  # a byte, about
-_CHARACTERS_A_TOKEN = 4
 _DETOKENIZED_S = 5e-5  # a token, one by one
 
 
@@ -61,6 +56,7 @@ class Ask:
 
     `label` is the client's name for it, echoed and logged; several requests may bear the same. `id` is ours. `trace`:
     whether the stream shows the steps. `logprobs`: with how many alternatives likelihoods are told; None: they are not.
+    `special_tokens`: whether the tokenizer puts its own around text, a BOS say.
     """
 
     prompt: Given
@@ -71,6 +67,7 @@ class Ask:
     id: str = field(default_factory=lambda: drawn_id())
     trace: object = False
     logprobs: object = None
+    special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +132,7 @@ class Generation:
         self._runs: WeakSet[Run] = WeakSet()
         self._given_up: TwoTowerError | None = None
         self.lanes = Lanes()
+        self.prompts = Prompts(model, self.lanes)
         self.token_texts = TokenTexts(model.tokenizer)
         self.token_names = TokenNames(self.token_texts)
         self.admission = admission or Admission(capacity=1024, slots=at_once)
@@ -148,11 +146,11 @@ class Generation:
         problems, limits = Problems(), self.model.limits
         _check_label(ask.label, problems)
         stop = problems.of(lambda: check_stop(self.model.tokenizer, ask.stop), tuple[str, ...]())
-        prompt = problems.of(lambda: self._checked("prompt", ask.prompt), _NO_PART)
+        prompt = problems.of(lambda: self.prompts.checked("prompt", ask.prompt), NO_PART)
         terms = problems.of(lambda: check_terms(ask.params, ask.priority, limits, ask.trace, ask.logprobs), None)
         problems.raise_any()
         assert terms is not None
-        request = None if isinstance(prompt, str) else join(ask.id, prompt, terms, limits)
+        request = join(ask.id, prompt, terms, limits) if isinstance(prompt, tuple) else None
         return Checked(ask, stop, prompt, terms, request)
 
     def check_score(self, ask: ScoreAsk) -> CheckedScore:
@@ -163,12 +161,12 @@ class Generation:
     def _check_score(self, ask: ScoreAsk) -> CheckedScore:
         problems = Problems()
         _check_label(ask.label, problems)
-        prompt = problems.of(lambda: self._checked("prompt", ask.prompt), _NO_PART)
-        continuation = problems.of(lambda: self._checked("continuation", ask.continuation), _NO_PART)
+        prompt = problems.of(lambda: self.prompts.checked("prompt", ask.prompt), NO_PART)
+        continuation = problems.of(lambda: self.prompts.checked("continuation", ask.continuation), NO_PART)
         priority = problems.of(lambda: check_priority(ask.priority), 0)
         problems.raise_any()
         request = None
-        if not isinstance(prompt, str) and not isinstance(continuation, str):
+        if isinstance(prompt, tuple) and isinstance(continuation, tuple):
             request = join_score(ask.id, prompt, continuation, priority, self.model.limits)
         return CheckedScore(ask, prompt, continuation, priority, request)
 
@@ -210,14 +208,28 @@ class Generation:
         """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens;
         DeadlineExceeded.
         """
+        return (await self.runs(checked, 1, deadline, caller, parent))[0]
+
+    async def runs(
+        self,
+        checked: Checked,
+        count: int,
+        deadline: Deadline,
+        caller: Caller = NOBODY,
+        parent: TraceParent = NO_PARENT,
+    ) -> list[Generating]:
+        """As `run`: so many answers to one prompt, which is tokenized once."""
         ask, request, model = checked.ask, checked.request, self.model
         if request is None:
             with self._refusals_told():
-                prompt = await self._tokenized("prompt", checked.prompt, deadline)
+                prompt = await self.prompts.token_ids("prompt", checked.prompt, deadline, ask.special_tokens)
                 request = join(ask.id, prompt, checked.terms, self.model.limits)
-        record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
-        text = AnswerText(self.model.tokenizer, checked.stop, request.logprobs is not None)
-        return self._added(Generating(record, deadline, self._means, text))
+        runs = []
+        for one in tries_of(request, count):
+            record = Record(one, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
+            text = AnswerText(self.model.tokenizer, checked.stop, one.logprobs is not None)
+            runs.append(self._added(Generating(record, deadline, self._means, text)))
+        return runs
 
     async def echo_run(
         self,
@@ -249,8 +261,10 @@ class Generation:
         ask, request, model = checked.ask, checked.request, self.model
         if request is None:
             with self._refusals_told():
-                prompt = await self._tokenized("prompt", checked.prompt, deadline)
-                continuation = await self._tokenized("continuation", checked.continuation, deadline)
+                prompt = await self.prompts.token_ids("prompt", checked.prompt, deadline)
+                continuation = await self.prompts.token_ids(
+                    "continuation", checked.continuation, deadline, special=False
+                )
                 request = join_score(ask.id, prompt, continuation, checked.priority, self.model.limits)
         record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
         return self._added(Scoring(record, deadline, self._means))
@@ -283,23 +297,6 @@ class Generation:
             run.give_up(self._given_up)
         return run
 
-    def _checked(self, name: str, given: Given) -> Part:
-        """The prompt, or the continuation of one. Text that cannot fit is refused before it is tokenized."""
-        if not isinstance(given, str):
-            return check_part(name, given, self.model.limits)
-        tokenizer = require_tokenizer(self.model.tokenizer, name)
-        text = check_bytes(name, given, self.model.limits.max_sequence_length, tokenizer.bytes_per_token)
-        return text or check_part(name, (), self.model.limits)
-
-    async def _tokenized(self, name: str, part: Part, deadline: Deadline) -> tuple[int, ...]:
-        """Token ids of the prompt, or of the continuation of one. Raises InvalidRequest where there are too many."""
-        if not isinstance(part, str):
-            return part
-        tokenizer = require_tokenizer(self.model.tokenizer, name)
-        encode = tokenizer.encode if name == "prompt" else tokenizer.encode_continuation
-        token_ids = await self.lanes.run(len(part.encode()) * _TOKENIZED_S, partial(encode, part), deadline)
-        return check_part(name, token_ids, self.model.limits)
-
 
 def _check_likelihoods(checked: "Sequence[Checked | CheckedScore]") -> None:
     """Of all prompts of a call together. Raises InvalidRequest."""
@@ -315,12 +312,8 @@ def _priority(checked: Checked | CheckedScore) -> int:
 def _most_tokens(checked: Checked | CheckedScore) -> int:
     """That it may take, about: of text nobody knows yet how many it has."""
     if isinstance(checked, CheckedScore):
-        return _length(checked.prompt) + _length(checked.continuation)
-    return _length(checked.prompt) + checked.terms.params.max_new_tokens
-
-
-def _length(part: Part) -> int:
-    return len(part) // _CHARACTERS_A_TOKEN if isinstance(part, str) else len(part)
+        return length_of(checked.prompt) + length_of(checked.continuation)
+    return length_of(checked.prompt) + checked.terms.params.max_new_tokens
 
 
 def drawn_id() -> str:

@@ -8,6 +8,7 @@ from cluster.served_paths import checkpoint_directory
 from twotower.core import DecodingParams, Mode
 from twotower.errors import ConfigError
 from twotower.model.checkpoint import Checkpoint
+from twotower.text.chat_template import ChatTemplate, template_of
 from twotower.text.tokenizer import Tokenizer, load_tokenizer
 from twotower.validation import ModelLimits, check_values
 
@@ -22,11 +23,13 @@ class ServedModel:
     layout: str
     fingerprint: str
     vocabulary: str
+    chat_template: ChatTemplate | None = None
     version: str = twotower.__version__
 
 
 def load_served_model(config: ServiceConfig) -> ServedModel:
-    """Raises CheckpointError for a damaged directory, ConfigError where its modes and the configured ones disagree."""
+    """Raises CheckpointError for a damaged directory or a broken chat template, ConfigError where its modes and the
+    configured ones disagree."""
     directory = checkpoint_directory(config.model.checkpoint)
     checkpoint = Checkpoint.open(directory)
     modes = tuple(m for m in checkpoint.modes if m is Mode.AR or config.cell.placement != "ar_only")
@@ -36,10 +39,12 @@ def load_served_model(config: ServiceConfig) -> ServedModel:
         modes=modes,
         defaults=_defaults(config, modes),
     )
+    tokenizer = load_tokenizer(directory)
     return ServedModel(
         name=served_name(config),
         limits=limits,
-        tokenizer=load_tokenizer(directory),
+        tokenizer=tokenizer,
+        chat_template=template_of(tokenizer, directory, config.model.chat_template),
         layout=str(checkpoint.layout),
         fingerprint=checkpoint.fingerprint,
         vocabulary=checkpoint.vocabulary,

@@ -1,6 +1,7 @@
 """The quality benchmark against targets that are made up: what it asks, what it keeps, what it writes."""
 
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -20,23 +21,24 @@ from benchmarks.reference.workload import DEMO
 from twotower.commands.journal import Journal
 from twotower.core import Mode, Request
 from twotower.demo.corpus import held_out
-from twotower.demo.scores import AR, MOCK_AR, USUAL, Way
+from twotower.demo.scores import AR, MOCK_AR, USUAL, VERIFIED, Way, identical
 from twotower.demo.tokenizer import decode_answer, encode_answer, load_tokenizer
 from twotower.errors import ConfigError
 
 PLAN = Plan(
-    (AR, MOCK_AR, USUAL, Way(Mode.DIFFUSION, 0.5)),
+    (AR, MOCK_AR, USUAL, VERIFIED, Way(Mode.DIFFUSION, 0.5)),
     per_family=4,
     concurrency=(1, 2),
     sample_per_family=2,
     rounds=2,
-    families=("roman", "count"),
+    families=("roman", "count", "balance"),
 )
+SHORT = ("roman", "count")
 COSTS = Costs(0.004, 0.002, 0.003, 0.005)
 
 
 class Oracle:
-    """Knows every answer; at γ 0.5 it gets every second one wrong. Two steps a block."""
+    """Knows every answer; at γ 0.5 it gets every second one wrong. Two steps a block, eight tokens a round."""
 
     name = "oracle"
 
@@ -57,9 +59,9 @@ class Oracle:
         tokens = encode_answer(self._tokenizer, answer)
         if params.confidence_threshold == 0.5 and len(self.asked) % 2:
             tokens = tokens[1:]
-        for start in range(0, len(tokens), 16 if params.mode is Mode.DIFFUSION else 1):
-            block = tokens[start : start + 16] if params.mode is Mode.DIFFUSION else tokens[start : start + 1]
-            yield Piece(tuple(block), 2 if params.mode is Mode.DIFFUSION else 0)
+        width = {Mode.DIFFUSION: 16, Mode.VERIFIED: 8}.get(params.mode, 1)
+        for start in range(0, len(tokens), width):
+            yield Piece(tuple(tokens[start : start + width]), 0 if width == 1 else 2, 1)
 
 
 @pytest.fixture
@@ -77,33 +79,38 @@ async def _findings(tokenizer: BpeTokenizer, path: Path, resume: bool = False) -
 async def test_what_is_found_is_what_was_answered(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
     findings, oracle = await _findings(tokenizer, tmp_path / "q.jsonl")
     assert findings.kept(USUAL) == 1.0
-    assert findings.kept(Way(Mode.DIFFUSION, 0.5)) == 0.5
+    careless = Way(Mode.DIFFUSION, 0.5)
+    assert findings.kept(careless, long=False) == 0.5
     assert len({request.id for request in oracle.asked}) == len(oracle.asked)
     assert {request.params.temperature for request in oracle.asked} == {0.0}
-    assert [len(findings.record.of(str(AR), c)) for c in (1, 2)] == [2, 2]
+    assert [len(findings.record.of(str(AR), c, long)) for c in (1, 2) for long in (False, True)] == [2, 2, 2, 2]
     assert not findings.record.of(str(MOCK_AR), 1), "mock-AR has no speed that anybody wants to know"
     report = render(findings, "an oracle", 0.0, "the command")
-    assert "| roman | 100.0 % | 100.0 % | 100.0 % |" in report
-    assert [len(findings.record.of(str(USUAL), 1, long)) for long in (False, True)] == [2, 2]
-    assert {r.params.max_new_tokens for r in oracle.asked if r.params.ignore_eos} == {128}
-    assert "| diffusion 0.8 |" in report.partition("## Long answers")[2]
+    assert re.search(r"\| roman \| \d+ \| 100.0 % \| 100.0 % \| 100.0 % \|", report)
+    assert identical(findings.scores(VERIFIED), findings.scores(AR)) == 1.0
+    assert identical(findings.scores(careless, False), findings.scores(AR, False)) == 0.5
+    assert "| long | verified | 100.0 % | 100.0 % | 7." in report.partition("## By task")[0]
     assert "c = 2.00" in report and "## Steps per block" in report
-    assert "| diffusion 0.5 | 50.0 % | 50.0 % (" in report
-    per_step = findings.timed_tokens_per_step(USUAL)
-    assert f"| {per_step:.2f} | {COSTS.ceiling(per_step):.2f} |" in report
+    kept = 100 * findings.kept(careless)
+    assert f"| diffusion 0.5 | {kept:.1f} % | {kept:.1f} % (" in report
+    for long in (False, True):
+        per_step = findings.timed_tokens_per_step(USUAL, long)
+        assert f"| {per_step:.2f} | {COSTS.ceiling(per_step):.2f} |" in report
 
 
 async def test_what_each_task_took(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
     findings, _ = await _findings(tokenizer, tmp_path / "q.jsonl")
-    asked = PLAN.timed(1)
-    lengths = [len(encode_answer(tokenizer, instance.answer)) for instance in asked]
-    for way in (AR, USUAL):
-        [run, _] = findings.record.of(str(way), 1)
-        assert set(run.tasks) == {"roman", "count"} and run.spent.num_answers == len(asked) == 8
-        assert (run.spent.num_tokens, run.spent.num_steps) == (run.num_tokens, run.num_steps) and run.num_tokens
+    for long, families in ((False, {*SHORT}), (True, {"balance"})):
+        asked = PLAN.timed(1, long)
+        lengths = [len(encode_answer(tokenizer, instance.answer)) for instance in asked]
         blocks = sum(-(-length // 16) for length in lengths)
-        assert run.spent.num_commits == (blocks - 8 if way is USUAL else 0) and 0 < run.spent.seconds <= run.seconds
-    assert blocks > 8
+        rounds = sum(-(-length // 8) for length in lengths)
+        for way, commits in ((AR, 0), (USUAL, blocks - 8), (VERIFIED, rounds)):
+            [run, _] = findings.record.of(str(way), 1, long)
+            assert set(run.tasks) == families and run.spent.num_answers == len(asked) == 8
+            assert (run.spent.num_tokens, run.spent.num_steps) == (run.num_tokens, run.num_steps) and run.num_tokens
+            assert run.spent.num_commits == commits and 0 < run.spent.seconds <= run.seconds
+        assert blocks > (40 if long else 8)
     assert not findings.record.of(str(AR), 2)[0].tasks, "requests that overlap have no time of their own"
     again = Record(Journal(tmp_path / "q.jsonl", PLAN.about(), resume=True))
     again.close()
@@ -124,12 +131,12 @@ async def test_whose_time_it_is(tokenizer: BpeTokenizer, tmp_path: Path) -> None
     assert 250 * COSTS.passes_s(Spent(4, 52, 0, 0, 9.9)) == pytest.approx(bare_ar)
     assert 250 * COSTS.passes_s(Spent(4, 52, 12, 2, 9.9)) == pytest.approx(bare_usual)
     rows = render(findings, "an oracle", 0.0, "the command").partition("## Where an answer's time goes")[2]
-    assert "| ar | 50.0 (40.0–60.0) | 29.0 | 21.0 | 1.00 | 1.00 | 100.0 % |" in rows
+    assert "| short | ar | 50.0 (40.0–60.0) | 29.0 | 21.0 | 1.00 | 1.00 | 100.0 % |" in rows
     ratio = bare_ar / bare_usual
-    wanted = f"| {USUAL} | 25.0 (20.0–30.0) | 18.5 | 6.5 | 2.00 | {ratio:.2f} | {200 / ratio:.1f} % |"
+    wanted = f"| short | {USUAL} | 25.0 (20.0–30.0) | 18.5 | 6.5 | 2.00 | {ratio:.2f} | {200 / ratio:.1f} % |"
     assert wanted in rows and "a prompt (5.00 ms on average)" in rows
-    assert "| count | 100.0 % | 100.0 % | 100.0 % | " in by_task(findings)
-    assert by_task(findings).count("| 13 | 2.00 (2.00–2.00) |") == 2
+    assert "| count | 13 | 100.0 % | 100.0 % | 100.0 % | " in by_task(findings)
+    assert by_task(findings).count("| 2.00 (2.00–2.00) | 100.0 % |") == 3  # both tasks, and the two together
     without = Findings(PLAN, findings.record, None)
     assert "Where an answer's time goes" not in render(without, "an oracle", 0.0, "the command")
 
@@ -142,9 +149,8 @@ async def test_a_run_that_was_cut_short_goes_on(tokenizer: BpeTokenizer, tmp_pat
     resumed, oracle = await _findings(tokenizer, path, resume=True)
     assert resumed.record.scores.keys() == whole.record.scores.keys()
     assert resumed.record.runs.keys() == whole.record.runs.keys()
-    per_square = PLAN.per_family
     quality = [request for request in oracle.asked if "-q-" in request.id]
-    assert len(quality) == per_square * 2  # of eight
+    assert len(quality) == 4 * PLAN.per_family + 5  # four squares of short answers were open, and all of long ones
     assert len(path.read_text().splitlines()) == len(lines)
     assert resumed.record.resumed and "several runs" in render(resumed, "an oracle", 0.0, "the command")
 
@@ -156,8 +162,8 @@ def test_a_record_goes_on_with_the_same_questions_only(tmp_path: Path) -> None:
     journal.close()
     with pytest.raises(ConfigError, match="instances per family was 4, now it is 200"):
         Journal(path, replace(PLAN, per_family=200).about(), resume=True)
-    with pytest.raises(ConfigError, match="form of the record was 1, now it is 2"):
-        path.write_text(path.read_text().replace('"form of the record": 2', '"form of the record": 1'))
+    with pytest.raises(ConfigError, match="form of the record was 1, now it is 3"):
+        path.write_text(path.read_text().replace('"form of the record": 3', '"form of the record": 1'))
         Journal(path, PLAN.about(), resume=True)
 
 
@@ -174,6 +180,7 @@ async def test_four_files_are_written(tokenizer: BpeTokenizer, tmp_path: Path) -
     figures = json.loads((tmp_path / "quality_2.5.json").read_text())
     roman = figures["families"]["roman"]
     assert roman["ar"] == {"accuracy": 1.0, "tokens_per_step": 1.0}
+    assert figures["prompts"] == 9 and figures["quality"][3]["identical"] == 1.0
     assert roman["diffusion 0.8"]["blocks"] == [{"mean_steps": 2.0, "num_blocks": 4}]
     assert figures["costs"]["c"] == 2.0
     assert "![trade](quality_2.5_trade.png)" in (tmp_path / "quality_2.5.md").read_text()

@@ -1,8 +1,10 @@
 """A tokenizer of bytes and cells that play a script, so that both faces are tested without Ray and without towers."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence, Set
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.faces.grpc.service import GrpcServer
 from cluster.runs.generation import Generation
@@ -24,11 +26,14 @@ from twotower.core import (
     TraceEvent,
 )
 from twotower.errors import Unavailable
+from twotower.text.chat_template import ChatTemplate
 from twotower.validation import ModelLimits
 
 BLOCK = 4
+SPECIAL = (b"<pad>", b"<s>", b"</s>", b"<mask>")
 FINGERPRINT = "0123456789abcdef"
 VOCABULARY = "fedcba9876543210"
+TEMPLATE = "{% for message in messages %}{{ message.role[0] }}: {{ message.content }}\n{% endfor %}a:"
 
 
 class ByteTokenizer:
@@ -42,8 +47,26 @@ class ByteTokenizer:
     def encode_continuation(self, text: str) -> list[int]:
         return self.encode(text)[1:]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(token - 4 for token in token_ids if token >= 4).decode("utf-8", errors="replace")
+    def decode(self, token_ids: Sequence[int], with_special: bool = False) -> str:
+        said = (
+            SPECIAL[token] if token < 4 else bytes([token - 4]) for token in token_ids if with_special or token >= 4
+        )
+        return b"".join(said).decode("utf-8", errors="replace")
+
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        return [SPECIAL[token].decode() if token < 4 else f"<0x{token - 4:02X}>" for token in token_ids]
+
+    @property
+    def described(self) -> Mapping[str, object]:
+        return {"tokenizer_class": "ByteTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+
+    @property
+    def chat_template(self) -> str | None:
+        return TEMPLATE
+
+    def rendered(self, template: str, messages: Sequence[Mapping[str, str]]) -> str:
+        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        return compiled.render(messages=messages, add_generation_prompt=True)
 
 
 def tokens(text: str) -> tuple[int, ...]:
@@ -179,13 +202,20 @@ def served_model(
     tokenizer: ByteTokenizer | None = None,
     modes: tuple[Mode, ...] = tuple(Mode),
     defaults: DecodingParams | None = None,
+    template: str | None = TEMPLATE,
 ) -> ServedModel:
     limits = ModelLimits(260, 256, modes, defaults or DecodingParams())
-    return ServedModel("fake", limits, tokenizer, "two-tower", FINGERPRINT, VOCABULARY)
+    chat = None if tokenizer is None or template is None else ChatTemplate(tokenizer, template, "fake")
+    return ServedModel("fake", limits, tokenizer, "two-tower", FINGERPRINT, VOCABULARY, chat)
 
 
-def generation(cells: ScriptedCells, with_tokenizer: bool = True, observers: Sequence[Observer] = ()) -> Generation:
-    model = served_model(ByteTokenizer() if with_tokenizer else None)
+def generation(
+    cells: ScriptedCells,
+    with_tokenizer: bool = True,
+    observers: Sequence[Observer] = (),
+    template: str | None = TEMPLATE,
+) -> Generation:
+    model = served_model(ByteTokenizer() if with_tokenizer else None, template=template)
     return Generation(model, cells, default_timeout_s=60.0, observers=observers)
 
 

@@ -46,14 +46,14 @@ JSON: list[tuple[str, dict[str, Any], str, str]] = [
     ("unknown field", {"max_token": 5}, "max_token", "unknown field; did you mean max_tokens?"),
     ("library's name", {"max_new_tokens": 5}, "max_new_tokens", "did you mean max_tokens?"),
     ("mode outside", {"mode": "ar"}, "mode", "did you mean diffusion.mode?"),
-    ("n of 2", {"n": 2}, "n", "not supported"),
-    ("n is true", {"n": True}, "n", "not supported"),
+    ("n too big", {"n": 257}, "n", "got 257, wanted an integer from 1 to 256"),
+    ("n is true", {"n": True}, "n", "got True, wanted an integer"),
     ("logprobs too many", {"logprobs": 21}, "logprobs", "got 21, wanted an integer from 0 to 20"),
     ("logprobs as of chats", {"logprobs": True}, "logprobs", "got True, wanted an integer"),
     ("top_logprobs of chats", {"top_logprobs": 5}, "top_logprobs", "unknown field"),
     ("echo a number", {"echo": 1}, "echo", "wanted true or false"),
     ("nothing without echo", {"max_tokens": 0}, "max_tokens", "got 0, wanted an integer from 1"),
-    ("best_of", {"best_of": 3}, "best_of", "not supported"),
+    ("best_of too few", {"n": 3, "best_of": 2}, "best_of", "got 2, wanted at least n, which is 3"),
     ("penalty", {"presence_penalty": 0.5}, "presence_penalty", "not supported"),
     ("logit_bias", {"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
     ("suffix", {"suffix": "x"}, "suffix", "not supported"),
@@ -152,9 +152,9 @@ async def test_http_refuses_broken_bodies(
 
 
 async def test_http_tells_all_problems_at_once(http: httpx.AsyncClient) -> None:
-    response = await http.post("/v1/completions", json={"prompt": "a", "n": 2, "magic": 1, "best_of": 3})
+    response = await http.post("/v1/completions", json={"prompt": "a", "store": True, "magic": 1, "suffix": "b"})
     message = response.json()["error"]["message"]
-    assert all(name in message for name in ("n: got 2", "magic: unknown", "best_of: got 3"))
+    assert all(name in message for name in ("store: got True", "magic: unknown", "suffix: got 'b'"))
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])

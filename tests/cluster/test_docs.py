@@ -7,6 +7,7 @@ import pytest
 
 from cluster.config import ServiceConfig
 from cluster.faces.grpc.strict_protobuf import MAX_FIELDS
+from cluster.faces.http.chat_messages import MAX_MESSAGES
 from cluster.faces.http.completion_models import MAX_LABEL, MAX_PROMPTS
 from twotower.core import (
     MAX_BLOCK,
@@ -23,6 +24,7 @@ from twotower.core import (
 from twotower.engine.ledger import MAX_PASSED
 from twotower.json_reader import MAX_VALUES
 from twotower.strict_json import MAX_NAMES
+from twotower.text.chat_template import RENDERED_S
 from twotower.text.token_bytes import NORMAL_FORMS, UNKNOWN
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -71,7 +73,10 @@ def test_limits(name: str, allowed: str) -> None:
         ("gRPC: fields of a message, each string of a list counted", f"{MAX_FIELDS}"),
         ("stop strings", f"{MAX_STOP_STRINGS}, of {MAX_STOP_CHARACTERS} characters each"),
         ("`stop_token_ids`", f"{MAX_STOP_TOKEN_IDS}; one twice is one"),
-        ("`model`, `user`", f"{MAX_LABEL} characters"),
+        ("`model`, `user`, `name` of a message, `safety_identifier`, `prompt_cache_key`", f"{MAX_LABEL} characters"),
+        ("messages of a chat", f"{MAX_MESSAGES:,}"),
+        ("time that a chat template takes", f"{RENDERED_S:g} s"),
+        ("answers of one call: `n` or `best_of`, times its prompts", f"{MAX_PROMPTS}"),
     ],
 )
 def test_bounds(what: str, most: str) -> None:

@@ -20,19 +20,22 @@ def _request(*arguments: str) -> tuple[object, dict[str, object]]:
 
 
 def test_only_what_was_given_is_sent() -> None:
-    assert _request("--prompt", "a") == ("a", {"stop": [], "priority": 0})
+    assert _request("--prompt", "a") == ("a", {"stop": [], "priority": 0, "logprobs": None, "trace": False})
     full = _request(
         *"--prompt-token-ids 5,6 --mode mock_ar --max-new-tokens 3 --top-p .5 --seed 0 --stop x --ignore-eos "
-        "--stop-token-ids 7,8 --priority -2".split()
+        "--stop-token-ids 7,8 --priority -2 --logprobs 0".split()
     )
     params = {"mode": "mock_ar", "max_new_tokens": 3, "top_p": 0.5, "seed": 0, "ignore_eos": True}
-    assert full == ((5, 6), {**params, "stop_token_ids": (7, 8), "stop": ["x"], "priority": -2})
+    assert full == (
+        (5, 6),
+        {**params, "stop_token_ids": (7, 8), "stop": ["x"], "priority": -2, "logprobs": 0, "trace": False},
+    )
 
 
 def test_every_parameter_is_a_flag() -> None:
     """The names that docs/parameters.md promises everywhere."""
     told = _parser().format_help()
-    assert all(f"--{name.replace('_', '-')}" in told for name in (*PARAMETERS, "stop", "priority"))
+    assert all(f"--{name.replace('_', '-')}" in told for name in (*PARAMETERS, "stop", "priority", "logprobs", "trace"))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,9 @@ def test_every_parameter_is_a_flag() -> None:
         (["--priority", "2147483648"], "priority: got 2147483648, wanted an integer from -2147483648 to 2147483647"),
         (["--priority", "high"], "priority: got 'high'"),
         (["--temperature", "nan"], "temperature: got nan, wanted a number in [0, 1000]"),
+        (["--logprobs", "21"], "logprobs: got 21, wanted an integer from 0 to 20"),
+        (["--logprobs=-1"], "logprobs: got -1, wanted an integer from 0 to 20"),
+        (["--logprobs", "all"], "logprobs: got 'all', wanted an integer from 0 to 20"),
         (["--mode", "fast"], "mode: got 'fast', wanted one of diffusion, mock_ar, ar, verified, auto"),
         (["--prompt", "caf\udce9"], "prompt: got text with half a surrogate pair"),
         (["--timeout", "nan"], "--timeout: got 'nan', wanted seconds, above 0"),

@@ -46,6 +46,7 @@ async def test_whole_answer_in_openai_shape(http: httpx.AsyncClient) -> None:
         "num_accepted": 0,
         "num_ar_blocks": 0,
         "num_diffusion_blocks": 0,
+        "mode": "diffusion",
     }
 
 

@@ -131,6 +131,7 @@ async def test_grpc_whole_and_streamed(stub: Stub, cells: ScriptedCells) -> None
     *blocks, last = [event async for event in stub.GenerateStream(ask(logprobs=2))]
     assert [one for event in blocks for one in event.block.likelihoods] == list(whole.likelihoods)
     assert [one.log_prob for one in whole.likelihoods] == pytest.approx([-token / 100 for token in whole.token_ids])
+    assert "".join(one.text for one in whole.likelihoods) == whole.text
     for one in whole.likelihoods:
         assert list(one.top_token_ids) == [4, 5] and list(one.top_texts) == ["\x00", "\x01"]
         assert list(one.top_log_probs) == pytest.approx([-0.04, -0.05]) and one.confidence == 0.5

@@ -12,27 +12,37 @@ from cluster.cli.asking import Refused
 from cluster.cli.main import main
 from cluster.cli.tune import sweep
 from cluster.cli.tune.questions import Question, read_questions
-from cluster.cli.tune.recommendation import Rated, advise, rate
-from cluster.cli.tune.sweep import Answered, Pass
+from cluster.cli.tune.recommendation import Lossless, Rated, advise, compare, rate
+from cluster.cli.tune.report import Findings
+from cluster.cli.tune.sweep import AR, VERIFIED, Answered, Pass, Way
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
 from twotower.core import BlockEvent, FinishReason, Mode, Request
 from twotower.errors import InvalidRequest, Overloaded, TwoTowerError
 from twotower_client import RetryPolicy
 
 ANSWER = "forty-two"
+GAMMA = Way(Mode.DIFFUSION, 0.8)
 
 
 class GammaCells(ScriptedCells):
-    """Like `ar` from γ 0.7 on; below it, every second prompt gets another answer. Fewer steps with a lower γ."""
+    """Like `ar` from γ 0.7 on; below it, every second prompt gets another answer. Fewer steps with a lower γ.
+
+    `unlike`: `verified` is not what it is to be.
+    """
 
     broken_at: float | None = None
+    unlike = False
 
     async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
         self.requests.append(request)
         params = request.params
-        if params.confidence_threshold == self.broken_at:
+        if params.mode is Mode.DIFFUSION and params.confidence_threshold == self.broken_at:
             raise TwoTowerError("the cell failed")
         ar = params.mode is Mode.AR
+        if params.mode is Mode.VERIFIED:
+            ids = tokens(ANSWER[::-1] if self.unlike else ANSWER)
+            yield BlockEvent(request.id, 0, ids, 3, 2, FinishReason.STOP)
+            return
         wrong = not ar and params.confidence_threshold < 0.7 and request.prompt_token_ids[-1] % 2 == 0
         await asyncio.sleep(0.02 if ar else 0.01 * params.confidence_threshold)
         ids = tokens("wrong" if wrong else ANSWER)
@@ -84,14 +94,16 @@ def test_the_fastest_threshold_that_agrees_with_ar(
     assert main(["tune", "--address", address, *arguments]) == 0
     said = capsys.readouterr().out
     assert "8 prompts, temperature 0; quality: answers that are ar's, token for token; floor 98.0 %" in said
-    assert "> γ 0.7" in said and "Take γ 0.7." in said and "decode.confidence_threshold=0.7" in said
+    assert "> γ 0.7" in said and "take γ 0.7." in said.lower() and "decode.confidence_threshold=0.7" in said
     assert f"on {address}, 2 at once" in said
     # Eight of eight may be luck: 0.98 ** 183 is 2.5 %.
     assert (
         "Not certain: the interval begins at 63.1 %, below the floor; about 175 more prompts would settle it." in said
     )
     asked = [(request.params.mode, request.params.confidence_threshold) for request in cells.requests]
-    assert [mode for mode, _ in asked].count(Mode.AR) == 8 + 2
+    modes = [mode for mode, _ in asked]
+    assert modes.count(Mode.AR) == modes.count(Mode.VERIFIED) == 8 + 2
+    assert "verified 100.0 %" in " ".join(said.split()) and "all answers are ar's own" in said
     assert {request.params.temperature for request in cells.requests} == {0.0}
 
 
@@ -102,6 +114,7 @@ def test_json_and_files(address: str, prompts: Path, tmp_path: Path, capsys: pyt
     assert figures["recommendation"] is None and figures["quality"] == "agreement"
     assert [way["threshold"] for way in figures["ways"]] == [None, 0.5]
     assert figures["ways"][1]["quality"] == 0.5
+    assert figures["verified"]["quality"] == 1.0 and figures["verified"]["same_as_ar"] is True
     assert json.loads((tmp_path / "t.json").read_text()) == figures
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
@@ -123,9 +136,10 @@ def test_a_sweep_that_was_cut_short_goes_on(
     assert "cannot be resumed: prompts at once was 16, now it is 3" in capsys.readouterr().err
     assert not cells.requests
     assert main([*arguments, "--resume"]) == 0
-    assert {request.params.confidence_threshold for request in cells.requests} == {0.7, 1.0}
+    asked = {(request.params.mode, request.params.confidence_threshold) for request in cells.requests}
+    assert asked == {(Mode.DIFFUSION, 0.7), (Mode.DIFFUSION, 1.0), (Mode.VERIFIED, 0.8)}
     said = capsys.readouterr().out
-    assert "Take γ 0.7." in said and "in several runs" in said
+    assert "take γ 0.7." in said.lower() and "in several runs" in said
     assert json.loads((tmp_path / "t.json").read_text())["resumed"] is True
     assert not (tmp_path / "t.part").exists(), "all of it is in the other files now"
     assert main(arguments) == 0, "and nothing is in the way of the next run"
@@ -138,7 +152,7 @@ def test_with_answers_of_his_own(address: str, tmp_path: Path, capsys: pytest.Ca
     prompts = _lines(tmp_path / "p.jsonl", *values)
     assert main(["tune", "--address", address, "--input", str(prompts), "--confidence-thresholds", "0.5,0.9"]) == 0
     said = capsys.readouterr().out
-    assert "exact answers, as a share of ar's" in said and "Take γ 0.9." in said
+    assert "exact answers, as a share of ar's" in said and "take γ 0.9." in said.lower()
     assert "ar answers 75.0 % of them right" in said
 
 
@@ -165,7 +179,7 @@ async def test_a_service_that_is_full_for_a_while_is_asked_again(monkeypatch: py
 
     monkeypatch.setattr(sweep, "RETRIES", RetryPolicy(attempts=5, first_s=0.0))
     async with grpc_server(generation(FullForAWhile())) as (where, _):
-        passes = await sweep.Sweep(where, [Question(1, "a")], [0.8], 1, None, 10.0).run(
+        passes = await sweep.Sweep(where, [Question(1, "a")], [AR, GAMMA], 1, None, 10.0).run(
             {}, lambda: None, lambda _: None
         )
     assert [one.answers[0].token_ids for one in passes] == [tokens(ANSWER)] * 2
@@ -181,7 +195,9 @@ async def test_one_that_stays_full_is_named_without_a_line(monkeypatch: pytest.M
     monkeypatch.setattr(sweep, "RETRIES", RetryPolicy(attempts=2, first_s=0.0))
     async with grpc_server(generation(Full())) as (where, _):
         with pytest.raises(Refused, match="every cell is full") as caught:
-            await sweep.Sweep(where, [Question(1, "a")], [0.8], 1, None, 10.0).run({}, lambda: None, lambda _: None)
+            await sweep.Sweep(where, [Question(1, "a")], [AR, GAMMA], 1, None, 10.0).run(
+                {}, lambda: None, lambda _: None
+            )
     assert not caught.value.mistake and "line" not in str(caught.value)
 
 
@@ -269,10 +285,48 @@ def test_advice() -> None:
 def test_rating_is_relative_to_ar() -> None:
     questions = [Question(n, "p", "yes") for n in range(4)]
     right, wrong = Answered("yes", (1, 2), 1), Answered("no", (1, 3), 1)
-    ar = Pass(None, (right, right, wrong, wrong), 2.0)
-    ours = Pass(0.8, (right, wrong, wrong, wrong), 1.0)
+    ar = Pass(AR, (right, right, wrong, wrong), 2.0)
+    ours = Pass(GAMMA, (right, wrong, wrong, wrong), 1.0)
     first, second = rate(questions, [ar, ours])
     assert (first.quality, first.times_ar, first.tokens_per_step) == (1.0, 1.0, 1.0)
     assert (second.quality, second.times_ar, second.tokens_per_step) == (0.5, 2.0, 2.0)
     assert second.agreement == (1 + 0.5 + 1 + 1) / 4
     assert second.low <= 0.5 <= second.high
+
+
+def test_verified_is_compared_with_what_would_be_taken_without_it() -> None:
+    """By tokens per second: its steps are not all its passes."""
+    ar, good, loose = _rated(None, 1.0, 1.0, 100, 1.0), _rated(0.8, 0.99, 0.98, 200), _rated(0.5, 0.9, 0.8, 300, 3.0)
+    fast, slow, slowest = (_rated(None, 1.0, 1.0, speed) for speed in (200, 150, 90))
+    rated = [ar, loose, good]
+    advice = advise(rated, 0.98, 100)
+    assert compare(fast, rated, advice) == Lossless(Mode.VERIFIED, True, 1.0)
+    assert compare(slow, rated, advice) == Lossless(Mode.DIFFUSION, True, 0.75)
+    none = advise([ar, loose], 0.98, 100)
+    assert compare(slow, [ar, loose], none) == Lossless(Mode.VERIFIED, True, 1.5)
+    assert compare(slowest, [ar, loose], none) == Lossless(Mode.AR, True, 0.9)
+    late = [ar, _rated(1.0, 1.0, 1.0, 50)]
+    assert compare(slow, late, advise(late, 0.98, 100)) == Lossless(Mode.VERIFIED, True, 1.5), "not with a γ below ar"
+    other = _rated(None, 0.99, 0.98, 400)
+    assert compare(other, rated, advice) == Lossless(Mode.DIFFUSION, False, 2.0), "not lossless, so no choice"
+
+
+def _found(verified_s: float, verified: Answered, gamma: Answered) -> str:
+    questions, right = [Question(n, "p") for n in range(2)], Answered("yes", (1, 2), 2)
+    passes = [Pass(AR, (right,) * 2, 2.0), Pass(GAMMA, (gamma,) * 2, 1.0), Pass(VERIFIED, (verified,) * 2, verified_s)]
+    return Findings.of(questions, passes, 0.98).text()
+
+
+def test_the_words_say_what_lossless_costs() -> None:
+    right, wrong = Answered("yes", (1, 2), 2), Answered("no", (1, 3), 2)
+    wins, costs = _found(0.8, right, right), _found(1.25, right, right)
+    assert (
+        "> verified" in wins
+        and "Take verified: all answers are ar's own, at 1.25 × the tokens per second of γ 0.8." in wins
+    )
+    assert "for all: decode.mode=verified" in wins and "Of diffusion, take γ 0.8." in wins
+    assert "That costs: 0.80 × the tokens per second of γ 0.8." in costs and "Take γ 0.8." in costs
+    assert "> verified" not in costs
+    alone = _found(1.25, right, wrong)
+    assert "No γ keeps 98.0 %" in alone and "Take ar" not in alone and "1.60 × the tokens per second of ar" in alone
+    assert "only 50.0 % of the tokens agree: near-ties, or a fault" in _found(0.8, wrong, right)

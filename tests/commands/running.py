@@ -75,7 +75,7 @@ class FakePair:
     def __init__(self, behave: Callable[[Request], object]) -> None:
         self._behave = behave
 
-    async def generate(self, request: Request) -> AsyncGenerator[BlockEvent, None]:
+    async def events(self, request: Request) -> AsyncGenerator[BlockEvent, None]:
         what = self._behave(request)
         if asyncio.iscoroutine(what):
             what = await what

@@ -77,7 +77,8 @@ def test_stop_strings_and_stop_tokens(with_text: str, run: Callable[..., Run]) -
 
 @pytest.mark.slow
 def test_the_seed_is_drawn_reported_and_decides(run: Callable[..., Run]) -> None:
-    common = ["--checkpoint", IDS_ONLY, "--prompt-token-ids", "5", "--temperature", "1", "--json"]
+    # At temperature 1 this checkpoint gives several seeds one answer; at 20 hardly one token is likelier than others.
+    common = ["--checkpoint", IDS_ONLY, "--prompt-token-ids", "5", "--temperature", "20", "--json"]
     common += ["--max-new-tokens", "24", "--ignore-eos"]
     first, other = run(*common).result, run(*common).result
     assert first["seed"] != other["seed"] and first["token_ids"] != other["token_ids"]

@@ -35,11 +35,11 @@ SCORES = [
 
 def test_ways_are_named_and_ask_for_what_they_say() -> None:
     names = [str(way) for way in every_way()]
-    assert names[:5] == ["ar", "mock_ar", "diffusion 0.5", "diffusion 0.6", "diffusion 0.7"]
+    assert names[:6] == ["ar", "mock_ar", "verified", "diffusion 0.5", "diffusion 0.6", "diffusion 0.7"]
     assert names[-3:] == ["diffusion 1", "diffusion 0.8 T 4", "diffusion 0.8 T 8"]
-    assert len(set(names)) == len(names) == 11
+    assert len(set(names)) == len(names) == 12
     params = Way(Mode.DIFFUSION, 0.8, 4).params()
-    assert (params.confidence_threshold, params.steps_per_block, params.max_new_tokens) == (0.8, 4, 64)
+    assert (params.confidence_threshold, params.steps_per_block, params.max_new_tokens) == (0.8, 4, 256)
 
 
 def test_tokens_per_step_and_steps_by_block() -> None:

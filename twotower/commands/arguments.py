@@ -6,7 +6,7 @@ from pathlib import Path
 
 from twotower import __version__
 from twotower.commands.bench.arguments import DESCRIPTION, EPILOG, add_bench_arguments
-from twotower.commands.parameter_flags import add_parameter_flags
+from twotower.commands.parameter_flags import add_parameter_flags, add_telling_flags
 from twotower.commands.parser import Parser, ids, number
 
 EXAMPLES = """\
@@ -37,6 +37,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     _add_sources(generate)
     add_parameter_flags(generate.add_argument_group("decoding"))
+    add_telling_flags(generate.add_argument_group("telling"))
     _add_running(generate)
     bench = commands.add_parser(
         "bench",

@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from twotower.commands.orders import BadLine, Model, Order, open_model, order_of, read_orders
 from twotower.commands.output import whole_file
-from twotower.commands.parameter_flags import given_parameters
+from twotower.commands.parameter_flags import given_parameters, given_telling
 from twotower.commands.results import Result, decode
-from twotower.core import Mode
+from twotower.commands.told import Piece
+from twotower.commands.views import view_of
+from twotower.core import PRIORITY, Mode, TraceEvent
 from twotower.device_names import check_dtype
 from twotower.engine.in_process import open_pair, pick_device
 from twotower.engine.pair import Pair
@@ -25,7 +27,8 @@ from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
 from twotower.model.pages import PAGE_TOKENS, pages_for
 from twotower.model.threads import threads_for
-from twotower.validation import parse_params
+from twotower.text.token_texts import TokenTexts
+from twotower.validation import check_terms
 
 _MAX_SEQUENCES = 32
 # Orders given to the pair at a time, and the length of the pair's queue. An order may have ended before its room is
@@ -34,6 +37,7 @@ _IN_FLIGHT = 288
 _BIG_CHECKPOINT_BYTES = 256 * 2**20
 
 _Outcome = Result | TwoTowerError
+_Told = Piece | TraceEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +62,21 @@ def generate(options: Namespace) -> Outcome:
 
 def _generate_one(options: Namespace, model: Model, given: dict[str, object]) -> Outcome:
     source = "prompt" if options.prompt is not None else "prompt_token_ids"
-    order = order_of({source: getattr(options, source), "stop": options.stop, **given}, model)
-
-    def show(new: str, _: int) -> None:
-        if new and not options.json:
-            print(new, end="", flush=True)
+    values = {source: getattr(options, source), "stop": options.stop, **given, **given_telling(options)}
+    order, texts = order_of(values, model), TokenTexts(model.tokenizer)
+    view = view_of(order.request.trace, order.request.logprobs is not None, texts)
 
     async def run() -> Result:
         async with _pair(options, model, [order]) as pair:
-            return await decode(pair, order, model.tokenizer, show)
+            if options.json:
+                return await decode(pair, order, model.tokenizer)
+            return await decode(pair, order, model.tokenizer, view.hear)
 
     result = asyncio.run(run())
     if options.json:
-        print(_json(result.fields(order)), flush=True)
+        print(_json(result.fields(order, texts)), flush=True)
     else:
-        print(flush=True)
+        view.end()
         print(_summary(result), file=sys.stderr)
     return Outcome(1, 0)
 
@@ -97,8 +101,9 @@ def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> t
     """The orders of all good lines, and the number of bad ones, which are told of. Raises InvalidRequest where these
     are too many.
     """
-    parse_params(given, model.limits)
-    lines = list(read_orders(options.input, model, given | {"stop": options.stop}))
+    telling = given_telling(options)
+    check_terms(given, PRIORITY.default, model.limits, **telling)
+    lines = list(read_orders(options.input, model, given | telling | {"stop": options.stop}))
     bad = [line for line in lines if isinstance(line, BadLine)]
     good = [line for line in lines if isinstance(line, Order)]
     for line in bad:
@@ -135,18 +140,20 @@ async def _run_many(
     options: Namespace, model: Model, orders: Sequence[Order], write: Callable[[str], object], count: _Count
 ) -> None:
     """Decode all, write results in order."""
+    texts = TokenTexts(model.tokenizer)
     async with _pair(options, model, orders) as pair:
         count.start()
         with tqdm(total=len(orders), unit="request", disable=None) as bar:
 
-            def show(_: str, tokens: int) -> None:
-                count.add(tokens)
-                bar.set_postfix_str(f"{count.rate:.0f} tokens/s", refresh=False)
+            def hear(told: _Told) -> None:
+                if isinstance(told, Piece):
+                    count.add(len(told.token_ids))
+                    bar.set_postfix_str(f"{count.rate:.0f} tokens/s", refresh=False)
 
-            async for order, outcome in _in_order(pair, orders, model, show):
+            async for order, outcome in _in_order(pair, orders, model, hear):
                 bar.update()
                 if isinstance(outcome, Result):
-                    write(_json(outcome.fields(order)) + "\n")
+                    write(_json(outcome.fields(order, texts)) + "\n")
                     count.done += 1
                 elif options.strict or isinstance(outcome, Unavailable):
                     raise outcome
@@ -155,13 +162,13 @@ async def _run_many(
 
 
 async def _in_order(
-    pair: Pair, orders: Iterable[Order], model: Model, show: Callable[[str, int], None]
+    pair: Pair, orders: Iterable[Order], model: Model, hear: Callable[[_Told], None]
 ) -> AsyncIterator[tuple[Order, _Outcome]]:
     """Orders with what came of them, in their order; as many at once as the pair's queue holds."""
     window: deque[tuple[Order, asyncio.Task[_Outcome]]] = deque()
     try:
         for order in orders:
-            window.append((order, asyncio.create_task(_outcome(pair, order, model, show))))
+            window.append((order, asyncio.create_task(_outcome(pair, order, model, hear))))
             if len(window) >= _IN_FLIGHT:
                 yield await _first(window)
         while window:
@@ -179,9 +186,9 @@ async def _first(window: deque[tuple[Order, asyncio.Task[_Outcome]]]) -> tuple[O
     return order, outcome
 
 
-async def _outcome(pair: Pair, order: Order, model: Model, show: Callable[[str, int], None]) -> _Outcome:
+async def _outcome(pair: Pair, order: Order, model: Model, hear: Callable[[_Told], None]) -> _Outcome:
     try:
-        return await decode(pair, order, model.tokenizer, show)
+        return await decode(pair, order, model.tokenizer, hear)
     except TwoTowerError as error:
         return error
 

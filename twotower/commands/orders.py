@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import twotower
-from twotower.core import PARAMETERS, DecodingParams, Request
+from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, TRACE, DecodingParams, Request
 from twotower.errors import InvalidRequest
 from twotower.model.checkpoint import Checkpoint
 from twotower.parameters import Integer, check_text
@@ -13,7 +13,7 @@ from twotower.strict_json import parse_line, read_lines
 from twotower.text.tokenizer import Tokenizer, check_stop, encode_prompt, load_tokenizer
 from twotower.validation import ModelLimits, Problems, check_known, make_request
 
-_FIELDS = {"id", "prompt", "prompt_token_ids", "stop", "priority", *PARAMETERS}
+_FIELDS = {"id", "prompt", "prompt_token_ids", "stop", "priority", "trace", "logprobs", *PARAMETERS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,9 @@ def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Ord
     problems.raise_any()
     prompt = _prompt(values, model)
     params = {name: value for name, value in values.items() if name in PARAMETERS}
-    request = make_request(str(number), prompt, params, model.limits, values.get("priority", 0))
+    priority = values.get("priority", PRIORITY.default)
+    trace, logprobs = values.get("trace", TRACE.default), values.get("logprobs", LOGPROBS.default)
+    request = make_request(str(number), prompt, params, model.limits, priority, trace, logprobs)
     return Order(request, check_stop(model.tokenizer, values.get("stop", ())), _id(values))
 
 

@@ -4,7 +4,7 @@ from argparse import SUPPRESS, Namespace, _ActionsContainer
 from collections.abc import Collection
 
 from twotower.commands.parser import ids, number
-from twotower.core import PARAMETERS, PRIORITY, STOP
+from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, STOP, TRACE
 from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenIds
 
 
@@ -19,6 +19,18 @@ def add_parameter_flags(group: _ActionsContainer, own_defaults: bool = True, wit
 
 def add_priority_flag(group: _ActionsContainer) -> None:
     _add(group, "priority", PRIORITY, PRIORITY.default)
+
+
+def add_telling_flags(group: _ActionsContainer) -> None:
+    """What an answer is told with beside its text."""
+    _add(group, "logprobs", LOGPROBS, SUPPRESS)
+    told = f"show which positions of a block each step fixes; never changes a token ({_modes_told(TRACE)})"
+    group.add_argument("--trace", action="store_true", default=SUPPRESS, help=told)
+
+
+def given_telling(options: Namespace) -> dict[str, object]:
+    """Those of `add_telling_flags` that were given, unchecked, by name."""
+    return {name: getattr(options, name) for name in ("logprobs", "trace") if hasattr(options, name)}
 
 
 def given_parameters(options: Namespace) -> dict[str, object]:
@@ -41,10 +53,14 @@ def _add(group: _ActionsContainer, name: str, parameter: Parameter, default: obj
 
 
 def _help(parameter: Parameter, tell_default: bool) -> str:
-    notes = [f"{' and '.join(parameter.modes)} only"] if parameter.modes else []
+    notes = [_modes_told(parameter)] if parameter.modes else []
     if not isinstance(parameter.kind, Flag):
         notes.append(parameter.kind.allowed)
         if tell_default:
             notes.append(f"default: {parameter.default_told}")
     told = f" ({'; '.join(notes)})" if notes else ""
     return f"{parameter.meaning}{told}".replace("`", "")
+
+
+def _modes_told(parameter: Parameter) -> str:
+    return f"{' and '.join(parameter.modes)} only"

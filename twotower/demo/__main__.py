@@ -16,11 +16,13 @@ import torch
 from tqdm import tqdm
 
 from twotower.commands.parser import count, share
+from twotower.config import ModelConfig
 from twotower.core import Mode
 from twotower.demo.corpus import families_of, stream
+from twotower.demo.earlier import read_earlier
 from twotower.demo.evaluate import evaluate
 from twotower.demo.families import FAMILIES
-from twotower.demo.recipe import Recipe
+from twotower.demo.recipe import Recipe, continued
 from twotower.demo.scores import AR, MOCK_AR, Score, Way, every_way, of_way, retained, table, to_json
 from twotower.demo.ship import ship
 from twotower.demo.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -53,6 +55,13 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train both towers and write the checkpoint")
     train.add_argument("--output", type=Path, default=Path("demo-run"), help="run directory; holds checkpoint/")
+    train.add_argument(
+        "--from",
+        dest="earlier",
+        type=Path,
+        metavar="DIR",
+        help="go on from a finished checkpoint, with its tokenizer, fewer train steps and lower rates",
+    )
     train.add_argument("--resume", action="store_true", help="go on from the run directory's saved state")
     train.add_argument("--train-steps", type=count, nargs=2, metavar=("CONTEXT", "DENOISER"), help="of the two stages")
     train.add_argument("--seed", type=int, help="0, or that of the run resumed")
@@ -86,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
     output: Path = options.output
     device = pick_device(options.device)
+    if options.resume and options.earlier:
+        raise ConfigError("--from: a run that is resumed goes on from its own state")
     if options.resume:
         recipe = saved_recipe(output)
         if options.seed not in (None, recipe.seed):
@@ -95,13 +106,22 @@ def _train(options: argparse.Namespace) -> None:
     else:
         if (output / STATE_FILE).exists():
             raise ConfigError(f"{output}: holds an earlier run; --resume continues it, or name another --output")
-        output.mkdir(parents=True, exist_ok=True)
-        recipe = Recipe(seed=options.seed or 0)
-        tokenizer = train_tokenizer(seed=recipe.seed)
-        save_tokenizer(tokenizer, output)
-        trainer = Trainer(_with_steps(recipe, options.train_steps), tokenizer, output, device)
+        trainer = _new_trainer(options, device)
     trainer.run()
     ship(trainer, output / "checkpoint")
+
+
+def _new_trainer(options: argparse.Namespace, device: torch.device) -> Trainer:
+    recipe, earlier = Recipe(), None
+    if options.earlier:
+        recipe = continued()
+        earlier = read_earlier(options.earlier, ModelConfig.from_dict(recipe.config))
+        recipe = replace(recipe, begun_from=earlier.sha256)
+    recipe = _with_steps(replace(recipe, seed=options.seed or 0), options.train_steps)
+    tokenizer = load_tokenizer(options.earlier) if options.earlier else train_tokenizer(seed=recipe.seed)
+    options.output.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, options.output)
+    return Trainer(recipe, tokenizer, options.output, device, earlier)
 
 
 def _with_steps(recipe: Recipe, train_steps: Sequence[int] | None) -> Recipe:

@@ -21,7 +21,7 @@ from twotower.demo.tokenizer import EOS_ID, PAD_ID, encode_answer, encode_prompt
 
 IGNORED = -100
 _OPEN_EVERY = 4
-_LENGTHS = 3
+_LENGTHS = 5
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from twotower.engine.in_process import open_pair
 from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 
-_SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=128, max_queued_requests=10_000)
+_SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=512, max_queued_requests=10_000)
 
 
 async def evaluate(directory: Path, ways: Sequence[Way], num_instances: int) -> AsyncIterator[Score]:
@@ -54,7 +55,7 @@ def wrong_of(directory: Path, instances: Sequence[Instance], way: Way) -> list[I
 
 
 class Part(Protocol):
-    """Some tokens of an answer, and the denoiser steps behind them."""
+    """Some tokens of an answer, and the denoiser steps and the blocks behind them."""
 
     @property
     def token_ids(self) -> tuple[int, ...]: ...
@@ -62,14 +63,20 @@ class Part(Protocol):
     @property
     def num_steps(self) -> int: ...
 
+    @property
+    def num_blocks(self) -> int: ...
+
 
 def answer_of(tokenizer: BpeTokenizer, instance: Instance, mode: Mode, parts: Sequence[Part]) -> Answer:
     """What the events of one request amount to."""
     tokens = tuple(token for part in parts for token in part.token_ids)
     steps = tuple(part.num_steps for part in parts if part.num_steps)
-    if mode is not Mode.DIFFUSION:
+    if mode is Mode.VERIFIED:
+        steps = (1,) * sum(part.num_blocks for part in parts)
+    elif mode is not Mode.DIFFUSION:
         steps = (1,) * len(tokens)
-    return Answer(instance.is_answered_by(decode_answer(tokenizer, tokens)), len(tokens), steps)
+    digest = blake2b(repr(tokens).encode(), digest_size=6).hexdigest()
+    return Answer(instance.is_answered_by(decode_answer(tokenizer, tokens)), len(tokens), steps, digest)
 
 
 async def _ask_all(pair: Pair, tokenizer: BpeTokenizer, instances: Sequence[Instance], way: Way) -> list[Answer]:

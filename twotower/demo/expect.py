@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
+from tokenizers import Tokenizer as BpeTokenizer
+
 from twotower.core import Mode
 from twotower.demo.corpus import families_of, held_out
 from twotower.demo.tokenizer import encode_answer, encode_prompt, load_tokenizer
@@ -18,6 +20,8 @@ _AFTER = 300  # other instances than those that scores and speeds are of
 _SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=256, capture="off")
 _TIMEOUT_S = 120.0
 _SAMPLE = 28  # prompts in all, at least: a second or so at start-up
+_LONGEST = 128  # tokens of a prompt and its answer: the sample fits into a small cache and is soon decoded
+_SEARCHED = 50  # instances of a family among which there are enough as short as that
 
 
 def write_expectation(directory: Path) -> Expectation:
@@ -31,8 +35,7 @@ async def _expectation(directory: Path) -> Expectation:
     tokenizer = load_tokenizer(directory)
     families = families_of(directory)
     per_family = -(-_SAMPLE // len(families))
-    instances = [instance for family in families for instance in held_out(family, per_family, _AFTER)]
-    texts = [(encode_prompt(tokenizer, i.prompt), encode_answer(tokenizer, i.answer)) for i in instances]
+    texts = [text for family in families for text in _short_texts(tokenizer, family)[:per_family]]
     unscored = [Known(tuple(prompt), tuple(answer), 0.0) for prompt, answer in texts]
     async with open_pair(directory, _SETTINGS, "cpu") as pair:
         likelihoods = await score_sample(pair, unscored, _TIMEOUT_S)
@@ -41,3 +44,9 @@ async def _expectation(directory: Path) -> Expectation:
         bounds = [Bounds.around(m, sample, await decode_sample(pair, sample, m, _TIMEOUT_S)) for m in Mode]
     # A mode in which these weights get next to nothing right has no bound that could be broken.
     return Expectation(sample, tuple(bound for bound in bounds if bound.min_right > 0))
+
+
+def _short_texts(tokenizer: BpeTokenizer, family: str) -> list[tuple[list[int], list[int]]]:
+    instances = held_out(family, _SEARCHED, _AFTER)
+    texts = [(encode_prompt(tokenizer, i.prompt), encode_answer(tokenizer, i.answer)) for i in instances]
+    return [(prompt, answer) for prompt, answer in texts if len(prompt) + len(answer) <= _LONGEST]

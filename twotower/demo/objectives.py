@@ -41,9 +41,8 @@ def read_batch(context: ContextTower, batch: BlockBatch) -> Reading:
     """Let the frozen context tower read the prompts and every block but each row's last."""
     reading = Reading(context.config, len(batch.lengths_R), context.device)
     reading.read(context, batch.prompts_RP, batch.lengths_R)
-    for block in range(int(batch.num_blocks_R.max()) - 1):
-        more = int((batch.num_blocks_R > block + 1).sum())
-        reading.read(context, batch.answers_RZW[:more, block])
+    if (most := int(batch.num_blocks_R.max())) > 1:
+        reading.read_blocks(context, batch.answers_RZW[:, : most - 1])
     return reading
 
 

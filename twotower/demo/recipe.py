@@ -74,7 +74,8 @@ class Recipe:
     """Everything that decides the trained weights, the seed included.
 
     Every `mock_ar_every`-th train step of the denoiser adds a batch of mock-AR's own objective; 0: none does. The
-    logits of the denoiser that is shipped are divided by `confidence_temperature`.
+    logits of the denoiser that is shipped are divided by `confidence_temperature`. `begun_from` is the sha256 of the
+    weights that the run goes on from, empty where it begins with fresh ones.
     """
 
     seed: int = 0
@@ -86,8 +87,24 @@ class Recipe:
     balance_rate: float = 1e-3
     mock_ar_every: int = 4
     confidence_temperature: float = 2.0
+    begun_from: str = ""
     config: dict[str, Any] = field(default_factory=released_config)
 
     def stage(self, name: Stage) -> StageRecipe:
         """The recipe of one stage."""
         return self.context if name == "context" else self.denoiser
+
+
+def continued() -> Recipe:
+    """How a finished checkpoint goes on when families have been added: lower rates and a long decay, because the
+    decay is where both towers become right.
+    """
+    return Recipe(
+        context=StageRecipe(
+            train_steps=500, batch_size=24, muon_rate=7e-3, adam_rate=2e-3, warmup_steps=30, decay_fraction=0.7
+        ),
+        denoiser=StageRecipe(
+            train_steps=1700, batch_size=12, muon_rate=6e-3, adam_rate=1.8e-3, warmup_steps=30, decay_fraction=0.8
+        ),
+        mock_ar_every=8,
+    )

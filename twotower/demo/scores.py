@@ -14,7 +14,7 @@ import numpy as np
 
 from twotower.core import DecodingParams, Mode
 
-MAX_NEW_TOKENS = 64  # a block more than the longest answer of the corpus
+MAX_NEW_TOKENS = 256  # a block more than the longest answer of the corpus
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 FEWER_STEPS = (4, 8)
 _RESAMPLES = 2000
@@ -45,24 +45,26 @@ class Way:
         )
 
 
-AR, MOCK_AR, USUAL = Way(Mode.AR), Way(Mode.MOCK_AR), Way(Mode.DIFFUSION)
+AR, MOCK_AR, VERIFIED, USUAL = Way(Mode.AR), Way(Mode.MOCK_AR), Way(Mode.VERIFIED), Way(Mode.DIFFUSION)
 
 
 def every_way() -> list[Way]:
-    """Both causal modes, all thresholds, and fewer steps at the usual threshold."""
+    """Both causal modes, `verified`, all thresholds, and fewer steps at the usual threshold."""
     swept = [Way(Mode.DIFFUSION, threshold) for threshold in THRESHOLDS]
-    return [AR, MOCK_AR, *swept, *(Way(Mode.DIFFUSION, 0.8, steps) for steps in FEWER_STEPS)]
+    return [AR, MOCK_AR, VERIFIED, *swept, *(Way(Mode.DIFFUSION, 0.8, steps) for steps in FEWER_STEPS)]
 
 
 @dataclass(frozen=True)
 class Answer:
     """What came of one instance. `block_steps`: passes of the deciding tower for each block, for each token in the
-    causal modes. `num_tokens` counts eos too; what a block holds behind eos counts as nothing.
+    causal modes, for each round in `verified`. `num_tokens` counts eos too; what a block holds behind eos counts as
+    nothing. `digest` is the same for the same tokens.
     """
 
     right: bool
     num_tokens: int
     block_steps: tuple[int, ...]
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Score:
 
 
 def tokens_per_step(scores: Iterable[Score]) -> float:
-    """Tokens up to eos per pass, over all answers together."""
+    """Tokens up to eos per pass of the deciding tower, over all answers together; in `verified` per round."""
     answers = [answer for score in scores for answer in score.answers]
     return sum(a.num_tokens for a in answers) / max(1, sum(sum(a.block_steps) for a in answers))
 
@@ -88,6 +90,16 @@ def tokens_per_step(scores: Iterable[Score]) -> float:
 def mean_accuracy(scores: Iterable[Score]) -> float:
     """Mean over families, each of the same weight."""
     return float(np.mean([score.accuracy for score in scores]))
+
+
+def identical(scores: Iterable[Score], reference: Iterable[Score]) -> float:
+    """Share of the answers that have the reference's tokens; both answered the same instances in the same order."""
+    pairs = [
+        (ours.digest, theirs.digest)
+        for score, other in zip(scores, reference, strict=True)
+        for ours, theirs in zip(score.answers, other.answers, strict=True)
+    ]
+    return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
 
 
 class BlockSteps(NamedTuple):
@@ -193,7 +205,7 @@ def to_json(score: Score) -> str:
 def from_json(line: str) -> Score:
     """What `to_json` wrote."""
     plain = json.loads(line)
-    answers = (Answer(a["right"], a["num_tokens"], tuple(a["block_steps"])) for a in plain["answers"])
+    answers = (Answer(a["right"], a["num_tokens"], tuple(a["block_steps"]), a["digest"]) for a in plain["answers"])
     return Score(plain["family"], plain["way"], tuple(answers))
 
 

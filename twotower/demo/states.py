@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.config import ModelConfig
+from twotower.model.rescan import KeptScan
 from twotower.model.tower import ContextTower
 
 
@@ -39,13 +40,11 @@ class FromNothing:
 class Reading:
     """The frozen context tower's states while it reads prompts, then answer blocks; kept at every block boundary.
 
-    Rows are sorted by their number of blocks, most first. So the rows that have one more block to read are always the
-    first ones. Boundary z lies right before block z.
+    Boundary z lies right before block z.
     """
 
     starts_R = None
     updates = True
-    kept = None
 
     def __init__(self, config: ModelConfig, rows: int, device: torch.device) -> None:
         self._rows, self._device = rows, device
@@ -55,11 +54,12 @@ class Reading:
         self._readable_RT = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self._piece_ends: list[int] = []
         self.lengths_R: Tensor | None = None
+        self.kept: list[KeptScan] | None = None
         self.mask_RLT = self._readable_RT.unsqueeze(1)
 
     @torch.no_grad()
     def read(self, tower: ContextTower, tokens_RL: Tensor, lengths_R: Tensor | None = None) -> Tensor:
-        """Extend the first R rows by one piece (the prompts, or one block each). Returns hidden states [R,L,D]."""
+        """Extend all rows by one piece, such as the prompts. Returns hidden states [R,L,D]."""
         rows, length = tokens_RL.shape
         offsets_L = torch.arange(length, device=self._device)
         real_RL = torch.ones_like(tokens_RL, dtype=torch.bool)
@@ -72,6 +72,20 @@ class Reading:
         self._readable_RT = torch.cat([self._readable_RT, _pad_rows(real_RL, self._rows)], dim=1)
         self._piece_ends.append(self._readable_RT.shape[1])
         return hidden_RLD
+
+    def read_blocks(self, tower: ContextTower, tokens_RZW: Tensor) -> None:
+        """Extend all rows by several blocks in one pass. What a row holds behind its own last block is never looked at.
+
+        The pass keeps what its scans read; the states at the boundaries inside follow from that.
+        """
+        self.kept = []
+        self.read(tower, tokens_RZW.flatten(1))
+        begin = self._piece_ends.pop() - tokens_RZW[0].numel()
+        blocks, width = tokens_RZW.shape[1:]
+        self._piece_ends += [begin + width * (block + 1) for block in range(blocks)]
+        for boundaries, scan in zip(self._boundaries.values(), self.kept, strict=True):
+            boundaries += _states_at_ends(boundaries[-1], scan, blocks, width)
+        self.kept = None
 
     def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
         rows = self.mask_RLT.shape[0]
@@ -135,6 +149,26 @@ class BlockStates:
     def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
         keys_BTSE, values_BTSE = self._reading.context_keys_values(layer, self._rows_B)
         return torch.cat([keys_BTSE, keys_RLSE], dim=1), torch.cat([values_BTSE, values_RLSE], dim=1)
+
+
+def _states_at_ends(
+    before: tuple[Tensor, Tensor], scan: KeptScan, blocks: int, width: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Conv window and SSM state at the end of each of the blocks that a pass read, in closed form inside a block."""
+    conv_RKC, ssm_RHPN = before
+    groups, window = scan.b.shape[2], conv_RKC.shape[1]
+    decay_RZWH = scan.decay.unflatten(1, (blocks, width))
+    from_here_RZWH = decay_RZWH.flip(2).cumprod(2).flip(2)
+    to_end_RZWH = torch.cat([from_here_RZWH[:, :, 1:], torch.ones_like(decay_RZWH[:, :, :1])], dim=2)
+    gain_RZWGJP = (scan.gain.unflatten(1, (blocks, width)) * to_end_RZWH[..., None]).unflatten(3, (groups, -1))
+    b_RZWGN = scan.b.unflatten(1, (blocks, width))
+    gained_RZHPN = torch.einsum("rzwgjp,rzwgn->rzgjpn", gain_RZWGJP, b_RZWGN).flatten(2, 3)
+    ends = []
+    for block in range(blocks):
+        end = width * (block + 1)
+        ssm_RHPN = torch.addcmul(gained_RZHPN[:, block], ssm_RHPN, from_here_RZWH[:, block, 0, :, None, None])
+        ends.append((scan.stream[:, end : end + window], ssm_RHPN))
+    return ends
 
 
 def _zero_states(config: ModelConfig, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:

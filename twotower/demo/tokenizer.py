@@ -42,8 +42,15 @@ def train_tokenizer(vocab_size: int = 512, num_instances: int = 20_000, seed: in
     return tokenizer
 
 
+# A conversation as a prompt of the corpus: one line that ends with a line break.
+CHAT_TEMPLATE = """{#- The demo knows no turns: the prompt is the user's last message. -#}
+{{- bos_token }}{{ (messages | selectattr("role", "equalto", "user") | list | last).content.removesuffix("\\n") }}
+{{ "" -}}
+"""
+
+
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json (class PreTrainedTokenizerFast)."""
+    """Write tokenizer.json, tokenizer_config.json (class PreTrainedTokenizerFast) and chat_template.jinja."""
     tokenizer.save(str(directory / "tokenizer.json"))
     pad, bos, eos, mask = SPECIAL_TOKENS
     config = {
@@ -55,6 +62,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from twotower.config import ModelConfig
 from twotower.demo.balance import ExpertBalance
 from twotower.demo.batches import block_batch, causal_batches, next_token_batch, on, training_instances
+from twotower.demo.earlier import Earlier
 from twotower.demo.initialise import new_context_tower, new_denoiser_tower
 from twotower.demo.objectives import context_loss, denoiser_loss, mock_ar_loss
 from twotower.demo.optimizer import TowerOptimizer
@@ -34,6 +35,8 @@ STATE_FILE = "training.pt"
 # The largest below 2**63: the remainder of a text depends on all of it, not only on its end.
 _PRIME = 2**63 - 25
 _CPU = torch.device("cpu")
+# Of the scan in training. A matter of speed: a chunk costs its square, and a short one its own few calls.
+_CHUNK = 16
 _logger = logging.getLogger(__name__)
 
 
@@ -48,16 +51,30 @@ class LogEntry:
 
 
 class Trainer:
-    """Trains the context tower, freezes it, then trains the denoiser that started as its copy."""
+    """Trains the context tower, freezes it, then trains the denoiser that started as its copy. Where the run goes on
+    from an earlier checkpoint, both start as that one's.
+    """
 
-    def __init__(self, recipe: Recipe, tokenizer: BpeTokenizer, output: Path, device: torch.device = _CPU) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: BpeTokenizer,
+        output: Path,
+        device: torch.device = _CPU,
+        earlier: Earlier | None = None,
+    ) -> None:
         self.recipe, self.tokenizer, self.output, self.device = recipe, tokenizer, output, device
         self.stage: Stage = "context"
         self.step = 0
         self.history: list[LogEntry] = []
         # Drawn on the CPU, so that a seed gives the same weights everywhere.
-        self.context = new_context_tower(ModelConfig.from_dict(recipe.config), self._generator("init")).to(self.device)
+        config = ModelConfig.from_dict({**recipe.config, "chunk_size": _CHUNK})
+        self.context = new_context_tower(config, self._generator("init")).to(self.device)
         self.denoiser: DenoiserTower | None = None
+        self._earlier_denoiser: dict[str, Tensor] | None = None
+        if earlier is not None:
+            self.context.load_state_dict(earlier.context)
+            self._earlier_denoiser = earlier.denoiser
         self._start(self.context)
 
     def run(self, save_every: int = 500, stop_after: int | None = None) -> None:
@@ -87,6 +104,7 @@ class Trainer:
             "history": [asdict(entry) for entry in self.history],
             "context": self.context.state_dict(),
             "denoiser": None if self.denoiser is None else self.denoiser.state_dict(),
+            "earlier_denoiser": self._earlier_denoiser,
             "optimizer": self._optimizer.state(),
             "recipe": asdict(self.recipe),
             "versions": versions(),
@@ -108,6 +126,7 @@ class Trainer:
         self.context.load_state_dict(state["context"])
         self.stage, self.step = state["stage"], state["step"]
         self.history = [LogEntry(**entry) for entry in state["history"]]
+        self._earlier_denoiser = state["earlier_denoiser"]
         self._balance.close()
         if state["denoiser"] is not None:
             self.context.requires_grad_(False)
@@ -164,7 +183,10 @@ class Trainer:
 
     def _new_denoiser(self) -> DenoiserTower:
         context = copy.deepcopy(self.context).cpu()
-        return new_denoiser_tower(context, self._generator("denoiser")).to(self.device)
+        denoiser = new_denoiser_tower(context, self._generator("denoiser"))
+        if self._earlier_denoiser is not None:
+            denoiser.load_state_dict(self._earlier_denoiser)
+        return denoiser.to(self.device)
 
     def _steps_done(self) -> int:
         return self.step + (self.recipe.context.train_steps if self.stage == "denoiser" else 0)

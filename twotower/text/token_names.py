@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from twotower.text.token_texts import TokenTexts
+from twotower.text.token_texts import Texts
 
 _REPLACEMENT = "\ufffd"
 
@@ -11,13 +11,17 @@ class TokenNames:
     """A token's own text, or `token_id:` and its id, as vLLM writes it, where the text does not tell which it is: for
     half a character, a special token, and without a tokenizer."""
 
-    def __init__(self, texts: TokenTexts) -> None:
+    def __init__(self, texts: Texts) -> None:
         self._texts = texts
 
     def of(self, token_ids: Sequence[int]) -> list[str]:
+        return [name for name, _ in self.told(token_ids)]
+
+    def told(self, token_ids: Sequence[int]) -> list[tuple[str, bool]]:
+        """Each name, and whether it is the token's text."""
         texts = self._texts.of(token_ids) or [""] * len(token_ids)
         return [
-            text if text and _REPLACEMENT not in text else _numbered(token)
+            (text, True) if text and _REPLACEMENT not in text else (_numbered(token), False)
             for token, text in zip(token_ids, texts, strict=True)
         ]
 

@@ -1,8 +1,17 @@
 """What a token looks like on its own, for showing; the text of an answer is `twotower.text.answer_text`'s."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from twotower.text.tokenizer import Tokenizer
+
+
+class Texts(Protocol):
+    """Knows what tokens look like."""
+
+    def of(self, token_ids: Sequence[int]) -> list[str]:
+        """One text for each token; none at all without a tokenizer."""
+        ...
 
 
 class TokenTexts:

@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer. The only part of the library that knows `transformers`, imported when first needed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +28,27 @@ class Tokenizer(Protocol):
         """Token ids of text that goes on after other tokens: without special tokens of its own."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of these ids without special tokens."""
+    def decode(self, token_ids: Sequence[int], with_special: bool = False) -> str:
+        """Text of these ids, without special tokens unless they are wanted."""
+        ...
+
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        """Each as the vocabulary writes it, which is no text: a space may be `Ġ`."""
+        ...
+
+    @property
+    def described(self) -> Mapping[str, object]:
+        """What tokenizer_config.json says of it, with its class and its special tokens by role; JSON values."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's own."""
+        ...
+
+    def rendered(self, template: str, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt that a chat template makes of messages, up to where the answer begins. Raises what the template
+        raises."""
         ...
 
 
@@ -41,7 +60,8 @@ class PretrainedTokenizer:
 
     def __init__(self, directory: Path) -> None:
         try:
-            self._tokenizer = _load(directory)
+            self._told = _told(directory)
+            self._tokenizer = _load(directory, self._told)
             self.bytes_per_token = bytes_per_token(self._tokenizer)
         except Exception as error:
             reason = " ".join(str(error).split())
@@ -53,20 +73,44 @@ class PretrainedTokenizer:
     def encode_continuation(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(
-            self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, token_ids: Sequence[int], with_special: bool = False) -> str:
+        ids, skip = list(token_ids), not with_special
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
+
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        return [token or "" for token in self._tokenizer.convert_ids_to_tokens(list(token_ids))]
+
+    @property
+    def described(self) -> Mapping[str, object]:
+        own = {"tokenizer_class": type(self._tokenizer).__name__}
+        return {**own, **(self._told or {}), **self._tokenizer.special_tokens_map}
+
+    @property
+    def chat_template(self) -> str | None:
+        own = self._tokenizer.chat_template  # of several by name: the one for chats without tools
+        return own.get("default") if isinstance(own, Mapping) else own
+
+    def rendered(self, template: str, messages: Sequence[Mapping[str, str]]) -> str:
+        chat = [dict(message) for message in messages]
+        made = self._tokenizer.apply_chat_template(
+            chat, chat_template=template, add_generation_prompt=True, tokenize=False
         )
+        return str(made)
 
 
-def _load(directory: Path) -> Any:
+def _told(directory: Path) -> dict[str, object] | None:
+    """Its tokenizer_config.json, if there is one."""
+    config = directory / "tokenizer_config.json"
+    return dict(json.loads(config.read_text(encoding="utf-8"))) if config.exists() else None
+
+
+def _load(directory: Path, told: Mapping[str, object] | None) -> Any:
     # The usual class by its name: it needs no torch, which transformers' choice among all classes imports.
     from transformers import PreTrainedTokenizerFast
 
-    config = directory / "tokenizer_config.json"
-    if not config.exists():
+    if told is None:
         return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
-    if json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") in _USUAL:
+    if told.get("tokenizer_class") in _USUAL:
         return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
 
     from transformers import AutoTokenizer, PretrainedConfig

@@ -5,10 +5,10 @@ const TRADE_X = [
   ["tokens per step", "tokens_per_step", "tokens per denoiser step", (value) => String(+value.toFixed(2))],
 ];
 const TRADE_COLUMNS = [
-  ["decoded with", "γ, the confidence threshold of diffusion; or ar, the context tower alone."],
+  ["decoded with", "γ, the confidence threshold of diffusion; ar, the context tower alone; or verified, which gives ar's own answers by the denoiser's drafts."],
   ["quality", "Share of ar's quality that is kept: exactly right answers where they were known, else answers that are ar's.", true],
   ["95 % interval", "Where the quality of all such prompts lies, 19 times of 20.", true],
-  ["tokens per step", "Tokens of answers divided by the denoiser's steps for them. It does not depend on the hardware.", true],
+  ["tokens per step", "Tokens of answers divided by the denoiser's steps for them. It does not depend on the hardware. In verified the context tower's reads of drafts come on top.", true],
   ["throughput", "Tokens per second as a multiple of ar's in the same measurement. It depends on hardware and load.", true],
   ["quality, against now", "What this way would change of the one that is served by default, in points of ar's quality.", true],
   ["throughput, against now", "What this way would change of the throughput of the one that is served by default.", true],
@@ -27,7 +27,7 @@ async function readTrade() {
   try {
     const answer = await fetch(ours("ops/trade"));
     if (!answer.ok) throw new Error(`${answer.status}`);
-    trade.told = await answer.json();
+    trade.told = withVerified(await answer.json());
   } catch {
     trade.of = ""; // the next snapshot tries again
     return;
@@ -35,7 +35,14 @@ async function readTrade() {
   makeTrade();
 }
 
-function wayName(way) { return way.threshold === null ? "ar" : `γ ${way.threshold}`; }
+// `verified` as one more of the record's ways; older records have none.
+function withVerified(told) {
+  if (told.record?.verified) told.record.ways.push({ ...told.record.verified, mode: "verified" });
+  return told;
+}
+
+function modeOf(way) { return way.mode ?? (way.threshold === null ? "ar" : "diffusion"); }
+function wayName(way) { return way.threshold === null ? modeOf(way) : `γ ${way.threshold}`; }
 function shareText(value) { return `${(100 * value).toFixed(1)}${SPACE}%`; }
 function intervalText(way) { return `${(100 * way.low).toFixed(1)}–${shareText(way.high)}`; }
 function signedText(value, digits, unit) { return `${value < 0 ? "−" : value > 0 ? "+" : "±"}${Math.abs(value).toFixed(digits)}${unit}`; }
@@ -43,7 +50,7 @@ function signedText(value, digits, unit) { return `${value < 0 ? "−" : value >
 // The measured way that is served to a request that says nothing; undefined where that was not measured.
 function servedWay() {
   const { mode, threshold, record } = trade.told;
-  return record.ways.find((way) => (mode === "ar" ? way.threshold === null : mode === "diffusion" && way.threshold === threshold));
+  return record.ways.find((way) => modeOf(way) === mode && (mode !== "diffusion" || way.threshold === threshold));
 }
 
 function servedName() { return trade.told.mode === "diffusion" ? `γ ${trade.told.threshold}` : trade.told.mode; }
@@ -94,7 +101,7 @@ function tradeChart() {
   trade.svg = svg;
   trade.live = element("p", { class: "quiet", title: "What clients ask for now may have another γ, and other prompts, than the record." });
   const caption = element("figcaption", { title: "Bars: 95 % intervals. The line joins neighbouring γ; between them nothing was measured." },
-    element("b", {}, "What each γ keeps and gains "), element("span", { class: "key denoiser" }, "diffusion"), " ", element("span", { class: "key context" }, "ar"));
+    element("b", {}, "What each γ keeps and gains "), element("span", { class: "key denoiser" }, "diffusion"), " ", element("span", { class: "key context" }, trade.told.record.verified ? "ar (square), verified (diamond)" : "ar"));
   return element("figure", {}, caption, svg, trade.live);
 }
 
@@ -114,6 +121,7 @@ function wayTable(record) {
     const row = element("tr", {}, element("th", { scope: "row" }, wayName(way)), ...wayCells(way).map((text) => element("td", { class: "number" }, text)));
     if (way === servedWay()) row.firstChild.append(element("small", {}, " now"));
     if (way.threshold !== null && way.threshold === record.recommendation) row.firstChild.append(element("small", { title: `Of the γ that keep ${shareText(record.quality_floor)} of ar's quality it has the most tokens per step.` }, " advised"));
+    if (way.recommended) row.firstChild.append(element("small", { title: "All answers were ar's own, token for token, and at least as fast as with the γ that was advised." }, " advised"));
     row.addEventListener("pointerenter", () => pointTrade(place));
     row.addEventListener("pointerleave", () => pointTrade(null));
     row.addEventListener("click", () => chooseWay(place));
@@ -149,7 +157,8 @@ function sayTrade(way) {
   else if (now) parts.push(`${wayName(way)} instead of ${wayName(now)}: ${changesOf(way, now)}`);
   else parts.push(`${wayName(way)}: ${shareText(way.quality)} of ar's quality, ${number(way.tokens_per_step)} tokens per step, ${number(way.times_ar)} times ar's throughput. What is served by default, ${servedName()}, was not measured.`);
   if (way.quality < record.quality_floor) parts.push(` That is below the ${shareText(record.quality_floor)} that the measurement was to keep.`);
-  const setting = way.threshold === null ? "decode.mode=ar" : `${now && now.threshold === null ? "decode.mode=diffusion decode." : "decode."}confidence_threshold=${way.threshold}`;
+  if (way.mode === "verified" && !way.same_as_ar) parts.push(" Not all of its answers were ar's, as they should be but for near-ties.");
+  const setting = way.threshold === null ? `decode.mode=${modeOf(way)}` : `${now && now.threshold === null ? "decode.mode=diffusion decode." : "decode."}confidence_threshold=${way.threshold}`;
   trade.said.replaceChildren(element("p", {}, ...parts));
   if (way !== now) trade.said.append(element("p", { class: "quiet" }, "For all: ", element("code", {}, setting), "; one request may say so itself."));
 }
@@ -190,7 +199,7 @@ function nearestWay(svg, event) {
 
 function drawTrade() {
   const { record } = trade.told, view = tradeView(), shown = trade.pointed ?? trade.chosen;
-  const swept = record.ways.slice(1).sort((a, b) => a.threshold - b.threshold);
+  const swept = record.ways.filter((way) => modeOf(way) === "diffusion").sort((a, b) => a.threshold - b.threshold);
   const line = swept.map((way, place) => `${place ? "L" : "M"}${view.x(way[view.column]).toFixed(1)} ${view.y(way.quality).toFixed(1)}`).join("");
   const places = record.ways.map((_, place) => place).sort((a, b) => (a === shown) - (b === shown)); // what is shown lies on top
   trade.svg.replaceChildren(...tradeAxes(view), ...floorLine(view, record), drawn("path", { class: "line denoiser", d: line }), ...places.flatMap((place) => wayMark(view, record.ways[place], place === shown)));
@@ -223,9 +232,10 @@ function floorLine(view, record) {
 }
 
 function wayMark(view, way, isShown) {
-  const x = view.x(way[view.column]), y = view.y(way.quality), isAr = way.threshold === null, isNow = way === servedWay();
-  const tone = isAr ? "context" : "denoiser", size = isShown ? 7 : 5;
-  const dot = isAr ? drawn("rect", { class: `dot ${tone}`, x: x - size, y: y - size, width: 2 * size, height: 2 * size }) : drawn("circle", { class: `dot ${tone}`, cx: x, cy: y, r: size });
+  const x = view.x(way[view.column]), y = view.y(way.quality), isCausal = way.threshold === null, isNow = way === servedWay();
+  const tone = isCausal ? "context" : "denoiser", size = isShown ? 7 : 5;
+  const turned = way.mode === "verified" ? `rotate(45 ${x} ${y})` : null; // a diamond
+  const dot = isCausal ? drawn("rect", { class: `dot ${tone}`, x: x - size, y: y - size, width: 2 * size, height: 2 * size, transform: turned }) : drawn("circle", { class: `dot ${tone}`, cx: x, cy: y, r: size });
   const ring = isNow ? [drawn("circle", { class: "ring", cx: x, cy: y, r: size + 5 })] : [];
   const label = tradeText(isNow ? `${wayName(way)}, now` : wayName(way), { class: isShown ? "shown" : null, x: x + size + (isNow ? 9 : 5), y: y - 5 });
   return [drawn("line", { class: `interval ${tone}`, x1: x, x2: x, y1: view.y(way.low), y2: view.y(way.high) }), ...ring, dot, label];

@@ -15,14 +15,16 @@ from cluster.cli.tune.report import Findings
 from cluster.ops import run_state
 from twotower.commands.journal import Journal
 from twotower.commands.parser import count, share
+from twotower.core import Mode
 from twotower.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from cluster.cli.tune.record import Record
 
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-DESCRIPTION = """Send your own prompts to the running service, at several confidence thresholds γ and in ar mode.
-Say which γ takes the fewest steps among those that keep the quality you want.
+DESCRIPTION = """Send your own prompts to the running service, at several confidence thresholds γ and in the modes ar
+and verified. Say which γ takes the fewest steps among those that keep the quality you want, and whether verified, which
+gives ar's own answers, is as fast.
 
 FILE.jsonl has one object a line: prompt (or prompt_token_ids), and answer where you know the right one.
 With answers, quality is the share of exactly right answers divided by ar's share.
@@ -66,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     """Exit status 2 for a mistake in the input, 1 where the service fails."""
     from cluster.cli.asking import Refused, model_info
     from cluster.cli.tune.questions import read_questions
-    from cluster.cli.tune.sweep import Sweep
+    from cluster.cli.tune.sweep import AR, VERIFIED, Sweep, Way
 
     questions = read_questions(options.input, options.answers)
     address = options.address or run_state.grpc_address()
@@ -77,10 +79,13 @@ def run(options: argparse.Namespace) -> int:
             f"{address} serves {model.name} without a tokenizer: wanted prompt_token_ids and no answers",
         )
     served = {"address": address, "model": model.name, "checkpoint": model.checkpoint_fingerprint}
+    ways = [AR, *(Way(Mode.DIFFUSION, threshold) for threshold in options.confidence_thresholds)]
+    if "verified" in model.modes:
+        ways.append(VERIFIED)
     sweep = Sweep(
         address,
         questions,
-        options.confidence_thresholds,
+        ways,
         options.concurrency,
         options.max_new_tokens,
         options.timeout,
@@ -88,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     served_as = {**served, "defaults": dict(model.defaults or {})}
     record, told = _record(options, {**served_as, **sweep.about()}), False
     try:
-        done = len(questions) * len(record.passes.keys() & {None, *sweep.thresholds})
+        done = len(questions) * len(record.passes.keys() & {*sweep.ways})
         with tqdm(total=sweep.num_calls, initial=done, unit="answer", file=sys.stderr, disable=None) as bar:
             passes = asyncio.run(sweep.run(record.passes, bar.update, record.add))
         _tell(options, served, Findings.of(questions, passes, options.quality_floor, record.resumed))

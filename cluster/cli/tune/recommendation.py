@@ -8,6 +8,7 @@ import numpy as np
 
 from cluster.cli.tune.questions import Question
 from cluster.cli.tune.sweep import Answered, Pass
+from twotower.core import Mode
 from twotower.errors import TwoTowerError
 from twotower.showing import show
 
@@ -19,7 +20,7 @@ _UNLIKELY = 0.025  # what lies below a 95 % interval
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """One way's figures. Quality is a share of `ar`'s, with the ends of its 95 % interval.
+    """One way's figures. Quality is a share of `ar`'s, with the ends of its 95 % interval. `threshold`: of `diffusion`.
 
     `accuracy`: share of exactly right answers, None where nobody gave any. `agreement`: mean share of `ar`'s tokens
     that come first and are the same.
@@ -46,6 +47,19 @@ class Advice:
     threshold: float | None
     more_prompts: int = 0
     slower_than_ar: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lossless:
+    """How `verified`, which gives `ar`'s own answers, compares. `mode`: the one to take, of all that were measured.
+
+    `same_as_ar`: every answer had `ar`'s tokens. `against`: its tokens per second, as a multiple of what would be taken
+    without it: the advised γ, else `ar`.
+    """
+
+    mode: Mode
+    same_as_ar: bool
+    against: float
 
 
 class NothingRight(TwoTowerError):
@@ -85,6 +99,16 @@ def advise(rated: Sequence[Rated], floor: float, prompts: int) -> Advice:
     return Advice(best.threshold, _more_prompts(best, floor, prompts), slower)
 
 
+def compare(verified: Rated, rated: Sequence[Rated], advice: Advice) -> Lossless:
+    """`verified` wins where it gives `ar`'s own answers no slower than what would be taken without it."""
+    other = next((one for one in rated[1:] if one.threshold == advice.threshold), rated[0])
+    if advice.slower_than_ar:
+        other = rated[0]
+    against, same = verified.tokens_per_s / other.tokens_per_s, verified.agreement == 1.0
+    without = Mode.AR if other is rated[0] else Mode.DIFFUSION
+    return Lossless(Mode.VERIFIED if same and against >= 1 else without, same, against)
+
+
 def _more_prompts(best: Rated, floor: float, prompts: int) -> int:
     """An interval narrows with the square root of the number of prompts; where nothing was lost, with the number.
 
@@ -104,7 +128,7 @@ def _rated(questions: Sequence[Question], one: Pass, ar: Pass, reference: _Share
     quality = float(right.mean() / reference.mean())
     accuracy = None if questions[0].answer is None else float(right.mean())
     return Rated(
-        one.threshold, accuracy, quality, low, high, agreement,
+        one.way.threshold, accuracy, quality, low, high, agreement,
         one.tokens_per_s, one.tokens_per_s / ar.tokens_per_s, one.tokens_per_step,
     )  # fmt: skip
 

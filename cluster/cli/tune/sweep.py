@@ -8,9 +8,11 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.cli.asking import Refused, credentials, explained
 from cluster.cli.tune.questions import Question
+from twotower.core import Mode
 from twotower.errors import Unavailable
 from twotower_client import AsyncClient, RetryPolicy, ServiceError
 from twotower_client.asking import Options
@@ -18,6 +20,19 @@ from twotower_client.asking import Options
 _WARM_UP = 2
 # A full service, or one whose cell is being replaced, is asked again.
 RETRIES = RetryPolicy(attempts=7, first_s=1.0, longest_s=8.0)
+
+
+class Way(NamedTuple):
+    """How prompts are answered. `threshold`: γ of `diffusion`, None of other modes."""
+
+    mode: Mode
+    threshold: float | None = None
+
+    def __str__(self) -> str:
+        return str(self.mode) if self.threshold is None else f"γ {self.threshold:g}"
+
+
+AR, VERIFIED = Way(Mode.AR), Way(Mode.VERIFIED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +50,9 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """All prompts once, in one way. `threshold` None: `ar`."""
+    """All prompts once, in one way."""
 
-    threshold: float | None
+    way: Way
     answers: tuple[Answered, ...]
     seconds: float
 
@@ -51,28 +66,31 @@ class Pass:
 
     @property
     def tokens_per_step(self) -> float:
-        """1 for `ar`."""
+        """1 for `ar`. In `verified` the context tower's reads of drafts do not count."""
         tokens = sum(len(answer.token_ids) for answer in self.answers)
-        return tokens / max(1, sum(answer.num_steps for answer in self.answers)) if self.threshold is not None else 1.0
+        return 1.0 if self.way == AR else tokens / max(1, sum(answer.num_steps for answer in self.answers))
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What to ask: of whom, how much at a time, how many tokens at most (None: the service's default)."""
+    """What to ask: of whom, in which ways, how much at a time, how many tokens at most (None: the service's default).
+
+    `ways`: `ar` first.
+    """
 
     address: str
     questions: Sequence[Question]
-    thresholds: Sequence[float]
+    ways: Sequence[Way]
     concurrency: int
     max_new_tokens: int | None
     timeout_s: float
 
     @property
     def num_calls(self) -> int:
-        return len(self.questions) * (1 + len(self.thresholds))
+        return len(self.questions) * len(self.ways)
 
     def about(self) -> dict[str, object]:
-        """What decides a pass, but for the service. Neither the thresholds, of which a sweep that goes on may have
+        """What decides a pass, but for the service. Neither the ways, of which a sweep that goes on may have
         more, nor the answers, which are compared afterwards."""
         asked = json.dumps([question.prompt for question in self.questions])
         return {
@@ -82,31 +100,33 @@ class Sweep:
         }
 
     async def run(
-        self, known: Mapping[float | None, Pass], answered: Callable[[], object], keep: Callable[[Pass], object]
+        self, known: Mapping[Way, Pass], answered: Callable[[], object], keep: Callable[[Pass], object]
     ) -> list[Pass]:
-        """`ar` first, then each threshold, but for those `known` already; `answered` is called once an answer, `keep`
-        once a pass. Raises Refused or Unavailable."""
+        """Each way, but for those `known` already; `answered` is called once an answer, `keep` once a pass.
+
+        Raises Refused or Unavailable.
+        """
         credentials()
         async with AsyncClient(f"grpc://{self.address}", retry=RETRIES, timeout_s=self.timeout_s) as client:
             passes = []
-            for threshold in (None, *self.thresholds):
-                one = known.get(threshold)
+            for way in self.ways:
+                one = known.get(way)
                 if one is None:
                     for question in self.questions[:_WARM_UP]:
-                        await self._ask(client, question, threshold)
-                    one = await self._pass(client, threshold, answered)
+                        await self._ask(client, question, way)
+                    one = await self._pass(client, way, answered)
                     keep(one)
                 passes.append(one)
             return passes
 
-    async def _pass(self, client: AsyncClient, threshold: float | None, answered: Callable[[], object]) -> Pass:
+    async def _pass(self, client: AsyncClient, way: Way, answered: Callable[[], object]) -> Pass:
         waiting = deque(enumerate(self.questions))
         answers: dict[int, Answered] = {}
 
         async def one_client() -> None:
             while waiting:
                 number, question = waiting.popleft()
-                answers[number] = await self._ask(client, question, threshold)
+                answers[number] = await self._ask(client, question, way)
                 answered()
 
         started = time.perf_counter()
@@ -117,19 +137,16 @@ class Sweep:
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         seconds = time.perf_counter() - started
-        return Pass(threshold, tuple(answers[number] for number in range(len(self.questions))), seconds)
+        return Pass(way, tuple(answers[number] for number in range(len(self.questions))), seconds)
 
-    async def _ask(self, client: AsyncClient, question: Question, threshold: float | None) -> Answered:
+    async def _ask(self, client: AsyncClient, question: Question, way: Way) -> Answered:
+        options: Options = {"temperature": 0.0, "request_id": f"tune-{uuid.uuid4()}", "mode": way.mode.value}
+        options |= {"confidence_threshold": way.threshold, "max_new_tokens": self.max_new_tokens}
         try:
-            answer = await client.complete(question.prompt, **self._options(threshold))
+            answer = await client.complete(question.prompt, **options)
         except ServiceError as error:
             raise _told(error, self.address, question) from None
         return Answered(answer.text, answer.token_ids, answer.usage.num_steps, answer.attempts - 1)
-
-    def _options(self, threshold: float | None) -> Options:
-        options: Options = {"temperature": 0.0, "request_id": f"tune-{uuid.uuid4()}"}
-        options["mode"] = "ar" if threshold is None else "diffusion"
-        return {**options, "confidence_threshold": threshold, "max_new_tokens": self.max_new_tokens}
 
 
 def _told(error: ServiceError, address: str, question: Question) -> Unavailable | Refused:

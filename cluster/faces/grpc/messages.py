@@ -4,7 +4,7 @@ Lists are handed on as the message has them: they may be far too long to be copi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from google.protobuf.message import Message
 
@@ -56,7 +56,7 @@ def score_ask_of(request: pb.ScoreRequest, label: str, own_id: str) -> ScoreAsk:
 
 def outside_problems(error: InvalidRequest, kind: type[Message]) -> InvalidRequest:
     """The same problems under the paths of this kind of message."""
-    path = _score_path if kind is pb.ScoreRequest else _path
+    path = _PATHS.get(kind, _path)
     return InvalidRequest([FieldError(path(p.field), p.message) for p in error.problems])
 
 
@@ -67,7 +67,7 @@ def answer_message(run: Generating, texts: TokenTexts) -> pb.GenerateResponse:
         token_ids=run.token_ids,
         text=run.text,
         finished=_finished(run, run.usage, run.finish_reason),
-        likelihoods=_likelihoods(run.likelihoods, texts),
+        likelihoods=_likelihoods(run.token_ids, run.likelihoods, texts),
     )
 
 
@@ -110,7 +110,7 @@ def _chunk_messages(run: Generating, chunk: Chunk, texts: TokenTexts) -> Iterato
             start=chunk.start,
             token_ids=chunk.token_ids,
             text=chunk.text,
-            likelihoods=_likelihoods(chunk.likelihoods, texts),
+            likelihoods=_likelihoods(chunk.token_ids, chunk.likelihoods, texts),
             **_costs(chunk.cost),
         )
         yield pb.GenerateStreamResponse(request_id=request_id, block=block)
@@ -119,14 +119,17 @@ def _chunk_messages(run: Generating, chunk: Chunk, texts: TokenTexts) -> Iterato
         yield pb.GenerateStreamResponse(request_id=request_id, finished=finished)
 
 
-def _likelihoods(likelihoods: Sequence[Likelihood], texts: TokenTexts) -> Iterator[pb.Likelihood]:
-    for one in likelihoods:
+def _likelihoods(
+    token_ids: Sequence[int], likelihoods: Sequence[Likelihood], texts: TokenTexts
+) -> Iterator[pb.Likelihood]:
+    for token, one in zip(token_ids if likelihoods else (), likelihoods, strict=True):
         yield pb.Likelihood(
             log_prob=one.log_prob,
             top_token_ids=one.top_token_ids,
             top_log_probs=one.top_log_probs,
             top_texts=texts.of(one.top_token_ids),
             confidence=one.confidence,
+            text="".join(texts.of([token])),
         )
 
 
@@ -185,6 +188,21 @@ def _score_path(field: str) -> str:
     if name == "token_ids":
         return "continuation"
     return f"{name}.ids[{place}" if bracket else field
+
+
+def _text_path(field: str) -> str:
+    return "text" if field == "prompt" else field
+
+
+def _ids_path(field: str) -> str:
+    return "token_ids" if field == "prompt" else _path(field)
+
+
+_PATHS: Mapping[type[Message], Callable[[str], str]] = {
+    pb.ScoreRequest: _score_path,
+    pb.TokenizeRequest: _text_path,
+    pb.DetokenizeRequest: _ids_path,
+}
 
 
 def _finished(run: Generating, usage: Usage, reason: FinishReason) -> pb.Finished:

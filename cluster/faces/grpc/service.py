@@ -67,6 +67,20 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             run = await self._generation.score_run(checked, deadline, caller, _parent_of(context))
             return score_message(run, await run.whole())
 
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        prompts, deadline = self._generation.prompts, self._generation.deadline(_timeout_of(context))
+        self._generation.check_open()
+        special = request.add_special_tokens or not request.HasField("add_special_tokens")
+        ids = await prompts.tokenized(request.text, deadline, special)
+        strings = await prompts.tokens(ids, deadline) if request.with_tokens else ()
+        longest = self._generation.model.limits.max_sequence_length
+        return pb.TokenizeResponse(token_ids=ids, tokens=strings, max_sequence_length=longest)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        deadline = self._generation.deadline(_timeout_of(context))
+        self._generation.check_open()
+        return pb.DetokenizeResponse(text=await self._generation.prompts.detokenized(request.token_ids.ids, deadline))
+
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         return model_info_message(self._generation.model)
 

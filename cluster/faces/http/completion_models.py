@@ -18,11 +18,19 @@ from pydantic import (
     field_validator,
 )
 
-from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, STOP, TRACE, FinishReason
-from twotower.parameters import Parameter
+from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, STOP, TRACE, FinishReason, Mode
+from twotower.parameters import Integer, Parameter
 from twotower.showing import show
 
 MAX_PROMPTS, MAX_LABEL = 256, 512
+N = Parameter(1, Integer(1, MAX_PROMPTS), "answers to each prompt", http="n")
+BEST_OF = Parameter(
+    None,
+    Integer(1, MAX_PROMPTS),
+    "answers decoded for each prompt, of which the likeliest `n` under the context tower are told",
+    http="best_of",
+    default_is="`n`",
+)
 
 TEXT: dict[str, Any] = {"type": "string"}
 IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
@@ -81,27 +89,19 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class CompletionRequest(_Parameters):  # type: ignore[misc]
-    """`prompt` as a list of prompts, whatever shape it came in."""
+class AnswerRequest(_Parameters):  # type: ignore[misc]
+    """What calls for answers have in common, beside what they are to answer."""
 
-    prompt: Annotated[Prompts, Field(description=PROMPT)]
     model: Label = ""
     diffusion: Diffusion = Diffusion()
     stop: Annotated[Any, schema_of(STOP)] = ()
     priority: Annotated[Any, schema_of(PRIORITY)] = PRIORITY.default
-    logprobs: Annotated[Any, schema_of(LOGPROBS)] = LOGPROBS.default
+    n: Annotated[Any, schema_of(N)] = N.default
+    best_of: Annotated[Any, schema_of(BEST_OF)] = BEST_OF.default
     stream: bool = False
-    echo: bool = False
     stream_options: StreamOptions = StreamOptions()
     request_id: Label = ""
     user: Label = ""
-
-    @field_validator("echo")
-    @classmethod
-    def _only_of_whole_answers(cls, echo: bool, info: ValidationInfo) -> bool:
-        if echo and info.data.get("stream"):
-            raise ValueError("got true, wanted it only without stream")
-        return echo
 
     @field_validator("stream_options")
     @classmethod
@@ -121,8 +121,25 @@ class CompletionRequest(_Parameters):  # type: ignore[misc]
         return given
 
 
+class CompletionRequest(AnswerRequest):
+    """`prompt` as a list of prompts, whatever shape it came in. `add_special_tokens`: those that the tokenizer puts
+    around text, a BOS say."""
+
+    prompt: Annotated[Prompts, Field(description=PROMPT)]
+    logprobs: Annotated[Any, schema_of(LOGPROBS)] = LOGPROBS.default
+    echo: bool = False
+    add_special_tokens: bool = True
+
+    @field_validator("echo")
+    @classmethod
+    def _only_of_whole_answers(cls, echo: bool, info: ValidationInfo) -> bool:
+        if echo and info.data.get("stream"):
+            raise ValueError("got true, wanted it only without stream")
+        return echo
+
+
 class Usage(Body):
-    """What a call has cost, over all its prompts."""
+    """What a call has cost, over all its prompts, and how it was decoded."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -133,6 +150,7 @@ class Usage(Body):
     num_accepted: int
     num_ar_blocks: int
     num_diffusion_blocks: int
+    mode: Mode
 
 
 class LogProbs(Body):

@@ -36,8 +36,6 @@ _EITHER = (True, False)
 
 NEUTRAL: Mapping[str, Neutral] = {
     # OpenAI's completions; LiteLLM and LangChain send these, AIPerf and vLLM's benchmark some of them
-    "n": Neutral((1,), _OPENAI),
-    "best_of": Neutral((1,), _OPENAI),
     "suffix": Neutral(_NO_TEXT, _OPENAI),
     "presence_penalty": Neutral((0,), _OPENAI),
     "frequency_penalty": Neutral((0,), _OPENAI),
@@ -60,7 +58,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "spaces_between_special_tokens": Neutral((True,), f"{_VLLM}, {_SGLANG}"),
     "include_stop_str_in_output": Neutral(_OFF, _VLLM),
     "detokenize": Neutral((True,), _VLLM),
-    "add_special_tokens": Neutral((True,), _VLLM),
     "truncate_prompt_tokens": Neutral((), _VLLM),
     "prompt_logprobs": Neutral((), _VLLM),
     "return_tokens_as_token_ids": Neutral(_OFF, _VLLM),
@@ -112,4 +109,33 @@ NEUTRAL: Mapping[str, Neutral] = {
     "post_sampling_probs": Neutral(_OFF, _LLAMA),
     "lora": Neutral(_NO_LIST, _LLAMA),
     "response_fields": Neutral(_NO_LIST, _LLAMA),
+}
+
+_ONLY_OF_COMPLETIONS = ("suffix",)
+# Of chats beside those of completions: what OpenAI's and vLLM's chats have more of.
+CHAT_NEUTRAL: Mapping[str, Neutral] = {
+    "tools": Neutral(_NO_LIST, _OPENAI),
+    "tool_choice": Neutral(("none", "auto"), _OPENAI),
+    "parallel_tool_calls": Neutral(_EITHER, _OPENAI),
+    "functions": Neutral(_NO_LIST, _OPENAI),
+    "function_call": Neutral(("none", "auto"), _OPENAI),
+    "modalities": Neutral((["text"],), _OPENAI),
+    "audio": Neutral((), _OPENAI),
+    "prediction": Neutral((), _OPENAI),
+    "reasoning_effort": Neutral(("none",), _OPENAI),
+    "verbosity": Neutral((), _OPENAI),
+    "web_search_options": Neutral((), _OPENAI),
+    "prompt_cache_retention": Neutral((), _OPENAI),
+    "echo": Neutral(_OFF, _VLLM),
+    "add_generation_prompt": Neutral((True,), _VLLM),
+    "continue_final_message": Neutral(_OFF, _VLLM),
+    "chat_template": Neutral((), _VLLM),
+    "chat_template_kwargs": Neutral(_NO_OBJECT, _VLLM),
+    "documents": Neutral(_NO_LIST, _VLLM),
+    "mm_processor_kwargs": Neutral(_NO_OBJECT, _VLLM),
+    "include_reasoning": Neutral(_EITHER, _VLLM),
+}
+NEUTRAL_IN_CHATS: Mapping[str, Neutral] = {
+    **{name: field for name, field in NEUTRAL.items() if name not in _ONLY_OF_COMPLETIONS},
+    **CHAT_NEUTRAL,
 }

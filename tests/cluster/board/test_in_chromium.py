@@ -64,9 +64,12 @@ async def the_trade(page: Tab, record: Path) -> None:
     assert "the checkpoint brings no tuned.json" in await text(page, "#trade")
     assert "cluster tune --input prompts.jsonl --output CHECKPOINT/tuned" in await text(page, "#trade pre")
     shipped = json.loads((checkpoint_directory("demo") / RECORD).read_text(encoding="utf-8"))
-    record.write_text(json.dumps(shipped | {"checkpoint": FINGERPRINT}), encoding="utf-8")
+    verified = shipped["ways"][0] | {"times_ar": 2.25, "tokens_per_step": 7.0, "same_as_ar": True, "recommended": True}
+    told = shipped | {"checkpoint": FINGERPRINT, "verified": verified}
+    record.write_text(json.dumps(told), encoding="utf-8")
     await page.value("document.querySelector('#trade .none button').click()")
-    await page.until("document.querySelectorAll('#trade tbody tr').length === 8")
+    await page.until("document.querySelectorAll('#trade tbody tr').length === 9")
+    assert "verified advised" in await text(page, "#trade tbody tr:last-child th")
     assert "γ 0.8 is what a request gets now" in await text(page, "#trade-said")
     await page.value("document.getElementById('trade-way').focus()")
     await page.call(
@@ -75,6 +78,10 @@ async def the_trade(page: Tab, record: Path) -> None:
     said = (await text(page, "#trade-said")).replace("\u00a0", " ")
     assert "γ 0.9 instead of γ 0.8: 0.3 points more of ar's quality" in said and "19 % less throughput" in said
     assert "decode.confidence_threshold=0.9" in said and "4.35 tokens per step instead of 6.84" in said
+    await page.value("document.querySelector('#trade tbody tr:last-child').click()")
+    said = (await text(page, "#trade-said")).replace("\u00a0", " ")
+    assert "verified instead of γ 0.8: 0.9 points more of ar's quality" in said and "decode.mode=verified" in said
+    assert "10 % more throughput" in said
     assert "instead of γ 0.8" in await page.value("document.getElementById('trade-way').getAttribute('aria-valuetext')")
     await page.value("document.getElementById('trade-x-1').click()")
     assert "tokens per denoiser step" in await page.value("document.querySelector('#trade svg').textContent")

@@ -13,7 +13,7 @@ from benchmarks.quality_parts.tuned import tuned
 from cluster.board.trade import RECORD, Trade, add_trade
 from cluster.cli.tune.questions import Question
 from cluster.cli.tune.report import Findings
-from cluster.cli.tune.sweep import Answered, Pass
+from cluster.cli.tune.sweep import AR, VERIFIED, Answered, Pass, Way
 from cluster.served_paths import checkpoint_directory
 from tests.cluster.fakes import FINGERPRINT, served_model
 from twotower.core import DecodingParams, Mode
@@ -29,7 +29,8 @@ def of(directory: Path, modes: tuple[Mode, ...] = tuple(Mode), defaults: Decodin
 def swept() -> dict[str, Any]:
     """What `tune --output DIRECTORY/tuned` writes, of a service with the fakes' checkpoint."""
     answers = [Answered("", (5, 6, 7, 8), steps) for steps in (2, 2)]
-    passes = [Pass(threshold, tuple(answers), seconds) for threshold, seconds in ((None, 2.0), (0.8, 1.0))]
+    ways = ((AR, 2.0), (Way(Mode.DIFFUSION, 0.8), 1.0), (VERIFIED, 1.25))
+    passes = [Pass(way, tuple(answers), seconds) for way, seconds in ways]
     findings = Findings.of([Question(1, (5,)), Question(2, (6,))], passes, 0.5)
     return {"address": "10.0.0.7:50051", "checkpoint": FINGERPRINT, "concurrency": 16, **findings.figures()}
 
@@ -57,6 +58,8 @@ async def test_what_tune_writes_beside_the_checkpoint_is_told(tmp_path: Path) ->
     assert (told["mode"], told["threshold"], told["why"]) == ("diffusion", 0.8, "")
     assert [way["threshold"] for way in told["record"]["ways"]] == [None, 0.8]
     assert told["record"]["ways"][1]["times_ar"] == 2.0 and told["record"]["ways"][1]["tokens_per_step"] == 2.0
+    verified = told["record"]["verified"]
+    assert (verified["times_ar"], verified["same_as_ar"], verified["recommended"]) == (1.6, True, False)
     assert "address" not in told["record"], "no address of anybody is shown"
     now = one.told()
     assert now.record is not None and now.threshold == 0.9, "written while the service runs"
@@ -80,6 +83,11 @@ WAY = swept()["ways"][1]
         (changed(ways=[swept()["ways"][0], WAY, WAY]), "then each threshold once"),
         (changed(ways=[swept()["ways"][0], WAY | {"times_ar": 0}]), "ways.1.times_ar: Input should be greater than 0"),
         (changed(ways=[swept()["ways"][0], WAY | {"low": "a"}]), "ways.1.low: Input should be a valid number, got 'a'"),
+        (
+            changed(verified=swept()["verified"] | {"threshold": 0.5}),
+            "verified.threshold: Input should be null, got 0.5",
+        ),
+        (changed(verified=WAY), "verified.threshold: Input should be null"),
         ({"checkpoint": FINGERPRINT}, "quality: Field required"),
         (" " * 2**21, "got 2097152 bytes, wanted at most 1048576"),
     ],
@@ -87,6 +95,13 @@ WAY = swept()["ways"][1]
 def test_a_record_that_is_none_says_why(tmp_path: Path, record: object, why: str) -> None:
     told = of(written(tmp_path, record)).told()
     assert told.record is None and told.why.startswith("tuned.json: ") and why in told.why
+
+
+def test_a_record_of_before_verified_was_measured_is_told(tmp_path: Path) -> None:
+    old = swept()
+    del old["verified"]
+    told = of(written(tmp_path, old)).told()
+    assert told.why == "" and told.record is not None and told.record.verified is None and len(told.record.ways) == 2
 
 
 def test_without_a_denoiser_there_is_nothing_to_choose(tmp_path: Path) -> None:

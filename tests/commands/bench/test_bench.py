@@ -36,12 +36,23 @@ async def test_modes_and_clients_in_turns(
     cells: ScriptedCells, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load = ["--mode", "ar,verified", "--clients", "1,3", "--requests", "4", "--rounds", "2", "--warm-up", "1"]
-    decoding = ["--max-new-tokens", "8", "--draft-steps", "3", "--temperature", "0.5", "--seed", "7"]
+    decoding = [
+        "--max-new-tokens",
+        "8",
+        "--draft-steps",
+        "3",
+        "--temperature",
+        "0.5",
+        "--seed",
+        "7",
+        "--family",
+        "words",
+    ]
     async with grpc_server(generation(cells)) as (address, _):
         output = str(tmp_path / "run")
         code = await bench("--url", f"grpc://{address}", *load, *decoding, "--output", output, "--devices", "2")
     out, err = capsys.readouterr()
-    assert code == 0, err
+    assert code == 0, out + err
     rows = [line.split()[0] for line in out.splitlines() if line]
     assert [name for name in rows if name in ("ar", "verified")] == ["ar", "verified"] * 2
     assert "1 client " in out and "3 clients" in out and "a device)" in out
@@ -108,7 +119,7 @@ async def test_failures_are_counted_and_told(cells: ScriptedCells, capsys: pytes
 
     cells.fail = fail
     async with grpc_server(generation(cells)) as (address, _):
-        assert await bench("--url", f"grpc://{address}", "--requests", "4", "--warm-up", "1") == 1
+        assert await bench("--url", f"grpc://{address}", "--requests", "4", "--warm-up", "1", "--family", "words") == 1
     assert "diffusion, 1 client: 2 of 4 requests failed: 2 ABORTED" in capsys.readouterr().out
 
 

@@ -22,9 +22,9 @@ FORMAT = 1
 _COLUMNS = (
     ("tokens/s", ""),
     ("requests/s", ""),
-    ("first tokens ms", "p50 / p99"),
-    ("between blocks ms", "p50 / p99"),
-    ("latency ms", "p50 / p90 / p99"),
+    ("first token", "ms, p50 / p99"),
+    ("between blocks", "ms, p50 / p99"),
+    ("latency", "ms, p50 / p90 / p99"),
     ("tokens/step", ""),
     ("accepted/round", ""),
 )
@@ -136,11 +136,11 @@ failed count in no time and no rate."""
 
 
 def _row(one: Figures, devices: int | None) -> tuple[str, ...]:
-    per_device = f" ({one.tokens_per_s.mean / devices:.1f} a device)" if devices else ""
+    per_device = f", {_number(one.tokens_per_s.mean / devices)} a device" if devices else ""
     return (
         one.mode,
-        _spread(one.tokens_per_s, 1) + per_device,
-        _spread(one.requests_per_s, 2),
+        _spread(one.tokens_per_s) + per_device,
+        _spread(one.requests_per_s),
         _times(one.first_token, "p50", "p99"),
         _times(one.between_blocks, "p50", "p99"),
         _times(one.latency, "p50", "p90", "p99"),
@@ -153,10 +153,15 @@ def _per_device(one: Figures, devices: int | None) -> dict[str, float]:
     return {"tokens_per_s_per_device": one.tokens_per_s.mean / devices} if devices else {}
 
 
-def _spread(told: Spread, digits: int) -> str:
+def _spread(told: Spread) -> str:
     if told.low == told.high:
-        return f"{told.mean:.{digits}f}"
-    return f"{told.mean:.{digits}f} ({told.low:.{digits}f}–{told.high:.{digits}f})"
+        return _number(told.mean)
+    return f"{_number(told.mean)} ({_number(told.low)}–{_number(told.high)})"
+
+
+def _number(value: float) -> str:
+    """With as many digits as say something."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _times(told: Distribution, *names: str) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from random import Random
 
 from twotower.demo.families.arithmetic import add, problem
+from twotower.demo.families.letters import letters
 from twotower.demo.families.lists import brackets, count, reverse, sort
+from twotower.demo.families.long import balance, module, people, rows
 from twotower.demo.families.numerals import date, number, roman_numeral, words
 from twotower.demo.families.records import describe, json_object, table
 from twotower.demo.families.source import code
@@ -31,6 +33,16 @@ FAMILIES: dict[str, Family] = {
     "add": add,
     "problem": problem,
     "code": code,
+    "letters": letters,
+    "rows": rows,
+    "people": people,
+    "balance": balance,
+    "module": module,
 }
-SHARES: dict[str, int] = {"sort": 2, "count": 2, "add": 2, "problem": 3}
+LONG = frozenset(("rows", "people", "balance", "module"))
+"""Those whose answers run to many blocks."""
+SHARES: dict[str, int] = {
+    "sort": 2, "count": 2, "brackets": 2, "add": 2, "problem": 2, "letters": 6, "rows": 3, "people": 2, "balance": 3,
+    "module": 2,
+}  # fmt: skip
 """How often training draws a family, where that is not once: the harder ones more often."""

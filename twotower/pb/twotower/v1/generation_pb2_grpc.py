@@ -49,6 +49,16 @@ class GenerationServiceStub:
                 request_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/twotower.v1.GenerationService/Tokenize',
+                request_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/twotower.v1.GenerationService/Detokenize',
+                request_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/twotower.v1.GenerationService/GetModelInfo',
                 request_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
@@ -84,6 +94,20 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The token ids of a text, as a prompt's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """What the running checkpoint can be asked for.
         """
@@ -108,6 +132,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
                     response_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.DetokenizeResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -196,6 +230,60 @@ class GenerationService:
             '/twotower.v1.GenerationService/Score',
             twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
             twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twotower.v1.GenerationService/Tokenize',
+            twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twotower.v1.GenerationService/Detokenize',
+            twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            twotower_dot_pb_dot_twotower_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,129 @@
+"""A call for answers, read from its body: what completions and chats have in common. docs/api.md tells every field."""
+
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from cluster.faces.http.completion_models import BEST_OF, MAX_PROMPTS, AnswerRequest, N
+from cluster.runs.generation import Ask
+from cluster.runs.prompts import Given
+from twotower.core import PARAMETERS, TRACE
+from twotower.errors import FieldError, InvalidRequest
+
+_OUTSIDE_NAMES = {name: parameter.http for name, parameter in {**PARAMETERS, "trace": TRACE}.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerCall:
+    """One Ask per prompt, of each of which `tries` answers are decoded and `choices` of them told.
+
+    `id` is ours and unlike any other; `label` is the client's own name for the call, which may be any other call's too.
+    `include_usage`: an event of its own at the end of a stream; `continuous_usage`: on every event. `rated`: whether
+    log-probabilities are told. `echo`: the prompts are told again; `answers`: not them alone. `names`: what the client
+    calls fields that the library knows by other names.
+    """
+
+    id: str
+    label: str
+    model: str | None
+    asks: tuple[Ask, ...]
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    choices: int = 1
+    tries: int = 1
+    rated: bool = False
+    echo: bool = False
+    answers: bool = True
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        return f"{self.id} ({self.label})" if self.label else self.id
+
+    @property
+    def shown_id(self) -> str:
+        return self.label or self.id
+
+    @contextmanager
+    def told_of(self, place: int | None = None) -> Iterator[None]:
+        """What is wrong with the prompt at this place, or with the call, in the client's words."""
+        try:
+            yield
+        except InvalidRequest as error:
+            raise self._outside(error, None if len(self.asks) == 1 else place) from None
+
+    def _outside(self, error: InvalidRequest, place: int | None) -> InvalidRequest:
+        prompt = self.names.get("prompt", "prompt") + ("" if place is None else f"[{place}]")
+        return InvalidRequest([FieldError(self._outside_name(p.field, prompt), p.message) for p in error.problems])
+
+    def _outside_name(self, name: str, prompt: str) -> str:
+        if name == "prompt" or re.match(r"prompt_token_ids\b", name):
+            return prompt + name.removeprefix("prompt_token_ids").removeprefix("prompt")
+        return self.names.get(name) or _OUTSIDE_NAMES.get(name, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the two kinds of body say in ways of their own."""
+
+    prompts: Sequence[Given]
+    params: dict[str, object]
+    logprobs: object = None
+    special_tokens: bool = True
+    echo: bool = False
+    answers: bool = True
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+def answer_call(read: AnswerRequest, question: Question, prefix: str, label: str) -> AnswerCall:
+    """Everything but the parameters' values, which the library checks. Raises InvalidRequest."""
+    params, prompts = question.params, question.prompts
+    if params.get("top_k") == -1:  # as vLLM, SGLang and Hugging Face say that it is off
+        params["top_k"] = 0
+    trace = read.diffusion.trace
+    if trace is True and not read.stream:
+        raise InvalidRequest.of(TRACE.http, "got true, wanted it only with stream: true")
+    choices, tries = _counts(read, len(prompts))
+    rated = question.logprobs is not None
+    logprobs = 0 if tries > choices and not rated else question.logprobs
+    label = read.request_id or label  # empty: as over gRPC
+    call_id = f"{prefix}-{uuid.uuid4().hex}"
+    ids = [call_id] if len(prompts) == 1 else [f"{call_id}-{place}" for place in range(len(prompts))]
+    asks = tuple(
+        Ask(prompt, params, read.stop, label, read.priority, own_id, trace, logprobs, question.special_tokens)
+        for prompt, own_id in zip(prompts, ids, strict=True)
+    )
+    return AnswerCall(
+        id=call_id,
+        label=label,
+        model=read.model or None,
+        asks=asks,
+        stream=read.stream,
+        include_usage=read.stream_options.include_usage,
+        continuous_usage=read.stream_options.continuous_usage_stats,
+        choices=choices,
+        tries=tries,
+        rated=rated,
+        echo=question.echo,
+        answers=question.answers,
+        names=question.names if rated else {**question.names, "logprobs": "best_of"},
+    )
+
+
+def _counts(read: AnswerRequest, prompts: int) -> tuple[int, int]:
+    """How many answers to each prompt are told, and how many are decoded for it."""
+    choices = int(N.kind.read("n", read.n))
+    tries = choices if read.best_of is None else int(BEST_OF.kind.read("best_of", read.best_of))
+    if tries < choices:
+        raise InvalidRequest.of("best_of", f"got {tries}, wanted at least n, which is {choices}")
+    if tries > choices and read.stream:
+        raise InvalidRequest.of("best_of", f"got {tries}, wanted n, which is {choices}, with stream: true")
+    if prompts * tries > MAX_PROMPTS:
+        name, together = "n" if read.best_of is None else "best_of", prompts * tries
+        told = f"got {tries} for each of {prompts} prompts, which is {together}; wanted at most {MAX_PROMPTS}"
+        raise InvalidRequest.of(name, f"{told} answers of a call")
+    return choices, tries
