@@ -136,6 +136,15 @@ def checked_prompt(name: str, prompt: object, request_id: str) -> Prompt:
     return tuple(prompt)
 
 
+def checked_ids(token_ids: object) -> tuple[int, ...]:
+    """Raises InvalidRequest for what are no token ids."""
+    if isinstance(token_ids, str):
+        raise InvalidRequest.of("token_ids", "got text, wanted a list of token ids")
+    ids = checked_prompt("token_ids", token_ids, "")
+    assert isinstance(ids, tuple)
+    return ids
+
+
 def checked_timeout(timeout_s: float | None) -> float | None:
     if timeout_s is not None and not 0 < timeout_s <= MAX_TIMEOUT_S:
         raise ValueError(f"timeout_s: got {timeout_s}, wanted seconds, above 0 and at most {MAX_TIMEOUT_S:g}")

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar, Unpack
 
 from twotower_client.answers import Answer, Event, Finished, Gathering, ModelInfo, Readiness, Score
@@ -14,6 +14,7 @@ from twotower_client.asking import (
     ScoreAsk,
     StreamOptions,
     ask_of,
+    checked_ids,
     checked_timeout,
     score_ask_of,
 )
@@ -31,6 +32,8 @@ class AsyncFace(Protocol):
     async def complete(self, ask: Ask, timeout_s: float | None) -> Answer: ...
     def stream(self, ask: Ask, timeout_s: float | None) -> AsyncGenerator[Event, None]: ...
     async def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score: ...
+    async def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]: ...
+    async def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str: ...
     async def model_info(self, timeout_s: float | None) -> ModelInfo: ...
     async def readiness(self, timeout_s: float | None) -> Readiness: ...
     async def is_alive(self, timeout_s: float | None) -> bool: ...
@@ -84,6 +87,18 @@ class AsyncClient:
         """How likely the context tower finds the continuation. Raises a ServiceError."""
         ask, timeout_s = score_ask_of(prompt, continuation, options)
         return (await self._retried(lambda left_s: self._face.score(ask, left_s), timeout_s))[0]
+
+    async def tokenize(
+        self, text: str, add_special_tokens: bool = True, timeout_s: float | None = None
+    ) -> tuple[int, ...]:
+        """The token ids of a text, as a prompt's. Raises a ServiceError."""
+        told = self._retried(lambda left_s: self._face.tokenize(text, add_special_tokens, left_s), timeout_s)
+        return (await told)[0]
+
+    async def detokenize(self, token_ids: Sequence[int], timeout_s: float | None = None) -> str:
+        """The text of token ids, special tokens written out. Raises a ServiceError."""
+        ids = checked_ids(token_ids)
+        return (await self._retried(lambda left_s: self._face.detokenize(ids, left_s), timeout_s))[0]
 
     async def model(self, timeout_s: float | None = None) -> ModelInfo:
         """What is served. Raises a ServiceError."""

@@ -96,6 +96,18 @@ def score_rpc(ask: ScoreAsk) -> Rpc[Score]:
     return Rpc(f"/{_SERVICE}/Score", message.SerializeToString(), read, ask.request_id)
 
 
+def tokenize_rpc(text: str, add_special_tokens: bool) -> Rpc[tuple[int, ...]]:
+    message = _written(pb.TokenizeRequest, "", text=text, add_special_tokens=add_special_tokens)
+    read = pb.TokenizeResponse.FromString
+    return Rpc(f"/{_SERVICE}/Tokenize", message.SerializeToString(), lambda data, _: tuple(read(data).token_ids))
+
+
+def detokenize_rpc(token_ids: Sequence[int]) -> Rpc[str]:
+    message = pb.DetokenizeRequest(token_ids=pb.TokenIds(ids=token_ids))
+    read = pb.DetokenizeResponse.FromString
+    return Rpc(f"/{_SERVICE}/Detokenize", message.SerializeToString(), lambda data, _: str(read(data).text))
+
+
 def model_info_rpc() -> Rpc[ModelInfo]:
     return Rpc(f"/{_SERVICE}/GetModelInfo", b"", _model_info)
 

@@ -1,7 +1,7 @@
 """The gRPC face over a channel, blocking and with asyncio. Decides nothing: `grpc_codec` reads and writes."""
 
 import contextlib
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any
 
 import grpc
@@ -13,6 +13,7 @@ from twotower_client.errors import NotFound, ServiceError
 from twotower_client.grpc_codec import (
     Rpc,
     Told,
+    detokenize_rpc,
     error_from,
     generate_rpc,
     health_rpc,
@@ -20,6 +21,7 @@ from twotower_client.grpc_codec import (
     score_rpc,
     service_id_in,
     stream_rpc,
+    tokenize_rpc,
 )
 from twotower_client.target import Target
 
@@ -40,6 +42,8 @@ def _channel(target: Target, insecure: Any, secure: Any) -> Any:
     options = [*_OPTIONS, ("grpc.enable_http_proxy", int(target.use_proxies))]
     if not target.secure:
         return insecure(target.address, options=options)
+    if target.tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", target.tls.server_name))
     roots, key, certificate = target.tls.read()
     return secure(target.address, grpc.ssl_channel_credentials(roots, key, certificate), options=options)
 
@@ -60,6 +64,12 @@ class GrpcFace:
 
     def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return self._call(score_rpc(ask), timeout_s)
+
+    def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
+        return self._call(tokenize_rpc(text, add_special_tokens), timeout_s)
+
+    def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
+        return self._call(detokenize_rpc(token_ids), timeout_s)
 
     def model_info(self, timeout_s: float | None) -> ModelInfo:
         return self._call(model_info_rpc(), timeout_s)
@@ -113,6 +123,12 @@ class AsyncGrpcFace:
 
     async def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return await self._call(score_rpc(ask), timeout_s)
+
+    async def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
+        return await self._call(tokenize_rpc(text, add_special_tokens), timeout_s)
+
+    async def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
+        return await self._call(detokenize_rpc(token_ids), timeout_s)
 
     async def model_info(self, timeout_s: float | None) -> ModelInfo:
         return await self._call(model_info_rpc(), timeout_s)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
@@ -119,6 +119,15 @@ def score_call(ask: ScoreAsk) -> HttpCall[Score]:
 
     body = {"prompt": ask.prompt, "continuation": ask.continuation, "priority": ask.priority}
     return HttpCall("POST", "/v1/score", read, _encoded({**body, "request_id": ask.request_id}), ask.request_id)
+
+
+def tokenize_call(text: str, add_special_tokens: bool) -> HttpCall[tuple[int, ...]]:
+    body = _encoded({"prompt": text, "add_special_tokens": add_special_tokens})
+    return HttpCall("POST", "/tokenize", lambda told: tuple(told["tokens"]), body)
+
+
+def detokenize_call(token_ids: Sequence[int]) -> HttpCall[str]:
+    return HttpCall("POST", "/detokenize", lambda told: str(told["prompt"]), _encoded({"tokens": token_ids}))
 
 
 def model_call() -> HttpCall[ModelInfo]:
@@ -264,7 +273,9 @@ def _encoded(body: Mapping[str, object]) -> bytes:
     try:
         return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise InvalidRequest.of("body", f"cannot be written as JSON: {error}", str(body["request_id"])) from None
+        raise InvalidRequest.of(
+            "body", f"cannot be written as JSON: {error}", str(body.get("request_id", ""))
+        ) from None
 
 
 def _usage(told: Mapping[str, int]) -> Usage:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,12 +17,14 @@ from twotower_client.http_codec import (
     Told,
     answer_in,
     completion_call,
+    detokenize_call,
     error_from,
     health_call,
     model_call,
     ready_call,
     score_call,
     stream_call,
+    tokenize_call,
 )
 from twotower_client.target import Target
 
@@ -41,7 +43,7 @@ def _settings(target: Target) -> dict[str, Any]:
     }
 
 
-def _sent(call: HttpCall[Any], timeout_s: float | None) -> dict[str, Any]:
+def _sent(call: HttpCall[Any], timeout_s: float | None, server_name: str | None) -> dict[str, Any]:
     """What a request is built of. The service keeps the deadline, and is given the time to say that it has passed."""
     within = None if timeout_s is None else timeout_s + _GRACE_S
     connect = _CONNECT_S if timeout_s is None else min(_CONNECT_S, timeout_s)
@@ -54,6 +56,7 @@ def _sent(call: HttpCall[Any], timeout_s: float | None) -> dict[str, Any]:
         "content": call.body,
         "headers": headers,
         "timeout": httpx2.Timeout(within, connect=connect),
+        "extensions": {} if server_name is None else {"sni_hostname": server_name},
     }
 
 
@@ -85,6 +88,7 @@ class HttpFace:
     """Blocking. Calls may come from several threads. `transport`: httpx2's, for tests."""
 
     def __init__(self, target: Target, transport: httpx2.BaseTransport | None = None) -> None:
+        self._name = target.tls.server_name
         self._http = httpx2.Client(**_settings(target), transport=transport)
 
     def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
@@ -92,6 +96,12 @@ class HttpFace:
 
     def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return self._call(score_call(ask), timeout_s)
+
+    def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
+        return self._call(tokenize_call(text, add_special_tokens), timeout_s)
+
+    def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
+        return self._call(detokenize_call(token_ids), timeout_s)
 
     def model_info(self, timeout_s: float | None) -> ModelInfo:
         return self._call(model_call(), timeout_s)
@@ -105,7 +115,7 @@ class HttpFace:
     def stream(self, ask: Ask, timeout_s: float | None) -> Generator[Event, None, None]:
         call, reader = stream_call(ask), StreamReader(ask)
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s + _GRACE_S
-        with _told_of(ask.request_id), self._http.stream(**_sent(call, timeout_s)) as response:
+        with _told_of(ask.request_id), self._http.stream(**_sent(call, timeout_s, self._name)) as response:
             if response.status_code != 200:
                 raise error_from(response.status_code, response.headers, response.read(), ask.request_id)
             for data in response.iter_bytes():
@@ -121,7 +131,7 @@ class HttpFace:
 
     def _call(self, call: HttpCall[Told], timeout_s: float | None, good: tuple[int, ...] = (200,)) -> Told:
         with _told_of(call.request_id):
-            response = self._http.request(**_sent(call, timeout_s))
+            response = self._http.request(**_sent(call, timeout_s, self._name))
         if response.status_code not in good:
             raise error_from(response.status_code, response.headers, response.content, call.request_id)
         return answer_in(call, response.content)
@@ -131,6 +141,7 @@ class AsyncHttpFace:
     """With asyncio. `transport`: httpx2's, for tests."""
 
     def __init__(self, target: Target, transport: httpx2.AsyncBaseTransport | None = None) -> None:
+        self._name = target.tls.server_name
         self._http = httpx2.AsyncClient(**_settings(target), transport=transport)
 
     async def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
@@ -138,6 +149,12 @@ class AsyncHttpFace:
 
     async def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return await self._call(score_call(ask), timeout_s)
+
+    async def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
+        return await self._call(tokenize_call(text, add_special_tokens), timeout_s)
+
+    async def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
+        return await self._call(detokenize_call(token_ids), timeout_s)
 
     async def model_info(self, timeout_s: float | None) -> ModelInfo:
         return await self._call(model_call(), timeout_s)
@@ -153,7 +170,7 @@ class AsyncHttpFace:
         within = None if timeout_s is None else timeout_s + _GRACE_S
         ends_at = None if within is None else time.monotonic() + within
         with _told_of(ask.request_id):
-            async with self._http.stream(**_sent(call, timeout_s)) as response:
+            async with self._http.stream(**_sent(call, timeout_s, self._name)) as response:
                 if response.status_code != 200:
                     raise error_from(response.status_code, response.headers, await response.aread(), ask.request_id)
                 async for data in response.aiter_bytes():
@@ -172,7 +189,7 @@ class AsyncHttpFace:
         within = None if timeout_s is None else timeout_s + _GRACE_S
         with _told_of(call.request_id):
             async with asyncio.timeout(within):
-                response = await self._http.request(**_sent(call, timeout_s))
+                response = await self._http.request(**_sent(call, timeout_s, self._name))
         if response.status_code not in good:
             raise error_from(response.status_code, response.headers, response.content, call.request_id)
         return answer_in(call, response.content)

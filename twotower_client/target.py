@@ -13,12 +13,14 @@ _WANTED = "grpc://HOST:PORT, grpcs://, http:// or https://"
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Files in PEM. `root_certificates`: whom to believe, in place of the system's. `certificate` and `key`: the
-    client's own, where the server wants one."""
+    """Files in PEM. `root_certificates`: whom to believe, in place of the system's; also their content, as bytes.
+    `certificate` and `key`: the client's own, where the server wants one. `server_name`: a name that the server's
+    certificate has, where it has not the URL's."""
 
-    root_certificates: str | Path | None = None
+    root_certificates: str | Path | bytes | None = None
     certificate: str | Path | None = None
     key: str | Path | None = None
+    server_name: str | None = None
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
@@ -28,12 +30,16 @@ class Tls:
         """For HTTP. Raises ValueError, which names the file."""
         self.read()
         try:
-            context = ssl.create_default_context(cafile=_path(self.root_certificates))
+            roots = _content(self.root_certificates)
+            context = ssl.create_default_context(cadata=None if roots is None else roots.decode())
+            # What is believed need not be a root, as gRPC has it.
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             if self.certificate is not None:
                 context.load_cert_chain(self.certificate, _path(self.key))
-        except ssl.SSLError as error:
-            named = ", ".join(str(path) for path in (self.root_certificates, self.certificate, self.key) if path)
-            raise ValueError(f"{named}: not what TLS can use: {error.reason or error}") from None
+        except (ssl.SSLError, UnicodeDecodeError) as error:
+            files = (self.root_certificates, self.certificate, self.key)
+            named = ", ".join("bytes" if isinstance(file, bytes) else str(file) for file in files if file)
+            raise ValueError(f"{named}: not what TLS can use: {error}") from None
         return context
 
     def read(self) -> tuple[bytes | None, bytes | None, bytes | None]:
@@ -102,9 +108,9 @@ def _path(path: str | Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _content(path: str | Path | None) -> bytes | None:
-    if path is None:
-        return None
+def _content(path: str | Path | bytes | None) -> bytes | None:
+    if path is None or isinstance(path, bytes):
+        return path
     try:
         return Path(path).read_bytes()
     except OSError as error:

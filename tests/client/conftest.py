@@ -36,21 +36,21 @@ class Asking:
         self.pauses.append(pause_s)
 
     async def complete(self, *arguments: Any, **options: Any) -> Answer:
-        return await self._of("complete", *arguments, **options)  # type: ignore[no-any-return]
+        return await self.of("complete", *arguments, **options)  # type: ignore[no-any-return]
 
     async def score(self, *arguments: Any, **options: Any) -> Score:
-        return await self._of("score", *arguments, **options)  # type: ignore[no-any-return]
+        return await self.of("score", *arguments, **options)  # type: ignore[no-any-return]
 
     async def model(self) -> ModelInfo:
-        return await self._of("model")  # type: ignore[no-any-return]
+        return await self.of("model")  # type: ignore[no-any-return]
 
     async def ready(self) -> Readiness:
-        return await self._of("ready")  # type: ignore[no-any-return]
+        return await self.of("ready")  # type: ignore[no-any-return]
 
     async def is_alive(self) -> bool:
-        return await self._of("is_alive")  # type: ignore[no-any-return]
+        return await self.of("is_alive")  # type: ignore[no-any-return]
 
-    async def _of(self, name: str, *arguments: Any, **options: Any) -> Any:
+    async def of(self, name: str, *arguments: Any, **options: Any) -> Any:
         method = getattr(self.client, name)
         if self.blocks:
             return await asyncio.to_thread(method, *arguments, **options)
@@ -80,7 +80,7 @@ class Asking:
                     return
 
     async def close(self) -> None:
-        await self._of("close")
+        await self.of("close")
 
 
 @asynccontextmanager

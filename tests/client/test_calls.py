@@ -94,6 +94,15 @@ async def test_score(asking: Asking, cells: ScriptedCells) -> None:
     assert score.sum_log_prob == pytest.approx(-0.21) and cells.scored[0].priority == 3
 
 
+async def test_tokens_of_text_and_back(asking: Asking) -> None:
+    assert await asking.of("tokenize", "Hi") == (1, *tokens("Hi"))
+    assert await asking.of("tokenize", "Hi", add_special_tokens=False) == tokens("Hi")
+    assert await asking.of("detokenize", [1, *tokens("Hi")]) == "<s>Hi"
+    for wrong in ("Hi", [-1]):
+        with pytest.raises(InvalidRequest, match="token_ids"):
+            await asking.of("detokenize", wrong)
+
+
 async def test_model_and_health(asking: Asking, cells: ScriptedCells) -> None:
     model = await asking.model()
     assert (model.name, model.modes, model.max_sequence_length) == ("fake", MODES, 256)

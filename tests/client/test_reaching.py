@@ -106,6 +106,7 @@ async def test_tls_over_http(kind: type, certificates: Path, cells: ScriptedCell
     context.verify_mode = ssl.CERT_REQUIRED
     async with http_server(make_app(generation(cells), all_modes), context) as address:
         await _known_and_strangers(kind, f"https://{address}", cert, key)
+        await _by_another_name(kind, f"https://{address}", cert, key)
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
@@ -125,6 +126,19 @@ async def test_tls_over_grpc(
     monkeypatch.setattr(grpc.aio, "server", server)
     async with grpc_server(generation(cells)) as (address, _):
         await _known_and_strangers(kind, f"grpcs://{address}", cert, key)
+        await _by_another_name(kind, f"grpcs://{address}", cert, key)
+
+
+async def _by_another_name(kind: type, url: str, cert: Path, key: Path) -> None:
+    """The certificate is not the host's; the client is told whose it is, and has it as bytes."""
+    named, unnamed = (Tls(cert.read_bytes(), cert, key, name) for name in ("127.0.0.1", None))
+    asking = Asking(kind(url.replace("127.0.0.1", "localhost"), tls=named, retry=PROMPT_RETRIES))
+    assert (await asking.complete("Hi")).text == TEXT
+    await asking.close()
+    asking = Asking(kind(url.replace("127.0.0.1", "localhost"), tls=unnamed, retry=RetryPolicy(attempts=1)))
+    with pytest.raises(Unavailable):
+        await asking.complete("Hi", timeout_s=20)
+    await asking.close()
 
 
 async def _known_and_strangers(kind: type, url: str, cert: Path, key: Path) -> None:

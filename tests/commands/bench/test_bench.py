@@ -36,6 +36,7 @@ async def test_modes_and_clients_in_turns(
     cells: ScriptedCells, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load = ["--mode", "ar,verified", "--clients", "1,3", "--requests", "4", "--rounds", "2", "--warm-up", "1"]
+    load += ["--family", "words"]
     decoding = [
         "--max-new-tokens",
         "8",
@@ -55,7 +56,7 @@ async def test_modes_and_clients_in_turns(
     assert code == 0, out + err
     rows = [line.split()[0] for line in out.splitlines() if line]
     assert [name for name in rows if name in ("ar", "verified")] == ["ar", "verified"] * 2
-    assert "1 client " in out and "3 clients" in out and "a device)" in out
+    assert "1 client " in out and "3 clients" in out and " a device" in out
     asked = [request.params for request in cells.requests]
     assert len(asked) == 2 * 2 * 2 * (4 + 1)
     assert {(one.mode, one.draft_steps, one.temperature) for one in asked} == {("ar", 2, 0.5), ("verified", 3, 0.5)}
