@@ -66,57 +66,41 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--url", default=DEFAULT_URL, help="the service: grpc://HOST:PORT, grpcs://, http://, https:// (%(default)s)")
     add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="no load: two runs side by side")
-    tls = parser.add_argument_group("TLS", "Files in PEM, for grpcs:// and https://.")
-    tls.add_argument("--root-certificates", type=Path, metavar="FILE", help="whom to believe (default: the system's)")
-    tls.add_argument("--certificate", type=Path, metavar="FILE", help="the client's own, with --key")
-    tls.add_argument("--key", type=Path, metavar="FILE", help="of --certificate")
-    load = parser.add_argument_group("load")
-    how = load.add_mutually_exclusive_group()
-    how.add_argument(
-        "--clients", type=_list(_whole(MAX_CLIENTS)), metavar="1,16", help=f"closed loop: at once, to {MAX_CLIENTS} (1)"
-    )
-    how.add_argument(
-        "--rate", type=_list(_number(MAX_RATE)), metavar="2,8", help=f"open loop: requests a second, to {MAX_RATE:g}"
-    )
-    load.add_argument(
-        "--requests", type=_whole(MAX_REQUESTS), metavar="N", help=f"of each pass ({DEFAULT_REQUESTS}, or --seconds)"
-    )
-    load.add_argument("--seconds", type=_number(MAX_SECONDS), metavar="S", help="how long each pass takes new requests")
-    load.add_argument(
-        "--warm-up",
-        type=_whole(MAX_WARM_UP, 0),
-        metavar="N",
-        help="requests before a pass, not counted (2 a client)",
-    )
-    load.add_argument("--rounds", type=_whole(MAX_ROUNDS), default=1, metavar="N", help="of all passes, in turns (1)")
-    load.add_argument(
-        "--timeout", type=_number(MAX_SECONDS), default=120.0, metavar="S", help="deadline of a request (120)"
-    )
-    prompts = parser.add_argument_group("prompts")
-    prompts.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help=".jsonl: objects with prompt or prompt_token_ids; else a prompt a line",
-    )
-    prompts.add_argument("--family", metavar="NAME", help="of the demo's tasks, only this one (default: all, held out)")
+    _add_load(parser.add_argument_group("load"))
+    add = parser.add_argument_group("prompts").add_argument
+    text = ".jsonl: objects with prompt or prompt_token_ids; else a prompt a line"
+    add("--prompts", type=Path, metavar="FILE", help=text)
+    add("--family", metavar="NAME", help="of the demo's tasks, only this one (default: all, held out)")
     decoding = parser.add_argument_group("decoding", "What is not given takes the service's default.")
-    decoding.add_argument(
-        "--mode", type=_list(_mode), metavar="A,B", help=f"one pass each: {', '.join(Mode)} (the service's default)"
-    )
-    decoding.add_argument(
-        "--seed", type=_whole(MAX_SEED, 0), default=1, metavar="N", help="decides prompts, times and draws (1)"
-    )
+    modes = f"one pass each: {', '.join(Mode)} (the service's default)"
+    decoding.add_argument("--mode", type=_list(_mode), metavar="A,B", help=modes)
+    decides = "decides prompts, times and draws (1)"
+    decoding.add_argument("--seed", type=_whole(MAX_SEED, 0), default=1, metavar="N", help=decides)
     add_parameter_flags(decoding, own_defaults=False, without=("mode", "seed"))
     add_priority_flag(decoding)
-    result = parser.add_argument_group("result")
-    result.add_argument("--output", type=Path, metavar="PREFIX", help="also write PREFIX.json, PREFIX.md, PREFIX.png")
-    result.add_argument(
-        "--devices",
-        type=_whole(10_000),
-        metavar="N",
-        help="the service's GPUs: tokens/s are told per device too",
-    )
+    add = parser.add_argument_group("result").add_argument
+    add("--output", type=Path, metavar="PREFIX", help="also write PREFIX.json, PREFIX.md, PREFIX.png")
+    devices = "the service's GPUs: tokens/s are told per device too"
+    add("--devices", type=_whole(10_000), metavar="N", help=devices)
+    add = parser.add_argument_group("TLS", "Files in PEM, for grpcs:// and https://.").add_argument
+    add("--root-certificates", type=Path, metavar="FILE", help="whom to believe (default: the system's)")
+    add("--certificate", type=Path, metavar="FILE", help="the client's own, with --key")
+    add("--key", type=Path, metavar="FILE", help="of --certificate")
+
+
+def _add_load(load: argparse._ArgumentGroup) -> None:
+    how, add = load.add_mutually_exclusive_group(), load.add_argument
+    closed = f"closed loop: clients at once, up to {MAX_CLIENTS} (1)"
+    how.add_argument("--clients", type=_list(_whole(MAX_CLIENTS)), metavar="1,16", help=closed)
+    opened = f"open loop: requests a second, up to {MAX_RATE:g}"
+    how.add_argument("--rate", type=_list(_number(MAX_RATE)), metavar="2,8", help=opened)
+    requests = f"of each pass, up to {MAX_REQUESTS} ({DEFAULT_REQUESTS}, or as --seconds allow)"
+    add("--requests", type=_whole(MAX_REQUESTS), metavar="N", help=requests)
+    add("--seconds", type=_number(MAX_SECONDS), metavar="S", help="how long each pass takes new requests")
+    warm_up = "requests before each pass that are not counted (2 a client)"
+    add("--warm-up", type=_whole(MAX_WARM_UP, 0), metavar="N", help=warm_up)
+    add("--rounds", type=_whole(MAX_ROUNDS), default=1, metavar="N", help="of all passes, in turns (1)")
+    add("--timeout", type=_number(MAX_SECONDS), default=120.0, metavar="S", help="deadline of a request (120)")
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -174,7 +158,7 @@ def _params(options: argparse.Namespace, modes: tuple[str | None, ...]) -> dict[
 
 def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     def read(text: str) -> list[Any]:
-        return [kind(part.strip()) for part in text.split(",")]
+        return list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
 
     return read
 
