@@ -49,13 +49,17 @@ class Plan:
     modes: tuple[str | None, ...]
     params: dict[str | None, dict[str, Any]]
     rounds: int
-    warm_up: int
+    warm_up: int | None
     seed: int
     prompts: Path | None
     family: str | None
     timeout_s: float
     devices: int | None
     output: Path | None
+
+    def warm_ups(self, load: Load) -> int:
+        """How many requests come before a pass of this load."""
+        return 2 * (load.clients or 4) if self.warm_up is None else self.warm_up
 
     def options(self, mode: str | None, number: int) -> dict[str, Any]:
         """Of request `number`, the same in every mode, load and round but for the mode."""
@@ -97,7 +101,7 @@ def _add_load(load: argparse._ArgumentGroup) -> None:
     requests = f"of each pass, up to {MAX_REQUESTS} ({DEFAULT_REQUESTS}, or as --seconds allow)"
     add("--requests", type=_whole(MAX_REQUESTS), metavar="N", help=requests)
     add("--seconds", type=_number(MAX_SECONDS), metavar="S", help="how long each pass takes new requests")
-    warm_up = "requests before each pass that are not counted (2 a client)"
+    warm_up = "requests before each pass that are not counted (2 a client, 8 in an open loop)"
     add("--warm-up", type=_whole(MAX_WARM_UP, 0), metavar="N", help=warm_up)
     add("--rounds", type=_whole(MAX_ROUNDS), default=1, metavar="N", help="of all passes, in turns (1)")
     add("--timeout", type=_number(MAX_SECONDS), default=120.0, metavar="S", help="deadline of a request (120)")
@@ -118,7 +122,6 @@ def plan_of(options: argparse.Namespace) -> Plan:
         raise InvalidRequest.of("--requests", f"got more than {MAX_REQUESTS_IN_ALL} in all passes together")
     if options.prompts is not None and options.family is not None:
         raise InvalidRequest.of("--family", "got --prompts too, wanted one of them")
-    warm_up = max((load.clients or 4) for load in loads) * 2 if options.warm_up is None else options.warm_up
     return Plan(
         options.url,
         (options.root_certificates, options.certificate, options.key),
@@ -126,7 +129,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         modes,
         _params(options, modes),
         options.rounds,
-        warm_up,
+        options.warm_up,
         options.seed,
         options.prompts,
         options.family,

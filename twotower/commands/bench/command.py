@@ -112,7 +112,8 @@ class Bench:
 
     async def _warm_up(self, client: AsyncClient, load: Load, mode: str | None) -> None:
         """A request that cannot be served is told here, before anything is measured."""
-        waiting = iter(range(self._plan.warm_up))
+        count = self._plan.warm_ups(load)
+        waiting = iter(range(count))
 
         async def one_client() -> None:
             for number in waiting:
@@ -122,7 +123,7 @@ class Bench:
 
         try:
             async with asyncio.TaskGroup() as clients:
-                for _ in range(min(load.clients or 4, self._plan.warm_up)):
+                for _ in range(min(load.clients or 4, count)):
                     clients.create_task(one_client())
         except* Refused as group:
             raise InvalidRequest.of(f"{mode or 'request'}", str(_first(group))) from None
@@ -132,7 +133,7 @@ class Bench:
     async def _pass(self, client: AsyncClient, load: Load, mode: str | None, round_: int) -> Pass:
         name = f"{mode or 'default'}, {load.name}" + (f", round {round_ + 1}" if self._plan.rounds > 1 else "")
         began, tokens, failed = time.monotonic(), 0, 0
-        with tqdm(total=load.requests, desc=name, unit="request", file=sys.stderr, disable=None, leave=False) as bar:
+        with tqdm(total=load.requests, desc=name, unit=" requests", file=sys.stderr, disable=None, leave=False) as bar:
 
             def told(sample: Sample) -> None:
                 nonlocal tokens, failed

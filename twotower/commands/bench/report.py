@@ -72,8 +72,9 @@ class Run:
         before, after = self.load_before[0], os.getloadavg()[0]
         ends = [f"{load.requests} requests"] if load.requests is not None else []
         ends += [f"{load.seconds:g} s"] if load.seconds is not None else []
+        warm_up = ", ".join(str(plan.warm_ups(one)) for one in plan.loads)
         rounds = f"{plan.rounds} round" + ("" if plan.rounds == 1 else "s")
-        each = f"{' or '.join(ends)}, after {plan.warm_up} to warm up; {rounds}; seed {plan.seed}"
+        each = f"{' or '.join(ends)}, after {warm_up} to warm up; {rounds}; seed {plan.seed}"
         machine = f"{_cpu_name()}, {os.cpu_count()} cores, load {before:.2f} before, {after:.2f} after"
         return [
             ("service", f"{plan.url}, version {model.version or 'not told'}"),
@@ -95,7 +96,8 @@ class Run:
 
     def text(self) -> str:
         """For a terminal."""
-        parts = []
+        told = dict(self.setting())
+        parts = [f"{told['model']} at {self.plan.url}; {told['prompts']}; {told['each pass']}"]
         for load in dict.fromkeys(one.load for one in self.figures):
             rows = [_row(one, self.plan.devices) for one in self.figures if one.load == load]
             parts.append(_aligned([(load, *_HEAD[1:]), _UNDER, *rows]))
