@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from twotower.core import PARAMETERS, Floor, Mode
-from twotower.parameters import Choice, Flag, Integer, Number, TokenIds
+from twotower.parameters import Choice
 from twotower_client import (
     MODES,
     DeadlineExceeded,
@@ -26,7 +26,13 @@ from twotower_client.asking import Ask, Params, ask_of
 from twotower_client.grpc_codec import error_from
 from twotower_client.wire import messages as pb
 
-TYPES = {Integer: "int | None", Number: "float | None", Flag: "bool | None", TokenIds: "Sequence[int] | None"}
+# Of a parameter here, by its kind there.
+TYPES = {
+    "Integer": "int | None",
+    "Number": "float | None",
+    "Flag": "bool | None",
+    "TokenIds": "Sequence[int] | None",
+}
 
 
 def test_every_parameter_is_declared_here_too() -> None:
@@ -34,7 +40,9 @@ def test_every_parameter_is_declared_here_too() -> None:
     assert list(Params.__annotations__) == list(PARAMETERS)
     for name, parameter in PARAMETERS.items():
         assert http.NAMES.get(name, name) == parameter.http
-        wanted = f"{name.title()} | None" if isinstance(parameter.kind, Choice) else TYPES[type(parameter.kind)]
+        wanted = (
+            f"{name.title()} | None" if isinstance(parameter.kind, Choice) else TYPES[type(parameter.kind).__name__]
+        )
         told = str(Params.__annotations__[name]).replace("collections.abc.", "")
         literal = {"mode": tuple(Mode), "floor": tuple(Floor)}.get(name)
         assert told == wanted if literal is None else all(f"'{word}'" in told for word in literal), name
