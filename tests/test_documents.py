@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = (".ci", "actors", "benchmarks", "cluster", "deploy", "docs", "protos", "scripts", "tests", "twotower")
+FOLDERS = (
+    ".ci",
+    "actors",
+    "benchmarks",
+    "cluster",
+    "deploy",
+    "docs",
+    "protos",
+    "scripts",
+    "tests",
+    "twotower",
+    "twotower_client",
+)
 SUFFIXES = {".md", ".proto", ".py", ".sh", ".toml", ".yaml"}
 NAMES = {"Dockerfile", "Makefile", "run"}
 GENERATED = "twotower/pb/"

@@ -1,4 +1,4 @@
-"""`python -m twotower`: generate text from a checkpoint, in this process."""
+"""`python -m twotower`: generate text from a checkpoint in this process, or measure a service."""
 
 import logging
 import sys

@@ -10,7 +10,6 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-from cluster.cli.tls import CHANNEL_OPTIONS
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 
@@ -46,7 +45,7 @@ class Load:
 
     def __init__(self, address: str, request: pb.GenerateRequest) -> None:
         self._request, self._zero = request, time.monotonic()
-        own = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        own = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
         self._channels = [grpc.aio.insecure_channel(address, options=own) for _ in range(_CHANNELS)]
         self._stubs = itertools.cycle([pb_grpc.GenerationServiceStub(channel) for channel in self._channels])
         self.asked: list[Asked] = []

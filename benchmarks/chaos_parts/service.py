@@ -176,7 +176,7 @@ class Service:
             await asyncio.sleep(0.3)
 
     async def _running(self) -> list[str]:
-        from cluster.cli.client import is_ready
+        from cluster.cli.asking import is_ready
         from cluster.ops.deployment import progress
 
         now = await asyncio.to_thread(progress)

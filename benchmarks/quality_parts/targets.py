@@ -10,7 +10,7 @@ import httpx
 import torch
 
 from benchmarks.reference.paths import TIMEOUT_S, PairPath, Path, Piece, Running, ServedPath
-from cluster.cli.client import model_info
+from cluster.cli.asking import model_info
 from twotower.core import Mode, Request
 from twotower.engine.in_process import open_pair
 from twotower.engine.settings import EngineSettings

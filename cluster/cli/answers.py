@@ -1,11 +1,12 @@
-"""The events of a gRPC answer as our commands know them. The service alone has a tokenizer: what tokens look like is
-heard from the service, too."""
+"""The events of an answer as our commands know them. The service alone has a tokenizer: what tokens look like is heard
+from the service, too."""
 
 from collections.abc import Sequence
 
+import twotower_client
 from twotower.commands.told import Piece
 from twotower.core import Likelihood, RequestId, RoundEvent, StepEvent, TraceEvent
-from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower_client import Block, Event, Round, Step
 
 _OURS = RequestId("")  # a command has one answer
 
@@ -24,29 +25,28 @@ class HeardTexts:
         return [self._known.get(token, "") for token in token_ids] if self._known else []
 
 
-def told_by(event: pb.GenerateStreamResponse, texts: HeardTexts, has_text: bool) -> Piece | TraceEvent | None:
-    """None of `finished`. `has_text`: whether the service has a tokenizer; else a piece's text is its token ids."""
-    match event.WhichOneof("event"):
-        case "block":
-            block = event.block
-            text = block.text if has_text else "".join(f"{token} " for token in block.token_ids)
-            likelihoods = zip(block.token_ids, block.likelihoods, strict=False)
-            return Piece(text, list(block.token_ids), [_likelihood(*one, texts, has_text) for one in likelihoods])
-        case "step":
-            step = event.step
-            texts.hear(step.token_ids, step.texts)
-            fixed = tuple(step.positions), tuple(step.token_ids), tuple(step.confidence)
-            return StepEvent(_OURS, step.start, step.size, step.step, *fixed)
-        case "round":
-            verdict = event.round
-            texts.hear(verdict.draft, verdict.draft_texts)
-            texts.hear([verdict.token_id], [verdict.text] if has_text else [])
-            return RoundEvent(_OURS, verdict.start, tuple(verdict.draft), verdict.num_accepted, verdict.token_id)
+def told_by(event: Event, texts: HeardTexts, has_text: bool) -> Piece | TraceEvent | None:
+    """None of the end. `has_text`: whether the service has a tokenizer; else a piece's text is its token ids."""
+    match event:
+        case Block():
+            text = event.text if has_text else "".join(f"{token} " for token in event.token_ids)
+            likelihoods = zip(event.token_ids, event.likelihoods, strict=False)
+            return Piece(text, list(event.token_ids), [_likelihood(*one, texts, has_text) for one in likelihoods])
+        case Step():
+            texts.hear(event.token_ids, event.texts)
+            fixed = event.positions, event.token_ids, event.confidence
+            return StepEvent(_OURS, event.start, event.size, event.step, *fixed)
+        case Round():
+            texts.hear(event.draft, event.draft_texts)
+            texts.hear([event.token_id], [event.text] if has_text else [])
+            return RoundEvent(_OURS, event.start, event.draft, event.num_accepted, event.token_id)
     return None
 
 
-def _likelihood(token: int, one: pb.Likelihood, texts: HeardTexts, has_text: bool) -> Likelihood:
-    texts.hear(one.top_token_ids, one.top_texts)
-    texts.hear([token], [one.text] if has_text else [])
-    confidence = one.confidence if one.HasField("confidence") else None
-    return Likelihood(one.log_prob, tuple(one.top_token_ids), tuple(one.top_log_probs), confidence)
+def _likelihood(token: int, one: twotower_client.Likelihood, texts: HeardTexts, has_text: bool) -> Likelihood:
+    ids = tuple(top.token_id for top in one.top if top.token_id is not None)
+    assert one.log_prob is not None and len(ids) == len(one.top), "gRPC tells both of each token"
+    if has_text:
+        texts.hear(ids, [top.text for top in one.top])
+        texts.hear([token], [one.text])
+    return Likelihood(one.log_prob, ids, tuple(top.log_prob for top in one.top), one.confidence)

@@ -5,9 +5,9 @@ Looks at what can be judged without a model, in the words of `twotower.validatio
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from cluster.cli.flag_types import host_and_port, seconds
-from cluster.faces.grpc.wire_params import params_message
 from twotower.commands.parameter_flags import (
     add_parameter_flags,
     add_priority_flag,
@@ -18,7 +18,6 @@ from twotower.commands.parameter_flags import (
 from twotower.commands.parser import ids
 from twotower.core import PARAMETERS
 from twotower.parameters import TokenIds, check_text
-from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.validation import check_logprobs, check_priority, check_token_ids, check_values
 
 _LARGEST_ID = 2**32 - 1  # of the message's uint32
@@ -42,30 +41,27 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def request_of(options: argparse.Namespace) -> pb.GenerateRequest:
-    """The message to send. Raises InvalidRequest for what cannot be written as one."""
+def request_of(options: argparse.Namespace) -> tuple[str | tuple[int, ...], dict[str, Any]]:
+    """The prompt, and the client's options. Raises InvalidRequest for what cannot be sent."""
     telling = given_telling(options)
-    request = pb.GenerateRequest(
-        params=_params(given_parameters(options)),
-        stop=[check_text("stop", text) for text in options.stop],
-        priority=check_priority(options.priority),
-        trace=bool(telling.get("trace")),
-        logprobs=check_logprobs(telling.get("logprobs")),
-    )
+    asked = {
+        **_params(given_parameters(options)),
+        "stop": [check_text("stop", text) for text in options.stop],
+        "priority": check_priority(options.priority),
+        "trace": bool(telling.get("trace")),
+        "logprobs": check_logprobs(telling.get("logprobs")),
+    }
     if options.prompt is not None:
-        request.text = check_text("prompt", options.prompt)
-    else:
-        request.token_ids.SetInParent()
-        request.token_ids.ids.extend(_ids("prompt_token_ids", options.prompt_token_ids))
-    return request
+        return check_text("prompt", options.prompt), asked
+    return _ids("prompt_token_ids", options.prompt_token_ids), asked
 
 
-def _params(given: dict[str, object]) -> pb.DecodingParams:
+def _params(given: dict[str, object]) -> dict[str, Any]:
     values = check_values(given)
     for name, parameter in PARAMETERS.items():
         if isinstance(parameter.kind, TokenIds) and name in values:
             values[name] = _ids(name, values[name])
-    return params_message(values)
+    return values
 
 
 def _ids(name: str, token_ids: Sequence[object]) -> tuple[int, ...]:

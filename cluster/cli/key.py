@@ -5,9 +5,9 @@ import sys
 
 from pydantic import ValidationError
 
-from cluster.cli.client import KEY_VARIABLE
 from cluster.runs.keys import KeyEntry, hash_of, new_key
 from twotower.errors import ConfigError
+from twotower_client import KEY_VARIABLE
 
 TEXT = f"""Draw a key for a client. The key goes to standard error, once: nothing keeps it. The entry for the file of
 keys goes to standard output; it has the key's hash only. Our own commands send the key

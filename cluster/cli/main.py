@@ -170,13 +170,13 @@ def _end(state: RunState) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from cluster.cli import client
+    from cluster.cli import asking
 
-    request = request_of(options)
+    prompt, asked = request_of(options)
     address = options.address or run_state.grpc_address()
     try:
-        client.generate(address, request, options.timeout, options.json)
-    except client.Refused as refused:
+        asking.generate(address, prompt, {**asked, "timeout_s": options.timeout}, options.json)
+    except asking.Refused as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 2 if refused.mistake else 1
     return 0

@@ -9,17 +9,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from cluster.cli import client, tls
+from cluster.cli import asking, tls
 from cluster.cli.board_text import BoardText
 from cluster.cli.board_words import seconds
 from cluster.ops import run_state
 from cluster.ops.run_state import RunState
 from twotower.errors import ConfigError, Unavailable
+from twotower_client import KEY_VARIABLE
 
 _TIMEOUT_S, _PACE_S = 5.0, 1.0
+# The address is the one that is meant: proxies of the environment have no say.
 _KNOWN_S = 600  # seconds of points that are kept
 _RETOLD_S = 15  # of which are asked for again: routers may have told late
 _ALTERNATE, _BACK = "\033[?1049h\033[?25l", "\033[?25h\033[?1049l"  # a screen of its own, without a cursor
@@ -36,12 +38,12 @@ def run(options: argparse.Namespace) -> int:
         return watch(Snapshots(address))
     if state is None:
         return print_board(Snapshots(address))
-    served = client.served(address, over_tls=state.cert_file is not None)
+    served = asking.served(address, over_tls=state.cert_file is not None)
     print_note(state, served)
     return 1 if served is None else 0
 
 
-def print_note(state: RunState, served: dict[str, bool] | None) -> None:
+def print_note(state: RunState, served: Mapping[str, bool] | None) -> None:
     """What is known of an `up` of this user."""
     rows = [("ready", "no" if served is None else "yes"), ("pid", str(state.pid))]
     rows += [("HTTP", state.url), ("gRPC", state.grpc), ("cells", str(state.cells))]
@@ -55,14 +57,14 @@ def print_note(state: RunState, served: dict[str, bool] | None) -> None:
 def _model(state: RunState) -> list[tuple[str, str]]:
     """What is served; what is known without a key stands without one."""
     try:
-        info = client.model_info(state.grpc)
-    except client.Refused as refused:
+        info = asking.model_info(state.grpc)
+    except asking.Refused as refused:
         return [("model", f"not told: {refused}")]
-    model = f"{info.model_name} ({info.checkpoint_layout}, {info.checkpoint_fingerprint})"
+    model = f"{info.name} ({info.checkpoint_layout}, {info.checkpoint_fingerprint})"
     return [
         ("model", model),
         ("max_sequence_length", str(info.max_sequence_length)),
-        ("version", info.version),
+        ("version", str(info.version)),
     ]
 
 
@@ -120,14 +122,14 @@ class Snapshots:
 def _snapshot(address: str, since: int) -> dict[str, Any]:
     url = tls.url(address)
     try:
-        request = urllib.request.Request(f"{url}/ops/snapshot?since={since}", headers=dict(client.credentials()))
+        request = urllib.request.Request(f"{url}/ops/snapshot?since={since}", headers=dict(asking.credentials()))
         with tls.opened(request, address, _TIMEOUT_S) as response:
             told: Any = json.load(response)
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise ConfigError(f"{address}: has no ops page; wanted a service with ingress.ops_page: true") from None
         if error.code == 401:
-            raise ConfigError(f"{address}: wants a key; set the variable {client.KEY_VARIABLE}") from None
+            raise ConfigError(f"{address}: wants a key; set the variable {KEY_VARIABLE}") from None
         raise Unavailable(f"{address}: answers {error.code} {error.reason}") from None
     except http.client.RemoteDisconnected:
         hint = "" if url.startswith("https:") else f"; if it speaks TLS, set {tls.CA_VARIABLE}"

@@ -7,31 +7,27 @@ by three variables of the environment.
 import os
 import ssl
 import urllib.request
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import grpc
 
 from cluster import certificates
 from cluster.ops import run_state
 from cluster.ops.run_state import RunState
 from twotower.errors import ConfigError
+from twotower_client import Tls
 
 CA_VARIABLE, CERT_VARIABLE, KEY_VARIABLE = "TWOTOWER_TLS_CA", "TWOTOWER_TLS_CERT", "TWOTOWER_TLS_KEY"
-CHANNEL_OPTIONS: list[tuple[str, int | str]] = [("grpc.enable_http_proxy", 0)]
 
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """`roots`: certificates in PEM. `name`: a name of the one certificate in `roots`, where that one itself is wanted.
-    `own`: key and chain, for a service with `grpc_client_ca_file`."""
+    """`roots`: certificates in PEM. `name`: a name of the one certificate in `roots`, where that one itself is
+    wanted."""
 
     roots: bytes
     name: str | None = None
-    own: tuple[bytes, bytes] | None = field(default=None, repr=False)
 
     @property
     def context(self) -> ssl.SSLContext:
@@ -47,7 +43,8 @@ def trust_for(address: str) -> Trust | None:
     """None: no TLS. Raises ConfigError for files that cannot be read."""
     for state in _own_services():
         if address in (state.http, state.grpc):
-            return None if state.cert_file is None else Trust(*certificates.leaf(Path(state.cert_file)), _own())
+            _check_own()
+            return None if state.cert_file is None else Trust(*certificates.leaf(Path(state.cert_file)))
     roots = _file(CA_VARIABLE)
     if roots is None:
         return None
@@ -55,7 +52,8 @@ def trust_for(address: str) -> Trust | None:
         ssl.create_default_context(cadata=roots.decode())
     except (ValueError, ssl.SSLError):
         raise ConfigError(f"{CA_VARIABLE}: {os.environ[CA_VARIABLE]}: wanted certificates in PEM") from None
-    return Trust(roots, own=_own())
+    _check_own()
+    return Trust(roots)
 
 
 def url(address: str) -> str:
@@ -81,30 +79,13 @@ def probed(url: str, timeout_s: float) -> Any:
     return urllib.request.build_opener(*handlers).open(url, timeout=timeout_s)
 
 
-@contextmanager
-def channel(address: str) -> Iterator[grpc.Channel]:
+def grpc_target(address: str) -> tuple[str, Tls | None]:
+    """URL and TLS for the client. Raises ConfigError."""
     trust = trust_for(address)
     if trust is None:
-        made = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-    else:
-        made = grpc.secure_channel(address, _credentials(trust), options=_options(trust))
-    with made:
-        yield made
-
-
-def aio_channel(address: str) -> grpc.aio.Channel:
-    trust = trust_for(address)
-    if trust is None:
-        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(address, _credentials(trust), options=_options(trust))
-
-
-def _credentials(trust: Trust) -> grpc.ChannelCredentials:
-    return grpc.ssl_channel_credentials(trust.roots, *(trust.own or ()))
-
-
-def _options(trust: Trust) -> list[tuple[str, int | str]]:
-    return CHANNEL_OPTIONS + ([("grpc.ssl_target_name_override", trust.name)] if trust.name is not None else [])
+        return f"grpc://{address}", None
+    own = os.environ.get(CERT_VARIABLE) or None, os.environ.get(KEY_VARIABLE) or None
+    return f"grpcs://{address}", Tls(trust.roots, *own, server_name=trust.name)
 
 
 def _own_services() -> Iterable[RunState]:
@@ -115,11 +96,10 @@ def _own_services() -> Iterable[RunState]:
         return ()
 
 
-def _own() -> tuple[bytes, bytes] | None:
-    chain, key = _file(CERT_VARIABLE), _file(KEY_VARIABLE)
-    if (chain is None) != (key is None):
+def _check_own() -> None:
+    """The files that a service with `grpc_client_ca_file` wants."""
+    if (_file(CERT_VARIABLE) is None) != (_file(KEY_VARIABLE) is None):
         raise ConfigError(f"{CERT_VARIABLE} and {KEY_VARIABLE}: got one of them, wanted both or none")
-    return None if chain is None or key is None else (key, chain)
 
 
 def _file(variable: str) -> bytes | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from cluster import certificates, served_paths
-from cluster.cli.client import is_ready
+from cluster.cli.asking import is_ready
 from cluster.config import ServiceConfig
 from cluster.ops import deployment, draining, left_behind, local_ray, ports, run_state, scraping
 from cluster.ops.deployment import Progress

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.reference.service import free_port
 from cluster.app import APP_NAME
 from cluster.cell import CellStats
-from cluster.cli.client import is_ready
+from cluster.cli.asking import is_ready
 from cluster.config import ServiceConfig
 from cluster.ops import deployment, local_ray
 from tests.goldens import VENDORED

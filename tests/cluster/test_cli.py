@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from benchmarks.reference.service import free_port
-from cluster.cli import client
+from cluster.cli import asking
 from cluster.cli.main import main
 from cluster.cli.up import Up, _what_next
 from cluster.config import load_config
@@ -114,11 +114,11 @@ async def test_proxies_of_the_environment_are_not_asked(
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert client.is_ready(ready_service) and client.served(ready_service) == SERVED
+    assert asking.is_ready(ready_service) and asking.served(ready_service) == SERVED
     async with grpc_server(generation(cells)) as (address, _):
-        info = await asyncio.to_thread(client.model_info, address)
+        info = await asyncio.to_thread(asking.model_info, address)
         code = await asyncio.to_thread(main, ["generate", "--prompt", "a", "--address", address, "--timeout", "5"])
-    assert (info.model_name, code) == ("fake", 0)
+    assert (info.name, code) == ("fake", 0)
     assert "All good things" in capsys.readouterr().out
 
 
@@ -160,7 +160,7 @@ def test_something_else_on_the_port_is_not_ready() -> None:
                 other.sendall(b"SSH-2.0-something\r\n")
 
         threading.Thread(target=talk, daemon=True).start()
-        assert not client.is_ready(f"127.0.0.1:{listening.getsockname()[1]}")
+        assert not asking.is_ready(f"127.0.0.1:{listening.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2])

@@ -7,7 +7,6 @@ import pytest
 from cluster.cli.generate_arguments import add_generate_arguments, request_of
 from cluster.cli.main import main
 from twotower.core import PARAMETERS
-from twotower.pb.twotower.v1 import generation_pb2 as pb
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -16,20 +15,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _request(*arguments: str) -> pb.GenerateRequest:
+def _request(*arguments: str) -> tuple[object, dict[str, object]]:
     return request_of(_parser().parse_args(arguments))
 
 
 def test_only_what_was_given_is_sent() -> None:
-    assert _request("--prompt", "a") == pb.GenerateRequest(text="a", params=pb.DecodingParams())
+    assert _request("--prompt", "a") == ("a", {"stop": [], "priority": 0, "logprobs": None, "trace": False})
     full = _request(
         *"--prompt-token-ids 5,6 --mode mock_ar --max-new-tokens 3 --top-p .5 --seed 0 --stop x --ignore-eos "
         "--stop-token-ids 7,8 --priority -2 --logprobs 0".split()
     )
-    params = pb.DecodingParams(mode=pb.MODE_MOCK_AR, max_new_tokens=3, top_p=0.5, seed=0, ignore_eos=True)
-    params.stop_token_ids.extend([7, 8])
-    assert full == pb.GenerateRequest(
-        token_ids=pb.TokenIds(ids=[5, 6]), params=params, stop=["x"], priority=-2, logprobs=0
+    params = {"mode": "mock_ar", "max_new_tokens": 3, "top_p": 0.5, "seed": 0, "ignore_eos": True}
+    assert full == (
+        (5, 6),
+        {**params, "stop_token_ids": (7, 8), "stop": ["x"], "priority": -2, "logprobs": 0, "trace": False},
     )
 
 

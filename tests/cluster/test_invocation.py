@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import client
+from cluster.cli import asking
 from cluster.ops import run_state
 from cluster.ops.invocation import command
 from twotower.errors import ConfigError, Unavailable
@@ -49,4 +49,4 @@ def test_errors_name_it(environment: Path) -> None:
     with pytest.raises(ConfigError, match=r"start one with: \.venv/bin/python -m cluster up$"):
         run_state.the_one(None)
     with pytest.raises(Unavailable, match=r"start one with: \.venv/bin/python -m cluster up$"):
-        client.model_info("127.0.0.1:1")
+        asking.model_info("127.0.0.1:1")

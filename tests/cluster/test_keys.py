@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.board.face import add_ops
 from cluster.board.feed import Feed
-from cluster.cli import client, status
+from cluster.cli import asking, status
 from cluster.config import ServiceConfig
 from cluster.faces.credentials import key_of
 from cluster.faces.http.service import make_app
@@ -282,16 +282,16 @@ async def test_our_commands_send_the_key_of_the_environment(
     guarded: Guarded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with grpc_server(guarded.service) as (address, _):
-        with pytest.raises(client.Refused, match=r"wants a key.* TWOTOWER_API_KEY") as caught:
-            await asyncio.to_thread(client.model_info, address)
+        with pytest.raises(asking.Refused, match=r"wants a key.* TWOTOWER_API_KEY") as caught:
+            await asyncio.to_thread(asking.model_info, address)
         assert caught.value.mistake
         monkeypatch.setenv("TWOTOWER_API_KEY", KEY + "\nx")
         with pytest.raises(ConfigError, match="TWOTOWER_API_KEY: holds a character") as wrong:
-            client.credentials()
+            asking.credentials()
         assert KEY not in str(wrong.value)
         monkeypatch.setenv("TWOTOWER_API_KEY", KEY + "\n")
-        assert (await asyncio.to_thread(client.model_info, address)).model_name == "fake"
-        await asyncio.to_thread(client.generate, address, pb.GenerateRequest(text="Hi"), 20.0, False)
+        assert (await asyncio.to_thread(asking.model_info, address)).name == "fake"
+        await asyncio.to_thread(asking.generate, address, "Hi", {"timeout_s": 20.0}, False)
     assert "good things" in capsys.readouterr().out
 
 
@@ -329,9 +329,9 @@ def test_status_of_ones_own_service_needs_no_key(
     """For all but what is served."""
 
     def refuse(address: str) -> None:
-        raise client.Refused(f"{address}: this service wants a key", True)
+        raise asking.Refused(f"{address}: this service wants a key", True)
 
-    monkeypatch.setattr(client, "model_info", refuse)
+    monkeypatch.setattr(asking, "model_info", refuse)
     status.print_note(RunState(4711, 1, "127.0.0.1:8000", "127.0.0.1:50051", "demo"), {"ar": True})
     said = capsys.readouterr().out
     assert "4711" in said and "not told: 127.0.0.1:50051: this service wants a key" in said

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.reference.service import free_port
-from cluster.cli import client
+from cluster.cli import asking
 from cluster.cli.up import Up
 from cluster.config import ServiceConfig, load_config
 from cluster.ops import deployment, ownership
@@ -42,7 +42,7 @@ def test_up_does_not_take_over(service: Service) -> None:
     assert ended.returncode == 1, ended.stderr
     words = f"error: --address: the Ray at {address} serves an application 'twotower' already (RUNNING)"
     assert words in ended.stderr and "--replace" in ended.stderr
-    assert client.is_ready(service.http)
+    assert asking.is_ready(service.http)
 
 
 @pytest.mark.ray
@@ -61,7 +61,7 @@ def test_each_up_knows_what_became_of_its_application(service: Service) -> None:
     assert deployment.progress(first).lost == "somebody has deleted it"
     deployment.deploy(config)
     _replaces(second)
-    assert not client.is_ready(service.http), "what is replaced must not pass for what replaces it"
+    assert not asking.is_ready(service.http), "what is replaced must not pass for what replaces it"
     deployment.deploy(config)
     assert "another `up`" in str(deployment.progress(first).lost) and deployment.progress(second).lost is None
     deployment.delete(first)

@@ -20,6 +20,8 @@ from tests.goldens import causal_request, diffusion_request, vendored
 from twotower.core import Mode, Request
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+from twotower_client import Block, Client, Finished, Round, Step
+from twotower_client.asking import Options
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -63,6 +65,25 @@ def as_json(request: Request) -> dict[str, Any]:
         diffusion["confidence_threshold"] = params.confidence_threshold
     body = {"prompt": list(request.prompt_token_ids), "max_tokens": params.max_new_tokens}
     return body | {"ignore_eos": params.ignore_eos, "diffusion": diffusion}
+
+
+def test_the_client_gets_the_same_over_both_faces(service: Service) -> None:
+    prompt = vendored("tt_moe").prompts[0]
+    wanted, ids = prompt["verified"]["tokens"], prompt["tokens"]
+    told = []
+    for url in (f"grpc://{service.grpc}", f"http://{service.http}"):
+        with Client(url, timeout_s=60) as client:
+            options: Options = {"mode": "verified", "max_new_tokens": len(wanted), "ignore_eos": True}
+            answer = client.complete(ids, **options, logprobs=0)
+            with client.stream(ids, **options, trace=True) as stream:
+                kinds = {type(event) for event in stream}
+            assert list(answer.token_ids) == wanted == list(stream.token_ids)
+            assert kinds == {Block, Step, Round, Finished} and client.ready().modes["verified"]
+            score = client.score(ids, wanted)
+            assert [one.log_prob for one in answer.likelihoods] == pytest.approx(score.log_probs, abs=1e-3)
+            assert client.is_alive() and all(score.is_greedy)
+            told.append((answer.usage, client.model().checkpoint_fingerprint, score.token_ids))
+    assert told[0] == told[1]
 
 
 async def test_golden_tokens_over_both_faces_all_modes_at_once(service: Service) -> None:

@@ -15,7 +15,7 @@ from ray.serve._private.http_util import start_asgi_http_server
 from ray.serve.config import HTTPOptions
 
 from cluster.certificates import Files, rereading
-from cluster.cli import client, tls
+from cluster.cli import asking, tls
 from cluster.cli.status import Snapshots
 from cluster.cli.up import _what_next
 from cluster.config import ServiceConfig
@@ -29,6 +29,7 @@ from tests.cluster.fakes import ScriptedCells, all_modes, generation
 from twotower.errors import ConfigError, Unavailable
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+from twotower_client import KEY_VARIABLE, AsyncClient
 
 SOME, OTHER = family(), family(1)
 ASKED = pb.GetModelInfoRequest()
@@ -69,7 +70,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No notes, and no variables."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-    for name in (tls.CA_VARIABLE, tls.CERT_VARIABLE, tls.KEY_VARIABLE, client.KEY_VARIABLE):
+    for name in (tls.CA_VARIABLE, tls.CERT_VARIABLE, tls.KEY_VARIABLE, KEY_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -143,7 +144,7 @@ async def test_our_commands_trust_what_the_environment_names(
     async with serving(SOME.files(tmp_path)) as face:
 
         async def told() -> str:
-            return str((await asyncio.to_thread(client.model_info, face.address)).model_name)
+            return str((await asyncio.to_thread(asking.model_info, face.address)).name)
 
         with pytest.raises(Unavailable, match=r"does it speak TLS\? TWOTOWER_TLS_CA names"):
             await told()
@@ -155,9 +156,10 @@ async def test_our_commands_trust_what_the_environment_names(
             await told()
         monkeypatch.setenv(tls.KEY_VARIABLE, str(tmp_path / "own key"))
         assert await told() == "fake"
-        await asyncio.to_thread(client.generate, face.address, pb.GenerateRequest(text="Hi"), 20.0, False)
-        async with tls.aio_channel(face.address) as channel:
-            assert await info_of(channel) == "fake"
+        await asyncio.to_thread(asking.generate, face.address, "Hi", {"timeout_s": 20.0}, False)
+        url, trust = tls.grpc_target(face.address)
+        async with AsyncClient(url, tls=trust) as one:
+            assert (await one.model()).name == "fake"
         monkeypatch.setenv(tls.CA_VARIABLE, str(tmp_path / "own key"))
         with pytest.raises(ConfigError, match=r"TWOTOWER_TLS_CA: .* wanted certificates in PEM"):
             await told()
@@ -181,10 +183,10 @@ async def test_ones_own_service_is_known_by_its_certificate(host: str, files: di
     Path(files["tls_key_file"]).write_bytes(other_name.key)
     async with serving(files) as face:
         note("127.0.0.1:1", face.address, files["tls_cert_file"])
-        assert (await asyncio.to_thread(client.model_info, face.address)).model_name == "fake"
+        assert (await asyncio.to_thread(asking.model_info, face.address)).name == "fake"
         Path(files["tls_cert_file"]).write_bytes(SOME.chain)
         with pytest.raises(Unavailable, match="does it speak TLS"):
-            await asyncio.to_thread(client.model_info, face.address)
+            await asyncio.to_thread(asking.model_info, face.address)
 
 
 @asynccontextmanager
@@ -216,8 +218,8 @@ async def test_http_over_tls(files: dict[str, str], monkeypatch: pytest.MonkeyPa
             with tls.opened(request, address, 10) as response:
                 return int(response.status)
 
-        assert await asyncio.to_thread(client.is_ready, address, 10.0, True)
-        assert not await asyncio.to_thread(client.is_ready, address, 10.0)
+        assert await asyncio.to_thread(asking.is_ready, address, 10.0, True)
+        assert not await asyncio.to_thread(asking.is_ready, address, 10.0)
         with (
             monkeypatch.context() as without,
             pytest.raises(Unavailable, match="if it speaks TLS, set TWOTOWER_TLS_CA"),
@@ -236,7 +238,7 @@ async def test_http_over_tls(files: dict[str, str], monkeypatch: pytest.MonkeyPa
             await asyncio.to_thread(status)
         SOME.files(tmp_path)
         assert await asyncio.to_thread(status) == 200
-        assert await asyncio.to_thread(client.is_ready, address, 10.0, True)
+        assert await asyncio.to_thread(asking.is_ready, address, 10.0, True)
 
 
 def test_serve_has_to_be_told_the_same(files: dict[str, str]) -> None:

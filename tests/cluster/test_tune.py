@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli.client import Refused
+from cluster.cli.asking import Refused
 from cluster.cli.main import main
 from cluster.cli.tune import sweep
 from cluster.cli.tune.questions import Question, read_questions
@@ -18,6 +18,7 @@ from cluster.cli.tune.sweep import AR, VERIFIED, Answered, Pass, Way
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
 from twotower.core import BlockEvent, FinishReason, Mode, Request
 from twotower.errors import InvalidRequest, Overloaded, TwoTowerError
+from twotower_client import RetryPolicy
 
 ANSWER = "forty-two"
 GAMMA = Way(Mode.DIFFUSION, 0.8)
@@ -172,11 +173,11 @@ async def test_a_service_that_is_full_for_a_while_is_asked_again(monkeypatch: py
         async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
             self.calls += 1
             if self.calls in (2, 3):  # right behind the warm-up
-                raise Overloaded("every cell is full")
+                raise Overloaded("every cell is full", 0.0)
             async for event in super().generate(request, timeout_s):
                 yield event
 
-    monkeypatch.setattr(sweep, "_PAUSES_S", (0.01, 0.01, 0.01, 0.01))
+    monkeypatch.setattr(sweep, "RETRIES", RetryPolicy(attempts=5, first_s=0.0))
     async with grpc_server(generation(FullForAWhile())) as (where, _):
         passes = await sweep.Sweep(where, [Question(1, "a")], [AR, GAMMA], 1, None, 10.0).run(
             {}, lambda: None, lambda _: None
@@ -188,10 +189,10 @@ async def test_a_service_that_is_full_for_a_while_is_asked_again(monkeypatch: py
 async def test_one_that_stays_full_is_named_without_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(GammaCells):
         async def generate(self, request: Request, timeout_s: float) -> AsyncGenerator[BlockEvent, None]:
-            raise Overloaded("every cell is full")
+            raise Overloaded("every cell is full", 0.0)
             yield
 
-    monkeypatch.setattr(sweep, "_PAUSES_S", (0.01,))
+    monkeypatch.setattr(sweep, "RETRIES", RetryPolicy(attempts=2, first_s=0.0))
     async with grpc_server(generation(Full())) as (where, _):
         with pytest.raises(Refused, match="every cell is full") as caught:
             await sweep.Sweep(where, [Question(1, "a")], [AR, GAMMA], 1, None, 10.0).run(

@@ -75,7 +75,7 @@ def test_the_temperature_is_the_one_beside_the_weights(
 
 def test_another_shape_is_refused(tiny_recipe: Recipe, tokenizer: BpeTokenizer, tmp_path: Path) -> None:
     _shipped(tiny_recipe, tokenizer, tmp_path / "shipped")
-    with pytest.raises(ConfigError, match="has another config.json than the recipe's"):
+    with pytest.raises(ConfigError, match=r"has another config\.json than the recipe's"):
         read_earlier(tmp_path / "shipped", ModelConfig.from_dict(continued().config))
 
 

@@ -86,6 +86,7 @@ def test_only_what_is_let_in_is_copied(container: str) -> None:
         "deploy",
         "protos",
         "twotower",
+        "twotower_client",
         "pyproject.toml",
         "LICENSE",
         "README.md",

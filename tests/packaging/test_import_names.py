@@ -1,4 +1,4 @@
-"""Our three top-level names belong to this checkout: nobody else installs them, and they import from anywhere."""
+"""Our four top-level names belong to this checkout: nobody else installs them, and they import from anywhere."""
 
 import subprocess
 import sys
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = pytest.mark.parametrize("name", ["twotower", "actors", "cluster"])
+NAMES = pytest.mark.parametrize("name", ["twotower", "actors", "cluster", "twotower_client"])
 
 
 @NAMES
 def test_no_other_distribution_provides(name: str) -> None:
-    owners = set(packages_distributions().get(name, [])) - {"twotower"}
+    owners = set(packages_distributions().get(name, [])) - {"twotower", "twotower-client"}
     assert not owners, f"{sorted(owners)} also installs the top-level name {name!r}; the two overwrite each other"
 
 

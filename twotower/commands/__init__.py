@@ -6,6 +6,7 @@ A failure is one line on stderr; nothing ends in a traceback.
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from twotower.commands.arguments import parse
@@ -19,10 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command. Returns the process's exit code; argparse itself exits for --help, --version and bad flags."""
     options = parse(arguments)
     try:
-        # Brings torch, which takes seconds; --help and a mistyped flag need not wait for it.
-        from twotower.commands.generate import generate
-
-        return FAILED if generate(options).num_failed else OK
+        return FAILED if _run(options) else OK
     except (InvalidRequest, CheckpointError, ConfigError) as error:
         return _fail(BAD_INPUT, str(error))
     except KeyboardInterrupt:
@@ -35,6 +33,22 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(FAILED, str(error))
     except Exception as error:
         return _fail(FAILED, f"unexpected {type(error).__name__}: {error}")
+
+
+def _run(options: Namespace) -> int:
+    """How much failed."""
+    if options.command == "bench":
+        try:
+            from twotower.commands.bench.command import bench
+        except ModuleNotFoundError as error:
+            if error.name != "twotower_client":
+                raise
+            raise ConfigError("bench asks through the package twotower-client, which is not installed") from None
+        return bench(options)
+    # Brings torch, which takes seconds; --help and a mistyped flag need not wait for it.
+    from twotower.commands.generate import generate
+
+    return generate(options).num_failed
 
 
 def _fail(code: int, message: str) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from twotower import __version__
+from twotower.commands.bench.arguments import DESCRIPTION, EPILOG, add_bench_arguments
 from twotower.commands.parameter_flags import add_parameter_flags, add_telling_flags
 from twotower.commands.parser import Parser, ids, number
 
@@ -38,8 +39,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_parameter_flags(generate.add_argument_group("decoding"))
     add_telling_flags(generate.add_argument_group("telling"))
     _add_running(generate)
+    bench = commands.add_parser(
+        "bench",
+        help="put a load on a running service, and measure it",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_bench_arguments(bench)
     options = parser.parse_args(arguments)
-    _check_together(generate, options)
+    if options.command == "generate":
+        _check_together(generate, options)
     return options
 
 

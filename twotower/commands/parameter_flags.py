@@ -1,16 +1,19 @@
 """A flag for each parameter of a request, for all our commands that take them."""
 
 from argparse import SUPPRESS, Namespace, _ActionsContainer
+from collections.abc import Collection
 
 from twotower.commands.parser import ids, number
 from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, STOP, TRACE
 from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenIds
 
 
-def add_parameter_flags(group: _ActionsContainer, own_defaults: bool = True) -> None:
-    """`own_defaults`: whether what is not given takes the default that is declared; a service has its own."""
+def add_parameter_flags(group: _ActionsContainer, own_defaults: bool = True, without: Collection[str] = ()) -> None:
+    """`own_defaults`: whether what is not given takes the default that is declared; a service has its own. `without`:
+    those that the command has a flag of its own for."""
     for name, parameter in PARAMETERS.items():
-        _add(group, name, parameter, SUPPRESS, own_defaults)
+        if name not in without:
+            _add(group, name, parameter, SUPPRESS, own_defaults)
     _add(group, "stop", STOP, [])
 
 

@@ -66,9 +66,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 2 for a mistake in the input, 1 where the service fails."""
-    from google.protobuf.json_format import MessageToDict
-
-    from cluster.cli.client import Refused, mode_names, model_info
+    from cluster.cli.asking import Refused, model_info
     from cluster.cli.tune.questions import read_questions
     from cluster.cli.tune.sweep import AR, VERIFIED, Sweep, Way
 
@@ -78,11 +76,11 @@ def run(options: argparse.Namespace) -> int:
     if not model.has_tokenizer and any(q.answer is not None or isinstance(q.prompt, str) for q in questions):
         raise InvalidRequest.of(
             "--input",
-            f"{address} serves {model.model_name} without a tokenizer: wanted prompt_token_ids and no answers",
+            f"{address} serves {model.name} without a tokenizer: wanted prompt_token_ids and no answers",
         )
-    served = {"address": address, "model": model.model_name, "checkpoint": model.checkpoint_fingerprint}
+    served = {"address": address, "model": model.name, "checkpoint": model.checkpoint_fingerprint}
     ways = [AR, *(Way(Mode.DIFFUSION, threshold) for threshold in options.confidence_thresholds)]
-    if "verified" in mode_names(model.modes):
+    if "verified" in model.modes:
         ways.append(VERIFIED)
     sweep = Sweep(
         address,
@@ -92,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         options.max_new_tokens,
         options.timeout,
     )
-    served_as = {**served, "defaults": MessageToDict(model.defaults)}
+    served_as = {**served, "defaults": dict(model.defaults or {})}
     record, told = _record(options, {**served_as, **sweep.about()}), False
     try:
         done = len(questions) * len(record.passes.keys() & {*sweep.ways})

@@ -10,22 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import grpc
-import grpc.aio
-
 from cluster.cli import tls
-from cluster.cli.client import Refused, credentials, explained
+from cluster.cli.asking import Refused, credentials, explained
 from cluster.cli.tune.questions import Question
-from cluster.faces.grpc.wire_params import params_message
 from twotower.core import Mode
 from twotower.errors import Unavailable
-from twotower.pb.twotower.v1 import generation_pb2 as pb
-from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+from twotower_client import AsyncClient, RetryPolicy, ServiceError
+from twotower_client.asking import Options
 
 _WARM_UP = 2
-# A full service or one whose cell is being replaced answers so; it is asked again after 1, 2, 4, 8, 8, 8 s.
-_PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
-_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
+# A full service, or one whose cell is being replaced, is asked again.
+RETRIES = RetryPolicy(attempts=7, first_s=1.0, longest_s=8.0)
 
 
 class Way(NamedTuple):
@@ -112,68 +107,51 @@ class Sweep:
 
         Raises Refused or Unavailable.
         """
-        async with tls.aio_channel(self.address) as channel:
-            stub = pb_grpc.GenerationServiceStub(channel)
+        credentials()
+        url, trust = tls.grpc_target(self.address)
+        async with AsyncClient(url, tls=trust, retry=RETRIES, timeout_s=self.timeout_s) as client:
             passes = []
             for way in self.ways:
                 one = known.get(way)
                 if one is None:
                     for question in self.questions[:_WARM_UP]:
-                        await self._ask(stub, question, way)
-                    one = await self._pass(stub, way, answered)
+                        await self._ask(client, question, way)
+                    one = await self._pass(client, way, answered)
                     keep(one)
                 passes.append(one)
             return passes
 
-    async def _pass(self, stub: pb_grpc.GenerationServiceStub, way: Way, answered: Callable[[], object]) -> Pass:
+    async def _pass(self, client: AsyncClient, way: Way, answered: Callable[[], object]) -> Pass:
         waiting = deque(enumerate(self.questions))
         answers: dict[int, Answered] = {}
 
-        async def client() -> None:
+        async def one_client() -> None:
             while waiting:
                 number, question = waiting.popleft()
-                answers[number] = await self._ask(stub, question, way)
+                answers[number] = await self._ask(client, question, way)
                 answered()
 
         started = time.perf_counter()
         try:
             async with asyncio.TaskGroup() as clients:
                 for _ in range(self.concurrency):
-                    clients.create_task(client())
+                    clients.create_task(one_client())
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         seconds = time.perf_counter() - started
         return Pass(way, tuple(answers[number] for number in range(len(self.questions))), seconds)
 
-    async def _ask(self, stub: pb_grpc.GenerationServiceStub, question: Question, way: Way) -> Answered:
-        for tried, pause_s in enumerate((*_PAUSES_S, None)):
-            try:
-                answer = await stub.Generate(
-                    self._request(question, way), timeout=self.timeout_s, metadata=credentials()
-                )
-            except grpc.aio.AioRpcError as error:
-                if error.code() not in _PASSING or pause_s is None:
-                    raise _told(error, self.address, question) from None
-                await asyncio.sleep(pause_s)
-                continue
-            return Answered(answer.text, tuple(answer.token_ids), answer.finished.usage.num_steps, tried)
-        raise AssertionError("the last try returns or raises")
-
-    def _request(self, question: Question, way: Way) -> pb.GenerateRequest:
-        params = params_message({"mode": way.mode, "temperature": 0.0})
-        if way.threshold is not None:
-            params.confidence_threshold = way.threshold
-        if self.max_new_tokens is not None:
-            params.max_new_tokens = self.max_new_tokens
-        request = pb.GenerateRequest(request_id=f"tune-{uuid.uuid4()}", params=params)
-        if isinstance(question.prompt, str):
-            request.text = question.prompt
-        else:
-            request.token_ids.ids.extend(question.prompt)
-        return request
+    async def _ask(self, client: AsyncClient, question: Question, way: Way) -> Answered:
+        options: Options = {"temperature": 0.0, "request_id": f"tune-{uuid.uuid4()}", "mode": way.mode.value}
+        options |= {"confidence_threshold": way.threshold, "max_new_tokens": self.max_new_tokens}
+        try:
+            answer = await client.complete(question.prompt, **options)
+        except ServiceError as error:
+            raise _told(error, self.address, question) from None
+        return Answered(answer.text, answer.token_ids, answer.usage.num_steps, answer.attempts - 1)
 
 
-def _told(error: grpc.aio.AioRpcError, address: str, question: Question) -> Unavailable | Refused:
+def _told(error: ServiceError, address: str, question: Question) -> Unavailable | Refused:
     """Only a request's own mistake is blamed on its line."""
     told = explained(error, address)
     return Refused(f"line {question.line}: {told}", True) if isinstance(told, Refused) and told.mistake else told

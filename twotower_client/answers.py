@@ -1,0 +1,212 @@
+"""What a service tells: answers, events of a stream, scores, what it serves. Plain data, the same over both faces."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an answer, or a block of it, has cost.
+
+    `num_steps` counts denoiser forwards, `num_blocks` commits, in `verified` rounds. `num_drafted` counts the tokens
+    that the denoiser proposed in rounds, `num_accepted` those among them that stand. In `auto`, of its blocks
+    `num_ar_blocks` were written by the context tower alone and `num_diffusion_blocks` by the denoiser.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    num_steps: int = 0
+    num_blocks: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_ar_blocks: int = 0
+    num_diffusion_blocks: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def less(self, before: "Usage") -> "Usage":
+        """What came on top."""
+        return Usage(*(getattr(self, one.name) - getattr(before, one.name) for one in fields(self)))
+
+    def plus(self, more: "Usage") -> "Usage":
+        return Usage(*(getattr(self, one.name) + getattr(more, one.name) for one in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A likely token at some place. `text`: the token on its own, for showing. `token_id` is None over HTTP, where only
+    the text is told."""
+
+    text: str
+    log_prob: float
+    token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely the context tower finds a token after all tokens before it; None for the first token of a prompt.
+
+    `confidence`: in `diffusion`, the denoiser's probability of the token when it was fixed. `text`: of the token on its
+    own, for showing. Over HTTP the token itself is among the `top` ones.
+    """
+
+    log_prob: float | None
+    top: tuple[Alternative, ...] = ()
+    confidence: float | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Committed tokens, which never change, and the text that became certain with them. `usage`: what they cost."""
+
+    start: int
+    token_ids: tuple[int, ...]
+    text: str
+    usage: Usage
+    likelihoods: tuple[Likelihood, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one denoiser step fixed of a block; told where `trace` asks. In `verified` the tokens are a draft."""
+
+    start: int
+    size: int
+    step: int
+    positions: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    confidence: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What the context tower made of a draft; told where `trace` asks."""
+
+    start: int
+    draft: tuple[int, ...]
+    draft_texts: tuple[str, ...]
+    num_accepted: int
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a stream. `mode` is None over HTTP where the request named none."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    seed: int
+    mode: str | None
+
+
+Event = Block | Step | Round | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer.
+
+    `text` is empty where the service has no tokenizer. `request_id`: the caller's label. `service_id`: under which the
+    service's log has the request, where it was told. `attempts`: how often the request was sent.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    seed: int
+    mode: str | None
+    request_id: str
+    service_id: str = ""
+    likelihoods: tuple[Likelihood, ...] = ()
+    attempts: int = 1
+
+    def after(self, attempts: int) -> "Answer":
+        """The same of a request that was sent so often."""
+        return replace(self, attempts=attempts)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely the context tower finds each token of a continuation (natural logarithms). `is_greedy`: whether `ar`
+    at temperature 0 would have chosen the token."""
+
+    prompt_tokens: int
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    is_greedy: tuple[bool, ...]
+    sum_log_prob: float
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The model that is served. What only gRPC tells is None over HTTP."""
+
+    name: str
+    modes: tuple[str, ...]
+    max_sequence_length: int
+    checkpoint_fingerprint: str
+    checkpoint_layout: str | None = None
+    vocab_size: int | None = None
+    has_tokenizer: bool | None = None
+    defaults: Mapping[str, object] | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether the service is ready, and of each mode whether it is served now. `reason`: why it is not ready."""
+
+    ready: bool
+    modes: Mapping[str, bool] = field(default_factory=dict)
+    reason: str = ""
+
+
+class Gathering:
+    """The events of a stream, put together."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.attempts = 1
+        self.finished: Finished | None = None
+        self._blocks: list[Block] = []
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Block):
+            self._blocks.append(event)
+        elif isinstance(event, Finished):
+            self.finished = event
+
+    @property
+    def text(self) -> str:
+        """So far."""
+        return "".join(block.text for block in self._blocks)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """So far."""
+        return tuple(token for block in self._blocks for token in block.token_ids)
+
+    def answer(self) -> Answer:
+        """Of a stream that has ended."""
+        end = self.finished
+        assert end is not None, "a stream ends with Finished or an error"
+        likelihoods = tuple(one for block in self._blocks for one in block.likelihoods)
+        told = {"finish_reason": end.finish_reason, "usage": end.usage, "seed": end.seed, "mode": end.mode}
+        return Answer(
+            self.text,
+            self.token_ids,
+            **told,  # type: ignore[arg-type]
+            request_id=self.request_id,
+            likelihoods=likelihoods,
+            attempts=self.attempts,
+        )

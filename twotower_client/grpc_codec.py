@@ -1,0 +1,253 @@
+"""The gRPC face: calls as messages, messages as answers, statuses as errors. Opens no channel."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from twotower_client.answers import (
+    Alternative,
+    Answer,
+    Block,
+    Event,
+    Finished,
+    FinishReason,
+    Likelihood,
+    ModelInfo,
+    Round,
+    Score,
+    Step,
+    Usage,
+)
+from twotower_client.asking import Ask, Prompt, ScoreAsk
+from twotower_client.errors import Details, FieldViolation, InvalidRequest, ServiceError, error_of
+from twotower_client.wire import messages as pb
+
+_SERVICE = "twotower.v1.GenerationService"
+_HEALTH = "/grpc.health.v1.Health/Check"
+_SERVICE_ID = "x-twotower-id"
+_STATUS = "grpc-status-details-bin"
+_ENUMS: dict[str, Any] = {"mode": pb.Mode, "floor": pb.Floor}
+_SERVING = b"\x08\x01"
+
+Told = TypeVar("Told")
+
+
+@dataclass(frozen=True, slots=True)
+class Rpc(Generic[Told]):
+    """A call to make: its method, its message as bytes, how the answer's bytes are read, given the service's id of the
+    request."""
+
+    path: str
+    message: bytes
+    read: Callable[[bytes, str], Told]
+    request_id: str = ""
+
+
+def generate_rpc(ask: Ask) -> Rpc[Answer]:
+    """Raises InvalidRequest for what cannot be written."""
+    if ask.trace:
+        raise InvalidRequest.of("trace", "got true, wanted it only of a stream", ask.request_id)
+
+    def read(data: bytes, service_id: str) -> Answer:
+        told = pb.GenerateResponse.FromString(data)
+        end = _finished(told.finished)
+        return Answer(
+            told.text,
+            tuple(told.token_ids),
+            end.finish_reason,
+            end.usage,
+            end.seed,
+            end.mode,
+            ask.request_id,
+            service_id,
+            _likelihoods(told.likelihoods),
+        )
+
+    return Rpc(f"/{_SERVICE}/Generate", _generate_message(ask), read, ask.request_id)
+
+
+def stream_rpc(ask: Ask) -> Rpc[Event]:
+    """Raises InvalidRequest for what cannot be written."""
+    return Rpc(f"/{_SERVICE}/GenerateStream", _generate_message(ask), _event, ask.request_id)
+
+
+def score_rpc(ask: ScoreAsk) -> Rpc[Score]:
+    parts: dict[str, Any] = {}
+    for name in ("prompt", "continuation"):
+        part = getattr(ask, name)
+        whole = isinstance(part, str)
+        parts[f"{name}_text" if whole else f"{name}_token_ids"] = part if whole else pb.TokenIds(ids=part)
+
+    def read(data: bytes, _: str) -> Score:
+        told = pb.ScoreResponse.FromString(data)
+        return Score(
+            told.prompt_tokens,
+            tuple(told.token_ids),
+            tuple(told.log_probs),
+            tuple(told.is_greedy),
+            told.sum_log_prob,
+            ask.request_id,
+        )
+
+    message = _written(pb.ScoreRequest, ask.request_id, request_id=ask.request_id, priority=ask.priority, **parts)
+    return Rpc(f"/{_SERVICE}/Score", message.SerializeToString(), read, ask.request_id)
+
+
+def tokenize_rpc(text: str, add_special_tokens: bool) -> Rpc[tuple[int, ...]]:
+    message = _written(pb.TokenizeRequest, "", text=text, add_special_tokens=add_special_tokens)
+    read = pb.TokenizeResponse.FromString
+    return Rpc(f"/{_SERVICE}/Tokenize", message.SerializeToString(), lambda data, _: tuple(read(data).token_ids))
+
+
+def detokenize_rpc(token_ids: Sequence[int]) -> Rpc[str]:
+    message = pb.DetokenizeRequest(token_ids=pb.TokenIds(ids=token_ids))
+    read = pb.DetokenizeResponse.FromString
+    return Rpc(f"/{_SERVICE}/Detokenize", message.SerializeToString(), lambda data, _: str(read(data).text))
+
+
+def model_info_rpc() -> Rpc[ModelInfo]:
+    return Rpc(f"/{_SERVICE}/GetModelInfo", b"", _model_info)
+
+
+def health_rpc(mode: str = "") -> Rpc[bool]:
+    """Whether the service serves, or a mode of it. A message of grpc.health.v1 has one short string, its answer one
+    number: no generated code is needed for them."""
+    name = f"{_SERVICE}.{mode}".encode() if mode else b""
+    return Rpc(_HEALTH, b"\n" + bytes([len(name)]) + name if name else b"", lambda data, _: data == _SERVING)
+
+
+def error_from(
+    code: grpc.StatusCode, message: str, trailing: Iterable[tuple[str, Any]], request_id: str
+) -> ServiceError:
+    """What a status says, with its google.rpc details."""
+    metadata = dict(trailing)
+    violations: tuple[FieldViolation, ...] = ()
+    retry_after_s, keys_limit = None, False
+    for packed in status_pb2.Status.FromString(metadata.get(_STATUS, b"")).details:
+        bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        if packed.Unpack(bad):
+            violations = tuple(FieldViolation(one.field, one.description) for one in bad.field_violations)
+        elif packed.Unpack(retry):
+            retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+        elif packed.Is(error_details_pb2.QuotaFailure.DESCRIPTOR):
+            keys_limit = True
+    service_id = str(metadata.get(_SERVICE_ID, ""))
+    told = Details(code.name, None, request_id, service_id, retry_after_s, violations, keys_limit=keys_limit)
+    return error_of(message or code.name, told)
+
+
+def service_id_in(trailing: Iterable[tuple[str, Any]] | None) -> str:
+    return str(dict(trailing or ()).get(_SERVICE_ID, ""))
+
+
+def _generate_message(ask: Ask) -> bytes:
+    if ask.echo:
+        raise InvalidRequest.of("echo", "got true, wanted it only over HTTP", ask.request_id)
+    words = {name: _number(name, word, ask.request_id) for name, word in ask.params.items() if name in _ENUMS}
+    params = _written(pb.DecodingParams, ask.request_id, **{**ask.params, **words})
+    prompt: dict[str, Any] = _prompt(ask.prompt)
+    beside = {"request_id": ask.request_id, "priority": ask.priority, "trace": ask.trace, "stop": ask.stop}
+    if ask.logprobs is not None:
+        beside["logprobs"] = ask.logprobs
+    message: bytes = _written(pb.GenerateRequest, ask.request_id, params=params, **prompt, **beside).SerializeToString()
+    return message
+
+
+def _prompt(prompt: Prompt) -> dict[str, Any]:
+    return {"text": prompt} if isinstance(prompt, str) else {"token_ids": pb.TokenIds(ids=prompt)}
+
+
+def _number(name: str, word: object, request_id: str) -> int:
+    known: dict[str, int] = {
+        label.removeprefix(f"{name}_".upper()).lower(): number for label, number in _ENUMS[name].items() if number
+    }
+    if word not in known:
+        raise InvalidRequest.of(name, f"got {word!r}, wanted one of {', '.join(known)}", request_id)
+    return known[str(word)]
+
+
+def _written(kind: Any, asked_as: str, **values: Any) -> Any:
+    """A message of these values. Raises InvalidRequest for the first that its field cannot hold."""
+    message = kind()
+    for name, value in values.items():
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest.of(name, f"got {value!r:.60}: {error}", asked_as) from None
+    return message
+
+
+def _event(data: bytes, _: str) -> Event:
+    told = pb.GenerateStreamResponse.FromString(data)
+    match told.WhichOneof("event"):
+        case "block":
+            return _block(told.block)
+        case "step":
+            step = told.step
+            numbers = tuple(step.positions), tuple(step.token_ids), tuple(step.texts), tuple(step.confidence)
+            return Step(step.start, step.size, step.step, *numbers)
+        case "round":
+            one = told.round
+            draft = tuple(one.draft), tuple(one.draft_texts)
+            return Round(one.start, *draft, one.num_accepted, one.token_id, one.text)
+    return _finished(told.finished)
+
+
+def _block(block: pb.CommittedBlock) -> Block:
+    usage = Usage(
+        0,
+        len(block.token_ids),
+        block.num_steps,
+        block.num_blocks,
+        block.num_drafted,
+        block.num_accepted,
+        block.num_ar_blocks,
+        block.num_diffusion_blocks,
+    )
+    return Block(block.start, tuple(block.token_ids), block.text, usage, _likelihoods(block.likelihoods))
+
+
+def _finished(end: pb.Finished) -> Finished:
+    usage = Usage(*(getattr(end.usage, name) for name in Usage.__dataclass_fields__))
+    reason = pb.FinishReason.Name(end.finish_reason).removeprefix("FINISH_REASON_").lower()
+    return Finished(cast(FinishReason, reason), usage, end.seed, _word(pb.Mode, end.mode))
+
+
+def _likelihoods(likelihoods: Sequence[pb.Likelihood]) -> tuple[Likelihood, ...]:
+    return tuple(_likelihood(one) for one in likelihoods)
+
+
+def _likelihood(one: pb.Likelihood) -> Likelihood:
+    texts = one.top_texts or [""] * len(one.top_token_ids)
+    tops = zip(texts, one.top_log_probs, one.top_token_ids, strict=True)
+    return Likelihood(
+        one.log_prob,
+        tuple(Alternative(text, log_prob, token) for text, log_prob, token in tops),
+        one.confidence if one.HasField("confidence") else None,
+        one.text,
+    )
+
+
+def _model_info(data: bytes, _: str) -> ModelInfo:
+    told = pb.GetModelInfoResponse.FromString(data)
+    defaults: dict[str, object] = {field.name: value for field, value in told.defaults.ListFields()}
+    words = {name: _word(_ENUMS[name], cast(int, defaults[name])) for name in _ENUMS.keys() & defaults.keys()}
+    return ModelInfo(
+        told.model_name,
+        tuple(_word(pb.Mode, mode) for mode in told.modes),
+        told.max_sequence_length,
+        told.checkpoint_fingerprint,
+        told.checkpoint_layout,
+        told.vocab_size,
+        told.has_tokenizer,
+        {**defaults, **words},
+        told.version,
+    )
+
+
+def _word(enum: Any, number: int) -> str:
+    """`ar` of MODE_AR; a number that this client has no word for is shown as it is."""
+    return enum.Name(number).partition("_")[2].lower() if number in enum.values() else str(number)

@@ -1,0 +1,327 @@
+"""The HTTP face: calls as bodies, bodies and server-sent events as answers, statuses as errors. Opens no connection."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
+from typing import Any, Generic, TypeVar
+
+from twotower_client.answers import (
+    Alternative,
+    Answer,
+    Block,
+    Event,
+    Finished,
+    Likelihood,
+    ModelInfo,
+    Readiness,
+    Round,
+    Score,
+    Step,
+    Usage,
+)
+from twotower_client.asking import Ask, ScoreAsk
+from twotower_client.errors import Details, FieldViolation, InvalidRequest, ServiceError, UnexpectedAnswer, error_of
+
+# Of the parameters that have another name here.
+NAMES = {
+    "max_new_tokens": "max_tokens",
+    **{
+        name: f"diffusion.{name}"
+        for name in (
+            "mode",
+            "block_size",
+            "steps_per_block",
+            "confidence_threshold",
+            "draft_steps",
+            "draft_threshold",
+            "floor",
+        )
+    },
+}
+_DONE = "[DONE]"
+_TRACE = "twotower.trace"
+# By the answer's type, where it is one of ours; else by its status.
+_BY_TYPE = {
+    "authentication_error": "UNAUTHENTICATED",
+    "rate_limit_error": "RESOURCE_EXHAUSTED",
+    "overloaded_error": "RESOURCE_EXHAUSTED",
+    "unavailable_error": "UNAVAILABLE",
+    "deadline_exceeded_error": "DEADLINE_EXCEEDED",
+    "cancelled_error": "CANCELLED",
+    "numerical_error": "ABORTED",
+    "internal_error": "INTERNAL",
+}
+_BY_STATUS = {
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
+    429: "RESOURCE_EXHAUSTED",
+    499: "CANCELLED",
+    500: "INTERNAL",
+    502: "UNAVAILABLE",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+
+Told = TypeVar("Told")
+
+
+@dataclass(frozen=True, slots=True)
+class HttpCall(Generic[Told]):
+    """A call to make: its method, its path, its body, how the answer's JSON is read."""
+
+    method: str
+    path: str
+    read: Callable[[Any], Told]
+    body: bytes | None = None
+    request_id: str = ""
+
+
+def completion_call(ask: Ask) -> HttpCall[Answer]:
+    """Raises InvalidRequest for what cannot be written."""
+    if ask.trace:
+        raise InvalidRequest.of("trace", "got true, wanted it only of a stream", ask.request_id)
+
+    def read(told: Any) -> Answer:
+        choice = told["choices"][0]
+        return Answer(
+            choice["text"],
+            tuple(choice["token_ids"]),
+            choice["finish_reason"],
+            _usage(told["usage"]),
+            choice["seed"],
+            ask.params.get("mode"),
+            ask.request_id,
+            told["id"],
+            _likelihoods(choice["logprobs"]),
+        )
+
+    return HttpCall(
+        "POST", "/v1/completions", read, _completion_body(ask, {"echo": True} if ask.echo else {}), ask.request_id
+    )
+
+
+def stream_call(ask: Ask) -> HttpCall[None]:
+    """Its events are read by a StreamReader."""
+    if ask.echo:
+        raise InvalidRequest.of("echo", "got true, wanted it only without a stream", ask.request_id)
+    options = {"stream": True, "stream_options": {"continuous_usage_stats": True}}
+    return HttpCall("POST", "/v1/completions", lambda _: None, _completion_body(ask, options), ask.request_id)
+
+
+def score_call(ask: ScoreAsk) -> HttpCall[Score]:
+    def read(told: Any) -> Score:
+        lists = tuple(told["token_ids"]), tuple(told["log_probs"]), tuple(told["is_greedy"])
+        return Score(told["prompt_tokens"], *lists, told["sum_log_prob"], ask.request_id)
+
+    body = {"prompt": ask.prompt, "continuation": ask.continuation, "priority": ask.priority}
+    return HttpCall("POST", "/v1/score", read, _encoded({**body, "request_id": ask.request_id}), ask.request_id)
+
+
+def tokenize_call(text: str, add_special_tokens: bool) -> HttpCall[tuple[int, ...]]:
+    body = _encoded({"prompt": text, "add_special_tokens": add_special_tokens})
+    return HttpCall("POST", "/tokenize", lambda told: tuple(told["tokens"]), body)
+
+
+def detokenize_call(token_ids: Sequence[int]) -> HttpCall[str]:
+    return HttpCall("POST", "/detokenize", lambda told: str(told["prompt"]), _encoded({"tokens": token_ids}))
+
+
+def model_call() -> HttpCall[ModelInfo]:
+    def read(told: Any) -> ModelInfo:
+        card = told["data"][0]
+        return ModelInfo(card["id"], tuple(card["modes"]), card["max_model_len"], card["checkpoint_fingerprint"])
+
+    return HttpCall("GET", "/v1/models", read)
+
+
+def health_call() -> HttpCall[bool]:
+    return HttpCall("GET", "/health", lambda told: bool(told["status"] == "alive"))
+
+
+def ready_call() -> HttpCall[Readiness]:
+    """Read with either status, 200 and 503."""
+
+    def read(told: Any) -> Readiness:
+        if "error" in told:  # of a proxy that has no router
+            return Readiness(False, {}, str(told["error"]["message"]))
+        ready = told["status"] == "ready"
+        return Readiness(
+            ready, {str(mode): bool(now) for mode, now in told["modes"].items()}, "" if ready else "no cell serves now"
+        )
+
+    return HttpCall("GET", "/ready", read)
+
+
+def answer_in(call: HttpCall[Told], data: bytes) -> Told:
+    """Raises UnexpectedAnswer for a body that no service of ours sends."""
+    try:
+        return call.read(json.loads(data))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise unexpected(call.path, error, call.request_id) from None
+
+
+def unexpected(what: str, error: object, request_id: str) -> UnexpectedAnswer:
+    return UnexpectedAnswer(
+        f"{what}: the answer is none of ours: {error!r:.200}", Details("UNKNOWN", request_id=request_id)
+    )
+
+
+def error_from(status: int | None, headers: Mapping[str, str], data: bytes, request_id: str) -> ServiceError:
+    """What an answer that is no 200 says, or an event that tells an error (`status` None)."""
+    message, kind, param = _error_in(data)
+    by_status = "INVALID_ARGUMENT" if status is not None and 400 <= status < 500 else "UNKNOWN"
+    name = _BY_TYPE.get(kind) or _BY_STATUS.get(status or 0) or ("INVALID_ARGUMENT" if kind else by_status)
+    told = Details(
+        name,
+        status,
+        request_id,
+        retry_after_s=_retry_after_s(headers.get("retry-after")),
+        violations=(FieldViolation(param, message),) if param else (),
+        keys_limit=kind == "rate_limit_error",
+    )
+    return error_of(message or f"HTTP status {status}", told)
+
+
+class EventReader:
+    """Server-sent events from bytes as they come. Lines end with a newline alone, as ours do: a text may hold every
+    other sign that ends a line somewhere."""
+
+    LARGEST = 64 * 2**20
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._name, self._data = "", list[bytes]()
+
+    def push(self, data: bytes) -> list[tuple[str, bytes]]:
+        """(name, data) of each event that is complete now. Raises ValueError for one that is too long."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > self.LARGEST:
+            raise ValueError(f"an event of more than {self.LARGEST} bytes")
+        return [event for line in lines if (event := self._line(line.rstrip(b"\r"))) is not None]
+
+    def _line(self, line: bytes) -> tuple[str, bytes] | None:
+        if not line:
+            event = (self._name, b"\n".join(self._data)) if self._data else None
+            self._name, self._data = "", []
+            return event
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            self._data.append(value.removeprefix(b" "))
+        elif field == b"event":
+            self._name = value.strip().decode()
+        return None
+
+
+class StreamReader:
+    """The events of one answer from the bytes of its stream."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._events = EventReader()
+        self._tokens, self._used = 0, Usage()
+        self.ended = False
+
+    def push(self, data: bytes) -> list[Event]:
+        """Raises a ServiceError: an error is an event too."""
+        told: list[Event] = []
+        try:
+            for name, event in self._events.push(data):
+                told += self._read(name, event)
+        except (ValueError, LookupError, TypeError) as error:
+            raise unexpected("the stream", error, self._ask.request_id) from None
+        return told
+
+    def _read(self, name: str, data: bytes) -> list[Event]:
+        if data == _DONE.encode():
+            self.ended = True
+            return []
+        told = json.loads(data)
+        if "error" in told:
+            raise error_from(None, {}, data, self._ask.request_id)
+        return [_traced(told)] if name == _TRACE else self._chunk(told)
+
+    def _chunk(self, told: Any) -> list[Event]:
+        choice, usage = told["choices"][0], _usage(told["usage"])
+        token_ids, text = tuple(choice["token_ids"]), choice["text"]
+        events: list[Event] = []
+        if token_ids or text:
+            cost = replace(usage.less(self._used), prompt_tokens=0)
+            events.append(Block(self._tokens, token_ids, text, cost, _likelihoods(choice["logprobs"])))
+        self._tokens, self._used = self._tokens + len(token_ids), usage
+        if choice["finish_reason"] is not None:
+            events.append(Finished(choice["finish_reason"], usage, choice["seed"], self._ask.params.get("mode")))
+        return events
+
+
+def _completion_body(ask: Ask, more: Mapping[str, object]) -> bytes:
+    body: dict[str, Any] = {"prompt": ask.prompt, "request_id": ask.request_id, "priority": ask.priority, **more}
+    if ask.stop:
+        body["stop"] = ask.stop
+    if ask.logprobs is not None:
+        body["logprobs"] = ask.logprobs
+    for name, value in {**ask.params, **({"trace": True} if ask.trace else {})}.items():
+        outer, _, own = NAMES.get(name, "diffusion.trace" if name == "trace" else name).rpartition(".")
+        (body.setdefault(outer, {}) if outer else body)[own] = value
+    return _encoded(body)
+
+
+def _encoded(body: Mapping[str, object]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest.of(
+            "body", f"cannot be written as JSON: {error}", str(body.get("request_id", ""))
+        ) from None
+
+
+def _usage(told: Mapping[str, int]) -> Usage:
+    return Usage(*(told[name] for name in Usage.__dataclass_fields__))
+
+
+def _traced(told: Any) -> Event:
+    if "step" in told:
+        step = told["step"]
+        lists = (tuple(step[name]) for name in ("positions", "token_ids", "texts", "confidence"))
+        return Step(step["start"], step["size"], step["step"], *lists)
+    one = told["round"]
+    draft = tuple(one["draft"]), tuple(one["draft_texts"])
+    return Round(one["start"], *draft, one["num_accepted"], one["token_id"], one["text"])
+
+
+def _likelihoods(told: Any) -> tuple[Likelihood, ...]:
+    if told is None:
+        return ()
+    confidence = told["confidence"] or [None] * len(told["tokens"])
+    rows = zip(told["token_logprobs"], told["top_logprobs"], confidence, told["tokens"], strict=True)
+    return tuple(Likelihood(log_prob, _alternatives(top), sure, text) for log_prob, top, sure, text in rows)
+
+
+def _alternatives(top: Mapping[str, float] | None) -> tuple[Alternative, ...]:
+    return tuple(Alternative(text, log_prob) for text, log_prob in (top or {}).items())
+
+
+def _error_in(data: bytes) -> tuple[str, str, str]:
+    """Message, type and param of OpenAI's shape; a gateway's own words where it is another."""
+    try:
+        error = json.loads(data)["error"]
+        return tuple(str(error.get(name) or "") for name in ("message", "type", "param"))  # type: ignore[return-value]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return " ".join(data[:400].decode(errors="replace").split()), "", ""
+
+
+def _retry_after_s(told: str | None) -> float | None:
+    """Seconds, or a date, as gateways may write it."""
+    if told is None:
+        return None
+    try:
+        return max(0.0, float(told))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,1 @@
+"""The messages of twotower.v1, made from protos/."""
