@@ -32,7 +32,7 @@ class Drawn(Auto):
 
     draw: random.Random
 
-    def alone(self, params: object, blocks: object, size: int, now: object = None) -> int:
+    def alone(self, params: object, own: object, size: int) -> int:
         return self.draw.choice([0, 0, size, 1])
 
 
@@ -109,7 +109,7 @@ def _events(pair: ByHand, request: Request) -> list[Event]:
 
 
 def _always(size: int) -> Callable[..., int]:
-    return lambda params, blocks, most, now: min(size, most)
+    return lambda params, own, most: min(size, most)
 
 
 @pytest.mark.parametrize("size", [0, 16])
@@ -163,10 +163,16 @@ def test_logits_that_are_not_finite_fail_the_request_while_it_writes_alone(monke
     assert pair.context.cache.room.free_slots == pair.context.cache.room.slots
 
 
+def _note(meter: Meter, kind: Pass, rows: int, seconds: float, times: int = 5) -> None:
+    """As many readings as it takes to believe them; equal ones would count as one."""
+    for number in range(times):
+        meter.note(kind, rows, seconds + 1e-9 * number)
+
+
 def _weighed(rows: int, step: float, read: float, token: float, **params: Any) -> tuple[Auto, list[Weighed]]:
     meter = Meter()
     for kind, seconds in zip(Pass, (step, read, token), strict=True):
-        meter.note(kind, rows, seconds)
+        _note(meter, kind, rows, seconds)
     auto = Auto(meter, apart=False)
     auto.look(rows)
     return auto, [Weighed(auto, DecodingParams(Mode.AUTO, **params)) for _ in range(rows)]
@@ -231,23 +237,44 @@ def test_each_request_goes_its_own_way() -> None:
     assert good.alone(1000) == 0 and bad.alone(1000) == 16
 
 
+def test_all_requests_of_a_kind_change_together_and_sooner_than_one_alone() -> None:
+    """Rows that go one way share their passes."""
+    auto, weighed = _weighed(4, 0.013, 0.011, 0.006)
+    _play(weighed, 15, 20)
+    for accepted, wanted in ((5.0, 0), (4.2, 16)):  # with 5.2 as fast as tokens alone
+        auto.drafts(DecodingParams(Mode.AUTO)).tokens = accepted
+        assert Weighed(auto, DecodingParams(Mode.AUTO)).alone(1000) == wanted
+    bad = Weighed(auto, DecodingParams(Mode.AUTO))
+    for _ in range(12):
+        bad.ended(2, 0)
+    auto.drafts(DecodingParams(Mode.AUTO)).tokens = 15
+    assert bad.alone(1000) == 16 and weighed[0].alone(1000) == 0
+
+
 def test_an_answer_that_is_almost_over_needs_no_draft() -> None:
     _, [one] = _weighed(1, 0.013, 0.011, 0.006)
     _play([one], 15, 10)
     assert one.alone(16) == 0 and one.alone(3) == 3
 
 
-def test_a_draft_behind_tokens_alone_says_nothing_of_other_requests() -> None:
-    """They come where answers end, so what they give would keep others from drafting."""
+def test_a_draft_where_an_answer_ends_says_nothing_of_other_requests() -> None:
+    """What it may give is cut, so it would keep others from drafting."""
     auto, [one] = _weighed(1, 0.013, 0.011, 0.006)
     params = DecodingParams(Mode.AUTO)
-    one.ended(2, 15)
+    one.alone(1000), one.ended(2, 12)
     known = auto.drafts(params).tokens
-    one.ended(0, 16)
-    one.ended(2, 0)
+    one.alone(15), one.ended(2, 0)
     assert auto.drafts(params).tokens == known
-    one.ended(2, 0)
+    one.alone(16), one.ended(2, 0)
     assert auto.drafts(params).tokens < known
+
+
+def test_tries_tell_that_drafts_are_better_than_it_was_thought() -> None:
+    """A row that tries had written alone, as all others do."""
+    _, weighed = _weighed(8, 0.013, 0.011, 0.006)
+    _play(weighed, 0, 10)
+    drafts, tokens = _play(weighed, 15, 300)
+    assert drafts > tokens / 16, "most blocks, as soon as a few tries have shown it"
 
 
 def test_it_follows_what_passes_cost() -> None:
@@ -255,9 +282,7 @@ def test_it_follows_what_passes_cost() -> None:
     for _ in range(10):
         one.ended(2, 8)
     assert one.alone(1000) == 0
-    for _ in range(90):
-        for kind, seconds in zip(Pass, (0.013, 0.011, 0.002), strict=True):
-            auto._meter.note(kind, 1, seconds)
+    _note(auto._meter, Pass.TOKEN, 1, 0.002, times=20)
     auto.look(1)
     assert one.alone(1000) == 16
 
@@ -266,13 +291,13 @@ def test_more_rows_than_were_ever_seen_are_tried() -> None:
     """Where tokens alone are dear with many rows, it draws back once it has seen that."""
     auto, weighed = _weighed(1, 0.013, 0.011, 0.006)
     for kind, seconds in ((Pass.STEP, 0.07), (Pass.READ, 0.10)):
-        auto._meter.note(kind, 64, seconds)
+        _note(auto._meter, kind, 64, seconds)
     auto.look(64)
     [one] = weighed
     for _ in range(10):
         one.ended(2, 10)
     assert one.alone(1000) == 16
-    auto._meter.note(Pass.TOKEN, 64, 0.05)
+    _note(auto._meter, Pass.TOKEN, 64, 0.05)
     auto.look(64)
     assert one.alone(1000) == 0
 
@@ -283,8 +308,8 @@ def test_before_it_knows_what_passes_cost_it_has_a_look_at_each() -> None:
     auto.look(1)
     one = Weighed(auto, DecodingParams(Mode.AUTO))
     assert one.alone(1000) == 0
-    meter.note(Pass.STEP, 1, 0.01)
-    meter.note(Pass.READ, 1, 0.01)
+    _note(meter, Pass.STEP, 1, 0.01)
+    _note(meter, Pass.READ, 1, 0.01)
     auto.look(1)
     assert one.alone(1000) == 4
 

@@ -5,7 +5,6 @@ are not: while some blocks are being committed, others go on. What a step is and
 (`twotower.engine.modes`).
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -15,7 +14,7 @@ from twotower.engine.answer import Answer
 from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
 from twotower.engine.held_up import HeldUp
-from twotower.engine.meter import Meter, Pass
+from twotower.engine.meter import Meter, Pass, clock_for
 from twotower.engine.modes.auto import Auto, Weighed
 from twotower.engine.modes.block_steps import StepTrace
 from twotower.engine.modes.diffusion import Diffusion
@@ -76,7 +75,7 @@ class DenoiserEngine:
             Mode.DIFFUSION: Diffusion(self._passes, trace),
             Mode.VERIFIED: Verified(self._passes, trace),
         }
-        self._meter = Meter(link.apart)
+        self._meter, self._clock = Meter(), clock_for(tower.device)
         self._auto = Auto(self._meter, link.apart)
         self._sequences: dict[int, LedSequence] = {}
         self._numbers: dict[RequestId, int] = {}
@@ -129,11 +128,11 @@ class DenoiserEngine:
 
     def _stepped(self, ready: list[LedSequence]) -> list[Turns]:
         """A step of each. Several forwards are reckoned as equally dear."""
-        started = time.perf_counter()
+        started = self._clock()
         steps = self._launch(ready)
         turns = take_all(steps)
         if steps and not any(sequence.mode.commits_first for sequence in ready):
-            seconds, rows = time.perf_counter() - started, sum(map(_rows, ready))
+            seconds, rows = self._clock() - started, sum(map(_rows, ready))
             self._meter.note(Pass.STEP, max(1, rows // len(steps)), seconds / len(steps))
         return turns
 

@@ -1,17 +1,22 @@
-"""What forwards cost here, measured while they run: seconds by kind of pass and number of rows, smoothed.
+"""What forwards cost here, measured while they run: seconds by kind of pass and number of rows.
 
-A reading is the time until the host knows a pass's outcome, for which it waits anyway. What else a machine does slows
-all kinds of pass alike, so how fast it is just now is a number of its own. With it a kind that has not been seen for a
-while still compares with one that has. Knows no device and no mode.
+Readings are medians, because a single one may be far too long: its pass was recorded, or run for the first time. Knows
+no device and no mode.
 """
 
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from enum import Enum
+from math import log2
+from statistics import median, median_low
 
-_SPEED, _OWN = 0.2, 0.05  # what of a reading's surprise is the machine's, and what this pass's
-_OLD, _OWN_OLD = 64, 0.5  # readings after which it is taken for the pass's alone
-_MOST = 3.0  # times what was expected, that a reading counts for: a pass that is recorded takes fifty times as long
+import torch
+
+_KEPT = 21  # readings of about so many rows
+_FEWEST = 5  # of which a median says something
 _FORGOTTEN = 4096  # readings after which a number of rows that was not seen again counts as never seen
+_NEAR = 0.1  # of a power of two, squared: rows that are nearer than this count alike
 
 
 class Pass(Enum):
@@ -22,25 +27,36 @@ class Pass(Enum):
     TOKEN = "token"
 
 
-@dataclass(slots=True)
-class _Mean:
-    """Of passes with about so many rows: seconds on a machine of speed 1, and the number of the last reading."""
+def clock_for(device: torch.device) -> Callable[[], float]:
+    """Seconds of a pass, read before it and once the host knows its outcome. On a CPU the thread's own: what else the
+    machine does says nothing about the pass."""
+    return time.thread_time if device.type == "cpu" else time.perf_counter
 
-    rows: float
-    seconds: float
-    last: int
+
+class _Seen:
+    """Passes with about so many rows: the newest readings, and their medians. `last`: the number of the newest."""
+
+    def __init__(self) -> None:
+        self._readings: deque[tuple[int, float]] = deque(maxlen=_KEPT)
+        self.rows = self.seconds = 0.0
+        self.last = 0
+
+    def note(self, rows: int, seconds: float, number: int) -> None:
+        self._readings.append((rows, seconds))
+        self.rows = median(rows for rows, _ in self._readings)
+        self.seconds = median_low(seconds for _, seconds in self._readings)
+        self.last = number
+
+    @property
+    def is_sure(self) -> bool:
+        return len(self._readings) >= _FEWEST
 
 
 class Meter:
-    """Readings of one engine. Numbers of rows between two powers of two share a mean.
+    """Readings of one engine. Numbers of rows between two powers of two share a median."""
 
-    `apart`: the denoiser's steps run on another machine than the context tower's passes.
-    """
-
-    def __init__(self, apart: bool = False) -> None:
-        self._means: dict[Pass, dict[int, _Mean]] = {kind: {} for kind in Pass}
-        self._speed = [1.0, 1.0]  # seconds for what takes one: of the context tower's machine, of the denoiser's
-        self._machine = {kind: int(apart and kind is Pass.STEP) for kind in Pass}
+    def __init__(self) -> None:
+        self._seen: dict[Pass, dict[int, _Seen]] = {kind: {} for kind in Pass}
         self._last: tuple[Pass, int, float] | None = None
         self._readings = 0
 
@@ -50,32 +66,26 @@ class Meter:
         if reading == self._last or seconds <= 0:
             return
         self._readings += 1
-        machine, place = self._machine[kind], max(rows, 1).bit_length()
-        mean = self._means[kind].get(place)
-        if mean is None:
-            self._means[kind][place] = _Mean(rows, seconds / self._speed[machine], self._readings)
-            return
-        is_old, mean.last = self._readings - mean.last > _OLD, self._readings
-        ratio = min(seconds / (mean.seconds * self._speed[machine]), _MOST)
-        if not is_old:
-            self._speed[machine] *= ratio**_SPEED
-        mean.seconds *= ratio ** (_OWN_OLD if is_old else _OWN)
-        mean.rows += _OWN * (rows - mean.rows)
+        self._seen[kind].setdefault(max(rows, 1).bit_length(), _Seen()).note(rows, seconds, self._readings)
 
     def seconds(self, kind: Pass, rows: int) -> float | None:
-        """Of a pass with so many rows; None where no pass of this kind has been seen.
-
-        Between two means on the line through them. More rows than any that were seen are hoped to take no longer than
-        the most, so that whoever chooses by cost will see.
-        """
-        means = sorted(self._means[kind].values(), key=lambda mean: mean.rows)
-        recent = [mean for mean in means if self._readings - mean.last < _FORGOTTEN] or means
-        return _at(rows, recent) * self._speed[self._machine[kind]] if recent else None
+        """Of a pass with so many rows; None where too few of this kind have been seen."""
+        sure = [seen for seen in self._seen[kind].values() if seen.is_sure]
+        recent = [seen for seen in sure if self._readings - seen.last < _FORGOTTEN] or sure
+        return _at(rows, recent) if recent else None
 
 
-def _at(rows: int, means: list[_Mean]) -> float:
-    before = next((mean for mean in reversed(means) if mean.rows <= rows), means[0])
-    after = next((mean for mean in means if mean.rows > rows), means[-1])
-    if rows < before.rows or after.rows <= before.rows:
-        return before.seconds
-    return before.seconds + (after.seconds - before.seconds) * (rows - before.rows) / (after.rows - before.rows)
+def _at(rows: int, seen: Sequence[_Seen]) -> float:
+    """On the line through the medians, of which those of about as many rows count most.
+
+    More rows never take less, nor more in proportion. Beside a single median there is no line: more rows are then hoped
+    to take no longer, so that whoever chooses by cost will see.
+    """
+    weights = [1 / (one.seconds**2 * (_NEAR + log2(one.rows / max(rows, 1)) ** 2)) for one in seen]
+    total = sum(weights)
+    x = sum(weight * one.rows for weight, one in zip(weights, seen, strict=True)) / total
+    y = sum(weight * one.seconds for weight, one in zip(weights, seen, strict=True)) / total
+    spread = sum(weight * (one.rows - x) ** 2 for weight, one in zip(weights, seen, strict=True))
+    rise = sum(weight * (one.rows - x) * (one.seconds - y) for weight, one in zip(weights, seen, strict=True))
+    slope = min(max(rise / spread, 0.0), y / x) if spread > 0 else 0.0
+    return y + slope * (rows - x)

@@ -1,7 +1,6 @@
 """Writes tokens with the context tower's own head, a token for each row of a forward: those of `ar` requests, and of
 sequences whose denoiser leaves some to it."""
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -14,6 +13,7 @@ from twotower.decoding.sampling import decide
 from twotower.engine.answer import Answer
 from twotower.engine.context.sequences import ReadChunk, Sequences
 from twotower.engine.context.writing import Own, Writer
+from twotower.engine.meter import clock_for
 from twotower.engine.passes import Want
 from twotower.engine.scheduler import Key
 from twotower.engine.steps import Rows, Step, take_all
@@ -27,6 +27,7 @@ class Decoding:
 
     def __init__(self, tower: ContextTower, sequences: Sequences, emit: Callable[[Event], None]) -> None:
         self._tower, self._sequences, self._emit = tower, sequences, emit
+        self._clock = clock_for(tower.device)
         self._writers: dict[Key, Writer] = {}
         self.near_ties = 0
 
@@ -55,7 +56,7 @@ class Decoding:
 
     def read(self, keys: Sequence[Key]) -> None:
         """The newest token of each of these, for the next one."""
-        started = time.perf_counter()
+        started = self._clock()
         logits_RLV = self._sequences.read(keys, Want.LOGITS)
         take_all([self._decide(keys, logits_RLV[:, 0], started)])
 
@@ -78,7 +79,7 @@ class Decoding:
         return Step(decided_RC, partial(self._take, keys, started))
 
     def _take(self, keys: Sequence[Key], started: float | None, outcome: Rows) -> None:
-        took = None if started is None else Took(len(keys), time.perf_counter() - started)
+        took = None if started is None else Took(len(keys), self._clock() - started)
         for key, (token, margin, finite, *rated) in zip(keys, outcome, strict=True):
             writer = self._writers[key]
             if not finite:

@@ -3,7 +3,6 @@
 The token after a prompt is decided here, too. Knows neither ports nor how a draft was made.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -18,6 +17,7 @@ from twotower.decoding.sampling import TokenParams, decide
 from twotower.decoding.verifying import Verdict, places, verdict
 from twotower.engine.context.sequences import ReadChunk, Sequences
 from twotower.engine.context.writing import NOT_FINITE, Alone
+from twotower.engine.meter import clock_for
 from twotower.engine.passes import USUAL_WIDTH
 from twotower.engine.scheduler import Key
 from twotower.engine.scores import MAX_LOGITS
@@ -50,6 +50,7 @@ class Verification:
         fail: Callable[[Key, TwoTowerError], None],
     ) -> None:
         self._tower, self._sequences, self._tell, self._fail = tower, sequences, tell, fail
+        self._clock = clock_for(tower.device)
         self._verifying: dict[Key, Verifying] = {}
         self._ratings: dict[Key, Rating] = {}
 
@@ -73,7 +74,7 @@ class Verification:
 
     def read(self, keys: Sequence[Key]) -> None:
         """The blocks of these, in one forward. Waits for the device: only the logits say where to cut."""
-        started = time.perf_counter()
+        started = self._clock()
         blocks, hidden_RLD, scans = self._sequences.verify(keys)
         places_P2 = [(row, place) for row, block in enumerate(blocks) for place in range(len(block))]
         rows_P, columns_P = on_device(list(zip(*places_P2, strict=True)), hidden_RLD.device)
@@ -84,7 +85,7 @@ class Verification:
         [rows_chosen] = take_all([Step(chosen, partial(_by_block, blocks))])
         verdicts = list(map(verdict, blocks, rows_chosen))
         self._sequences.settle(keys, scans, [verdict.cut for verdict in verdicts])
-        took = Took(len(keys) * -(-max(map(len, blocks)) // USUAL_WIDTH), time.perf_counter() - started)
+        took = Took(len(keys) * -(-max(map(len, blocks)) // USUAL_WIDTH), self._clock() - started)
         for key, start, one, made in zip(keys, starts, verdicts, rows_chosen, strict=True):
             self._has_decided(key, start, one, made, took)
 

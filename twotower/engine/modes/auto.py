@@ -9,51 +9,53 @@ try: it is hoped to be little, so they are seen where that matters.
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from twotower.core import DecodingParams, Floor, Mode, Request
 from twotower.engine.meter import Meter, Pass
 from twotower.engine.modes.choosing import Costs, Signs, fastest, loss_s, paces
 
-_WEIGHT = 0.1  # of the newest block, in what is known of all requests with such parameters
+_WEIGHT = 0.05  # of the newest block, in what is known of all requests with such parameters; of the first ones more
 _OWN_WEIGHT = 0.25  # in what is known of one request
+_OWN_COUNT = 4  # blocks, as which a request takes what is known of others
 _MOST_KNOWN = 256  # parameters of which something is known
 _SPENT = 0.02  # of the time, for tries
 _FIRST = 4  # tokens alone, for a first look at what they cost
 _TRIED_EVERY = 50  # requests, of which one is decoded the other way where that is not far slower
 _FAR_SLOWER = 0.5
+_FASTER = 1.1  # times as fast, for all requests of a kind to change their way
+_CLEARLY_FASTER = 1.3  # for one of them to go its own: it has passes of its own then, for which all others wait
 _CAUSAL = (Mode.AR, Mode.VERIFIED)
+_Known = TypeVar("_Known")
 
 
 @dataclass(slots=True)
 class Blocks:
     """What blocks took and gave, running means: their steps, and their tokens (of drafts the accepted ones); how many
-    were committed."""
+    were committed. `count`: of blocks, with one that was thought of before there were any."""
 
     steps: float
     tokens: float
     commits: float = 1.0
+    count: int = 1
 
-    def note(self, steps: float, tokens: float, weight: float, commits: float = 1.0) -> None:
+    def note(self, steps: float, tokens: float, least: float, commits: float = 1.0) -> None:
+        """Of the newest block. It counts as much as each before it, and `least` so much."""
+        self.count += 1
+        weight = max(least, 1 / self.count)
         self.steps += weight * (steps - self.steps)
         self.tokens += weight * (tokens - self.tokens)
         self.commits += weight * (commits - self.commits)
 
 
-class _Known:
-    """Means by parameters, those that were new last."""
+@dataclass(slots=True)
+class _Kind:
+    """Requests with like drafts: what these are worth, how the requests go on, and seconds that a try may lose."""
 
-    def __init__(self) -> None:
-        self._by_params: dict[Hashable, Blocks] = {}
-
-    def get(self, params: Hashable) -> Blocks | None:
-        return self._by_params.get(params)
-
-    def note(self, params: Hashable, steps: int, tokens: int, before: Blocks, commits: int = 1) -> None:
-        """`before`: what is thought of such blocks before there are any."""
-        if params not in self._by_params and len(self._by_params) >= _MOST_KNOWN:
-            del self._by_params[next(iter(self._by_params))]
-        self._by_params.setdefault(params, before).note(steps, tokens, _WEIGHT, commits)
+    drafts: Blocks
+    way: Mode = Mode.VERIFIED
+    spare_s: float = 0.0
 
 
 class Auto:
@@ -61,19 +63,17 @@ class Auto:
 
     def __init__(self, meter: Meter, apart: bool) -> None:
         self._meter, self._apart = meter, apart
-        self._drafts, self._diffused = _Known(), _Known()
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._diffused: dict[Hashable, Blocks] = {}
         self.rows = 1
-        # With the rows that are there now, and with one; none until each kind of pass has been seen.
-        self._costs: Costs | None = None
-        self._single: Costs | None = None
+        self._costs: dict[int, Costs | None] = {}  # by rows, in this tick
         self._begun = 0
         self._usual = Mode.DIFFUSION  # how requests begin, where their floor says nothing else
-        self._spare_s: dict[Hashable, float] = {}  # of the device, that a try may lose, by the kind of drafts
 
     def look(self, rows: int) -> None:
         """Before a tick's choices: so many sequences share passes now, and these cost what they cost."""
         self.rows = max(1, rows)
-        self._costs, self._single = self._costs_of(self.rows), self._costs_of(1)
+        self._costs.clear()
 
     def begin(self, request: Request) -> Mode:
         """`diffusion`, or `verified`: how it begins, and goes on."""
@@ -81,55 +81,63 @@ class Auto:
         if params.floor is Floor.LOSSLESS or request.committed:
             return Mode.VERIFIED
         self._begun += 1
-        blocks, costs = self._diffused.get(_blocks(params)), self._costs
+        blocks, costs = self._diffused.get(_blocks(params)), self._costs_with(self.rows)
         if blocks is None or costs is None:
             return Mode.DIFFUSION if blocks is None else Mode.VERIFIED
         drafts = self.drafts(params)
         found = paces(costs, Signs(drafts.steps, drafts.tokens, blocks.steps, blocks.tokens, blocks.commits))
         pace = {Mode.DIFFUSION: found[Mode.DIFFUSION], Mode.VERIFIED: found[fastest(found, _CAUSAL)]}
-        self._usual = fastest(pace, pace, self._usual)
+        self._usual = fastest(pace, pace, self._usual, _CLEARLY_FASTER)
         other = Mode.VERIFIED if self._usual is Mode.DIFFUSION else Mode.DIFFUSION
         is_try = self._begun % _TRIED_EVERY == 0 and pace[other] > _FAR_SLOWER * pace[self._usual]
         return other if is_try else self._usual
 
     def diffused(self, params: DecodingParams, steps: int, tokens: int, last: bool = False) -> None:
         """A block of `diffusion` took so many steps and gave the answer so many tokens."""
-        self._diffused.note(_blocks(params), steps, tokens, Blocks(steps, tokens), int(not last))
+        known = _known(self._diffused, _blocks(params), Blocks(steps, tokens))
+        known.note(steps, tokens, _WEIGHT, int(not last))
 
     def drafted(self, params: DecodingParams, steps: int, accepted: int) -> None:
         """A draft took so many steps, and so much of it stands."""
-        self._drafts.note(_drafts(params), steps, accepted, self.drafts(params))
+        self.drafts(params).note(steps, accepted, _WEIGHT)
 
     def drafts(self, params: DecodingParams) -> Blocks:
-        """Of requests like this one. Where there were none, as good as can be: so the first ones draft."""
-        return self._drafts.get(_drafts(params)) or Blocks(1, params.block_size - 1)
+        """Of requests like this one."""
+        return self._kind(params).drafts
 
-    def alone(self, params: DecodingParams, blocks: Blocks, size: int, now: Mode | None = None) -> int:
+    def alone(self, params: DecodingParams, own: Blocks, size: int) -> int:
         """How many tokens the context tower writes next, of `size` that it may, for a request with such drafts; 0: it
-        drafts. `now`: how its last block was decoded."""
-        costs, single = self._costs, self._single
+        drafts."""
+        costs, single, kind = self._costs_with(self.rows), self._costs_with(1), self._kind(params)
         if costs is None or single is None:
-            seen = (self._meter.seconds(kind, self.rows) is not None for kind in (Pass.STEP, Pass.READ))
+            seen = (self._meter.seconds(each, self.rows) is not None for each in (Pass.STEP, Pass.READ))
             return min(_FIRST, size) if all(seen) else 0
-        signs = Signs(blocks.steps, blocks.tokens)
-        if fastest(paces(costs, signs), _CAUSAL, now) is Mode.VERIFIED:
+        kind.way = fastest(paces(costs, _signs(kind.drafts)), _CAUSAL, kind.way, _FASTER)
+        if fastest(paces(costs, _signs(own)), _CAUSAL, kind.way, _CLEARLY_FASTER) is Mode.VERIFIED:
             return 0
-        if self._spare_s.get(_drafts(params), 0.0) < loss_s(single, costs, self.rows, signs):
+        if kind.spare_s < loss_s(single, costs, self.rows, _signs(own)):
             return size
-        self._spare_s[_drafts(params)] = 0.0
+        kind.spare_s = 0.0
         return 0
 
     def wrote(self, params: DecodingParams, tokens: int) -> None:
         """The context tower wrote so many for one of the rows. Its time pays for tries of its own kind: else those that
         lose little would leave nothing to the others."""
-        if self._costs is None:
-            return
-        kind = _drafts(params)
-        if kind not in self._spare_s and len(self._spare_s) >= _MOST_KNOWN:
-            del self._spare_s[next(iter(self._spare_s))]
-        self._spare_s[kind] = self._spare_s.get(kind, 0.0) + _SPENT * tokens * self._costs.token / self.rows
+        costs = self._costs_with(self.rows)
+        if costs is not None:
+            self._kind(params).spare_s += _SPENT * tokens * costs.token / self.rows
 
-    def _costs_of(self, rows: int) -> Costs | None:
+    def _kind(self, params: DecodingParams) -> _Kind:
+        """Drafts that are new are thought as good as can be: so the first requests draft."""
+        return _known(self._kinds, _drafts(params), _Kind(Blocks(1, params.block_size - 1)))
+
+    def _costs_with(self, rows: int) -> Costs | None:
+        """None until each kind of pass has been seen. Found once a tick, where anybody asks."""
+        if rows not in self._costs:
+            self._costs[rows] = self._found(rows)
+        return self._costs[rows]
+
+    def _found(self, rows: int) -> Costs | None:
         step, read, token = (self._meter.seconds(kind, rows) for kind in Pass)
         if step is None or read is None or token is None:
             return None
@@ -142,25 +150,35 @@ class Weighed:
     def __init__(self, auto: Auto, params: DecodingParams) -> None:
         self._auto, self._params = auto, params
         self._own: Blocks | None = None
-        self._now: Mode | None = None
+        self._is_cut = False  # the block: the answer's end is near
 
     def ended(self, steps: int, tokens: int) -> None:
-        before, self._now = self._now, Mode.VERIFIED if steps else Mode.AR
         if not steps:
             self._auto.wrote(self._params, tokens)
             return
         if self._own is None:
-            known = self._auto.drafts(self._params)
-            self._own = Blocks(known.steps, known.tokens)
+            self._own = replace(self._auto.drafts(self._params), count=_OWN_COUNT)
         self._own.note(steps, tokens, _OWN_WEIGHT)
-        if before is not Mode.AR:  # behind tokens alone an answer's end is near, and a draft worth less than others
+        if not self._is_cut:  # else it says nothing of others
             self._auto.drafted(self._params, steps, tokens)
 
     def alone(self, room: int) -> int:
         known, size = self._own or self._auto.drafts(self._params), min(self._params.block_size, room)
+        self._is_cut = size < self._params.block_size
         # Beside others the end of an answer goes as the rest of it: a pass for one row would cost them all.
         tokens = min(known.tokens, size - 1) if self._auto.rows == 1 else known.tokens
-        return self._auto.alone(self._params, Blocks(known.steps, tokens), size, self._now)
+        return self._auto.alone(self._params, Blocks(known.steps, tokens), size)
+
+
+def _known(by_key: dict[Hashable, _Known], key: Hashable, new: _Known) -> _Known:
+    """What is known of the key, or `new`, where nothing was. Of too many keys the oldest goes."""
+    if key not in by_key and len(by_key) >= _MOST_KNOWN:
+        del by_key[next(iter(by_key))]
+    return by_key.setdefault(key, new)
+
+
+def _signs(drafts: Blocks) -> Signs:
+    return Signs(drafts.steps, drafts.tokens)
 
 
 def _blocks(params: DecodingParams) -> Hashable:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from twotower.core import Mode
 
-_CLEARLY = 1.3
 _LEAST_LOST = 0.25  # of what a try takes: all of this is known roughly
 
 
@@ -50,11 +49,11 @@ def paces(costs: Costs, signs: Signs) -> dict[Mode, float]:
     return found
 
 
-def fastest(found: dict[Mode, float], allowed: Collection[Mode], now: Mode | None = None) -> Mode:
-    """Of those that are allowed; of equals the first in the order of `Mode`. Another than `now` has to be clearly
-    faster: a row that goes its own way has passes of its own, for which all others wait."""
+def fastest(found: dict[Mode, float], allowed: Collection[Mode], now: Mode | None = None, times: float = 1.0) -> Mode:
+    """Of those that are allowed; of equals the first in the order of `Mode`. Another than `now` has to be so many times
+    as fast."""
     best = max((mode for mode in Mode if mode in allowed and mode in found), key=lambda mode: found[mode])
-    return best if now is None or found[best] > _CLEARLY * found[now] else now
+    return best if now is None or found[best] > times * found[now] else now
 
 
 def loss_s(single: Costs, costs: Costs, rows: int, signs: Signs) -> float:
