@@ -7,7 +7,7 @@ import torch
 
 from tests.goldens import CPU, MODELS, Golden, golden
 from twotower.engine.graphs import FixedPasses
-from twotower.engine.passes import Passes
+from twotower.engine.passes import EagerPasses, Passes
 from twotower.engine.recorded import RecordedPasses
 from twotower.model.cache import Span, TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
@@ -105,3 +105,40 @@ def test_wide_rows_are_not_captured_and_all_outputs_share_their_memory() -> None
     known = len(passes._passes)
     wide = passes.run(slots[:1], [[3] * 17], [1.0])
     assert wide.shape[1] == 17 and len(passes._passes) == known
+
+
+@NAMES
+@kinds
+@pytest.mark.parametrize("lengths", [(16, 16, 16), (5, 16, 3), (1, 1, 1)])
+def test_verifying(name: str, kind: Kind, lengths: tuple[int, ...]) -> None:
+    """Hidden states, scans that move the states on as an eager pass's do, and no state changed before that."""
+    model = golden(name)
+    (ours, slots, scratch), (plain, _, _) = _filled(model), _filled(model)
+    tokens, cuts = [[5 + i for i in range(length)] for length in lengths], [min(length, 3) for length in lengths]
+    passes, before = kind(model.context, ours, scratch), (ours.conv.clone(), ours.ssm.clone())
+    for _ in range(2):  # the second time in memory that has been used
+        hidden, scans = passes.verify(slots, tokens)
+        assert torch.equal(ours.conv, before[0]) and torch.equal(ours.ssm, before[1])
+    wanted, plain_scans = EagerPasses(model.context, plain).verify(slots, tokens)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(hidden[row, :length], wanted[row, :length], rtol=0, atol=1e-4)
+    ours.settle(slots, scans, cuts)
+    plain.settle(slots, plain_scans, cuts)
+    for slot in slots:
+        assert ours.length(slot) == plain.length(slot)
+        span = [Span(slot, 0, ours.length(slot))]
+        for part, plain_part in zip(ours.delta(span), plain.delta(span), strict=True):
+            torch.testing.assert_close(part, plain_part, rtol=0, atol=1e-4)
+
+
+def test_all_drafts_leave_their_scans_in_the_same_memory() -> None:
+    model = golden(MODELS[0])
+    cache, slots, scratch = _filled(model)
+    passes = FixedPasses(model.context, cache, scratch)
+    _, most = passes.verify(slots, [[5] * 16] * 3)
+    _, least = passes.verify(slots[:1], [[5] * 2])
+    assert most is not None and least is not None
+    assert [part.shape[1] for part in (*most, *least)] == [3] * 4 + [1] * 4
+    assert [part.data_ptr() for part in most] == [part.data_ptr() for part in least]
+    _, wide = passes.verify(slots[:1], [[5] * 17])
+    assert wide is not None and wide.decay.data_ptr() != most.decay.data_ptr(), "of no usual width: eager"

@@ -87,9 +87,9 @@ async def test_captured_at_start_and_never_while_serving(
     wanted = await _in_process(name, "cpu")
     with gpus(2, monkeypatch) as machine:
         assert await _in_process(name, "cuda:1", replace(SETTINGS, capture="on")) == wanted
-    # Rows 1 and 2, each with 4 or 8 pages where blocks are read and 4 where tokens are. A context tower has 2 forms of
-    # blocks and 3 of tokens, a denoiser 1 and 2.
-    assert machine.captures == 2 * (2 * (2 + 1) + (3 + 2))
+    # Rows 1 and 2, each with 4 or 8 pages where blocks are read and 4 where tokens are. A context tower has 3 forms of
+    # blocks, drafts among them, and 3 of tokens, a denoiser 1 and 2.
+    assert machine.captures == 2 * (2 * (3 + 1) + (3 + 2))
     assert len(machine.pools) == 2, "one a tower"
     assert machine.replays > 10
     assert machine.device_waits == 0
@@ -151,6 +151,34 @@ def test_experts_in_bf16_are_captured(machine: Gpus) -> None:
         eager = EagerPasses(tower, cache).run(slots, *given)
     assert (machine.captures, machine.replays) == (1, 1)
     torch.testing.assert_close(replayed.inner, eager.inner, atol=0.05, rtol=0.05)  # type: ignore[attr-defined]
+
+
+@NAMES
+def test_drafts_are_captured(name: str, machine: Gpus, captured_in_fp32: None) -> None:
+    """A replay changes no state, and leaves scans that move the states on as an eager pass's do."""
+    tower = load_context_tower(Checkpoint.open(GOLDEN_DIR / name), SECOND, torch.float32, kernels="torch")
+    cache, plain_cache = (TowerCache(tower.config, 2, 16, SECOND, torch.float32) for _ in range(2))
+    slots = [cache.allocate(60) for _ in range(2)]
+    assert slots == [plain_cache.allocate(60) for _ in range(2)]
+    drafts, cuts = [[5, 3, 7, 11] * 4, [9, 2, 4]], [6, 1]
+    passes, eager = FixedPasses(tower, cache, cache.scratch_slot, longest=60), EagerPasses(tower, plain_cache)
+    with torch.inference_mode():
+        passes.capture(slots, USUAL_WIDTH, False, Want.HIDDEN, keeps_scans=True)
+    machine.serving = True
+    with torch.inference_mode():
+        for round_ in (1, 2):
+            hidden, scans = passes.verify(slots, drafts)
+            assert machine.replays == round_
+            plain, plain_scans = eager.verify(slots, drafts)
+            for row, ids in enumerate(drafts):
+                torch.testing.assert_close(hidden[row, : len(ids)].inner, plain[row, : len(ids)].inner)
+            cache.settle(slots, scans, cuts)
+            plain_cache.settle(slots, plain_scans, cuts)
+        replays = machine.replays
+        passes.verify(slots, [[5] * 17] * 2)  # wide
+    assert machine.replays == replays
+    for ours, plain in ((cache.ssm, plain_cache.ssm), (cache.conv, plain_cache.conv)):
+        torch.testing.assert_close(ours[:, slots].inner, plain[:, slots].inner)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from twotower.engine.settings import EngineSettings
 from twotower.model.attention import Attention
 from twotower.model.cache import TowerCache
 from twotower.model.kernels.folded_attention import attend_folded
+from twotower.model.rescan import KeptScans
 from twotower.model.tower import ContextTower, DenoiserTower
 
 SETTINGS = EngineSettings(max_sequences=5, max_sequence_length=160, cache_tokens=500, prefill_chunk_tokens=64)
@@ -103,6 +104,16 @@ def test_captures_of_each_tower_keep_their_own() -> None:
     ]
     assert both[0] == both[1], "a CPU's programs keep nothing"
     assert both[3] - both[2] == of[2]
+
+
+def test_room_for_the_scans_of_drafts_is_counted() -> None:
+    config, settings = vendored("tt_moe").context.config, replace(SETTINGS, capture="on")
+    batch = _Batch(8, 16, 8 * 16 * 16, 8)  # 160 positions and a block more: 11 pages of 16
+    beside = captured_bytes(config, settings, torch.float32, [ContextTower]) - _bytes(
+        config, torch.float32, batch, True
+    )
+    room = sum(part.nbytes for part in KeptScans.room(config, 8, 16, CPU, torch.float32))
+    assert 0.5 * beside < room <= beside
 
 
 def _peak(tower: ContextTower | DenoiserTower, batch: _Batch, settings: EngineSettings = SETTINGS) -> int:

@@ -2,16 +2,16 @@
 
 A pass of a 52-layer tower is some four thousand launches, which cost the host more than the GPU needs for a few rows.
 Rows and pages are rounded up to powers of two, so that few shapes occur; rows nobody asked for read and write a scratch
-slot. Single tokens and blocks of up to the released size are captured, by `prepare`, for every number of rows and pages
-that the cache allows. Everything else runs eagerly: wider rows, and many rows of very long sequences. Nothing is
-captured while serving. On a CPU the same passes run without capture, which is how they are tested; a capture has not
+slot. Single tokens, blocks and drafts of up to the released size are captured, by `prepare`, for every number of rows
+and pages that the cache allows. Everything else runs eagerly: wider rows, and many rows of very long sequences. Nothing
+is captured while serving. On a CPU the same passes run without capture, which is how they are tested; a capture has not
 been seen yet.
 """
 
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH, EagerPasses, Want
 from twotower.model import mamba
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.pages import PAGE_TOKENS, pages_for
-from twotower.model.rescan import KeptScan, KeptScans
+from twotower.model.rescan import Keeping, Keeps, KeptScans
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import on_device
 
@@ -36,13 +36,14 @@ MOST_PAGES = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class PassShape:
-    """What a captured pass is fixed to. `timed`: it is given t."""
+    """What a captured pass is fixed to. `timed`: it is given t. `keeps_scans`: as `Passes.verify` wants it."""
 
     rows: int
     width: int
     pages: int
     want: Want
     timed: bool = False
+    keeps_scans: bool = False
 
 
 class CacheMemory(Protocol):
@@ -65,11 +66,10 @@ class FixedStates:
     """
 
     def __init__(
-        self, cache: CacheMemory, given_RX: Tensor, width: int, updates: bool, keeps_scans: bool = False
+        self, cache: CacheMemory, given_RX: Tensor, width: int, updates: bool, kept: Keeps | None = None
     ) -> None:
         slots_R1, starts_R1, lengths_R1, table_RZ = given_RX.split([1, 1, 1, given_RX.shape[1] - 3], dim=1)
-        self.updates, self._cache, self._table_RZ = updates, cache, table_RZ
-        self.kept: list[KeptScan] | None = [] if keeps_scans else None
+        self.updates, self.kept, self._cache, self._table_RZ = updates, kept, cache, table_RZ
         self._slots_R, self.lengths_R = slots_R1[:, 0], lengths_R1[:, 0]
         self.starts_R: Tensor | None = starts_R1[:, 0]
         new_L = torch.arange(width, device=given_RX.device)
@@ -123,12 +123,19 @@ class CaptureMemory:
 
 
 class FixedPass:
-    """One shape's forward. Its inputs and its output `out` stay at their addresses: use it before the next `run`."""
+    """One shape's forward. Its inputs, its output `out` and its `scans` stay at their addresses: use them before the
+    next `run`."""
 
     def __init__(
-        self, tower: ContextTower | DenoiserTower, cache: TowerCache, shape: PassShape, scratch: int, out: Tensor
+        self,
+        tower: ContextTower | DenoiserTower,
+        cache: TowerCache,
+        shape: PassShape,
+        scratch: int,
+        out: Tensor,
+        scans: KeptScans | None = None,
     ) -> None:
-        self._tower, self._cache, self.shape, self._out = tower, cache, shape, out
+        self._tower, self._cache, self.shape, self._out, self.scans = tower, cache, shape, out, scans
         self._idle = [0] * shape.width + [scratch, 0, 1] + [WASTE_PAGE] * shape.pages
         self._given_RX = on_device([self._idle] * shape.rows, tower.device)
         self._t_R = torch.ones(shape.rows, device=tower.device)
@@ -164,14 +171,16 @@ class FixedPass:
     def _forward(self) -> None:
         width, tower = self.shape.width, self._tower
         tokens_RL, given_RX = self._given_RX.split([width, self._given_RX.shape[1] - width], dim=1)
-        states = FixedStates(self._cache, given_RX, width, updates=tower.causal)
+        kept = None if self.scans is None else Keeping(self.scans)
+        states = FixedStates(self._cache, given_RX, width, tower.causal, kept)
         self._out.copy_(forward(tower, tokens_RL, states, self._t_R if self.shape.timed else None, self.shape.want))
 
 
 class FixedPasses:
     """A tower's passes over a cache, a FixedPass for each shape that was captured, or on a CPU has occurred.
 
-    All shapes write their output to the same memory: a large vocabulary's logits for each of them would fill a GPU.
+    All shapes write their output to the same memory: a large vocabulary's logits for each of them would fill a GPU. So
+    they do with the scans of drafts.
 
     `scratch` is a slot of the cache that no sequence uses (a denoiser's is only read: any slot will do). `graphs` is
     the switch: without it, and on a CPU, passes run as they are. `longest`: positions of the longest sequence, where
@@ -189,6 +198,7 @@ class FixedPasses:
         self._tower, self._cache, self._scratch, self._longest = tower, cache, scratch, longest
         self._passes: dict[PassShape, FixedPass] = {}
         self._outputs: dict[bool, Tensor] = {}
+        self._scans: KeptScans | None = None
         self._eager = EagerPasses(tower, cache)
         self._memory = CaptureMemory(tower.device) if graphs and tower.device.type == "cuda" else None
 
@@ -203,16 +213,26 @@ class FixedPasses:
         fixed = self._pass(self._shape(slots, longest, t is not None, want)) if longest <= USUAL_WIDTH else None
         if fixed is None:
             return self._eager.run(slots, tokens, t, want)
-        width, pages = fixed.shape.width, fixed.shape.pages
-        rows = [
-            [*ids, *[0] * (width - len(ids)), slot, self._cache.length(slot), len(ids), *self._table(slot, pages)]
-            for slot, ids in zip(slots, tokens, strict=True)
-        ]
-        return fixed.run(rows, t or [])[:, :longest]
+        return fixed.run(self._rows(slots, tokens, fixed.shape), t or [])[:, :longest]
 
     def verify(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, KeptScans | None]:
-        """Eagerly: what the scans read would need memory of its own in every capture."""
-        return self._eager.verify(slots, tokens)
+        """Always of the usual width: a draft of one token alone is rare."""
+        longest = max(len(ids) for ids in tokens)
+        shape = replace(self._shape(slots, USUAL_WIDTH, False, Want.HIDDEN), keeps_scans=True)
+        fixed = self._pass(shape) if longest <= USUAL_WIDTH else None
+        if fixed is None:
+            return self._eager.verify(slots, tokens)
+        hidden_RLD = fixed.run(self._rows(slots, tokens, shape), [])[:, :longest]
+        return hidden_RLD, None if fixed.scans is None else fixed.scans.first(len(slots))
+
+    def _rows(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], shape: PassShape) -> list[list[int]]:
+        return [
+            [
+                *[*ids, *[0] * (shape.width - len(ids))],
+                *[slot, self._cache.length(slot), len(ids), *self._table(slot, shape.pages)],
+            ]
+            for slot, ids in zip(slots, tokens, strict=True)
+        ]
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
         return decided_apart(self, slots, blocks)
@@ -226,10 +246,10 @@ class FixedPasses:
         captured, seconds = len(self._passes) - before, time.monotonic() - started
         logger.info("captured %d passes of width %d in %.1f s", captured, padded(width), seconds)
 
-    def capture(self, slots: Sequence[int], width: int, timed: bool, want: Want) -> None:
+    def capture(self, slots: Sequence[int], width: int, timed: bool, want: Want, keeps_scans: bool = False) -> None:
         """The one pass that these slots' rows take, instead of all that `prepare` prepares."""
         if self._memory is not None:
-            self._capture(self._shape(slots, width, timed, want), self._memory)
+            self._capture(replace(self._shape(slots, width, timed, want), keeps_scans=keeps_scans), self._memory)
 
     def _shape(self, slots: Sequence[int], longest: int, timed: bool, want: Want) -> PassShape:
         width = padded(longest)
@@ -240,15 +260,16 @@ class FixedPasses:
     def _shapes(self, width: int) -> Iterator[PassShape]:
         """All that the engines can ask for at this width. The largest first: the others fit into its memory."""
         if self._tower.causal:
-            forms = [(want, False) for want in _wants(width)]
+            forms = [(want, False, False) for want in _wants(width)]
+            forms += [(Want.HIDDEN, False, True)] * (width == USUAL_WIDTH)
         else:
-            forms = [(Want.LOGITS, True)] + [(Want.LOGITS, False)] * (width == 1)
+            forms = [(Want.LOGITS, True, False)] + [(Want.LOGITS, False, False)] * (width == 1)
         room = self._cache.keys.shape[1] * PAGE_TOKENS
         most_pages = power_of_two(pages_for(min(self._longest or room, room) + width))
         for rows in _powers_down(power_of_two(self._cache.scratch_slot), 1):
             for pages in _powers_down(max(most_pages, _FEWEST_PAGES), _FEWEST_PAGES):
                 if rows * pages <= MOST_PAGES and rows * width <= MAX_POSITIONS:
-                    yield from (PassShape(rows, width, pages, want, timed) for want, timed in forms)
+                    yield from (PassShape(rows, width, pages, *form) for form in forms)
 
     def _table(self, slot: int, pages: int) -> list[int]:
         """Beyond a sequence's own pages nothing is seen, and padding is not written."""
@@ -270,7 +291,17 @@ class FixedPasses:
             self._passes[shape] = made
 
     def _made(self, shape: PassShape) -> FixedPass:
-        return FixedPass(self._tower, self._cache, shape, self._scratch, self._output(shape))
+        scans = self._room(shape) if shape.keeps_scans else None
+        return FixedPass(self._tower, self._cache, shape, self._scratch, self._output(shape), scans)
+
+    def _room(self, shape: PassShape) -> KeptScans | None:
+        """Room for a shape's scans, as `_output`; none for a tower without a Mamba layer."""
+        config, device = self._tower.config, self._tower.device
+        if not config.layers_of("M"):
+            return None
+        if self._scans is None or self._scans.rows < shape.rows:
+            self._scans = KeptScans.room(config, shape.rows, shape.width, device, self._tower.dtype)
+        return self._scans.first(shape.rows)
 
     def _output(self, shape: PassShape) -> Tensor:
         """Room for a shape's output, shared with the others; passes captured before it grew keep what they had."""

@@ -58,14 +58,15 @@ def captured_bytes(
     dtype: torch.dtype,
     towers: Sequence[type[ContextTower] | type[DenoiserTower]],
 ) -> int:
-    """What these towers' captured passes keep on a GPU: each tower's the memory of its largest, in a pool of its own.
-    A program recorded on a CPU keeps nothing."""
+    """What these towers' captured passes keep on a GPU: each tower's the memory of its largest, in a pool of its own,
+    and the context tower's the scans of one pass over drafts. A program recorded on a CPU keeps nothing."""
     rows = power_of_two(settings.max_sequences)
     longest = pages_for(min(settings.max_sequence_length, settings.pages * PAGE_TOKENS) + USUAL_WIDTH)
     seen = min(rows * power_of_two(longest), MOST_PAGES) * PAGE_TOKENS
     logits = {ContextTower: rows, DenoiserTower: rows * USUAL_WIDTH}
     batches = [_Batch(rows, USUAL_WIDTH, seen, logits[tower]) for tower in towers]
-    return sum(_bytes(config, dtype, batch, on_gpu=True) for batch in batches)
+    scans = len(config.layers_of("M")) * _scan(config, batches[0]) * _FP32 if ContextTower in towers else 0
+    return sum(_bytes(config, dtype, batch, on_gpu=True) for batch in batches) + scans
 
 
 def _batches(
@@ -117,13 +118,18 @@ def _mamba(config: ModelConfig, batch: _Batch) -> int:
 def _kept(config: ModelConfig, batch: _Batch) -> int:
     """What every layer's scan read, then all of it side by side, and decays and gains up to the cut once more. A
     layer's b is a part of what its conv gave, which stays as long. Then states are moved on, some layers at a time."""
-    layers = len(config.layers_of("M"))
+    layers, gains = len(config.layers_of("M")), batch.positions * (config.mamba_width + config.mamba_num_heads)
+    state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size
+    states = min(max(MOST_NUMBERS, batch.rows * state), layers * batch.rows * state)
+    return _FP32 * (layers * (2 * _scan(config, batch) + gains) + states)
+
+
+def _scan(config: ModelConfig, batch: _Batch) -> int:
+    """Numbers of what one layer's scan read."""
     window = batch.rows * config.conv_kernel * config.conv_channels
     vectors = batch.positions * config.conv_channels
     gains = batch.positions * (config.mamba_width + config.mamba_num_heads)
-    state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size
-    states = min(max(MOST_NUMBERS, batch.rows * state), layers * batch.rows * state)
-    return _FP32 * (layers * (2 * (window + 2 * vectors + gains) + gains) + states)
+    return window + 2 * vectors + gains
 
 
 def _attention(config: ModelConfig, dtype: torch.dtype, batch: _Batch, on_gpu: bool) -> int:

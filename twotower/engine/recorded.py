@@ -25,7 +25,7 @@ from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want, decided_apart
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.moe import FEW_TOKENS
 from twotower.model.pages import pages_for
-from twotower.model.rescan import KeptScans
+from twotower.model.rescan import KeptScan, KeptScans
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import on_device
 
@@ -146,9 +146,10 @@ def plain_pass(tower: ContextTower | DenoiserTower, form: Form) -> Program:
         given_RX, t_R, *tensors = given
         tokens_RL, places_RX = given_RX[:, : form.width], given_RX[:, form.width :]
         memory = _Borrowed(tower.config, tensors)
-        states = FixedStates(memory, places_RX, form.width, tower.causal, form.keeps_scans)
+        kept: list[KeptScan] | None = [] if form.keeps_scans else None
+        states = FixedStates(memory, places_RX, form.width, tower.causal, kept)
         out = forward(tower, tokens_RL, states, t_R if form.timed else None, form.want)
-        return out, *(KeptScans.of(states.kept) or ())
+        return out, *(KeptScans.of(kept) or ())
 
     def step(*given: Tensor) -> tuple[Tensor, ...]:
         [logits_RLV] = run(*given[:-1])

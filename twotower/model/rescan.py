@@ -8,11 +8,12 @@ M counts the Mamba layers, U the slots of a cache; other letters as in `twotower
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from twotower.config import ModelConfig
 from twotower.model.transfer import on_device
 
 MOST_NUMBERS = 1 << 24  # of states that are moved on together: 64 MiB
@@ -28,6 +29,12 @@ class KeptScan(NamedTuple):
     b: Tensor
 
 
+class Keeps(Protocol):
+    """Takes what each Mamba layer of a pass has read, in their order."""
+
+    def append(self, scan: KeptScan, /) -> None: ...
+
+
 class KeptScans(NamedTuple):
     """A KeptScan's parts of all Mamba layers, [M,…] each."""
 
@@ -40,6 +47,38 @@ class KeptScans(NamedTuple):
     def of(cls, layers: Sequence[KeptScan] | None) -> "KeptScans | None":
         """None where nothing was kept: by a tower without a Mamba layer."""
         return cls(*(torch.stack(parts) for parts in zip(*layers, strict=True))) if layers else None
+
+    @classmethod
+    def room(cls, config: ModelConfig, rows: int, width: int, device: torch.device, dtype: torch.dtype) -> "KeptScans":
+        """Memory for the scans of a pass of this shape, not set yet. `dtype`: the tower's."""
+        each = (len(config.layers_of("M")), rows, width)
+        stream = (*each[:2], config.conv_kernel + width, config.conv_channels)
+        heads, groups = config.mamba_num_heads, config.n_groups
+        scanned = (heads,), (heads, config.mamba_head_dim), (groups, config.ssm_state_size)
+        return cls(
+            torch.empty(stream, device=device, dtype=dtype),
+            *(torch.empty((*each, *shape), device=device) for shape in scanned),
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.stream.shape[1]
+
+    def first(self, rows: int) -> "KeptScans":
+        """Those of the first rows: views."""
+        return KeptScans(*(part[:, :rows] for part in self))
+
+
+class Keeping:
+    """Copies scans into memory that is there already."""
+
+    def __init__(self, room: KeptScans) -> None:
+        self._room, self._layer = room, 0
+
+    def append(self, scan: KeptScan, /) -> None:
+        for target, part in zip(self._room, scan, strict=True):
+            target[self._layer].copy_(part)
+        self._layer += 1
 
 
 def settle(conv_MUKC: Tensor, ssm_MUHPN: Tensor, slots: Sequence[int], scans: KeptScans, cuts: Sequence[int]) -> None:

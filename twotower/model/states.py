@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from twotower.model.rescan import KeptScan
+from twotower.model.rescan import Keeps
 
 
 class Reach(Protocol):
@@ -34,7 +34,7 @@ class LayerStates(Reach, Protocol):
     """The state of R sequences, layer by layer, as one forward pass sees and changes it."""
 
     @property
-    def kept(self) -> list[KeptScan] | None:
+    def kept(self) -> Keeps | None:
         """Where each Mamba layer of a pass leaves what its scan read, for `twotower.model.rescan`. Such a pass puts no
         Mamba state. None: it keeps no scans."""
         ...
