@@ -269,6 +269,16 @@ def test_a_draft_where_an_answer_ends_says_nothing_of_other_requests() -> None:
     assert auto.drafts(params).tokens < known
 
 
+def test_a_request_with_many_drafts_tells_as_much_of_others_as_one_with_two() -> None:
+    """The worse drafts are, the more of them an answer takes."""
+    auto, [one] = _weighed(1, 0.013, 0.011, 0.006)
+    told = []
+    for _ in range(6):
+        one.alone(1000), one.ended(2, 0)
+        told.append(auto.drafts(DecodingParams(Mode.AUTO)).tokens)
+    assert told[0] > told[1] == told[-1]
+
+
 def test_tries_tell_that_drafts_are_better_than_it_was_thought() -> None:
     """A row that tries had written alone, as all others do."""
     _, weighed = _weighed(8, 0.013, 0.011, 0.006)

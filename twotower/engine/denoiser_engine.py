@@ -14,7 +14,7 @@ from twotower.engine.answer import Answer
 from twotower.engine.capture import passes_for
 from twotower.engine.handle import EngineStats
 from twotower.engine.held_up import HeldUp
-from twotower.engine.meter import Meter, Pass, clock_for
+from twotower.engine.meter import Meter, Pass
 from twotower.engine.modes.auto import Auto, Weighed
 from twotower.engine.modes.block_steps import StepTrace
 from twotower.engine.modes.diffusion import Diffusion
@@ -24,7 +24,7 @@ from twotower.engine.modes.unrated import Unrated
 from twotower.engine.modes.verified import Verified
 from twotower.engine.passes import USUAL_WIDTH, Passes
 from twotower.engine.settings import EngineSettings
-from twotower.engine.steps import Step, take_all
+from twotower.engine.steps import Step, clock_for, take_all
 from twotower.errors import LinkDown, NumericalError, TwoTowerError
 from twotower.exchange.protocol import (
     Command,

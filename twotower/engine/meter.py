@@ -4,14 +4,11 @@ Readings are medians, because a single one may be far too long: its pass was rec
 no device and no mode.
 """
 
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from math import log2
 from statistics import median, median_low
-
-import torch
 
 _KEPT = 21  # readings of about so many rows
 _FEWEST = 5  # of which a median says something
@@ -25,12 +22,6 @@ class Pass(Enum):
     STEP = "step"
     READ = "read"
     TOKEN = "token"
-
-
-def clock_for(device: torch.device) -> Callable[[], float]:
-    """Seconds of a pass, read before it and once the host knows its outcome. On a CPU the thread's own: what else the
-    machine does says nothing about the pass."""
-    return time.thread_time if device.type == "cpu" else time.perf_counter
 
 
 class _Seen:

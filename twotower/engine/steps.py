@@ -1,5 +1,6 @@
 """Forwards that have been launched, and the one moment in a tick when the host waits for their outcomes."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -17,6 +18,12 @@ class Step(Generic[Taken]):
 
     outcome: Tensor
     take: Callable[[Rows], Taken]
+
+
+def clock_for(device: torch.device) -> Callable[[], float]:
+    """Seconds of a pass, read before it and once the host knows its outcome. On a CPU the thread's own: what else the
+    machine does says nothing about the pass."""
+    return time.thread_time if device.type == "cpu" else time.perf_counter
 
 
 def take_all(steps: Sequence[Step[Taken]]) -> list[Taken]:

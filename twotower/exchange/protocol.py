@@ -79,7 +79,7 @@ Command = Prefill | Commit | Release
 @dataclass(frozen=True, slots=True)
 class Took:
     """What a forward of the context tower took: its rows, in blocks of the usual width, and seconds until the host knew
-    its outcome (`engine.meter.clock_for`)."""
+    its outcome (`engine.steps.clock_for`)."""
 
     rows: int
     seconds: float

@@ -13,10 +13,9 @@ from twotower.decoding.sampling import decide
 from twotower.engine.answer import Answer
 from twotower.engine.context.sequences import ReadChunk, Sequences
 from twotower.engine.context.writing import Own, Writer
-from twotower.engine.meter import clock_for
 from twotower.engine.passes import Want
 from twotower.engine.scheduler import Key
-from twotower.engine.steps import Rows, Step, take_all
+from twotower.engine.steps import Rows, Step, clock_for, take_all
 from twotower.exchange.protocol import Took
 from twotower.model.tower import ContextTower
 

@@ -17,11 +17,10 @@ from twotower.decoding.sampling import TokenParams, decide
 from twotower.decoding.verifying import Verdict, places, verdict
 from twotower.engine.context.sequences import ReadChunk, Sequences
 from twotower.engine.context.writing import NOT_FINITE, Alone
-from twotower.engine.meter import clock_for
 from twotower.engine.passes import USUAL_WIDTH
 from twotower.engine.scheduler import Key
 from twotower.engine.scores import MAX_LOGITS
-from twotower.engine.steps import Rows, Step, take_all
+from twotower.engine.steps import Rows, Step, clock_for, take_all
 from twotower.errors import NumericalError, TwoTowerError
 from twotower.exchange.protocol import Decided, Rating, Took, Verifying
 from twotower.model.tower import ContextTower

@@ -16,9 +16,11 @@ from twotower.core import DecodingParams, Floor, Mode, Request
 from twotower.engine.meter import Meter, Pass
 from twotower.engine.modes.choosing import Costs, Signs, fastest, loss_s, paces
 
-_WEIGHT = 0.05  # of the newest block, in what is known of all requests with such parameters; of the first ones more
+_WEIGHT = 0.1  # of the newest block, in what is known of all requests with such parameters; of the first ones more
+_AT_ONCE = 8  # rows that tell together, of which each counts half as much as one alone
 _OWN_WEIGHT = 0.25  # in what is known of one request
 _OWN_COUNT = 4  # blocks, as which a request takes what is known of others
+_TELLING = 2  # drafts of a request, the first ones, that say something of others: one whose drafts are bad has the most
 _MOST_KNOWN = 256  # parameters of which something is known
 _SPENT = 0.02  # of the time, for tries
 _FIRST = 4  # tokens alone, for a first look at what they cost
@@ -99,7 +101,9 @@ class Auto:
 
     def drafted(self, params: DecodingParams, steps: int, accepted: int) -> None:
         """A draft took so many steps, and so much of it stands."""
-        self.drafts(params).note(steps, accepted, _WEIGHT)
+        kind = self._kind(params)
+        at_once = self.rows if kind.way is Mode.VERIFIED else 1
+        kind.drafts.note(steps, accepted, _WEIGHT / (1 + at_once / _AT_ONCE))
 
     def drafts(self, params: DecodingParams) -> Blocks:
         """Of requests like this one."""
@@ -150,6 +154,7 @@ class Weighed:
     def __init__(self, auto: Auto, params: DecodingParams) -> None:
         self._auto, self._params = auto, params
         self._own: Blocks | None = None
+        self._telling = _TELLING
         self._is_cut = False  # the block: the answer's end is near
 
     def ended(self, steps: int, tokens: int) -> None:
@@ -159,7 +164,8 @@ class Weighed:
         if self._own is None:
             self._own = replace(self._auto.drafts(self._params), count=_OWN_COUNT)
         self._own.note(steps, tokens, _OWN_WEIGHT)
-        if not self._is_cut:  # else it says nothing of others
+        if self._telling and not self._is_cut:
+            self._telling -= 1
             self._auto.drafted(self._params, steps, tokens)
 
     def alone(self, room: int) -> int:
