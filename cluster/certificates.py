@@ -3,7 +3,8 @@
 `cryptography` is imported where a file is read: a service without TLS is spared it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -106,17 +107,13 @@ def names_of(certificate: "Certificate") -> list[str]:
     return names
 
 
-class _of:
+@contextmanager
+def _of(setting: str, path: Path) -> Iterator[None]:
     """What is wrong becomes a ConfigError that names setting and file, and repeats nothing of a key."""
-
-    def __init__(self, setting: str, path: Path) -> None:
-        self._where = f"ingress.{setting}: {path}"
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if isinstance(error, _Wrong):
-            raise ConfigError(f"{self._where}: {error}") from None
+    try:
+        yield
+    except _Wrong as error:
+        raise ConfigError(f"ingress.{setting}: {path}: {error}") from None
 
 
 def _content(path: Path) -> bytes:

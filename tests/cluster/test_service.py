@@ -15,6 +15,7 @@ import pytest
 
 from cluster.config import ServiceConfig
 from cluster.ops import deployment
+from tests.cluster.listening import ports_of, said_by
 from tests.cluster.service import Service, running_service
 from tests.goldens import causal_request, diffusion_request, vendored
 from twotower.core import Mode, Request
@@ -338,3 +339,21 @@ async def test_a_run_goes_on_on_the_replacement_of_what_was_killed(service: Serv
 def test_a_cell_that_fits_nowhere_is_named(ray_cluster: None) -> None:
     config = ServiceConfig.parse({"cell": {"placement": "split", "device": "cpu", "gpus_per_tower": 99}})
     assert str(deployment.shortage(config)).startswith("1 cell wants 198 GPUs where Ray has ")
+
+
+async def test_every_port_asks_who_is_there(service: Service) -> None:
+    """But those that operations.md says do not. Ray's ports do so because its token is on, which `up` sees to."""
+    faces = {int(address.rpartition(":")[2]): address for address in (service.http, service.grpc)}
+    ports = [port for port in ports_of(psutil.Process()) if port.port not in faces]
+    said = dict(zip(ports, await asyncio.gather(*map(said_by, ports)), strict=True))
+    expected = {"gRPC UNAUTHENTICATED", "HTTP 401", "HTTP 200 metrics", "nothing"}
+    assert not {port: word for port, word in said.items() if word not in expected}
+    by_process = {(port.process.split(".")[0], word) for port, word in said.items()}
+    assert {
+        ("ray::ServeReplica:twotower:Router", "gRPC UNAUTHENTICATED"),
+        ("ray::ServeReplica:twotower:Cell", "gRPC UNAUTHENTICATED"),
+        ("ray::ServeReplica:twotower:Router", "nothing"),  # the cells' line, which has wanted its token
+        ("ray::ContextActor", "nothing"),  # what torch opens, on loopback
+    } <= by_process, by_process
+    mute = [port for port, word in said.items() if word == "nothing" and not port.is_towers]
+    assert all(port.process.startswith("ray::ServeReplica:twotower:Router") for port in mute), mute

@@ -1,10 +1,11 @@
 """Two `python -m cluster up` at once, from another directory, on a machine with a proxy and an unwritable home.
 
-One serves, with this checkout's code, on loopback only, and leaves nothing."""
+One serves, with this checkout's code, on loopback only and over TLS, and leaves nothing."""
 
 import ipaddress
 import os
 import re
+import ssl
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,8 @@ import psutil
 import pytest
 
 from benchmarks.reference.service import free_port
+from cluster.cli.main import main
+from tests.certificates import family
 from tests.cluster.up_process import CHECKOUT, STOP_S, UpProcess, first_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -72,14 +75,17 @@ class Up(UpProcess):
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[Up]:
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     http, grpc = free_port(), free_port()
-    settings = ("cell.placement=split", "cell.device=cpu", "cell.max_sequences=8")
+    files = family().files(tmp_path_factory.mktemp("certificates"))
+    over_tls = [f"ingress.{name}={files[name]}" for name in ("tls_cert_file", "tls_key_file")]
+    settings = ("cell.placement=split", "cell.device=cpu", "cell.max_sequences=8", *over_tls)
     running, refused = first_of(Up(http, grpc, *settings), Up(http, grpc, *settings))
     try:
         assert refused.ended() == 1
         assert f"{http}: another `up` has it" in refused.said and "starting Ray" not in refused.said, refused.said
         running.wait_until_ready()
+        running.trust = ssl.create_default_context(cadata=family().root.pem.decode())
         yield running
     finally:
         if running.process.poll() is None:
@@ -93,6 +99,14 @@ def test_every_process_runs_this_checkout(up: Up) -> None:
     assert len(re.findall(r"runs the code in", up.said)) >= 2, up.said
     assert code == {str(CHECKOUT)}
     assert dict(towers) == {name: str(CHECKOUT / "twotower") for name in ("ContextProcess", "DenoiserProcess")}
+
+
+def test_our_commands_reach_it_over_tls(up: Up, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the certificate that its note names. Its answers are asked for below."""
+    assert main(["status", "--http-port", str(up.http)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^ready +yes$", said, re.MULTILINE) and f"https://127.0.0.1:{up.http}" in said
+    assert re.search(r"^model +tt_moe ", said, re.MULTILINE), "asked over gRPC"
 
 
 def test_nothing_but_loopback(up: Up) -> None:

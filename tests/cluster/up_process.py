@@ -2,6 +2,7 @@
 
 import json
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -34,6 +35,7 @@ class UpProcess:
         cwd: Path = CHECKOUT,
     ) -> None:
         self.http, self.grpc = http, grpc
+        self.trust: ssl.SSLContext | None = None  # where HTTP speaks TLS
         command = [sys.executable, "-m", "cluster", "up", *flags]
         for setting in (GOLDEN, _SOONER, f"ingress.http_port={http}", f"ingress.grpc_port={grpc}", *settings):
             command += ["--set", setting]
@@ -69,8 +71,9 @@ class UpProcess:
     def ask(self, **fields: Any) -> dict[str, Any]:
         """The answer to a completion over HTTP."""
         body = {"prompt": [1, 5, 9], "max_tokens": 20, "ignore_eos": True} | fields
-        request = urllib.request.Request(f"http://127.0.0.1:{self.http}/v1/completions", json.dumps(body).encode())
-        with urllib.request.urlopen(request, timeout=60) as response:
+        url = f"{'http' if self.trust is None else 'https'}://127.0.0.1:{self.http}/v1/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=60, context=self.trust) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
 

@@ -23,7 +23,8 @@ function asGrpcurl(mode, asked, base) {
   if (mode === "diffusion") params.confidenceThreshold = asked.gamma;
   const message = { text: asked.prompt, params, ...(mode === "ar" ? {} : { trace: true }) };
   const key = keysWanted() ? ` -H "authorization: Bearer $${KEY}"` : "";
-  return `grpcurl -plaintext${key} -d ${quoted(JSON.stringify(message))} ${new URL(base).hostname}:${GRPC_PORT} twotower.v1.GenerationService/GenerateStream`;
+  const plain = base.startsWith("https:") ? "" : " -plaintext"; // both faces speak TLS, or neither
+  return `grpcurl${plain}${key} -d ${quoted(JSON.stringify(message))} ${new URL(base).hostname}:${GRPC_PORT} twotower.v1.GenerationService/GenerateStream`;
 }
 
 function pythonOf(value) {
