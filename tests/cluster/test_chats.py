@@ -1,6 +1,7 @@
 """Chats over HTTP, with OpenAI's own client and by hand, over scripted cells."""
 
 import json
+import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from cluster.faces.http.chat_models import ChatRequest
 from cluster.faces.http.neutral_values import NEUTRAL_IN_CHATS
 from cluster.faces.http.service import make_app
 from cluster.runs.generation import Generation
-from tests.cluster.fakes import ScriptedCells, all_modes, generation, tokens
+from tests.cluster.fakes import ByteTokenizer, ScriptedCells, all_modes, generation, tokens
 from tests.cluster.test_http import TEXT, events_of
 from twotower.errors import Unavailable
 
@@ -220,6 +221,24 @@ async def test_what_a_template_says_is_told(cells: ScriptedCells) -> None:
         refused = await ask(http)
         assert refused.status_code == 400 and "does not take them" in refused.json()["error"]["message"]
     assert cells.requests == []
+
+
+@pytest.mark.parametrize(("count", "lane"), [(1, "short-lane"), (1000, "long-lane")])
+async def test_a_template_is_rendered_beside_the_loop(
+    cells: ScriptedCells, monkeypatch: pytest.MonkeyPatch, count: int, lane: str
+) -> None:
+    """However little it is: nobody knows how long a template takes."""
+    threads = list[str]()
+
+    def rendered(self: ByteTokenizer, template: str, messages: object) -> str:
+        threads.append(threading.current_thread().name)
+        return "Hi"
+
+    service = generation(cells)
+    monkeypatch.setattr(ByteTokenizer, "rendered", rendered)
+    async with served(service) as http:
+        assert (await ask(http, messages=[USER] * count, max_tokens=1)).status_code == 200
+    assert [name.startswith(lane) for name in threads] == [True]
 
 
 async def test_special_tokens_where_they_are_wanted(http: httpx.AsyncClient, cells: ScriptedCells) -> None:

@@ -8,8 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.config import ServiceConfig, load_config
+from cluster.runs.served_model import load_served_model
 from twotower.engine.settings import SETTINGS
 from twotower.errors import ConfigError, InvalidRequest
+from twotower.text.chat_template import Conversation
 
 SHIPPED = sorted((Path(__file__).parents[2] / "deploy" / "serve").glob("*.yaml"))
 
@@ -161,3 +163,19 @@ def test_on_and_off_are_words(written: str, capture: str) -> None:
 def test_a_device_may_name_a_gpu() -> None:
     assert load_config(None, ["cell.device=cuda:0"]).cell.device == "cuda:0"
     assert load_config(None, ["cell.device=cuda:1", "cell.gpus_per_tower=2"]).cell.device == "cuda:1"
+
+
+def test_a_chat_template_is_a_text_or_a_file_that_every_process_finds() -> None:
+    for given in ("/etc/chat.jinja", "{{ messages[-1].content }}", "{% if true %}a{% endif %}"):
+        assert ServiceConfig.parse({"model": {"chat_template": given}}).model.chat_template == given
+    for given, words in (("chat.jinja", "wanted an absolute path or a template's text"), ("", "at least 1 character")):
+        with pytest.raises(ConfigError, match=f"^model.chat_template: got '{given}', .*{words}"):
+            ServiceConfig.parse({"model": {"chat_template": given}})
+
+
+def test_the_template_of_a_service_is_the_configured_one_else_the_checkpoint_s() -> None:
+    given = "{{ messages[-1].content }}!"
+    for model, made in (({}, "<s>a\n"), ({"chat_template": given}, "a!")):
+        template = load_served_model(ServiceConfig.parse({"model": model})).chat_template
+        assert template is not None
+        assert template.render(Conversation(({"role": "user", "content": "a"},))) == made

@@ -46,6 +46,8 @@ async def test_every_name_that_is_referred_to_is_there(http: httpx.AsyncClient) 
     [
         ("/v1/completions", {"prompt": "Hi", "logprobs": 2, "n": 2, "suffix": "", "stream_options": None}),
         ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 1, "tools": [], "max_completion_tokens": 4}),
+        ("/v1/completions", {"prompt": [[5], [6]], "return_token_ids": True, "add_special_tokens": False}),
+        ("/v1/chat/completions", CHAT | {"return_token_ids": True, "include_stop_str_in_output": True}),
         ("/v1/score", {"prompt": "Hi", "continuation": "there"}),
         ("/tokenize", {"prompt": "Hi", "return_token_strs": True}),
         ("/tokenize", CHAT),
@@ -70,10 +72,23 @@ async def test_bodies_and_answers_are_as_described(http: httpx.AsyncClient, path
 async def test_events_are_as_described(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
     whole = await described(http)
     schema = whole["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
-    events = events_of((await http.post(path, json=body | {"stream": True})).text)[:-1]
-    assert events
-    for event in events:
-        check(whole, schema, event)
+    body |= {"stream": True, "return_token_ids": True, "diffusion": {"trace": True}}
+    for options in ({}, {"include_usage": True}, {"continuous_usage_stats": True}):
+        text = (await http.post(path, json=body | {"stream_options": options})).text
+        events = events_of(text.replace("event: twotower.trace\n", ""))[:-1]
+        assert {"twotower.trace"} < {event["object"] for event in events}
+        for event in events:
+            check_event(whole, schema, event)
+
+
+def check_event(whole: Any, schema: Any, event: Any) -> None:
+    """By its own kind's part of the schema, so that a wrong one is told well."""
+    if event["object"] == "twotower.trace":
+        name = "Trace"
+    else:
+        name = ("ChatChunk" if "chat" in event["object"] else "Completion") + ("AndUsage" if "usage" in event else "")
+    [one] = [kind for kind in schema["anyOf"] if kind["$ref"].endswith(f"/{name}")]
+    check(whole, one, event)
 
 
 async def test_the_page_loads_nothing_from_elsewhere(http: httpx.AsyncClient) -> None:

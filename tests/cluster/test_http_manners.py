@@ -259,7 +259,7 @@ async def test_a_stream_that_a_dead_router_leaves_ends_with_an_error() -> None:
 async def test_a_stream_that_nobody_reads_has_its_place_until_the_deadline(
     cells: ScriptedCells, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.faces.http.service._LAST_WORDS_S", 0.05)
+    monkeypatch.setattr("cluster.faces.http.answers._LAST_WORDS_S", 0.05)
     service, begun = generation(cells), asyncio.Event()
     app = make_app(service, all_modes)
     parts = [{"type": "http.request", "body": b'{"prompt": "Hi", "stream": true}'}]

@@ -207,8 +207,10 @@ async def test_a_key_pays_for_each_answer_and_for_chats(tmp_path: Path) -> None:
         async with guarded.http(SMALL) as http:
             return await http.post("/v1/chat/completions", json=chat | fields)
 
-    refused = await ask(n=4)
-    assert refused.status_code == 400 and "got 4 at a time, wanted at most 3" in refused.text
+    for fields in ({"n": 4}, {"best_of": 4}):
+        refused = await ask(**fields)
+        assert refused.status_code == 400 and "got 4 at a time, wanted at most 3" in refused.text
+        assert refused.json()["error"]["param"] == next(iter(fields))
     for fields in ({"n": 3}, {"best_of": 2}):  # each reads a prompt of 8 tokens and writes 8
         assert (await ask(**fields)).status_code == 200
     refused = await ask(n=3)  # at most 9 tokens each, as far as is known before

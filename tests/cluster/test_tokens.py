@@ -5,7 +5,7 @@ import httpx
 import pytest
 
 from cluster.faces.http.service import make_app
-from tests.cluster.fakes import ScriptedCells, all_modes, generation, grpc_server, tokens
+from tests.cluster.fakes import TEMPLATE, ScriptedCells, all_modes, generation, grpc_server, tokens
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1.generation_pb2_grpc import GenerationServiceStub as Stub
 
@@ -41,6 +41,7 @@ async def test_nothing_is_a_text_too(http: httpx.AsyncClient) -> None:
 
 async def test_as_lm_eval_reads_a_remote_tokenizer(http: httpx.AsyncClient) -> None:
     info = (await http.get("/tokenizer_info")).json()
+    assert info["chat_template"] == TEMPLATE
     assert info["eos_token"] == "</s>" and info["bos_token"] == "<s>" and info["tokenizer_class"] == "ByteTokenizer"
     ids = (await http.post("/tokenize", json={"prompt": "one", "add_special_tokens": False})).json()["tokens"]
     assert (await http.post("/detokenize", json={"tokens": ids})).json()["prompt"] == "one"

@@ -53,14 +53,18 @@ class AnswerCall:
 
     @contextmanager
     def told_of(self, place: int | None = None) -> Iterator[None]:
-        """What is wrong with the prompt at this place, or with the call, in the client's words."""
+        """What is wrong with the prompt at this place, or with all answers of the call, in the client's words."""
         try:
             yield
         except InvalidRequest as error:
-            raise self._outside(error, None if len(self.asks) == 1 else place) from None
+            raise self._outside(error, place) from None
 
     def _outside(self, error: InvalidRequest, place: int | None) -> InvalidRequest:
-        prompt = self.names.get("prompt", "prompt") + ("" if place is None else f"[{place}]")
+        prompt = self.names.get("prompt", "prompt")
+        if place is None and self.tries > 1:  # it is about how many there are
+            prompt = "n" if self.tries == self.choices else "best_of"
+        elif place is not None and len(self.asks) > 1:
+            prompt = f"{prompt}[{place}]"
         return InvalidRequest([FieldError(self._outside_name(p.field, prompt), p.message) for p in error.problems])
 
     def _outside_name(self, name: str, prompt: str) -> str:

@@ -90,11 +90,7 @@ class StreamOptions(Body):
 
 
 class AnswerRequest(_Parameters):  # type: ignore[misc]
-    """What calls for answers have in common, beside what they are to answer.
-
-    Those of vLLM: `include_stop_str_in_output`: the text ends behind a stop string, not before it. `return_token_ids`:
-    the ids of prompt and answer. `return_tokens_as_token_ids`: tokens in logprobs are named by their ids.
-    """
+    """What calls for answers have in common, beside what they are to answer."""
 
     model: Label = ""
     diffusion: Diffusion = Diffusion()
@@ -102,13 +98,13 @@ class AnswerRequest(_Parameters):  # type: ignore[misc]
     priority: Annotated[Any, schema_of(PRIORITY)] = PRIORITY.default
     n: Annotated[Any, schema_of(N)] = N.default
     best_of: Annotated[Any, schema_of(BEST_OF)] = BEST_OF.default
-    include_stop_str_in_output: bool = False
-    return_token_ids: bool = False
-    return_tokens_as_token_ids: bool = False
-    stream: bool = False
+    include_stop_str_in_output: bool = Field(False, description="the text ends behind a stop string, not before it")
+    return_token_ids: bool = Field(False, description="tell the ids of the prompt, too; of a chat also the answer's")
+    return_tokens_as_token_ids: bool = Field(False, description="name tokens in logprobs by their ids")
+    stream: bool = Field(False, description="answer with server-sent events")
     stream_options: StreamOptions = StreamOptions()
-    request_id: Label = ""
-    user: Label = ""
+    request_id: Label = Field("", description="the client's name for the call")
+    user: Label = Field("", description="a label without effect")
 
     @field_validator("stream_options")
     @classmethod

@@ -10,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 from pydantic_core import to_json
 
 import twotower
-from cluster.faces.http.chat_models import ChatChunk, ChatCompletion, ChatRequest
+from cluster.faces.http.chat_models import ChatChunk, ChatChunkAndUsage, ChatCompletion, ChatRequest
 from cluster.faces.http.completion_models import Completion, CompletionAndUsage, CompletionRequest
 from cluster.faces.http.neutral_values import NEUTRAL, NEUTRAL_IN_CHATS, Neutral
 from cluster.faces.http.scores import Score, ScoreBody
@@ -39,17 +39,33 @@ _ERROR = {
     },
 }
 
+_TRACE = {
+    "type": "object",
+    "description": "A named event, twotower.trace, with diffusion.trace: what a step fixed, or a round of drafts.",
+    "required": ["object", "choices", "index"],
+    "properties": {"object": {"const": "twotower.trace"}, "choices": {"const": []}, "index": {"type": "integer"}},
+}
+# Fields that are not there unless a request asks for them.
+_WHERE_ASKED = {
+    "Choice": "prompt_token_ids",
+    "ChatCompletion": "prompt_token_ids",
+    "ChatChoice": "token_ids",
+    "ChatChunk": "prompt_token_ids",
+    "ChatChunkAndUsage": "prompt_token_ids",
+    "ChatChunkChoice": "token_ids",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path. `event`: of its stream. Where it answers without a model it is any JSON object."""
+    """One method of one path. `events`: of its stream. Where it answers without a model it is any JSON object."""
 
     method: str
     path: str
     summary: str
     body: type[BaseModel] | None = None
     answer: type[BaseModel] | None = None
-    event: type[BaseModel] | None = None
+    events: tuple[type[BaseModel], ...] = ()
 
     @property
     def name(self) -> str:
@@ -58,8 +74,22 @@ class Operation:
 
 
 OPERATIONS = (
-    Operation("post", "/v1/completions", "Answers to prompts", CompletionRequest, CompletionAndUsage, Completion),
-    Operation("post", "/v1/chat/completions", "Answers to a chat", ChatRequest, ChatCompletion, ChatChunk),
+    Operation(
+        "post",
+        "/v1/completions",
+        "Answers to prompts",
+        CompletionRequest,
+        CompletionAndUsage,
+        (Completion, CompletionAndUsage),
+    ),
+    Operation(
+        "post",
+        "/v1/chat/completions",
+        "Answers to a chat",
+        ChatRequest,
+        ChatCompletion,
+        (ChatChunk, ChatChunkAndUsage),
+    ),
     Operation("post", "/v1/score", "How likely a continuation is after a prompt", ScoreBody, Score),
     Operation("post", "/tokenize", "The token ids of a text or of a chat", TokenizeBody, Tokenized),
     Operation("post", "/detokenize", "The text of token ids", DetokenizeBody, Detokenized),
@@ -95,9 +125,12 @@ def openapi() -> bytes:
 
 
 def _described(operation: Operation) -> dict[str, Any]:
-    content = {"application/json": {"schema": _ref(operation.answer) if operation.answer else {"type": "object"}}}
-    if operation.event is not None:
-        content["text/event-stream"] = {"schema": _ref(operation.event)}
+    content: dict[str, Any] = {
+        "application/json": {"schema": _ref(operation.answer) if operation.answer else {"type": "object"}}
+    }
+    if operation.events:
+        kinds: list[Any] = [*map(_ref, operation.events), *({"$ref": _REF.format(model=n)} for n in ("Trace", "Error"))]
+        content["text/event-stream"] = {"schema": {"anyOf": kinds}}
     error = {
         "description": "an error",
         "content": {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}},
@@ -122,12 +155,15 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
 def _schemas() -> dict[str, Any]:
     """Of all models, those within others too."""
     bodies = [(one.body, "validation") for one in OPERATIONS if one.body is not None]
-    answers = [(m, "serialization") for one in OPERATIONS for m in (one.answer, one.event) if m is not None]
+    answers = [(m, "serialization") for one in OPERATIONS for m in (one.answer, *one.events) if m is not None]
     _, made = models_json_schema([*bodies, *answers], ref_template=_REF)  # type: ignore[list-item]
     schemas: dict[str, Any] = dict(made["$defs"])
     for model, neutral in _NEUTRAL.items():
         _add_neutral(schemas, model.__name__, neutral)
-    return {**schemas, "Error": _ERROR}
+    for name, field in _WHERE_ASKED.items():
+        ids = {"type": "array", "items": {"type": "integer"}, "description": "with return_token_ids"}
+        schemas[name]["properties"][field] = ids
+    return {**schemas, "Trace": _TRACE, "Error": _ERROR}
 
 
 def _add_neutral(schemas: dict[str, Any], name: str, neutral: Mapping[str, Neutral]) -> None:

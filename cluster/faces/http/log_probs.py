@@ -9,7 +9,7 @@ from cluster.runs.run import Generating
 from twotower.core import Likelihood
 from twotower.text.token_names import TokenNames
 
-AT_ONCE = 256  # tokens: some 10 ms with 20 alternatives
+AT_ONCE = 64  # tokens: some milliseconds with 20 alternatives
 
 Likelihoods = Sequence[Likelihood | None]  # None of what follows nothing
 

@@ -84,11 +84,12 @@ class TokensFace:
         return _answer(Detokenized(prompt=text))
 
     def info(self) -> dict[str, object]:
-        """Raises InvalidRequest."""
-        tokenizer = self._generation.model.tokenizer
-        if tokenizer is None:
+        """With the chat template that is served. Raises InvalidRequest."""
+        model = self._generation.model
+        if model.tokenizer is None:
             raise InvalidRequest.of("tokenizer", "this checkpoint has no tokenizer")
-        return dict(tokenizer.described)
+        template = model.chat_template
+        return {**model.tokenizer.described, "chat_template": None if template is None else template.source}
 
 
 async def _tokenized(prompts: Prompts, body: TokenizeBody, deadline: Deadline) -> tuple[int, ...]:

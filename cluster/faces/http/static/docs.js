@@ -24,11 +24,14 @@ function valuesOf(schema) {
   return [[].concat(schema.type || "object").join(" or ") + rangeOf(schema)];
 }
 
+/** JSON's whole numbers may be larger than those that this language holds. */
+const shown = (number) => (number > Number.MAX_SAFE_INTEGER ? `about ${number.toExponential(2)}` : number);
+
 function rangeOf(schema) {
   const ends = [];
-  if (schema.minimum !== undefined) ends.push(`from ${schema.minimum}`);
-  if (schema.exclusiveMinimum !== undefined) ends.push(`above ${schema.exclusiveMinimum}`);
-  if (schema.maximum !== undefined) ends.push(`to ${schema.maximum}`);
+  if (schema.minimum !== undefined) ends.push(`from ${shown(schema.minimum)}`);
+  if (schema.exclusiveMinimum !== undefined) ends.push(`above ${shown(schema.exclusiveMinimum)}`);
+  if (schema.maximum !== undefined) ends.push(`to ${shown(schema.maximum)}`);
   if (schema.maxLength !== undefined) ends.push(`of at most ${schema.maxLength} characters`);
   return ends.length ? " " + ends.join(" ") : "";
 }
