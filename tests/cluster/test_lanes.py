@@ -105,7 +105,7 @@ async def test_an_error_of_a_piece_is_its_callers_and_counts_no_longer() -> None
 async def test_the_deadline_covers_tokenization(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, cells = threading.Event(), ScriptedCells()
     monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: [go_on.wait(), 5][1:])
-    monkeypatch.setattr("cluster.runs.generation._TOKENIZED_S", 1.0)
+    monkeypatch.setattr("cluster.runs.prompts.TOKENIZED_S", 1.0)
     with pytest.raises(DeadlineExceeded, match=r"not finished within 0\.05 s"):
         service = generation(cells)
         await service.run(service.check(Ask("some words")), Deadline.after(0.05))

@@ -13,6 +13,8 @@ from twotower.core import PARAMETERS, DecodingParams, Floor, Mode
 from twotower.parameters import Choice, Flag, Integer, Number, TokenIds
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.validation import check_values
+from twotower_client.asking import ask_of
+from twotower_client.grpc_codec import generate_rpc
 
 # A field keeps its number for good. A new parameter takes the next.
 NUMBERS = {
@@ -94,8 +96,8 @@ def test_what_is_given_arrives_and_nothing_else(name: str) -> None:
 
     parser = argparse.ArgumentParser()
     add_generate_arguments(parser)
-    request = request_of(parser.parse_args(["--prompt", "a", *flags]))
-    arrived = given_in(pb.DecodingParams.FromString(request.params.SerializeToString()))
+    ask, _ = ask_of(*request_of(parser.parse_args(["--prompt", "a", *flags])))
+    arrived = given_in(pb.GenerateRequest.FromString(generate_rpc(ask).message).params)
     assert check_values(arrived) == check_values({name: value})
 
 
