@@ -5,6 +5,7 @@ protobuf, a service's configuration and docs derive from the declarations. Knows
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, replace
 from enum import StrEnum
@@ -14,6 +15,7 @@ from twotower.errors import InvalidRequest
 from twotower.showing import show
 
 _KEY = "declared"
+_AN_ID = re.compile("0|[1-9][0-9]{0,9}")
 _POWER = 20  # numbers are written as a power of 2 from here on
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -206,6 +208,53 @@ class TokenIds:
     @property
     def schema(self) -> dict[str, object]:
         return {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": self.most}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBiases:
+    """A number for each of some token ids, `most` at most; the ids are text in JSON. As the request has them: pairs in
+    the order of their ids. Which ids a model has, the declaration does not know."""
+
+    most: int
+    largest: float
+
+    def read(self, name: str, value: object) -> tuple[tuple[int, float], ...]:
+        if value == () and isinstance(value, tuple):
+            return ()
+        if not isinstance(value, Mapping):
+            raise _refused(name, value, f"an object of token ids and numbers in {self._range}")
+        if len(value) > self.most:
+            raise InvalidRequest.of(name, f"got {len(value)} token ids, wanted at most {self.most}")
+        return tuple(sorted((self._id(name, token), self._bias(name, token, bias)) for token, bias in value.items()))
+
+    def _id(self, name: str, token: object) -> int:
+        if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+            return token
+        if isinstance(token, str) and _AN_ID.fullmatch(token):
+            return int(token)
+        raise _refused(name, token, "a token id as a name")
+
+    def _bias(self, name: str, token: object, bias: object) -> float:
+        if isinstance(bias, int | float) and not isinstance(bias, bool) and abs(bias) <= self.largest:
+            return float(bias)
+        raise InvalidRequest.of(name, f"got {show(bias)} for token {token}, wanted a number in {self._range}")
+
+    @property
+    def _range(self) -> str:
+        return f"[{-self.largest:g}, {self.largest:g}]"
+
+    @property
+    def allowed(self) -> str:
+        return f"up to {self.most} token ids, each with a number in {self._range}"
+
+    @property
+    def schema(self) -> dict[str, object]:
+        return {
+            "type": "object",
+            "propertyNames": {"pattern": f"^({_AN_ID.pattern})$"},
+            "additionalProperties": {"type": "number", "minimum": -self.largest, "maximum": self.largest},
+            "maxProperties": self.most,
+        }
 
 
 @dataclass(frozen=True, slots=True)

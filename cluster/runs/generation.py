@@ -216,7 +216,8 @@ class Generation:
                 prompt = await self._tokenized("prompt", checked.prompt, deadline)
                 request = join(ask.id, prompt, checked.terms, self.model.limits)
         record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
-        text = AnswerText(self.model.tokenizer, checked.stop, request.logprobs is not None)
+        told = request.logprobs is not None
+        text = AnswerText(self.model.tokenizer, checked.stop, told, request.params.min_tokens)
         return self._added(Generating(record, deadline, self._means, text))
 
     async def echo_run(

@@ -46,3 +46,9 @@ def share(text: str) -> float:
 def ids(text: str) -> list[object]:
     """Token ids with commas between them; what is no number stays text, for validation to refuse by its place."""
     return [number(part) for part in text.split(",")] if text.strip() else []
+
+
+def biases(text: str) -> dict[str, object]:
+    """Token ids and numbers, as `ids` has a list: what is none stays text."""
+    pairs = (part.partition(":") for part in text.split(",")) if text.strip() else ()
+    return {token.strip(): number(bias) for token, _, bias in pairs}

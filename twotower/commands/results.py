@@ -40,7 +40,7 @@ async def decode(
     """Decode one order to its end. `show` gets each new piece of text (token ids where there is no tokenizer) with its
     number of tokens, as it comes.
     """
-    answer = AnswerText(tokenizer, order.stop)
+    answer = AnswerText(tokenizer, order.stop, min_tokens=order.request.params.min_tokens)
     costs = dict.fromkeys(COSTS, 0)
     reason: FinishReason | None = None
     started = time.perf_counter()

@@ -21,6 +21,14 @@ class StopSearch:
         self._matched, begins = self._after(piece)
         return begins
 
+    def pass_over(self, piece: str) -> None:
+        """Go on with `piece`; the stop strings that are whole in it count for nothing."""
+        for place, text in enumerate(self._stop):
+            count, end = _match(text, self._matched[place], rest := piece)
+            while count == len(text):
+                count, end = _match(text, _borders(text)[-1], rest := rest[end:])
+            self._matched[place] = count
+
     def peek(self, piece: str) -> int | None:
         """What `push` would say."""
         return self._after(piece)[1]

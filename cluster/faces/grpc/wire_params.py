@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from twotower.core import PARAMETERS, Mode
-from twotower.parameters import Choice
+from twotower.parameters import Choice, TokenBiases
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
 _ENUMS: dict[str, Any] = {"mode": pb.Mode, "floor": pb.Floor}
@@ -20,7 +20,8 @@ def given_in(message: pb.DecodingParams) -> dict[str, object]:
 def params_message(values: Mapping[str, Any]) -> pb.DecodingParams:
     """A message of checked values by name."""
     words = {name: f"{name}_{values[name]}".upper() for name in _ENUMS.keys() & values.keys()}
-    return pb.DecodingParams(**{**values, **words})
+    biases = {n: dict(v) for n, v in values.items() if isinstance(PARAMETERS[n].kind, TokenBiases)}
+    return pb.DecodingParams(**{**values, **words, **biases})
 
 
 def mode_name(mode: Mode) -> Any:

@@ -115,7 +115,7 @@ class Commits:
             if not command.token_ids:
                 raise InvalidRequest.of("token_ids", "got an empty prompt, wanted one behind which a token is decided")
             self._sequences.open(key, self._verification, command.token_ids, command.reserve)
-            self._verification.open(key, command.verifying, command.rating)
+            self._verification.open(key, command.verifying, command.rating, command.token_ids)
             return
         if command.rating is not None:
             self._sequences.open(key, self._likelihoods, command.token_ids, command.reserve)

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from twotower.core import Event, FailureEvent, Likelihood, ReleasedEvent
 from twotower.decoding.sampling import TokenParams
+from twotower.decoding.steering import Steered, Steering
 from twotower.decoding.stopping import Stopping
 from twotower.engine.answer import Answer, Cost
 from twotower.errors import NumericalError
@@ -68,8 +69,8 @@ class Own:
 class Alone:
     """Of a sequence that a denoiser leads: so many tokens, or up to one that ends the answer, are told together.
 
-    `start` is the position of the block, whose one token is known. `alternatives`: as a Writer's. `tell(decided,
-    likelihoods)`: it waits for the denoiser again.
+    `start` is the position of the block, whose one token is known. `alternatives`: as a Writer's. `steering`: the
+    sequence's own. `tell(decided, likelihoods)`: it waits for the denoiser again.
     """
 
     def __init__(
@@ -79,24 +80,28 @@ class Alone:
         most: int,
         eos_token_id: int,
         alternatives: int | None,
+        steering: Steering | None,
         tell: Callable[[Decided, Sequence[Likelihood]], None],
         fail: Callable[[], None],
     ) -> None:
         self._params, self._place, self._most = verifying.params, start + 1 - verifying.answer_start, most
         self._stopping = Stopping(verifying.params, eos_token_id)
         self._tell, self._fail = tell, fail
-        self.alternatives = alternatives
+        self.alternatives, self._steering = alternatives, steering
         self._written: list[int] = []
         self._likelihoods: list[Likelihood] = []
         self._margin = 1.0
 
     @property
     def next_token(self) -> TokenParams:
-        return TokenParams.of(self._params, self._place + len(self._written))
+        steered = None if self._steering is None else Steered(self._steering)
+        return TokenParams.of(self._params, self._place + len(self._written), steered)
 
     def wrote(self, token: int, margin: float, took: Took | None, likelihood: Likelihood | None) -> bool:
         self._likelihoods += [] if likelihood is None else [likelihood]
         self._margin = min(self._margin, margin)
+        if self._steering is not None:
+            self._steering.follow([token])
         if len(self._written) + 1 < self._most and not self._stopping.ends(token):
             self._written.append(token)
             return False
