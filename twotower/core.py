@@ -10,6 +10,8 @@ from typing import NamedTuple, NewType
 from twotower.errors import TwoTowerError
 from twotower.parameters import (
     Choice,
+    Constraint,
+    Constraints,
     Flag,
     Integer,
     Number,
@@ -60,6 +62,7 @@ MAX_TEMPERATURE = 1000
 MAX_SEED = 2**63 - 1
 MAX_STOP_TOKEN_IDS = 64
 MAX_BIASED_TOKENS, MAX_BIAS = 512, 100.0  # as many as a JSON object may have names
+MAX_CONSTRAINT_BYTES = 32 * 1024
 MAX_PENALTY, MAX_REPETITION_PENALTY = 2.0, 10.0
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
@@ -81,6 +84,7 @@ ONLY_WITH_FLOOR = {
     "presence_penalty": Floor.LOSSLESS,
     "frequency_penalty": Floor.LOSSLESS,
     "repetition_penalty": Floor.LOSSLESS,
+    "structured_outputs": Floor.LOSSLESS,
 }
 
 
@@ -213,6 +217,14 @@ class DecodingParams:
         off=1.0,
     ).field
 
+    structured_outputs: Constraint | None = Parameter(
+        None,
+        Constraints(MAX_CONSTRAINT_BYTES),
+        "the text is what is described: EOS may come only where it is whole; needs a tokenizer",
+        (Mode.AR, *_VERIFIED),
+        default_is="any text",
+    ).field
+
     @property
     def penalises(self) -> bool:
         """Whether a token's logit depends on the tokens that are there already."""
@@ -221,7 +233,7 @@ class DecodingParams:
     @property
     def steers(self) -> bool:
         """Whether the request changes logits before a token is chosen (`twotower.decoding.steering`)."""
-        return bool(self.min_tokens or self.logit_bias) or self.penalises
+        return bool(self.min_tokens or self.logit_bias or self.structured_outputs) or self.penalises
 
     @property
     def samples(self) -> bool:

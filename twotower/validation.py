@@ -303,6 +303,10 @@ def _check_mode(mode: object, values: Mapping[str, Any], limits: ModelLimits, pr
     for name, parameter in PARAMETERS.items():
         if name in values:
             _check_meaning(name, parameter, values[name], mode, problems)
+    if values.get("structured_outputs") is not None:
+        for name in ("min_tokens", "ignore_eos"):
+            if values.get(name):
+                problems.say(name, f"got {show(values[name])}, but where structured_outputs ends, the answer does")
     if mode is Mode.AUTO:
         _check_floor(Floor(values.get("floor", limits.defaults.floor)), values, problems)
 

@@ -28,9 +28,11 @@ from cluster.runs.streams import Stream, merged
 from cluster.runs.trace_parent import NO_PARENT, TraceParent
 from cluster.runs.turns import Turns
 from twotower.core import Request, ScoreRequest
-from twotower.errors import TwoTowerError
+from twotower.errors import InvalidRequest, TwoTowerError
+from twotower.parameters import Constraint
 from twotower.showing import show
 from twotower.text.answer_text import AnswerText
+from twotower.text.grammars import FIELD
 from twotower.text.token_names import TokenNames
 from twotower.text.token_texts import TokenTexts
 from twotower.text.tokenizer import check_stop, require_tokenizer
@@ -52,6 +54,7 @@ Part = str | tuple[int, ...]  # the same, checked
 _NO_PART: Part = ()  # where it is wrong, which is told
 _TOKENIZED_S = 1e-6  # a byte, about
 _CHARACTERS_A_TOKEN = 4
+_COMPILED_S = 0.1  # a grammar: some take a millisecond, some a second
 _DETOKENIZED_S = 5e-5  # a token, one by one
 
 
@@ -207,18 +210,29 @@ class Generation:
     async def run(
         self, checked: Checked, deadline: Deadline, caller: Caller = NOBODY, parent: TraceParent = NO_PARENT
     ) -> Generating:
-        """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens;
-        DeadlineExceeded.
+        """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens, or where no
+        automaton can be made of what its answer has to be; DeadlineExceeded.
         """
         ask, request, model = checked.ask, checked.request, self.model
         if request is None:
             with self._refusals_told():
                 prompt = await self._tokenized("prompt", checked.prompt, deadline)
                 request = join(ask.id, prompt, checked.terms, self.model.limits)
+        await self._compiled(request.params.structured_outputs, deadline)
         record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
         told = request.logprobs is not None
         text = AnswerText(self.model.tokenizer, checked.stop, told, request.params.min_tokens)
         return self._added(Generating(record, deadline, self._means, text))
+
+    async def _compiled(self, constraint: Constraint | None, deadline: Deadline) -> None:
+        """Only to see that it can be: a tower makes its own. Raises InvalidRequest, DeadlineExceeded."""
+        grammars = self.model.grammars
+        if constraint is None or (grammars is not None and constraint in grammars):
+            return
+        with self._refusals_told():
+            if grammars is None:
+                raise InvalidRequest.of(FIELD, "not served here: there is no tokenizer")
+            await self.lanes.run(_COMPILED_S, partial(grammars.matcher, constraint), deadline)
 
     async def echo_run(
         self,

@@ -8,6 +8,7 @@ from cluster.served_paths import checkpoint_directory
 from twotower.core import DecodingParams, Mode
 from twotower.errors import ConfigError
 from twotower.model.checkpoint import Checkpoint
+from twotower.text.grammars import Grammars
 from twotower.text.tokenizer import Tokenizer, load_tokenizer
 from twotower.validation import ModelLimits, check_values
 
@@ -23,6 +24,7 @@ class ServedModel:
     fingerprint: str
     vocabulary: str
     version: str = twotower.__version__
+    grammars: Grammars | None = None
 
 
 def load_served_model(config: ServiceConfig) -> ServedModel:
@@ -43,6 +45,7 @@ def load_served_model(config: ServiceConfig) -> ServedModel:
         layout=str(checkpoint.layout),
         fingerprint=checkpoint.fingerprint,
         vocabulary=checkpoint.vocabulary,
+        grammars=Grammars(directory, checkpoint.config.vocab_size, checkpoint.config.eos_token_id),
     )
 
 

@@ -10,7 +10,7 @@ from cluster.cli.generate_arguments import add_generate_arguments, request_of
 from cluster.faces.grpc.wire_params import given_in, params_message
 from cluster.faces.http.completions import parse_call
 from twotower.core import PARAMETERS, DecodingParams, Floor, Mode
-from twotower.parameters import Choice, Flag, Integer, Number, TokenBiases, TokenIds
+from twotower.parameters import Choice, Constraint, Constraints, Flag, Integer, Number, TokenBiases, TokenIds
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.validation import check_values
 
@@ -36,6 +36,7 @@ NUMBERS = {
     "presence_penalty": 44,
     "frequency_penalty": 45,
     "repetition_penalty": 46,
+    "structured_outputs": 47,
 }
 TYPES = {
     Choice: FieldDescriptor.TYPE_ENUM,
@@ -43,6 +44,7 @@ TYPES = {
     Number: FieldDescriptor.TYPE_DOUBLE,
     TokenIds: FieldDescriptor.TYPE_UINT32,
     TokenBiases: FieldDescriptor.TYPE_MESSAGE,
+    Constraints: FieldDescriptor.TYPE_MESSAGE,
     Flag: FieldDescriptor.TYPE_BOOL,
 }
 # A value that is no default, as a flag and as JSON.
@@ -67,6 +69,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "presence_penalty": (["--presence-penalty", "-2"], -2),
     "frequency_penalty": (["--frequency-penalty", "0.5"], 0.5),
     "repetition_penalty": (["--repetition-penalty", "1.5"], 1.5),
+    "structured_outputs": (["--structured-outputs", '{"json": {"type": "object"}}'], {"json": {"type": "object"}}),
 }
 
 
@@ -117,6 +120,17 @@ def test_defaults_go_there_and_back() -> None:
     values = {name: getattr(params, name) for name in PARAMETERS}
     assert DecodingParams(**check_values(given_in(params_message(values)))) == params
     assert given_in(pb.DecodingParams()) == {}
+
+
+@pytest.mark.parametrize(
+    "described",
+    [{"json_object": True}, {"regex": "[a-z]+"}, {"choice": ["a", "b c"]}, {"grammar": 'start: "a"'}, {"json": "{}"}],
+)
+def test_what_a_text_has_to_be_arrives_from_there(described: dict[str, Any]) -> None:
+    [constraint] = check_values({"structured_outputs": described}).values()
+    assert isinstance(constraint, Constraint)
+    message = pb.DecodingParams.FromString(params_message({"structured_outputs": constraint}).SerializeToString())
+    assert given_in(message) == {"structured_outputs": described}
 
 
 def test_a_mode_of_a_newer_client_stays_a_number() -> None:

@@ -12,8 +12,10 @@ from torch import Tensor
 from twotower.core import DecodingParams, Mode
 from twotower.decoding.sampling import TokenParams, decide
 from twotower.decoding.steering import Steered, Steering, steer
+from twotower.parameters import Constraint
 
 VOCAB, EOS = 40, 2
+STRUCTURED = DecodingParams(Mode.AR, structured_outputs=Constraint("regex", "a|b"))
 
 
 def _params(**given: Any) -> DecodingParams:
@@ -99,3 +101,29 @@ def test_the_choice_is_made_among_the_changed_logits_and_the_towers_own_are_judg
     held = Steered(Steering(_params(min_tokens=1), EOS, [], []))
     [token, margin, finite], [_, _, broken] = decide(logits_RV, [TokenParams(steered=held)] * 2).tolist()
     assert (token, finite, broken) == (8, 1, 0) and margin == pytest.approx(1 - torch.exp(torch.tensor(-4.0)).item())
+
+
+class _Grammar:
+    """A text of one token, which may be 3 or 33."""
+
+    fault: str | None = None
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        self.fault = "broken" if tokens else None
+
+    def masks(self, draft: Sequence[int], first: int, count: int) -> list[bytes]:
+        return [bytes([8, 0, 0, 0, 2, 0, 0, 0])] * count
+
+
+def test_only_tokens_that_the_grammar_has_a_place_for_may_come() -> None:
+    logits_RV, grammar = torch.zeros(2, VOCAB), _Grammar()
+    steered_RV = steer(logits_RV, [None, Steered(Steering(STRUCTURED, EOS, [], [], grammar))])
+    assert torch.isfinite(steered_RV).nonzero()[VOCAB:].tolist() == [[1, 3], [1, 33]]
+    assert torch.isfinite(steered_RV[0]).all()
+
+
+def test_where_no_token_may_come_none_is_chosen() -> None:
+    """The row says so as one with logits that are no numbers does; the rows beside it have theirs."""
+    broken = Steering(STRUCTURED, EOS, [], [5], _Grammar())
+    rows = [TokenParams(), TokenParams(steered=Steered(broken)), TokenParams(0.7, key=3, steered=Steered(broken))]
+    assert [row[2] for row in decide(torch.zeros(3, VOCAB), rows).tolist()] == [1, 0, 0] and broken.fault == "broken"

@@ -63,9 +63,12 @@ def sample(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
 
 def decide(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
     """`sample` after what rows do to their logits, as the host reads it, [R,3] in fp32: the token, its margin, whether
-    the tower's logits of the row are all finite. Leaves the logits as they are."""
+    the tower's logits of the row are all finite and leave a token to choose. Leaves the logits as they are."""
     finite_R = torch.isfinite(logits_RV).all(1)
-    sampled = sample(steer(logits_RV, [row.steered for row in rows]), rows)
+    steered_RV = steer(logits_RV, [row.steered for row in rows])
+    if steered_RV is not logits_RV:
+        finite_R &= steered_RV.amax(1) > -torch.inf
+    sampled = sample(steered_RV, rows)
     return torch.stack([sampled.tokens_R.float(), sampled.margin_R, finite_R.float()], dim=1)
 
 

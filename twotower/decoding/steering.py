@@ -1,39 +1,78 @@
 """What a request does to its logits before a token is chosen: biases, penalties, and no end before so many tokens.
 
-The order is vLLM's: biases, the repetition penalty, the other two penalties, tokens that must not come. All of it
+The order is vLLM's: biases, the repetition penalty, the other two penalties, tokens that must not come; a grammar is
+one reason why they must not. All of it
 follows from the request and the tokens before the position. So at a drafted position it is what `ar` would do there.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from twotower.core import DecodingParams
 from twotower.decoding.stopping import Stopping
-from twotower.model.transfer import on_device
+from twotower.model.transfer import bits_on_device, on_device
+
+
+class Matcher(Protocol):
+    """How far a text is that has to be what a grammar says, and which tokens may come next.
+
+    `fault`: why it cannot go on, once it cannot.
+    """
+
+    @property
+    def fault(self) -> str | None: ...
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """The text goes on with these."""
+        ...
+
+    def masks(self, draft: Sequence[int], first: int, count: int) -> Sequence[bytes]:
+        """Behind each of `count` beginnings of the draft, from that of `first` tokens on: a bit for each token, those
+        of token 0 to 7 in the first byte, in whole words of four bytes."""
+        ...
 
 
 class Steering:
-    """Of one sequence. It keeps what a device needs of it, two rows as long as the vocabulary at most."""
+    """Of one sequence. It keeps what a device needs of it, two rows as long as the vocabulary at most.
+
+    `fault`: why no token can be chosen any more, once none can.
+    """
 
     def __init__(
-        self, params: DecodingParams, eos_token_id: int, prompt: Sequence[int], answer: Sequence[int] = ()
+        self,
+        params: DecodingParams,
+        eos_token_id: int,
+        prompt: Sequence[int],
+        answer: Sequence[int] = (),
+        matcher: Matcher | None = None,
     ) -> None:
+        assert (params.structured_outputs is None) is (matcher is None), "a constraint, and no matcher for it"
         self._params, self._stops = params, sorted(Stopping(params, eos_token_id).stops)
         self._prompt, self._generated = tuple(prompt), len(answer)
         self._new = list(answer)  # not yet counted on the device
         self._counts_V: Tensor | None = None
         self._in_prompt_V: Tensor | None = None
         self._biases: tuple[Tensor, Tensor] | None = None
+        self._matcher = matcher
+        if matcher is not None:
+            matcher.follow(answer)
+
+    @property
+    def fault(self) -> str | None:
+        return None if self._matcher is None else self._matcher.fault
 
     def follow(self, tokens: Sequence[int]) -> None:
         """The answer goes on with these."""
         self._generated += len(tokens)
         if self._params.penalises:
             self._new += tokens
+        if self._matcher is not None:
+            self._matcher.follow(tokens)
 
     def change(self, logits_NV: Tensor, draft: Sequence[int], first: int) -> None:
         """In place, the logits behind each beginning of `draft`, from the one of `first` tokens on."""
@@ -45,6 +84,11 @@ class Steering:
         held = self._params.min_tokens - self._generated - first
         if held > 0 and self._stops:
             logits_NV[:held, on_device(self._stops, logits_NV.device)] = -torch.inf
+        if self._matcher is not None:
+            masks = self._matcher.masks(draft, first, len(logits_NV))
+            logits_NV.masked_fill_(~_allowed(masks, logits_NV.shape[1], logits_NV.device), -torch.inf)
+            if self._matcher.fault is not None:
+                logits_NV.fill_(-torch.inf)  # no token can be chosen, so the request fails
 
     def _biased(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._biases is None:
@@ -98,6 +142,13 @@ class Steered:
     steering: Steering
     draft: Sequence[int] = ()
     ahead: int = 0
+
+
+def _allowed(masks: Sequence[bytes], vocab: int, device: torch.device) -> Tensor:
+    """Bits as booleans [N,V], unpacked on the device."""
+    words_NW = bits_on_device(masks, device)
+    bits_NWB = words_NW[..., None] >> torch.arange(32, dtype=torch.int32, device=device) & 1
+    return bits_NWB.flatten(1)[:, :vocab] != 0
 
 
 def steer(logits_RV: Tensor, rows: Sequence[Steered | None]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 from twotower.core import BlockEvent, Likelihood, Request
 from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.sampling import TokenParams
-from twotower.decoding.steering import Steered, Steering
+from twotower.decoding.steering import Matcher, Steered, Steering
 from twotower.decoding.stopping import Stopping
 
 
@@ -34,10 +34,10 @@ class Answer:
     steering: Steering | None = None
 
     @classmethod
-    def begun(cls, request: Request, eos_token_id: int) -> Self:
+    def begun(cls, request: Request, eos_token_id: int, matcher: Matcher | None = None) -> Self:
         params, steering = request.params, None
         if params.mode.by_token and params.steers:
-            steering = Steering(params, eos_token_id, request.prompt_token_ids, request.committed)
+            steering = Steering(params, eos_token_id, request.prompt_token_ids, request.committed, matcher)
         return cls(request, Stopping(params, eos_token_id), len(request.committed), steering=steering)
 
     @property

@@ -19,7 +19,7 @@ from twotower.showing import one_line
 MAX_FIELDS = 64  # of a message as it is on the wire, each string of a list counted
 _MAX_NAMED = 8
 _ID_BYTES = 6  # of a token id on the wire: five for the number, one for its field where ids are not packed
-MAX_PARAMS = 16 * 1024  # bytes of a message within one that holds no token ids of a prompt
+MAX_PARAMS = 48 * 1024  # bytes of a message within one that holds no token ids of a prompt
 _MAX_UNKNOWN = 16 * 1024  # bytes of unknown fields that are looked into, some thousands of fields at most
 _NAMES: dict[int, str] = {number: name for name, number in FieldDescriptorProto.Type.items()}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cluster.faces.http.completion_models import CompletionRequest
 from cluster.faces.http.neutral_values import NEUTRAL
 from cluster.faces.http.strict_body import read_body
+from cluster.faces.http.structured import with_structured
 from cluster.runs.generation import Ask
 from twotower.core import PARAMETERS, TRACE
 from twotower.errors import FieldError, InvalidRequest
@@ -42,7 +43,7 @@ class CompletionCall:
 
 def parse_call(body: Mapping[str, object], label: str = "") -> CompletionCall:
     """Everything but the parameters' values, which the library checks. Raises InvalidRequest."""
-    read: CompletionRequest = read_body(CompletionRequest, body, NEUTRAL)
+    read: CompletionRequest = read_body(CompletionRequest, with_structured(body), NEUTRAL)
     params = read.params()
     if params.get("top_k") == -1:  # as vLLM, SGLang and Hugging Face say that it is off
         params["top_k"] = 0

@@ -15,10 +15,10 @@ from torch import Tensor
 from twotower.core import Likelihood
 from twotower.decoding.likelihoods import beside, likelihood_of
 from twotower.decoding.sampling import TokenParams, decide
-from twotower.decoding.steering import Steering
+from twotower.decoding.steering import Matcher, Steering
 from twotower.decoding.verifying import Verdict, places, verdict
 from twotower.engine.context.sequences import ReadChunk, Sequences
-from twotower.engine.context.writing import NOT_FINITE, Alone
+from twotower.engine.context.writing import NOT_FINITE, Alone, no_way_on
 from twotower.engine.passes import USUAL_WIDTH
 from twotower.engine.scheduler import Key
 from twotower.engine.scores import MAX_LOGITS
@@ -58,12 +58,19 @@ class Verification:
     def __contains__(self, key: Key) -> bool:
         return key in self._verifying
 
-    def open(self, key: Key, verifying: Verifying, rating: Rating | None, history: Sequence[int]) -> None:
+    def open(
+        self,
+        key: Key,
+        verifying: Verifying,
+        rating: Rating | None,
+        history: Sequence[int],
+        matcher: Matcher | None = None,
+    ) -> None:
         """`history`: prompt and answer as far as they are there."""
         self._verifying[key] = verifying
         if verifying.params.steers:
             prompt, answer = history[: verifying.answer_start], history[verifying.answer_start :]
-            self._steering[key] = Steering(verifying.params, self._tower.config.eos_token_id, prompt, answer)
+            self._steering[key] = Steering(verifying.params, self._tower.config.eos_token_id, prompt, answer, matcher)
         if rating is not None:
             self._ratings[key] = rating
 
@@ -74,7 +81,7 @@ class Verification:
 
     def alone(self, key: Key, most: int) -> Alone:
         """Tells, in one answer, the next tokens that the tower writes."""
-        start, fails = self._sequences.length(key), partial(self._fail, key, NumericalError(NOT_FINITE))
+        start, fails = self._sequences.length(key), partial(self._cannot_go_on, key)
         tell, eos = partial(self._tell, key, start, True), self._tower.config.eos_token_id
         steering = self._steering.get(key)
         return Alone(self._verifying[key], start, most, eos, self._alternatives(key), steering, tell, fails)
@@ -152,7 +159,10 @@ class Verification:
             decided = Decided(one.token, one.margin, took=took)
             self._tell(key, start, True, decided, self._likelihoods(key, made[: one.cut]))
         else:
-            self._fail(key, NumericalError(NOT_FINITE))
+            self._cannot_go_on(key)
+
+    def _cannot_go_on(self, key: Key) -> None:
+        self._fail(key, no_way_on(self._steering.get(key)) or NumericalError(NOT_FINITE))
 
     def _likelihoods(self, key: Key, made: Rows) -> list[Likelihood]:
         alternatives = self._alternatives(key)
