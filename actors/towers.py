@@ -18,11 +18,12 @@ from actors.process_logs import log_to_stderr
 from actors.settings import CellSettings
 from actors.tower_line import TowerLine
 from twotower.engine.capture import check_capture
+from twotower.engine.context.compiling import Compiling
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine, prepared_passes
 from twotower.engine.free_memory import check_fits
 from twotower.engine.handle import EngineStats
-from twotower.engine.in_process import colocated_runner, pick_device, pick_dtype
+from twotower.engine.in_process import colocated_runner, grammars_of, pick_device, pick_dtype
 from twotower.engine.memory import Memory, together
 from twotower.engine.runner import EngineRunner
 from twotower.errors import LinkDown
@@ -116,7 +117,8 @@ class ContextProcess(TowerProcess):
 
     def _load(self) -> None:
         tower = self._context_tower()
-        self._engine = ContextEngine(tower, self.settings.engine, self.runner.emit)
+        compiling = Compiling(grammars_of(self.checkpoint.directory, tower.config), self.runner.wake)
+        self._engine = ContextEngine(tower, self.settings.engine, self.runner.emit, compiling)
         self._engine.prepare()
         self._ports: dict[int, DistributedPort] = {}
         self.runner.start([self._engine], self.device)
@@ -194,4 +196,5 @@ class ColocatedProcess(TowerProcess):
         denoiser = None
         if self.settings.placement == "colocated":
             denoiser = self._denoiser_tower()
-        self.runner = colocated_runner(context, denoiser, self.settings.engine, prepare=True)
+        where = self.checkpoint.directory
+        self.runner = colocated_runner(context, denoiser, self.settings.engine, prepare=True, checkpoint=where)

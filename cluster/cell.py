@@ -16,13 +16,15 @@ from cluster.runs.signs import CellSign
 from cluster.scaling import Meter
 from cluster.watch.cell import CellWatch, Moment
 from cluster.watch.tower_signs import TowerSigns, towers_of
-from twotower.core import AnyRequest, FailureEvent, Mode, ScoreRequest, ToldEvent
+from twotower.core import PARAMETERS, AnyRequest, FailureEvent, Mode, ScoreRequest, ToldEvent
 from twotower.engine.handle import EngineStats
 from twotower.engine.pair import Pair
 from twotower.errors import TwoTowerError, Unavailable
 from twotower.transport.handshake import Address
 
 logger = logging.getLogger(__name__)
+
+KNOWN = tuple(PARAMETERS)  # of requests, by this version
 
 
 class Running(Protocol):
@@ -106,7 +108,8 @@ class Cell:
                 await line.send(Failed(reply_to.call, FailureEvent(request.id, error)))
                 return
             running = self._running
-            await line.send(Placed(reply_to.call, self.name, running.fingerprint, running.vocabulary))
+            placed = Placed(reply_to.call, self.name, running.fingerprint, running.vocabulary, KNOWN)
+            await line.send(placed)
             async with aclosing(self.events(request, timeout_s)) as events:
                 async for event in events:
                     await line.send(about(reply_to.call, event))

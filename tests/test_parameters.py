@@ -10,7 +10,7 @@ import pytest
 from twotower.core import PARAMETERS, PRIORITY, STOP, DecodingParams, Mode
 from twotower.engine.settings import SETTINGS, EngineSettings
 from twotower.errors import ConfigError, InvalidRequest
-from twotower.parameters import Choice, Flag, Integer, Kind, Number, Texts, TokenIds
+from twotower.parameters import Choice, Constraints, Flag, Integer, Kind, Number, Texts, TokenBiases, TokenIds
 
 DECLARED = {**PARAMETERS, "stop": STOP, "priority": PRIORITY}
 KINDS = [setting.kind for setting in (*DECLARED.values(), *SETTINGS.values())]
@@ -27,6 +27,15 @@ def _edges(kind: Kind) -> list[Any]:
             own = [*map(str, words), words.__name__]
         case TokenIds(most):
             own = [[5] * most, [5] * (most + 1)]
+        case Constraints(most):
+            own = [{kind: "a" * size} for kind in ("json", "regex", "grammar") for size in (0, 1, most, most + 1)]
+            own += [{"json": {"type": "object"}}, {"json": 5}, {"json_object": True}, {"json_object": False}]
+            own += [{"choice": texts} for texts in (["a", "b"], [], [""], "a", [5])]
+            own += [{"regex": "a", "json": "b"}, {"structural_tag": "a"}]
+        case TokenBiases(most, largest):
+            bias, over = [{str(id): 0 for id in range(count)} for count in (most, most + 1)]
+            own = [bias, over, *({"7": n} for n in (largest, -largest, largest + 1, True, "1", None))]
+            own += [{name: 0} for name in ("07", "-1", "a", "", " 7", "99999999999")]
         case Texts(most, characters):
             own = ["x" * characters, "x" * (characters + 1), ["x"] * most, ["x"] * (most + 1), ["x", ""], ["x", 5]]
         case _:

@@ -157,6 +157,12 @@ def test_modes_the_checkpoint_cannot_do(mode: str) -> None:
         ({"top_k": 1}, "top_k"),
         ({"top_k": 40}, "top_k"),
         ({"top_p": 0.5}, "top_p"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"min_tokens": 1}, "min_tokens"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"presence_penalty": 0.1}, "presence_penalty"),
+        ({"frequency_penalty": -0.1}, "frequency_penalty"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
         ({"mode": "ar", "block_size": 16}, "block_size"),
         ({"mode": "mock_ar", "steps_per_block": 16}, "steps_per_block"),
         ({"mode": "ar", "confidence_threshold": 0.8}, "confidence_threshold"),
@@ -174,6 +180,12 @@ def test_values_without_a_meaning_in_the_mode(values: dict[str, Any], name: str)
         ("lossless", {"steps_per_block": 4}),
         ("confidence", {"top_k": 5}),
         ("confidence", {"top_p": 0.5}),
+        ("confidence", {"min_p": 0.5}),
+        ("confidence", {"min_tokens": 5}),
+        ("confidence", {"logit_bias": {"5": 1}}),
+        ("confidence", {"presence_penalty": 0.5}),
+        ("confidence", {"frequency_penalty": 0.5}),
+        ("confidence", {"repetition_penalty": 1.5}),
     ],
 )
 def test_values_without_a_meaning_with_the_floor(floor: str, values: dict[str, Any]) -> None:
@@ -189,6 +201,29 @@ def test_values_without_a_meaning_with_the_floor(floor: str, values: dict[str, A
 
 def test_off_switches_mean_the_same_everywhere() -> None:
     assert parse_params({"top_k": 0, "top_p": 1.0}, LIMITS).top_k == 0
+    off = {"min_p": 0, "min_tokens": 0, "presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1}
+    assert not parse_params({**off, "logit_bias": {}}, LIMITS).steers
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("logit_bias", {"128": 1}, "got 128, wanted token ids from 0 to 127 as names"),
+        ("logit_bias", {"07": 1}, "got '07', wanted a token id as a name"),
+        ("logit_bias", {"7": math.nan}, "got nan for token 7, wanted a number in [-100, 100]"),
+        ("logit_bias", [[7, 1]], "got [[7, 1]], wanted an object of token ids and numbers in [-100, 100]"),
+        ("min_tokens", 17, "got 17, wanted at most max_new_tokens (16)"),
+        ("presence_penalty", 2.1, "got 2.1, wanted a number in [-2, 2]"),
+        ("repetition_penalty", 0, "got 0, wanted a number in (0, 10]"),
+    ],
+)
+def test_what_a_request_may_not_do_to_its_logits(name: str, value: object, words: str) -> None:
+    assert _refused({"mode": "ar", "max_new_tokens": 16, name: value}) == {name: words}
+
+
+def test_biases_are_in_the_order_of_their_ids() -> None:
+    params = parse_params({"mode": "ar", "logit_bias": {"127": 1, "5": -2.5}, "min_tokens": 128}, LIMITS)
+    assert params.logit_bias == ((5, -2.5), (127, 1.0)) and params.steers and not params.penalises
 
 
 def test_good_values_arrive() -> None:

@@ -8,7 +8,19 @@ from enum import StrEnum
 from typing import NamedTuple, NewType
 
 from twotower.errors import TwoTowerError
-from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenIds, declared_in
+from twotower.parameters import (
+    Choice,
+    Constraint,
+    Constraints,
+    Flag,
+    Integer,
+    Number,
+    Parameter,
+    Texts,
+    TokenBiases,
+    TokenIds,
+    declared_in,
+)
 
 RequestId = NewType("RequestId", str)
 
@@ -49,6 +61,9 @@ MAX_BLOCK = 1024
 MAX_TEMPERATURE = 1000
 MAX_SEED = 2**63 - 1
 MAX_STOP_TOKEN_IDS = 64
+MAX_BIASED_TOKENS, MAX_BIAS = 512, 100.0  # as many as a JSON object may have names
+MAX_CONSTRAINT_BYTES = 32 * 1024
+MAX_PENALTY, MAX_REPETITION_PENALTY = 2.0, 10.0
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 MAX_ALTERNATIVES = 20
@@ -63,6 +78,13 @@ ONLY_WITH_FLOOR = {
     "confidence_threshold": Floor.CONFIDENCE,
     "top_k": Floor.LOSSLESS,
     "top_p": Floor.LOSSLESS,
+    "min_p": Floor.LOSSLESS,
+    "min_tokens": Floor.LOSSLESS,
+    "logit_bias": Floor.LOSSLESS,
+    "presence_penalty": Floor.LOSSLESS,
+    "frequency_penalty": Floor.LOSSLESS,
+    "repetition_penalty": Floor.LOSSLESS,
+    "structured_outputs": Floor.LOSSLESS,
 }
 
 
@@ -155,6 +177,63 @@ class DecodingParams:
         http="diffusion.floor",
         by_service=True,
     ).field
+
+    min_p: float = Parameter(
+        0.0,
+        Number(0, 1),
+        "sample among tokens of at least this share of the likeliest one's probability",
+        _CAUSAL,
+        off=0.0,
+    ).field
+    min_tokens: int = Parameter(
+        0,
+        Integer(0, MAX_COUNT),
+        "no EOS, no stop token and no stop string ends the answer before so many tokens; at most `max_new_tokens`",
+        _CAUSAL,
+        off=0,
+    ).field
+    logit_bias: tuple[tuple[int, float], ...] = Parameter(
+        (), TokenBiases(MAX_BIASED_TOKENS, MAX_BIAS), "is added to the logits of these tokens", _CAUSAL, off=()
+    ).field
+    presence_penalty: float = Parameter(
+        0.0,
+        Number(-MAX_PENALTY, MAX_PENALTY),
+        "is taken off the logit of each token that the answer has already",
+        _CAUSAL,
+        off=0.0,
+    ).field
+    frequency_penalty: float = Parameter(
+        0.0,
+        Number(-MAX_PENALTY, MAX_PENALTY),
+        "is taken off a token's logit as often as the answer has the token already",
+        _CAUSAL,
+        off=0.0,
+    ).field
+    repetition_penalty: float = Parameter(
+        1.0,
+        Number(0, MAX_REPETITION_PENALTY, low_open=True),
+        "divides the logit of each token that prompt or answer have already; multiplies it where it is below 0",
+        _CAUSAL,
+        off=1.0,
+    ).field
+
+    structured_outputs: Constraint | None = Parameter(
+        None,
+        Constraints(MAX_CONSTRAINT_BYTES),
+        "the text is what is described: EOS may come only where it is whole; needs a tokenizer",
+        (Mode.AR, *_VERIFIED),
+        default_is="any text",
+    ).field
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a token's logit depends on the tokens that are there already."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def steers(self) -> bool:
+        """Whether the request changes logits before a token is chosen (`twotower.decoding.steering`)."""
+        return bool(self.min_tokens or self.logit_bias or self.structured_outputs) or self.penalises
 
     @property
     def samples(self) -> bool:

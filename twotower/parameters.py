@@ -4,16 +4,26 @@
 protobuf, a service's configuration and docs derive from the declarations. Knows none of these, and nothing by name.
 """
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from twotower.errors import InvalidRequest
 from twotower.showing import show
 
 _KEY = "declared"
+_AN_ID = re.compile("0|[1-9][0-9]{0,9}")
+_DESCRIPTIONS = {
+    "json": "a JSON Schema, or one as text",
+    "json_object": "true",
+    "regex": "a regular expression",
+    "choice": "a list of texts, none of them empty",
+    "grammar": "a grammar in Lark's form",
+}
 _POWER = 20  # numbers are written as a power of 2 from here on
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -209,6 +219,125 @@ class TokenIds:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenBiases:
+    """A number for each of some token ids, `most` at most; the ids are text in JSON. As the request has them: pairs in
+    the order of their ids. Which ids a model has, the declaration does not know."""
+
+    most: int
+    largest: float
+
+    def read(self, name: str, value: object) -> tuple[tuple[int, float], ...]:
+        if value == () and isinstance(value, tuple):
+            return ()
+        if not isinstance(value, Mapping):
+            raise _refused(name, value, f"an object of token ids and numbers in {self._range}")
+        if len(value) > self.most:
+            raise InvalidRequest.of(name, f"got {len(value)} token ids, wanted at most {self.most}")
+        return tuple(sorted((self._id(name, token), self._bias(name, token, bias)) for token, bias in value.items()))
+
+    def _id(self, name: str, token: object) -> int:
+        if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+            return token
+        if isinstance(token, str) and _AN_ID.fullmatch(token):
+            return int(token)
+        raise _refused(name, token, "a token id as a name")
+
+    def _bias(self, name: str, token: object, bias: object) -> float:
+        if isinstance(bias, int | float) and not isinstance(bias, bool) and abs(bias) <= self.largest:
+            return float(bias)
+        raise InvalidRequest.of(name, f"got {show(bias)} for token {token}, wanted a number in {self._range}")
+
+    @property
+    def _range(self) -> str:
+        return f"[{-self.largest:g}, {self.largest:g}]"
+
+    @property
+    def allowed(self) -> str:
+        return f"up to {self.most} token ids, each with a number in {self._range}"
+
+    @property
+    def schema(self) -> dict[str, object]:
+        return {
+            "type": "object",
+            "propertyNames": {"pattern": f"^({_AN_ID.pattern})$"},
+            "additionalProperties": {"type": "number", "minimum": -self.largest, "maximum": self.largest},
+            "maxProperties": self.most,
+        }
+
+
+class Constraint(NamedTuple):
+    """What a text has to be: which `kind` of description, and the description as text."""
+
+    kind: str
+    text: str
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """As a request says it."""
+        if self.kind == "choice":
+            return {"choice": json.loads(self.text)}
+        return {self.kind: True if self.kind == "json_object" else self.text}
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """None, or an object with one name, which says how the text is described: `json` (a JSON Schema, or one as text),
+    `json_object` (true), `regex`, `choice` (texts) or `grammar`. `most`: bytes of the description, as JSON where it is
+    no text."""
+
+    most: int
+
+    def read(self, name: str, value: object) -> Constraint | None:
+        if value is None:
+            return None
+        if isinstance(value, Constraint):
+            return value
+        if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in _DESCRIPTIONS:
+            raise _refused(name, value, f"an object with one of {', '.join(_DESCRIPTIONS)}")
+        [(kind, described)] = value.items()
+        text = self._text(name, kind, described)
+        size = len(check_text(name, text).encode())
+        if size > self.most:
+            raise InvalidRequest.of(name, f"got {size} bytes of {kind}, wanted at most {self.most}")
+        return Constraint(kind, text)
+
+    def _text(self, name: str, kind: str, described: object) -> str:
+        match kind, described:
+            case "json_object", True:
+                return ""
+            case "json", Mapping():
+                return _dumped(name, described)
+            case "choice", [_, *_] if all(isinstance(text, str) and text for text in described):
+                return _dumped(name, described)
+            case "json" | "regex" | "grammar", str() if described:
+                return described
+        raise InvalidRequest.of(name, f"got {show(described)} for {kind}, wanted {_DESCRIPTIONS[kind]}")
+
+    @property
+    def allowed(self) -> str:
+        return f"an object with one of {', '.join(f'`{kind}`' for kind in _DESCRIPTIONS)}, of at most {self.most} bytes"
+
+    @property
+    def schema(self) -> dict[str, object]:
+        text = {"type": "string", "minLength": 1, "maxLength": self.most}
+        kinds = {
+            "json": {"anyOf": [{"type": "object"}, text]},
+            "json_object": {"const": True},
+            "regex": text,
+            "choice": {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+            "grammar": text,
+        }
+        one = {
+            "type": "object",
+            "properties": kinds,
+            "additionalProperties": False,
+            "minProperties": 1,
+            "maxProperties": 1,
+        }
+        return {"anyOf": [{"type": "null"}, one]}
+
+
+@dataclass(frozen=True, slots=True)
 class Texts:
     """A string or a list of up to `most`, each of at least one character and of at most `characters`."""
 
@@ -256,6 +385,14 @@ def check_text(name: str, text: object) -> str:
             name, "got text with half a surrogate pair or broken UTF-8 in it, wanted whole Unicode characters"
         ) from None
     return text
+
+
+def _dumped(name: str, value: object) -> str:
+    """As JSON, in the order that it has."""
+    try:
+        return json.dumps(dict(value) if isinstance(value, Mapping) else list(value), allow_nan=False)  # type: ignore[call-overload]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest.of(name, f"no JSON: {error}") from None
 
 
 def _refused(name: str, got: object, wanted: str) -> InvalidRequest:

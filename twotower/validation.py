@@ -26,7 +26,7 @@ from twotower.core import (
     ScoreRequest,
 )
 from twotower.errors import FieldError, InvalidRequest
-from twotower.parameters import Parameter, TokenIds, check_text
+from twotower.parameters import Parameter, TokenBiases, TokenIds, check_text
 from twotower.showing import show, show_name
 
 _NAMED = 8  # unknown fields that are told by name
@@ -100,6 +100,8 @@ def parse_params(given: Mapping[str, object], limits: ModelLimits) -> DecodingPa
     for name, parameter in PARAMETERS.items():
         if isinstance(parameter.kind, TokenIds):
             _check_ids(name, values.get(name, ()), limits.vocab_size, problems)
+        elif isinstance(parameter.kind, TokenBiases):
+            _check_biased(name, values.get(name, ()), limits.vocab_size, problems)
     problems.raise_any()
     drawn = {name: draw_seed() for name, parameter in PARAMETERS.items() if parameter.drawn}
     chosen = {name: values.get(name, drawn.get(name, getattr(limits.defaults, name))) for name in PARAMETERS}
@@ -236,6 +238,9 @@ def join(request_id: str, prompt: tuple[int, ...], terms: Terms, limits: ModelLi
             f"got {params.max_new_tokens} after a prompt of {len(prompt)} tokens ({together} together), "
             f"wanted at most {longest} together",
         )
+    if params.min_tokens > params.max_new_tokens:
+        wanted = f"wanted at most max_new_tokens ({params.max_new_tokens})"
+        raise InvalidRequest.of("min_tokens", f"got {params.min_tokens}, {wanted}")
     check_likelihoods(params.max_new_tokens, terms.logprobs)
     return Request(
         RequestId(request_id), prompt, params, priority=terms.priority, trace=terms.trace, logprobs=terms.logprobs
@@ -300,6 +305,10 @@ def _check_mode(mode: object, values: Mapping[str, Any], limits: ModelLimits, pr
     for name, parameter in PARAMETERS.items():
         if name in values:
             _check_meaning(name, parameter, values[name], mode, problems)
+    if values.get("structured_outputs") is not None:
+        for name in ("min_tokens", "ignore_eos"):
+            if values.get(name):
+                problems.say(name, f"got {show(values[name])}, but where structured_outputs ends, the answer does")
     if mode is Mode.AUTO:
         _check_floor(Floor(values.get("floor", limits.defaults.floor)), values, problems)
 
@@ -314,6 +323,12 @@ def _check_meaning(name: str, parameter: Parameter, value: object, mode: object,
     if parameter.modes and mode not in parameter.modes and value != parameter.off:
         why = "has no meaning in" if parameter.off is None else "is not supported in"
         problems.say(name, f"got {show(value)}, but {name} {why} {mode} mode")
+
+
+def _check_biased(name: str, biases: Sequence[tuple[int, float]], vocab_size: int, problems: Problems) -> None:
+    """They are in the order of their ids, so the last one is the largest."""
+    if biases and biases[-1][0] >= vocab_size:
+        problems.add(name, biases[-1][0], f"token ids from 0 to {vocab_size - 1} as names")
 
 
 def _check_ids(name: str, token_ids: object, vocab_size: int, problems: Problems) -> tuple[int, ...]:

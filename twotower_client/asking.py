@@ -35,6 +35,13 @@ class Params(TypedDict, total=False):
     draft_steps: int | None
     draft_threshold: float | None
     floor: Floor | None
+    min_p: float | None
+    min_tokens: int | None
+    logit_bias: Mapping[int, float] | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    structured_outputs: Mapping[str, Any] | None
 
 
 class Common(TypedDict, total=False):

@@ -1,6 +1,7 @@
 """The gRPC face: calls as messages, messages as answers, statuses as errors. Opens no channel."""
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -147,13 +148,30 @@ def _generate_message(ask: Ask) -> bytes:
     if ask.echo:
         raise InvalidRequest.of("echo", "got true, wanted it only over HTTP", ask.request_id)
     words = {name: _number(name, word, ask.request_id) for name, word in ask.params.items() if name in _ENUMS}
-    params = _written(pb.DecodingParams, ask.request_id, **{**ask.params, **words})
+    given = {**ask.params, **words}
+    if "structured_outputs" in given:
+        given["structured_outputs"] = _structured(given["structured_outputs"], ask.request_id)
+    params = _written(pb.DecodingParams, ask.request_id, **given)
     prompt: dict[str, Any] = _prompt(ask.prompt)
     beside = {"request_id": ask.request_id, "priority": ask.priority, "trace": ask.trace, "stop": ask.stop}
     if ask.logprobs is not None:
         beside["logprobs"] = ask.logprobs
     message: bytes = _written(pb.GenerateRequest, ask.request_id, params=params, **prompt, **beside).SerializeToString()
     return message
+
+
+def _structured(described: Any, request_id: str) -> Any:
+    """What an answer has to be: an object with one name, as over HTTP."""
+    if not isinstance(described, Mapping) or len(described) != 1:
+        raise InvalidRequest.of(
+            "structured_outputs", f"got {described!r:.60}, wanted an object with one name", request_id
+        )
+    [(kind, value)] = described.items()
+    if kind == "json" and not isinstance(value, str):
+        value = json.dumps(value)
+    elif kind == "choice":
+        value = _written(pb.Choices, request_id, texts=value)
+    return _written(pb.StructuredOutputs, request_id, **{kind: value})
 
 
 def _prompt(prompt: Prompt) -> dict[str, Any]:

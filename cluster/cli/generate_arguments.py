@@ -17,7 +17,7 @@ from twotower.commands.parameter_flags import (
 )
 from twotower.commands.parser import ids
 from twotower.core import PARAMETERS
-from twotower.parameters import TokenIds, check_text
+from twotower.parameters import Constraint, TokenBiases, TokenIds, check_text
 from twotower.validation import check_logprobs, check_priority, check_token_ids, check_values
 
 _LARGEST_ID = 2**32 - 1  # of the message's uint32
@@ -58,9 +58,13 @@ def request_of(options: argparse.Namespace) -> tuple[str | tuple[int, ...], dict
 
 def _params(given: dict[str, object]) -> dict[str, Any]:
     values = check_values(given)
-    for name, parameter in PARAMETERS.items():
-        if isinstance(parameter.kind, TokenIds) and name in values:
-            values[name] = _ids(name, values[name])
+    for name, value in values.items():
+        if isinstance(PARAMETERS[name].kind, TokenIds):
+            values[name] = _ids(name, value)
+        elif isinstance(PARAMETERS[name].kind, TokenBiases):
+            values[name] = dict(value)
+        elif isinstance(value, Constraint):
+            values[name] = value.described
     return values
 
 

@@ -30,9 +30,11 @@ from cluster.runs.streams import Stream, merged
 from cluster.runs.trace_parent import NO_PARENT, TraceParent
 from cluster.runs.turns import Turns
 from twotower.core import Request, ScoreRequest
-from twotower.errors import TwoTowerError
+from twotower.errors import InvalidRequest, TwoTowerError
+from twotower.parameters import Constraint
 from twotower.showing import show
 from twotower.text.answer_text import AnswerText
+from twotower.text.grammars import FIELD
 from twotower.text.token_names import TokenNames, TokenNumbers
 from twotower.text.token_texts import TokenTexts
 from twotower.text.tokenizer import check_stop
@@ -47,6 +49,7 @@ from twotower.validation import (
 )
 
 AnyRun = TypeVar("AnyRun", bound=Run)
+_COMPILED_S = 0.1  # a grammar: some take a millisecond, some a second
 _DETOKENIZED_S = 5e-5  # a token, one by one
 
 
@@ -209,8 +212,8 @@ class Generation:
     async def run(
         self, checked: Checked, deadline: Deadline, caller: Caller = NOBODY, parent: TraceParent = NO_PARENT
     ) -> Generating:
-        """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens;
-        DeadlineExceeded.
+        """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens, or where no
+        automaton can be made of what its answer has to be; DeadlineExceeded.
         """
         return (await self.runs(checked, 1, deadline, caller, parent))[0]
 
@@ -228,13 +231,24 @@ class Generation:
             with self._refusals_told():
                 prompt = await self.prompts.token_ids("prompt", checked.prompt, deadline, ask.special_tokens)
                 request = join(ask.id, prompt, checked.terms, self.model.limits)
+        await self._compiled(request.params.structured_outputs, deadline)
         runs = []
         for one in tries_of(request, count):
             record = Record(one, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
             with_offsets = ask.offsets and one.logprobs is not None
-            text = AnswerText(model.tokenizer, checked.stop, with_offsets, ask.with_stop)
+            text = AnswerText(model.tokenizer, checked.stop, with_offsets, ask.with_stop, one.params.min_tokens)
             runs.append(self._added(Generating(record, deadline, self._means, text)))
         return runs
+
+    async def _compiled(self, constraint: Constraint | None, deadline: Deadline) -> None:
+        """Only to see that it can be: a tower makes its own. Raises InvalidRequest, DeadlineExceeded."""
+        grammars = self.model.grammars
+        if constraint is None or (grammars is not None and constraint in grammars):
+            return
+        with self._refusals_told():
+            if grammars is None:
+                raise InvalidRequest.of(FIELD, "not served here: there is no tokenizer")
+            await self.lanes.run(_COMPILED_S, partial(grammars.matcher, constraint), deadline)
 
     async def echo_run(
         self,

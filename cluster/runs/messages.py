@@ -4,11 +4,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.runs.signs import CellSign
-from twotower.core import BlockEvent, FailureEvent, Mode, RoundEvent, ScoreEvent, StepEvent, ToldEvent
+from twotower.core import (
+    PARAMETERS,
+    AnyRequest,
+    BlockEvent,
+    FailureEvent,
+    Mode,
+    Request,
+    RoundEvent,
+    ScoreEvent,
+    StepEvent,
+    ToldEvent,
+)
 from twotower.transport.codec import Codec
 from twotower.transport.handshake import Address
 
 CELL_SILENCE_S = 3.0  # then a router goes on elsewhere
+UNTOLD = frozenset(
+    "mode max_new_tokens block_size steps_per_block confidence_threshold temperature top_k top_p seed stop_token_ids "
+    "ignore_eos draft_steps draft_threshold floor".split()
+)
 ROUTER_SILENCE_S = 5.0  # then a cell gives up what the router asked of it: the lease
 
 
@@ -68,13 +83,23 @@ class Waits:
 class Placed:
     """A cell has taken the call: which one, and with what checkpoint. Comes before all events.
 
-    `vocabulary`: the same where token ids mean the same; a cell of an older version says none.
+    `vocabulary`: the same where token ids mean the same; a cell of an older version says none. `knows`: the parameters
+    of requests that the cell's version has; one of a version that says none has those of `UNTOLD`.
     """
 
     call: int
     cell: str
     fingerprint: str
     vocabulary: str = ""
+    knows: tuple[str, ...] = ()
+
+    def unknown(self, request: AnyRequest) -> list[str]:
+        """What the request asks for, and this cell would leave out in silence."""
+        if not isinstance(request, Request):
+            return []
+        asked = (name for name, one in PARAMETERS.items() if getattr(request.params, name) != one.default)
+        known = self.knows or UNTOLD
+        return [name for name in asked if name not in known]
 
 
 @dataclass(frozen=True, slots=True)

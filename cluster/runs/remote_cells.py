@@ -52,6 +52,12 @@ class RemoteAttempt:
         except TimeoutError:
             raise Unavailable(f"no cell took this request within {within_s:g} s") from None
 
+    def check_knows(self, request: AnyRequest) -> None:
+        """Raises Unavailable where the cell is of a version that would leave out what the request asks for."""
+        unknown = self._call.placed.result().unknown(request)
+        if unknown:
+            raise Unavailable(f"cell {self.cell} is of an older version, which does not know {', '.join(unknown)}")
+
     async def next(self) -> ToldEvent:
         event = await self._call.inbox.get()
         if isinstance(event, FailureEvent):
@@ -110,6 +116,7 @@ class RemoteCells:
         watch.add_done_callback(self._watches.discard)
         try:
             await attempt.taken(_TAKEN_S)
+            attempt.check_knows(request)
         except BaseException:
             await attempt.close()
             raise

@@ -9,6 +9,7 @@ from twotower.core import DecodingParams, Mode
 from twotower.errors import ConfigError
 from twotower.model.checkpoint import Checkpoint
 from twotower.text.chat_template import ChatTemplate, template_of
+from twotower.text.grammars import Grammars
 from twotower.text.tokenizer import Tokenizer, load_tokenizer
 from twotower.validation import ModelLimits, check_values
 
@@ -25,6 +26,7 @@ class ServedModel:
     vocabulary: str
     chat_template: ChatTemplate | None = None
     version: str = twotower.__version__
+    grammars: Grammars | None = None
 
 
 def load_served_model(config: ServiceConfig) -> ServedModel:
@@ -48,6 +50,7 @@ def load_served_model(config: ServiceConfig) -> ServedModel:
         layout=str(checkpoint.layout),
         fingerprint=checkpoint.fingerprint,
         vocabulary=checkpoint.vocabulary,
+        grammars=Grammars(directory, checkpoint.config.vocab_size, checkpoint.config.eos_token_id),
     )
 
 

@@ -32,6 +32,8 @@ TYPES = {
     "Number": "float | None",
     "Flag": "bool | None",
     "TokenIds": "Sequence[int] | None",
+    "TokenBiases": "Mapping[int, float] | None",
+    "Constraints": "Mapping[str, Any] | None",
 }
 
 
@@ -43,7 +45,7 @@ def test_every_parameter_is_declared_here_too() -> None:
         wanted = (
             f"{name.title()} | None" if isinstance(parameter.kind, Choice) else TYPES[type(parameter.kind).__name__]
         )
-        told = str(Params.__annotations__[name]).replace("collections.abc.", "")
+        told = str(Params.__annotations__[name]).replace("collections.abc.", "").replace("typing.", "")
         literal = {"mode": tuple(Mode), "floor": tuple(Floor)}.get(name)
         assert told == wanted if literal is None else all(f"'{word}'" in told for word in literal), name
     assert tuple(Mode) == MODES and set(http.NAMES) <= set(PARAMETERS)

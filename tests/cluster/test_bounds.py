@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from cluster.faces.grpc.messages import ask_of
-from cluster.faces.grpc.strict_protobuf import MAX_FIELDS, parse_message
+from cluster.faces.grpc.strict_protobuf import MAX_FIELDS, MAX_PARAMS, parse_message
 from cluster.faces.http.completion_models import MAX_LABEL, MAX_PROMPTS
 from cluster.faces.http.service import make_app
 from cluster.runs.generation import Generation
@@ -59,6 +59,14 @@ HTTP: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "stop_token_ids",
         "65 token",
     ),
+    (
+        "biased tokens",
+        {"logit_bias": {str(token): 1 for token in range(200)}} | AR,  # of a vocabulary of 260
+        {"logit_bias": {str(token): 1 for token in range(MAX_NAMES + 1)}} | AR,
+        "body",
+        "513 names",
+    ),
+    ("bias", {"logit_bias": {"5": -100}} | AR, {"logit_bias": {"5": -100.5}} | AR, "logit_bias", "in [-100, 100]"),
     ("user", {"user": LABEL}, {"user": LABEL + "x"}, "user", "513 characters, wanted at most 512"),
     ("request_id", {"request_id": "r" * 128}, {"request_id": "r" * 129}, "request_id", "1 to 128 printable"),
     ("seed", {"seed": MAX_SEED}, {"seed": MAX_SEED + 1}, "seed", f"from 0 to {MAX_SEED}"),
@@ -224,6 +232,12 @@ GRPC: list[tuple[str, pb.GenerateRequest, pb.GenerateRequest, str]] = [
         "params.stop_token_ids: got 65 token ids, wanted at most 64",
     ),
     (
+        "biased tokens",
+        pb.GenerateRequest(text="a", params=pb.DecodingParams(mode="MODE_AR", logit_bias={5: 100})),
+        pb.GenerateRequest(text="a", params=pb.DecodingParams(mode="MODE_AR", logit_bias=dict.fromkeys(range(513), 1))),
+        "params.logit_bias: got 513 token ids, wanted at most 512",
+    ),
+    (
         "stop string",
         pb.GenerateRequest(text="a", stop=[STOP] * MAX_STOP_STRINGS),
         pb.GenerateRequest(text="a", stop=[STOP + "x"]),
@@ -296,7 +310,7 @@ WIRE_STOP, WIRE_IDS, WIRE_PARAMS = b"\x2a\x01a", b"\x1a", b"\x22"
 
 def sized(field: bytes, size: int) -> bytes:
     """A field of so many bytes, which are a `size` of unknown little fields."""
-    return field + bytes([size & 127 | 128, size >> 7]) + b"\x78\x00" * (size // 2)
+    return field + bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14]) + b"\x78\x00" * (size // 2)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +323,11 @@ def sized(field: bytes, size: int) -> bytes:
             sized(WIRE_IDS, 6 * LONGEST + 2),
             "token_ids: got 1538 bytes, wanted at most 1536: 256 tokens of no more than 6 bytes",
         ),
-        (sized(WIRE_PARAMS, 4096), sized(WIRE_PARAMS, 4098), "params: got 4098 bytes, wanted at most 4096"),
+        (
+            sized(WIRE_PARAMS, MAX_PARAMS),
+            sized(WIRE_PARAMS, MAX_PARAMS + 2),
+            f"params: got {MAX_PARAMS + 2} bytes, wanted at most {MAX_PARAMS}",
+        ),
     ],
 )
 def test_sizes_on_the_wire_are_looked_at_before_protobuf_reads(data: bytes, one_more: bytes, words: str) -> None:

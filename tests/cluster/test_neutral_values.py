@@ -27,7 +27,7 @@ async def test_what_asks_for_nothing_is_taken_and_anything_else_is_named(http: h
         assert error["message"].endswith(f"wanted {NEUTRAL[name].wanted}: not supported here")
 
 
-@pytest.mark.parametrize(("name", "value"), [("n", True), ("store", 0), ("min_p", False), ("repetition_penalty", 1.1)])
+@pytest.mark.parametrize(("name", "value"), [("n", True), ("store", 0), ("typical_p", False), ("length_penalty", 1.1)])
 async def test_what_only_looks_the_same_is_refused(http: httpx.AsyncClient, name: str, value: object) -> None:
     assert (await http.post("/v1/completions", json=body_with(name, value))).status_code == 400
 

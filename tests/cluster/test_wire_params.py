@@ -10,7 +10,7 @@ from cluster.cli.generate_arguments import add_generate_arguments, request_of
 from cluster.faces.grpc.wire_params import given_in, params_message
 from cluster.faces.http.completions import parse_call
 from twotower.core import PARAMETERS, DecodingParams, Floor, Mode
-from twotower.parameters import Choice, Flag, Integer, Number, TokenIds
+from twotower.parameters import Choice, Constraint, Constraints, Flag, Integer, Number, TokenBiases, TokenIds
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.validation import check_values
 from twotower_client.asking import ask_of
@@ -32,12 +32,21 @@ NUMBERS = {
     "draft_steps": 12,
     "draft_threshold": 13,
     "floor": 40,
+    "min_p": 41,
+    "min_tokens": 42,
+    "logit_bias": 43,
+    "presence_penalty": 44,
+    "frequency_penalty": 45,
+    "repetition_penalty": 46,
+    "structured_outputs": 47,
 }
 TYPES = {
     Choice: FieldDescriptor.TYPE_ENUM,
     Integer: FieldDescriptor.TYPE_INT64,
     Number: FieldDescriptor.TYPE_DOUBLE,
     TokenIds: FieldDescriptor.TYPE_UINT32,
+    TokenBiases: FieldDescriptor.TYPE_MESSAGE,
+    Constraints: FieldDescriptor.TYPE_MESSAGE,
     Flag: FieldDescriptor.TYPE_BOOL,
 }
 # A value that is no default, as a flag and as JSON.
@@ -56,6 +65,13 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "draft_steps": (["--draft-steps", "3"], 3),
     "draft_threshold": (["--draft-threshold", "1"], 1),
     "floor": (["--floor", "confidence"], "confidence"),
+    "min_p": (["--min-p", "0.25"], 0.25),
+    "min_tokens": (["--min-tokens", "3"], 3),
+    "logit_bias": (["--logit-bias", "7:-1.5,11:2"], {"7": -1.5, "11": 2}),
+    "presence_penalty": (["--presence-penalty", "-2"], -2),
+    "frequency_penalty": (["--frequency-penalty", "0.5"], 0.5),
+    "repetition_penalty": (["--repetition-penalty", "1.5"], 1.5),
+    "structured_outputs": (["--structured-outputs", '{"json": {"type": "object"}}'], {"json": {"type": "object"}}),
 }
 
 
@@ -67,8 +83,8 @@ def test_the_message_is_what_is_declared() -> None:
     }
     for field in message.fields:
         kind = PARAMETERS[field.name].kind
-        assert field.is_repeated == isinstance(kind, TokenIds)
-        if not isinstance(kind, TokenIds | Choice):
+        assert field.is_repeated == isinstance(kind, TokenIds | TokenBiases)
+        if not isinstance(kind, TokenIds | TokenBiases | Choice):
             assert field.has_presence, f"{field.name}: what is not given must not look like 0"
     assert {v.name: v.number for v in pb.Mode.DESCRIPTOR.values} == {
         "MODE_UNSPECIFIED": 0,
@@ -102,10 +118,21 @@ def test_what_is_given_arrives_and_nothing_else(name: str) -> None:
 
 
 def test_defaults_go_there_and_back() -> None:
-    params = DecodingParams(Mode.AR, 5, top_p=0.5, stop_token_ids=(1, 2))
+    params = DecodingParams(Mode.AR, 5, top_p=0.5, stop_token_ids=(1, 2), logit_bias=((3, -1.0), (9, 2.5)))
     values = {name: getattr(params, name) for name in PARAMETERS}
     assert DecodingParams(**check_values(given_in(params_message(values)))) == params
     assert given_in(pb.DecodingParams()) == {}
+
+
+@pytest.mark.parametrize(
+    "described",
+    [{"json_object": True}, {"regex": "[a-z]+"}, {"choice": ["a", "b c"]}, {"grammar": 'start: "a"'}, {"json": "{}"}],
+)
+def test_what_a_text_has_to_be_arrives_from_there(described: dict[str, Any]) -> None:
+    [constraint] = check_values({"structured_outputs": described}).values()
+    assert isinstance(constraint, Constraint)
+    message = pb.DecodingParams.FromString(params_message({"structured_outputs": constraint}).SerializeToString())
+    assert given_in(message) == {"structured_outputs": described}
 
 
 def test_a_mode_of_a_newer_client_stays_a_number() -> None:

@@ -8,15 +8,17 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from tests.engine.decode import Decoded, collect
 from twotower.config import ModelConfig
 from twotower.core import BlockEvent, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
+from twotower.engine.context.compiling import Compiling
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
-from twotower.engine.in_process import pair_of
+from twotower.engine.in_process import grammars_of, pair_of
 from twotower.engine.ledger import Ledger
 from twotower.engine.pair import Pair
 from twotower.engine.runner import EngineRunner
@@ -141,11 +143,16 @@ async def _in_company(pair: Pair, requests: Sequence[Request], draw: random.Rand
 
 @asynccontextmanager
 async def split_pair(
-    towers: Towers, num_denoisers: int, settings: EngineSettings = SETTINGS, told: LinkSettings = LINK
+    towers: Towers,
+    num_denoisers: int,
+    settings: EngineSettings = SETTINGS,
+    told: LinkSettings = LINK,
+    checkpoint: Path | None = None,
 ) -> AsyncIterator[Pair]:
     """Engines on threads of their own, each denoiser with a mirror, joined by gloo."""
     runners = [EngineRunner() for _ in range(1 + num_denoisers)]
-    context = ContextEngine(towers.context, settings, runners[0].emit)
+    compiling = Compiling(grammars_of(checkpoint, towers.config), runners[0].wake)
+    context = ContextEngine(towers.context, settings, runners[0].emit, compiling)
     runners[0].start([context], towers.context.device)
     for number, runner in enumerate(runners[1:]):
         port, address = open_port(context.cache, number, 0, told, hooks_of(runners[0]))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower
+from tests.cluster.fakes import ByteTokenizer
 from tests.goldens import VENDORED
 from tests.text.tokenizers_for_tests import SPECIAL, Plain, byte_level, metaspace, save, sentencepiece
 from twotower.errors import CheckpointError, InvalidRequest
@@ -289,6 +290,26 @@ def test_an_answer_does_not_depend_on_its_blocks(text: str, cuts: list[int], sto
     assert taken == answer.token_ids == ids[: complete[0] if complete else len(ids)]
     assert new == answer.text and not any(s in new for s in stop)
     assert tokenizer.decode(taken).startswith(new)
+
+
+@pytest.mark.parametrize(
+    ("least", "taken", "text"),
+    [
+        (0, 3, ""),
+        (3, 3, ""),
+        (4, 5, "ab"),  # the end of one that did not count begins the next
+        (5, 5, "ab"),
+        (6, 9, "ababac"),
+        (9, 9, "ababac"),
+        (10, 10, "ababacabab"),
+    ],
+)
+def test_no_stop_string_ends_an_answer_before_so_many_tokens(least: int, taken: int, text: str) -> None:
+    """Of "aba" in "ababacabab", a character a token."""
+    tokenizer = ByteTokenizer()
+    answer = AnswerText(tokenizer, ["aba"], min_tokens=least)
+    answer.push(tokenizer.encode_continuation("ababacabab"), last=True)
+    assert (len(answer.token_ids), answer.text) == (taken, text)
 
 
 def test_an_answer_without_a_tokenizer_is_its_tokens() -> None:

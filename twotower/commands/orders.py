@@ -10,6 +10,7 @@ from twotower.errors import InvalidRequest
 from twotower.model.checkpoint import Checkpoint
 from twotower.parameters import Integer, check_text
 from twotower.strict_json import parse_line, read_lines
+from twotower.text.grammars import Grammars
 from twotower.text.tokenizer import Tokenizer, check_stop, encode_prompt, load_tokenizer
 from twotower.validation import ModelLimits, Problems, check_known, make_request
 
@@ -24,6 +25,7 @@ class Model:
     checkpoint: Checkpoint
     tokenizer: Tokenizer | None
     limits: ModelLimits
+    grammars: Grammars | None = None
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +56,8 @@ def open_model(name: str, max_sequence_length: object) -> Model:
     checkpoint = Checkpoint.open(directory)
     defaults = DecodingParams(mode=checkpoint.modes[0])
     limits = ModelLimits(checkpoint.config.vocab_size, longest, checkpoint.modes, defaults)
-    return Model(directory, checkpoint, load_tokenizer(directory), limits)
+    grammars = Grammars(directory, checkpoint.config.vocab_size, checkpoint.config.eos_token_id)
+    return Model(directory, checkpoint, load_tokenizer(directory), limits, grammars)
 
 
 def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Order:
@@ -67,6 +70,8 @@ def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Ord
     priority = values.get("priority", PRIORITY.default)
     trace, logprobs = values.get("trace", TRACE.default), values.get("logprobs", LOGPROBS.default)
     request = make_request(str(number), prompt, params, model.limits, priority, trace, logprobs)
+    if request.params.structured_outputs is not None and model.grammars is not None:
+        model.grammars.matcher(request.params.structured_outputs)  # before any tower is loaded
     return Order(request, check_stop(model.tokenizer, values.get("stop", ())), _id(values))
 
 

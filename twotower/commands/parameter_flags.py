@@ -3,9 +3,9 @@
 from argparse import SUPPRESS, Namespace, _ActionsContainer
 from collections.abc import Collection
 
-from twotower.commands.parser import ids, number
+from twotower.commands.parser import biases, ids, json_value, number
 from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, STOP, TRACE
-from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenIds
+from twotower.parameters import Choice, Constraints, Flag, Integer, Number, Parameter, Texts, TokenBiases, TokenIds
 
 
 def add_parameter_flags(group: _ActionsContainer, own_defaults: bool = True, without: Collection[str] = ()) -> None:
@@ -47,6 +47,10 @@ def _add(group: _ActionsContainer, name: str, parameter: Parameter, default: obj
             group.add_argument(flag, action="append", default=default, metavar="TEXT", help=f"{told}; may be repeated")
         case TokenIds():
             group.add_argument(flag, type=ids, default=default, metavar="7,8", help=told)
+        case Constraints():
+            group.add_argument(flag, type=json_value, default=default, metavar="JSON", help=told)
+        case TokenBiases():
+            group.add_argument(flag, type=biases, default=default, metavar="7:1.5,8:-2", help=told)
         case kind:
             metavar = {Choice: name.upper(), Integer: "N", Number: "X"}[type(kind)]
             group.add_argument(flag, type=number, default=default, metavar=metavar, help=told)

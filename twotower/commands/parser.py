@@ -1,6 +1,7 @@
 """How all our commands read their flags: errors of one line, no abbreviations, values as JSON would have them."""
 
 import argparse
+import json
 from typing import Any, NoReturn
 
 
@@ -46,3 +47,17 @@ def share(text: str) -> float:
 def ids(text: str) -> list[object]:
     """Token ids with commas between them; what is no number stays text, for validation to refuse by its place."""
     return [number(part) for part in text.split(",")] if text.strip() else []
+
+
+def biases(text: str) -> dict[str, object]:
+    """Token ids and numbers, as `ids` has a list: what is none stays text."""
+    pairs = (part.partition(":") for part in text.split(",")) if text.strip() else ()
+    return {token.strip(): number(bias) for token, _, bias in pairs}
+
+
+def json_value(text: str) -> object:
+    """What JSON text says; what is no JSON stays text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

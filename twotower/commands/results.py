@@ -51,7 +51,7 @@ async def decode(
     hear: Callable[[Piece | TraceEvent], None] = lambda told: None,
 ) -> Result:
     """Decode one order to its end. `hear` gets each piece of the answer, and of its trace, as it comes."""
-    answer = AnswerText(tokenizer, order.stop)
+    answer = AnswerText(tokenizer, order.stop, min_tokens=order.request.params.min_tokens)
     costs, likelihoods, trace = dict.fromkeys(COSTS, 0), list[Likelihood](), list[TraceEvent]()
     reason: FinishReason | None = None
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The next token of causal modes (`ar`, `mock_ar`): greedy, or temperature with top-k and top-p, per row."""
+"""The next token of causal modes (`ar`, `mock_ar`): greedy, or temperature with top-k, top-p and min-p, per row."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -9,6 +9,7 @@ from torch import Tensor
 from twotower.core import GREEDY_BELOW, DecodingParams
 from twotower.decoding.margins import runner_up
 from twotower.decoding.randomness import step_key, uniform
+from twotower.decoding.steering import Steered, steer
 from twotower.model.transfer import on_device
 
 _SMALLEST = 1e-38
@@ -17,23 +18,26 @@ _MISS = 4.0  # a sum of probabilities moves by a quarter of the logits' differen
 
 @dataclass(frozen=True, slots=True)
 class TokenParams:
-    """How one row samples. `top_k` 0 and `top_p` 1 are off; `key` names this position's random number."""
+    """How one row samples. `top_k` 0, `top_p` 1 and `min_p` 0 are off; `key` names this position's random number.
+    `steered`: what the request does to the logits before."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     key: int = 0
+    min_p: float = 0.0
+    steered: Steered | None = None
 
     @classmethod
-    def of(cls, params: DecodingParams, place: int) -> Self:
+    def of(cls, params: DecodingParams, place: int, steered: Steered | None = None) -> Self:
         """Of the answer's token at `place`, in every causal mode."""
         key = step_key(params.seed, place, 0) if params.samples else 0
-        return cls(params.temperature, params.top_k, params.top_p, key)
+        return cls(params.temperature, params.top_k, params.top_p, key, params.min_p, steered)
 
     @property
     def cuts(self) -> bool:
         """Whether some tokens are out of the question."""
-        return self.top_k > 0 or self.top_p < 1
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +62,18 @@ def sample(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
 
 
 def decide(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
-    """`sample` as the host reads it, [R,3] in fp32: the token, its margin, whether the row's logits are all finite."""
+    """`sample` after what rows do to their logits, as the host reads it, [R,3] in fp32: the token, its margin, whether
+    the tower's logits of the row are all finite and leave a token to choose. Leaves the logits as they are."""
     finite_R = torch.isfinite(logits_RV).all(1)
-    sampled = sample(logits_RV, rows)
+    steered_RV = steer(logits_RV, [row.steered for row in rows])
+    if steered_RV is not logits_RV:
+        finite_R &= steered_RV.amax(1) > -torch.inf
+    sampled = sample(steered_RV, rows)
     return torch.stack([sampled.tokens_R.float(), sampled.margin_R, finite_R.float()], dim=1)
 
 
 def _draw(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
-    """softmax at the temperature, then top-k and top-p, then one draw.
+    """softmax at the temperature, then top-k, min-p and top-p, then one draw.
 
     The draw goes through the tokens in the order of their ids. In the order of their probabilities, the last
     bit of a logit would make two of almost the same probability change places, and so change the draw.
@@ -101,12 +109,13 @@ class _Cut:
 
 
 def _cut(probabilities_RV: Tensor, rows: list[TokenParams]) -> _Cut:
-    """top-k (ties kept), then top-p of what it left (the crossing token kept)."""
+    """top-k (ties kept) and min-p, then top-p of what they left (the crossing token kept)."""
     device, vocab = probabilities_RV.device, probabilities_RV.shape[1]
     sorted_RV, order_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
     last = [min(row.top_k or vocab, vocab) - 1 for row in rows]
     kth_R1 = sorted_RV.gather(1, on_device(last, device)[:, None])
-    kept_RV = sorted_RV * (sorted_RV >= kth_R1)
+    least_R1 = sorted_RV[:, :1] * on_device([row.min_p for row in rows], device)[:, None]
+    kept_RV = sorted_RV * ((sorted_RV >= kth_R1) & (sorted_RV >= least_R1))
     kept_RV = kept_RV / kept_RV.sum(-1, keepdim=True)
     top_p_R1 = on_device([row.top_p for row in rows], device)[:, None]
     before_RV = kept_RV.cumsum(-1) - kept_RV
@@ -119,4 +128,7 @@ def _cut(probabilities_RV: Tensor, rows: list[TokenParams]) -> _Cut:
     ratio_R1 = (behind_RV.gather(1, ends_R2) / ahead_R2).amax(1, keepdim=True)
     crossing_R1 = (before_RV[:, 1:] - top_p_R1).abs().amin(1, keepdim=True).masked_fill(top_p_R1 >= 1, 1.0)
     margin_R1 = torch.minimum(1 - ratio_R1, _MISS * crossing_R1)
+    if any(row.min_p for row in rows):
+        apart_RV = torch.minimum(sorted_RV, least_R1) / torch.maximum(sorted_RV, least_R1).clamp(min=_SMALLEST)
+        margin_R1 = torch.minimum(margin_R1, 1 - apart_RV.amax(1, keepdim=True).masked_fill(least_R1 == 0, 0.0))
     return _Cut(torch.zeros_like(kept_RV).scatter_(1, order_RV, kept_RV), margin_R1, kept_RV.gather(1, end_R1))

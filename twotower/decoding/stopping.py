@@ -6,15 +6,15 @@ from twotower.core import DecodingParams, FinishReason
 
 
 class Stopping:
-    """What ends one sequence, looked up once for all of its tokens."""
+    """What ends one sequence, looked up once for all of its tokens. `stops`: the tokens that do."""
 
     def __init__(self, params: DecodingParams, eos_token_id: int) -> None:
-        self._stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {eos_token_id})
+        self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {eos_token_id})
         self._most = params.max_new_tokens
 
     def ends(self, token: int) -> bool:
         """Whether nothing follows this token."""
-        return token in self._stops
+        return token in self.stops
 
     def cut(self, new_token_ids: Sequence[int], already: int) -> tuple[tuple[int, ...], FinishReason | None]:
         """What to keep of freshly committed tokens, after `already` earlier ones, and whether the sequence ends there.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from twotower.core import DecodingParams
 from twotower.decoding.sampling import TokenParams
+from twotower.decoding.steering import Steered, Steering
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,13 @@ class Verdict:
     finite: bool
 
 
-def places(params: DecodingParams, first: int, count: int) -> list[TokenParams]:
-    """How the answer's tokens from place `first` on are chosen."""
+def places(
+    params: DecodingParams, first: int, count: int, steering: Steering | None = None, draft: Sequence[int] = ()
+) -> list[TokenParams]:
+    """How the answer's tokens from place `first` on are chosen. `draft`: what stands between them where it is right;
+    only looked at with a `steering`."""
+    if steering is not None:
+        return [TokenParams.of(params, first + place, Steered(steering, draft, place)) for place in range(count)]
     if not params.samples:
         return [TokenParams.of(params, first)] * count
     return [TokenParams.of(params, first + place) for place in range(count)]

@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 from twotower.core import BlockEvent, Likelihood, Request
 from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.sampling import TokenParams
+from twotower.decoding.steering import Matcher, Steered, Steering
 from twotower.decoding.stopping import Stopping
 
 
@@ -23,21 +24,27 @@ class Cost(NamedTuple):
 
 @dataclass(slots=True)
 class Answer:
-    """`generated` counts the answer's tokens. `margin` is the smallest of its decisions."""
+    """`generated` counts the answer's tokens. `margin` is the smallest of its decisions. `steering`: of a request that
+    has one, in modes whose tokens are chosen where the answer is."""
 
     request: Request
     stopping: Stopping
     generated: int
     margin: float = 1.0
+    steering: Steering | None = None
 
     @classmethod
-    def begun(cls, request: Request, eos_token_id: int) -> Self:
-        return cls(request, Stopping(request.params, eos_token_id), len(request.committed))
+    def begun(cls, request: Request, eos_token_id: int, matcher: Matcher | None = None) -> Self:
+        params, steering = request.params, None
+        if params.mode.by_token and params.steers:
+            steering = Steering(params, eos_token_id, request.prompt_token_ids, request.committed, matcher)
+        return cls(request, Stopping(params, eos_token_id), len(request.committed), steering=steering)
 
     @property
     def next_token(self) -> TokenParams:
         """How a causal mode samples the next token."""
-        return TokenParams.of(self.request.params, self.generated)
+        steered = None if self.steering is None else Steered(self.steering)
+        return TokenParams.of(self.request.params, self.generated, steered)
 
     def decided(self, margin: float) -> bool:
         """A decision was made with this margin. Returns whether it was a near-tie."""
@@ -59,4 +66,6 @@ class Answer:
             tuple(likelihoods[: len(kept)]),
         )  # fmt: skip
         self.generated += len(kept)
+        if self.steering is not None:
+            self.steering.follow(kept)
         return event

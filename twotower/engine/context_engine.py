@@ -7,10 +7,12 @@ and what follows from it, is in `twotower.engine.context`.
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from twotower.core import AnyRequest, Event, FailureEvent, ReleasedEvent, Request, RequestId, ScoreRequest
 from twotower.engine.capture import passes_for
 from twotower.engine.context.commits import Commits
+from twotower.engine.context.compiling import Compiling
 from twotower.engine.context.decoding import Decoding
 from twotower.engine.context.prompts import Prompts
 from twotower.engine.context.scoring import Scoring
@@ -28,7 +30,14 @@ from twotower.model.tower import ContextTower
 class ContextEngine:
     """Serves any number of ports, its own `ar` requests, and scoring."""
 
-    def __init__(self, tower: ContextTower, settings: EngineSettings, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        tower: ContextTower,
+        settings: EngineSettings,
+        emit: Callable[[Event], None],
+        compiling: Compiling | None = None,
+    ) -> None:
+        """`compiling`: what compiles grammars; without it none are served."""
         self.tower, self.settings, self._emit = tower, settings, emit
         self.cache = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
         self._passes = passes_for(tower, self.cache, settings.capture, settings.max_sequence_length)
@@ -37,7 +46,8 @@ class ContextEngine:
         self._sequences = Sequences(self.cache, self._passes, self._scheduler)
         self._prompts = Prompts(self._sequences, self._scheduler, self._passes, self._eager, tower.device)
         self._decoding = Decoding(tower, self._sequences, emit)
-        self._commits = Commits(tower, self._sequences, self._prompts, self._decoding)
+        self._compiling = compiling or Compiling()
+        self._commits = Commits(tower, self._sequences, self._prompts, self._decoding, self._compiling)
         self._scoring = Scoring(tower, self._sequences, emit)
         self._inbox: deque[AnyRequest | RequestId | Port] = deque()
         self.ticks = 0
@@ -90,6 +100,7 @@ class ContextEngine:
         self._prompts.wait()
         self._take_inbox()
         self._commits.receive()
+        self._compiling.take()
         work = self._scheduler.next()
         if isinstance(work, CommitBatch):
             self._commits.read(work.keys)
@@ -115,13 +126,22 @@ class ContextEngine:
         try:
             if isinstance(request, ScoreRequest):
                 self._scoring.open(request)
+            elif request.params.structured_outputs is not None:
+                go, fail = partial(self._decoding.open, request), partial(self._refuse, request.id)
+                self._compiling.begin(request.id, request.params.structured_outputs, go, fail)
             else:
                 self._decoding.open(request)
         except TwoTowerError as error:
-            self._emit(FailureEvent(request.id, error))
-            self._emit(ReleasedEvent(request.id))
+            self._refuse(request.id, error)
+
+    def _refuse(self, request_id: RequestId, error: TwoTowerError) -> None:
+        self._emit(FailureEvent(request_id, error))
+        self._emit(ReleasedEvent(request_id))
 
     def _cancel(self, request_id: RequestId) -> None:
+        if request_id in self._compiling:
+            self._compiling.drop(request_id)
+            self._emit(ReleasedEvent(request_id))
         self._prompts.finish(request_id)
         for own in (self._decoding, self._scoring):
             if request_id in own:  # it may have ended with its last part

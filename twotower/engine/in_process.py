@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from twotower.config import ModelConfig
 from twotower.device_names import check_dtype, parse_device
 from twotower.engine.capture import check_capture
+from twotower.engine.context.compiling import Compiling
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.free_memory import check_fits
@@ -25,6 +27,7 @@ from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.room import Room
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import current
+from twotower.text.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +60,17 @@ def colocated_runner(
     settings: EngineSettings,
     trace: Callable[[StepTrace], None] | None = None,
     prepare: bool = False,
+    checkpoint: Path | None = None,
 ) -> EngineRunner:
     """A started runner with both engines (or the context engine alone) over one cache.
 
-    `prepare` takes a moment before the first request, for a process that is going to serve many.
+    `prepare` takes a moment before the first request, for a process that is going to serve many. `checkpoint`: where
+    the tokenizer is that grammars are followed with; without it none are served.
     """
     runner = EngineRunner(settings.stall_timeout_s)
     with current(context.device):
-        context_engine = ContextEngine(context, settings, runner.emit)
+        compiling = Compiling(grammars_of(checkpoint, context.config), runner.wake)
+        context_engine = ContextEngine(context, settings, runner.emit, compiling)
         if prepare:
             context_engine.prepare()
         engines: list[Engine] = [context_engine]
@@ -79,6 +85,11 @@ def colocated_runner(
     return runner
 
 
+def grammars_of(checkpoint: Path | None, config: ModelConfig) -> Grammars | None:
+    """None without a checkpoint."""
+    return None if checkpoint is None else Grammars(checkpoint, config.vocab_size, config.eos_token_id)
+
+
 @asynccontextmanager
 async def pair_of(
     context: ContextTower,
@@ -86,9 +97,10 @@ async def pair_of(
     settings: EngineSettings,
     trace: Callable[[StepTrace], None] | None = None,
     prepare: bool = False,
+    checkpoint: Path | None = None,
 ) -> AsyncIterator[Pair]:
-    """A running pair over towers that are already loaded; `prepare` as for `colocated_runner`."""
-    runner = colocated_runner(context, denoiser, settings, trace, prepare)
+    """A running pair over towers that are already loaded; `prepare` and `checkpoint` as for `colocated_runner`."""
+    runner = colocated_runner(context, denoiser, settings, trace, prepare, checkpoint)
     room = Room(settings.max_sequences, settings.pages)
     ledger = Ledger(room, [], settings.max_queued_requests)
     try:
@@ -122,5 +134,5 @@ async def open_pair(
         context = load_context_tower(opened, where, kind, progress)
         if opened.layout is Layout.TWO_TOWER:
             denoiser = load_denoiser_tower(opened, where, kind, progress)
-    async with pair_of(context, denoiser, settings) as pair:
+    async with pair_of(context, denoiser, settings, checkpoint=opened.directory) as pair:
         yield pair

@@ -19,6 +19,12 @@ def on_device(values: Sequence[object], device: torch.device, dtype: torch.dtype
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def bits_on_device(rows: Sequence[bytes], device: torch.device) -> Tensor:
+    """Rows of equal length as 32-bit words [N,W], as `on_device` would have them."""
+    words_NW = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), -1)
+    return words_NW.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words_NW
+
+
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Make `device` the calling thread's current one: pinned memory, kernels that are not torch's, and streams that
     name no device belong to that. A new thread's is GPU 0, whichever the process uses."""

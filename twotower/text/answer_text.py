@@ -14,6 +14,7 @@ class AnswerText:
     """Tokens and text of a growing answer. A stop string ends it: its text before the string, its tokens with the one
     that completes the string. Without a tokenizer there is no text, and nothing to stop at.
 
+    No stop string that is whole within the first `min_tokens` tokens ends it.
     `offsets`: where each token's text begins in the whole text, stop strings not cut off; only where asked for.
     `with_stop`: its text goes on to the end of the stop string.
     """
@@ -24,9 +25,10 @@ class AnswerText:
         stop: Sequence[str] = (),
         with_offsets: bool = False,
         with_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self._stream = None if tokenizer is None else TextStream(tokenizer, stop, with_stop)
-        self._with_offsets = with_offsets
+        self._with_offsets, self._min_tokens = with_offsets, min_tokens
         self._one_by_one = bool(stop) or with_offsets
         self.token_ids: list[int] = []
         self.offsets: list[int] = []
@@ -59,8 +61,8 @@ class AnswerText:
                 break
             if self._with_offsets:
                 self.offsets.append(stream.settled)
-            new += stream.push(part)
             taken += part
+            new += stream.push(part, stops=len(self.token_ids) + len(taken) >= self._min_tokens)
         return taken, new
 
 
@@ -86,8 +88,9 @@ class TextStream:
         """All of it, what is not certain yet included."""
         return "".join(self._certain) + self._held + self._open
 
-    def push(self, token_ids: Sequence[int], last: bool = False) -> str:
-        """New text after these tokens; `last` lets everything out that was held back."""
+    def push(self, token_ids: Sequence[int], last: bool = False, stops: bool = True) -> str:
+        """New text after these tokens; `last` lets everything out that was held back. Without `stops` no stop string
+        that is whole by now ends the text."""
         if self.stopped:
             return ""
         settled, self._open = self._growing.push(token_ids)
@@ -95,8 +98,11 @@ class TextStream:
             settled, self._open = settled + self._open, ""
         self.settled += len(settled)
         self._held += settled
-        self._stop_at(self._search.push(settled))
-        if not self.stopped:
+        if stops:
+            self._stop_at(self._search.push(settled))
+        else:
+            self._search.pass_over(settled)
+        if stops and not self.stopped:
             whole = self._open.rstrip(_REPLACEMENT)
             self._stop_at(self._search.peek(whole), whole)
         return self._let_out(0 if last or self.stopped else self._search.begun)

@@ -30,6 +30,14 @@ class StopSearch:
         self._matched, found = self._after(piece)
         return found
 
+    def pass_over(self, piece: str) -> None:
+        """Go on with `piece`; the stop strings that are whole in it count for nothing."""
+        for place, text in enumerate(self._stop):
+            count, end = _match(text, self._matched[place], rest := piece)
+            while count == len(text):
+                count, end = _match(text, _borders(text)[-1], rest := rest[end:])
+            self._matched[place] = count
+
     def peek(self, piece: str) -> Found | None:
         """What `push` would say."""
         return self._after(piece)[1]

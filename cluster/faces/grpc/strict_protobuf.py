@@ -19,7 +19,7 @@ from twotower.showing import one_line
 MAX_FIELDS = 64  # of a message as it is on the wire, each string of a list counted
 _MAX_NAMED = 8
 _ID_BYTES = 6  # of a token id on the wire: five for the number, one for its field where ids are not packed
-_MAX_INNER = 4096  # bytes of a message within one that holds no token ids of a prompt
+MAX_PARAMS = 48 * 1024  # bytes of a message within one that holds no token ids of a prompt
 _MAX_UNKNOWN = 16 * 1024  # bytes of unknown fields that are looked into, some thousands of fields at most
 _NAMES: dict[int, str] = {number: name for name, number in FieldDescriptorProto.Type.items()}
 
@@ -54,8 +54,8 @@ def _check_sizes(kind: type[Message], data: bytes, most_tokens: int) -> None:
         if field is None or field.message_type is None:
             continue
         if field.message_type.name != "TokenIds":
-            if size > _MAX_INNER:
-                raise InvalidRequest.of(name, f"got {size} bytes, wanted at most {_MAX_INNER}")
+            if size > MAX_PARAMS:
+                raise InvalidRequest.of(name, f"got {size} bytes, wanted at most {MAX_PARAMS}")
         elif size > _ID_BYTES * most_tokens:
             wanted = f"wanted at most {_ID_BYTES * most_tokens}: {most_tokens} tokens of no more than {_ID_BYTES} bytes"
             raise InvalidRequest.of(name, f"got {size} bytes, {wanted}")

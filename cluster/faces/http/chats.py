@@ -7,6 +7,7 @@ from cluster.faces.http.chat_messages import conversation_of
 from cluster.faces.http.chat_models import ChatRequest
 from cluster.faces.http.neutral_values import NEUTRAL_IN_CHATS
 from cluster.faces.http.strict_body import read_body
+from cluster.faces.http.structured import with_structured
 from twotower.errors import InvalidRequest
 from twotower.showing import show
 
@@ -15,7 +16,7 @@ _LONGEST = "max_completion_tokens"
 
 def parse_chat(body: Mapping[str, object], label: str = "") -> AnswerCall:
     """Everything but the parameters' values, which the library checks. Raises InvalidRequest."""
-    read: ChatRequest = read_body(ChatRequest, body, NEUTRAL_IN_CHATS)
+    read: ChatRequest = read_body(ChatRequest, with_structured(body), NEUTRAL_IN_CHATS)
     params, names = read.params(), {"prompt": "messages"}
     if read.max_completion_tokens is not None:
         most = params.setdefault("max_new_tokens", read.max_completion_tokens)

@@ -6,12 +6,13 @@ from cluster.faces.http.answer_call import AnswerCall, Question, answer_call
 from cluster.faces.http.completion_models import CompletionRequest
 from cluster.faces.http.neutral_values import NEUTRAL
 from cluster.faces.http.strict_body import read_body
+from cluster.faces.http.structured import with_structured
 from twotower.errors import InvalidRequest
 
 
 def parse_call(body: Mapping[str, object], label: str = "") -> AnswerCall:
     """Everything but the parameters' values, which the library checks. Raises InvalidRequest."""
-    read: CompletionRequest = read_body(CompletionRequest, body, NEUTRAL)
+    read: CompletionRequest = read_body(CompletionRequest, with_structured(body), NEUTRAL)
     params = read.params()
     answers = not (read.echo and _is_zero(params.get("max_new_tokens")))
     if not answers:

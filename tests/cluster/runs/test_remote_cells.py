@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.cell import Cell
+from cluster import cell
+from cluster.cell import KNOWN, Cell
 from cluster.runs.cell_lines import CellLine, CellLines
 from cluster.runs.deadline import Deadline
 from cluster.runs.messages import Beat, Placed, Wishes
@@ -180,6 +181,25 @@ async def test_a_run_goes_on_on_the_other_cell_and_readiness_knows() -> None:
         while events.living():
             await asyncio.sleep(0.001)
         assert not await cells.served()
+    events.stop()
+
+
+async def test_a_cell_that_would_leave_a_parameter_out_in_silence_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of the version before `min_p`, which says nothing of what it knows."""
+    engine, events = ScriptedEngine(), CellLines()
+    engine.go.set()
+    await events.start("127.0.0.1")
+    handle: Any = LocalHandle([await started(RunningFake(engine), "old")])
+    cells = RemoteCells(handle, events)
+    plain, asking = DecodingParams(Mode.AR, top_k=3, seed=5), DecodingParams(Mode.AR, min_p=0.5, min_tokens=1)
+    async with asyncio.timeout(5):
+        for known, params in ((KNOWN, plain), (KNOWN, asking), ((), plain)):
+            monkeypatch.setattr(cell, "KNOWN", known)
+            attempt = await cells.place(Request(RequestId("r"), (1, 2), params), 60, set())
+            await attempt.close()
+        wanted = "cell old is of an older version, which does not know min_p, min_tokens"
+        with pytest.raises(Unavailable, match=wanted):
+            await cells.place(Request(RequestId("r"), (1, 2), asking), 60, set())
     events.stop()
 
 

@@ -2,11 +2,14 @@
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
 from twotower.core import Likelihood
+from twotower.decoding.steering import Matcher
+from twotower.engine.context.compiling import Compiling
 from twotower.engine.context.decoding import Decoding
 from twotower.engine.context.likelihoods import Likelihoods
 from twotower.engine.context.prompts import Prompts
@@ -16,7 +19,18 @@ from twotower.engine.context.writing import NOT_FINITE
 from twotower.engine.passes import Want
 from twotower.engine.scheduler import Key
 from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
-from twotower.exchange.protocol import Command, Commit, Decided, Delta, Failed, Port, Prefill, Released, Reply
+from twotower.exchange.protocol import (
+    Command,
+    Commit,
+    Decided,
+    Delta,
+    Failed,
+    Port,
+    Prefill,
+    Released,
+    Reply,
+    Verifying,
+)
 from twotower.model.tower import ContextTower
 
 
@@ -30,8 +44,16 @@ class Led(NamedTuple):
 class Commits:
     """Owns the ports. A port that is lost takes its sequences with it."""
 
-    def __init__(self, tower: ContextTower, sequences: Sequences, prompts: Prompts, decoding: Decoding) -> None:
+    def __init__(
+        self,
+        tower: ContextTower,
+        sequences: Sequences,
+        prompts: Prompts,
+        decoding: Decoding,
+        compiling: Compiling,
+    ) -> None:
         self._sequences, self._prompts, self._decoding = sequences, prompts, decoding
+        self._compiling = compiling
         self._verification = Verification(tower, sequences, self._tell, self._fail)
         self._likelihoods = Likelihoods(tower, self._tell)
         self.ports: dict[int, Port] = {}
@@ -104,6 +126,7 @@ class Commits:
         elif isinstance(command, Commit):
             self._commit(key, command)
         else:
+            self._compiling.drop(key)
             if key in self._sequences:
                 self._close(key)
             self._reply(key.port, Released(key.number))
@@ -114,8 +137,12 @@ class Commits:
         if command.verifying is not None:
             if not command.token_ids:
                 raise InvalidRequest.of("token_ids", "got an empty prompt, wanted one behind which a token is decided")
-            self._sequences.open(key, self._verification, command.token_ids, command.reserve)
-            self._verification.open(key, command.verifying, command.rating)
+            constraint = command.verifying.params.structured_outputs
+            if constraint is None:
+                self._open_verified(key, command, command.verifying)
+            else:
+                go = partial(self._open_verified, key, command, command.verifying)
+                self._compiling.begin(key, constraint, go, partial(self._fail, key))
             return
         if command.rating is not None:
             self._sequences.open(key, self._likelihoods, command.token_ids, command.reserve)
@@ -126,6 +153,10 @@ class Commits:
         self._sequences.open(key, self, command.token_ids, command.reserve)
         if not command.token_ids:
             self._tell(key, 0, complete=True)
+
+    def _open_verified(self, key: Led, command: Prefill, verifying: Verifying, matcher: Matcher | None = None) -> None:
+        self._sequences.open(key, self._verification, command.token_ids, command.reserve)
+        self._verification.open(key, verifying, command.rating, command.token_ids, matcher)
 
     def _commit(self, key: Led, command: Commit) -> None:
         if key not in self._sequences:
@@ -157,6 +188,7 @@ class Commits:
         for key in self._sequences:
             if isinstance(key, Led) and key.port == index:
                 self._close(key)
+        self._compiling.drop_all(lambda key: isinstance(key, Led) and key.port == index)
         threading.Thread(target=port.close, name="closing a lost port", daemon=True).start()
         del self.ports[index]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from twotower.core import Event, Likelihood, Request
 from twotower.decoding.likelihoods import beside, likelihood_of
 from twotower.decoding.sampling import decide
+from twotower.decoding.steering import Matcher
 from twotower.engine.answer import Answer
 from twotower.engine.context.sequences import ReadChunk, Sequences
 from twotower.engine.context.writing import Own, Writer
@@ -33,10 +34,10 @@ class Decoding:
     def __contains__(self, key: Key) -> bool:
         return key in self._writers
 
-    def open(self, request: Request) -> None:
+    def open(self, request: Request, matcher: Matcher | None = None) -> None:
         """Raises Overloaded."""
         self._sequences.open(request.id, self, request.history, request.positions)
-        answer = Answer.begun(request, self._tower.config.eos_token_id)
+        answer = Answer.begun(request, self._tower.config.eos_token_id, matcher)
         self._writers[request.id] = Own(answer, self._emit, self._near_tie)
 
     def write(self, key: Key, token: int, writer: Writer) -> None:

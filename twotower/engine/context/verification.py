@@ -14,9 +14,10 @@ from torch import Tensor
 from twotower.core import Likelihood
 from twotower.decoding.likelihoods import beside, likelihood_of
 from twotower.decoding.sampling import TokenParams, decide
+from twotower.decoding.steering import Matcher, Steering
 from twotower.decoding.verifying import Verdict, places, verdict
 from twotower.engine.context.sequences import ReadChunk, Sequences
-from twotower.engine.context.writing import NOT_FINITE, Alone
+from twotower.engine.context.writing import NOT_FINITE, Alone, no_way_on
 from twotower.engine.passes import USUAL_WIDTH
 from twotower.engine.scheduler import Key
 from twotower.engine.scores import MAX_LOGITS
@@ -52,24 +53,38 @@ class Verification:
         self._clock = clock_for(tower.device)
         self._verifying: dict[Key, Verifying] = {}
         self._ratings: dict[Key, Rating] = {}
+        self._steering: dict[Key, Steering] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._verifying
 
-    def open(self, key: Key, verifying: Verifying, rating: Rating | None) -> None:
+    def open(
+        self,
+        key: Key,
+        verifying: Verifying,
+        rating: Rating | None,
+        history: Sequence[int],
+        matcher: Matcher | None = None,
+    ) -> None:
+        """`history`: prompt and answer as far as they are there."""
         self._verifying[key] = verifying
+        if verifying.params.steers:
+            prompt, answer = history[: verifying.answer_start], history[verifying.answer_start :]
+            self._steering[key] = Steering(verifying.params, self._tower.config.eos_token_id, prompt, answer, matcher)
         if rating is not None:
             self._ratings[key] = rating
 
     def forget(self, key: Key) -> None:
         self._verifying.pop(key, None)
         self._ratings.pop(key, None)
+        self._steering.pop(key, None)
 
     def alone(self, key: Key, most: int) -> Alone:
         """Tells, in one answer, the next tokens that the tower writes."""
-        start, fails = self._sequences.length(key), partial(self._fail, key, NumericalError(NOT_FINITE))
+        start, fails = self._sequences.length(key), partial(self._cannot_go_on, key)
         tell, eos = partial(self._tell, key, start, True), self._tower.config.eos_token_id
-        return Alone(self._verifying[key], start, most, eos, self._alternatives(key), tell, fails)
+        steering = self._steering.get(key)
+        return Alone(self._verifying[key], start, most, eos, self._alternatives(key), steering, tell, fails)
 
     def read(self, keys: Sequence[Key]) -> None:
         """The blocks of these, in one forward. Waits for the device: only the logits say where to cut."""
@@ -79,13 +94,14 @@ class Verification:
         rows_P, columns_P = on_device(list(zip(*places_P2, strict=True)), hidden_RLD.device)
         starts = [self._sequences.length(key) for key in keys]
         rows = zip(keys, starts, blocks, strict=True)
-        wanted = [one for key, start, block in rows for one in self._places(key, start + 1, len(block))]
+        wanted = [one for key, start, block in rows for one in self._places(key, start + 1, len(block), block[1:])]
         chosen = self._decide(hidden_RLD[rows_P, columns_P], wanted)
         [rows_chosen] = take_all([Step(chosen, partial(_by_block, blocks))])
         verdicts = list(map(verdict, blocks, rows_chosen))
         self._sequences.settle(keys, scans, [verdict.cut for verdict in verdicts])
         took = Took(len(keys) * -(-max(map(len, blocks)) // USUAL_WIDTH), self._clock() - started)
-        for key, start, one, made in zip(keys, starts, verdicts, rows_chosen, strict=True):
+        for key, start, block, one, made in zip(keys, starts, blocks, verdicts, rows_chosen, strict=True):
+            self._follow(key, [*block[1 : one.cut], one.token])
             self._has_decided(key, start, one, made, took)
 
     def wants_hidden(self, last: bool) -> bool:
@@ -102,9 +118,10 @@ class Verification:
         wanted = [one for read in ends for one in self._places(read.chunk.key, read.chunk.end, 1)]
         return Step(self._decide(hidden_RD, wanted), partial(self._prompts_decided, ends))
 
-    def _places(self, key: Key, position: int, count: int) -> list[_Place]:
+    def _places(self, key: Key, position: int, count: int, draft: Sequence[int] = ()) -> list[_Place]:
         verifying, alternatives = self._verifying[key], self._alternatives(key)
-        chosen = places(verifying.params, position - verifying.answer_start, count)
+        first, steering = position - verifying.answer_start, self._steering.get(key)
+        chosen = places(verifying.params, first, count, steering, draft)
         return [_Place(params, alternatives) for params in chosen]
 
     def _decide(self, hidden_PD: Tensor, wanted: Sequence[_Place]) -> Tensor:
@@ -128,7 +145,13 @@ class Verification:
 
     def _prompts_decided(self, ends: Sequence[ReadChunk], chosen: Rows) -> None:
         for read, one in zip(ends, chosen, strict=True):
-            self._has_decided(read.chunk.key, read.chunk.start, verdict([0], [one]), [one])
+            decided = verdict([0], [one])
+            self._follow(read.chunk.key, [decided.token])
+            self._has_decided(read.chunk.key, read.chunk.start, decided, [one])
+
+    def _follow(self, key: Key, tokens: Sequence[int]) -> None:
+        if key in self._steering:
+            self._steering[key].follow(tokens)
 
     def _has_decided(self, key: Key, start: int, one: Verdict, made: Rows, took: Took | None = None) -> None:
         """`made`: a block's choices."""
@@ -136,7 +159,10 @@ class Verification:
             decided = Decided(one.token, one.margin, took=took)
             self._tell(key, start, True, decided, self._likelihoods(key, made[: one.cut]))
         else:
-            self._fail(key, NumericalError(NOT_FINITE))
+            self._cannot_go_on(key)
+
+    def _cannot_go_on(self, key: Key) -> None:
+        self._fail(key, no_way_on(self._steering.get(key)) or NumericalError(NOT_FINITE))
 
     def _likelihoods(self, key: Key, made: Rows) -> list[Likelihood]:
         alternatives = self._alternatives(key)

@@ -5,9 +5,10 @@ from typing import Protocol
 
 from twotower.core import Event, FailureEvent, Likelihood, ReleasedEvent
 from twotower.decoding.sampling import TokenParams
+from twotower.decoding.steering import Steered, Steering
 from twotower.decoding.stopping import Stopping
 from twotower.engine.answer import Answer, Cost
-from twotower.errors import NumericalError
+from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
 from twotower.exchange.protocol import Decided, Took, Verifying
 
 NOT_FINITE = "the context tower's logits hold a NaN or an infinity"
@@ -58,8 +59,8 @@ class Own:
         return event.is_last
 
     def failed(self) -> None:
-        request_id = self._answer.request.id
-        self._emit(FailureEvent(request_id, not_finite(request_id)))
+        request_id, steering = self._answer.request.id, self._answer.steering
+        self._emit(FailureEvent(request_id, no_way_on(steering) or not_finite(request_id)))
 
     def ended(self) -> None:
         self._emit(ReleasedEvent(self._answer.request.id))
@@ -68,8 +69,8 @@ class Own:
 class Alone:
     """Of a sequence that a denoiser leads: so many tokens, or up to one that ends the answer, are told together.
 
-    `start` is the position of the block, whose one token is known. `alternatives`: as a Writer's. `tell(decided,
-    likelihoods)`: it waits for the denoiser again.
+    `start` is the position of the block, whose one token is known. `alternatives`: as a Writer's. `steering`: the
+    sequence's own. `tell(decided, likelihoods)`: it waits for the denoiser again.
     """
 
     def __init__(
@@ -79,24 +80,28 @@ class Alone:
         most: int,
         eos_token_id: int,
         alternatives: int | None,
+        steering: Steering | None,
         tell: Callable[[Decided, Sequence[Likelihood]], None],
         fail: Callable[[], None],
     ) -> None:
         self._params, self._place, self._most = verifying.params, start + 1 - verifying.answer_start, most
         self._stopping = Stopping(verifying.params, eos_token_id)
         self._tell, self._fail = tell, fail
-        self.alternatives = alternatives
+        self.alternatives, self._steering = alternatives, steering
         self._written: list[int] = []
         self._likelihoods: list[Likelihood] = []
         self._margin = 1.0
 
     @property
     def next_token(self) -> TokenParams:
-        return TokenParams.of(self._params, self._place + len(self._written))
+        steered = None if self._steering is None else Steered(self._steering)
+        return TokenParams.of(self._params, self._place + len(self._written), steered)
 
     def wrote(self, token: int, margin: float, took: Took | None, likelihood: Likelihood | None) -> bool:
         self._likelihoods += [] if likelihood is None else [likelihood]
         self._margin = min(self._margin, margin)
+        if self._steering is not None:
+            self._steering.follow([token])
         if len(self._written) + 1 < self._most and not self._stopping.ends(token):
             self._written.append(token)
             return False
@@ -108,6 +113,12 @@ class Alone:
 
     def ended(self) -> None:
         """Its denoiser goes on with it."""
+
+
+def no_way_on(steering: Steering | None) -> TwoTowerError | None:
+    """Where it is the request's own constraint that leaves no token."""
+    fault = None if steering is None else steering.fault
+    return None if fault is None else InvalidRequest.of("structured_outputs", f"cannot be gone on with: {fault}")
 
 
 def not_finite(request_id: str) -> NumericalError:

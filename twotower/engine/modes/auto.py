@@ -192,4 +192,4 @@ def _blocks(params: DecodingParams) -> Hashable:
 
 
 def _drafts(params: DecodingParams) -> Hashable:
-    return params.block_size, params.draft_steps, round(params.draft_threshold, 1), params.samples
+    return params.block_size, params.draft_steps, round(params.draft_threshold, 1), params.samples, params.steers
