@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     instances = [one for family in families_of(options.checkpoint) for one in held_out(family, options.per_family)]
     loop, tokenizer = CheckedLoop(*towers), load_tokenizer(options.checkpoint)
     found = dict[Tried, Found]()
-    for way in tqdm([AR, Way(Mode.VERIFIED), *(Way(Mode.DIFFUSION, threshold) for threshold in _THRESHOLDS)]):
+    for way in tqdm([AR, Way(Mode.VERIFIED), *(Way(Mode.DIFFUSION, threshold) for threshold in options.thresholds)]):
         found |= measured(loop, tokenizer, instances, way, options.checks)
     command = shlex.join(["python", "-m", "benchmarks.verify_threshold", *(arguments or sys.argv[1:])])
     about = {"checkpoint": checkpoint.fingerprint, "prompts": f"{len(instances)}, {options.per_family} a family"}
@@ -227,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--per-family", type=count, default=40, metavar="N", help="prompts of each family (%(default)s)")
+    add("--thresholds", type=_shares, default=_THRESHOLDS, metavar="X,Y", help="γ of diffusion (0.5 to 0.95)")
     add("--checks", type=_shares, default=_CHECKS, metavar="X,Y", help="of a check (0.05 to 0.7)")
     add("--checkpoint", type=Path, default=DEMO, metavar="DIR", help="a checkpoint of the demo's corpus (the demo)")
     add("--output", type=Path, metavar="FILE.md", help="write the report there")
