@@ -72,7 +72,7 @@ class Run:
         before, after = self.load_before[0], os.getloadavg()[0]
         ends = [f"{load.requests} requests"] if load.requests is not None else []
         ends += [f"{load.seconds:g} s"] if load.seconds is not None else []
-        warm_up = ", ".join(str(plan.warm_ups(one)) for one in plan.loads)
+        warm_up = " or ".join(dict.fromkeys(str(plan.warm_ups(one)) for one in plan.loads))
         rounds = f"{plan.rounds} round" + ("" if plan.rounds == 1 else "s")
         each = f"{' or '.join(ends)}, after {warm_up} to warm up; {rounds}; seed {plan.seed}"
         machine = f"{_cpu_name()}, {os.cpu_count()} cores, load {before:.2f} before, {after:.2f} after"
