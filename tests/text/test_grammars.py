@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import twotower
+from twotower.constraints import Constraint
 from twotower.errors import InvalidRequest
-from twotower.parameters import Constraint
 from twotower.text.grammars import Grammars, TextMatcher
 from twotower.text.tokenizer import load_tokenizer
 
