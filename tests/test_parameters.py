@@ -7,10 +7,11 @@ from typing import Any
 import jsonschema
 import pytest
 
+from twotower.constraints import Constraints
 from twotower.core import PARAMETERS, PRIORITY, STOP, DecodingParams, Mode
 from twotower.engine.settings import SETTINGS, EngineSettings
 from twotower.errors import ConfigError, InvalidRequest
-from twotower.parameters import Choice, Constraints, Flag, Integer, Kind, Number, Texts, TokenBiases, TokenIds
+from twotower.parameters import Choice, Flag, Integer, Kind, Number, Texts, TokenBiases, TokenIds
 
 DECLARED = {**PARAMETERS, "stop": STOP, "priority": PRIORITY}
 KINDS = [setting.kind for setting in (*DECLARED.values(), *SETTINGS.values())]

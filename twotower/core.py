@@ -7,20 +7,9 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import NamedTuple, NewType
 
+from twotower.constraints import Constraint, Constraints
 from twotower.errors import TwoTowerError
-from twotower.parameters import (
-    Choice,
-    Constraint,
-    Constraints,
-    Flag,
-    Integer,
-    Number,
-    Parameter,
-    Texts,
-    TokenBiases,
-    TokenIds,
-    declared_in,
-)
+from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenBiases, TokenIds, declared_in
 
 RequestId = NewType("RequestId", str)
 

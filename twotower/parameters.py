@@ -4,26 +4,18 @@
 protobuf, a service's configuration and docs derive from the declarations. Knows none of these, and nothing by name.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, replace
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from twotower.errors import InvalidRequest
 from twotower.showing import show
 
 _KEY = "declared"
 _AN_ID = re.compile("0|[1-9][0-9]{0,9}")
-_DESCRIPTIONS = {
-    "json": "a JSON Schema, or one as text",
-    "json_object": "true",
-    "regex": "a regular expression",
-    "choice": "a list of texts, none of them empty",
-    "grammar": "a grammar in Lark's form",
-}
 _POWER = 20  # numbers are written as a power of 2 from here on
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -265,78 +257,6 @@ class TokenBiases:
         }
 
 
-class Constraint(NamedTuple):
-    """What a text has to be: which `kind` of description, and the description as text."""
-
-    kind: str
-    text: str
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """As a request says it."""
-        if self.kind == "choice":
-            return {"choice": json.loads(self.text)}
-        return {self.kind: True if self.kind == "json_object" else self.text}
-
-
-@dataclass(frozen=True, slots=True)
-class Constraints:
-    """None, or an object with one name, which says how the text is described: `json` (a JSON Schema, or one as text),
-    `json_object` (true), `regex`, `choice` (texts) or `grammar`. `most`: bytes of the description, as JSON where it is
-    no text."""
-
-    most: int
-
-    def read(self, name: str, value: object) -> Constraint | None:
-        if value is None:
-            return None
-        if isinstance(value, Constraint):
-            return value
-        if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in _DESCRIPTIONS:
-            raise _refused(name, value, f"an object with one of {', '.join(_DESCRIPTIONS)}")
-        [(kind, described)] = value.items()
-        text = self._text(name, kind, described)
-        size = len(check_text(name, text).encode())
-        if size > self.most:
-            raise InvalidRequest.of(name, f"got {size} bytes of {kind}, wanted at most {self.most}")
-        return Constraint(kind, text)
-
-    def _text(self, name: str, kind: str, described: object) -> str:
-        match kind, described:
-            case "json_object", True:
-                return ""
-            case "json", Mapping():
-                return _dumped(name, described)
-            case "choice", [_, *_] if all(isinstance(text, str) and text for text in described):
-                return _dumped(name, described)
-            case "json" | "regex" | "grammar", str() if described:
-                return described
-        raise InvalidRequest.of(name, f"got {show(described)} for {kind}, wanted {_DESCRIPTIONS[kind]}")
-
-    @property
-    def allowed(self) -> str:
-        return f"an object with one of {', '.join(f'`{kind}`' for kind in _DESCRIPTIONS)}, of at most {self.most} bytes"
-
-    @property
-    def schema(self) -> dict[str, object]:
-        text = {"type": "string", "minLength": 1, "maxLength": self.most}
-        kinds = {
-            "json": {"anyOf": [{"type": "object"}, text]},
-            "json_object": {"const": True},
-            "regex": text,
-            "choice": {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
-            "grammar": text,
-        }
-        one = {
-            "type": "object",
-            "properties": kinds,
-            "additionalProperties": False,
-            "minProperties": 1,
-            "maxProperties": 1,
-        }
-        return {"anyOf": [{"type": "null"}, one]}
-
-
 @dataclass(frozen=True, slots=True)
 class Texts:
     """A string or a list of up to `most`, each of at least one character and of at most `characters`."""
@@ -385,14 +305,6 @@ def check_text(name: str, text: object) -> str:
             name, "got text with half a surrogate pair or broken UTF-8 in it, wanted whole Unicode characters"
         ) from None
     return text
-
-
-def _dumped(name: str, value: object) -> str:
-    """As JSON, in the order that it has."""
-    try:
-        return json.dumps(dict(value) if isinstance(value, Mapping) else list(value), allow_nan=False)  # type: ignore[call-overload]
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest.of(name, f"no JSON: {error}") from None
 
 
 def _refused(name: str, got: object, wanted: str) -> InvalidRequest:

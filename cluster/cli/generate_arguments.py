@@ -16,8 +16,9 @@ from twotower.commands.parameter_flags import (
     given_telling,
 )
 from twotower.commands.parser import ids
+from twotower.constraints import Constraint
 from twotower.core import PARAMETERS
-from twotower.parameters import Constraint, TokenBiases, TokenIds, check_text
+from twotower.parameters import TokenBiases, TokenIds, check_text
 from twotower.validation import check_logprobs, check_priority, check_token_ids, check_values
 
 _LARGEST_ID = 2**32 - 1  # of the message's uint32

@@ -29,9 +29,9 @@ from cluster.runs.served_model import ServedModel
 from cluster.runs.streams import Stream, merged
 from cluster.runs.trace_parent import NO_PARENT, TraceParent
 from cluster.runs.turns import Turns
+from twotower.constraints import Constraint
 from twotower.core import Request, ScoreRequest
 from twotower.errors import InvalidRequest, TwoTowerError
-from twotower.parameters import Constraint
 from twotower.showing import show
 from twotower.text.answer_text import AnswerText
 from twotower.text.grammars import FIELD

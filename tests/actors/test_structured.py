@@ -8,10 +8,10 @@ import pytest
 from actors.settings import CellSettings
 from actors.towers import ColocatedProcess, ContextProcess, DenoiserProcess
 from tests.actors.test_cell import DEMO
+from twotower.constraints import Constraint
 from twotower.core import BlockEvent, DecodingParams, FailureEvent, Mode, ReleasedEvent, Request, RequestId
 from twotower.engine.runner import EngineRunner
 from twotower.engine.settings import EngineSettings
-from twotower.parameters import Constraint
 from twotower.text.tokenizer import load_tokenizer
 
 ENGINE = EngineSettings(2, 128, link_timeout_s=60, capture="off")

@@ -9,8 +9,9 @@ from google.protobuf.descriptor import FieldDescriptor
 from cluster.cli.generate_arguments import add_generate_arguments, request_of
 from cluster.faces.grpc.wire_params import given_in, params_message
 from cluster.faces.http.completions import parse_call
+from twotower.constraints import Constraint, Constraints
 from twotower.core import PARAMETERS, DecodingParams, Floor, Mode
-from twotower.parameters import Choice, Constraint, Constraints, Flag, Integer, Number, TokenBiases, TokenIds
+from twotower.parameters import Choice, Flag, Integer, Number, TokenBiases, TokenIds
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.validation import check_values
 from twotower_client.asking import ask_of

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from twotower.constraints import Constraint
 from twotower.core import DecodingParams, Mode
 from twotower.decoding.sampling import TokenParams, decide
 from twotower.decoding.steering import Steered, Steering, steer
-from twotower.parameters import Constraint
 
 VOCAB, EOS = 40, 2
 STRUCTURED = DecodingParams(Mode.AR, structured_outputs=Constraint("regex", "a|b"))

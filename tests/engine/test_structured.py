@@ -15,6 +15,7 @@ import pytest
 from tests.engine.arrangements import SETTINGS, split_pair
 from tests.engine.decode import Decoded, collect
 from tests.engine.test_determinism import DEMO, one_thread, towers_of
+from twotower.constraints import Constraint
 from twotower.core import DecodingParams, FinishReason, Mode, Request, RequestId
 from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.steering import Steering
@@ -22,7 +23,6 @@ from twotower.engine.context.compiling import Compiling
 from twotower.engine.in_process import pair_of
 from twotower.engine.pair import Pair
 from twotower.errors import InvalidRequest
-from twotower.parameters import Constraint
 from twotower.text.tokenizer import load_tokenizer
 
 __all__ = ["one_thread"]  # a fixture

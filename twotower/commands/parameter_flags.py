@@ -4,8 +4,9 @@ from argparse import SUPPRESS, Namespace, _ActionsContainer
 from collections.abc import Collection
 
 from twotower.commands.parser import biases, ids, json_value, number
+from twotower.constraints import Constraints
 from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, STOP, TRACE
-from twotower.parameters import Choice, Constraints, Flag, Integer, Number, Parameter, Texts, TokenBiases, TokenIds
+from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenBiases, TokenIds
 
 
 def add_parameter_flags(group: _ActionsContainer, own_defaults: bool = True, without: Collection[str] = ()) -> None:

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from twotower.constraints import Constraint
 from twotower.errors import InvalidRequest
-from twotower.parameters import Constraint
 from twotower.showing import one_line
 
 FIELD = "structured_outputs"

@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from twotower.constraints import Constraint, Constraints
 from twotower.core import PARAMETERS, Mode
-from twotower.parameters import Choice, Constraint, Constraints, TokenBiases
+from twotower.parameters import Choice, TokenBiases
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
 _ENUMS: dict[str, Any] = {"mode": pb.Mode, "floor": pb.Floor}

@@ -4,9 +4,9 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from twotower.constraints import Constraint
 from twotower.decoding.steering import Matcher
 from twotower.errors import InvalidRequest, TwoTowerError
-from twotower.parameters import Constraint
 from twotower.text.grammars import FIELD, Grammars
 
 
