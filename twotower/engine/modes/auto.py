@@ -17,7 +17,7 @@ from twotower.engine.meter import Meter, Pass
 from twotower.engine.modes.choosing import Costs, Signs, fastest, loss_s, paces
 
 _WEIGHT = 0.1  # of the newest block, in what is known of all requests with such parameters; of the first ones more
-_AT_ONCE = 8  # rows that tell together, of which each counts half as much as one alone
+_DRAFTS_WEIGHT = 0.03  # where all draft: so the few requests that are left where a load ends say little of the next
 _OWN_WEIGHT = 0.25  # in what is known of one request
 _OWN_COUNT = 4  # blocks, as which a request takes what is known of others
 _TELLING = 2  # drafts of a request, the first ones, that say something of others: one whose drafts are bad has the most
@@ -102,8 +102,7 @@ class Auto:
     def drafted(self, params: DecodingParams, steps: int, accepted: int) -> None:
         """A draft took so many steps, and so much of it stands."""
         kind = self._kind(params)
-        at_once = self.rows if kind.way is Mode.VERIFIED else 1
-        kind.drafts.note(steps, accepted, _WEIGHT / (1 + at_once / _AT_ONCE))
+        kind.drafts.note(steps, accepted, _DRAFTS_WEIGHT if kind.way is Mode.VERIFIED else _WEIGHT)
 
     def drafts(self, params: DecodingParams) -> Blocks:
         """Of requests like this one."""
