@@ -1,5 +1,6 @@
 """A run that goes on from a shipped checkpoint starts with that one's own predictions, and is resumed as any other."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer as BpeTokenizer
 
 from twotower.config import ModelConfig
 from twotower.demo.__main__ import main
+from twotower.demo.card import command
 from twotower.demo.earlier import RECIPE_FILE, Earlier, read_earlier, save_recipe
 from twotower.demo.initialise import new_context_tower, new_denoiser_tower
 from twotower.demo.recipe import Recipe, StageRecipe, continued
@@ -96,7 +98,11 @@ def test_from_wants_a_checkpoint_and_no_resumed_run(output: Path, capsys: pytest
     assert list(output.iterdir()) == []
 
 
-def test_a_run_that_goes_on_says_from_what(tiny_config: dict[str, Any]) -> None:
-    recipe = replace(continued(), begun_from="ab" * 32)
-    assert recipe.denoiser.train_steps < Recipe().denoiser.train_steps
-    assert recipe.config == Recipe().config
+def test_the_command_on_the_card_says_from_what(
+    tiny_config: dict[str, Any], tokenizer: BpeTokenizer, output: Path
+) -> None:
+    fresh = Recipe(context=_NONE, denoiser=_NONE, config=tiny_config)
+    begun = replace(fresh, begun_from=hashlib.sha256(b"weights").hexdigest())
+    commands = [command(Trainer(recipe, tokenizer, output)) for recipe in (fresh, begun)]
+    assert commands[0] == "python -m twotower.demo train --output DIR --seed 0 --train-steps 0 0"
+    assert commands[1] == "python -m twotower.demo train --from EARLIER --output DIR --seed 0 --train-steps 0 0"

@@ -39,7 +39,7 @@ def test_ways_are_named_and_ask_for_what_they_say() -> None:
     assert names[-3:] == ["diffusion 1", "diffusion 0.8 T 4", "diffusion 0.8 T 8"]
     assert len(set(names)) == len(names) == 11
     params = Way(Mode.DIFFUSION, 0.8, 4).params()
-    assert (params.confidence_threshold, params.steps_per_block, params.max_new_tokens) == (0.8, 4, 64)
+    assert (params.confidence_threshold, params.steps_per_block, params.max_new_tokens) == (0.8, 4, 256)
 
 
 def test_tokens_per_step_and_steps_by_block() -> None:
