@@ -11,11 +11,14 @@ from twotower.demo.recipe import STAGES, StageRecipe
 from twotower.demo.scores import AR, USUAL, Score, Way, of_way, retained, table
 from twotower.demo.trainer import Trainer, versions
 
+EARLIER = {"9d5b2cb319fd16a592190f3ac62c0548450806cd8e1243be80aa626c2049aaef": "209a853"}
+"""Commits of this repository by the sha256 of the weights that they hold."""
+
 _CARD = """# TwoTower demo checkpoint
 
 A small two-tower diffusion language model (`NemotronHTwoTowerForCausalLM`) in the released file layout, for trying and
-testing everything without a GPU. Trained from nothing by `twotower/demo/` on text that `twotower/demo/families/`
-makes; it knows these {num_families} families of tasks and nothing else.
+testing everything without a GPU. Trained{begun} by `twotower/demo/` on text that `twotower/demo/families/` makes; it
+knows these {num_families} families of tasks and nothing else.
 
 {shape}.
 Ids 0 pad, 1 bos, 2 eos, 3 mask. Stored in bf16 (the small vectors in fp32), meant to be served in float32.
@@ -31,7 +34,7 @@ Every prompt is one line and ends with a line break; without it the model first 
 {missed}
 
 Beside these: `date:`, `iso:` and `us:` for the other formats of dates; `csv:`, and JSON or CSV as what is given, for
-records. Names, things, cities and the like are from short lists (`families/`).
+records; `rows pairs:` for tables. Names, things, cities and the like are from short lists (`families/`).
 
 ## Scores
 
@@ -48,10 +51,10 @@ Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
 ## Recipe
 
 `{command}` (seed {seed}; {versions}).
-
+{earlier}
 - Context stage: {context};
   next-token loss on answers (and the line break before) only.
-- Denoiser stage: starts as a copy of the context tower, which is frozen and seeds each block with its states;
+- Denoiser stage: starts as {start}, against the context tower, which is frozen and seeds each block with its states;
   {denoiser}, two masks per block;
   every {mock_ar_every}th train step adds mock-AR's own objective on as many single tokens as instances.
   Mean cross-entropy over masked positions. Blocks start where the prompt ends (for every fourth instance before its
@@ -70,8 +73,10 @@ Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
 
 Anything but the prompts above gives nonsense. Numbers reach 9999 (roman 3999), years 1900 to 2099, days 1 to 28;
 records have two to four fields (a description up to four facts and a name), lists up to seven words or six numbers;
-numbers to add have up to four digits, word problems stay below 100, functions have up to three steps. Answers are at
-most three blocks long, so tokens per step are those of short answers.
+numbers to add have up to four digits, word problems and balances stay below 100, functions have up to three steps.
+Tables and prose have five to eight rows or people, always those that come first in the alphabet of names; balances six
+to twelve days, named a to l; modules four to seven functions of one step, named f g h k m p t in this order. Letters
+are counted in 140 words (`families/letters.py`); the spelling of any other word may be wrong.
 """
 
 
@@ -93,6 +98,9 @@ def model_card(
         scores=table(scores),
         kept=_kept(scores),
         command=command(trainer),
+        begun=", going on from an earlier revision" if recipe.begun_from else " from nothing",
+        earlier=_earlier(recipe.begun_from),
+        start="the earlier revision's" if recipe.begun_from else "a copy of the context tower",
         seed=recipe.seed,
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
         context=_stage(recipe.context),
@@ -110,9 +118,20 @@ def command(trainer: Trainer) -> str:
     """The command that trains this checkpoint again."""
     recipe = trainer.recipe
     return (
-        f"python -m twotower.demo train --output DIR --seed {recipe.seed} "
+        f"python -m twotower.demo train {'--from EARLIER ' * bool(recipe.begun_from)}--output DIR --seed {recipe.seed} "
         f"--train-steps {recipe.context.train_steps} {recipe.denoiser.train_steps}"
     )
+
+
+def _earlier(sha256: str) -> str:
+    """What the run began from, and where it is."""
+    if not sha256:
+        return ""
+    commit = EARLIER.get(sha256)
+    found = f", the checkpoint that commit {commit} of this repository holds; its own card says how it was made" * bool(
+        commit
+    )
+    return f"\nEARLIER has weights of sha256 `{sha256}`{found}.\n"
 
 
 def _shape(trainer: Trainer) -> str:

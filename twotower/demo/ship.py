@@ -16,6 +16,7 @@ from twotower.config import ModelConfig
 from twotower.core import Mode
 from twotower.demo.card import examples, model_card
 from twotower.demo.corpus import save_families
+from twotower.demo.earlier import save_recipe
 from twotower.demo.evaluate import evaluate_all, wrong_of
 from twotower.demo.expect import write_expectation
 from twotower.demo.objectives import FULL_MASK_SHARE, SUFFIX_SHARE
@@ -40,6 +41,7 @@ def ship(trainer: Trainer, directory: Path, num_instances: int = 200) -> None:
     log = "".join(json.dumps(asdict(entry)) + "\n" for entry in trainer.history)
     (directory / "training_log.jsonl").write_text(log, encoding="utf-8")
     save_families(directory)
+    save_recipe(directory, trainer.recipe)
     write_expectation(directory)
     scores = evaluate_all(directory, [AR, MOCK_AR, USUAL, Way(Mode.DIFFUSION, 0.95)], num_instances)
     missed = {way: wrong_of(directory, examples(), way) for way in (AR, USUAL)}
