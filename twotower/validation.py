@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from twotower.constraints import Constraint
 from twotower.core import (
     LOGPROBS,
     MAX_LIKELIHOODS,
@@ -322,7 +323,9 @@ def _check_floor(floor: Floor, values: Mapping[str, object], problems: Problems)
 def _check_meaning(name: str, parameter: Parameter, value: object, mode: object, problems: Problems) -> None:
     if parameter.modes and mode not in parameter.modes and value != parameter.off:
         why = "has no meaning in" if parameter.off is None else "is not supported in"
-        problems.say(name, f"got {show(value)}, but {name} {why} {mode} mode")
+        got = value.described if isinstance(value, Constraint) else value
+        only = ", ".join(parameter.modes)
+        problems.say(name, f"got {show(got)}, but {name} {why} {mode} mode, only in {only}")
 
 
 def _check_biased(name: str, biases: Sequence[tuple[int, float]], vocab_size: int, problems: Problems) -> None:
