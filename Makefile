@@ -36,15 +36,14 @@ else
 	@$(MAKE) --no-print-directory --keep-going test-alone test-cluster test-kernels
 endif
 
-# Two at a time, each with neighbours, which share what they load.
+# What fails is run once more, alone: see there.
 test-alone: env
 	@echo "[1/3] Tests without a cluster, but for slow ones"
-	@$(PY) -m pytest --quiet --numprocesses 2 --dist worksteal -m "not ray and not slow and not long and not kernels"
+	@$(PY) scripts/run_tests.py alone
 
-# What fails is run once more, alone: see there.
 test-cluster: env
 	@echo "[2/3] Tests on a local Ray, and slow ones"
-	@$(PY) scripts/live_tests.py
+	@$(PY) scripts/run_tests.py cluster
 
 # Triton's interpreter is chosen for a whole process, and these packages are built without CUDA: nothing of it may
 # reach .venv.
