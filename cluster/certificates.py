@@ -95,12 +95,21 @@ def leaf(path: Path) -> tuple[bytes, str]:
 
 def names_of(certificate: "Certificate") -> list[str]:
     """Hosts' names and addresses, at least one."""
-    from cryptography.x509 import DNSName, ExtensionNotFound, IPAddress, SubjectAlternativeName
+    from cryptography.x509 import (
+        DNSName,
+        DuplicateExtension,
+        ExtensionNotFound,
+        IPAddress,
+        SubjectAlternativeName,
+        UnsupportedGeneralNameType,
+    )
 
     try:
         told = certificate.extensions.get_extension_for_class(SubjectAlternativeName).value
     except ExtensionNotFound:
         told = SubjectAlternativeName([])
+    except (ValueError, DuplicateExtension, UnsupportedGeneralNameType) as error:
+        raise _Wrong(f"{_shown(certificate)} has extensions that cannot be read: {error}") from None
     names = [*told.get_values_for_type(DNSName), *map(str, told.get_values_for_type(IPAddress))]
     if not names:
         raise _Wrong(f"{_shown(certificate)} names no host; wanted a subjectAltName, by which clients know the service")

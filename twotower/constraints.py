@@ -60,6 +60,8 @@ class Constraints:
                 return ""
             case "json", Mapping():
                 return _dumped(name, described)
+            case "choice", [_, *_] if len(described) > self.most:  # before all are looked at
+                raise InvalidRequest.of(name, f"got {len(described)} choices, wanted at most {self.most} bytes of them")
             case "choice", [_, *_] if all(isinstance(text, str) and text for text in described):
                 return _dumped(name, described)
             case "json" | "regex" | "grammar", str() if described:

@@ -12,13 +12,13 @@ from twotower.commands.parameter_flags import (
     add_parameter_flags,
     add_priority_flag,
     add_telling_flags,
+    as_sent,
     given_parameters,
     given_telling,
 )
 from twotower.commands.parser import ids
-from twotower.constraints import Constraint
 from twotower.core import PARAMETERS
-from twotower.parameters import TokenBiases, TokenIds, check_text
+from twotower.parameters import TokenIds, check_text
 from twotower.validation import check_logprobs, check_priority, check_token_ids, check_values
 
 _LARGEST_ID = 2**32 - 1  # of the message's uint32
@@ -62,11 +62,7 @@ def _params(given: dict[str, object]) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(PARAMETERS[name].kind, TokenIds):
             values[name] = _ids(name, value)
-        elif isinstance(PARAMETERS[name].kind, TokenBiases):
-            values[name] = dict(value)
-        elif isinstance(value, Constraint):
-            values[name] = value.described
-    return values
+    return as_sent(values)
 
 
 def _ids(name: str, token_ids: Sequence[object]) -> tuple[int, ...]:

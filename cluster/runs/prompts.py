@@ -40,16 +40,16 @@ class Prompts:
 
     async def token_ids(self, name: str, part: Part, deadline: Deadline, special: bool = True) -> tuple[int, ...]:
         """Token ids of a checked part; of text with the tokenizer's `special` tokens. Raises InvalidRequest where there
-        are too many."""
+        are too many, or none: a template may make nothing of a chat."""
         if isinstance(part, Conversation):
             part = self._bounded(name, await self._rendered(part, deadline))
-        return await self._encoded(name, part, deadline, special) if isinstance(part, str) else part
+        token_ids = await self._encoded(name, part, deadline, special) if isinstance(part, str) else part
+        return token_ids or check_part(name, (), self._limits)
 
     async def tokenized(self, given: str | Conversation, deadline: Deadline, special: bool) -> tuple[int, ...]:
         """As `token_ids`, of any text or chat that a prompt may be, an empty text too."""
-        if isinstance(given, Conversation):
-            return await self.token_ids("prompt", given, deadline, special)
-        return await self._encoded("prompt", self._bounded("prompt", given), deadline, special)
+        text = await self._rendered(given, deadline) if isinstance(given, Conversation) else given
+        return await self._encoded("prompt", self._bounded("prompt", text), deadline, special)
 
     async def tokens(self, token_ids: Sequence[int], deadline: Deadline) -> list[str]:
         """Each as the vocabulary writes it."""

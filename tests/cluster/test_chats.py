@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from cluster.faces.http.chat_messages import MAX_MESSAGES, NEUTRAL_OF_MESSAGES, SCHEMA
+from cluster.faces.http.chat_messages import MAX_MESSAGES, MAX_PARTS, NEUTRAL_OF_MESSAGES, SCHEMA
 from cluster.faces.http.chat_models import ChatRequest
 from cluster.faces.http.neutral_values import NEUTRAL_IN_CHATS
 from cluster.faces.http.service import make_app
@@ -183,6 +183,34 @@ async def test_as_many_messages_as_may_be(cells: ScriptedCells) -> None:
         refused = await ask(http, messages=[USER] * (MAX_MESSAGES + 1))
     assert refused.status_code == 400 and "got 1025 messages, wanted at most 1024" in refused.text
     assert [request.prompt_token_ids for request in cells.requests] == [tokens("Hi")]
+
+
+async def test_as_many_parts_as_may_be_and_few_of_the_wrong_ones_are_looked_at(
+    http: httpx.AsyncClient, cells: ScriptedCells
+) -> None:
+    part = {"type": "text", "text": ""}
+    async with served(generation(cells, template="{{ 'Hi' }}")) as short:
+        most = [{"role": "user", "content": [part] * MAX_PARTS}]
+        assert (await ask(short, messages=most, max_tokens=1)).status_code == 200
+    refused = await ask(http, messages=[{"role": "user", "content": [part] * (MAX_PARTS + 1)}])
+    assert "messages[0].content: got 1025 parts, wanted at most 1024" in refused.json()["error"]["message"]
+    wrong = (await ask(http, messages=[{"role": "user", "content": [1] * MAX_PARTS}])).json()["error"]["message"]
+    assert "content[7]" in wrong and "content[8]" not in wrong
+
+
+async def test_a_template_that_makes_nothing_of_a_chat(cells: ScriptedCells) -> None:
+    async with served(generation(cells, template="{{ messages[-1].content }}")) as http:
+        refused = await ask(http, messages=[{"role": "user", "content": ""}], add_special_tokens=False)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "messages", refused.text
+        told = await http.post("/tokenize", json={"messages": [{"role": "user", "content": ""}]})
+    assert told.json()["tokens"] == [] and cells.requests == []
+
+
+async def test_a_stream_opens_all_choices_in_order(http: httpx.AsyncClient) -> None:
+    """OpenAI's own helper for streams lists choices as it hears of them."""
+    events = events_of((await ask(http, stream=True, n=3, max_tokens=4)).text)[:-1]
+    opened = [choice for event in events for choice in event["choices"] if choice["delta"].get("role")]
+    assert [choice["index"] for choice in opened] == [0, 1, 2] and events[2]["choices"] == [opened[2]]
 
 
 @pytest.mark.parametrize("name", NEUTRAL_IN_CHATS)

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.config import ServiceConfig
 from cluster.faces.grpc.strict_protobuf import MAX_FIELDS
-from cluster.faces.http.chat_messages import MAX_MESSAGES
+from cluster.faces.http.chat_messages import MAX_MESSAGES, MAX_PARTS
 from cluster.faces.http.completion_models import MAX_LABEL, MAX_PROMPTS
 from twotower.core import (
     MAX_BLOCK,
@@ -75,7 +75,8 @@ def test_limits(name: str, allowed: str) -> None:
         ("`stop_token_ids`", f"{MAX_STOP_TOKEN_IDS}; one twice is one"),
         ("`model`, `user`, `name` of a message, `safety_identifier`, `prompt_cache_key`", f"{MAX_LABEL} characters"),
         ("messages of a chat", f"{MAX_MESSAGES:,}"),
-        ("time that a chat template takes", f"{RENDERED_S:g} s"),
+        ("parts of a message", f"{MAX_PARTS:,}"),
+        ("processor time that a chat template takes", f"{RENDERED_S:g} s"),
         ("answers of one call: `n` or `best_of`, times its prompts", f"{MAX_PROMPTS}"),
     ],
 )

@@ -67,6 +67,7 @@ def test_there_may_be_none(tokenizer: PretrainedTokenizer) -> None:
     ("given", "words"),
     [
         ("{% if %}", "model.chat_template: broken chat template: "),
+        ("{{ messages[0].content|nosuch }}", "model.chat_template: broken chat template: "),
         ("/no/such/file.jinja", "model.chat_template: /no/such/file.jinja: cannot be read: "),
     ],
 )

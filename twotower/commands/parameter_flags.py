@@ -1,10 +1,11 @@
 """A flag for each parameter of a request, for all our commands that take them."""
 
 from argparse import SUPPRESS, Namespace, _ActionsContainer
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from twotower.commands.parser import biases, ids, json_value, number
-from twotower.constraints import Constraints
+from twotower.constraints import Constraint, Constraints
 from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, STOP, TRACE
 from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenBiases, TokenIds
 
@@ -69,3 +70,14 @@ def _help(parameter: Parameter, tell_default: bool) -> str:
 
 def _modes_told(parameter: Parameter) -> str:
     return f"{' and '.join(parameter.modes)} only"
+
+
+def as_sent(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked values as a request says them."""
+    return {name: _as_sent(name, value) for name, value in values.items()}
+
+
+def _as_sent(name: str, value: Any) -> Any:
+    if isinstance(PARAMETERS[name].kind, TokenBiases):
+        return dict(value)
+    return value.described if isinstance(value, Constraint) else value

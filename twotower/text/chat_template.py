@@ -52,7 +52,9 @@ class ChatTemplate:
         except _TooLong as error:
             raise CheckpointError(f"{whose}: this chat template does not end within {_PROBED_S:g} s") from error
         except Exception as error:
-            if type(error).__name__ == "TemplateSyntaxError":  # anything else may be what it says of the probe
+            if any(
+                kind.__name__ == "TemplateSyntaxError" for kind in type(error).__mro__
+            ):  # anything else may be what it says of the probe
                 raise CheckpointError(f"{whose}: broken chat template: {one_line(str(error))}") from error
 
     def render(self, conversation: Conversation) -> str:
@@ -94,11 +96,12 @@ def _read(path: Path) -> str:
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Ends what this thread does inside once the time is over, at the next line of a template or the next call."""
-    ends_at = time.monotonic() + seconds
+    """Ends what this thread does inside once it has taken so much of a processor, at the next line of a template or the
+    next call."""
+    ends_at = time.thread_time() + seconds
 
     def look(frame: FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > ends_at:
+        if time.thread_time() > ends_at:
             raise _TooLong
         return look if frame.f_code.co_filename == "<template>" else None
 

@@ -72,17 +72,18 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         prompts, deadline = self._generation.prompts, self._generation.deadline(_timeout_of(context))
-        self._generation.check_open()
         special = request.add_special_tokens or not request.HasField("add_special_tokens")
-        ids = await prompts.tokenized(request.text, deadline, special)
-        strings = await prompts.tokens(ids, deadline) if request.with_tokens else ()
+        with self._generation.hold(caller=caller_of(self._generation, context)):
+            ids = await prompts.tokenized(request.text, deadline, special)
+            strings = await prompts.tokens(ids, deadline) if request.with_tokens else ()
         longest = self._generation.model.limits.max_sequence_length
         return pb.TokenizeResponse(token_ids=ids, tokens=strings, max_sequence_length=longest)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         deadline = self._generation.deadline(_timeout_of(context))
-        self._generation.check_open()
-        return pb.DetokenizeResponse(text=await self._generation.prompts.detokenized(request.token_ids.ids, deadline))
+        with self._generation.hold(caller=caller_of(self._generation, context)):
+            text = await self._generation.prompts.detokenized(request.token_ids.ids, deadline)
+        return pb.DetokenizeResponse(text=text)
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         return model_info_message(self._generation.model)

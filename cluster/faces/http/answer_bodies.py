@@ -29,6 +29,10 @@ class AnswerBodies(ABC):
     async def whole(self, told: Sequence[Generating | Echoing], usages: Sequence[Usage]) -> bytes:
         """The response of a call that does not stream. It may be very long: others have their turn meanwhile."""
 
+    def opening(self, index: int, run: Generating, usages: Sequence[Usage] | None) -> Sequence[object]:
+        """The events with which a stream tells of an answer to come."""
+        return ()
+
     @abstractmethod
     def chunk(self, index: int, run: Generating, chunk: Chunk, usages: Sequence[Usage] | None) -> Sequence[object]:
         """The events of a stream that tell a chunk; `usages`: where every event has them."""

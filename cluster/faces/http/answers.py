@@ -116,12 +116,16 @@ class AnswersFace:
         """Server-sent events, one or more per piece; an error is an event too, and then there is no [DONE]."""
         usages = [Usage(len(run.request.prompt_token_ids)) for run in runs]
         numbered: Numbered | None = first
+        told = usages if call.continuous_usage else None
         try:
+            # In the order of their numbers, whichever comes first: clients list choices as they hear of them.
+            for index, run in enumerate(runs):
+                for event in bodies.opening(index, run, told):
+                    await send(_event(event))
             while numbered is not None:
                 index, piece = numbered
                 if isinstance(piece, Chunk):
                     usages[index] = piece.usage
-                    told = usages if call.continuous_usage else None
                     for event in bodies.chunk(index, runs[index], piece, told):
                         await send(_event(event))
                 else:

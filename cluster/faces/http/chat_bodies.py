@@ -57,12 +57,14 @@ class ChatBodies(AnswerBodies):
             await asyncio.sleep(0)
         return spliced(encoded(shown), b'"content":[]', parts)
 
+    def opening(self, index: int, run: Generating, usages: Sequence[Usage] | None) -> list[object]:
+        """The role."""
+        return [{**self._event(index, run, usages, {"role": "assistant", "content": ""}), **self._prompt(run)}]
+
     def chunk(self, index: int, run: Generating, chunk: Chunk, usages: Sequence[Usage] | None) -> list[object]:
-        """Three kinds of events, as OpenAI has them: the role, text, the end."""
+        """Text and the end, as OpenAI has them, each an event."""
         events = list[object]()
         event = partial(self._event, index, run, usages)
-        if chunk.start == 0:
-            events.append({**event({"role": "assistant", "content": ""}), **self._prompt(run)})
         rated = None
         if self._call.rated:
             rated = ChatLogProbs(content=chat_log_probs(chunk.token_ids, chunk.likelihoods, self._names))

@@ -1,6 +1,7 @@
 """The messages of a chat as clients send them: text by role. What is more than text is refused by name."""
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from cluster.faces.http.completion_models import MAX_LABEL
@@ -10,6 +11,7 @@ from twotower.showing import show, show_name
 from twotower.text.chat_template import Conversation
 
 MAX_MESSAGES = 1024
+MAX_PARTS = 1024  # of a message
 ROLES = ("system", "developer", "user", "assistant")
 MESSAGES = f"a list of 1 to {MAX_MESSAGES} messages"
 _CONTENT = "a string or a list of parts of type text"
@@ -29,7 +31,7 @@ SCHEMA: dict[str, Any] = {
         "type": "object",
         "properties": {
             "role": {"type": "string", "enum": list(ROLES)},
-            "content": {"anyOf": [_TEXT, {"type": "array", "items": _PART, "minItems": 1}]},
+            "content": {"anyOf": [_TEXT, {"type": "array", "items": _PART, "minItems": 1, "maxItems": MAX_PARTS}]},
             "name": {"type": "string", "maxLength": MAX_LABEL},
         },
         "required": ["role", "content"],
@@ -56,13 +58,13 @@ def conversation_of(given: object) -> Conversation:
     problems = list[FieldError]()
     messages = []
     for place, message in enumerate(given):
-        problems += _problems(message, f"messages[{place}]")
+        problems += islice(_problems(message, f"messages[{place}]"), _NAMED - len(problems))
         if len(problems) >= _NAMED:
             break
         if not problems:
             messages.append(_message(message))
     if problems:
-        raise InvalidRequest(problems[:_NAMED])
+        raise InvalidRequest(problems)
     return Conversation(tuple(messages))
 
 
@@ -94,6 +96,9 @@ def _problems_of_content(content: object, where: str) -> Iterator[FieldError]:
         return
     if not isinstance(content, list) or not content:
         yield FieldError(where, f"got {show(content)}, wanted {_CONTENT}")
+        return
+    if len(content) > MAX_PARTS:
+        yield FieldError(where, f"got {len(content)} parts, wanted at most {MAX_PARTS}")
         return
     for place, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text":

@@ -66,8 +66,9 @@ class TokensFace:
         call = await begun(request, self._generation, self._bodies)
         body: TokenizeBody = read_body(TokenizeBody, call.body, _NEUTRAL)
         check_model(body.model or None, model.name)
-        ids = await _tokenized(prompts, body, call.deadline)
-        strings = await prompts.tokens(ids, call.deadline) if body.return_token_strs else None
+        with self._generation.hold(caller=call.caller):
+            ids = await _tokenized(prompts, body, call.deadline)
+            strings = await prompts.tokens(ids, call.deadline) if body.return_token_strs else None
         longest = model.limits.max_sequence_length
         return _answer(Tokenized(count=len(ids), max_model_len=longest, tokens=list(ids), token_strs=strings))
 
@@ -78,7 +79,8 @@ class TokensFace:
         if not isinstance(body.tokens, list):
             raise InvalidRequest.of("tokens", f"got {show(body.tokens)}, wanted {TOKENS}")
         try:
-            text = await self._generation.prompts.detokenized(body.tokens, call.deadline)
+            with self._generation.hold(caller=call.caller):
+                text = await self._generation.prompts.detokenized(body.tokens, call.deadline)
         except InvalidRequest as error:
             raise _outside(error) from None
         return _answer(Detokenized(prompt=text))

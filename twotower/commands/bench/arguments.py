@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.commands.bench.load import MAX_CLIENTS, MAX_RATE, MAX_REQUESTS, MAX_REQUESTS_IN_ALL, MAX_SECONDS, Load
-from twotower.commands.parameter_flags import add_parameter_flags, add_priority_flag, given_parameters
+from twotower.commands.parameter_flags import add_parameter_flags, add_priority_flag, as_sent, given_parameters
 from twotower.core import PARAMETERS, Mode
 from twotower.errors import InvalidRequest
 from twotower.parameters import check_text
@@ -141,9 +141,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 def _params(options: argparse.Namespace, modes: tuple[str | None, ...]) -> dict[str | None, dict[str, Any]]:
     """Of each mode. A parameter without a meaning in any of them is a mistake."""
-    values = check_values(
-        {name: value for name, value in given_parameters(options).items() if name not in ("mode", "seed")}
-    )
+    given = {name: value for name, value in given_parameters(options).items() if name not in ("mode", "seed")}
+    values = as_sent(check_values(given))
     beside: dict[str, Any] = {"priority": check_priority(options.priority)}
     if options.stop:
         beside["stop"] = [check_text("stop", text) for text in options.stop]
