@@ -214,7 +214,7 @@ def test_off_switches_mean_the_same_everywhere() -> None:
         ("logit_bias", [[7, 1]], "got [[7, 1]], wanted an object of token ids and numbers in [-100, 100]"),
         ("min_tokens", 17, "got 17, wanted at most max_new_tokens (16)"),
         ("presence_penalty", 2.1, "got 2.1, wanted a number in [-2, 2]"),
-        ("repetition_penalty", 0, "got 0, wanted a number in (0, 10]"),
+        ("repetition_penalty", 0, "got 0, wanted a number in [0.01, 10]"),
     ],
 )
 def test_what_a_request_may_not_do_to_its_logits(name: str, value: object, words: str) -> None:

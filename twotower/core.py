@@ -10,6 +10,7 @@ from typing import NamedTuple, NewType
 from twotower.constraints import Constraint, Constraints
 from twotower.errors import TwoTowerError
 from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts, TokenBiases, TokenIds, declared_in
+from twotower.restored import across_versions
 
 RequestId = NewType("RequestId", str)
 
@@ -52,7 +53,7 @@ MAX_SEED = 2**63 - 1
 MAX_STOP_TOKEN_IDS = 64
 MAX_BIASED_TOKENS, MAX_BIAS = 512, 100.0  # as many as a JSON object may have names
 MAX_CONSTRAINT_BYTES = 32 * 1024
-MAX_PENALTY, MAX_REPETITION_PENALTY = 2.0, 10.0
+MAX_PENALTY, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 2.0, 0.01, 10.0
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 MAX_ALTERNATIVES = 20
@@ -77,12 +78,13 @@ ONLY_WITH_FLOOR = {
 }
 
 
+@across_versions
 @dataclass(frozen=True, slots=True)
 class DecodingParams:
     """How to decode one request; names and meaning are the released script's. The one declaration of each parameter.
 
     `seed` decides every random number of the request, together with block, step and position. Values are checked by
-    `twotower.validation`, not here.
+    `twotower.validation`, not here. A new one comes last.
     """
 
     mode: Mode = Parameter(
@@ -200,7 +202,7 @@ class DecodingParams:
     ).field
     repetition_penalty: float = Parameter(
         1.0,
-        Number(0, MAX_REPETITION_PENALTY, low_open=True),
+        Number(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
         "divides the logit of each token that prompt or answer have already; multiplies it where it is below 0",
         _CAUSAL,
         off=1.0,
@@ -262,6 +264,7 @@ LOGPROBS = Parameter(
 )
 
 
+@across_versions
 @dataclass(frozen=True, slots=True)
 class Request:
     """What the user asked for, as token ids. Immutable; the decoding state of it is a *sequence*.
@@ -305,6 +308,7 @@ class Request:
         return self.params.mode is not Mode.AR
 
 
+@across_versions
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
     """How likely the context tower finds the tokens from position `start` on, each after all before it.

@@ -4,6 +4,15 @@ from collections.abc import Set
 from typing import Protocol
 
 from twotower.core import AnyRequest, Mode, ToldEvent
+from twotower.errors import Unavailable
+
+
+class Unfit(Unavailable):
+    """This cell cannot do what is asked, whenever it is asked; another may."""
+
+    def __init__(self, cell: str, why: str) -> None:
+        super().__init__(f"cell {cell} {why}")
+        self.cell = cell
 
 
 class Attempt(Protocol):
@@ -41,7 +50,7 @@ class Cells(Protocol):
     async def place(self, request: AnyRequest, timeout_s: float, avoid: Set[str]) -> Attempt:
         """Have a cell take the request, for so many seconds; not one of `avoid` where there is another.
 
-        Raises Unavailable where no cell takes it now.
+        Raises Unavailable where no cell takes it now, Unfit where the one that was asked never will.
         """
         ...
 

@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.runs import kept
 from cluster.runs.cell_lines import Call, CellLines
+from cluster.runs.cells import Unfit
 from cluster.runs.messages import Wishes
 from twotower.core import AnyRequest, FailureEvent, Mode, Request, RequestId, ToldEvent
 from twotower.errors import Cancelled, Overloaded, TwoTowerError, Unavailable
@@ -53,10 +54,10 @@ class RemoteAttempt:
             raise Unavailable(f"no cell took this request within {within_s:g} s") from None
 
     def check_knows(self, request: AnyRequest) -> None:
-        """Raises Unavailable where the cell is of a version that would leave out what the request asks for."""
+        """Raises Unfit where the cell is of a version that would leave out what the request asks for."""
         unknown = self._call.placed.result().unknown(request)
         if unknown:
-            raise Unavailable(f"cell {self.cell} is of an older version, which does not know {', '.join(unknown)}")
+            raise Unfit(self.cell, f"is of an older version, which does not know {', '.join(unknown)}")
 
     async def next(self) -> ToldEvent:
         event = await self._call.inbox.get()

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from cluster.runs.answer import Chunk, Piece, Usage
-from cluster.runs.cells import Attempt, Cells
+from cluster.runs.cells import Attempt, Cells, Unfit
 from cluster.runs.deadline import Deadline
 from cluster.runs.observers import Observer
 from cluster.runs.record import Gap, Record
@@ -248,6 +248,8 @@ class Run:
             return await self._cells.place(self.record.rest(), self.deadline.left_s(), self._refused)
         except Unavailable as error:
             self._not_taken = str(error)
+            if isinstance(error, Unfit):
+                self._refused.add(error.cell)
             if not self._is_there_another(self._refused):
                 self._refused.clear()  # all that are fit have refused: the next is one of them, and not an unfit one
             return None

@@ -10,9 +10,11 @@ import httpx
 import pytest
 
 import twotower
+from cluster.config import ServiceConfig
 from cluster.faces.http.completions import parse_call
 from cluster.faces.http.service import make_app
 from cluster.runs.generation import Generation
+from cluster.runs.served_model import load_served_model
 from tests.cluster.fakes import ByteTokenizer, ScriptedCells, all_modes, grpc_server, served_model
 from twotower.core import MAX_CONSTRAINT_BYTES
 from twotower.errors import InvalidRequest
@@ -149,3 +151,9 @@ async def test_what_does_not_go_with_it(able: httpx.AsyncClient, fields: dict[st
 async def test_a_service_without_a_tokenizer_says_so(http: httpx.AsyncClient, cells: ScriptedCells) -> None:
     error = (await http.post("/v1/completions", json={**AR, "guided_regex": "a"})).json()["error"]
     assert "structured_outputs: not served here: there is no tokenizer" in error["message"] and not cells.requests
+
+
+def test_a_router_reads_the_tokenizer_before_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = list[Grammars]()
+    monkeypatch.setattr(Grammars, "prepare", lambda self: ready.append(self))
+    assert load_served_model(ServiceConfig.parse({})).grammars in ready

@@ -127,3 +127,20 @@ def test_where_no_token_may_come_none_is_chosen() -> None:
     broken = Steering(STRUCTURED, EOS, [], [5], _Grammar())
     rows = [TokenParams(), TokenParams(steered=Steered(broken)), TokenParams(0.7, key=3, steered=Steered(broken))]
     assert [row[2] for row in decide(torch.zeros(3, VOCAB), rows).tolist()] == [1, 0, 0] and broken.fault == "broken"
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_row_that_cannot_be_drawn_from_harms_no_other_and_is_told(cut: dict[str, float], wrong: float) -> None:
+    logits_RV = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    rows = [TokenParams(1.0, key=5, **cut) for _ in range(3)]  # type: ignore[arg-type]
+    alone = decide(logits_RV, rows)
+    logits_RV[1, 7] = wrong
+    beside = decide(logits_RV, rows)
+    assert beside[:, 2].tolist() == [1, 0, 1] and torch.equal(beside[[0, 2]], alone[[0, 2]])
+
+
+def test_a_quotient_beyond_fp32_draws_the_likeliest() -> None:
+    logits_RV = torch.tensor([[0.0, 3e37, 1e37, -5.0]])
+    [[token, _, finite]] = decide(logits_RV, [TokenParams(1e-4, key=5, top_p=0.9)]).tolist()
+    assert (token, finite) == (1, 1)

@@ -269,6 +269,17 @@ def test_a_draft_where_an_answer_ends_says_nothing_of_other_requests() -> None:
     assert auto.drafts(params).tokens < known
 
 
+def test_answers_of_less_than_a_block_tell_of_others_too() -> None:
+    """Nothing else would, and drafts that are worth nothing would go on for ever."""
+    auto, _ = _weighed(1, 0.013, 0.011, 0.006)
+    params = DecodingParams(Mode.AUTO, max_new_tokens=8)
+    good, bad = Weighed(auto, params), Weighed(auto, params)
+    good.alone(7), good.ended(1, 6)
+    assert auto.drafts(params).tokens == 15, "all of it stands: nobody knows how much more would"
+    bad.alone(7), bad.ended(1, 0)
+    assert auto.drafts(params).tokens < 15
+
+
 def test_a_request_with_many_drafts_tells_as_much_of_others_as_one_with_two() -> None:
     """The worse drafts are, the more of them an answer takes."""
     auto, [one] = _weighed(1, 0.013, 0.011, 0.006)

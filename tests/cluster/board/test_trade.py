@@ -19,7 +19,7 @@ from tests.cluster.fakes import FINGERPRINT, served_model
 from twotower.core import DecodingParams, Mode
 from twotower.model.checkpoint import Checkpoint
 
-RESULT = Path(__file__).parents[3] / "benchmarks" / "results" / "quality_cpu_2026-11-28.json"
+RESULT = Path(__file__).parents[3] / "benchmarks" / "results" / "quality_cpu_2026-11-30.json"
 
 
 def of(directory: Path, modes: tuple[Mode, ...] = tuple(Mode), defaults: DecodingParams | None = None) -> Trade:

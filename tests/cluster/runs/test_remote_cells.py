@@ -12,6 +12,7 @@ import pytest
 from cluster import cell
 from cluster.cell import KNOWN, Cell
 from cluster.runs.cell_lines import CellLine, CellLines
+from cluster.runs.cells import Unfit
 from cluster.runs.deadline import Deadline
 from cluster.runs.messages import Beat, Placed, Wishes
 from cluster.runs.record import Record
@@ -198,8 +199,9 @@ async def test_a_cell_that_would_leave_a_parameter_out_in_silence_is_not_asked(m
             attempt = await cells.place(Request(RequestId("r"), (1, 2), params), 60, set())
             await attempt.close()
         wanted = "cell old is of an older version, which does not know min_p, min_tokens"
-        with pytest.raises(Unavailable, match=wanted):
+        with pytest.raises(Unfit, match=wanted) as refused:
             await cells.place(Request(RequestId("r"), (1, 2), asking), 60, set())
+        assert refused.value.cell == "old"
     events.stop()
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.runs.answer import Usage
+from cluster.runs.cells import Unfit
 from cluster.runs.deadline import Deadline
 from cluster.runs.observers import Observer
 from cluster.runs.record import Gap, Record
@@ -210,6 +211,12 @@ async def test_where_all_have_refused_they_are_asked_again(living: list[str], av
     script = Script(ANSWER, [Stay(1, GONE, cell="a"), mending, WELL], living=living)
     assert await outcome(run_on(script)) == await undisturbed()
     assert [avoid for _, avoid in script.placed] == [set(), {"a"}, avoided]
+
+
+async def test_a_cell_that_never_can_is_avoided_for_one_that_may() -> None:
+    script = Script(ANSWER, [Stay(refuses=Unfit("old", "does not know min_p")), WELL], living=["old", "new"])
+    assert await outcome(run_on(script)) == await undisturbed()
+    assert [avoided for _, avoided in script.placed] == [set(), {"old"}]
 
 
 async def test_a_cell_that_does_not_answer_is_no_cell() -> None:

@@ -99,7 +99,7 @@ class Auto:
         known = _known(self._diffused, _blocks(params), Blocks(steps, tokens))
         known.note(steps, tokens, _WEIGHT, int(not last))
 
-    def drafted(self, params: DecodingParams, steps: int, accepted: int) -> None:
+    def drafted(self, params: DecodingParams, steps: int, accepted: float) -> None:
         """A draft took so many steps, and so much of it stands."""
         kind = self._kind(params)
         kind.drafts.note(steps, accepted, _DRAFTS_WEIGHT if kind.way is Mode.VERIFIED else _WEIGHT)
@@ -154,7 +154,7 @@ class Weighed:
         self._auto, self._params = auto, params
         self._own: Blocks | None = None
         self._telling = _TELLING
-        self._is_cut = False  # the block: the answer's end is near
+        self._size = params.block_size  # of the block: less where the answer's end is near
 
     def ended(self, steps: int, tokens: int) -> None:
         if not steps:
@@ -163,13 +163,21 @@ class Weighed:
         if self._own is None:
             self._own = replace(self._auto.drafts(self._params), count=_OWN_COUNT)
         self._own.note(steps, tokens, _OWN_WEIGHT)
-        if self._telling and not self._is_cut:
+        # A block at an answer's end says little of others, but where an answer is one such block it says all there is.
+        is_whole = self._size == self._params.block_size
+        if self._telling and (is_whole or self._params.max_new_tokens <= self._params.block_size):
             self._telling -= 1
-            self._auto.drafted(self._params, steps, tokens)
+            self._auto.drafted(self._params, steps, self._of_a_whole_block(tokens))
+
+    def _of_a_whole_block(self, tokens: int) -> float:
+        """How many drafted tokens would stand, of so many that do. Of one that was cut short and stands as a whole
+        nobody knows: no fewer than usually."""
+        stands = tokens >= self._size - 1
+        return max(tokens, self._auto.drafts(self._params).tokens) if stands else tokens
 
     def alone(self, room: int) -> int:
         known, size = self._own or self._auto.drafts(self._params), min(self._params.block_size, room)
-        self._is_cut = size < self._params.block_size
+        self._size = size
         # Beside others the end of an answer goes as the rest of it: a pass for one row would cost them all.
         tokens = min(known.tokens, size - 1) if self._auto.rows == 1 else known.tokens
         return self._auto.alone(self._params, Blocks(known.steps, tokens), size)
