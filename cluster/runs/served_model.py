@@ -42,6 +42,8 @@ def load_served_model(config: ServiceConfig) -> ServedModel:
         defaults=_defaults(config, modes),
     )
     tokenizer = load_tokenizer(directory)
+    grammars = Grammars(directory, checkpoint.config.vocab_size, checkpoint.config.eos_token_id)
+    grammars.prepare()
     return ServedModel(
         name=served_name(config),
         limits=limits,
@@ -50,7 +52,7 @@ def load_served_model(config: ServiceConfig) -> ServedModel:
         layout=str(checkpoint.layout),
         fingerprint=checkpoint.fingerprint,
         vocabulary=checkpoint.vocabulary,
-        grammars=Grammars(directory, checkpoint.config.vocab_size, checkpoint.config.eos_token_id),
+        grammars=grammars,
     )
 
 

@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from typing import Any, cast
 
 import jsonschema
 import pytest
+import torch
 
 from tests.engine.arrangements import SETTINGS, split_pair
 from tests.engine.decode import Decoded, collect
@@ -20,9 +22,10 @@ from twotower.core import DecodingParams, FinishReason, Mode, Request, RequestId
 from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.steering import Steering
 from twotower.engine.context.compiling import Compiling
-from twotower.engine.in_process import pair_of
+from twotower.engine.in_process import colocated_runner, pair_of
 from twotower.engine.pair import Pair
-from twotower.errors import InvalidRequest
+from twotower.errors import InvalidRequest, NumericalError
+from twotower.text.grammars import Grammars, TextMatcher
 from twotower.text.tokenizer import load_tokenizer
 
 __all__ = ["one_thread"]  # a fixture
@@ -111,6 +114,24 @@ def test_verified_and_auto_give_ars_tokens_and_so_does_one_that_goes_on(constrai
         _same(got, whole)
 
 
+def test_where_a_draft_cannot_be_followed_it_ends_and_the_tokens_are_ars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind one token of each draft no token may come, as where a bound is met there."""
+    masks = TextMatcher.masks
+
+    def met(self: TextMatcher, draft: Sequence[int], first: int, count: int) -> list[bytes]:
+        return [
+            mask if first + at < 2 else bytes(len(mask)) for at, mask in enumerate(masks(self, draft, first, count))
+        ]
+
+    asked = [_request("greedy", REGEX), _request("drawn", REGEX, temperature=1.5, seed=5)]
+    wanted = _decoded(asked)
+    monkeypatch.setattr(TextMatcher, "masks", met)
+    given = {"draft_threshold": 0.0, "draft_steps": 1}
+    drafted = [replace(one, params=replace(one.params, mode=Mode.VERIFIED, **given)) for one in asked]
+    for got, whole in zip(_decoded(drafted), wanted, strict=True):
+        _same(got, whole)
+
+
 @pytest.mark.slow
 def test_over_a_link() -> None:
     """The context tower compiles what a denoiser leads."""
@@ -132,6 +153,7 @@ def test_over_a_link() -> None:
     [
         (Constraint("regex", "(a|b"), (), "structured_outputs: regex: .*unclosed group"),
         (REGEX, (300, 301, 302), "structured_outputs: cannot be gone on with: "),
+        (Constraint("grammar", "start: start"), (), "structured_outputs: grammar: no token"),
     ],
 )
 def test_what_cannot_be_followed_fails_alone_and_leaves_no_room_taken(
@@ -148,6 +170,34 @@ def test_what_cannot_be_followed_fails_alone_and_leaves_no_room_taken(
             await _nothing_is_held(pair)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("mode", [Mode.AR, Mode.VERIFIED])
+@pytest.mark.parametrize("healthy", [0, 3])
+def test_a_nan_of_the_tower_is_not_told_as_the_requests_fault(
+    mode: Mode, healthy: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the prompt, and some forwards later."""
+    towers, calls = towers_of("demo"), count()
+    logits = towers.context.logits
+    monkeypatch.setattr(towers.context, "logits", lambda h: logits(h) * (1 if next(calls) < healthy else torch.nan))
+
+    async def run() -> None:
+        async with pair_of(towers.context, towers.denoiser, SETTINGS, checkpoint=DEMO) as pair:
+            with pytest.raises(NumericalError):
+                await collect(pair, _request("r", REGEX, mode))
+            await _nothing_is_held(pair)
+
+    asyncio.run(run())
+
+
+def test_a_process_that_gets_ready_reads_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first request: reading holds the whole process."""
+    ready = list[Grammars]()
+    monkeypatch.setattr(Grammars, "prepare", lambda self: ready.append(self))
+    runner = colocated_runner(towers_of("demo").context, None, SETTINGS, prepare=True, checkpoint=DEMO)
+    runner.stop()
+    assert len(ready) == 1
 
 
 async def _nothing_is_held(pair: Pair) -> None:

@@ -68,7 +68,8 @@ class ContextEngine:
         )  # fmt: skip
 
     def prepare(self) -> None:
-        """Before the first request: make ready for the usual passes."""
+        """Before the first request: make ready for the usual passes, and for grammars."""
+        self._compiling.prepare()
         for width in (USUAL_WIDTH, 2 * USUAL_WIDTH):  # commits and the shortest prompts, then the usual prompts
             self._passes.prepare(width)
 

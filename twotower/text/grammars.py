@@ -1,13 +1,16 @@
 """Structured output: from what a request wants its text to be, to which tokens may come next.
 
 The only part of the library that knows `llguidance`, imported when first needed. It compiles nothing ahead: a state of
-the automaton is worked out when a text reaches it, within bounds on its work (its "fuel"), whatever the grammar.
+the automaton is worked out when a text reaches it, within bounds on its work (its "fuel"), whatever the grammar. What
+went beyond a bound breaks the automaton and all copies of it, so each request has its own.
 """
 
 import json
+import logging
 import threading
-from collections.abc import Sequence
-from functools import cached_property
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,18 @@ from twotower.errors import InvalidRequest
 from twotower.showing import one_line
 
 FIELD = "structured_outputs"
-_KEPT = 32  # compiled grammars, those that were asked for last
+_KEPT = 32  # checked descriptions, those that were asked for last
 _MOST_STATES = 16_384  # of a grammar's lexer, of 1 to 2 kB each
+# The library's default is 1,000,000, with which a first mask can take seconds. 20 ms with this.
+_FUEL_AT_FIRST = 100_000
+_LONGEST_COMPILE_S = 1.0  # of a CPU, with the first mask
+_LONGEST_MASK_S = 0.1  # of a CPU: other sequences wait for it
+_TOO_COMPLEX = "too complex: {what} took more than {bound:g} s of a CPU"
+_NO_TOKEN = "no token of this tokenizer may come next"
 _LONGEST_REASON = 300
 _META = frozenset(r"\.+*?()|[]{}^$#&-~/")
+
+logger = logging.getLogger(__name__)
 
 
 class Grammars:
@@ -27,43 +38,67 @@ class Grammars:
 
     def __init__(self, directory: Path, vocab_size: int, eos_token_id: int) -> None:
         self._directory, self._vocab_size, self._eos = directory, vocab_size, eos_token_id
-        self._compiled: dict[Constraint, Any] = {}
-        self._lock = threading.Lock()
+        self._sources: dict[Constraint, str] = {}
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._read: Any = None  # the tokenizer, once it is read
+        self._refusal: str | None = None
 
     def __contains__(self, constraint: Constraint) -> bool:
-        """Whether it is compiled."""
-        return constraint in self._compiled
+        """Whether it is checked."""
+        return constraint in self._sources
+
+    def prepare(self) -> None:
+        """Read the tokenizer. Holds the whole process for about a second with 131,072 tokens, so before it serves."""
+        try:
+            self._tokenizer()
+        except InvalidRequest as refusal:
+            logger.info("%s", refusal)
 
     def matcher(self, constraint: Constraint) -> "TextMatcher":
-        """One at the beginning of the text. Takes up to some seconds for a grammar that was not asked for lately.
+        """One at the beginning of the text, that shares nothing with others. Takes some milliseconds, a second at most.
 
         Raises InvalidRequest for one that cannot be compiled, and where nothing can be.
         """
-        with self._lock:
-            compiled = self._compiled.pop(constraint, None)
-        if compiled is None:
-            compiled = self._compile(constraint)
-        with self._lock:
-            self._compiled[constraint] = compiled
-            if len(self._compiled) > _KEPT:
-                del self._compiled[next(iter(self._compiled))]
-        return TextMatcher(compiled.deep_copy())
+        with _named(f"{constraint.kind}: cannot be compiled"):
+            return self._matcher(constraint)
 
-    def _compile(self, constraint: Constraint) -> Any:
-        tokenizer = self._tokenizer
-        from llguidance import LLMatcher, LLParserLimits
-
-        limits = LLParserLimits(max_lexer_states=_MOST_STATES, verbose_errors=False)
+    def _matcher(self, constraint: Constraint) -> "TextMatcher":
+        tokenizer, started = self._tokenizer(), time.thread_time()
         try:
-            compiled = LLMatcher(tokenizer, _source(constraint), log_level=0, limits=limits)
+            source = self._sources.get(constraint) or _source(constraint)
+            matcher, drafter = _automaton(tokenizer, source), _automaton(tokenizer, source)
         except ValueError as error:
             raise _refused(f"{constraint.kind}: {error}") from None
-        if compiled.is_error():
-            raise _refused(f"{constraint.kind}: {compiled.get_error()}")
-        return compiled
+        mask = matcher.compute_bitmask()
+        if matcher.is_error() or not any(mask):
+            raise _refused(f"{constraint.kind}: {_error_of(matcher) or _NO_TOKEN}")
+        if time.thread_time() - started > _LONGEST_COMPILE_S:
+            too_complex = _TOO_COMPLEX.format(what="its compilation", bound=_LONGEST_COMPILE_S)
+            raise _refused(f"{constraint.kind}: {too_complex}")
+        self._keep(constraint, source)
+        return TextMatcher(matcher, drafter, mask)
 
-    @cached_property
+    def _keep(self, constraint: Constraint, source: str) -> None:
+        with self._lock:
+            self._sources.pop(constraint, None)
+            self._sources[constraint] = source
+            if len(self._sources) > _KEPT:
+                del self._sources[next(iter(self._sources))]
+
     def _tokenizer(self) -> Any:
+        """Read once, and refused once. Raises InvalidRequest."""
+        with self._reading:
+            if self._read is None and self._refusal is None:
+                try:
+                    with _named("not served here: the checkpoint's tokenizer"):
+                        self._read = self._read_tokenizer()
+                except InvalidRequest as refusal:
+                    self._refusal = refusal.problems[0].message
+        if self._refusal is not None:
+            raise _refused(self._refusal)
+        return self._read
+
+    def _read_tokenizer(self) -> Any:
         """Raises InvalidRequest."""
         try:
             from llguidance import LLTokenizer
@@ -81,31 +116,87 @@ class Grammars:
 
 
 class TextMatcher:
-    """How far one text is. `fault`: why it cannot go on, once it cannot."""
+    """How far one text is. `fault`: why it cannot go on, once it cannot.
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    A second automaton, `drafter`, follows the text too, and drafts are followed on copies of that one. Copies share
+    what an automaton may still spend, and its fault. So a draft can break `drafter`, and `matcher` never.
+    """
+
+    def __init__(self, matcher: Any, drafter: Any, mask: bytes) -> None:
+        """`mask`: the first one."""
+        self._matcher, self._drafter = matcher, drafter
+        self._mask: bytes | None = mask  # behind the text so far, once it is known
+        self._nothing, self._slow, self._drafts = bytes(len(mask)), False, True
 
     @property
     def fault(self) -> str | None:
-        return one_line(self._matcher.get_error())[:_LONGEST_REASON] if self._matcher.is_error() else None
+        if self._mask == self._nothing and not self._matcher.is_error():
+            return _NO_TOKEN
+        if self._slow:
+            return _TOO_COMPLEX.format(what="a mask", bound=_LONGEST_MASK_S)
+        return _error_of(self._matcher)[:_LONGEST_REASON] if self._matcher.is_error() else None
 
     def follow(self, tokens: Sequence[int]) -> None:
         """The text goes on with these."""
-        self._matcher.consume_tokens(list(tokens))
+        if tokens:
+            self._mask = None
+            self._matcher.consume_tokens(list(tokens))
+            self._drafter.consume_tokens(list(tokens))
 
     def masks(self, draft: Sequence[int], first: int, count: int) -> list[bytes]:
         """Which tokens may come behind each of `count` beginnings of the draft, from that of `first` tokens on: a bit
-        for each, the lowest of the first byte that of token 0. Where a beginning breaks the grammar, as behind the last
-        one that does not: nothing that follows it will stand."""
-        followed = self._matcher.try_consume_tokens(list(draft[:first]))
-        alive, masks = followed == first, [self._matcher.compute_bitmask()]
-        for token in draft[first : first + count - 1]:
-            alive = alive and self._matcher.try_consume_tokens([token]) == 1
-            followed += alive
-            masks.append(self._matcher.compute_bitmask() if alive else masks[-1])
-        self._matcher.rollback(followed)
-        return masks
+        for each, the lowest of the first byte that of token 0. No token where a beginning breaks the grammar, or where
+        it cannot be followed: the draft stands up to there at most."""
+        own = [] if first else [self._next()]
+        return own + self._ahead(draft, max(first, 1), count - len(own)) if count > len(own) else own
+
+    def _next(self) -> bytes:
+        if self._mask is None:
+            started = time.thread_time()
+            self._mask = bytes(self._matcher.compute_bitmask())
+            self._slow = self._slow or time.thread_time() - started > _LONGEST_MASK_S
+        return self._mask
+
+    def _ahead(self, draft: Sequence[int], first: int, count: int) -> list[bytes]:
+        copy, steps = self._drafter.deep_copy(), [draft[:first], *([token] for token in draft[first:])]
+        masks = list[bytes]()
+        for step in steps[:count]:
+            started = time.thread_time()
+            if not self._drafts or copy.try_consume_tokens(list(step)) < len(step):
+                break
+            mask = copy.compute_bitmask()
+            self._drafts = time.thread_time() - started <= _LONGEST_MASK_S
+            if copy.is_error():
+                break
+            masks.append(mask)
+        return masks + [self._nothing] * (count - len(masks))
+
+
+def _automaton(tokenizer: Any, source: str) -> Any:
+    """Raises ValueError."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(initial_lexer_fuel=_FUEL_AT_FIRST, max_lexer_states=_MOST_STATES, verbose_errors=False)
+    automaton = LLMatcher(tokenizer, source, log_level=0, limits=limits)
+    if automaton.is_error():
+        raise ValueError(_error_of(automaton))
+    return automaton
+
+
+def _error_of(automaton: Any) -> str:
+    error = automaton.get_error().removesuffix("<non-verbose/>").strip()
+    return _NO_TOKEN if error == "NoExtensionBias" else one_line(error)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """What goes wrong in the library, as the request's refusal: also a panic, which is no Exception."""
+    try:
+        yield
+    except (InvalidRequest, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise _refused(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _source(constraint: Constraint) -> str:

@@ -28,6 +28,11 @@ class Compiling:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._waiting
 
+    def prepare(self) -> None:
+        """Before the first request: read the tokenizer."""
+        if self._grammars is not None:
+            self._grammars.prepare()
+
     def begin(
         self,
         key: Hashable,

@@ -97,11 +97,12 @@ class Verification:
         wanted = [one for key, start, block in rows for one in self._places(key, start + 1, len(block), block[1:])]
         chosen = self._decide(hidden_RLD[rows_P, columns_P], wanted)
         [rows_chosen] = take_all([Step(chosen, partial(_by_block, blocks))])
-        verdicts = list(map(verdict, blocks, rows_chosen))
+        asked = zip(keys, blocks, rows_chosen, strict=True)
+        verdicts = [verdict(self._followed(key, block, made), made) for key, block, made in asked]
         self._sequences.settle(keys, scans, [verdict.cut for verdict in verdicts])
         took = Took(len(keys) * -(-max(map(len, blocks)) // USUAL_WIDTH), self._clock() - started)
         for key, start, block, one, made in zip(keys, starts, blocks, verdicts, rows_chosen, strict=True):
-            self._follow(key, [*block[1 : one.cut], one.token])
+            self._follow(key, one, block)
             self._has_decided(key, start, one, made, took)
 
     def wants_hidden(self, last: bool) -> bool:
@@ -146,12 +147,20 @@ class Verification:
     def _prompts_decided(self, ends: Sequence[ReadChunk], chosen: Rows) -> None:
         for read, one in zip(ends, chosen, strict=True):
             decided = verdict([0], [one])
-            self._follow(read.chunk.key, [decided.token])
+            self._follow(read.chunk.key, decided)
             self._has_decided(read.chunk.key, read.chunk.start, decided, [one])
 
-    def _follow(self, key: Key, tokens: Sequence[int]) -> None:
-        if key in self._steering:
-            self._steering[key].follow(tokens)
+    def _followed(self, key: Key, block: Sequence[int], made: Rows) -> Sequence[int]:
+        """As far as a grammar could be followed into the draft. The rest is no part of it: the token in front of it is
+        told as the next one, and the tower decides behind that as it decides in `ar`."""
+        if key not in self._steering:
+            return block
+        return block[: max(1, next((place for place, row in enumerate(made) if not row[2]), len(block)))]
+
+    def _follow(self, key: Key, one: Verdict, block: Sequence[int] = (0,)) -> None:
+        """Where it has no token, it is not followed: what is wrong then is not the grammar's matter."""
+        if one.finite and key in self._steering:
+            self._steering[key].follow([*block[1 : one.cut], one.token])
 
     def _has_decided(self, key: Key, start: int, one: Verdict, made: Rows, took: Took | None = None) -> None:
         """`made`: a block's choices."""
