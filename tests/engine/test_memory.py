@@ -14,12 +14,14 @@ import twotower
 from tests.engine.arrangements import hooks_of
 from tests.exchange.rig import QUICK, wait_until
 from tests.goldens import CPU, GOLDEN_DIR, MODELS
-from twotower.core import DecodingParams, Request, RequestId
+from twotower.core import DecodingParams, Mode, Request, RequestId
+from twotower.decoding.steering import Steering
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.ledger import Ledger
 from twotower.engine.memory import Memory, memory_of
 from twotower.engine.pair import Pair
+from twotower.engine.passing import passing_bytes
 from twotower.engine.runner import EngineRunner
 from twotower.engine.settings import EngineSettings
 from twotower.exchange.distributed import connect, open_port
@@ -127,6 +129,19 @@ async def _sizes_after_use(checkpoint: Checkpoint) -> list[int]:
             await asyncio.to_thread(runner.stop)
     assert port._pool is not None
     return [buffer.flat.nbytes for pool in (port._pool, link._pool) for buffer in pool._free]
+
+
+@pytest.mark.parametrize("tower", BOTH)
+def test_what_penalties_keep_is_counted_where_they_are_kept(tower: type[ContextTower] | type[DenoiserTower]) -> None:
+    """Of every sequence: the context tower decides the tokens of all modes that have penalties."""
+    config = Checkpoint.open(DEMO).config
+    penalised = DecodingParams(Mode.AR, 8, repetition_penalty=1.5)
+    steering, before = Steering(penalised, config.eos_token_id, [5], [6]), _live()
+    steering.change(torch.zeros(1, config.vocab_size), (), 0)
+    one = _allocated(before) if tower is ContextTower else 0
+    counted = memory_of(config, SETTINGS, torch.float32, [tower]).passing
+    assert counted - passing_bytes(config, SETTINGS, torch.float32, [tower]) == SETTINGS.max_sequences * one
+    assert one or tower is DenoiserTower
 
 
 def test_the_line_in_the_log() -> None:

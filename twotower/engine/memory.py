@@ -27,7 +27,7 @@ class Memory:
 
     `slots` are conv windows and SSM states, `pages` keys and values, `staging` the buffers of its links once they have
     grown as far as they can; together they are `total`. `passing` is what a forward pass needs for a moment, at most,
-    and what captured passes keep of it on a GPU.
+    what captured passes keep of it on a GPU, and what penalties keep where every sequence asks for them.
     """
 
     sequences: int
@@ -81,8 +81,15 @@ def memory_of(
         pages=_bytes([cache.keys, cache.values]),
         staging=num_links * link.staging_buffers * _staging_buffer(cache, settings, link),
         scratch=cache.positions(0).untyped_storage().nbytes(),
-        passing=passing_bytes(config, settings, dtype, towers, on_gpu) + captured,
+        passing=passing_bytes(config, settings, dtype, towers, on_gpu) + captured + _steering(config, settings, towers),
     )
+
+
+def _steering(
+    config: ModelConfig, settings: EngineSettings, towers: Sequence[type[ContextTower] | type[DenoiserTower]]
+) -> int:
+    """For each sequence, how often the answer has each token, in fp32, and a byte for whether the prompt has it."""
+    return settings.max_sequences * config.vocab_size * 5 if ContextTower in towers else 0
 
 
 def _weights(tower: type[ContextTower] | type[DenoiserTower], config: ModelConfig, dtype: torch.dtype) -> int:
