@@ -185,16 +185,17 @@ async def test_as_many_messages_as_may_be(cells: ScriptedCells) -> None:
     assert [request.prompt_token_ids for request in cells.requests] == [tokens("Hi")]
 
 
-async def test_as_many_parts_as_may_be_and_few_of_the_wrong_ones_are_looked_at(
-    http: httpx.AsyncClient, cells: ScriptedCells
-) -> None:
+async def test_as_many_parts_as_may_be_and_few_of_the_wrong_ones_are_looked_at(cells: ScriptedCells) -> None:
     part = {"type": "text", "text": ""}
-    async with served(generation(cells, template="{{ 'Hi' }}")) as short:
-        most = [{"role": "user", "content": [part] * MAX_PARTS}]
-        assert (await ask(short, messages=most, max_tokens=1)).status_code == 200
-    refused = await ask(http, messages=[{"role": "user", "content": [part] * (MAX_PARTS + 1)}])
-    assert "messages[0].content: got 1025 parts, wanted at most 1024" in refused.json()["error"]["message"]
-    wrong = (await ask(http, messages=[{"role": "user", "content": [1] * MAX_PARTS}])).json()["error"]["message"]
+
+    async def said(content: list[object]) -> httpx.Response:
+        async with served(generation(cells, template="{{ 'Hi' }}")) as http:
+            return await ask(http, messages=[{"role": "user", "content": content}], max_tokens=1)
+
+    assert (await said([part] * MAX_PARTS)).status_code == 200
+    refused = (await said([part] * (MAX_PARTS + 1))).json()["error"]["message"]
+    assert "messages[0].content: got 1025 parts, wanted at most 1024" in refused
+    wrong = (await said([1] * MAX_PARTS)).json()["error"]["message"]
     assert "content[7]" in wrong and "content[8]" not in wrong
 
 
