@@ -5,6 +5,7 @@ put together, and for counters; requests and events go over the line.
 """
 
 import asyncio
+import ctypes
 import logging
 import os
 import time
@@ -44,6 +45,13 @@ logger = logging.getLogger(__name__)
 
 _SOON_S = 0.005
 _LET_GO_S = 3.0
+
+
+def give_back_freed() -> None:
+    """What loading has freed goes back to the system, where the C library can do so. It would keep some megabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class TowerProcess:
@@ -91,6 +99,7 @@ class TowerProcess:
             check_capture(self.settings.engine.capture, self.checkpoint.config, self.device, self.dtype)
             check_fits(memory, self.device)
             self._load()
+        give_back_freed()
 
     def _load(self) -> None:
         raise NotImplementedError

@@ -9,14 +9,15 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.http_options import check_same, http_options
 from cluster.no_proxies import bypass_proxies
 from cluster.ops.ray_room import check_room, ray_directory
-from cluster.sections import IngressSection
 from twotower.errors import TwoTowerError, Unavailable
 from twotower.showing import one_line
+
+if TYPE_CHECKING:  # whoever only prepares an environment needs no pydantic
+    from cluster.sections import IngressSection
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # 127.0.0.1 would be silently replaced by the machine's outside address.
@@ -150,17 +151,19 @@ def serve_runs() -> bool:
         return _get_global_client(raise_if_no_controller_running=False) is not None
 
 
-def start_serve(ingress: IngressSection) -> None:
+def start_serve(ingress: "IngressSection") -> None:
     """Serve's controller and its HTTP proxy. Raises Unavailable, or ConfigError where it runs with another port, or
     with other certificates."""
     with failures_told("Serve"):
         _start_serve(ingress)
 
 
-def _start_serve(ingress: IngressSection) -> None:
+def _start_serve(ingress: "IngressSection") -> None:
     from ray import serve
     from ray.serve.context import _get_global_client
     from ray.serve.schema import LoggingConfig
+
+    from cluster.http_options import check_same, http_options
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = _get_global_client(raise_if_no_controller_running=False)
