@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.constraints import Constraint
 from twotower.core import DecodingParams, Mode
-from twotower.decoding.sampling import TokenParams, decide
+from twotower.decoding.sampling import TokenParams, decide, sample
 from twotower.decoding.steering import Steered, Steering, steer
 
 VOCAB, EOS = 40, 2
@@ -144,3 +144,12 @@ def test_a_quotient_beyond_fp32_draws_the_likeliest() -> None:
     logits_RV = torch.tensor([[0.0, 3e37, 1e37, -5.0]])
     [[token, _, finite]] = decide(logits_RV, [TokenParams(1e-4, key=5, top_p=0.9)]).tolist()
     assert (token, finite) == (1, 1)
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_a_row_in_which_no_token_may_be_is_sampled_without_harm(cut: dict[str, float]) -> None:
+    logits_RV = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    rows = [TokenParams(1.0, key=5, **cut) for _ in range(2)]  # type: ignore[arg-type]
+    alone = sample(logits_RV, rows).tokens_R
+    logits_RV[0] = -torch.inf
+    assert sample(logits_RV, rows).tokens_R[1] == alone[1]

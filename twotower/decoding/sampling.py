@@ -67,10 +67,8 @@ def decide(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
     finite_R = torch.isfinite(logits_RV).all(1)
     steered_RV = steer(logits_RV, [row.steered for row in rows])
     if steered_RV is not logits_RV:
-        # False of NaN, too; -inf is a token that may not be.
-        finite_R &= (steered_RV < torch.inf).all(1) & (steered_RV.amax(1) > -torch.inf)
-    # Nothing can be drawn from such a row, and the host does not know of it yet.
-    sampled = sample(torch.where(finite_R[:, None], steered_RV, 0.0), rows)
+        finite_R &= steered_RV.amax(1).isfinite()  # -inf is a token that may not be
+    sampled = sample(steered_RV, rows)
     return torch.stack([sampled.tokens_R.float(), sampled.margin_R, finite_R.float()], dim=1)
 
 
@@ -82,8 +80,11 @@ def _draw(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
     """
     device, vocab = logits_RV.device, logits_RV.shape[1]
     temperatures_R1 = on_device([row.temperature for row in rows], device)[:, None]
-    # The likeliest token's logit is subtracted where the quotient would leave fp32.
     largest_R1 = logits_RV.amax(1, keepdim=True)
+    # Nothing can be drawn from a row with NaN, with inf, or without a token. The host does not know of it yet.
+    dead_R1 = ~largest_R1.isfinite()
+    logits_RV, largest_R1 = logits_RV.masked_fill(dead_R1, 0.0), largest_R1.masked_fill(dead_R1, 0.0)
+    # The likeliest token's logit is subtracted where the quotient would leave fp32.
     beyond_R1 = (largest_R1 / temperatures_R1).isinf()
     kept_RV = ((logits_RV - largest_R1.masked_fill(~beyond_R1, 0.0)) / temperatures_R1).softmax(-1)
     cut = _cut(kept_RV, rows) if any(row.cuts for row in rows) else None
@@ -127,7 +128,7 @@ def _cut(probabilities_RV: Tensor, rows: list[TokenParams]) -> _Cut:
     kept_RV = kept_RV * ((before_RV < top_p_R1) | (top_p_R1 >= 1))
     # Nobody is behind the last; the ends of both cuts are looked at, and the sum at which top-p crosses.
     behind_RV = torch.cat([sorted_RV[:, 1:], torch.zeros_like(kth_R1)], dim=1)
-    end_R1 = ((kept_RV > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+    end_R1 = (kept_RV > 0).sum(-1, keepdim=True) - 1
     ends_R2 = torch.cat([on_device(last, device)[:, None], end_R1], dim=1)
     ahead_R2 = sorted_RV.gather(1, ends_R2).clamp(min=_SMALLEST)
     ratio_R1 = (behind_RV.gather(1, ends_R2) / ahead_R2).amax(1, keepdim=True)
