@@ -1,4 +1,4 @@
-"""`python -m twotower`: generate text from a checkpoint in this process, or measure a service."""
+"""`python -m twotower`: generate text from a checkpoint in this process, measure a service, or plan for a device."""
 
 import logging
 import sys

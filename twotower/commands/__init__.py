@@ -45,6 +45,10 @@ def _run(options: Namespace) -> int:
                 raise
             raise ConfigError("bench asks through the package twotower-client, which is not installed") from None
         return bench(options)
+    if options.command == "plan":
+        from twotower.commands.plan import plan
+
+        return plan(options)
     # Brings torch, which takes seconds; --help and a mistyped flag need not wait for it.
     from twotower.commands.generate import generate
 

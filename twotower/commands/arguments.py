@@ -8,6 +8,7 @@ from twotower import __version__
 from twotower.commands.bench.arguments import DESCRIPTION, EPILOG, add_bench_arguments
 from twotower.commands.parameter_flags import add_parameter_flags, add_telling_flags
 from twotower.commands.parser import Parser, ids, number
+from twotower.commands.plan_arguments import PLAN, PLAN_EXAMPLES, add_plan_arguments
 
 EXAMPLES = """\
 examples:
@@ -47,6 +48,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_bench_arguments(bench)
+    add_plan_arguments(
+        commands.add_parser(
+            "plan",
+            help="what passes cost on a device, what fits, and how fast each mode can become",
+            description=PLAN,
+            epilog=PLAN_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     options = parser.parse_args(arguments)
     if options.command == "generate":
         _check_together(generate, options)

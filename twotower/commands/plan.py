@@ -1,0 +1,39 @@
+"""`python -m twotower plan`: what passes cost on a device, what fits there, and how fast each mode can become."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import twotower
+from twotower.config import ModelConfig
+from twotower.planner.ceilings import Planner
+from twotower.planner.devices import Assumed, device_named
+from twotower.planner.released import RELEASED
+from twotower.planner.report import figures, text
+
+
+def plan(options: Namespace) -> int:
+    """Print the plan. Returns 0: nothing of it can fail by halves. Raises CheckpointError or ConfigError."""
+    planner = Planner(_config(options.checkpoint), device_named(options.device), _assumed(options))
+    told = figures(planner, options.rows, options.context)
+    if options.json:
+        json.dump(told, sys.stdout, indent=1)
+        print()
+        return 0
+    print(f"{options.checkpoint} on {options.device}")
+    print(text(told, planner.device.source), end="")
+    return 0
+
+
+def _config(name: str) -> ModelConfig:
+    if name == "30b":
+        return RELEASED
+    directory = Path(twotower.__file__).parent / "demo" / "checkpoint" if name == "demo" else Path(name)
+    return ModelConfig.load(directory.parent if directory.name == "config.json" else directory)
+
+
+def _assumed(options: Namespace) -> Assumed:
+    return Assumed(
+        options.tokens_per_step, options.tokens_per_round, options.draft_steps, options.reached, options.kept_free
+    )

@@ -1,0 +1,94 @@
+"""How fast each mode can become on a device: what its passes allow where nothing else takes time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from twotower.config import ModelConfig
+from twotower.model.tower import ContextTower, DenoiserTower
+from twotower.planner.devices import BLOCK, Assumed, Device
+from twotower.planner.passes import Batch, Cost, Kind, Touched, cost, kv_bytes, state_bytes
+from twotower.planner.weights import Weights, weights_of
+
+MOST_DENOISERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Tokens a second of a cell of so many devices; `fits`: its sequences have room there."""
+
+    tokens: float
+    devices: int
+    denoisers: int = 0
+    fits: bool = True
+
+    @property
+    def per_device(self) -> float:
+        return self.tokens / self.devices
+
+
+@dataclass(frozen=True)
+class Planner:
+    """One checkpoint in bf16 on devices of one kind. `touched`: of the experts; uniform routing where it is None."""
+
+    config: ModelConfig
+    device: Device
+    assumed: Assumed = field(default_factory=Assumed)
+    touched: Touched | None = None
+
+    @cached_property
+    def context(self) -> Weights:
+        return weights_of(ContextTower, self.config, torch.bfloat16)
+
+    @cached_property
+    def denoiser(self) -> Weights:
+        return weights_of(DenoiserTower, self.config, torch.bfloat16)
+
+    def cost(self, kind: Kind, rows: int, context: int, width: int | None = None) -> Cost:
+        """Of one pass; `width` is a block's, or one position in an `ar` step, unless it is given."""
+        weights = self.denoiser if kind is Kind.DENOISE else self.context
+        positions = width or (1 if kind is Kind.STEP else BLOCK)
+        return cost(kind, self.config, weights, Batch(rows, context, positions), self.touched)
+
+    def seconds(self, kind: Kind, rows: int, context: int) -> float:
+        return self.cost(kind, rows, context).seconds(self.device, self.assumed.reached)
+
+    def sequences(self, context: int, towers: int) -> int:
+        """How many sequences of `context` tokens fit beside the weights of so many towers; 0 where those do not."""
+        room = self.device.memory * (1 - self.assumed.kept_free)
+        room -= self.context.total + (self.denoiser.total if towers > 1 else 0)
+        return max(0, int(room // (state_bytes(self.config) + context * kv_bytes(self.config))))
+
+    def ar(self, rows: int, context: int) -> Rate:
+        return Rate(rows / self.seconds(Kind.STEP, rows, context), 1, fits=rows <= self.sequences(context, 1))
+
+    def diffusion(self, rows: int, context: int, denoisers: int) -> Rate:
+        """`rows` a denoiser; no denoiser: both towers on one device, in turn."""
+        steps = max(1.0, BLOCK / self.assumed.tokens_per_step)
+        return self._blocks(rows, context, denoisers, BLOCK, steps, Kind.COMMIT)
+
+    def verified(self, rows: int, context: int, denoisers: int) -> Rate:
+        """The same for rounds of a draft and its check."""
+        return self._blocks(
+            rows, context, denoisers, self.assumed.tokens_per_round, self.assumed.draft_steps, Kind.VERIFY
+        )
+
+    def _blocks(self, rows: int, context: int, denoisers: int, tokens: float, steps: float, read: Kind) -> Rate:
+        drafting, reading = steps * self.seconds(Kind.DENOISE, rows, context), self.seconds(read, rows, context)
+        if not denoisers:
+            return Rate(rows * tokens / (drafting + reading), 1, fits=rows <= self.sequences(context, 2))
+        # Towers work on different rows at the same time. The slower side, or the link of the context tower, decides.
+        carried = rows * (state_bytes(self.config) + BLOCK * kv_bytes(self.config)) / self.device.link
+        round_ = max(drafting, denoisers * reading, denoisers * carried)
+        fits = denoisers * rows <= self.sequences(context, 1)
+        return Rate(denoisers * rows * tokens / round_, denoisers + 1, denoisers, fits)
+
+    def best(self, mode: str, rows: int, context: int) -> Rate:
+        """The number of denoisers a context tower with most tokens a second a device, of 1 to MOST_DENOISERS, among
+        those whose sequences fit."""
+        rate = self.diffusion if mode == "diffusion" else self.verified
+        rates = [rate(rows, context, number) for number in range(1, MOST_DENOISERS + 1)]
+        return max(rates, key=lambda one: (one.fits, one.per_device))

@@ -1,0 +1,71 @@
+"""Devices, by what their makers publish, and what a plan assumes beside. Brings no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from twotower.errors import ConfigError
+
+GB, TB, TFLOP = 10**9, 10**12, 10**12
+BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """`memory` in bytes; `bandwidth` and `link` (one way, to another device of the node) in bytes a second; `bf16` in
+    dense operations a second with fp32 sums, `fp32` in those of the plain cores. `source` is the maker's document.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+    bf16: float
+    fp32: float
+    link: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """What no architecture says. `tokens_per_step` of diffusion; `tokens_per_round` and `draft_steps` of verified;
+    the share of the bandwidth that kernels reach, and the share of the memory that is kept free.
+    """
+
+    tokens_per_step: float = 2.85
+    tokens_per_round: float = 8.0
+    draft_steps: float = 2.0
+    reached: float = 0.85
+    kept_free: float = 0.05
+
+
+_ALL = (
+    Device("h100", 80 * GB, 3.35 * TB, 989 * TFLOP, 67 * TFLOP, 450 * GB, "NVIDIA H100 data sheet, SXM"),
+    Device("h200", 141 * GB, 4.8 * TB, 989 * TFLOP, 67 * TFLOP, 450 * GB, "NVIDIA H200 data sheet, SXM"),
+    Device("b200", 180 * GB, 7.7 * TB, 2250 * TFLOP, 75 * TFLOP, 900 * GB, "NVIDIA HGX B200 data sheet, one of eight"),
+    Device(
+        "rtx-pro-6000",
+        96 * GB,
+        1.792 * TB,
+        503.8 * TFLOP,
+        126 * TFLOP,
+        64 * GB,
+        "NVIDIA RTX Blackwell PRO architecture paper; the link is PCIe 5 x16",
+    ),
+    Device(
+        "rtx-4090",
+        24 * GB,
+        1.008 * TB,
+        165.2 * TFLOP,
+        82.6 * TFLOP,
+        32 * GB,
+        "NVIDIA Ada architecture paper; the link is PCIe 4 x16",
+    ),
+)
+DEVICES = {device.name: device for device in _ALL}
+
+
+def device_named(name: str) -> Device:
+    """Raises ConfigError."""
+    if name not in DEVICES:
+        raise ConfigError(f"device: got {name!r}, wanted one of {', '.join(DEVICES)}")
+    return DEVICES[name]
