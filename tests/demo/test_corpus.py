@@ -193,15 +193,12 @@ def _told(prompt: str, answer: str) -> bool:
 
 
 def _counted(prompt: str, answer: str) -> bool:
-    """Every letter of the word in order, those wanted with their number so far, and how many there are."""
+    """Every letter of the word in order, those wanted as capitals, and how many there are."""
     wanted, word = prompt.split(": ")
-    listed, total = answer.split(": ")
-    steps, found = listed.split(","), 0
-    for step, letter in zip(steps, word, strict=True):
-        found += letter == wanted
-        if step != (f"{letter}{found}" if letter == wanted else letter):
-            return False
-    return int(total) == found
+    spelled, total = answer.split(": ")
+    letters = spelled.split(",")
+    capitals = [letter for letter in letters if letter.isupper()]
+    return "".join(letters).lower() == word and {*capitals} <= {wanted.upper()} and int(total) == len(capitals)
 
 
 def _table(text: str) -> list[dict[str, str]]:

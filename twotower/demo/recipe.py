@@ -101,10 +101,10 @@ def continued() -> Recipe:
     """
     return Recipe(
         context=StageRecipe(
-            train_steps=720, batch_size=20, muon_rate=8e-3, adam_rate=2.4e-3, warmup_steps=20, decay_fraction=0.6
+            train_steps=900, batch_size=24, muon_rate=8e-3, adam_rate=2.4e-3, warmup_steps=20, decay_fraction=0.6
         ),
         denoiser=StageRecipe(
-            train_steps=2500, batch_size=12, muon_rate=6e-3, adam_rate=1.8e-3, warmup_steps=30, decay_fraction=0.8
+            train_steps=3200, batch_size=24, muon_rate=6e-3, adam_rate=1.8e-3, warmup_steps=30, decay_fraction=0.8
         ),
         mock_ar_every=10,
     )

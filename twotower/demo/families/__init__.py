@@ -42,7 +42,7 @@ FAMILIES: dict[str, Family] = {
 LONG = frozenset(("rows", "people", "balance", "module"))
 """Those whose answers run to many blocks."""
 SHARES: dict[str, int] = {
-    "sort": 2, "count": 2, "brackets": 2, "add": 2, "problem": 2, "letters": 5, "rows": 4, "people": 3, "balance": 5,
+    "sort": 2, "count": 2, "brackets": 2, "add": 2, "problem": 2, "letters": 4, "rows": 4, "people": 3, "balance": 6,
     "module": 4,
 }  # fmt: skip
 """How often training draws a family, where that is not once: the harder ones more often."""
