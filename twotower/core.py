@@ -74,7 +74,6 @@ ONLY_WITH_FLOOR = {
     "presence_penalty": Floor.LOSSLESS,
     "frequency_penalty": Floor.LOSSLESS,
     "repetition_penalty": Floor.LOSSLESS,
-    "structured_outputs": Floor.LOSSLESS,
 }
 
 
@@ -212,7 +211,6 @@ class DecodingParams:
         None,
         Constraints(MAX_CONSTRAINT_BYTES),
         "the text is what is described: EOS may come only where it is whole; needs a tokenizer",
-        (Mode.AR, *_VERIFIED),
         default_is="any text",
     ).field
 
