@@ -1,5 +1,7 @@
-"""`diffusion` under a grammar: every answer is what it says, in a bounded number of steps; one that says nothing changes
-nothing. First with a made-up denoiser and tiny languages, then with the demo's towers and llguidance."""
+"""`diffusion` under a grammar: every answer is what it says, in so many steps; a grammar of every text changes nothing.
+
+First with a made-up denoiser and tiny languages, then with the demo's towers and llguidance.
+"""
 
 import asyncio
 import json
@@ -106,8 +108,11 @@ def test_every_answer_is_a_word_whatever_the_denoiser_thinks(
 ) -> None:
     """And no other than without the others in the batch."""
     free = {len(asked): (asked[0][0], cast(Matcher | None, None))}
-    given = lambda: {number: (params, Language(words)) for number, (params, words) in enumerate(asked)}  # noqa: E731
-    together = _answers(sharp, {**given(), **free})
+
+    def kept() -> dict[int, tuple[DecodingParams, Matcher | None]]:
+        return {number: (params, Language(words)) for number, (params, words) in enumerate(asked)}
+
+    together = _answers(sharp, {**kept(), **free})
     for number, (params, words) in enumerate(asked):
         got = together[number]
         texts = [(*word, EOS) for word in words]
@@ -116,7 +121,7 @@ def test_every_answer_is_a_word_whatever_the_denoiser_thinks(
         else:
             assert len(got.token_ids) == params.max_new_tokens
             assert any(text[: len(got.token_ids)] == tuple(got.token_ids) for text in texts)
-        assert got == _answers(sharp, {number: given()[number]})[number]
+        assert got == _answers(sharp, {number: kept()[number]})[number]
     assert together[len(asked)] == _answers(sharp, free)[len(asked)]
 
 

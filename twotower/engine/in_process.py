@@ -78,9 +78,7 @@ def colocated_runner(
             exchange = LocalExchange(context_engine.cache, runner.wake)
             context_engine.connect(exchange.port)
             compiling = Compiling(grammars, runner.wake)
-            denoiser_engine = DenoiserEngine(
-                denoiser, exchange.link, settings, runner.emit, trace, compiling=compiling
-            )
+            denoiser_engine = DenoiserEngine(denoiser, exchange.link, settings, runner.emit, trace, compiling=compiling)
             if prepare:
                 denoiser_engine.prepare()
             engines.append(denoiser_engine)
