@@ -172,7 +172,7 @@ def test_what_cannot_be_followed_fails_alone_and_leaves_no_room_taken(
         async with pair_of(towers.context, towers.denoiser, SETTINGS, checkpoint=DEMO) as pair:
             other = asyncio.create_task(collect(pair, _request("good", REGEX, mode)))
             with pytest.raises(InvalidRequest, match=words):
-                await collect(pair, replace(_request("bad", constraint, mode), committed=committed))
+                await collect(pair, replace(_request("bad", constraint, mode, block_size=3), committed=committed))
             assert re.fullmatch(REGEX.text, _text((await other).token_ids))
             await _nothing_is_held(pair)
 
