@@ -426,7 +426,8 @@ class StepEvent:
     The block fills `size` positions from `start` on, of which these `positions` are fixed now: indices among the
     request's new tokens. Some may lie behind the answer's end, since its last block runs whole. `step` counts the steps
     of the block from 0. `confidence`: the probability of each token at temperature 1. In `verified` the tokens are a
-    draft, and the RoundEvent of the same `start` tells what becomes of them.
+    draft, and the RoundEvent of the same `start` tells what becomes of them. With `structured_outputs` a position may
+    be told again: what was there broke the grammar, and the last one stands.
     """
 
     request_id: RequestId
