@@ -170,6 +170,9 @@ class DenoiserProcess(TowerProcess):
         engine, tower = self.settings.engine, self._denoiser_tower()
         self._mirror = TowerCache(tower.config, engine.max_sequences, engine.pages, self.device, self.dtype)
         self._tower, self._passes = tower, prepared_passes(tower, self._mirror, engine)
+        self._grammars = grammars_of(self.checkpoint.directory, tower.config)
+        if self._grammars is not None:
+            self._grammars.prepare()
 
     async def connect(self, address: LinkAddress) -> None:
         """Join the context tower's port and start decoding. Raises LinkDown."""
@@ -193,7 +196,10 @@ class DenoiserProcess(TowerProcess):
         engine = self.settings.engine
         with current(self.device):
             link = self._link = connect(address, self._mirror, self._hooks())
-            denoiser = DenoiserEngine(self._tower, link, engine, self.runner.emit, passes=self._passes)
+            compiling = Compiling(self._grammars, self.runner.wake)
+            denoiser = DenoiserEngine(
+                self._tower, link, engine, self.runner.emit, passes=self._passes, compiling=compiling
+            )
         self.runner.start([denoiser], self.device)
 
 

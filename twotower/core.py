@@ -74,7 +74,6 @@ ONLY_WITH_FLOOR = {
     "presence_penalty": Floor.LOSSLESS,
     "frequency_penalty": Floor.LOSSLESS,
     "repetition_penalty": Floor.LOSSLESS,
-    "structured_outputs": Floor.LOSSLESS,
 }
 
 
@@ -212,7 +211,6 @@ class DecodingParams:
         None,
         Constraints(MAX_CONSTRAINT_BYTES),
         "the text is what is described: EOS may come only where it is whole; needs a tokenizer",
-        (Mode.AR, *_VERIFIED),
         default_is="any text",
     ).field
 
@@ -428,7 +426,8 @@ class StepEvent:
     The block fills `size` positions from `start` on, of which these `positions` are fixed now: indices among the
     request's new tokens. Some may lie behind the answer's end, since its last block runs whole. `step` counts the steps
     of the block from 0. `confidence`: the probability of each token at temperature 1. In `verified` the tokens are a
-    draft, and the RoundEvent of the same `start` tells what becomes of them.
+    draft, and the RoundEvent of the same `start` tells what becomes of them. With `structured_outputs` a position may
+    be told again: what was there broke the grammar, and the last one stands.
     """
 
     request_id: RequestId

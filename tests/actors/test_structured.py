@@ -38,6 +38,7 @@ async def test_both_towers_in_one_process() -> None:
     await actor.load()
     try:
         assert await _answer(actor.runner, Mode.AR) == await _answer(actor.runner, Mode.VERIFIED)
+        await _answer(actor.runner, Mode.DIFFUSION)
     finally:
         await asyncio.to_thread(actor.runner.stop)
 
@@ -51,6 +52,7 @@ async def test_a_process_for_each_tower() -> None:
     try:
         await denoiser.connect(await context.open_link(0, 0))
         assert await _answer(context.runner, Mode.AR) == await _answer(denoiser.runner, Mode.VERIFIED)
+        await _answer(denoiser.runner, Mode.DIFFUSION)
     finally:
         for actor in (denoiser, context):
             await asyncio.to_thread(actor.runner.stop)

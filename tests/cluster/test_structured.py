@@ -16,7 +16,7 @@ from cluster.faces.http.service import make_app
 from cluster.runs.generation import Generation
 from cluster.runs.served_model import load_served_model
 from tests.cluster.fakes import ByteTokenizer, ScriptedCells, all_modes, grpc_server, served_model
-from twotower.core import MAX_CONSTRAINT_BYTES
+from twotower.core import MAX_CONSTRAINT_BYTES, Mode
 from twotower.errors import InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
@@ -117,6 +117,16 @@ async def test_over_grpc(cells: ScriptedCells) -> None:
         assert len(cells.requests) == 1
 
 
+@pytest.mark.parametrize("mode", [*Mode, "auto with floor confidence"])
+async def test_every_mode_takes_it(able: httpx.AsyncClient, cells: ScriptedCells, mode: str) -> None:
+    name, *floor = mode.split(" with floor ")
+    chosen = {"mode": name, **({"floor": floor[0]} if floor else {})}
+    response = await able.post("/v1/completions", json={**AR, "guided_regex": "a", "diffusion": chosen})
+    assert response.status_code == 200, response.text
+    [request] = cells.requests
+    assert request.params.structured_outputs == ("regex", "a") and request.params.mode == name
+
+
 async def test_its_size_at_the_edge(able: httpx.AsyncClient) -> None:
     """Over HTTP a text, over gRPC (`tests/cluster/test_bounds.py`) the bytes of `params`."""
     for size, status in ((MAX_CONSTRAINT_BYTES, 200), (MAX_CONSTRAINT_BYTES + 1, 400)):
@@ -128,17 +138,6 @@ async def test_its_size_at_the_edge(able: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(
     ("fields", "name", "words"),
     [
-        (
-            {"diffusion": {"mode": "diffusion"}},
-            "structured_outputs",
-            "structured_outputs has no meaning in diffusion mode",
-        ),
-        ({"diffusion": {"mode": "mock_ar"}}, "structured_outputs", "structured_outputs has no meaning in mock_ar mode"),
-        (
-            {"diffusion": {"mode": "auto", "floor": "confidence"}},
-            "structured_outputs",
-            "has no meaning with floor confidence in auto mode",
-        ),
         ({"ignore_eos": True}, "ignore_eos", "got True, but where structured_outputs ends, the answer does"),
         ({"min_tokens": 3}, "min_tokens", "got 3, but where structured_outputs ends, the answer does"),
     ],

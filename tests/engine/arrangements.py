@@ -151,8 +151,8 @@ async def split_pair(
 ) -> AsyncIterator[Pair]:
     """Engines on threads of their own, each denoiser with a mirror, joined by gloo."""
     runners = [EngineRunner() for _ in range(1 + num_denoisers)]
-    compiling = Compiling(grammars_of(checkpoint, towers.config), runners[0].wake)
-    context = ContextEngine(towers.context, settings, runners[0].emit, compiling)
+    grammars = grammars_of(checkpoint, towers.config)
+    context = ContextEngine(towers.context, settings, runners[0].emit, Compiling(grammars, runners[0].wake))
     runners[0].start([context], towers.context.device)
     for number, runner in enumerate(runners[1:]):
         port, address = open_port(context.cache, number, 0, told, hooks_of(runners[0]))
@@ -161,7 +161,8 @@ async def split_pair(
         with current(tower.device):
             mirror = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
             link = await asyncio.to_thread(connect, address, mirror, hooks_of(runner))
-            runner.start([DenoiserEngine(tower, link, settings, runner.emit)], tower.device)
+            compiling = Compiling(grammars, runner.wake)
+            runner.start([DenoiserEngine(tower, link, settings, runner.emit, compiling=compiling)], tower.device)
     rooms = [Room(settings.max_sequences, settings.pages) for _ in runners]
     try:
         async with Pair(runners[0], runners[1:], Ledger(rooms[0], rooms[1:], settings.max_queued_requests)) as pair:

@@ -1,4 +1,7 @@
-"""Answers that have to be what a grammar says: in `ar`, and the same tokens in `verified`, in `auto` and elsewhere."""
+"""Answers that have to be what a grammar says: in `ar`, and the same tokens in `verified`, in `auto` and elsewhere.
+
+What `diffusion` does for it is in `test_structured_diffusion.py`.
+"""
 
 import asyncio
 import json
@@ -40,6 +43,7 @@ SCHEMA = {
     "additionalProperties": False,
     "x-guidance": {"whitespace_flexible": False},
 }
+each_mode = pytest.mark.parametrize("mode", [Mode.AR, Mode.VERIFIED, Mode.DIFFUSION, Mode.MOCK_AR])
 JSON = Constraint("json", json.dumps(SCHEMA))
 REGEX = Constraint("regex", "[a-z]{4,8} [0-9]{2}")
 
@@ -135,10 +139,12 @@ def test_where_a_draft_cannot_be_followed_it_ends_and_the_tokens_are_ars(monkeyp
 
 @pytest.mark.slow
 def test_over_a_link() -> None:
-    """The context tower compiles what a denoiser leads."""
+    """The tower that decides compiles: the context tower where it verifies, else the denoiser."""
     towers = towers_of("demo")
     asked = [_request(f"{n}", constraint, Mode.VERIFIED) for n, constraint in enumerate((JSON, REGEX))]
     wanted = _decoded([replace(r, params=replace(r.params, mode=Mode.AR)) for r in asked])
+    led = [_request(f"{mode}", JSON, mode) for mode in (Mode.DIFFUSION, Mode.MOCK_AR)]
+    wanted, asked = wanted + _decoded(led), asked + led
 
     async def run() -> list[Decoded]:
         async with split_pair(towers, 2, checkpoint=DEMO) as pair:
@@ -148,7 +154,7 @@ def test_over_a_link() -> None:
         _same(got, whole)
 
 
-@pytest.mark.parametrize("mode", [Mode.AR, Mode.VERIFIED])
+@each_mode
 @pytest.mark.parametrize(
     ("constraint", "committed", "words"),
     [
@@ -166,27 +172,28 @@ def test_what_cannot_be_followed_fails_alone_and_leaves_no_room_taken(
         async with pair_of(towers.context, towers.denoiser, SETTINGS, checkpoint=DEMO) as pair:
             other = asyncio.create_task(collect(pair, _request("good", REGEX, mode)))
             with pytest.raises(InvalidRequest, match=words):
-                await collect(pair, replace(_request("bad", constraint, mode), committed=committed))
+                await collect(pair, replace(_request("bad", constraint, mode, block_size=3), committed=committed))
             assert re.fullmatch(REGEX.text, _text((await other).token_ids))
             await _nothing_is_held(pair)
 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("mode", [Mode.AR, Mode.VERIFIED])
+@each_mode
 @pytest.mark.parametrize("healthy", [0, 3])
 def test_a_nan_of_the_tower_is_not_told_as_the_requests_fault(
     mode: Mode, healthy: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind the prompt, and some forwards later."""
     towers, calls = towers_of("demo"), count()
-    logits = towers.context.logits
-    monkeypatch.setattr(towers.context, "logits", lambda h: logits(h) * (1 if next(calls) < healthy else torch.nan))
+    tower = towers.context if mode in (Mode.AR, Mode.VERIFIED) else towers.denoiser
+    logits = tower.logits
+    monkeypatch.setattr(tower, "logits", lambda h: logits(h) * (1 if next(calls) < healthy else torch.nan))
 
     async def run() -> None:
         async with pair_of(towers.context, towers.denoiser, SETTINGS, checkpoint=DEMO) as pair:
             with pytest.raises(NumericalError):
-                await collect(pair, _request("r", REGEX, mode))
+                await collect(pair, _request("r", REGEX, mode, confidence_threshold=1.0))
             await _nothing_is_held(pair)
 
     asyncio.run(run())
@@ -208,7 +215,7 @@ async def _nothing_is_held(pair: Pair) -> None:
             await asyncio.sleep(0.001)
 
 
-@pytest.mark.parametrize("mode", [Mode.AR, Mode.VERIFIED])
+@each_mode
 def test_an_engine_without_a_tokenizer_refuses_by_name(mode: Mode) -> None:
     towers = towers_of("demo")
 
@@ -223,7 +230,7 @@ def test_an_engine_without_a_tokenizer_refuses_by_name(mode: Mode) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("mode", [Mode.AR, Mode.VERIFIED])
+@each_mode
 def test_one_that_is_given_up_while_its_grammar_is_compiled(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is decoded, and its place is free."""
     towers = towers_of("demo")

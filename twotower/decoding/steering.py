@@ -86,7 +86,7 @@ class Steering:
             logits_NV[:held, on_device(self._stops, logits_NV.device)] = -torch.inf
         if self._matcher is not None:
             masks = self._matcher.masks(draft, first, len(logits_NV))
-            logits_NV.masked_fill_(~_allowed(masks, logits_NV.shape[1], logits_NV.device), -torch.inf)
+            logits_NV.masked_fill_(~allowed_tokens(masks, logits_NV.shape[1], logits_NV.device), -torch.inf)
             if self._matcher.fault is not None:
                 logits_NV.fill_(-torch.inf)  # no token can be chosen, so the request fails
 
@@ -144,7 +144,7 @@ class Steered:
     ahead: int = 0
 
 
-def _allowed(masks: Sequence[bytes], vocab: int, device: torch.device) -> Tensor:
+def allowed_tokens(masks: Sequence[bytes], vocab: int, device: torch.device) -> Tensor:
     """Bits as booleans [N,V], unpacked on the device."""
     words_NW = bits_on_device(masks, device)
     bits_NWB = words_NW[..., None] >> torch.arange(32, dtype=torch.int32, device=device) & 1

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from twotower.config import MASK_TOKEN_ID
 from twotower.core import GREEDY_BELOW
+from twotower.decoding.certain_prefix import Allowed
 from twotower.decoding.margins import closest, runner_up
 from twotower.decoding.randomness import uniform
+from twotower.decoding.steering import allowed_tokens
 from twotower.model.transfer import on_device
 
 _BANNED = -1e12
@@ -27,12 +29,14 @@ _COLUMNS = 3  # of an outcome, behind those of [R,L]
 
 @dataclass(frozen=True, slots=True)
 class StepParams:
-    """What one row brings to a step. `steps_left` counts this one; `key` names the step's random numbers."""
+    """What one row brings to a step. `steps_left` counts this one; `key` names the step's random numbers. `allowed`:
+    what may come at one of its positions."""
 
     confidence_threshold: float
     steps_left: int
     temperature: float = 0.0
     key: int = 0
+    allowed: Allowed | None = None
 
     @property
     def threshold(self) -> float:
@@ -70,6 +74,11 @@ class Blocks:
     @property
     def greedy(self) -> bool:
         return not any(row.samples for row in self.rows)
+
+    @property
+    def plain(self) -> bool:
+        """Whether what is `given` is all that a step needs of them."""
+        return self.greedy and not any(row.allowed is not None for row in self.rows)
 
     def given(self, device: torch.device, width: int) -> Tensor:
         """What a step needs of them on the device: tokens, masked, threshold and `at_least`, [R,2L+2] in fp32.
@@ -144,8 +153,9 @@ def unmask(
 
     A row fixes all positions whose confidence is strictly above its threshold, at least one, and at least enough to
     finish in time. The most confident come first, and of equal ones the later one. `noise` [R,L,V] replaces the uniform
-    numbers of sampled rows (for the golden vectors). Overwrites the mask token's logits.
+    numbers of sampled rows (for the golden vectors). Overwrites the logits of tokens that may not come.
     """
+    _restrict(logits_RLV, blocks.rows)
     given_RX = blocks.given(logits_RLV.device, logits_RLV.shape[1])
     if blocks.greedy:
         return unmask_greedily(logits_RLV, given_RX, mask_token_id)
@@ -176,6 +186,17 @@ def unmask_greedily(logits_RLV: Tensor, given_RX: Tensor, mask_token_id: int = M
     chosen = _choose(confidence_RL, given_RX)
     ratio_RL = runner_up(probabilities_RLV, predicted_RL[..., None], 0.0) / confidence_RL
     return _outcome(chosen, predicted_RL, confidence_RL, closest(ratio_RL, chosen.committed_RL), sum_R1)
+
+
+def _restrict(logits_RLV: Tensor, rows: Sequence[StepParams]) -> None:
+    """In place, at the positions where not every token may come. NaN and infinity stay what they are, to be found."""
+    asked = [(row, params.allowed) for row, params in enumerate(rows) if params.allowed is not None]
+    if not asked:
+        return
+    device = logits_RLV.device
+    rows_M, places_M = on_device([[row, allowed.place] for row, allowed in asked], device).unbind(1)
+    allowed_MV = allowed_tokens([allowed.bits for _, allowed in asked], logits_RLV.shape[2], device)
+    logits_RLV[rows_M, places_M] += torch.where(allowed_MV, 0.0, _BANNED)
 
 
 def _without(token_id: int, logits_RLV: Tensor) -> Tensor:

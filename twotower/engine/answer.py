@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from twotower.core import BlockEvent, Likelihood, Request
+from twotower.decoding.certain_prefix import CertainPrefix
 from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.sampling import TokenParams
 from twotower.decoding.steering import Matcher, Steered, Steering
 from twotower.decoding.stopping import Stopping
+from twotower.errors import InvalidRequest, TwoTowerError
 
 
 class Cost(NamedTuple):
@@ -69,3 +71,9 @@ class Answer:
         if self.steering is not None:
             self.steering.follow(kept)
         return event
+
+
+def no_way_on(chosen_by: Steering | CertainPrefix | None) -> TwoTowerError | None:
+    """Where it is the request's own constraint that leaves no token."""
+    fault = None if chosen_by is None else chosen_by.fault
+    return None if fault is None else InvalidRequest.of("structured_outputs", f"cannot be gone on with: {fault}")

@@ -7,11 +7,15 @@ are not: while some blocks are being committed, others go on. What a step is and
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn
 
 from twotower.core import AnyRequest, Event, FailureEvent, Mode, ReleasedEvent, Request, RequestId
-from twotower.engine.answer import Answer
+from twotower.decoding.certain_prefix import CertainPrefix
+from twotower.decoding.steering import Matcher
+from twotower.engine.answer import Answer, no_way_on
 from twotower.engine.capture import passes_for
+from twotower.engine.context.compiling import Compiling
 from twotower.engine.handle import EngineStats
 from twotower.engine.held_up import HeldUp
 from twotower.engine.meter import Meter, Pass
@@ -64,11 +68,13 @@ class DenoiserEngine:
         emit: Callable[[Event], None],
         trace: Callable[[StepTrace], None] | None = None,
         passes: Passes | None = None,
+        compiling: Compiling | None = None,
     ) -> None:
-        """`passes` over the link's cache, where they were made before the link."""
+        """`passes` over the link's cache, where they were made before the link. `compiling`: what compiles the grammars
+        of tokens that are decided here; without it none are served."""
         self.tower, self.link, self.settings = tower, link, settings
         self._passes = passes or _passes(tower, link.cache, settings)
-        self._emit = emit
+        self._emit, self._compiling = emit, compiling or Compiling()
         # In the order in which they launch: a commit that goes before its step goes before the others' steps, too.
         self._modes: dict[Mode, DenoiserMode] = {
             Mode.MOCK_AR: MockAr(self._passes),
@@ -94,7 +100,8 @@ class DenoiserEngine:
         )  # fmt: skip
 
     def prepare(self) -> None:
-        """Before the first request: make ready for the usual passes."""
+        """Before the first request: make ready for the usual passes, and for grammars."""
+        self._compiling.prepare()
         self._passes.prepare(USUAL_WIDTH)
 
     def takes(self, request: AnyRequest) -> bool:
@@ -149,7 +156,7 @@ class DenoiserEngine:
 
     def _take(self, sequence: LedSequence, turn: Turn) -> None:
         if not turn.finite:
-            self._fail(sequence, _not_finite(sequence))
+            self._fail(sequence, no_way_on(sequence.answer.steering) or _not_finite(sequence))
             return
         self.near_ties += sequence.answer.decided(turn.margin)
         if turn.trace is not None:
@@ -166,7 +173,10 @@ class DenoiserEngine:
             if event.is_last:
                 self._end(sequence)
                 return
-        if turn.commit:
+        fault = no_way_on(sequence.certain)
+        if fault is not None:
+            self._fail(sequence, fault)
+        elif turn.commit:
             self._commit(sequence, turn.commit, turn.alone)
 
     def _end(self, sequence: LedSequence) -> None:
@@ -183,44 +193,72 @@ class DenoiserEngine:
         sequence.ready, sequence.alone = False, alone
 
     def _take_inbox(self) -> None:
-        requests: list[Request] = []
+        sequences: list[LedSequence] = []
         while self._inbox:
             message = self._inbox.popleft()
             if isinstance(message, Request):
-                requests.append(message)
+                sequences += self._begun(message)
                 continue
-            self._open(requests)
-            requests = []
-            if message in self._numbers:
-                self._release(self._sequences[self._numbers[message]])
-        self._open(requests)
+            self._open(sequences)
+            sequences = []
+            self._cancel(message)
+        self._open(sequences)
+        self._compiling.take()
 
-    def _open(self, requests: Sequence[Request]) -> None:
+    def _cancel(self, request_id: RequestId) -> None:
+        if request_id in self._compiling:
+            self._compiling.drop(request_id)
+            self._emit(ReleasedEvent(request_id))
+        elif request_id in self._numbers:
+            self._release(self._sequences[self._numbers[request_id]])
+
+    def _begun(self, request: Request) -> list[LedSequence]:
+        """Its sequence. None yet where a grammar has to be compiled here before."""
+        params = request.params
+        mode = self._modes[self._auto.begin(request) if params.mode is Mode.AUTO else params.mode]
+        if params.structured_outputs is None or mode.verifying(request) is not None:
+            return [self._sequence(request, mode)]
+        go, fail = partial(self._go, request, mode), partial(self._refuse, request.id)
+        self._compiling.begin(request.id, params.structured_outputs, go, fail)
+        return []
+
+    def _go(self, request: Request, mode: DenoiserMode, matcher: Matcher) -> None:
+        """Raises InvalidRequest where no token may come behind what is there."""
+        sequence = self._sequence(request, mode, matcher)
+        fault = no_way_on(sequence.certain)
+        if fault is not None:
+            raise fault
+        self._open([sequence])
+
+    def _refuse(self, request_id: RequestId, error: TwoTowerError) -> None:
+        self._emit(FailureEvent(request_id, error))
+        self._emit(ReleasedEvent(request_id))
+
+    def _open(self, sequences: Sequence[LedSequence]) -> None:
         """As one message. The link takes all or none of them: where there is no room for all, each on its own."""
-        if not requests:
+        if not sequences:
             return
-        sequences = [self._sequence(request) for request in requests]
         try:
             self.link.submit([_prefill(sequence) for sequence in sequences])
         except TwoTowerError as error:
-            if len(requests) > 1:
-                for request in requests:
-                    self._open([request])
+            if len(sequences) == 1:
+                self._refuse(sequences[0].request.id, error)
                 return
-            self._emit(FailureEvent(requests[0].id, error))
-            self._emit(ReleasedEvent(requests[0].id))
+            for sequence in sequences:
+                self._open([sequence])
             return
         for sequence in sequences:
             self._sequences[sequence.number] = sequence
             self._numbers[sequence.request.id] = sequence.number
 
-    def _sequence(self, request: Request) -> LedSequence:
-        answer, params = Answer.begun(request, self.tower.config.eos_token_id), request.params
-        if params.mode is Mode.AUTO:
-            mode, drafting = self._modes[self._auto.begin(request)], Weighed(self._auto, params)
-            sequence = LedSequence(answer, self._next_number, mode, drafting=drafting)
-        else:
-            sequence = LedSequence(answer, self._next_number, self._modes[params.mode])
+    def _sequence(self, request: Request, mode: DenoiserMode, matcher: Matcher | None = None) -> LedSequence:
+        """`matcher`: where its tokens are decided here, and its text has to be what a grammar says."""
+        answer = Answer.begun(request, self.tower.config.eos_token_id, matcher)
+        sequence = LedSequence(answer, self._next_number, mode)
+        if request.params.mode is Mode.AUTO:
+            sequence.drafting = Weighed(self._auto, request.params)
+        if matcher is not None and answer.steering is None:
+            sequence.certain = CertainPrefix(matcher, answer.stopping, request.committed)
         if request.logprobs is not None and sequence.mode.verifying(request) is None:
             sequence.unrated = Unrated(len(request.prompt_token_ids))
         sequence.mode.open(sequence)

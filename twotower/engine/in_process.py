@@ -69,15 +69,16 @@ def colocated_runner(
     """
     runner = EngineRunner(settings.stall_timeout_s)
     with current(context.device):
-        compiling = Compiling(grammars_of(checkpoint, context.config), runner.wake)
-        context_engine = ContextEngine(context, settings, runner.emit, compiling)
+        grammars = grammars_of(checkpoint, context.config)
+        context_engine = ContextEngine(context, settings, runner.emit, Compiling(grammars, runner.wake))
         if prepare:
             context_engine.prepare()
         engines: list[Engine] = [context_engine]
         if denoiser is not None:
             exchange = LocalExchange(context_engine.cache, runner.wake)
             context_engine.connect(exchange.port)
-            denoiser_engine = DenoiserEngine(denoiser, exchange.link, settings, runner.emit, trace)
+            compiling = Compiling(grammars, runner.wake)
+            denoiser_engine = DenoiserEngine(denoiser, exchange.link, settings, runner.emit, trace, compiling=compiling)
             if prepare:
                 denoiser_engine.prepare()
             engines.append(denoiser_engine)

@@ -89,7 +89,7 @@ class RecordedPasses:
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
         width = padded(blocks.width)
         form = Form(width, Want.LOGITS, True, width * len(slots) <= FEW_TOKENS, decides=True)
-        program = (self._programs.get(form) or self._recorded(form)) if blocks.greedy else None
+        program = (self._programs.get(form) or self._recorded(form)) if blocks.plain else None
         if program is None:
             return decided_apart(self, slots, blocks)
         given = self._given(slots, blocks.tokens, blocks.mask_fractions, width)

@@ -16,8 +16,9 @@ from twotower.decoding.likelihoods import beside, likelihood_of
 from twotower.decoding.sampling import TokenParams, decide
 from twotower.decoding.steering import Matcher, Steering
 from twotower.decoding.verifying import Verdict, places, verdict
+from twotower.engine.answer import no_way_on
 from twotower.engine.context.sequences import ReadChunk, Sequences
-from twotower.engine.context.writing import NOT_FINITE, Alone, no_way_on
+from twotower.engine.context.writing import NOT_FINITE, Alone
 from twotower.engine.passes import USUAL_WIDTH
 from twotower.engine.scheduler import Key
 from twotower.engine.scores import MAX_LOGITS

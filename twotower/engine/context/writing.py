@@ -7,8 +7,8 @@ from twotower.core import Event, FailureEvent, Likelihood, ReleasedEvent
 from twotower.decoding.sampling import TokenParams
 from twotower.decoding.steering import Steered, Steering
 from twotower.decoding.stopping import Stopping
-from twotower.engine.answer import Answer, Cost
-from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
+from twotower.engine.answer import Answer, Cost, no_way_on
+from twotower.errors import NumericalError
 from twotower.exchange.protocol import Decided, Took, Verifying
 
 NOT_FINITE = "the context tower's logits hold a NaN or an infinity"
@@ -113,12 +113,6 @@ class Alone:
 
     def ended(self) -> None:
         """Its denoiser goes on with it."""
-
-
-def no_way_on(steering: Steering | None) -> TwoTowerError | None:
-    """Where it is the request's own constraint that leaves no token."""
-    fault = None if steering is None else steering.fault
-    return None if fault is None else InvalidRequest.of("structured_outputs", f"cannot be gone on with: {fault}")
 
 
 def not_finite(request_id: str) -> NumericalError:

@@ -195,7 +195,8 @@ def _signs(drafts: Blocks) -> Signs:
 
 
 def _blocks(params: DecodingParams) -> Hashable:
-    return params.block_size, params.steps_per_block, round(params.confidence_threshold, 1), params.samples
+    threshold = round(params.confidence_threshold, 1)
+    return params.block_size, params.steps_per_block, threshold, params.samples, params.steers
 
 
 def _drafts(params: DecodingParams) -> Hashable:

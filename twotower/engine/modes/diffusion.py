@@ -1,4 +1,10 @@
-"""`diffusion`: a block begins masked, steps fix some of its positions each, and a full one is committed."""
+"""`diffusion`: a block begins masked, steps fix some of its positions each, and a full one is committed.
+
+Where the text has to be what a grammar says, each step chooses the first masked position under the grammar. What it
+fixed is checked from left to right, and what breaks the grammar is masked again with all behind it. The steps that the
+request asks for are followed by one for each further position at most: each fixes all that is masked, and its first
+token stands.
+"""
 
 from collections.abc import Callable
 
@@ -26,27 +32,39 @@ class Diffusion(DenoiserMode):
 
     def open(self, sequence: LedSequence) -> None:
         request = sequence.request
-        _begin_block(sequence, len(request.committed) // request.params.block_size)
+        _begin_block(sequence, len(request.committed) // request.params.block_size, sequence.answer.room)
 
     def launch(self, sequences: list[LedSequence]) -> list[Step[Turns]]:
         return self._steps.launch(sequences, _step_params, _turn)
 
 
 def _turn(sequence: LedSequence, decision: Decision) -> Turn:
+    _mask_what_breaks_the_grammar(sequence)
     if any(sequence.masked):
         return Turn(decision.margin)
     by_auto = int(sequence.request.params.mode is Mode.AUTO)
     cost = Cost(sequence.step, num_diffusion_blocks=by_auto)
     confidence = [sequence.confidence[place] for place in range(len(sequence.tokens))] if sequence.confidence else ()
     full = Turn(decision.margin, sequence.tokens, cost, commit=sequence.tokens, confidence=confidence)
-    _begin_block(sequence, sequence.block + 1)
+    _begin_block(sequence, sequence.block + 1, sequence.answer.room - len(sequence.tokens))
     return full
 
 
-def _begin_block(sequence: LedSequence, block: int) -> None:
+def _mask_what_breaks_the_grammar(sequence: LedSequence) -> None:
+    """And all behind it, which was chosen beside it."""
+    broken = None if sequence.certain is None else sequence.certain.extend(sequence.tokens, sequence.masked)
+    if broken is not None:
+        behind = len(sequence.tokens) - broken
+        sequence.tokens[broken:], sequence.masked[broken:] = [MASK_TOKEN_ID] * behind, [True] * behind
+
+
+def _begin_block(sequence: LedSequence, block: int, room: int) -> None:
+    """`room`: tokens that the answer may still take."""
     size = sequence.request.params.block_size
     sequence.tokens, sequence.masked = [MASK_TOKEN_ID] * size, [True] * size
     sequence.step, sequence.block, sequence.confidence = 0, block, {}
+    if sequence.certain is not None:
+        sequence.certain.begin_block(room)
 
 
 def _step_params(sequence: LedSequence) -> StepParams:
@@ -54,4 +72,5 @@ def _step_params(sequence: LedSequence) -> StepParams:
     key = step_key(params.seed, sequence.block, sequence.step) if params.samples else 0
     # With steps_per_block 1 (or on the last step) everything still masked is fixed.
     steps_left = max(params.steps_per_block - sequence.step, 1)
-    return StepParams(params.confidence_threshold, steps_left, params.temperature, key)
+    allowed = None if sequence.certain is None else sequence.certain.allowed
+    return StepParams(params.confidence_threshold, steps_left, params.temperature, key, allowed)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from twotower.core import Likelihood, Request, TraceEvent
+from twotower.decoding.certain_prefix import CertainPrefix
 from twotower.engine.answer import Answer, Cost
 from twotower.engine.modes.drafting import Drafting, Drafts
 from twotower.engine.modes.unrated import Unrated
@@ -53,7 +54,8 @@ class LedSequence:
     many tokens of the block wait for the context tower's verdict. `drafting`: when it drafts. `alone`: how many tokens
     the context tower writes behind what was committed last. `known`: how many of the block's first are in the answer
     already. `unrated`: where tokens are told once the context tower has read and rated them. `confidence`: of the
-    block's fixed places then, as its mode keeps it.
+    block's fixed places then, as its mode keeps it. `certain`: the block's first tokens, where a grammar has to take
+    each and the denoiser decides several at a time.
     """
 
     answer: Answer
@@ -73,6 +75,7 @@ class LedSequence:
     known: int = 0
     unrated: Unrated | None = None
     confidence: dict[int, float] = field(default_factory=dict)
+    certain: CertainPrefix | None = None
 
     @property
     def request(self) -> Request:
