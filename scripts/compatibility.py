@@ -1,5 +1,5 @@
-"""Writes protos/baseline.txt: what clients of the released service rely on, one fact a line. With --check, only says what
-of it protos/ has broken. What is new is no fault, and not in the baseline until this is run again: at a release.
+"""Writes protos/baseline.txt: what clients of the released service rely on, one fact a line. With --check, only says
+what of it protos/ has broken. What is new is no fault, and not in the baseline until this is run again: at a release.
 """
 
 from __future__ import annotations
@@ -7,7 +7,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto, FieldDescriptorProto, FileDescriptorProto
+from google.protobuf.descriptor_pb2 import (
+    DescriptorProto,
+    EnumDescriptorProto,
+    FieldDescriptorProto,
+    FileDescriptorProto,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "protos" / "baseline.txt"

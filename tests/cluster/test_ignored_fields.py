@@ -72,12 +72,12 @@ def test_more_than_any_client_is_newer_by_is_refused() -> None:
     sized = b"\x22" + bytes([len(inside) & 127 | 128, len(inside) >> 7 & 127 | 128, len(inside) >> 14])
     _, paths = parse_message(pb.GenerateRequest, PLAIN + sized + inside, 256)
     assert paths == ["params.99"]
-    with pytest.raises(InvalidRequest, match="message: got 16387 bytes of fields that are unknown.*at most 16384"):
+    with pytest.raises(InvalidRequest, match=r"message: got 16387 bytes of fields that are unknown.*at most 16384"):
         parse_message(pb.GenerateRequest, PLAIN + sized + inside + NEW, 256)
 
 
 def test_a_known_field_of_another_type_is_no_newer_client_s() -> None:
-    with pytest.raises(InvalidRequest, match="params.mode: wrong type on the wire, wanted twotower.v1.Mode") as caught:
+    with pytest.raises(InvalidRequest, match=r"params\.mode: wrong type on the wire, wanted twotower") as caught:
         parse_message(pb.GenerateRequest, PLAIN + NEW + b"\x22\x02\x0a\x00", 256)
     assert len(caught.value.problems) == 1
 

@@ -24,6 +24,7 @@ from twotower.pb.twotower.v1 import generation_pb2 as pb
 
 CASES, MANY = 300, 10_000
 LONGEST = 256
+REFUSED = ("not a readable", "wrong type", "UTF-8")  # words of what is refused before anybody looks at values
 # What a case begins with, so that many are whole requests.
 WHOLE: dict[str, tuple[Message, ...]] = {
     "Generate": (pb.GenerateRequest(text="Hi"), pb.GenerateRequest(token_ids=pb.TokenIds(ids=[76, 109]))),
@@ -173,10 +174,10 @@ def test_the_cases_are_of_all_kinds() -> None:
             seen["with unknown fields" if left_out else "read"] += 1
         except InvalidRequest as error:
             [*_, last] = error.problems
-            seen[next((word for word in ("not a readable", "wrong type", "UTF-8") if word in last.message), "other")] += 1
+            seen[next((word for word in REFUSED if word in last.message), "other")] += 1
         seen[call.method.name] += 1
 
     note()
     assert {method.name for method in SERVICE.methods} < seen.keys()
-    kinds = {kind: seen[kind] for kind in ("read", "with unknown fields", "not a readable", "wrong type", "UTF-8")}
+    kinds = {kind: seen[kind] for kind in ("read", "with unknown fields", *REFUSED)}
     assert min(kinds.values()) >= CASES // 100 and kinds["read"] >= CASES // 4, kinds
