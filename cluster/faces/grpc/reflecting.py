@@ -1,18 +1,19 @@
 """Server reflection, for clients that know no .proto: both versions of its protocol, whose messages are the same."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
-from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+File = Any  # google.protobuf.descriptor.FileDescriptor, which is two classes to the stubs
 _OLDER, _NEWER = "grpc.reflection.v1alpha", "grpc.reflection.v1"
 NAMES = (reflection.SERVICE_NAME, f"{_NEWER}.ServerReflection")
 
 
-def enable_reflection(server: grpc.aio.Server, names: Sequence[str], files: Sequence[FileDescriptor]) -> None:
+def enable_reflection(server: grpc.aio.Server, names: Sequence[str], files: Sequence[File]) -> None:
     """Tells of the services of these names, which the files describe, and of reflection itself. The files import none
     that is not among them."""
     pool = DescriptorPool()
@@ -31,7 +32,7 @@ def enable_reflection(server: grpc.aio.Server, names: Sequence[str], files: Sequ
     server.add_generic_rpc_handlers((handler,))
 
 
-def _proto(file: FileDescriptor) -> FileDescriptorProto:
+def _proto(file: File) -> FileDescriptorProto:
     proto = FileDescriptorProto()
     file.CopyToProto(proto)
     return proto
