@@ -4,7 +4,7 @@ PY := .venv/bin/python
 KERNELS_PY := .venv-kernels/bin/python
 export PYTHON
 
-.PHONY: help env kernels-env deploy-env clients-env serve test test-alone test-cluster test-kernels test-long check check-format check-lint check-types check-imports check-proto check-docs check-chart format proto docs
+.PHONY: help env kernels-env deploy-env clients-env serve test test-alone test-cluster test-kernels test-long check check-format check-lint check-types check-imports check-proto check-docs check-chart format proto proto-baseline docs
 
 help:
 	@echo "make serve         start the service on this machine; Ctrl-C stops it"
@@ -13,9 +13,10 @@ help:
 	@echo "make test-cluster  those on a local Ray, and slow ones"
 	@echo "make test-kernels  those of the real kernel packages, which need no GPU but .venv-kernels"
 	@echo "make test-long     further cases of some of them, half an hour; in no other target, nor in CI"
-	@echo "make check         formatting, lint, types, import contracts, drift of stubs and of docs"
+	@echo "make check         formatting, lint, types, import contracts, drift of stubs and of docs, broken protos"
 	@echo "make format        format the code and mend what lint can mend"
 	@echo "make proto         regenerate twotower/pb from protos/"
+	@echo "make proto-baseline  at a release: what protos/ says is what later versions may not break"
 	@echo "make docs          write what is made from code: tables of docs/, files of deploy/"
 	@echo "make env           only make the environment"
 	@echo "make deploy-env    make .venv-deploy: helm, hadolint and Kubernetes' schemas, for what deploy/ is checked with"
@@ -86,6 +87,7 @@ check-imports: env
 check-proto: env
 	@echo "Generated stubs"
 	@$(PY) scripts/proto.py --check
+	@$(PY) scripts/compatibility.py --check
 
 check-docs: env
 	@echo "Generated tables, rules and dashboard"
@@ -102,6 +104,9 @@ format: env
 
 proto: env
 	@$(PY) scripts/proto.py
+
+proto-baseline: env
+	@$(PY) scripts/compatibility.py
 
 docs: env
 	@$(PY) scripts/tables.py

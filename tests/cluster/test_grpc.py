@@ -7,7 +7,6 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from tests.cluster.fakes import ScriptedCells, generation, grpc_server, tokens
@@ -182,14 +181,6 @@ async def test_health_follows_readiness_and_drain(cells: ScriptedCells) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await health.Check(health_pb2.HealthCheckRequest(service="no.such"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-
-
-async def test_reflection_lists_the_service(channel: grpc.aio.Channel) -> None:
-    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-    request = reflection_pb2.ServerReflectionRequest(list_services="")
-    answers = [answer async for answer in stub.ServerReflectionInfo(iter([request]))]
-    names = {service.name for service in answers[0].list_services_response.service}
-    assert {"twotower.v1.GenerationService", "grpc.health.v1.Health"} <= names
 
 
 async def test_two_servers_share_a_port(cells: ScriptedCells) -> None:

@@ -1,4 +1,5 @@
-"""What every call of our gRPC services passes: strict parsing in, google.rpc.Status with details out."""
+"""What every call of our gRPC services passes: parsing in, google.rpc.Status with details and the names of fields that
+were left out, out."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,7 +18,11 @@ from cluster.runs.labels import OWN_ID
 from twotower.errors import Cancelled, InvalidRequest
 
 Handler = Any  # grpc.RpcMethodHandler, generic only in its stubs
+Metadata = tuple[tuple[str, str], ...]
 Behaviour = Any  # an async method of a servicer: (message, context) -> message, or None when it streams
+
+# Trailing metadata of a call: fields of its message that this version does not know, and left out.
+IGNORED = "x-twotower-ignored-fields"
 
 
 class Boundary(grpc.aio.ServerInterceptor):
@@ -50,12 +55,18 @@ def guarded(behaviour: Behaviour, kind: type[Message], most_tokens: int) -> Beha
     """The method behind the boundary: it takes bytes instead of a message."""
 
     async def call(data: bytes, context: Any) -> Any:
+        left_out: Metadata = ()
         try:
-            return await behaviour(parse_message(kind, data, most_tokens), context)
+            message, paths = parse_message(kind, data, most_tokens)
+            left_out = ((IGNORED, ",".join(paths)),) if paths else ()
+            answer = await behaviour(message, context)
+            if left_out:
+                context.set_trailing_metadata((*(context.trailing_metadata() or ()), *left_out))
+            return answer
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            names = tuple(context.trailing_metadata() or ())
+            names = (*(context.trailing_metadata() or ()), *left_out)
             failure = describe(_outside(error, kind), dict(names).get(OWN_ID, ""))
             status = rpc_status.to_status(status_of(failure))
             # An abort's metadata replace those that the method has set.

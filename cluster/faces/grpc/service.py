@@ -7,7 +7,6 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from cluster.certificates import Credentials
 from cluster.faces.grpc.boundary import Boundary
@@ -20,6 +19,7 @@ from cluster.faces.grpc.messages import (
     score_ask_of,
     score_message,
 )
+from cluster.faces.grpc.reflecting import enable_reflection
 from cluster.faces.grpc.tls import server_credentials
 from cluster.rereading import Rereading
 from cluster.runs.generation import Generation, drawn_id
@@ -119,8 +119,8 @@ class GrpcServer:
         pb_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(generation), self._server)
         self._health, self._modes = health.aio.HealthServicer(), generation.model.limits.modes
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        files = (pb.DESCRIPTOR, health_pb2.DESCRIPTOR)
+        enable_reflection(self._server, (SERVICE.full_name, health.SERVICE_NAME), files)
         self.port = _listen(self._server, host, port, certificates)
 
     async def start(self) -> None:

@@ -1,9 +1,9 @@
-"""A protobuf message from bytes, strictly: what protobuf would take in silence, or refuse without a name, is named."""
+"""A protobuf message from bytes: what protobuf would leave out in silence, or refuse without a name, is named."""
 
 from collections.abc import Iterator
 from functools import cache
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
@@ -21,12 +21,14 @@ _MAX_NAMED = 8
 _ID_BYTES = 6  # of a token id on the wire: five for the number, one for its field where ids are not packed
 MAX_PARAMS = 48 * 1024  # bytes of a message within one that holds no token ids of a prompt
 _MAX_UNKNOWN = 16 * 1024  # bytes of unknown fields that are looked into, some thousands of fields at most
+Found = TypeVar("Found")
 _NAMES: dict[int, str] = {number: name for name, number in FieldDescriptorProto.Type.items()}
 
 
-def parse_message(kind: type[Message], data: bytes, most_tokens: int) -> Message:
-    """A message of known fields of the right types, its strings UTF-8. What no prompt of `most_tokens` needs is refused
-    before protobuf, which holds Python's lock, makes lists of it. Raises InvalidRequest.
+def parse_message(kind: type[Message], data: bytes, most_tokens: int) -> tuple[Message, list[str]]:
+    """A message whose strings are UTF-8, and the paths of fields that this version does not know and leaves out: the
+    first few of them. A known field of another type is refused. What no prompt of `most_tokens` needs is refused before
+    protobuf, which holds Python's lock, makes lists of it. Raises InvalidRequest.
     """
     _check_sizes(kind, data, most_tokens)
     try:
@@ -37,10 +39,9 @@ def parse_message(kind: type[Message], data: bytes, most_tokens: int) -> Message
     message.DiscardUnknownFields()
     unknown = size - message.ByteSize()
     if unknown > _MAX_UNKNOWN:
-        raise InvalidRequest.of("message", f"got {unknown} bytes of fields that are unknown or of the wrong type")
-    if unknown:
-        raise InvalidRequest(_distinct(_unknown_fields(kind.FromString(data), "")))
-    return message
+        got = f"got {unknown} bytes of fields that are unknown or of the wrong type"
+        raise InvalidRequest.of("message", f"{got}, wanted at most {_MAX_UNKNOWN}")
+    return message, _left_out(kind.FromString(data)) if unknown else []
 
 
 def _check_sizes(kind: type[Message], data: bytes, most_tokens: int) -> None:
@@ -91,31 +92,38 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     return number, len(data)
 
 
-def _distinct(found: Iterator[FieldError]) -> list[FieldError]:
+def _distinct(found: Iterator[Found]) -> list[Found]:
     """The first few, each once. No more is looked at than it takes."""
-    problems = dict[FieldError, None]()
-    for problem in found:
-        problems[problem] = None
-        if len(problems) == _MAX_NAMED:
+    distinct = dict[Found, None]()
+    for one in found:
+        distinct[one] = None
+        if len(distinct) == _MAX_NAMED:
             break
-    return list(problems)
+    return list(distinct)
 
 
 def _unreadable(kind: type[Message], error: Exception) -> FieldError:
     return FieldError("message", f"not a readable {kind.DESCRIPTOR.full_name}: {one_line(str(error))}")
 
 
-def _unknown_fields(message: Message, path: str) -> Iterator[FieldError]:
-    """Numbers without a name, and known ones whose wire type is another's: protobuf keeps both apart, unread."""
-    for unknown in UnknownFieldSet(message):  # type: ignore[attr-defined]
-        field = message.DESCRIPTOR.fields_by_number.get(unknown.field_number)
-        if field is None:
-            yield FieldError(f"{path}{unknown.field_number}", "unknown field")
-        else:
-            yield FieldError(f"{path}{field.name}", f"wrong type on the wire, wanted {_type_name(field)}")
+def _left_out(message: Message) -> list[str]:
+    """Paths such as params.99, each once, the first few. Raises InvalidRequest for a known field of the wrong type."""
+    unread = list(_unread_fields(message, ""))
+    wrong = (FieldError(path, f"wrong type on the wire, wanted {_type_name(field)}") for path, field in unread if field)
+    if problems := _distinct(wrong):
+        raise InvalidRequest(problems)
+    return _distinct(path for path, _ in unread)
+
+
+def _unread_fields(message: Message, path: str) -> Iterator[tuple[str, Any]]:
+    """Numbers without a name, and known ones whose wire type is another's, with their descriptors: protobuf keeps both
+    apart, unread."""
+    for unread in UnknownFieldSet(message):  # type: ignore[attr-defined]
+        field = message.DESCRIPTOR.fields_by_number.get(unread.field_number)
+        yield f"{path}{unread.field_number if field is None else field.name}", field
     for field, value in message.ListFields():
         if isinstance(value, Message):
-            yield from _unknown_fields(value, f"{path}{field.name}.")
+            yield from _unread_fields(value, f"{path}{field.name}.")
 
 
 def _type_name(field: Any) -> str:
