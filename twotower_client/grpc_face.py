@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 
 from twotower_client.answers import Answer, Event, ModelInfo, Readiness, Score
-from twotower_client.asking import MODES, Ask, ScoreAsk
+from twotower_client.asking import MODES, Ask, Chat, ScoreAsk
 from twotower_client.errors import NotFound, ServiceError
 from twotower_client.grpc_codec import (
     Rpc,
@@ -65,8 +65,8 @@ class GrpcFace:
     def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return self._call(score_rpc(ask), timeout_s)
 
-    def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
-        return self._call(tokenize_rpc(text, add_special_tokens), timeout_s)
+    def tokenize(self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None) -> tuple[int, ...]:
+        return self._call(tokenize_rpc(given, add_special_tokens), timeout_s)
 
     def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
         return self._call(detokenize_rpc(token_ids), timeout_s)
@@ -124,8 +124,10 @@ class AsyncGrpcFace:
     async def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return await self._call(score_rpc(ask), timeout_s)
 
-    async def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
-        return await self._call(tokenize_rpc(text, add_special_tokens), timeout_s)
+    async def tokenize(
+        self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None
+    ) -> tuple[int, ...]:
+        return await self._call(tokenize_rpc(given, add_special_tokens), timeout_s)
 
     async def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
         return await self._call(detokenize_rpc(token_ids), timeout_s)

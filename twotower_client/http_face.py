@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 
 from twotower_client.answers import Answer, Event, ModelInfo, Readiness, Score
-from twotower_client.asking import Ask, ScoreAsk
+from twotower_client.asking import Ask, Chat, ScoreAsk
 from twotower_client.errors import DeadlineExceeded, Details, Unavailable
 from twotower_client.http_codec import (
     HttpCall,
@@ -97,8 +97,8 @@ class HttpFace:
     def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return self._call(score_call(ask), timeout_s)
 
-    def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
-        return self._call(tokenize_call(text, add_special_tokens), timeout_s)
+    def tokenize(self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None) -> tuple[int, ...]:
+        return self._call(tokenize_call(given, add_special_tokens), timeout_s)
 
     def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
         return self._call(detokenize_call(token_ids), timeout_s)
@@ -150,8 +150,10 @@ class AsyncHttpFace:
     async def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return await self._call(score_call(ask), timeout_s)
 
-    async def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
-        return await self._call(tokenize_call(text, add_special_tokens), timeout_s)
+    async def tokenize(
+        self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None
+    ) -> tuple[int, ...]:
+        return await self._call(tokenize_call(given, add_special_tokens), timeout_s)
 
     async def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
         return await self._call(detokenize_call(token_ids), timeout_s)

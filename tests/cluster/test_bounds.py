@@ -15,8 +15,9 @@ import pytest
 
 from cluster.faces.grpc.messages import ask_of
 from cluster.faces.grpc.strict_protobuf import MAX_FIELDS, MAX_PARAMS, parse_message
-from cluster.faces.http.completion_models import MAX_LABEL, MAX_PROMPTS
+from cluster.faces.http.completion_models import MAX_LABEL
 from cluster.faces.http.service import make_app
+from cluster.runs.choices import MAX_PROMPTS
 from cluster.runs.generation import Generation
 from tests.cluster.fakes import ByteTokenizer, ScriptedCells, all_modes, generation, grpc_server, served_model
 from twotower.core import (
