@@ -11,7 +11,7 @@ import httpx2
 from twotower_client import deadlines
 from twotower_client.answers import Answer, Event, ModelInfo, Readiness, Score
 from twotower_client.asking import Ask, Chat, ScoreAsk
-from twotower_client.errors import DeadlineExceeded, Details, Unavailable
+from twotower_client.errors import DeadlineExceeded, Details, ServiceError, Unavailable
 from twotower_client.http_codec import (
     HttpCall,
     StreamReader,
@@ -28,6 +28,7 @@ from twotower_client.http_codec import (
     tokenize_call,
 )
 from twotower_client.target import Target
+from twotower_client.tls_mistakes import explained
 
 _CONNECT_S = 10.0
 _KEPT = 128  # connections that nobody uses just now
@@ -96,11 +97,19 @@ def _ends_at(timeout_s: float | None) -> float | None:
     return None if timeout_s is None else deadlines.clock() + timeout_s
 
 
+def _left_s(ends_at: float | None) -> float | None:
+    return None if ends_at is None else ends_at - deadlines.clock()
+
+
+def _loop_ends_at(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+
+
 class HttpFace:
     """Blocking. Calls may come from several threads. `transport`: httpx2's, for tests."""
 
     def __init__(self, target: Target, transport: httpx2.BaseTransport | None = None) -> None:
-        self._name = target.tls.server_name
+        self._target, self._name = target, target.tls.server_name
         self._http = httpx2.Client(**_settings(target), transport=transport or _transport(target))
 
     def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
@@ -127,10 +136,7 @@ class HttpFace:
     def stream(self, ask: Ask, timeout_s: float | None) -> Generator[Event, None, None]:
         call, reader, ends_at = stream_call(ask), StreamReader(ask), _ends_at(timeout_s)
         with _told_of(ask.request_id), ExitStack() as opened:
-            with deadlines.until(ends_at):
-                response = opened.enter_context(self._http.stream(**_sent(call, timeout_s, self._name)))
-                if response.status_code != 200:
-                    raise error_from(response.status_code, response.headers, response.read(), ask.request_id)
+            response = self._opened(opened, call, timeout_s, ends_at)
             parts = response.iter_bytes()
             while not reader.ended:
                 with deadlines.until(ends_at):  # not while the caller has its turn
@@ -142,9 +148,25 @@ class HttpFace:
     def close(self) -> None:
         self._http.close()
 
+    def _opened(
+        self, opened: ExitStack, call: HttpCall[None], timeout_s: float | None, ends_at: float | None
+    ) -> httpx2.Response:
+        try:
+            with _told_of(call.request_id), deadlines.until(ends_at):
+                response = opened.enter_context(self._http.stream(**_sent(call, timeout_s, self._name)))
+                if response.status_code != 200:
+                    raise error_from(response.status_code, response.headers, response.read(), call.request_id)
+                return response
+        except Unavailable as error:
+            raise explained(self._target, error, _left_s(ends_at)) from None
+
     def _call(self, call: HttpCall[Told], timeout_s: float | None, good: tuple[int, ...] = (200,)) -> Told:
-        with _told_of(call.request_id), deadlines.until(_ends_at(timeout_s)):
-            response = self._http.request(**_sent(call, timeout_s, self._name))
+        ends_at = _ends_at(timeout_s)
+        try:
+            with _told_of(call.request_id), deadlines.until(ends_at):
+                response = self._http.request(**_sent(call, timeout_s, self._name))
+        except Unavailable as error:
+            raise explained(self._target, error, _left_s(ends_at)) from None
         if response.status_code not in good:
             raise error_from(response.status_code, response.headers, response.content, call.request_id)
         return answer_in(call, response.content)
@@ -154,7 +176,7 @@ class AsyncHttpFace:
     """With asyncio. `transport`: httpx2's, for tests."""
 
     def __init__(self, target: Target, transport: httpx2.AsyncBaseTransport | None = None) -> None:
-        self._name = target.tls.server_name
+        self._target, self._name = target, target.tls.server_name
         self._http = httpx2.AsyncClient(**_settings(target), transport=transport)
 
     async def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
@@ -182,13 +204,10 @@ class AsyncHttpFace:
 
     async def stream(self, ask: Ask, timeout_s: float | None) -> AsyncGenerator[Event, None]:
         call, reader = stream_call(ask), StreamReader(ask)
-        ends_at = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        ends_at = _loop_ends_at(timeout_s)
         with _told_of(ask.request_id):
             async with AsyncExitStack() as opened:
-                async with asyncio.timeout_at(ends_at):
-                    response = await opened.enter_async_context(self._http.stream(**_sent(call, timeout_s, self._name)))
-                    if response.status_code != 200:
-                        raise error_from(response.status_code, response.headers, await response.aread(), ask.request_id)
+                response = await self._opened(opened, call, timeout_s, ends_at)
                 parts = response.aiter_bytes()
                 while not reader.ended:
                     async with asyncio.timeout_at(ends_at):  # not while the caller has its turn
@@ -201,10 +220,32 @@ class AsyncHttpFace:
     async def close(self) -> None:
         await self._http.aclose()
 
+    async def _opened(
+        self, opened: AsyncExitStack, call: HttpCall[None], timeout_s: float | None, ends_at: float | None
+    ) -> httpx2.Response:
+        try:
+            with _told_of(call.request_id):
+                async with asyncio.timeout_at(ends_at):
+                    response = await opened.enter_async_context(self._http.stream(**_sent(call, timeout_s, self._name)))
+                    if response.status_code != 200:
+                        body = await response.aread()
+                        raise error_from(response.status_code, response.headers, body, call.request_id)
+                    return response
+        except Unavailable as error:
+            raise await self._why(error, ends_at) from None
+
+    async def _why(self, error: Unavailable, ends_at: float | None) -> ServiceError:
+        left_s = None if ends_at is None else ends_at - asyncio.get_running_loop().time()
+        return await asyncio.to_thread(explained, self._target, error, left_s)
+
     async def _call(self, call: HttpCall[Told], timeout_s: float | None, good: tuple[int, ...] = (200,)) -> Told:
-        with _told_of(call.request_id):
-            async with asyncio.timeout(timeout_s):
-                response = await self._http.request(**_sent(call, timeout_s, self._name))
+        ends_at = _loop_ends_at(timeout_s)
+        try:
+            with _told_of(call.request_id):
+                async with asyncio.timeout_at(ends_at):
+                    response = await self._http.request(**_sent(call, timeout_s, self._name))
+        except Unavailable as error:
+            raise await self._why(error, ends_at) from None
         if response.status_code not in good:
             raise error_from(response.status_code, response.headers, response.content, call.request_id)
         return answer_in(call, response.content)
