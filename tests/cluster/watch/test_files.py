@@ -72,6 +72,6 @@ async def test_a_file_of_keys_that_cannot_be_taken(tmp_path: Path, wrong: str | 
     keys.look()
     assert await gauges(Files(keys)) == {("file_not_taken", "keys"): 1} and keys.caller("tt-1", "").name == "me"
     assert Files(keys).told() == (keys.fault,) and str(path) in keys.fault and hash_of("tt-1") not in keys.fault
-    rewritten(path, RIGHT.replace("me", "you"))
+    rewritten(path, RIGHT.replace("name: me", "name: you"))
     keys.look()
     assert await gauges(Files(keys)) == {("file_not_taken", "keys"): 0} and keys.caller("tt-1", "").name == "you"
