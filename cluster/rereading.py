@@ -17,14 +17,14 @@ _LOOK_S = 1.0
 
 class Rereading(Generic[Told]):
     """`now`: what the files said when they could last be read. What is wrong with them later is told in the log, once,
-    and what they said before stays."""
+    and what they said before stays. `fault`: what is wrong now; empty where nothing is."""
 
     def __init__(self, what: str, paths: Sequence[Path], read: Callable[[], Told]) -> None:
         """`what`: the files' content, for the log. Raises what `read` raises: ConfigError."""
         self._what, self._paths, self._read = what, paths, read
         self._state = self._seen()
         self.now = read()
-        self._told = ""
+        self.fault = ""
 
     async def watch(self) -> None:
         """For ever. The event loop does not wait for the disk."""
@@ -32,22 +32,24 @@ class Rereading(Generic[Told]):
             await asyncio.sleep(_LOOK_S)
             try:
                 await asyncio.to_thread(self.look)
-            except Exception:
+            except Exception as error:
+                self.fault = type(error).__name__
                 logger.exception("the %s of before stay", self._what)
 
     def look(self) -> None:
         """Reads the files again if one has changed, or could not be read the last time."""
         state = self._seen()
         if state == self._state:
+            self.fault = ""
             return
         try:
             now = self._read()
         except ConfigError as error:
-            if str(error) != self._told:
+            if str(error) != self.fault:
                 logger.error("the %s of before stay: %s", self._what, error)
-            self._told = str(error)
+            self.fault = str(error)
             return
-        self.now, self._state, self._told = now, state, ""
+        self.now, self._state, self.fault = now, state, ""
         logger.info("%s read again from %s", self._what, ", ".join(map(str, self._paths)))
 
     def _seen(self) -> list[tuple[int, ...]]:

@@ -37,6 +37,7 @@ from cluster.runs.run import Patience
 from cluster.runs.served_model import ServedModel, load_served_model
 from cluster.runs.turns import Turns
 from cluster.served_paths import checkpoint_directory
+from cluster.watch.files import Files as FilesSeen
 from cluster.watch.router import RouterWatch
 from twotower.errors import Unavailable
 
@@ -128,8 +129,9 @@ class Router:
         self._readiness = Readiness(self._cells, self._grpc.set_served)
         watches = [self._readiness.watch(), who_may_ask.watch(), *([certificates.watch()] if certificates else [])]
         self._watching = [asyncio.create_task(one) for one in watches]
-        self._watch.start(self._admission, self._turns, self._lines, self._readiness)
-        self._board.hold(self._admission, self._turns, self._lines, self._readiness)
+        files_seen = FilesSeen(who_may_ask, certificates, None if certificates is None else certificates.now)
+        self._watch.start(self._admission, self._turns, self._lines, self._readiness, files_seen)
+        self._board.hold(self._admission, self._turns, self._lines, self._readiness, files_seen.told)
         if ingress.ops_page:
             self._board.start()
             self._adopting = asyncio.create_task(self._feed.adopt())

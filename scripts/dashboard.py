@@ -72,6 +72,14 @@ def stat(title: str, unit: str, query: str) -> Panel:
     return Panel(title, unit, {title: query}, kind="stat")
 
 
+FILES = [
+    Panel(
+        "Until certificates end",
+        "s",
+        {"{{face}}": f"min by (face) ({of(router.CERTIFICATE_LEFT)})"},
+    ),
+    Panel("Files not taken", "short", {"{{file}}": f"max by (file) ({of(router.FILE_FAULT)})"}),
+]
 NOW = [
     stat("Routers ready", "short", total(of(router.READY))),
     stat("Cells", "short", f"max({of(router.CELLS)})"),
@@ -206,6 +214,7 @@ ROWS = {
     "Now": NOW,
     "Requests": REQUESTS,
     "Latencies": LATENCIES,
+    "Files": FILES,
     "Decoding": DECODING,
     "Exchange between the towers": EXCHANGE,
     "Cells and towers": TOWERS,

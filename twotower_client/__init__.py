@@ -22,7 +22,7 @@ from twotower_client.answers import (
     Step,
     Usage,
 )
-from twotower_client.asking import MODES, Floor, Mode
+from twotower_client.asking import MODES, Floor, Message, Mode
 from twotower_client.async_client import AsyncClient, AsyncStream
 from twotower_client.client import Client, Stream
 from twotower_client.errors import (
@@ -36,6 +36,7 @@ from twotower_client.errors import (
     Overloaded,
     RateLimited,
     ServiceError,
+    TlsMistake,
     Unauthenticated,
     Unavailable,
     UnexpectedAnswer,
@@ -63,6 +64,7 @@ __all__ = [
     "InternalError",
     "InvalidRequest",
     "Likelihood",
+    "Message",
     "Mode",
     "ModelInfo",
     "NotFound",
@@ -77,6 +79,7 @@ __all__ = [
     "Step",
     "Stream",
     "Tls",
+    "TlsMistake",
     "Unauthenticated",
     "Unavailable",
     "UnexpectedAnswer",

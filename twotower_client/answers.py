@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
@@ -63,13 +64,15 @@ class Likelihood:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Committed tokens, which never change, and the text that became certain with them. `usage`: what they cost."""
+    """Committed tokens, which never change, and the text that became certain with them. `usage`: what they cost.
+    `choice`, as of all events: which of `n` answers it is of."""
 
     start: int
     token_ids: tuple[int, ...]
     text: str
     usage: Usage
     likelihoods: tuple[Likelihood, ...] = ()
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Step:
     token_ids: tuple[int, ...]
     texts: tuple[str, ...]
     confidence: tuple[float, ...]
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +99,21 @@ class Round:
     num_accepted: int
     token_id: int
     text: str
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a stream. `mode` is None over HTTP where the request named none."""
+    """The last event of an answer, of which a stream has `n`. `usage`: that answer's own.
+
+    `mode` is None over HTTP where the request named none.
+    """
 
     finish_reason: FinishReason
     usage: Usage
     seed: int
     mode: str | None
+    choice: int = 0
 
 
 Event = Block | Step | Round | Finished
@@ -115,7 +124,8 @@ class Answer:
     """A whole answer.
 
     `text` is empty where the service has no tokenizer. `request_id`: the caller's label. `service_id`: under which the
-    service's log has the request, where it was told. `attempts`: how often the request was sent.
+    service's log has the request, where it was told. `attempts`: how often the request was sent. `others`: the answers
+    after the first, where `n` asks for several. `usage`: of all answers that were decoded, a prompt counted once.
     """
 
     text: str
@@ -128,10 +138,11 @@ class Answer:
     service_id: str = ""
     likelihoods: tuple[Likelihood, ...] = ()
     attempts: int = 1
+    others: tuple["Answer", ...] = ()
 
     def after(self, attempts: int) -> "Answer":
         """The same of a request that was sent so often."""
-        return replace(self, attempts=attempts)
+        return replace(self, attempts=attempts, others=tuple(one.after(attempts) for one in self.others))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,36 +188,48 @@ class Gathering:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.attempts = 1
-        self.finished: Finished | None = None
-        self._blocks: list[Block] = []
+        self._blocks: dict[int, list[Block]] = {}  # by choice
+        self._ends: dict[int, Finished] = {}
 
     def add(self, event: Event) -> None:
         if isinstance(event, Block):
-            self._blocks.append(event)
+            self._blocks.setdefault(event.choice, []).append(event)
         elif isinstance(event, Finished):
-            self.finished = event
+            self._ends[event.choice] = event
+
+    @property
+    def finished(self) -> Finished | None:
+        """How the first answer ended, once it has."""
+        return self._ends.get(0)
 
     @property
     def text(self) -> str:
-        """So far."""
-        return "".join(block.text for block in self._blocks)
+        """Of the first answer, so far."""
+        return "".join(block.text for block in self._blocks.get(0, ()))
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """So far."""
-        return tuple(token for block in self._blocks for token in block.token_ids)
+        """Of the first answer, so far."""
+        return tuple(token for block in self._blocks.get(0, ()) for token in block.token_ids)
 
     def answer(self) -> Answer:
         """Of a stream that has ended."""
-        end = self.finished
-        assert end is not None, "a stream ends with Finished or an error"
-        likelihoods = tuple(one for block in self._blocks for one in block.likelihoods)
-        told = {"finish_reason": end.finish_reason, "usage": end.usage, "seed": end.seed, "mode": end.mode}
+        assert 0 in self._ends, "a stream ends with Finished or an error"
+        usages = [end.usage for end in self._ends.values()]
+        usage = replace(reduce(Usage.plus, usages), prompt_tokens=usages[0].prompt_tokens)
+        first, *others = (self._answer(choice, usage) for choice in sorted(self._ends))
+        return replace(first, others=tuple(others))
+
+    def _answer(self, choice: int, usage: Usage) -> Answer:
+        end, blocks = self._ends[choice], self._blocks.get(choice, [])
         return Answer(
-            self.text,
-            self.token_ids,
-            **told,  # type: ignore[arg-type]
-            request_id=self.request_id,
-            likelihoods=likelihoods,
+            "".join(block.text for block in blocks),
+            tuple(token for block in blocks for token in block.token_ids),
+            end.finish_reason,
+            usage,
+            end.seed,
+            end.mode,
+            self.request_id,
+            likelihoods=tuple(one for block in blocks for one in block.likelihoods),
             attempts=self.attempts,
         )

@@ -1,4 +1,4 @@
-"""What is asked of a service: a prompt with its options, or a continuation to score. Knows no face.
+"""What is asked of a service: a prompt or a chat with its options, or a continuation to score. Knows no face.
 
 `Params` names each parameter as docs/parameters.md does; tests hold it to the service's own declarations. What a value
 must be, the service says: here only what cannot be sent is refused.
@@ -6,16 +6,33 @@ must be, the service says: here only what cannot be sent is refused.
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Required, TypedDict, get_args
 
 from twotower_client.errors import InvalidRequest
 
 Mode = Literal["diffusion", "mock_ar", "ar", "verified", "auto"]
 Floor = Literal["lossless", "confidence"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-Prompt = str | Sequence[int]
 MAX_TIMEOUT_S = 1_000_000.0  # what is much longer, gRPC takes for no time at all
+
+
+class Message(TypedDict, total=False):
+    """Of a chat. `role`: system, developer, user or assistant."""
+
+    role: Required[str]
+    content: Required[str]
+    name: str
+
+
+Prompt = str | Sequence[int] | Sequence[Message]  # the last is a chat
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Messages, of which the service's template makes the prompt."""
+
+    messages: tuple[Mapping[str, str], ...]
 
 
 class Params(TypedDict, total=False):
@@ -45,7 +62,7 @@ class Params(TypedDict, total=False):
 
 
 class Common(TypedDict, total=False):
-    """Beside the parameters. `timeout_s`: for the whole call with all its attempts; None: the client's own.
+    """Beside the parameters of any call. `timeout_s`: for the whole call with all its attempts; None: the client's own.
     `request_id`: a label for logs; where none is given, one is drawn."""
 
     priority: int
@@ -53,20 +70,29 @@ class Common(TypedDict, total=False):
     timeout_s: float | None
 
 
-class Options(Params, Common, total=False):
-    """Of a whole answer. `logprobs`: tell how likely each token is, with so many alternatives. `echo`: begin with the
-    prompt again; over HTTP only."""
+class Answering(Params, Common, total=False):
+    """Of an answer, whole or as a stream. `logprobs`: tell how likely each token is, with so many alternatives. `n`: so
+    many answers, each with a seed of its own. `include_stop_str_in_output`: the text ends behind a stop string.
+    `add_special_tokens`: those that the tokenizer puts around text; None: around a prompt, not around a chat."""
 
     stop: str | Sequence[str]
     logprobs: int | None
+    n: int | None
+    include_stop_str_in_output: bool
+    add_special_tokens: bool | None
+
+
+class Options(Answering, total=False):
+    """Of a whole answer. `best_of`: decode so many and tell the likeliest `n`. `echo`: begin with the prompt again;
+    with max_new_tokens=0 nothing is decoded."""
+
+    best_of: int | None
     echo: bool
 
 
-class StreamOptions(Params, Common, total=False):
+class StreamOptions(Answering, total=False):
     """Of a stream. `trace`: tell what each denoiser step fixes, as Step and Round events."""
 
-    stop: str | Sequence[str]
-    logprobs: int | None
     trace: bool
 
 
@@ -74,22 +100,41 @@ class StreamOptions(Params, Common, total=False):
 class Ask:
     """A request for an answer, the same in all attempts. `params`: only what was given."""
 
-    prompt: Prompt
+    prompt: str | tuple[int, ...] | Chat
     request_id: str
     params: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     priority: int = 0
     logprobs: int | None = None
+    n: int | None = None
+    best_of: int | None = None
+    include_stop_str_in_output: bool = False
+    add_special_tokens: bool | None = None
     echo: bool = False
     trace: bool = False
+
+    def check_whole(self) -> None:
+        """Raises InvalidRequest for what only a stream tells."""
+        if self.trace:
+            raise InvalidRequest.of("trace", "got true, wanted it only of a stream", self.request_id)
+
+    def check_streams(self) -> None:
+        """Raises InvalidRequest for what no stream tells."""
+        if self.echo:
+            raise InvalidRequest.of("echo", "got true, wanted it only without a stream", self.request_id)
+        if self.best_of is not None:
+            raise InvalidRequest.of("best_of", f"got {self.best_of}, wanted it only without a stream", self.request_id)
+
+
+_BESIDE = {one.name for one in fields(Ask)} - {"prompt", "request_id", "params", "stop"}
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreAsk:
     """A request for a score."""
 
-    prompt: Prompt
-    continuation: Prompt
+    prompt: str | tuple[int, ...]
+    continuation: str | tuple[int, ...]
     request_id: str
     priority: int = 0
 
@@ -101,13 +146,13 @@ def ask_of(prompt: Prompt, options: Mapping[str, Any]) -> tuple[Ask, float | Non
     timeout_s = checked_timeout(given.pop("timeout_s", None))
     request_id = given.pop("request_id", "") or drawn_id()
     params = {name: given.pop(name) for name in Params.__annotations__ if name in given}
-    unknown = given.keys() - {"stop", "priority", "logprobs", "echo", "trace"}
+    unknown = given.keys() - _BESIDE - {"stop"}
     if unknown:
         raise TypeError(f"got an unexpected option {sorted(unknown)[0]!r}")
     stop = given.pop("stop", ())
     known = {name: value for name, value in params.items() if value is not None}
     ask = Ask(
-        checked_prompt("prompt", prompt, request_id),
+        chat_or_prompt("prompt", prompt, request_id),
         request_id,
         known,
         (stop,) if isinstance(stop, str) else tuple(stop),
@@ -133,7 +178,26 @@ def drawn_id() -> str:
     return f"client-{uuid.uuid4().hex}"
 
 
-def checked_prompt(name: str, prompt: object, request_id: str) -> Prompt:
+def chat_or_prompt(name: str, given: object, request_id: str = "") -> str | tuple[int, ...] | Chat:
+    """A list whose first member is an object is a chat. Raises InvalidRequest."""
+    if isinstance(given, Sequence) and given and isinstance(given[0], Mapping):
+        return Chat(tuple(_checked_message(place, one, request_id) for place, one in enumerate(given)))
+    return checked_prompt(name, given, request_id)
+
+
+def _checked_message(place: int, given: object, request_id: str) -> Mapping[str, str]:
+    if not isinstance(given, Mapping) or not given.keys() <= Message.__annotations__.keys():
+        told = sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
+        wanted = "wanted an object with role, content and, if there is one, name"
+        raise InvalidRequest.of(f"messages[{place}]", f"got {told}, {wanted}", request_id)
+    for name in Message.__annotations__:
+        if not isinstance(given.get(name, "" if name == "name" else None), str):
+            told = type(given.get(name)).__name__ if name in given else "none"
+            raise InvalidRequest.of(f"messages[{place}].{name}", f"got {told}, wanted text", request_id)
+    return dict(given)
+
+
+def checked_prompt(name: str, prompt: object, request_id: str) -> str | tuple[int, ...]:
     """Text, or token ids as a tuple."""
     if isinstance(prompt, str):
         return prompt
@@ -141,6 +205,14 @@ def checked_prompt(name: str, prompt: object, request_id: str) -> Prompt:
         kind = type(prompt).__name__
         raise InvalidRequest.of(name, f"got a {kind}, wanted text or a list of token ids", request_id)
     return tuple(prompt)
+
+
+def text_or_chat(given: object) -> str | Chat:
+    """Raises InvalidRequest for token ids, and for what is no prompt."""
+    prompt = chat_or_prompt("text", given)
+    if isinstance(prompt, tuple):
+        raise InvalidRequest.of("text", "got token ids, wanted text or a chat's messages")
+    return prompt
 
 
 def checked_ids(token_ids: object) -> tuple[int, ...]:

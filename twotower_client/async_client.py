@@ -8,7 +8,9 @@ from typing import Protocol, TypeVar, Unpack
 from twotower_client.answers import Answer, Event, Finished, Gathering, ModelInfo, Readiness, Score
 from twotower_client.asking import (
     Ask,
+    Chat,
     Common,
+    Message,
     Options,
     Prompt,
     ScoreAsk,
@@ -17,6 +19,7 @@ from twotower_client.asking import (
     checked_ids,
     checked_timeout,
     score_ask_of,
+    text_or_chat,
 )
 from twotower_client.errors import ServiceError
 from twotower_client.retrying import RetryPolicy, Tries
@@ -32,7 +35,9 @@ class AsyncFace(Protocol):
     async def complete(self, ask: Ask, timeout_s: float | None) -> Answer: ...
     def stream(self, ask: Ask, timeout_s: float | None) -> AsyncGenerator[Event, None]: ...
     async def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score: ...
-    async def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]: ...
+    async def tokenize(
+        self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None
+    ) -> tuple[int, ...]: ...
     async def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str: ...
     async def model_info(self, timeout_s: float | None) -> ModelInfo: ...
     async def readiness(self, timeout_s: float | None) -> Readiness: ...
@@ -89,10 +94,14 @@ class AsyncClient:
         return (await self._retried(lambda left_s: self._face.score(ask, left_s), timeout_s))[0]
 
     async def tokenize(
-        self, text: str, add_special_tokens: bool = True, timeout_s: float | None = None
+        self,
+        text: str | Sequence[Message],
+        add_special_tokens: bool | None = None,
+        timeout_s: float | None = None,
     ) -> tuple[int, ...]:
-        """The token ids of a text, as a prompt's. Raises a ServiceError."""
-        told = self._retried(lambda left_s: self._face.tokenize(text, add_special_tokens, left_s), timeout_s)
+        """As Client.tokenize."""
+        given = text_or_chat(text)
+        told = self._retried(lambda left_s: self._face.tokenize(given, add_special_tokens, left_s), timeout_s)
         return (await told)[0]
 
     async def detokenize(self, token_ids: Sequence[int], timeout_s: float | None = None) -> str:

@@ -8,7 +8,9 @@ from typing import Protocol, TypeVar, Unpack
 from twotower_client.answers import Answer, Event, Finished, Gathering, ModelInfo, Readiness, Score
 from twotower_client.asking import (
     Ask,
+    Chat,
     Common,
+    Message,
     Options,
     Prompt,
     ScoreAsk,
@@ -17,6 +19,7 @@ from twotower_client.asking import (
     checked_ids,
     checked_timeout,
     score_ask_of,
+    text_or_chat,
 )
 from twotower_client.errors import ServiceError
 from twotower_client.retrying import RetryPolicy, Tries
@@ -32,7 +35,9 @@ class Face(Protocol):
     def complete(self, ask: Ask, timeout_s: float | None) -> Answer: ...
     def stream(self, ask: Ask, timeout_s: float | None) -> Generator[Event, None, None]: ...
     def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score: ...
-    def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]: ...
+    def tokenize(
+        self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None
+    ) -> tuple[int, ...]: ...
     def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str: ...
     def model_info(self, timeout_s: float | None) -> ModelInfo: ...
     def readiness(self, timeout_s: float | None) -> Readiness: ...
@@ -94,9 +99,16 @@ class Client:
         ask, timeout_s = score_ask_of(prompt, continuation, options)
         return self._retried(lambda left_s: self._face.score(ask, left_s), timeout_s)[0]
 
-    def tokenize(self, text: str, add_special_tokens: bool = True, timeout_s: float | None = None) -> tuple[int, ...]:
-        """The token ids of a text, as a prompt's. Raises a ServiceError."""
-        return self._retried(lambda left_s: self._face.tokenize(text, add_special_tokens, left_s), timeout_s)[0]
+    def tokenize(
+        self,
+        text: str | Sequence[Message],
+        add_special_tokens: bool | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[int, ...]:
+        """The token ids of a text or a chat, as a prompt's. `add_special_tokens` None: around a text alone.
+        Raises a ServiceError."""
+        given = text_or_chat(text)
+        return self._retried(lambda left_s: self._face.tokenize(given, add_special_tokens, left_s), timeout_s)[0]
 
     def detokenize(self, token_ids: Sequence[int], timeout_s: float | None = None) -> str:
         """The text of token ids, special tokens written out. Raises a ServiceError."""

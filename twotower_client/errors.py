@@ -7,6 +7,7 @@
     ├── Overloaded           no room now; `retry_after_s` says when there may be some
     │   └── RateLimited      the key allows no more now
     ├── Unavailable          nobody answers, or what would serve the request is gone
+    ├── TlsMistake           a wrong certificate or name, or one side does not speak TLS
     ├── DeadlineExceeded     the deadline passed, the service's or the caller's
     ├── Cancelled            the call was given up
     ├── NumericalError       a tower produced NaN or infinity
@@ -124,6 +125,10 @@ class RateLimited(Overloaded):
 
 class Unavailable(ServiceError):
     """Nobody answers, or what would serve the request is gone."""
+
+
+class TlsMistake(ServiceError):
+    """Certificate, name or scheme are wrong: what was got and wanted. Asking again does not help."""
 
 
 class DeadlineExceeded(ServiceError):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar, cast
 
 import grpc
@@ -22,7 +22,7 @@ from twotower_client.answers import (
     Step,
     Usage,
 )
-from twotower_client.asking import Ask, Prompt, ScoreAsk
+from twotower_client.asking import Ask, Chat, ScoreAsk
 from twotower_client.errors import Details, FieldViolation, InvalidRequest, ServiceError, error_of
 from twotower_client.wire import messages as pb
 
@@ -31,6 +31,8 @@ _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVICE_ID = "x-twotower-id"
 _STATUS = "grpc-status-details-bin"
 _ENUMS: dict[str, Any] = {"mode": pb.Mode, "floor": pb.Floor}
+# What a GenerateRequest has beside prompt and parameters, under the names that an Ask has.
+_BESIDE = tuple(one.name for one in fields(Ask) if one.name not in ("prompt", "params"))
 _SERVING = b"\x08\x01"
 
 Told = TypeVar("Told")
@@ -49,29 +51,21 @@ class Rpc(Generic[Told]):
 
 def generate_rpc(ask: Ask) -> Rpc[Answer]:
     """Raises InvalidRequest for what cannot be written."""
-    if ask.trace:
-        raise InvalidRequest.of("trace", "got true, wanted it only of a stream", ask.request_id)
+    ask.check_whole()
 
     def read(data: bytes, service_id: str) -> Answer:
         told = pb.GenerateResponse.FromString(data)
-        end = _finished(told.finished)
-        return Answer(
-            told.text,
-            tuple(told.token_ids),
-            end.finish_reason,
-            end.usage,
-            end.seed,
-            end.mode,
-            ask.request_id,
-            service_id,
-            _likelihoods(told.likelihoods),
-        )
+        usage = _usage(told.total_usage if told.HasField("total_usage") else told.finished.usage)
+        first, *others = (_answer(one, usage, ask.request_id, service_id) for one in (told, *told.others))
+        whole = replace(first, others=tuple(others))
+        return _echoed(told.prompt, whole, ask.logprobs is not None) if told.HasField("prompt") else whole
 
     return Rpc(f"/{_SERVICE}/Generate", _generate_message(ask), read, ask.request_id)
 
 
 def stream_rpc(ask: Ask) -> Rpc[Event]:
     """Raises InvalidRequest for what cannot be written."""
+    ask.check_streams()
     return Rpc(f"/{_SERVICE}/GenerateStream", _generate_message(ask), _event, ask.request_id)
 
 
@@ -97,8 +91,9 @@ def score_rpc(ask: ScoreAsk) -> Rpc[Score]:
     return Rpc(f"/{_SERVICE}/Score", message.SerializeToString(), read, ask.request_id)
 
 
-def tokenize_rpc(text: str, add_special_tokens: bool) -> Rpc[tuple[int, ...]]:
-    message = _written(pb.TokenizeRequest, "", text=text, add_special_tokens=add_special_tokens)
+def tokenize_rpc(given: str | Chat, add_special_tokens: bool | None) -> Rpc[tuple[int, ...]]:
+    special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+    message = _written(pb.TokenizeRequest, "", **_prompt(given), **special)
     read = pb.TokenizeResponse.FromString
     return Rpc(f"/{_SERVICE}/Tokenize", message.SerializeToString(), lambda data, _: tuple(read(data).token_ids))
 
@@ -145,27 +140,50 @@ def service_id_in(trailing: Iterable[tuple[str, Any]] | None) -> str:
 
 
 def _generate_message(ask: Ask) -> bytes:
-    if ask.echo:
-        raise InvalidRequest.of("echo", "got true, wanted it only over HTTP", ask.request_id)
     words = {name: _number(name, word, ask.request_id) for name, word in ask.params.items() if name in _ENUMS}
     given = {**ask.params, **words}
     if "structured_outputs" in given:
         given["structured_outputs"] = _structured(given["structured_outputs"], ask.request_id)
     params = _written(pb.DecodingParams, ask.request_id, **given)
     prompt: dict[str, Any] = _prompt(ask.prompt)
-    beside = {"request_id": ask.request_id, "priority": ask.priority, "trace": ask.trace, "stop": ask.stop}
-    if ask.logprobs is not None:
-        beside["logprobs"] = ask.logprobs
+    beside = {name: getattr(ask, name) for name in _BESIDE if getattr(ask, name) is not None}
     message: bytes = _written(pb.GenerateRequest, ask.request_id, params=params, **prompt, **beside).SerializeToString()
     return message
 
 
+def _answer(told: Any, usage: Usage, request_id: str, service_id: str) -> Answer:
+    """Of a GenerateResponse, or of one of its Choices."""
+    end = _finished(told.finished)
+    return Answer(
+        told.text,
+        tuple(told.token_ids),
+        end.finish_reason,
+        usage,
+        end.seed,
+        end.mode,
+        request_id,
+        service_id,
+        _likelihoods(told.likelihoods),
+    )
+
+
+def _echoed(prompt: pb.EchoedPrompt, answer: Answer, rated: bool) -> Answer:
+    """With the prompt before it, whose first token follows nothing."""
+    first = (Likelihood(None),) if rated else ()
+    return replace(
+        answer,
+        text=prompt.text + answer.text,
+        token_ids=(*prompt.token_ids, *answer.token_ids),
+        likelihoods=(*first, *_likelihoods(prompt.likelihoods), *answer.likelihoods),
+    )
+
+
 def _structured(described: Any, request_id: str) -> Any:
     """What an answer has to be: an object with one name, as over HTTP."""
-    if not isinstance(described, Mapping) or len(described) != 1:
-        raise InvalidRequest.of(
-            "structured_outputs", f"got {described!r:.60}, wanted an object with one name", request_id
-        )
+    kinds = [one.name for one in pb.StructuredOutputs.DESCRIPTOR.fields]
+    if not isinstance(described, Mapping) or len(described) != 1 or next(iter(described)) not in kinds:
+        wanted = f"wanted an object with one of {', '.join(kinds)}"
+        raise InvalidRequest.of("structured_outputs", f"got {described!r:.60}, {wanted}", request_id)
     [(kind, value)] = described.items()
     if kind == "json" and not isinstance(value, str):
         value = json.dumps(value)
@@ -174,7 +192,9 @@ def _structured(described: Any, request_id: str) -> Any:
     return _written(pb.StructuredOutputs, request_id, **{kind: value})
 
 
-def _prompt(prompt: Prompt) -> dict[str, Any]:
+def _prompt(prompt: str | Sequence[int] | Chat) -> dict[str, Any]:
+    if isinstance(prompt, Chat):
+        return {"chat": pb.Chat(messages=[pb.ChatMessage(**message) for message in prompt.messages])}
     return {"text": prompt} if isinstance(prompt, str) else {"token_ids": pb.TokenIds(ids=prompt)}
 
 
@@ -202,19 +222,19 @@ def _event(data: bytes, _: str) -> Event:
     told = pb.GenerateStreamResponse.FromString(data)
     match told.WhichOneof("event"):
         case "block":
-            return _block(told.block)
+            return _block(told.block, told.choice)
         case "step":
             step = told.step
             numbers = tuple(step.positions), tuple(step.token_ids), tuple(step.texts), tuple(step.confidence)
-            return Step(step.start, step.size, step.step, *numbers)
+            return Step(step.start, step.size, step.step, *numbers, told.choice)
         case "round":
             one = told.round
             draft = tuple(one.draft), tuple(one.draft_texts)
-            return Round(one.start, *draft, one.num_accepted, one.token_id, one.text)
-    return _finished(told.finished)
+            return Round(one.start, *draft, one.num_accepted, one.token_id, one.text, told.choice)
+    return _finished(told.finished, told.choice)
 
 
-def _block(block: pb.CommittedBlock) -> Block:
+def _block(block: pb.CommittedBlock, choice: int) -> Block:
     usage = Usage(
         0,
         len(block.token_ids),
@@ -225,13 +245,16 @@ def _block(block: pb.CommittedBlock) -> Block:
         block.num_ar_blocks,
         block.num_diffusion_blocks,
     )
-    return Block(block.start, tuple(block.token_ids), block.text, usage, _likelihoods(block.likelihoods))
+    return Block(block.start, tuple(block.token_ids), block.text, usage, _likelihoods(block.likelihoods), choice)
 
 
-def _finished(end: pb.Finished) -> Finished:
-    usage = Usage(*(getattr(end.usage, name) for name in Usage.__dataclass_fields__))
+def _usage(told: pb.Usage) -> Usage:
+    return Usage(*(getattr(told, name) for name in Usage.__dataclass_fields__))
+
+
+def _finished(end: pb.Finished, choice: int = 0) -> Finished:
     reason = pb.FinishReason.Name(end.finish_reason).removeprefix("FINISH_REASON_").lower()
-    return Finished(cast(FinishReason, reason), usage, end.seed, _word(pb.Mode, end.mode))
+    return Finished(cast(FinishReason, reason), _usage(end.usage), end.seed, _word(pb.Mode, end.mode), choice)
 
 
 def _likelihoods(likelihoods: Sequence[pb.Likelihood]) -> tuple[Likelihood, ...]:

@@ -1,6 +1,8 @@
 """The gRPC face over a channel, blocking and with asyncio. Decides nothing: `grpc_codec` reads and writes."""
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any
 
@@ -8,7 +10,7 @@ import grpc
 import grpc.aio
 
 from twotower_client.answers import Answer, Event, ModelInfo, Readiness, Score
-from twotower_client.asking import MODES, Ask, ScoreAsk
+from twotower_client.asking import MODES, Ask, Chat, ScoreAsk
 from twotower_client.errors import NotFound, ServiceError
 from twotower_client.grpc_codec import (
     Rpc,
@@ -24,6 +26,7 @@ from twotower_client.grpc_codec import (
     tokenize_rpc,
 )
 from twotower_client.target import Target
+from twotower_client.tls_mistakes import explained
 
 LARGEST_ANSWER = 64 * 2**20  # bytes: the longest likelihoods that the service tells fit in
 _OPTIONS: list[tuple[str, Any]] = [
@@ -31,6 +34,8 @@ _OPTIONS: list[tuple[str, Any]] = [
     # A host that is gone without a word is found; the service takes a ping every 5 s.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Clients of one address have a connection each: so they come to several routers.
+    ("grpc.use_local_subchannel_pool", 1),
     # Until a channel tries to connect again all calls fail with its last error. By default that grows to two minutes.
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -52,10 +57,19 @@ def _told(error: Any, request_id: str) -> ServiceError:
     return error_from(error.code(), error.details() or "", error.trailing_metadata() or (), request_id)
 
 
+def _ends_at(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else time.monotonic() + timeout_s
+
+
+def _left_s(ends_at: float | None) -> float | None:
+    return None if ends_at is None else ends_at - time.monotonic()
+
+
 class GrpcFace:
     """Blocking. Calls may come from several threads."""
 
     def __init__(self, target: Target) -> None:
+        self._target = target
         self._channel = _channel(target, grpc.insecure_channel, grpc.secure_channel)
         self._metadata = target.credentials
 
@@ -65,8 +79,8 @@ class GrpcFace:
     def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return self._call(score_rpc(ask), timeout_s)
 
-    def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
-        return self._call(tokenize_rpc(text, add_special_tokens), timeout_s)
+    def tokenize(self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None) -> tuple[int, ...]:
+        return self._call(tokenize_rpc(given, add_special_tokens), timeout_s)
 
     def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
         return self._call(detokenize_rpc(token_ids), timeout_s)
@@ -86,13 +100,15 @@ class GrpcFace:
         return True
 
     def stream(self, ask: Ask, timeout_s: float | None) -> Generator[Event, None, None]:
-        rpc = stream_rpc(ask)
+        rpc, ends_at, streamed = stream_rpc(ask), _ends_at(timeout_s), False
         call = self._channel.unary_stream(rpc.path)(rpc.message, timeout=timeout_s, metadata=self._metadata)
         try:
             for data in call:
+                streamed = True
                 yield rpc.read(data, "")
         except grpc.RpcError as error:
-            raise _told(error, rpc.request_id) from None
+            known = _told(error, rpc.request_id)
+            raise (known if streamed else self._why(known, ends_at)) from None
         finally:
             call.cancel()
 
@@ -100,12 +116,16 @@ class GrpcFace:
         self._channel.close()
 
     def _call(self, rpc: Rpc[Told], timeout_s: float | None) -> Told:
+        ends_at = _ends_at(timeout_s)
         try:
             method = self._channel.unary_unary(rpc.path)
             data, call = method.with_call(rpc.message, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise _told(error, rpc.request_id) from None
+            raise self._why(_told(error, rpc.request_id), ends_at) from None
         return rpc.read(data, service_id_in(call.trailing_metadata()))
+
+    def _why(self, error: ServiceError, ends_at: float | None) -> ServiceError:
+        return explained(self._target, error, _left_s(ends_at))
 
 
 class AsyncGrpcFace:
@@ -124,8 +144,10 @@ class AsyncGrpcFace:
     async def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return await self._call(score_rpc(ask), timeout_s)
 
-    async def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
-        return await self._call(tokenize_rpc(text, add_special_tokens), timeout_s)
+    async def tokenize(
+        self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None
+    ) -> tuple[int, ...]:
+        return await self._call(tokenize_rpc(given, add_special_tokens), timeout_s)
 
     async def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
         return await self._call(detokenize_rpc(token_ids), timeout_s)
@@ -145,13 +167,15 @@ class AsyncGrpcFace:
         return True
 
     async def stream(self, ask: Ask, timeout_s: float | None) -> AsyncGenerator[Event, None]:
-        rpc = stream_rpc(ask)
+        rpc, ends_at, streamed = stream_rpc(ask), _ends_at(timeout_s), False
         call = self._channel.unary_stream(rpc.path)(rpc.message, timeout=timeout_s, metadata=self._metadata)
         try:
             async for data in call:
+                streamed = True
                 yield rpc.read(data, "")
         except grpc.aio.AioRpcError as error:
-            raise _told(error, rpc.request_id) from None
+            known = _told(error, rpc.request_id)
+            raise (known if streamed else await self._why(known, ends_at)) from None
         finally:
             call.cancel()
 
@@ -166,12 +190,16 @@ class AsyncGrpcFace:
         return self._opened
 
     async def _call(self, rpc: Rpc[Told], timeout_s: float | None) -> Told:
+        ends_at = _ends_at(timeout_s)
         call = self._channel.unary_unary(rpc.path)(rpc.message, timeout=timeout_s, metadata=self._metadata)
         try:
             data = await call
             return rpc.read(data, service_id_in(await call.trailing_metadata()))
         except grpc.aio.AioRpcError as error:
-            raise _told(error, rpc.request_id) from None
+            raise await self._why(_told(error, rpc.request_id), ends_at) from None
+
+    async def _why(self, error: ServiceError, ends_at: float | None) -> ServiceError:
+        return await asyncio.to_thread(explained, self._target, error, _left_s(ends_at))
 
 
 def readiness_of(serves: bool, modes: dict[str, bool]) -> Readiness:

@@ -21,7 +21,7 @@ from twotower_client.answers import (
     Step,
     Usage,
 )
-from twotower_client.asking import Ask, ScoreAsk
+from twotower_client.asking import Ask, Chat, ScoreAsk
 from twotower_client.errors import Details, FieldViolation, InvalidRequest, ServiceError, UnexpectedAnswer, error_of
 
 # Of the parameters that have another name here.
@@ -40,6 +40,8 @@ NAMES = {
         )
     },
 }
+# What a body has under the names that an Ask has, where it is not the default.
+_BESIDE = ("request_id", "priority", "stop", "n", "best_of", "include_stop_str_in_output", "add_special_tokens")
 _DONE = "[DONE]"
 _TRACE = "twotower.trace"
 # By the answer's type, where it is one of ours; else by its status.
@@ -82,34 +84,20 @@ class HttpCall(Generic[Told]):
 
 def completion_call(ask: Ask) -> HttpCall[Answer]:
     """Raises InvalidRequest for what cannot be written."""
-    if ask.trace:
-        raise InvalidRequest.of("trace", "got true, wanted it only of a stream", ask.request_id)
+    ask.check_whole()
 
     def read(told: Any) -> Answer:
-        choice = told["choices"][0]
-        return Answer(
-            choice["text"],
-            tuple(choice["token_ids"]),
-            choice["finish_reason"],
-            _usage(told["usage"]),
-            choice["seed"],
-            ask.params.get("mode"),
-            ask.request_id,
-            told["id"],
-            _likelihoods(choice["logprobs"]),
-        )
+        first, *others = (_answer(choice, told, ask) for choice in told["choices"])
+        return replace(first, others=tuple(others))
 
-    return HttpCall(
-        "POST", "/v1/completions", read, _completion_body(ask, {"echo": True} if ask.echo else {}), ask.request_id
-    )
+    return HttpCall("POST", _path(ask), read, _answer_body(ask, {"echo": True} if ask.echo else {}), ask.request_id)
 
 
 def stream_call(ask: Ask) -> HttpCall[None]:
     """Its events are read by a StreamReader."""
-    if ask.echo:
-        raise InvalidRequest.of("echo", "got true, wanted it only without a stream", ask.request_id)
+    ask.check_streams()
     options = {"stream": True, "stream_options": {"continuous_usage_stats": True}}
-    return HttpCall("POST", "/v1/completions", lambda _: None, _completion_body(ask, options), ask.request_id)
+    return HttpCall("POST", _path(ask), lambda _: None, _answer_body(ask, options), ask.request_id)
 
 
 def score_call(ask: ScoreAsk) -> HttpCall[Score]:
@@ -121,9 +109,9 @@ def score_call(ask: ScoreAsk) -> HttpCall[Score]:
     return HttpCall("POST", "/v1/score", read, _encoded({**body, "request_id": ask.request_id}), ask.request_id)
 
 
-def tokenize_call(text: str, add_special_tokens: bool) -> HttpCall[tuple[int, ...]]:
-    body = _encoded({"prompt": text, "add_special_tokens": add_special_tokens})
-    return HttpCall("POST", "/tokenize", lambda told: tuple(told["tokens"]), body)
+def tokenize_call(given: str | Chat, add_special_tokens: bool | None) -> HttpCall[tuple[int, ...]]:
+    body = {**_prompt(given), **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens})}
+    return HttpCall("POST", "/tokenize", lambda told: tuple(told["tokens"]), _encoded(body))
 
 
 def detokenize_call(token_ids: Sequence[int]) -> HttpCall[str]:
@@ -217,12 +205,13 @@ class EventReader:
 
 
 class StreamReader:
-    """The events of one answer from the bytes of its stream."""
+    """The events of the answers of one call from the bytes of its stream."""
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
         self._events = EventReader()
-        self._tokens, self._used = 0, Usage()
+        self._used = Usage()  # by all answers
+        self._own: dict[int, Usage] = {}  # by each, without the prompt
         self.ended = False
 
     def push(self, data: bytes) -> list[Event]:
@@ -246,23 +235,64 @@ class StreamReader:
 
     def _chunk(self, told: Any) -> list[Event]:
         choice, usage = told["choices"][0], _usage(told["usage"])
-        token_ids, text = tuple(choice["token_ids"]), choice["text"]
+        token_ids, text, place = tuple(choice["token_ids"]), _text(choice), choice["index"]
+        own = self._own.get(place, Usage())
         events: list[Event] = []
+        cost = replace(usage.less(self._used), prompt_tokens=0)
         if token_ids or text:
-            cost = replace(usage.less(self._used), prompt_tokens=0)
-            events.append(Block(self._tokens, token_ids, text, cost, _likelihoods(choice["logprobs"])))
-        self._tokens, self._used = self._tokens + len(token_ids), usage
+            start = own.completion_tokens
+            events.append(Block(start, token_ids, text, cost, _likelihoods(choice["logprobs"]), place))
+        self._used, self._own[place] = usage, own.plus(cost)
         if choice["finish_reason"] is not None:
-            events.append(Finished(choice["finish_reason"], usage, choice["seed"], self._ask.params.get("mode")))
+            spent = replace(self._own[place], prompt_tokens=usage.prompt_tokens)
+            mode = self._ask.params.get("mode")
+            events.append(Finished(choice["finish_reason"], spent, choice["seed"], mode, place))
         return events
 
 
-def _completion_body(ask: Ask, more: Mapping[str, object]) -> bytes:
-    body: dict[str, Any] = {"prompt": ask.prompt, "request_id": ask.request_id, "priority": ask.priority, **more}
-    if ask.stop:
-        body["stop"] = ask.stop
-    if ask.logprobs is not None:
-        body["logprobs"] = ask.logprobs
+def _answer(choice: Any, told: Any, ask: Ask) -> Answer:
+    """One of those that were told."""
+    return Answer(
+        _text(choice),
+        tuple(choice["token_ids"]),
+        choice["finish_reason"],
+        _usage(told["usage"]),
+        choice["seed"],
+        ask.params.get("mode"),
+        ask.request_id,
+        told["id"],
+        _likelihoods(choice["logprobs"]),
+    )
+
+
+def _text(choice: Any) -> str:
+    """Of a completion, of a chat, or what a chunk of one adds; a chat's last chunk adds none."""
+    if "text" in choice:
+        return str(choice["text"])
+    return str(choice["message"]["content"] if "message" in choice else choice["delta"].get("content", ""))
+
+
+def _path(ask: Ask) -> str:
+    return "/v1/chat/completions" if isinstance(ask.prompt, Chat) else "/v1/completions"
+
+
+def _prompt(prompt: str | Sequence[int] | Chat) -> dict[str, object]:
+    return {"messages": prompt.messages} if isinstance(prompt, Chat) else {"prompt": prompt}
+
+
+def _logprobs(ask: Ask) -> dict[str, object]:
+    if ask.logprobs is None:
+        return {}
+    of_chat = {"logprobs": True, "top_logprobs": ask.logprobs}
+    return of_chat if isinstance(ask.prompt, Chat) else {"logprobs": ask.logprobs}
+
+
+def _answer_body(ask: Ask, more: Mapping[str, object]) -> bytes:
+    body: dict[str, Any] = {**_prompt(ask.prompt), **_logprobs(ask), **more}
+    # Of a completion the answer's ids are told anyhow.
+    body |= {"return_token_ids": True} if isinstance(ask.prompt, Chat) else {}
+    plain = Ask(ask.prompt, "")
+    body |= {name: getattr(ask, name) for name in _BESIDE if getattr(ask, name) != getattr(plain, name)}
     for name, value in {**ask.params, **({"trace": True} if ask.trace else {})}.items():
         outer, _, own = NAMES.get(name, "diffusion.trace" if name == "trace" else name).rpartition(".")
         (body.setdefault(outer, {}) if outer else body)[own] = value
@@ -286,18 +316,25 @@ def _traced(told: Any) -> Event:
     if "step" in told:
         step = told["step"]
         lists = (tuple(step[name]) for name in ("positions", "token_ids", "texts", "confidence"))
-        return Step(step["start"], step["size"], step["step"], *lists)
+        return Step(step["start"], step["size"], step["step"], *lists, told["index"])
     one = told["round"]
     draft = tuple(one["draft"]), tuple(one["draft_texts"])
-    return Round(one["start"], *draft, one["num_accepted"], one["token_id"], one["text"])
+    return Round(one["start"], *draft, one["num_accepted"], one["token_id"], one["text"], told["index"])
 
 
 def _likelihoods(told: Any) -> tuple[Likelihood, ...]:
     if told is None:
         return ()
+    if "content" in told:
+        return tuple(_of_chat(one) for one in told["content"])
     confidence = told["confidence"] or [None] * len(told["tokens"])
     rows = zip(told["token_logprobs"], told["top_logprobs"], confidence, told["tokens"], strict=True)
     return tuple(Likelihood(log_prob, _alternatives(top), sure, text) for log_prob, top, sure, text in rows)
+
+
+def _of_chat(one: Any) -> Likelihood:
+    top = tuple(Alternative(other["token"], other["logprob"]) for other in one["top_logprobs"])
+    return Likelihood(one["logprob"], top, None, one["token"])
 
 
 def _alternatives(top: Mapping[str, float] | None) -> tuple[Alternative, ...]:

@@ -1,16 +1,17 @@
 """The HTTP face over httpx2, blocking and with asyncio. Decides nothing: `http_codec` reads and writes."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from typing import Any
 
+import httpcore2
 import httpx2
 
+from twotower_client import deadlines
 from twotower_client.answers import Answer, Event, ModelInfo, Readiness, Score
-from twotower_client.asking import Ask, ScoreAsk
-from twotower_client.errors import DeadlineExceeded, Details, Unavailable
+from twotower_client.asking import Ask, Chat, ScoreAsk
+from twotower_client.errors import DeadlineExceeded, Details, ServiceError, Unavailable
 from twotower_client.http_codec import (
     HttpCall,
     StreamReader,
@@ -27,9 +28,10 @@ from twotower_client.http_codec import (
     tokenize_call,
 )
 from twotower_client.target import Target
+from twotower_client.tls_mistakes import explained
 
 _CONNECT_S = 10.0
-_GRACE_S = 2.0  # beyond the deadline, for the service to say that it has passed
+_KEPT = 128  # connections that nobody uses just now
 _READY = (200, 503)
 
 
@@ -39,13 +41,12 @@ def _settings(target: Target) -> dict[str, Any]:
         "headers": target.credentials,
         "trust_env": target.use_proxies,
         "verify": target.tls.context() if target.secure else False,
-        "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=128),
+        "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=_KEPT),
     }
 
 
 def _sent(call: HttpCall[Any], timeout_s: float | None, server_name: str | None) -> dict[str, Any]:
-    """What a request is built of. The service keeps the deadline, and is given the time to say that it has passed."""
-    within = None if timeout_s is None else timeout_s + _GRACE_S
+    """What a request is built of. The service keeps the deadline, too."""
     connect = _CONNECT_S if timeout_s is None else min(_CONNECT_S, timeout_s)
     headers = {} if timeout_s is None or call.body is None else {"x-request-timeout": f"{timeout_s:.3f}"}
     if call.body is not None:
@@ -55,9 +56,14 @@ def _sent(call: HttpCall[Any], timeout_s: float | None, server_name: str | None)
         "url": call.path,
         "content": call.body,
         "headers": headers,
-        "timeout": httpx2.Timeout(within, connect=connect),
+        "timeout": httpx2.Timeout(timeout_s, connect=connect),
         "extensions": {} if server_name is None else {"sni_hostname": server_name},
     }
+
+
+# Of a transport of ours, and of httpx2's where there are proxies, or tests.
+_NO_CONNECTION = (httpx2.ConnectTimeout, httpx2.ConnectError, httpcore2.ConnectTimeout, httpcore2.ConnectError)
+_BROKEN = (httpx2.TransportError, httpcore2.NetworkError, httpcore2.ProtocolError)
 
 
 @contextmanager
@@ -65,13 +71,13 @@ def _told_of(request_id: str) -> Iterator[None]:
     """What went wrong on the way, in our words."""
     try:
         yield
-    except (httpx2.ConnectTimeout, httpx2.ConnectError) as error:
+    except _NO_CONNECTION as error:
         message = f"no connection: {str(error) or type(error).__name__}"
         raise Unavailable(message, Details("UNAVAILABLE", request_id=request_id)) from None
-    except (httpx2.TimeoutException, TimeoutError):
+    except (httpx2.TimeoutException, httpcore2.TimeoutException, TimeoutError):
         message = "the deadline passed without an answer"
         raise DeadlineExceeded(message, Details("DEADLINE_EXCEEDED", request_id=request_id)) from None
-    except httpx2.TransportError as error:
+    except _BROKEN as error:
         message = f"the connection broke: {str(error) or type(error).__name__}"
         raise Unavailable(message, Details("UNAVAILABLE", request_id=request_id)) from None
 
@@ -80,16 +86,31 @@ def _cut_short(request_id: str) -> Unavailable:
     return Unavailable("the stream ended before its end", Details("UNAVAILABLE", request_id=request_id))
 
 
-def _too_late(request_id: str) -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed", Details("DEADLINE_EXCEEDED", request_id=request_id))
+def _transport(target: Target) -> httpx2.BaseTransport | None:
+    """Through a proxy httpx2's own, which bounds each wait, but not all of them together."""
+    if target.use_proxies:
+        return None
+    return deadlines.Transport(target.tls.context() if target.secure else None, _KEPT, deadlines.Backend())
+
+
+def _ends_at(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else deadlines.clock() + timeout_s
+
+
+def _left_s(ends_at: float | None) -> float | None:
+    return None if ends_at is None else ends_at - deadlines.clock()
+
+
+def _loop_ends_at(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
 
 
 class HttpFace:
     """Blocking. Calls may come from several threads. `transport`: httpx2's, for tests."""
 
     def __init__(self, target: Target, transport: httpx2.BaseTransport | None = None) -> None:
-        self._name = target.tls.server_name
-        self._http = httpx2.Client(**_settings(target), transport=transport)
+        self._target, self._name = target, target.tls.server_name
+        self._http = httpx2.Client(**_settings(target), transport=transport or _transport(target))
 
     def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
         return self._call(completion_call(ask), timeout_s)
@@ -97,8 +118,8 @@ class HttpFace:
     def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return self._call(score_call(ask), timeout_s)
 
-    def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
-        return self._call(tokenize_call(text, add_special_tokens), timeout_s)
+    def tokenize(self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None) -> tuple[int, ...]:
+        return self._call(tokenize_call(given, add_special_tokens), timeout_s)
 
     def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
         return self._call(detokenize_call(token_ids), timeout_s)
@@ -113,25 +134,39 @@ class HttpFace:
         return self._call(health_call(), timeout_s)
 
     def stream(self, ask: Ask, timeout_s: float | None) -> Generator[Event, None, None]:
-        call, reader = stream_call(ask), StreamReader(ask)
-        ends_at = None if timeout_s is None else time.monotonic() + timeout_s + _GRACE_S
-        with _told_of(ask.request_id), self._http.stream(**_sent(call, timeout_s, self._name)) as response:
-            if response.status_code != 200:
-                raise error_from(response.status_code, response.headers, response.read(), ask.request_id)
-            for data in response.iter_bytes():
+        call, reader, ends_at = stream_call(ask), StreamReader(ask), _ends_at(timeout_s)
+        with _told_of(ask.request_id), ExitStack() as opened:
+            response = self._opened(opened, call, timeout_s, ends_at)
+            parts = response.iter_bytes()
+            while not reader.ended:
+                with deadlines.until(ends_at):  # not while the caller has its turn
+                    data = next(parts, None)
+                if data is None:
+                    raise _cut_short(ask.request_id)
                 yield from reader.push(data)
-                if reader.ended:
-                    return
-                if ends_at is not None and time.monotonic() > ends_at:
-                    raise _too_late(ask.request_id)
-        raise _cut_short(ask.request_id)
 
     def close(self) -> None:
         self._http.close()
 
+    def _opened(
+        self, opened: ExitStack, call: HttpCall[None], timeout_s: float | None, ends_at: float | None
+    ) -> httpx2.Response:
+        try:
+            with _told_of(call.request_id), deadlines.until(ends_at):
+                response = opened.enter_context(self._http.stream(**_sent(call, timeout_s, self._name)))
+                if response.status_code != 200:
+                    raise error_from(response.status_code, response.headers, response.read(), call.request_id)
+                return response
+        except Unavailable as error:
+            raise explained(self._target, error, _left_s(ends_at)) from None
+
     def _call(self, call: HttpCall[Told], timeout_s: float | None, good: tuple[int, ...] = (200,)) -> Told:
-        with _told_of(call.request_id):
-            response = self._http.request(**_sent(call, timeout_s, self._name))
+        ends_at = _ends_at(timeout_s)
+        try:
+            with _told_of(call.request_id), deadlines.until(ends_at):
+                response = self._http.request(**_sent(call, timeout_s, self._name))
+        except Unavailable as error:
+            raise explained(self._target, error, _left_s(ends_at)) from None
         if response.status_code not in good:
             raise error_from(response.status_code, response.headers, response.content, call.request_id)
         return answer_in(call, response.content)
@@ -141,7 +176,7 @@ class AsyncHttpFace:
     """With asyncio. `transport`: httpx2's, for tests."""
 
     def __init__(self, target: Target, transport: httpx2.AsyncBaseTransport | None = None) -> None:
-        self._name = target.tls.server_name
+        self._target, self._name = target, target.tls.server_name
         self._http = httpx2.AsyncClient(**_settings(target), transport=transport)
 
     async def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
@@ -150,8 +185,10 @@ class AsyncHttpFace:
     async def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
         return await self._call(score_call(ask), timeout_s)
 
-    async def tokenize(self, text: str, add_special_tokens: bool, timeout_s: float | None) -> tuple[int, ...]:
-        return await self._call(tokenize_call(text, add_special_tokens), timeout_s)
+    async def tokenize(
+        self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None
+    ) -> tuple[int, ...]:
+        return await self._call(tokenize_call(given, add_special_tokens), timeout_s)
 
     async def detokenize(self, token_ids: Sequence[int], timeout_s: float | None) -> str:
         return await self._call(detokenize_call(token_ids), timeout_s)
@@ -167,29 +204,48 @@ class AsyncHttpFace:
 
     async def stream(self, ask: Ask, timeout_s: float | None) -> AsyncGenerator[Event, None]:
         call, reader = stream_call(ask), StreamReader(ask)
-        within = None if timeout_s is None else timeout_s + _GRACE_S
-        ends_at = None if within is None else time.monotonic() + within
+        ends_at = _loop_ends_at(timeout_s)
         with _told_of(ask.request_id):
-            async with self._http.stream(**_sent(call, timeout_s, self._name)) as response:
-                if response.status_code != 200:
-                    raise error_from(response.status_code, response.headers, await response.aread(), ask.request_id)
-                async for data in response.aiter_bytes():
+            async with AsyncExitStack() as opened:
+                response = await self._opened(opened, call, timeout_s, ends_at)
+                parts = response.aiter_bytes()
+                while not reader.ended:
+                    async with asyncio.timeout_at(ends_at):  # not while the caller has its turn
+                        data = await anext(parts, None)
+                    if data is None:
+                        raise _cut_short(ask.request_id)
                     for event in reader.push(data):
                         yield event
-                    if reader.ended:
-                        return
-                    if ends_at is not None and time.monotonic() > ends_at:
-                        raise _too_late(ask.request_id)
-        raise _cut_short(ask.request_id)
 
     async def close(self) -> None:
         await self._http.aclose()
 
+    async def _opened(
+        self, opened: AsyncExitStack, call: HttpCall[None], timeout_s: float | None, ends_at: float | None
+    ) -> httpx2.Response:
+        try:
+            with _told_of(call.request_id):
+                async with asyncio.timeout_at(ends_at):
+                    response = await opened.enter_async_context(self._http.stream(**_sent(call, timeout_s, self._name)))
+                    if response.status_code != 200:
+                        body = await response.aread()
+                        raise error_from(response.status_code, response.headers, body, call.request_id)
+                    return response
+        except Unavailable as error:
+            raise await self._why(error, ends_at) from None
+
+    async def _why(self, error: Unavailable, ends_at: float | None) -> ServiceError:
+        left_s = None if ends_at is None else ends_at - asyncio.get_running_loop().time()
+        return await asyncio.to_thread(explained, self._target, error, left_s)
+
     async def _call(self, call: HttpCall[Told], timeout_s: float | None, good: tuple[int, ...] = (200,)) -> Told:
-        within = None if timeout_s is None else timeout_s + _GRACE_S
-        with _told_of(call.request_id):
-            async with asyncio.timeout(within):
-                response = await self._http.request(**_sent(call, timeout_s, self._name))
+        ends_at = _loop_ends_at(timeout_s)
+        try:
+            with _told_of(call.request_id):
+                async with asyncio.timeout_at(ends_at):
+                    response = await self._http.request(**_sent(call, timeout_s, self._name))
+        except Unavailable as error:
+            raise await self._why(error, ends_at) from None
         if response.status_code not in good:
             raise error_from(response.status_code, response.headers, response.content, call.request_id)
         return answer_in(call, response.content)

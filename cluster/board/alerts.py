@@ -1,10 +1,12 @@
 """What an operator must act on, or should know, in the order of its weight; nothing where all is well."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster.board.cells_seen import CellRow, GoneRow
+from cluster.board.history import Event
 from cluster.board.part import Part
 from twotower.core import Mode
 
@@ -12,6 +14,7 @@ LONG_WAIT_S = 5.0
 _STARTS_S = 3.0  # what a router that has just started may not know yet
 _LOADS_S = 120.0  # in which a cell may well read its weights
 _LATELY_S = 60
+_REASONS = 5  # that are told
 
 
 class Level(StrEnum):
@@ -38,6 +41,7 @@ def alerts(parts: Sequence[Part], cells: Sequence[CellRow], gone: Sequence[GoneR
         *_cells_short_of_something(cells),
         *_too_few(parts, cells, gone),
         *_requests(parts),
+        *_keys(parts),
         *_routers(parts),
     ]
     return sorted(found, key=lambda alert: alert.level is not Level.ACT)
@@ -113,14 +117,35 @@ def _requests(parts: Sequence[Part]) -> Iterator[Alert]:
         yield Alert(Level.WATCH, f"{_counted(full, 'call')} refused in the last minute for want of room", None, hint)
 
 
+def _keys(parts: Sequence[Part]) -> Iterator[Alert]:
+    """Calls that keys have stopped, by reason."""
+    reasons = Counter[str]()
+    for event in _events(parts, "key"):
+        reasons[event.text.removeprefix("call refused: ")] += event.count
+    if reasons:
+        told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(_REASONS))
+        hint = "who asks is at fault, or the file of keys: ingress.keys_file"
+        refused = _counted(reasons.total(), "call")
+        yield Alert(Level.WATCH, f"{refused} refused in the last minute for their keys: {told}", None, hint)
+    for part in parts:
+        for fault in part.router.faults:
+            hint = "what it said before stays; the router reads it again as soon as it changes"
+            yield Alert(Level.ACT, f"router {part.router.name} cannot take a file: {fault}", None, hint)
+
+
 def _counted(amount: int, one: str) -> str:
     return f"{amount:,} {one}{'' if amount == 1 else 's'}"
 
 
 def _lately(parts: Sequence[Part], kind: str) -> int:
+    return sum(event.count for event in _events(parts, kind))
+
+
+def _events(parts: Sequence[Part], kind: str) -> list[Event]:
+    """Of the last minute."""
     since = parts[0].at - _LATELY_S
     told = [part.histories[part.router.name] for part in parts if part.router.name in part.histories]
-    return sum(event.count for one in told for event in one.events if event.kind == kind and event.t >= since)
+    return [event for one in told for event in one.events if event.kind == kind and event.t >= since]
 
 
 def _routers(parts: Sequence[Part]) -> Iterator[Alert]:

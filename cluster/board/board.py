@@ -41,8 +41,16 @@ class Board:
         self._ticking: asyncio.Task[None] | None = None
         self._note("deploy", f"deployed: {deployed.model}, version {deployed.version}, settings {deployed.settings}")
 
-    def hold(self, admission: Admission, turns: Turns, lines: CellLines, ready: Callable[[], object]) -> None:
+    def hold(
+        self,
+        admission: Admission,
+        turns: Turns,
+        lines: CellLines,
+        ready: Callable[[], object],
+        faults: Callable[[], tuple[str, ...]] = tuple,
+    ) -> None:
         """What is counted already: where this router's state is read."""
+        self._faults = faults
         self._admission, self._turns, self._lines, self._ready = admission, turns, lines, ready
 
     def start(self) -> None:
@@ -116,6 +124,7 @@ class Board:
             capacity=admission.capacity,
             waiting=turns.waiting,
             longest_wait_s=round(turns.longest_wait_s(), 1),
+            faults=self._faults(),
         )
 
     def _note(self, kind: str, text: str) -> None:

@@ -26,7 +26,7 @@ class Deployed:
 @dataclass(frozen=True, slots=True)
 class RouterRow:
     """A router now. `open`: requests under way in it, of `capacity`; `waiting`: those without a turn on the cells, the
-    first for `longest_wait_s`. `up_s`: since it was started."""
+    first for `longest_wait_s`. `up_s`: since it was started. `faults`: why changed files of its cannot be taken."""
 
     name: str
     node: str
@@ -38,6 +38,7 @@ class RouterRow:
     capacity: int
     waiting: int
     longest_wait_s: float
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

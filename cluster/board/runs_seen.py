@@ -69,8 +69,12 @@ class RunsSeen(Observer):
         self._firsts: Counter[int] = Counter()
 
     def refused(self, error: TwoTowerError) -> None:
-        """What a key does not allow says nothing of the service."""
-        if isinstance(error, LimitReached | KeyRefused):
+        """What a key does not allow says nothing of the service; it has a mark of its own, by reason."""
+        if isinstance(error, LimitReached):
+            self._note("key", f"call refused: key {error.key} is at its {error.limit}")
+            return
+        if isinstance(error, KeyRefused):
+            self._note("key", f"call refused: {error.reason}")
             return
         code = code_of_end(error).name
         if code not in _NO_FAULT:

@@ -17,7 +17,16 @@ from twotower.commands.told import Piece, logprobs_json, trace_json
 from twotower.commands.views import View, view_of
 from twotower.core import COSTS, Likelihood, TraceEvent
 from twotower.errors import ConfigError, TwoTowerError, Unavailable
-from twotower_client import Client, InvalidRequest, ModelInfo, RetryPolicy, ServiceError, Stream, Unauthenticated
+from twotower_client import (
+    Client,
+    InvalidRequest,
+    ModelInfo,
+    RetryPolicy,
+    ServiceError,
+    Stream,
+    TlsMistake,
+    Unauthenticated,
+)
 from twotower_client import Unavailable as Unanswered
 from twotower_client.target import KEY_VARIABLE, target_of
 
@@ -95,7 +104,8 @@ def explained(error: ServiceError, address: str) -> Unavailable | Refused:
     """What to tell a person of a call's error."""
     if isinstance(error, Unanswered) and "resol" in error.message:
         return Unavailable(f"{address}: no such host")
-    if isinstance(error, Unanswered) and any(word in error.message for word in _OF_TLS):
+    of_tls = isinstance(error, Unanswered) and any(word in error.message for word in _OF_TLS)
+    if of_tls or isinstance(error, TlsMistake):
         wanted = (
             f"{tls.CA_VARIABLE} names the certificates to trust, {tls.CERT_VARIABLE} and {tls.KEY_VARIABLE} our own"
         )

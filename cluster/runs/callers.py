@@ -7,7 +7,14 @@ from twotower.errors import TwoTowerError
 
 
 class KeyRefused(TwoTowerError):
-    """A key is wanted, and there is none or it is not known."""
+    """A key is wanted, and there is none or it is not known. `reason`: in two words, for operators."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,11 @@ class Door(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
+    @property
+    def fault(self) -> str:
+        """Why a changed file of keys cannot be taken, so that the keys of before stay; empty where it can."""
+        ...
+
     def caller(self, key: str | None, address: str) -> Caller:
         """Of a call with this key, or none. Raises KeyRefused."""
         ...
@@ -55,6 +67,7 @@ class OpenDoor:
     """Everybody, whatever key a client sends: OpenAI's always send one."""
 
     names: tuple[str, ...] = ()
+    fault: str = ""
 
     def caller(self, key: str | None, address: str) -> Caller:
         return Caller(address)

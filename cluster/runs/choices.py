@@ -1,4 +1,4 @@
-"""Several answers to one prompt: their seeds, and which of them are the best."""
+"""Several answers to one prompt: how many, their seeds, and which of them are the best."""
 
 import asyncio
 import hashlib
@@ -9,8 +9,35 @@ from dataclasses import replace
 
 from cluster.runs.run import Generating
 from twotower.core import Request, RequestId
+from twotower.errors import InvalidRequest
+from twotower.parameters import Integer, Parameter
 
+MAX_PROMPTS = 256  # of a call, and answers to all of them together
+N = Parameter(1, Integer(1, MAX_PROMPTS), "answers to each prompt", http="n")
+BEST_OF = Parameter(
+    None,
+    Integer(1, MAX_PROMPTS),
+    "answers decoded for each prompt, of which the likeliest `n` under the context tower are told",
+    http="best_of",
+    default_is="`n`",
+)
 _SEED_BITS = 53  # as drawn ones: every reader of JSON holds them
+
+
+def counts_of(n: object, best_of: object, streams: bool, prompts: int = 1) -> tuple[int, int]:
+    """How many answers to each prompt are told, and how many are decoded for it. `best_of` None: not given. Raises
+    InvalidRequest."""
+    choices = int(N.kind.read("n", n))
+    tries = choices if best_of is None else int(BEST_OF.kind.read("best_of", best_of))
+    if tries < choices:
+        raise InvalidRequest.of("best_of", f"got {tries}, wanted at least n, which is {choices}")
+    if tries > choices and streams:
+        raise InvalidRequest.of("best_of", f"got {tries}, wanted n, which is {choices}, of a stream")
+    if prompts * tries > MAX_PROMPTS:
+        name, together = "n" if best_of is None else "best_of", prompts * tries
+        told = f"got {tries} for each of {prompts} prompts, which is {together}; wanted at most {MAX_PROMPTS}"
+        raise InvalidRequest.of(name, f"{told} answers of a call")
+    return choices, tries
 
 
 def tries_of(request: Request, count: int) -> list[Request]:
@@ -35,6 +62,16 @@ def derived_seed(seed: int, place: int) -> int:
         return seed
     digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
     return int.from_bytes(digest[:8]) >> (64 - _SEED_BITS)
+
+
+async def told_of(runs: Sequence[Generating], choices: int, tries: int) -> Sequence[Generating]:
+    """Of so many answers to each prompt those that the client gets."""
+    if tries == choices:
+        return runs
+    told = list[Generating]()
+    for first in range(0, len(runs), tries):
+        told += await best_of(runs[first : first + tries], choices)
+    return told
 
 
 async def best_of(runs: Sequence[Generating], count: int) -> list[Generating]:

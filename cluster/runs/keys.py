@@ -84,12 +84,16 @@ class Keys:
     def names(self) -> tuple[str, ...]:
         return tuple(caller.name for caller in self._file.now.values())
 
+    @property
+    def fault(self) -> str:
+        return self._file.fault
+
     def caller(self, key: str | None, address: str) -> Caller:
         if key is None:
-            raise KeyRefused("this service wants a key: send the header `Authorization: Bearer KEY`")
+            raise KeyRefused("this service wants a key: send the header `Authorization: Bearer KEY`", "no key")
         caller = self._file.now.get(hash_of(key))
         if caller is None:
-            raise KeyRefused("the key of this call is not known to this service")
+            raise KeyRefused("the key of this call is not known to this service", "unknown key")
         return caller
 
     async def watch(self) -> None:

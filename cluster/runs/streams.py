@@ -56,6 +56,13 @@ async def merged(streams: Sequence[Stream[Item]], at_once: int | None = None) ->
         await _end(pumps)
 
 
+async def drained(items: AsyncGenerator[Item, None]) -> None:
+    """Reads them to their end."""
+    async with aclosing(items):
+        async for _ in items:
+            pass
+
+
 async def until_disconnect(
     receive: Callable[[], Awaitable[MutableMapping[str, Any]]], work: Coroutine[Any, Any, Item]
 ) -> Item:

@@ -1,7 +1,8 @@
 """What one router tells of itself: observers for its runs, and once a second how full it is and who lives."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 
 from cluster.faces.error_codes import CODES
 from cluster.readiness import Readiness
@@ -12,6 +13,7 @@ from cluster.runs.observers import Observer
 from cluster.runs.turns import Turns
 from cluster.watch import otlp
 from cluster.watch import router_metrics as metrics
+from cluster.watch.files import NO_FILES, Files
 from cluster.watch.metric import Kind, declared_in
 from cluster.watch.ray_exporter import RayExporter
 from cluster.watch.request_log import RequestLog
@@ -28,10 +30,15 @@ class RouterWatch:
     """`observers` are for the runs. `start` it in the event loop that they live in."""
 
     def __init__(
-        self, model: str, modes: Iterable[Mode], exporter: Exporter | None = None, keys: Sequence[str] = ()
+        self,
+        model: str,
+        modes: Iterable[Mode],
+        exporter: Exporter | None = None,
+        keys: Sequence[str] = (),
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """`keys`: the names of those there are."""
-        self._keys = keys
+        self._keys, self._now = keys, now
         self._modes, self._exporter = tuple(modes), exporter or RayExporter({"model_name": model})
         self._tally = Tally()
         self._runs = RunMetrics(self._tally)
@@ -42,8 +49,16 @@ class RouterWatch:
         self._flushing: asyncio.Task[None] | None = None
         self._begin()
 
-    def start(self, admission: Admission, turns: Turns, lines: CellLines, readiness: Readiness) -> None:
+    def start(
+        self,
+        admission: Admission,
+        turns: Turns,
+        lines: CellLines,
+        readiness: Readiness,
+        files: Files = NO_FILES,
+    ) -> None:
         def read() -> None:
+            self._read_files(files)
             self._runs.read()
             self._tally.set(metrics.OPEN, admission.running)
             self._tally.set(metrics.WAITING, turns.waiting, _AT)
@@ -53,6 +68,12 @@ class RouterWatch:
                 self._tally.set(metrics.CELLS, len(lines.living(mode)), mode)
 
         self._flushing = asyncio.create_task(flush_for_ever(self._tally, self._exporter, read))
+
+    def _read_files(self, files: Files) -> None:
+        for name, fault in files.faults().items():
+            self._tally.set(metrics.FILE_FAULT, bool(fault), name)
+        for face, ends in files.ends().items():
+            self._tally.set(metrics.CERTIFICATE_LEFT, (ends - self._now()).total_seconds(), face)
 
     async def stop(self) -> None:
         """With a last flush."""

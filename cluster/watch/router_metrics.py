@@ -60,6 +60,21 @@ CELLS = Metric(
     ("mode",),
 )
 READY = Metric("router_ready", Kind.GAUGE, "0 or 1", "whether a router would say on `/ready` that a cell answers")
+FILE_FAULT = Metric(
+    "file_not_taken",
+    Kind.GAUGE,
+    "0 or 1",
+    "whether a changed file (`keys` or `certificates`) cannot be read or is wrong, so that what it said before stays",
+    ("file",),
+)
+CERTIFICATE_LEFT = Metric(
+    "certificate_left_seconds",
+    Kind.GAUGE,
+    "seconds",
+    "until the first certificate of a face's chain ends; below 0 it has. `grpc`: what the router shows now; `http`: "
+    "what its files said when it started, as Serve's proxies read theirs then",
+    ("face",),
+)
 QUEUE_TIME = Metric(
     "request_queue_time_seconds",
     Kind.HISTOGRAM,

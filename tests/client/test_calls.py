@@ -1,9 +1,11 @@
 """What the clients ask and get: the same over both faces, blocking and with asyncio."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
+from cluster.runs.choices import derived_seed
 from tests.client.conftest import Asking
 from tests.cluster.fakes import ScriptedCells, tokens
 from tests.cluster.test_http import TEXT
@@ -68,14 +70,100 @@ async def test_likelihoods(asking: Asking) -> None:
     assert (await asking.complete("Hi", max_new_tokens=4)).likelihoods == ()
 
 
-async def test_echo(asking: Asking) -> None:
-    if asking.client.target.over_grpc:
-        with pytest.raises(InvalidRequest, match="echo: got true, wanted it only over HTTP"):
-            await asking.complete("Hi", echo=True)
-        return
+async def test_echo(asking: Asking, cells: ScriptedCells) -> None:
     answer = await asking.complete("Hi", echo=True, logprobs=0, max_new_tokens=4)
-    assert answer.text == "HiAll " and len(answer.token_ids) == 3 + 4
-    assert answer.likelihoods[0].log_prob is None and answer.likelihoods[1].log_prob is not None
+    assert answer.text == "HiAll " and answer.token_ids == (1, *tokens("HiAll "))
+    assert answer.likelihoods[0].log_prob is None and len(answer.likelihoods) == 3 + 4
+    told = [one.log_prob for one in answer.likelihoods[1:]]
+    assert told == pytest.approx([-token / 100 for token in tokens("HiAll ")])
+    prompt = await asking.complete("Hi", echo=True, logprobs=0, max_new_tokens=0)
+    assert (prompt.text, prompt.token_ids, len(cells.requests)) == ("Hi", (1, *tokens("Hi")), 1)
+    assert prompt.likelihoods == answer.likelihoods[:3] and prompt.usage == Usage(3)
+    assert (await asking.complete("Hi", echo=True, max_new_tokens=4)).likelihoods == ()
+    for refused in ({"n": 2}, {"best_of": 2}):
+        with pytest.raises(InvalidRequest, match="echo: got true, wanted it only where n and best_of are 1"):
+            await asking.complete("Hi", echo=True, **refused)
+
+
+async def test_a_chat(asking: Asking, cells: ScriptedCells) -> None:
+    chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi", "name": "me"}]
+    whole = await asking.complete(chat, seed=7, max_new_tokens=8, logprobs=1, mode="ar")
+    events, stream = await asking.stream(chat, seed=7, max_new_tokens=8, logprobs=1, mode="ar")
+    first, second = cells.requests
+    assert first.prompt_token_ids == second.prompt_token_ids == tokens("s: Be short.\nu: Hi\na:")
+    assert whole.text == stream.text == TEXT[:8] and whole.token_ids == stream.token_ids == tokens(TEXT[:8])
+    assert whole.usage == stream.finished.usage and whole.usage.prompt_tokens == len(first.prompt_token_ids)
+    assert [block.start for block in events if isinstance(block, Block)] == [0, 4] and whole.seed == 7
+    assert [one.log_prob for one in whole.likelihoods] == pytest.approx([-token / 100 for token in whole.token_ids])
+    assert await asking.of("tokenize", chat) == first.prompt_token_ids
+    assert await asking.of("tokenize", chat, add_special_tokens=True) == (1, *first.prompt_token_ids)
+    await asking.complete(chat, max_new_tokens=4, add_special_tokens=True)
+    assert cells.requests[-1].prompt_token_ids == (1, *first.prompt_token_ids)
+
+
+async def test_wrong_chats(asking: Asking, cells: ScriptedCells) -> None:
+    with pytest.raises(InvalidRequest, match=r"messages\[0\].role: got .robot., wanted one of system"):
+        await asking.complete([{"role": "robot", "content": "Hi"}])
+    if asking.client.target.over_grpc:  # over HTTP the whole body is too long here
+        with pytest.raises(InvalidRequest, match=r"chat.messages: got more than 1024 messages"):
+            await asking.complete([{"role": "user", "content": "a"}] * 1025)
+    for wrong in ({"role": "user"}, {"role": "user", "content": 5}, {"role": "user", "content": "a", "tool": 1}, "a"):
+        with pytest.raises(InvalidRequest, match=r"messages\[1\]") as caught:
+            await asking.complete([{"role": "user", "content": "a"}, wrong])
+        assert caught.value.attempts == 0, "nothing was sent"
+    with pytest.raises(InvalidRequest, match="echo"):
+        await asking.complete([{"role": "user", "content": "a"}], echo=True)
+    assert not cells.requests
+
+
+@pytest.mark.parametrize("prompt", ["Hi", [{"role": "user", "content": "Hi"}]])
+async def test_several_answers(asking: Asking, cells: ScriptedCells, prompt: Any) -> None:
+    whole = await asking.complete(prompt, n=3, seed=7, max_new_tokens=8, logprobs=0)
+    events, stream = await asking.stream(prompt, n=3, seed=7, max_new_tokens=8, logprobs=0)
+    streamed = stream._gathering.answer()
+    seeds = [derived_seed(7, place) for place in range(3)]
+    assert (
+        [one.seed for one in (whole, *whole.others)] == seeds == [request.params.seed for request in cells.requests[:3]]
+    )
+    assert [one.seed for one in (streamed, *streamed.others)] == seeds
+    for one in (whole, *whole.others, streamed, *streamed.others):
+        assert one.text == TEXT[:8] and one.token_ids == tokens(TEXT[:8]) and len(one.likelihoods) == 8
+        assert one.usage.completion_tokens == 24 and one.usage.num_blocks == 6
+        assert one.usage.prompt_tokens == len(cells.requests[0].prompt_token_ids)
+    ends = [event for event in events if isinstance(event, Finished)]
+    assert sorted(end.choice for end in ends) == [0, 1, 2] and {end.usage.completion_tokens for end in ends} == {8}
+    blocks = [event for event in events if isinstance(event, Block)]
+    assert sorted((block.choice, block.start) for block in blocks) == [(c, s) for c in range(3) for s in (0, 4)]
+
+
+async def test_the_best_of_several(asking: Asking, cells: ScriptedCells) -> None:
+    told = await asking.complete("Hi", n=1, best_of=3, seed=7, max_new_tokens=4)
+    assert len(cells.requests) == 3 and not told.others and told.likelihoods == ()
+    assert {request.logprobs for request in cells.requests} == {0} and told.usage.completion_tokens == 12
+    for options in ({"n": 3, "best_of": 2}, {"n": 0}, {"n": 257}):
+        with pytest.raises(InvalidRequest, match=r"best_of: got 2, wanted at least n|n: got (0|257)"):
+            await asking.complete("Hi", **options)
+    with pytest.raises(InvalidRequest, match="best_of: got 2, wanted it only without a stream"):
+        await asking.stream("Hi", best_of=2)
+
+
+async def test_a_stop_string_that_is_told(asking: Asking) -> None:
+    whole = await asking.complete("Hi", stop="things", include_stop_str_in_output=True)
+    _, stream = await asking.stream("Hi", stop="things", include_stop_str_in_output=True)
+    assert whole.text == stream.text == "All good things"
+
+
+async def test_steering_and_structure_reach_the_cell(asking: Asking, cells: ScriptedCells) -> None:
+    steering = {"min_p": 0.25, "min_tokens": 3, "logit_bias": {7: -1.5}, "presence_penalty": 1.0}
+    steering |= {"frequency_penalty": 0.5, "repetition_penalty": 1.5}
+    await asking.complete("Hi", mode="ar", **steering)
+    await asking.stream("Hi", mode="ar", **steering)
+    for request in cells.requests:
+        told = {name: getattr(request.params, name) for name in steering}
+        assert {**told, "logit_bias": dict(told["logit_bias"])} == steering
+    for described in ({"regex": ""}, {"json": {}, "regex": "a"}, {"xml": "a"}):
+        with pytest.raises(InvalidRequest, match="structured_outputs"):
+            await asking.complete("Hi", mode="ar", structured_outputs=described)
 
 
 async def test_trace(asking: Asking) -> None:

@@ -54,7 +54,9 @@ def test_every_parameter_is_declared_here_too() -> None:
 
 def test_events_in_pieces_of_any_size() -> None:
     text = "a\u2028b\x85 c"
-    chunk = {"choices": [{"text": text, "token_ids": [1], "finish_reason": None, "seed": 1, "logprobs": None}]}
+    chunk = {
+        "choices": [{"index": 0, "text": text, "token_ids": [1], "finish_reason": None, "seed": 1, "logprobs": None}]
+    }
     usage = dict.fromkeys(http.Usage.__dataclass_fields__, 1)
     whole = b": a comment\r\n\r\ndata: " + json.dumps({**chunk, "usage": usage}, ensure_ascii=False).encode()
     whole += b"\r\n\r\nid: 5\ndata: [DONE]\n\n"

@@ -1,7 +1,9 @@
 """Where a service is and how it is reached: URLs, keys, TLS."""
 
+import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,22 @@ import grpc
 import pytest
 
 from cluster.faces.http.service import make_app
-from tests.client.conftest import PROMPT_RETRIES, Asking, http_server
+from tests.client.conftest import FACES, PROMPT_RETRIES, Asking, http_server, serving
 from tests.cluster.fakes import ScriptedCells, all_modes, generation, grpc_server
 from tests.cluster.test_http import TEXT
-from twotower_client import AsyncClient, Client, RetryPolicy, Tls, Unauthenticated, Unavailable
-from twotower_client.target import KEY_VARIABLE, target_of
+from twotower_client import (
+    AsyncClient,
+    Client,
+    RetryPolicy,
+    Tls,
+    TlsMistake,
+    Unauthenticated,
+    Unavailable,
+    tls_mistakes,
+)
+from twotower_client.errors import Details
+from twotower_client.target import KEY_VARIABLE, Target, target_of
+from twotower_client.tls_mistakes import explained, mistake
 
 
 @pytest.mark.parametrize(
@@ -83,6 +96,13 @@ def test_a_key_comes_from_the_environment_and_is_not_shown(monkeypatch: pytest.M
         Client("http://host")
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine takes its time for a look."""
+    monkeypatch.setattr(tls_mistakes, "LONGEST_S", 60.0)
+    monkeypatch.setattr(tls_mistakes, "_ALERT_S", 20.0)
+
+
 def _openssl(*arguments: str) -> None:
     subprocess.run(["openssl", *arguments], check=True, capture_output=True)
 
@@ -135,21 +155,73 @@ async def _by_another_name(kind: type, url: str, cert: Path, key: Path) -> None:
     asking = Asking(kind(url.replace("127.0.0.1", "localhost"), tls=named, retry=PROMPT_RETRIES))
     assert (await asking.complete("Hi")).text == TEXT
     await asking.close()
-    asking = Asking(kind(url.replace("127.0.0.1", "localhost"), tls=unnamed, retry=RetryPolicy(attempts=1)))
-    with pytest.raises(Unavailable):
-        await asking.complete("Hi", timeout_s=20)
-    await asking.close()
+    wrong = kind(url.replace("127.0.0.1", "localhost"), tls=unnamed, retry=PROMPT_RETRIES)
+    await _mistaken(
+        wrong, r"localhost:\d+: got a certificate for 127.0.0.1, issued by 127.0.0.1, wanted one for localhost"
+    )
 
 
 async def _known_and_strangers(kind: type, url: str, cert: Path, key: Path) -> None:
     known = Asking(kind(url, tls=Tls(cert, cert, key), retry=PROMPT_RETRIES))
     assert (await known.complete("Hi")).text == TEXT
     await known.close()
-    for tls in (Tls(), Tls(cert)):
-        stranger = Asking(kind(url, tls=tls, retry=RetryPolicy(attempts=1)))
-        with pytest.raises(Unavailable):
-            await stranger.complete("Hi", timeout_s=20)
-        await stranger.close()
+    got = "got a certificate for 127.0.0.1, issued by 127.0.0.1"
+    await _mistaken(
+        kind(url, retry=PROMPT_RETRIES), f"{got}, wanted one that the system's roots vouch for: self.signed"
+    )
+    told = "wants a client certificate: got none, wanted one that the server believes"
+    await _mistaken(kind(url, tls=Tls(cert), retry=PROMPT_RETRIES), told)
+    plain = url.replace("s://", "://")
+    await _mistaken(kind(plain, retry=PROMPT_RETRIES), f"speaks it: got {plain[:4]}://, wanted {plain[:4]}s://")
+
+
+async def _mistaken(client: Client | AsyncClient, told: str) -> None:
+    """Of a whole answer, of a stream, and where one asks whether it is ready: at once, and with what was got."""
+    asking = Asking(client)
+    for call in (asking.complete, asking.stream):
+        with pytest.raises(TlsMistake, match=f"TLS: .*{told}") as caught:
+            await call("Hi", timeout_s=100)  # type: ignore[operator]
+        assert caught.value.attempts == 1 and not asking.pauses
+        assert caught.value.code == "FAILED_PRECONDITION" and caught.value.request_id
+    ready = await asking.of("ready", timeout_s=100)
+    assert not ready.ready and ready.reason.startswith("TLS: ") and not await asking.is_alive()
+    await asking.close()
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("face", FACES)
+async def test_a_service_that_does_not_speak_tls(
+    kind: type, face: str, certificates: Path, cells: ScriptedCells
+) -> None:
+    async with serving(face, cells) as make:
+        url = make(Client).target.url.replace("://", "s://")
+        client = kind(url, tls=Tls(certificates / "cert.pem"), retry=PROMPT_RETRIES)
+        await _mistaken(client, f"does not speak it: got {face}s://, wanted {face}://")
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "grpcs", "http", "https"])
+def test_what_says_no_word_is_no_mistake(scheme: str) -> None:
+    """It may be on its way down: what takes a connection and ends it, what takes it and is silent, and nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        ending = threading.Thread(target=lambda: server.accept()[0].close())
+        ending.start()
+        assert mistake(target_at(scheme, server), 60.0) is None
+        ending.join(60)
+        assert mistake(target_at(scheme, silent), 0.05) is None
+        nobody = target_at(scheme, silent)
+    assert mistake(nobody, 60.0) is None
+
+
+def target_at(scheme: str, server: socket.socket) -> Target:
+    return target_of(f"{scheme}://127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_what_the_service_said_itself_is_not_looked_into() -> None:
+    target = target_of("grpcs://127.0.0.1:1")
+    for details in (Details("UNAVAILABLE", status=503), Details("UNAVAILABLE", service_id="req-1")):
+        error = Unavailable("gone", details)
+        assert explained(target, error, None) is error
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
@@ -177,3 +249,20 @@ async def test_the_key_is_sent_and_a_missing_one_is_told(kind: type, cells: Scri
                     await asking.complete("Hi")
                 assert caught.value.attempts == 1 and b"authorization" not in heads[-1]
             await asking.close()
+
+
+def test_each_client_has_a_connection_of_its_own() -> None:
+    """So several clients of one process come to several routers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        url = f"grpc://127.0.0.1:{server.getsockname()[1]}"
+        with Client(url) as first, Client(url) as second:
+            asking = [threading.Thread(target=client.is_alive) for client in (first, second)]
+            for one in asking:
+                one.start()
+            accepted = [server.accept()[0] for _ in asking]
+            assert len(accepted) == 2
+            for one in asking:
+                one.join(60)
+            for peer in accepted:
+                peer.close()

@@ -72,6 +72,13 @@ def test_langchain(service: Service) -> None:
     assert got == {"batch": [WORDS, "MMMCCCLXXVI"], "usage": 8}
 
 
+def test_openai_for_python_reads_answers_into_models(service: Service) -> None:
+    got = of_python("with_openai.py", service)
+    assert got["parsed"] == got["streamed"]["joined"] == got["streamed"]["whole"]
+    assert got["parsed"]["tens"] in ("twenty", "thirty") and isinstance(got["parsed"]["is_even"], bool)
+    assert got["plain"] and got["refused"] == "structured_outputs"
+
+
 def test_openai_for_node(service: Service) -> None:
     got = of_node("with_openai.mjs", f"http://{service.http}")
     assert {got.pop(name) for name in ("whole", "streamed", "chat", "chat streamed")} == {WORDS}

@@ -13,10 +13,11 @@ import grpc
 import httpx
 import pytest
 
-from cluster.faces.grpc.messages import ask_of
+from cluster.faces.grpc.asked import asked_of
 from cluster.faces.grpc.strict_protobuf import MAX_FIELDS, MAX_PARAMS, parse_message
-from cluster.faces.http.completion_models import MAX_LABEL, MAX_PROMPTS
+from cluster.faces.http.completion_models import MAX_LABEL
 from cluster.faces.http.service import make_app
+from cluster.runs.choices import MAX_PROMPTS
 from cluster.runs.generation import Generation
 from tests.cluster.fakes import ByteTokenizer, ScriptedCells, all_modes, generation, grpc_server, served_model
 from twotower.core import (
@@ -402,7 +403,9 @@ async def test_scores(
 
 def test_lists_of_a_message_are_not_copied_before_they_are_counted() -> None:
     params = pb.DecodingParams(stop_token_ids=[5])
-    ask = ask_of(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=params, stop=["a"]), "", "id")
+    ask = asked_of(
+        pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=params, stop=["a"]), "", "id", streams=False
+    ).ask
     assert not any(isinstance(value, list | tuple) for value in (ask.prompt, ask.stop, ask.params["stop_token_ids"]))
 
 

@@ -118,7 +118,7 @@ def test_the_mean_is_ranked() -> None:
         ({"n": 0}, "n", "from 1 to 256"),
         ({"best_of": 257}, "best_of", "from 1 to 256"),
         ({"n": 3, "best_of": 2}, "best_of", "wanted at least n, which is 3"),
-        ({"best_of": 2, "stream": True}, "best_of", "wanted n, which is 1, with stream: true"),
+        ({"best_of": 2, "stream": True}, "best_of", "wanted n, which is 1, of a stream"),
         ({"prompt": ["a"] * 2, "n": 129}, "n", "which is 258; wanted at most 256 answers of a call"),
         ({"prompt": ["a"] * 3, "best_of": 86}, "best_of", "which is 258; wanted at most 256 answers of a call"),
         ({"n": 2, "echo": True}, "echo", "only where n and best_of are 1"),

@@ -8,7 +8,8 @@ import pytest
 from cluster.config import ServiceConfig
 from cluster.faces.grpc.strict_protobuf import MAX_FIELDS
 from cluster.faces.http.chat_messages import MAX_MESSAGES, MAX_PARTS
-from cluster.faces.http.completion_models import MAX_LABEL, MAX_PROMPTS
+from cluster.faces.http.completion_models import MAX_LABEL
+from cluster.runs.choices import MAX_PROMPTS
 from twotower.core import (
     MAX_BLOCK,
     MAX_COUNT,

@@ -107,7 +107,7 @@ function drawLane(parent, view) {
   const svg = parent.svg ?? (parent.svg = parent.appendChild(drawn("svg", { class: "plot", role: "img" })));
   const width = svg.clientWidth || 700;
   const x = (t) => 6 + ((t - view.from) / (view.until - view.from)) * (width - 12);
-  const shapes = { deploy: "M0-7L7 5H-7Z", cell: "M-5-5H5V5H-5Z", lost: "M-6-6L6 6M6-6L-6 6", mend: "M0-6L6 0L0 6L-6 0Z", moved: "M-6-5L5 0L-6 5Z", failed: "M-2-7H2L1 1H-1ZM-2 3H2V7H-2Z", late: "M-6-2H6V2H-6Z", refused: "M-6-2H6V2H-6Z" };
+  const shapes = { deploy: "M0-7L7 5H-7Z", cell: "M-5-5H5V5H-5Z", lost: "M-6-6L6 6M6-6L-6 6", mend: "M0-6L6 0L0 6L-6 0Z", moved: "M-6-5L5 0L-6 5Z", failed: "M-2-7H2L1 1H-1ZM-2 3H2V7H-2Z", late: "M-6-2H6V2H-6Z", refused: "M-6-2H6V2H-6Z", key: "M-6-1H6V1H-6Z" };
   const axis = drawn("line", { class: "grid", x1: 6, x2: width - 6, y1: 17, y2: 17 });
   const marks = view.events.map((event) => {
     const mark = drawn("path", { class: `mark kind-${event.kind}`, d: shapes[event.kind] ?? shapes.cell, transform: `translate(${x(event.t).toFixed(1)} 17)` });

@@ -21,7 +21,7 @@ const MEANINGS = {
 };
 const KINDS = {
   deploy: "deployed", cell: "cell came or left", lost: "cell lost", mend: "cell mends", moved: "request moved",
-  failed: "request failed", late: "request not done in time", refused: "call refused",
+  failed: "request failed", late: "request not done in time", refused: "call refused", key: "call refused for its key",
 };
 const NONE = "–";
 const SPACE = "\u00a0"; // between a number and its unit no line ends

@@ -5,12 +5,15 @@ Lists are handed on as the message has them: they may be far too long to be copi
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from google.protobuf.message import Message
 
-from cluster.faces.grpc.wire_params import given_in, mode_name, params_message
+from cluster.faces.grpc.asked import Asked
+from cluster.faces.grpc.wire_params import mode_name, params_message
 from cluster.runs.answer import Chunk, Piece, Usage
-from cluster.runs.generation import Ask, ScoreAsk
+from cluster.runs.echoing import Echoing
+from cluster.runs.generation import ScoreAsk
 from cluster.runs.run import Generating, Scoring
 from cluster.runs.served_model import ServedModel
 from twotower.core import (
@@ -29,22 +32,6 @@ from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.text.token_texts import TokenTexts
 
 
-def ask_of(request: pb.GenerateRequest, label: str, own_id: str) -> Ask:
-    """What the client asked for; only the fields it gave."""
-    logprobs = request.logprobs if request.HasField("logprobs") else None
-    return Ask(
-        _prompt(request),
-        given_in(request.params),
-        request.stop,
-        label,
-        request.priority,
-        own_id,
-        request.trace,
-        logprobs,
-        with_stop=request.include_stop_str_in_output,
-    )
-
-
 def score_ask_of(request: pb.ScoreRequest, label: str, own_id: str) -> ScoreAsk:
     """What the client wants scored. Raises InvalidRequest where it leaves out a part."""
     parts = {name: _score_part(request, name) for name in ("prompt", "continuation")}
@@ -61,26 +48,62 @@ def outside_problems(error: InvalidRequest, kind: type[Message]) -> InvalidReque
     return InvalidRequest([FieldError(path(p.field), p.message) for p in error.problems])
 
 
-def answer_message(run: Generating, texts: TokenTexts) -> pb.GenerateResponse:
+def answer_message(
+    asked: Asked, told: Sequence[Generating], decoded: Sequence[Generating], texts: TokenTexts
+) -> pb.GenerateResponse:
+    """The answers that are `told`, of all that were decoded."""
+    first, *others = [_answer(run, asked.rated, texts) for run in told]
+    response = pb.GenerateResponse(request_id=asked.shown_id, others=[pb.Choice(**other) for other in others], **first)
+    if len(decoded) > 1:
+        response.total_usage.CopyFrom(_usage(_together([run.usage for run in decoded])))
+    return response
+
+
+def echo_message(asked: Asked, run: Echoing, texts: TokenTexts) -> pb.GenerateResponse:
+    answer, prompt = run.answer, run.prompt
     assert run.finish_reason is not None
+    scored = [one for one in run.likelihoods[1 : len(prompt.token_ids)] if one is not None]
     return pb.GenerateResponse(
-        request_id=run.shown_id,
-        token_ids=run.token_ids,
-        text=run.text,
-        finished=_finished(run, run.usage, run.finish_reason),
-        likelihoods=_likelihoods(run.token_ids, run.likelihoods, texts),
+        request_id=asked.shown_id,
+        token_ids=answer.token_ids,
+        text=answer.text,
+        finished=_finished(answer, answer.usage, run.finish_reason),
+        likelihoods=_likelihoods(answer.token_ids, answer.likelihoods, texts),
+        prompt=pb.EchoedPrompt(
+            token_ids=prompt.token_ids,
+            text=prompt.text,
+            likelihoods=_likelihoods(prompt.token_ids[1:], scored, texts),
+        ),
     )
 
 
-def piece_messages(run: Generating, piece: Piece, texts: TokenTexts) -> Iterator[pb.GenerateStreamResponse]:
-    """A piece of a stream as events."""
-    if isinstance(piece, Chunk):
-        yield from _chunk_messages(run, piece, texts)
-    else:
-        yield _trace_message(run, piece, texts)
+def _answer(run: Generating, rated: bool, texts: TokenTexts) -> dict[str, Any]:
+    assert run.finish_reason is not None
+    return {
+        "token_ids": run.token_ids,
+        "text": run.text,
+        "finished": _finished(run, run.usage, run.finish_reason),
+        "likelihoods": _likelihoods(run.token_ids, run.likelihoods if rated else (), texts),
+    }
 
 
-def _trace_message(run: Generating, event: TraceEvent, texts: TokenTexts) -> pb.GenerateStreamResponse:
+def _together(usages: Sequence[Usage]) -> Usage:
+    """A prompt counts once, however many answers it has."""
+    costs = {name: sum(getattr(usage, name) for usage in usages) for name in COSTS}
+    return Usage(usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages), **costs)
+
+
+def piece_messages(
+    asked: Asked, place: int, run: Generating, piece: Piece, texts: TokenTexts
+) -> Iterator[pb.GenerateStreamResponse]:
+    """A piece of the stream of the answer at this place as events."""
+    messages = _chunk_messages(run, piece, texts) if isinstance(piece, Chunk) else [_trace_message(piece, texts)]
+    for message in messages:
+        message.request_id, message.choice = asked.shown_id, place
+        yield message
+
+
+def _trace_message(event: TraceEvent, texts: TokenTexts) -> pb.GenerateStreamResponse:
     if isinstance(event, StepEvent):
         step = pb.Step(
             start=event.start,
@@ -91,7 +114,7 @@ def _trace_message(run: Generating, event: TraceEvent, texts: TokenTexts) -> pb.
             texts=texts.of(event.token_ids),
             confidence=event.confidence,
         )
-        return pb.GenerateStreamResponse(request_id=run.shown_id, step=step)
+        return pb.GenerateStreamResponse(step=step)
     verdict = pb.Round(
         start=event.start,
         draft=event.draft,
@@ -100,12 +123,11 @@ def _trace_message(run: Generating, event: TraceEvent, texts: TokenTexts) -> pb.
         token_id=event.token_id,
         text="".join(texts.of([event.token_id])),
     )
-    return pb.GenerateStreamResponse(request_id=run.shown_id, round=verdict)
+    return pb.GenerateStreamResponse(round=verdict)
 
 
 def _chunk_messages(run: Generating, chunk: Chunk, texts: TokenTexts) -> Iterator[pb.GenerateStreamResponse]:
     """The chunk as a `block` event where it holds anything, and `finished` after the last."""
-    request_id = run.shown_id
     if chunk.token_ids or chunk.text:
         block = pb.CommittedBlock(
             start=chunk.start,
@@ -114,10 +136,10 @@ def _chunk_messages(run: Generating, chunk: Chunk, texts: TokenTexts) -> Iterato
             likelihoods=_likelihoods(chunk.token_ids, chunk.likelihoods, texts),
             **_costs(chunk.cost),
         )
-        yield pb.GenerateStreamResponse(request_id=request_id, block=block)
+        yield pb.GenerateStreamResponse(block=block)
     if chunk.finish_reason is not None:
         finished = _finished(run, chunk.usage, chunk.finish_reason)
-        yield pb.GenerateStreamResponse(request_id=request_id, finished=finished)
+        yield pb.GenerateStreamResponse(finished=finished)
 
 
 def _likelihoods(
@@ -160,15 +182,6 @@ def model_info_message(model: ServedModel) -> pb.GetModelInfoResponse:
     )
 
 
-def _prompt(request: pb.GenerateRequest) -> str | Sequence[object]:
-    match request.WhichOneof("prompt"):
-        case "text":
-            return request.text
-        case "token_ids":
-            return request.token_ids.ids
-    raise InvalidRequest.of("prompt", "missing, wanted text or token_ids")
-
-
 def _score_part(request: pb.ScoreRequest, name: str) -> str | Sequence[object] | None:
     field = request.WhichOneof(name)
     if field is None:
@@ -180,6 +193,8 @@ def _score_part(request: pb.ScoreRequest, name: str) -> str | Sequence[object] |
 def _path(field: str) -> str:
     if field.startswith("prompt_token_ids"):
         return field.replace("prompt_token_ids", "token_ids.ids", 1)
+    if field.startswith("messages"):
+        return _chat_path(field)
     return f"params.{field}" if field.partition("[")[0] in PARAMETERS else field
 
 
@@ -191,8 +206,12 @@ def _score_path(field: str) -> str:
     return f"{name}.ids[{place}" if bracket else field
 
 
+def _chat_path(field: str) -> str:
+    return "chat" if field == "messages" else f"chat.{field}"
+
+
 def _text_path(field: str) -> str:
-    return "text" if field == "prompt" else field
+    return "text" if field == "prompt" else _path(field)
 
 
 def _ids_path(field: str) -> str:
@@ -209,14 +228,14 @@ _PATHS: Mapping[type[Message], Callable[[str], str]] = {
 def _finished(run: Generating, usage: Usage, reason: FinishReason) -> pb.Finished:
     return pb.Finished(
         finish_reason=f"FINISH_REASON_{reason.upper()}",
-        usage=pb.Usage(
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            **_costs(usage),
-        ),
+        usage=_usage(usage),
         mode=mode_name(run.request.params.mode),
         seed=run.request.params.seed,
     )
+
+
+def _usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, **_costs(usage))
 
 
 def _costs(told: BlockEvent | Usage) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The gRPC face: GenerationService, and the server that carries it with health and reflection."""
 
-from collections.abc import Set
-from contextlib import aclosing
+from collections.abc import Iterator, Set
+from contextlib import ExitStack, aclosing, contextmanager
 from typing import Any
 
 import grpc
@@ -9,11 +9,12 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from cluster.certificates import Credentials
+from cluster.faces.grpc.asked import Asked, asked_of, tokenized_of, told_as
 from cluster.faces.grpc.boundary import Boundary
 from cluster.faces.grpc.gate import Gate, caller_of
 from cluster.faces.grpc.messages import (
     answer_message,
-    ask_of,
+    echo_message,
     model_info_message,
     piece_messages,
     score_ask_of,
@@ -22,8 +23,11 @@ from cluster.faces.grpc.messages import (
 from cluster.faces.grpc.reflecting import enable_reflection
 from cluster.faces.grpc.tls import server_credentials
 from cluster.rereading import Rereading
-from cluster.runs.generation import Generation, drawn_id
+from cluster.runs.callers import Caller
+from cluster.runs.choices import told_of
+from cluster.runs.generation import Checked, Generation, drawn_id
 from cluster.runs.labels import OWN_ID, REQUEST_ID, is_label, label_of
+from cluster.runs.streams import drained
 from cluster.runs.trace_parent import TraceParent
 from twotower.core import Mode
 from twotower.errors import ConfigError, InvalidRequest
@@ -44,22 +48,30 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         deadline = self._generation.deadline(_timeout_of(context))
         if request.trace:
             raise InvalidRequest.of("trace", "got true, wanted it only of GenerateStream")
-        checked = self._generation.check(ask_of(request, *_names(request, context)))
-        caller = caller_of(self._generation, context)
-        with self._generation.hold([checked], caller):
-            run = await self._generation.run(checked, deadline, caller, _parent_of(context))
-            return answer_message(await run.whole(), self._generation.token_texts)
+        asked = asked_of(request, *_names(request, context), streams=False)
+        checked, generation = self._generation.check(asked.ask), self._generation
+        caller, parent = caller_of(generation, context), _parent_of(context)
+        with self._held(asked, checked, caller):
+            if asked.echo:
+                run = await generation.echo_run(checked, asked.answers, deadline, caller, parent)
+                await drained(generation.many([run]))
+                return echo_message(asked, run, generation.token_texts)
+            runs = await generation.runs(checked, asked.tries, deadline, caller, parent)
+            await drained(generation.many(runs))
+            told = await told_of(runs, asked.choices, asked.tries)
+            return answer_message(asked, told, runs, generation.token_texts)
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
         deadline = self._generation.deadline(_timeout_of(context))
-        checked = self._generation.check(ask_of(request, *_names(request, context)))
-        caller = caller_of(self._generation, context)
-        with self._generation.hold([checked], caller):
-            run = await self._generation.run(checked, deadline, caller, _parent_of(context))
+        asked = asked_of(request, *_names(request, context), streams=True)
+        checked, generation = self._generation.check(asked.ask), self._generation
+        caller = caller_of(generation, context)
+        with self._held(asked, checked, caller):
+            runs = await generation.runs(checked, asked.tries, deadline, caller, _parent_of(context))
             # Writing waits for the client to read, and may wait for ever.
-            async with deadline.over(), aclosing(run):
-                async for piece in run:
-                    for message in piece_messages(run, piece, self._generation.token_texts):
+            async with deadline.over(), aclosing(generation.many(runs)) as pieces:
+                async for place, piece in pieces:
+                    for message in piece_messages(asked, place, runs[place], piece, generation.token_texts):
                         await context.write(message)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
@@ -72,9 +84,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         prompts, deadline = self._generation.prompts, self._generation.deadline(_timeout_of(context))
-        special = request.add_special_tokens or not request.HasField("add_special_tokens")
-        with self._generation.hold(caller=caller_of(self._generation, context)):
-            ids = await prompts.tokenized(request.text, deadline, special)
+        given, special = tokenized_of(request)
+        names = {"prompt": "chat"} if request.HasField("chat") else {}
+        with told_as(names), self._generation.hold(caller=caller_of(self._generation, context)):
+            ids = await prompts.tokenized(given, deadline, special)
             strings = await prompts.tokens(ids, deadline) if request.with_tokens else ()
         longest = self._generation.model.limits.max_sequence_length
         return pb.TokenizeResponse(token_ids=ids, tokens=strings, max_sequence_length=longest)
@@ -87,6 +100,14 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         return model_info_message(self._generation.model)
+
+    @contextmanager
+    def _held(self, asked: Asked, checked: Checked, caller: Caller) -> Iterator[None]:
+        """Room for all answers of a call."""
+        with ExitStack() as held:
+            with told_as(asked.names):
+                held.enter_context(self._generation.hold([checked] * asked.tries, caller))
+            yield
 
 
 class GrpcServer:

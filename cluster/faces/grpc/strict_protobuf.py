@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from cluster.faces.http.chat_messages import MAX_MESSAGES
 from twotower.core import MAX_STOP_STRINGS
 from twotower.errors import FieldError, InvalidRequest
 from twotower.showing import one_line
@@ -47,14 +48,16 @@ def parse_message(kind: type[Message], data: bytes, most_tokens: int) -> tuple[M
 def _check_sizes(kind: type[Message], data: bytes, most_tokens: int) -> None:
     """The number of fields, and the bytes of messages within this one. Raises InvalidRequest."""
     known: Any = kind.DESCRIPTOR.fields_by_number
-    for place, (number, size) in enumerate(_fields(data)):
+    for place, (number, at, size) in enumerate(_fields(data)):
         field = known.get(number)
         name = str(number) if field is None else field.name
         if place == MAX_FIELDS:
             raise InvalidRequest.of("message", f"got more than {MAX_FIELDS} fields; {name} is one of those above")
         if field is None or field.message_type is None:
             continue
-        if field.message_type.name != "TokenIds":
+        if field.message_type.name == "Chat":
+            _check_chat(name, data[at : at + size])
+        elif field.message_type.name != "TokenIds":
             if size > MAX_PARAMS:
                 raise InvalidRequest.of(name, f"got {size} bytes, wanted at most {MAX_PARAMS}")
         elif size > _ID_BYTES * most_tokens:
@@ -62,8 +65,15 @@ def _check_sizes(kind: type[Message], data: bytes, most_tokens: int) -> None:
             raise InvalidRequest.of(name, f"got {size} bytes, {wanted}")
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int]]:
-    """The fields of a message on the wire: number, and bytes of the value. Ends early where the wire makes no sense."""
+def _check_chat(name: str, data: bytes) -> None:
+    """How many messages there are; how long they may be is the bound of all bytes. Raises InvalidRequest."""
+    if sum(1 for _ in islice(_fields(data), MAX_MESSAGES + 1)) > MAX_MESSAGES:
+        raise InvalidRequest.of(f"{name}.messages", f"got more than {MAX_MESSAGES} messages")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """The fields of a message on the wire: number, where the value is, its bytes. Ends early where the wire makes no
+    sense."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -78,7 +88,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int]]:
                 size = 4
             case _:
                 return
-        yield key >> 3, size
+        yield key >> 3, at, size
         at += size
 
 
@@ -121,9 +131,17 @@ def _unread_fields(message: Message, path: str) -> Iterator[tuple[str, Any]]:
     for unread in UnknownFieldSet(message):  # type: ignore[attr-defined]
         field = message.DESCRIPTOR.fields_by_number.get(unread.field_number)
         yield f"{path}{unread.field_number if field is None else field.name}", field
+    for inner, where in _messages_in(message, path):
+        yield from _unread_fields(inner, where)
+
+
+def _messages_in(message: Message, path: str) -> Iterator[tuple[Message, str]]:
+    """With the beginning of their fields' paths. A map holds none: its values are numbers."""
     for field, value in message.ListFields():
         if isinstance(value, Message):
-            yield from _unread_fields(value, f"{path}{field.name}.")
+            yield value, f"{path}{field.name}."
+        elif field.message_type and not field.message_type.GetOptions().map_entry:
+            yield from ((inner, f"{path}{field.name}[{place}].") for place, inner in enumerate(value))
 
 
 def _type_name(field: Any) -> str:
@@ -142,10 +160,10 @@ def _broken_texts(kind: type[Message], data: bytes) -> list[FieldError]:
 
 
 def _not_utf8(message: Message, path: str) -> Iterator[FieldError]:
+    for inner, where in _messages_in(message, path):
+        yield from _not_utf8(inner, where)
     for field, value in message.ListFields():
-        if isinstance(value, Message):
-            yield from _not_utf8(value, f"{path}{field.name}.")
-        elif field.type == FieldDescriptor.TYPE_BYTES:
+        if field.type == FieldDescriptor.TYPE_BYTES:
             for text in [value] if isinstance(value, bytes) else islice(value, MAX_STOP_STRINGS):
                 try:
                     text.decode("utf-8")

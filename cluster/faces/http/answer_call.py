@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from cluster.faces.http.completion_models import BEST_OF, MAX_PROMPTS, AnswerRequest, N
+from cluster.faces.http.completion_models import AnswerRequest
+from cluster.runs.choices import counts_of
 from cluster.runs.generation import Ask
 from cluster.runs.prompts import Given
 from twotower.core import PARAMETERS, TRACE
@@ -95,7 +96,7 @@ def answer_call(read: AnswerRequest, question: Question, prefix: str, label: str
     trace = read.diffusion.trace
     if trace is True and not read.stream:
         raise InvalidRequest.of(TRACE.http, "got true, wanted it only with stream: true")
-    choices, tries = _counts(read, len(prompts))
+    choices, tries = counts_of(read.n, read.best_of, read.stream, len(prompts))
     rated = question.logprobs is not None
     logprobs = 0 if tries > choices and not rated else question.logprobs
     label = read.request_id or label  # empty: as over gRPC
@@ -124,18 +125,3 @@ def answer_call(read: AnswerRequest, question: Question, prefix: str, label: str
         answers=question.answers,
         names=question.names if rated else {**question.names, "logprobs": "best_of"},
     )
-
-
-def _counts(read: AnswerRequest, prompts: int) -> tuple[int, int]:
-    """How many answers to each prompt are told, and how many are decoded for it."""
-    choices = int(N.kind.read("n", read.n))
-    tries = choices if read.best_of is None else int(BEST_OF.kind.read("best_of", read.best_of))
-    if tries < choices:
-        raise InvalidRequest.of("best_of", f"got {tries}, wanted at least n, which is {choices}")
-    if tries > choices and read.stream:
-        raise InvalidRequest.of("best_of", f"got {tries}, wanted n, which is {choices}, with stream: true")
-    if prompts * tries > MAX_PROMPTS:
-        name, together = "n" if read.best_of is None else "best_of", prompts * tries
-        told = f"got {tries} for each of {prompts} prompts, which is {together}; wanted at most {MAX_PROMPTS}"
-        raise InvalidRequest.of(name, f"{told} answers of a call")
-    return choices, tries

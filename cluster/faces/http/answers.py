@@ -20,12 +20,12 @@ from cluster.faces.http.answer_call import AnswerCall
 from cluster.faces.http.calls import CALL, Begun, begun, check_model
 from cluster.faces.http.request_body import BodyReader
 from cluster.runs.answer import Chunk, Piece, Usage
-from cluster.runs.choices import best_of
+from cluster.runs.choices import told_of
 from cluster.runs.deadline import Deadline
 from cluster.runs.echoing import Echoing
 from cluster.runs.generation import Checked, Generation
 from cluster.runs.run import Generating
-from cluster.runs.streams import until_disconnect
+from cluster.runs.streams import drained, until_disconnect
 
 _TRACE_EVENT = b"twotower.trace"
 _LAST_WORDS_S = 2.0  # beyond its deadline, for a stream to say that it has passed
@@ -61,8 +61,9 @@ class AnswersFace:
                 first = await until_disconnect(request.receive, _next(pieces))
                 write = partial(self._write, call, bodies, runs, first, pieces)
                 return EventStream(write, pieces, headers, began.deadline, held.pop_all())
-            await until_disconnect(request.receive, _drained(pieces))
-        return _json(await bodies.whole(await _told(call, runs), [run.usage for run in runs]), headers)
+            await until_disconnect(request.receive, drained(pieces))
+        told = await told_of(runs, call.choices, call.tries)
+        return _json(await bodies.whole(told, [run.usage for run in runs]), headers)
 
     async def _echoed(
         self,
@@ -78,7 +79,7 @@ class AnswersFace:
             with call.told_of(place):
                 run = self._generation.echo_run(checked, call.answers, began.deadline, began.caller, began.parent)
                 runs.append(await run)
-        await until_disconnect(request.receive, _drained(self._generation.many(runs)))
+        await until_disconnect(request.receive, drained(self._generation.many(runs)))
         usages = [run.answer.usage for run in runs]
         return _json(await self._bodies_of(call, asks).whole(runs, usages), headers)
 
@@ -171,28 +172,12 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _told(call: AnswerCall, runs: Sequence[Generating]) -> Sequence[Generating]:
-    """Of the answers to each prompt those that the client gets."""
-    if call.tries == call.choices:
-        return runs
-    told = list[Generating]()
-    for first in range(0, len(runs), call.tries):
-        told += await best_of(runs[first : first + call.tries], call.choices)
-    return told
-
-
 def _json(body: bytes, headers: Mapping[str, str]) -> Response:
     return Response(body, headers=headers, media_type="application/json")
 
 
 async def _next(items: AsyncGenerator[Item, None]) -> Item:
     return await anext(items)
-
-
-async def _drained(items: AsyncGenerator[Item, None]) -> None:
-    async with aclosing(items):
-        async for _ in items:
-            pass
 
 
 def _event(body: object, name: bytes = b"") -> bytes:

@@ -18,19 +18,12 @@ from pydantic import (
     field_validator,
 )
 
+from cluster.runs.choices import BEST_OF, MAX_PROMPTS, N
 from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, STOP, TRACE, FinishReason, Mode
-from twotower.parameters import Integer, Parameter
+from twotower.parameters import Parameter
 from twotower.showing import show
 
-MAX_PROMPTS, MAX_LABEL = 256, 512
-N = Parameter(1, Integer(1, MAX_PROMPTS), "answers to each prompt", http="n")
-BEST_OF = Parameter(
-    None,
-    Integer(1, MAX_PROMPTS),
-    "answers decoded for each prompt, of which the likeliest `n` under the context tower are told",
-    http="best_of",
-    default_is="`n`",
-)
+MAX_LABEL = 512
 
 TEXT: dict[str, Any] = {"type": "string"}
 IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}

@@ -8,6 +8,8 @@ import pytest
 from cluster.board.alerts import Level, alerts
 from cluster.board.whole import cells_of, gone_of
 from cluster.runs import kept
+from cluster.runs.allowances import LimitReached
+from cluster.runs.callers import KeyRefused
 from tests.cluster.board.signed import DEPLOYED, MODES, Hearing, beat, tower
 from twotower.core import Mode
 from twotower.errors import Overloaded
@@ -142,3 +144,26 @@ def test_a_cell_that_one_router_hears_lives() -> None:
         one.tick(4)
     parts = [hearing.part(), other.part()]
     assert [cell.name for cell in cells_of(parts)] == ["a"] and gone_of(parts) == []
+
+
+def test_calls_that_keys_have_stopped_are_told_by_reason() -> None:
+    hearing = Hearing(heard=[beat("a"), beat("b")])
+    hearing.tick(5)
+    for _ in range(3):
+        hearing.board.observer.refused(KeyRefused("this service wants a key", "no key"))
+    hearing.board.observer.refused(LimitReached("me", "tokens_per_minute", "none left", 1.0))
+    hearing.tick()
+    reasons = "no key (3), key me is at its tokens_per_minute (1)"
+    assert told(hearing) == [(Level.WATCH, f"4 calls refused in the last minute for their keys: {reasons}", None)]
+    hearing.tick(61)
+    assert told(hearing) == []
+
+
+def test_a_changed_file_that_cannot_be_taken() -> None:
+    hearing = Hearing(heard=[beat("a"), beat("b")])
+    hearing.tick(5)
+    part = hearing.part()
+    parts = [replace(part, router=replace(part.router, faults=("ingress.keys_file: keys.yaml: is no YAML",)))]
+    [alert] = alerts(parts, cells_of(parts), gone_of(parts))
+    assert alert.level is Level.ACT
+    assert alert.text == f"router {part.router.name} cannot take a file: ingress.keys_file: keys.yaml: is no YAML"

@@ -22,5 +22,5 @@ def test_a_declaration(metric: Metric) -> None:
     assert bool(metric.bounds) == (metric.kind is Kind.HISTOGRAM)
     assert list(metric.bounds) == sorted(set(metric.bounds)) and all(bound > 0 for bound in metric.bounds)
     assert metric.meaning.isascii(), "Ray takes nothing else"
-    known = {"mode", "finished_reason", "code", "cell", "tower", "reason", "key", "limit", "chosen"}
+    known = {"mode", "finished_reason", "code", "cell", "tower", "reason", "key", "limit", "chosen", "face", "file"}
     assert set(metric.labels) <= known

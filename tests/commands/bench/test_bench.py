@@ -15,6 +15,7 @@ from twotower import errors
 from twotower.commands import main
 from twotower.commands.bench import command
 from twotower.core import AnyRequest
+from twotower_client import AsyncClient
 
 
 @pytest.fixture
@@ -249,3 +250,38 @@ def test_help_teaches_with_two_examples(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     assert capsys.readouterr().out.count("    python -m twotower bench ") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "most", "used"),
+    [
+        (["--clients", "1"], 1, 1),
+        (["--clients", "12"], 8, 8),
+        (["--rate", "1000"], 8, 8),
+        (["--clients", "1,3", "--connections", "2"], 2, 2),
+        (["--clients", "12", "--connections", "12"], 12, 12),
+    ],
+)
+async def test_requests_go_over_several_connections(
+    cells: ScriptedCells, monkeypatch: pytest.MonkeyPatch, flags: list[str], most: int, used: int
+) -> None:
+    opened: list[Any] = []
+
+    class Noted(AsyncClient):
+        asked = 0
+
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            opened.append(self)
+
+        def stream(self, *arguments: Any, **options: Any) -> Any:
+            self.asked += 1
+            return super().stream(*arguments, **options)
+
+    monkeypatch.setattr(command, "AsyncClient", Noted)
+    async with grpc_server(generation(cells)) as (address, _):
+        load = ["--requests", "24", "--warm-up", "0", "--family", "words", "--max-new-tokens", "4"]
+        assert await bench("--url", f"grpc://{address}", *load, *flags) == 0
+    asked = [one.asked for one in opened]
+    assert len(asked) == most and sum(one > 0 for one in asked) == used
+    assert min(asked) >= 24 // most and len(cells.requests) == sum(asked)

@@ -16,6 +16,7 @@ from twotower.validation import check_priority, check_values
 
 DEFAULT_URL = "grpc://127.0.0.1:50051"
 DEFAULT_REQUESTS = 200
+DEFAULT_CONNECTIONS, MAX_CONNECTIONS = 8, 256
 MAX_ROUNDS, MAX_PASSES, MAX_WARM_UP = 100, 1_000, 10_000
 MAX_SEED = 2**62  # of the run; a request's is this and its number
 DESCRIPTION = """Put a load on a running service, and say what its clients saw: tokens and requests per second, time to
@@ -56,6 +57,11 @@ class Plan:
     timeout_s: float
     devices: int | None
     output: Path | None
+    connections: int | None = None
+
+    def connected(self, load: Load) -> int:
+        """How many connections a pass of this load has; no more than clients."""
+        return min(self.connections or DEFAULT_CONNECTIONS, load.clients or MAX_CONNECTIONS)
 
     def warm_ups(self, load: Load) -> int:
         """How many requests come before a pass of this load."""
@@ -104,6 +110,10 @@ def _add_load(load: argparse._ArgumentGroup) -> None:
     warm_up = "requests before each pass that are not counted (2 a client, 8 in an open loop)"
     add("--warm-up", type=_whole(MAX_WARM_UP, 0), metavar="N", help=warm_up)
     add("--rounds", type=_whole(MAX_ROUNDS), default=1, metavar="N", help="of all passes, in turns (1)")
+    connections = (
+        f"to the service, each to a router of its own choice, but no more than clients ({DEFAULT_CONNECTIONS})"
+    )
+    add("--connections", type=_whole(MAX_CONNECTIONS), metavar="N", help=connections)
     add("--timeout", type=_number(MAX_SECONDS), default=120.0, metavar="S", help="deadline of a request (120)")
 
 
@@ -136,6 +146,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         options.timeout,
         options.devices,
         options.output,
+        options.connections,
     )
 
 

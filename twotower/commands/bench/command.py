@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -66,12 +66,15 @@ class Bench:
 
     def __init__(self, plan: Plan, prompts: Sequence[Prompt]) -> None:
         self._plan, self._prompts = plan, prompts
+        self._clients: list[AsyncClient] = []
 
     async def run(self) -> Run:
         began, started, load = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), os.getloadavg()
-        async with self._opened() as client:
-            model = await self._model(client)
-            passes = await self._passes(client)
+        async with AsyncExitStack() as opened:
+            most = max(map(self._plan.connected, self._plan.loads))
+            self._clients = [await opened.enter_async_context(self._opened()) for _ in range(most)]
+            model = await self._model(self._clients[0])
+            passes = await self._passes()
         default = str((model.defaults or {}).get("mode", "the service's mode"))
         groups: dict[tuple[Load, str | None], list[Pass]] = {}
         for one in passes:
@@ -98,26 +101,26 @@ class Bench:
             raise InvalidRequest.of("--prompts", f"{model.name} has no tokenizer: wanted prompt_token_ids")
         return model
 
-    async def _passes(self, client: AsyncClient) -> list[Pass]:
+    async def _passes(self) -> list[Pass]:
         """Rounds go through the passes in turns, forth and back."""
         plan = self._plan
         order = [(load, mode) for load in plan.loads for mode in plan.modes]
         passes = []
         for round_ in range(plan.rounds):
             for load, mode in order if round_ % 2 == 0 else reversed(order):
-                await self._warm_up(client, load, mode)
-                passes.append(await self._pass(client, load, mode, round_))
+                await self._warm_up(load, mode)
+                passes.append(await self._pass(load, mode, round_))
         found = {(load, mode): place for place, (load, mode) in enumerate(order)}
         return sorted(passes, key=lambda one: (found[one.load, one.mode], one.round))
 
-    async def _warm_up(self, client: AsyncClient, load: Load, mode: str | None) -> None:
+    async def _warm_up(self, load: Load, mode: str | None) -> None:
         """A request that cannot be served is told here, before anything is measured."""
         count = self._plan.warm_ups(load)
         waiting = iter(range(count))
 
         async def one_client() -> None:
             for number in waiting:
-                async with self._send(client, mode, number) as events:
+                async with self._send(load, mode, number) as events:
                     async for _ in events:
                         pass
 
@@ -130,7 +133,7 @@ class Bench:
         except* ServiceError as group:
             raise Unavailable(f"{self._plan.url}, while warming up: {_first(group)}") from None
 
-    async def _pass(self, client: AsyncClient, load: Load, mode: str | None, round_: int) -> Pass:
+    async def _pass(self, load: Load, mode: str | None, round_: int) -> Pass:
         name = f"{mode or 'default'}, {load.name}" + (f", round {round_ + 1}" if self._plan.rounds > 1 else "")
         began, tokens, failed = time.monotonic(), 0, 0
         with tqdm(total=load.requests, desc=name, unit=" requests", file=sys.stderr, disable=None, leave=False) as bar:
@@ -145,12 +148,12 @@ class Bench:
                 )
                 bar.update()
 
-            driver = Driver(lambda number: self._send(client, mode, number), load, self._plan.seed, told)
+            driver = Driver(lambda number: self._send(load, mode, number), load, self._plan.seed, told)
             return await driver.run(mode, round_)
 
-    def _send(
-        self, client: AsyncClient, mode: str | None, number: int
-    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+    def _send(self, load: Load, mode: str | None, number: int) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """Over one connection after the other."""
+        client = self._clients[number % self._plan.connected(load)]
         return client.stream(self._prompts[number % len(self._prompts)], **self._plan.options(mode, number))
 
 
