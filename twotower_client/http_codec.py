@@ -283,8 +283,9 @@ def _prompt(prompt: str | Sequence[int] | Chat) -> dict[str, object]:
 def _logprobs(ask: Ask) -> dict[str, object]:
     if ask.logprobs is None:
         return {}
-    of_chat = {"logprobs": True, "top_logprobs": ask.logprobs}
-    return of_chat if isinstance(ask.prompt, Chat) else {"logprobs": ask.logprobs}
+    if isinstance(ask.prompt, Chat):
+        return {"logprobs": True, "top_logprobs": ask.logprobs}
+    return {"logprobs": ask.logprobs}
 
 
 def _answer_body(ask: Ask, more: Mapping[str, object]) -> bytes:
@@ -315,8 +316,10 @@ def _usage(told: Mapping[str, int]) -> Usage:
 def _traced(told: Any) -> Event:
     if "step" in told:
         step = told["step"]
-        lists = (tuple(step[name]) for name in ("positions", "token_ids", "texts", "confidence"))
-        return Step(step["start"], step["size"], step["step"], *lists, told["index"])
+        positions, tokens, texts, confidence = (
+            tuple(step[name]) for name in ("positions", "token_ids", "texts", "confidence")
+        )
+        return Step(step["start"], step["size"], step["step"], positions, tokens, texts, confidence, told["index"])
     one = told["round"]
     draft = tuple(one["draft"]), tuple(one["draft_texts"])
     return Round(one["start"], *draft, one["num_accepted"], one["token_id"], one["text"], told["index"])

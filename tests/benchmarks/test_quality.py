@@ -31,7 +31,7 @@ PLAN = Plan(
     concurrency=(1, 2),
     sample_per_family=2,
     rounds=2,
-    families=("roman", "count", "balance"),
+    families=("roman", "count", "steps"),
 )
 SHORT = ("roman", "count")
 COSTS = Costs(0.004, 0.002, 0.003, 0.005)
@@ -100,7 +100,7 @@ async def test_what_is_found_is_what_was_answered(tokenizer: BpeTokenizer, tmp_p
 
 async def test_what_each_task_took(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
     findings, _ = await _findings(tokenizer, tmp_path / "q.jsonl")
-    for long, families in ((False, {*SHORT}), (True, {"balance"})):
+    for long, families in ((False, {*SHORT}), (True, {"steps"})):
         asked = PLAN.timed(1, long)
         lengths = [len(encode_answer(tokenizer, instance.answer)) for instance in asked]
         blocks = sum(-(-length // 16) for length in lengths)

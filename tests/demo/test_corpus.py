@@ -195,10 +195,10 @@ def _told(prompt: str, answer: str) -> bool:
 def _counted(prompt: str, answer: str) -> bool:
     """Every letter of the word in order, those wanted as capitals, and how many there are."""
     wanted, word = prompt.split(": ")
-    spelled, total = answer.split(": ")
-    letters = spelled.split(",")
+    marked, total = answer.split(": ")
+    letters = marked.split(",")
     capitals = [letter for letter in letters if letter.isupper()]
-    return "".join(letters).lower() == word and {*capitals} <= {wanted.upper()} and int(total) == len(capitals)
+    return " ".join(letters).lower() == word and {*capitals} <= {wanted.upper()} and int(total) == len(capitals)
 
 
 def _table(text: str) -> list[dict[str, str]]:
@@ -226,16 +226,15 @@ def _told_of(person: str, sentence: str) -> bool:
     return [word for word in sentence.split() if word in given] == given
 
 
-def _kept_balance(prompt: str, answer: str) -> bool:
-    start, *changes = prompt.split("; ")
-    now, lines = int(start), answer.split("\n")
-    for line, change in zip(lines, changes, strict=True):
-        day, by = change.split()
-        after = now + int(by)
-        if line != f"{day}: {now}{by}={after}" or not 10 <= after < 100:
+def _steps_hold(prompt: str, answer: str) -> bool:
+    asked, lines = prompt.split("; "), answer.split("\n")
+    for line, calculation in zip(lines, asked, strict=True):
+        name, expression = calculation.split()
+        product, total = re.fullmatch(rf"{name}: (.+) (.+)", line).groups()  # type: ignore[union-attr]
+        left, right, added = map(int, re.split(r"[x+]", expression))
+        if product != f"{left}x{right}={left * right}" or total != f"{left * right}+{added}={left * right + added}":
             return False
-        now = after
-    return True
+    return 4 <= len(lines) <= 8
 
 
 def _module_runs(prompt: str, answer: str) -> bool:
@@ -260,7 +259,7 @@ CHECKS: dict[str, Callable[[str, str], bool]] = {
     "letters": _counted,
     "rows": _same_table,
     "people": _all_told,
-    "balance": _kept_balance,
+    "steps": _steps_hold,
     "module": _module_runs,
 }
 

@@ -60,7 +60,7 @@ def _assert_near(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
 def test_both_towers_start_as_the_earlier_ones_before_they_were_shipped(
     towers: Towers, shipped: Path, tiny_config: dict[str, Any], tokenizer: BpeTokenizer, output: Path
 ) -> None:
-    earlier = read_earlier(shipped, ModelConfig.from_dict(tiny_config))
+    earlier = read_earlier([shipped], ModelConfig.from_dict(tiny_config))
     trainer = _begun(tiny_config, tokenizer, output, earlier)
     _assert_near(trainer.context.state_dict(), towers[0].state_dict())
     # Stopped in the context stage: the denoiser's start has to outlive the process.
@@ -76,18 +76,31 @@ def test_the_temperature_undone_is_the_one_beside_the_weights(shipped: Path, tin
     config, norms = ModelConfig.from_dict(tiny_config), []
     for temperature in (2.0, 3.0):
         save_recipe(shipped, Recipe(config=tiny_config, confidence_temperature=temperature))
-        norms.append(read_earlier(shipped, config).denoiser["norm_f.weight"])
+        norms.append(read_earlier([shipped], config).denoiser["norm_f.weight"])
     torch.testing.assert_close(norms[1], 1.5 * norms[0])
     (shipped / RECIPE_FILE).unlink()
-    assert torch.equal(read_earlier(shipped, config).denoiser["norm_f.weight"], norms[0])
+    assert torch.equal(read_earlier([shipped], config).denoiser["norm_f.weight"], norms[0])
     (shipped / RECIPE_FILE).write_text(json.dumps({"seed": 0}))
     with pytest.raises(CheckpointError, match=r"recipe\.json: no confidence_temperature"):
-        read_earlier(shipped, config)
+        read_earlier([shipped], config)
+
+
+def test_several_checkpoints_give_the_mean_of_their_weights(
+    towers: Towers, shipped: Path, tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    config, other = ModelConfig.from_dict(tiny_config), tmp_path / "other"
+    save_checkpoint(other, config, *(rounded(tower) for tower in towers))
+    save_recipe(other, Recipe(config=tiny_config, confidence_temperature=1.0))
+    one, two = read_earlier([shipped], config), read_earlier([other], config)
+    both = read_earlier([shipped, other, other], config)
+    assert both.sha256 == (*one.sha256, *two.sha256, *two.sha256)
+    for name, weight in both.denoiser.items():
+        torch.testing.assert_close(weight, (one.denoiser[name] + 2 * two.denoiser[name]) / 3)
 
 
 def test_another_shape_is_refused(shipped: Path) -> None:
     with pytest.raises(ConfigError, match=r"has another config\.json than the recipe's"):
-        read_earlier(shipped, ModelConfig.from_dict(continued().config))
+        read_earlier([shipped], ModelConfig.from_dict(continued().config))
 
 
 def test_from_wants_a_checkpoint_and_no_resumed_run(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +115,9 @@ def test_the_command_on_the_card_says_from_what(
     tiny_config: dict[str, Any], tokenizer: BpeTokenizer, output: Path
 ) -> None:
     fresh = Recipe(context=_NONE, denoiser=_NONE, config=tiny_config)
-    begun = replace(fresh, begun_from=hashlib.sha256(b"weights").hexdigest())
+    digests = tuple(hashlib.sha256(weights).hexdigest() for weights in (b"one", b"other", b"other"))
+    begun = replace(fresh, begun_from=digests)
     commands = [command(Trainer(recipe, tokenizer, output)) for recipe in (fresh, begun)]
     assert commands[0] == "python -m twotower.demo train --output DIR --seed 0 --train-steps 0 0"
-    assert commands[1] == "python -m twotower.demo train --from EARLIER --output DIR --seed 0 --train-steps 0 0"
+    named = " ".join(f"EARLIER-{digest[:6]}" for digest in digests)
+    assert commands[1] == f"python -m twotower.demo train --from {named} --output DIR --seed 0 --train-steps 0 0"

@@ -59,8 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         "--from",
         dest="earlier",
         type=Path,
+        nargs="+",
         metavar="DIR",
-        help="go on from a finished checkpoint, with its tokenizer, fewer train steps and lower rates",
+        help="go on from finished checkpoints, the mean of their weights and the first one's tokenizer, with fewer "
+        "train steps and lower rates",
     )
     train.add_argument("--resume", action="store_true", help="go on from the run directory's saved state")
     train.add_argument("--train-steps", type=count, nargs=2, metavar=("CONTEXT", "DENOISER"), help="of the two stages")
@@ -118,7 +120,7 @@ def _new_trainer(options: argparse.Namespace, device: torch.device) -> Trainer:
         earlier = read_earlier(options.earlier, ModelConfig.from_dict(recipe.config))
         recipe = replace(recipe, begun_from=earlier.sha256)
     recipe = _with_steps(replace(recipe, seed=options.seed or 0), options.train_steps)
-    tokenizer = load_tokenizer(options.earlier) if options.earlier else train_tokenizer(seed=recipe.seed)
+    tokenizer = load_tokenizer(options.earlier[0]) if options.earlier else train_tokenizer(seed=recipe.seed)
     options.output.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, options.output)
     return Trainer(recipe, tokenizer, options.output, device, earlier)

@@ -11,8 +11,13 @@ from twotower.demo.recipe import STAGES, StageRecipe
 from twotower.demo.scores import AR, USUAL, Score, Way, of_way, retained, table
 from twotower.demo.trainer import Trainer, versions
 
-EARLIER = {"9d5b2cb319fd16a592190f3ac62c0548450806cd8e1243be80aa626c2049aaef": "209a853"}
-"""Commits of this repository by the sha256 of the weights that they hold."""
+EARLIER = {
+    "9d5b2cb319fd16a592190f3ac62c0548450806cd8e1243be80aa626c2049aaef": "which commit 209a853 of this repository holds",
+    "61d0a211aba5ac0c59a66730cb8ffeebda8cf7f49a056f07fe3b3f853875c092": (
+        "which commit b5a6ad2 trains from the others, with `--threads 2` and `--train-steps 900 2600`"
+    ),
+}
+"""Where weights are that are not in this commit, by their sha256."""
 
 _CARD = """# TwoTower demo checkpoint
 
@@ -73,10 +78,10 @@ Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
 
 Anything but the prompts above gives nonsense. Numbers reach 9999 (roman 3999), years 1900 to 2099, days 1 to 28;
 records have two to four fields (a description up to four facts and a name), lists up to seven words or six numbers;
-numbers to add have up to four digits, word problems and balances stay below 100, functions have up to three steps.
-Tables and prose have five to eight rows or people, always those that come first in the alphabet of names; balances six
-to twelve days, named a to l; modules four to seven functions of one step, named f g h k m p t in this order. Letters
-are counted in 140 words (`families/letters.py`); the spelling of any other word may be wrong.
+numbers to add have up to four digits, word problems stay below 100, functions have up to three steps. Tables and prose
+have five to eight rows or people, always those that come first in the alphabet of names; `steps` four to eight
+calculations, named a to h; modules four to seven functions of one step, named f g h k m p t in this order. Letters are
+counted in words that the prompt spells, of a list of 140 (`families/letters.py`).
 """
 
 
@@ -98,9 +103,9 @@ def model_card(
         scores=table(scores),
         kept=_kept(scores),
         command=command(trainer),
-        begun=", going on from an earlier revision" if recipe.begun_from else " from nothing",
+        begun=", going on from earlier revisions" if recipe.begun_from else " from nothing",
         earlier=_earlier(recipe.begun_from),
-        start="the earlier revision's" if recipe.begun_from else "a copy of the context tower",
+        start="the mean of the earlier ones" if recipe.begun_from else "a copy of the context tower",
         seed=recipe.seed,
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
         context=_stage(recipe.context),
@@ -118,20 +123,31 @@ def command(trainer: Trainer) -> str:
     """The command that trains this checkpoint again."""
     recipe = trainer.recipe
     return (
-        f"python -m twotower.demo train {'--from EARLIER ' * bool(recipe.begun_from)}--output DIR --seed {recipe.seed} "
+        f"python -m twotower.demo train {_from(recipe.begun_from)}--output DIR --seed {recipe.seed} "
         f"--train-steps {recipe.context.train_steps} {recipe.denoiser.train_steps}"
     )
 
 
-def _earlier(sha256: str) -> str:
+def _from(begun_from: tuple[str, ...]) -> str:
+    return f"--from {' '.join(map(_name, begun_from))} " if begun_from else ""
+
+
+def _name(sha256: str) -> str:
+    """Of a directory with these weights, in the command."""
+    return f"EARLIER-{sha256[:6]}"
+
+
+def _earlier(begun_from: tuple[str, ...]) -> str:
     """What the run began from, and where it is."""
-    if not sha256:
+    if not begun_from:
         return ""
-    commit = EARLIER.get(sha256)
-    found = f", the checkpoint that commit {commit} of this repository holds; its own card says how it was made" * bool(
-        commit
+    weights = "; ".join(
+        f"{_name(sha256)} has the weights of sha256 `{sha256}`" + (f", {EARLIER[sha256]}" if sha256 in EARLIER else "")
+        for sha256 in dict.fromkeys(begun_from)
     )
-    return f"\nEARLIER has weights of sha256 `{sha256}`{found}.\n"
+    return (
+        f"\nBoth towers begin as the mean of their earlier weights, each counted as often as it is named. {weights}.\n"
+    )
 
 
 def _shape(trainer: Trainer) -> str:

@@ -1,12 +1,15 @@
-"""A finished checkpoint as the start of another run: its weights as they were before they were shipped.
+"""Finished checkpoints as the start of another run: the mean of their weights as they were before they were shipped.
 
-Shipping rounds the large weights to bf16, which stays, and divides the denoiser's logits, which is undone here.
+Towers that were trained on from one another keep what both know when their weights are averaged (Wortsman et al.,
+"Robust fine-tuning of zero-shot models", 2022). Shipping rounds the large weights to bf16, which stays, and divides the
+denoiser's logits, which is undone here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,15 +29,29 @@ _FIRST_TEMPERATURE = 2.0
 
 @dataclass(frozen=True)
 class Earlier:
-    """Both towers' state dicts in float32, and the sha256 of the file that they come from."""
+    """Both towers' state dicts in float32, and the sha256 of the files that they come from."""
 
     context: dict[str, Tensor]
     denoiser: dict[str, Tensor]
-    sha256: str
+    sha256: tuple[str, ...]
 
 
-def read_earlier(directory: Path, config: ModelConfig) -> Earlier:
-    """The weights of a checkpoint that `ship` wrote. Raises CheckpointError, and ConfigError for another shape."""
+def read_earlier(directories: Sequence[Path], config: ModelConfig) -> Earlier:
+    """The mean of the weights of checkpoints that `ship` wrote; one that is named twice counts twice. Raises
+    CheckpointError, and ConfigError for another shape."""
+    read = [_read(directory, config) for directory in directories]
+    return Earlier(
+        _mean([one.context for one in read]),
+        _mean([one.denoiser for one in read]),
+        tuple(digest for one in read for digest in one.sha256),
+    )
+
+
+def _mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+
+
+def _read(directory: Path, config: ModelConfig) -> Earlier:
     checkpoint = Checkpoint.open(directory)
     if checkpoint.config != config:
         raise ConfigError(f"--from: {directory} has another config.json than the recipe's")
@@ -43,7 +60,7 @@ def read_earlier(directory: Path, config: ModelConfig) -> Earlier:
     denoiser = load_denoiser_tower(checkpoint, cpu, torch.float32, kernels="torch")
     denoiser.norm_f.weight.data *= _temperature(directory)
     digest = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
-    return Earlier(context.state_dict(), denoiser.state_dict(), digest)
+    return Earlier(context.state_dict(), denoiser.state_dict(), (digest,))
 
 
 def save_recipe(directory: Path, recipe: Recipe) -> None:

@@ -74,8 +74,8 @@ class Recipe:
     """Everything that decides the trained weights, the seed included.
 
     Every `mock_ar_every`-th train step of the denoiser adds a batch of mock-AR's own objective; 0: none does. The
-    logits of the denoiser that is shipped are divided by `confidence_temperature`. `begun_from` is the sha256 of the
-    weights that the run goes on from, empty where it begins with fresh ones.
+    logits of the denoiser that is shipped are divided by `confidence_temperature`. `begun_from` holds the sha256 of
+    the weights that the run goes on from the mean of, none where it begins with fresh ones.
     """
 
     seed: int = 0
@@ -87,7 +87,7 @@ class Recipe:
     balance_rate: float = 1e-3
     mock_ar_every: int = 4
     confidence_temperature: float = 2.0
-    begun_from: str = ""
+    begun_from: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=released_config)
 
     def stage(self, name: Stage) -> StageRecipe:
@@ -96,15 +96,15 @@ class Recipe:
 
 
 def continued() -> Recipe:
-    """How a finished checkpoint goes on when families have been added: lower rates and a long decay, because the
-    decay is where both towers become right.
+    """How finished checkpoints go on when families have been added: low rates and a long decay. What was known stays
+    near, and the decay is where both towers become right.
     """
     return Recipe(
         context=StageRecipe(
-            train_steps=900, batch_size=24, muon_rate=8e-3, adam_rate=2.4e-3, warmup_steps=20, decay_fraction=0.6
+            train_steps=400, batch_size=24, muon_rate=4e-3, adam_rate=1.2e-3, warmup_steps=20, decay_fraction=0.8
         ),
         denoiser=StageRecipe(
-            train_steps=3200, batch_size=24, muon_rate=6e-3, adam_rate=1.8e-3, warmup_steps=30, decay_fraction=0.8
+            train_steps=1400, batch_size=24, muon_rate=4e-3, adam_rate=1.2e-3, warmup_steps=30, decay_fraction=0.85
         ),
         mock_ar_every=10,
     )

@@ -119,5 +119,5 @@ def _prompt(request: pb.GenerateRequest) -> Given:
 def _special_tokens(request: pb.GenerateRequest) -> bool:
     """A template writes those of a chat."""
     if request.HasField("add_special_tokens"):
-        return request.add_special_tokens
+        return bool(request.add_special_tokens)
     return request.WhichOneof("prompt") != "chat"

@@ -11,7 +11,7 @@ from random import Random
 from twotower.demo.families.arithmetic import add, problem
 from twotower.demo.families.letters import letters
 from twotower.demo.families.lists import brackets, count, reverse, sort
-from twotower.demo.families.long import balance, module, people, rows
+from twotower.demo.families.long import module, people, rows, steps
 from twotower.demo.families.numerals import date, number, roman_numeral, words
 from twotower.demo.families.records import describe, json_object, table
 from twotower.demo.families.source import code
@@ -36,13 +36,13 @@ FAMILIES: dict[str, Family] = {
     "letters": letters,
     "rows": rows,
     "people": people,
-    "balance": balance,
+    "steps": steps,
     "module": module,
 }
-LONG = frozenset(("rows", "people", "balance", "module"))
+LONG = frozenset(("rows", "people", "steps", "module"))
 """Those whose answers run to many blocks."""
 SHARES: dict[str, int] = {
-    "sort": 2, "count": 2, "brackets": 2, "add": 2, "problem": 2, "letters": 4, "rows": 4, "people": 3, "balance": 6,
-    "module": 4,
+    "sort": 2, "count": 2, "brackets": 2, "add": 3, "problem": 2, "letters": 3, "rows": 3, "people": 2, "steps": 3,
+    "module": 3,
 }  # fmt: skip
 """How often training draws a family, where that is not once: the harder ones more often."""

@@ -1,7 +1,7 @@
-"""Tasks whose answers run to many blocks: tables, prose about several people, a running balance, several functions.
+"""Tasks whose answers run to many blocks: tables, prose about several people, working in steps, several functions.
 
-Each line of an answer has a key, and the keys come in an order that never changes: names by the alphabet, days and
-functions by their letter. What a line says stands right behind its key in the prompt. Lines of one answer have one
+Each line of an answer has a key, and the keys come in an order that never changes: names by the alphabet, calculations
+and functions by their letter. What a line says stands right behind its key in the prompt. Lines of one answer have one
 shape, so that a block of 16 can be filled in any order.
 """
 
@@ -15,7 +15,7 @@ _NAMES = "Ann Bob Eve Kim Max Sam Tom Zoe".split()
 _PETS = "cat dog fox owl bee ant".split()
 _COLORS = "red blue green gold pink gray".split()
 _FUNCTIONS = "f g h k m p t".split()
-_DAYS = "abcdefghijkl"
+_CALCULATIONS = "abcdefgh"
 
 
 def _names(rng: Random) -> list[str]:
@@ -41,18 +41,15 @@ def people(rng: Random) -> tuple[str, str]:
     return f"people: {given}\n", " ".join(f"{name} is {age} years old and has a pet {pet}." for name, age, pet in table)
 
 
-def balance(rng: Random) -> tuple[str, str]:
-    """A balance of two digits over six to twelve days, each of which adds or subtracts a digit."""
-    start = now = rng.randrange(20, 90)
+def steps(rng: Random) -> tuple[str, str]:
+    """Four to eight calculations of two steps each: a product, then what is added to it."""
     told, lines = [], []
-    for day in _DAYS[: rng.randrange(6, 13)]:
-        change = rng.randrange(1, 10)
-        added = now < 19 or (now <= 90 and rng.random() < 0.5)
-        after = now + change if added else now - change
-        told.append(f"{day} {'+' if added else '-'}{change}")
-        lines.append(f"{day}: {now}{'+' if added else '-'}{change}={after}")
-        now = after
-    return f"balance: {start}; {'; '.join(told)}\n", "\n".join(lines)
+    for name in _CALCULATIONS[: rng.randrange(4, 9)]:
+        left, right, added = (rng.randrange(2, 10) for _ in range(3))
+        product = left * right
+        told.append(f"{name} {left}x{right}+{added}")
+        lines.append(f"{name}: {left}x{right}={product} {product}+{added}={product + added}")
+    return f"steps: {'; '.join(told)}\n", "\n".join(lines)
 
 
 def module(rng: Random) -> tuple[str, str]:
