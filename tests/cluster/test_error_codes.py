@@ -71,7 +71,10 @@ RETRIES: dict[type[TwoTowerError], tuple[str | None, str | None]] = {
     CheckpointError: (None, None),  # nobody knows
     ConfigError: (None, None),
 }
-ARGUMENTS: dict[type[TwoTowerError], tuple[Any, ...]] = {LimitReached: ("a", "tokens_per_minute", "no more", 2.5)}
+ARGUMENTS: dict[type[TwoTowerError], tuple[Any, ...]] = {
+    LimitReached: ("a", "tokens_per_minute", "no more", 2.5),
+    KeyRefused: ("not known", "unknown key"),
+}
 
 
 @pytest.mark.parametrize("kind", RETRIES)

@@ -132,13 +132,13 @@ async def test_a_client_that_does_not_read_has_its_place_until_the_deadline(
 ) -> None:
     """Beyond some megabytes a write waits for the reader."""
     large = pb.GenerateStreamResponse(block=pb.CommittedBlock(text="x" * 3_000_000))
-    monkeypatch.setattr("cluster.faces.grpc.service.piece_messages", lambda run, piece, texts: [large])
+    monkeypatch.setattr("cluster.faces.grpc.service.piece_messages", lambda *told: [large])
     service = Generation(served_model(ByteTokenizer()), cells, default_timeout_s=0.3)
     async with grpc_server(service) as (address, _), grpc.aio.insecure_channel(address) as channel:
         call = Stub(channel).GenerateStream(ask())
-        while not service.admission.running:
-            await asyncio.sleep(0.001)
         async with asyncio.timeout(10):
+            while not service.admission.running:
+                await asyncio.sleep(0.001)
             while service.admission.running or cells.open:
                 await asyncio.sleep(0.01)
         assert not call.done()

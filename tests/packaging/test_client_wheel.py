@@ -66,7 +66,7 @@ def test_its_dependencies_are_light(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     wanted = re.findall(r"^Requires-Dist: ([\w-]+)", archive.read(name).decode(), re.MULTILINE)
-    assert sorted(wanted) == ["googleapis-common-protos", "grpcio", "httpx2", "protobuf"]
+    assert sorted(wanted) == ["googleapis-common-protos", "grpcio", "httpcore2", "httpx2", "protobuf"]
 
 
 def test_it_is_used_without_torch_ray_or_the_service(wheel: Path, tmp_path: Path) -> None:

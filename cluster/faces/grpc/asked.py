@@ -120,4 +120,4 @@ def _special_tokens(request: pb.GenerateRequest) -> bool:
     """A template writes those of a chat."""
     if request.HasField("add_special_tokens"):
         return bool(request.add_special_tokens)
-    return request.WhichOneof("prompt") != "chat"
+    return bool(request.WhichOneof("prompt") != "chat")
