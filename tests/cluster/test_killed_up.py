@@ -131,7 +131,7 @@ def test_a_controller_that_was_killed_leaves_nothing_either() -> None:
     assert not alive
 
 
-@pytest.mark.parametrize("and_guard", [False, True])
+@pytest.mark.parametrize("and_guard", [pytest.param(False, marks=pytest.mark.long), True])
 def test_one_that_is_killed_while_its_ray_starts(and_guard: bool) -> None:
     up = UpProcess(free_port(), free_port(), *SETTINGS)
     try:

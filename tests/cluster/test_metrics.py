@@ -33,9 +33,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 MODEL = "scraped by a test"  # the exporter keeps what other services of this Ray have told
 MODES = ("diffusion", "mock_ar", "ar", "verified", "auto")
 ROUTERS = 2
-# Those of a run that goes on after a loss, and of keys, which other tests see.
-ELSEWHERE = {router_metrics.PAUSE, router_metrics.KEY_LIMITS}
-OF_KEYS = router_metrics.KEY_LIMITS.shown_name
+# Those of keys and certificates, and of a run that goes on after a loss, which other tests see.
+OF_FILES = {router_metrics.KEY_LIMITS, router_metrics.CERTIFICATE_LEFT, router_metrics.FILE_FAULT}
+ELSEWHERE = {router_metrics.PAUSE, *OF_FILES}
+NOT_ASKED_FOR = {metric.shown_name for metric in OF_FILES}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,10 @@ async def fires(prometheus: Prometheus, alert: str) -> dict[str, str]:
 
 async def empty_panels(prometheus: Prometheus) -> list[str]:
     """That show nothing however often one looks: after a scrape that failed all gauges are empty until the next."""
-    began, empty = time.monotonic(), [one for one in panel_queries(MODEL, "1m") if OF_KEYS not in one[1]]
+    began, empty = (
+        time.monotonic(),
+        [one for one in panel_queries(MODEL, "1m") if not any(name in one[1] for name in NOT_ASKED_FOR)],
+    )
     while True:
         answers = await asyncio.gather(*(prometheus.query(query) for _, query in empty))
         empty = [one for one, answer in zip(empty, answers, strict=True) if not answer]
@@ -268,7 +272,7 @@ async def test_a_tower_that_is_lost_and_mended(service: Service, prometheus: Pro
     assert found.total(cell_metrics.TICKS, tower="denoiser") > before.total(cell_metrics.TICKS, tower="denoiser")
     assert len(found.values(cell_metrics.TICKS, tower="denoiser")) == 1, "one tower, whoever stands for it"
     asked = {selector.name for query in queries() for selector in selectors(query)}
-    asked.discard(OF_KEYS)
+    asked -= NOT_ASKED_FOR
     assert asked <= {name for name, _, _ in found.samples}, "what alerts and panels ask for is there"
     assert all(labels.keys() >= {"NodeAddress", "WorkerId"} for _, labels, _ in found.samples), "alerts name the node"
 

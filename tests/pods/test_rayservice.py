@@ -61,6 +61,7 @@ def test_the_drain_of_a_node(service: RayService) -> None:
     service.load.wait_for_more(SOME, PATIENCE_S)
 
 
+@pytest.mark.long  # tests/cluster/test_changes.py has one on a single host
 def test_a_change_of_configuration(service: RayService) -> None:
     """All cells and routers are replaced. Hosts get requests where they are ready."""
     ready = [service.hosts[name] for name in WORKERS if service.is_ready(name)]

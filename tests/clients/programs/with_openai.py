@@ -29,8 +29,9 @@ ASKED: dict[str, Any] = {
 }
 
 
-def parsed() -> dict[str, Any]:
-    [choice] = CLIENT.chat.completions.parse(**ASKED, response_format=Number).choices
+def parsed(mode: str) -> dict[str, Any]:
+    more = {"diffusion": {"mode": mode}}
+    [choice] = CLIENT.chat.completions.parse(**ASKED, response_format=Number, extra_body=more).choices
     assert isinstance(choice.message.parsed, Number)
     return choice.message.parsed.model_dump()
 
@@ -53,10 +54,11 @@ def plain() -> str:
 
 def refused() -> str:
     try:
-        CLIENT.chat.completions.parse(**ASKED, response_format=Number, extra_body={"diffusion": {"mode": "mock_ar"}})
+        CLIENT.chat.completions.create(**ASKED, frequency_penalty=1.0, extra_body={"diffusion": {"mode": "diffusion"}})
     except openai.BadRequestError as error:
         return str(error.param)
     return "not refused"
 
 
-print(json.dumps({"parsed": parsed(), "streamed": streamed(), "plain": plain(), "refused": refused()}))
+in_modes = {mode: parsed(mode) for mode in ("ar", "verified", "diffusion")}
+print(json.dumps({"parsed": in_modes, "streamed": streamed(), "plain": plain(), "refused": refused()}))
