@@ -80,8 +80,7 @@ Anything but the prompts above gives nonsense. Numbers reach 9999 (roman 3999), 
 records have two to four fields (a description up to four facts and a name), lists up to seven words or six numbers;
 numbers to add have up to four digits, word problems stay below 100, functions have up to three steps. Tables and prose
 have five to eight rows or people, always those that come first in the alphabet of names; `steps` four to eight
-calculations, named a to h; modules four to seven functions of one step, named f g h k m p t in this order. Letters are
-counted in words that the prompt spells, of a list of 140 (`families/letters.py`).
+calculations, named a to h; modules four to seven functions of one step, named f g h k m p t in this order.
 """
 
 

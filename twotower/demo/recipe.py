@@ -101,10 +101,10 @@ def continued() -> Recipe:
     """
     return Recipe(
         context=StageRecipe(
-            train_steps=400, batch_size=24, muon_rate=4e-3, adam_rate=1.2e-3, warmup_steps=20, decay_fraction=0.8
+            train_steps=300, batch_size=24, muon_rate=1e-3, adam_rate=4e-4, warmup_steps=20, decay_fraction=0.8
         ),
         denoiser=StageRecipe(
-            train_steps=1400, batch_size=24, muon_rate=4e-3, adam_rate=1.2e-3, warmup_steps=30, decay_fraction=0.85
+            train_steps=1000, batch_size=24, muon_rate=1.5e-3, adam_rate=5e-4, warmup_steps=30, decay_fraction=0.8
         ),
         mock_ar_every=10,
     )

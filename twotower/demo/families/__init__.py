@@ -9,7 +9,6 @@ from collections.abc import Callable
 from random import Random
 
 from twotower.demo.families.arithmetic import add, problem
-from twotower.demo.families.letters import letters
 from twotower.demo.families.lists import brackets, count, reverse, sort
 from twotower.demo.families.long import module, people, rows, steps
 from twotower.demo.families.numerals import date, number, roman_numeral, words
@@ -33,7 +32,6 @@ FAMILIES: dict[str, Family] = {
     "add": add,
     "problem": problem,
     "code": code,
-    "letters": letters,
     "rows": rows,
     "people": people,
     "steps": steps,
@@ -42,7 +40,7 @@ FAMILIES: dict[str, Family] = {
 LONG = frozenset(("rows", "people", "steps", "module"))
 """Those whose answers run to many blocks."""
 SHARES: dict[str, int] = {
-    "sort": 2, "count": 2, "brackets": 2, "add": 3, "problem": 2, "letters": 3, "rows": 3, "people": 2, "steps": 3,
-    "module": 3,
+    "sort": 2, "count": 2, "brackets": 2, "add": 3, "problem": 2, "table": 2, "rows": 3, "people": 2,
+    "steps": 4, "module": 3,
 }  # fmt: skip
 """How often training draws a family, where that is not once: the harder ones more often."""
