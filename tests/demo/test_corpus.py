@@ -57,7 +57,7 @@ def test_not_one_of_all_the_batches_does() -> None:
             for instance in training_instances(recipe.seed, stage, step, of_stage.batch_size):
                 seen += 1
                 assert instance.prompt not in held, (stage, step)
-    assert seen == (300 + 1000) * 24
+    assert seen == (300 + 800) * 24
 
 
 def test_every_family_appears_as_often_as_its_share_says() -> None:

@@ -104,7 +104,7 @@ def continued() -> Recipe:
             train_steps=300, batch_size=24, muon_rate=1e-3, adam_rate=4e-4, warmup_steps=20, decay_fraction=0.8
         ),
         denoiser=StageRecipe(
-            train_steps=1000, batch_size=24, muon_rate=1.5e-3, adam_rate=5e-4, warmup_steps=30, decay_fraction=0.8
+            train_steps=800, batch_size=24, muon_rate=1.5e-3, adam_rate=5e-4, warmup_steps=30, decay_fraction=0.8
         ),
         mock_ar_every=10,
     )
