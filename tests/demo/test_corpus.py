@@ -221,9 +221,13 @@ def _steps_hold(prompt: str, answer: str) -> bool:
     asked, lines = prompt.split("; "), answer.split("\n")
     for line, calculation in zip(lines, asked, strict=True):
         name, expression = calculation.split()
-        product, total = re.fullmatch(rf"{name}: (.+) (.+)", line).groups()  # type: ignore[union-attr]
+        key, product, total = line.split(" ")
         left, right, added = map(int, re.split(r"[x+]", expression))
-        if product != f"{left}x{right}={left * right}" or total != f"{left * right}+{added}={left * right + added}":
+        if (
+            key != f"{name}:"
+            or product != f"{left}x{right}={left * right}"
+            or total != f"{left * right}+{added}={left * right + added}"
+        ):
             return False
     return 4 <= len(lines) <= 8
 

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from tests.dispatch_mode import DispatchMode
 from tests.flash_stand_ins import ADAPTERS, FlashStandIns, Load, through
 from tests.goldens import CPU, MODELS, Golden, golden
-from twotower.config import ModelConfig
 from twotower.core import (
     BlockEvent,
     DecodingParams,
@@ -41,6 +40,7 @@ from twotower.exchange.protocol import Commit, Prefill
 from twotower.model.cache import Span, TowerCache
 from twotower.model.kernels.flash_attention import ByNumber
 from twotower.model.tower import ContextTower, DenoiserTower
+from twotower.planner.released import RELEASED
 
 NAMES = pytest.mark.parametrize("name", MODELS)
 WAITING = set(
@@ -49,16 +49,7 @@ WAITING = set(
 )
 READS = "item tolist cpu numpy nonzero __bool__ __int__ __float__ __index__".split()
 # The 30B's shapes with fewer layers: one of each kind.
-LARGE = ModelConfig(
-    hybrid_override_pattern="ME*",
-    hidden_size=2688,
-    num_key_value_heads=2,
-    mamba_num_heads=64,
-    n_routed_experts=128,
-    num_experts_per_tok=6,
-    moe_intermediate_size=1856,
-    moe_shared_expert_intermediate_size=3712,
-)
+LARGE = replace(RELEASED, hybrid_override_pattern="ME*")
 
 
 @pytest.fixture(autouse=True)

@@ -11,22 +11,12 @@ from tests.kernels import real
 from twotower.config import ModelConfig
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.kernels import flash_attention, fused_mamba, parity
+from twotower.planner.released import RELEASED
 
 pytestmark = [pytest.mark.kernels, pytest.mark.timeout(300)]
 
 FP32_NOISE = 2e-5  # of the largest value; the interpreter multiplies in fp32, where a GPU uses TF32
-LARGE = ModelConfig(
-    hybrid_override_pattern="M*",
-    hidden_size=2688,
-    num_attention_heads=32,
-    num_key_value_heads=2,
-    head_dim=128,
-    mamba_num_heads=64,
-    mamba_head_dim=64,
-    n_groups=8,
-    ssm_state_size=128,
-    chunk_size=128,
-)
+LARGE = replace(RELEASED, hybrid_override_pattern="M*")
 SMALL = {name: Checkpoint.open(VENDORED / name).config for name in ("tt_moe", "tt_dense")}
 SHAPES = {**SMALL, "30B": LARGE}
 # Less than a chunk, a chunk or a block, and several with a partial one at the end. In two rows, one of them without a

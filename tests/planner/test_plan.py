@@ -39,7 +39,7 @@ def test_published_sizes_of_the_released_model(h200: Planner) -> None:
 
 
 def test_published_cost_of_a_pass(h200: Planner) -> None:
-    """69 of 128 experts touched by 16 tokens, 8.6 ms a pass of one row on an H200."""
+    """A roofline that others derived: 69 of 128 experts touched by 16 tokens, 8.6 ms a pass of one row on an H200."""
     assert uniform(RELEASED)(16) == pytest.approx(69, abs=0.5)
     assert h200.seconds(Kind.DENOISE, 1, 1024) == pytest.approx(8.6e-3, rel=0.02)
 
@@ -72,6 +72,14 @@ def test_more_rows_cost_more_and_longer_contexts_too(h200: Planner) -> None:
     for kind in Kind:
         times = [h200.seconds(kind, rows, 8192) for rows in (1, 4, 16, 64, 256)]
         assert times == sorted(times) and h200.seconds(kind, 16, 131072) > h200.seconds(kind, 16, 8192)
+
+
+def test_a_prompt_is_read_in_the_engines_chunks(h200: Planner) -> None:
+    """512 tokens touch every expert, and meet each weight 32 times as often as a block."""
+    chunk, block = h200.cost(Kind.PREFILL, 1, 1024), h200.cost(Kind.VERIFY, 1, 1024)
+    parts = {part.name: part for part in chunk.parts}
+    assert parts["experts"].bytes == pytest.approx(h200.context.bytes["experts"], rel=1e-6)
+    assert chunk.operations > 0.8 * 32 * block.operations
 
 
 def test_one_row_reads_the_active_experts_only(h200: Planner) -> None:

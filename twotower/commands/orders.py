@@ -49,10 +49,15 @@ class BadLine:
     error: InvalidRequest
 
 
+def directory_of(name: str) -> Path:
+    """Of the checkpoint that is shipped with the library, or the one that is named."""
+    return Path(twotower.__file__).parent / "demo" / "checkpoint" if name == "demo" else Path(name)
+
+
 def open_model(name: str, max_sequence_length: object) -> Model:
     """`demo`, or a directory. Raises CheckpointError, or InvalidRequest for a length that is none."""
     longest = Integer(2).read("max_sequence_length", max_sequence_length)
-    directory = Path(twotower.__file__).parent / "demo" / "checkpoint" if name == "demo" else Path(name)
+    directory = directory_of(name)
     checkpoint = Checkpoint.open(directory)
     defaults = DecodingParams(mode=checkpoint.modes[0])
     limits = ModelLimits(checkpoint.config.vocab_size, longest, checkpoint.modes, defaults)

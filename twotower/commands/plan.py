@@ -3,9 +3,8 @@
 import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 
-import twotower
+from twotower.commands.orders import directory_of
 from twotower.config import ModelConfig
 from twotower.planner.ceilings import Planner
 from twotower.planner.devices import Assumed, device_named
@@ -29,7 +28,7 @@ def plan(options: Namespace) -> int:
 def _config(name: str) -> ModelConfig:
     if name == "30b":
         return RELEASED
-    directory = Path(twotower.__file__).parent / "demo" / "checkpoint" if name == "demo" else Path(name)
+    directory = directory_of(name)
     return ModelConfig.load(directory.parent if directory.name == "config.json" else directory)
 
 

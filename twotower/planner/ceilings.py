@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 
 from twotower.config import ModelConfig
+from twotower.engine.settings import EngineSettings
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.planner.devices import BLOCK, Assumed, Device
 from twotower.planner.passes import Batch, Cost, Kind, Touched, cost, kv_bytes, state_bytes
@@ -47,11 +48,12 @@ class Planner:
     def denoiser(self) -> Weights:
         return weights_of(DenoiserTower, self.config, torch.bfloat16)
 
-    def cost(self, kind: Kind, rows: int, context: int, width: int | None = None) -> Cost:
-        """Of one pass; `width` is a block's, or one position in an `ar` step, unless it is given."""
+    def cost(self, kind: Kind, rows: int, context: int) -> Cost:
+        """Of one pass over a block a row; one position in an `ar` step, as many as the engine reads at once of a
+        prompt."""
         weights = self.denoiser if kind is Kind.DENOISE else self.context
-        positions = width or (1 if kind is Kind.STEP else BLOCK)
-        return cost(kind, self.config, weights, Batch(rows, context, positions), self.touched)
+        width = {Kind.STEP: 1, Kind.PREFILL: EngineSettings().prefill_chunk_tokens}.get(kind, BLOCK)
+        return cost(kind, self.config, weights, Batch(rows, context, width), self.touched)
 
     def seconds(self, kind: Kind, rows: int, context: int) -> float:
         return self.cost(kind, rows, context).seconds(self.device, self.assumed.reached)
