@@ -3,12 +3,14 @@
 Closed-loop clients of one pair in this process. `demo`: held-out prompts of the demo, whose drafts are good. `random`:
 prompts of random token ids, at temperature 1, whose drafts are mostly wrong. `mixed`: both in turns. Each load has a
 pair of its own. Ways take turns in each round, so that what else the machine does hits all alike; ratios are within a
-round. Tokens a CPU second, of this process, are steadier where others share the machine.
+round. Tokens a CPU second, of this process, are steadier where others share the machine. With --served the same clients
+ask a service of its own over gRPC, in that placement; its processes' CPU time is not known.
 
 examples:
   python -m benchmarks.auto
   python -m benchmarks.auto --rounds 1 --clients 1,4 --loads demo
   python -m benchmarks.auto --rounds 3 --loads demo,random --lossless
+  python -m benchmarks.auto --rounds 3 --loads demo,random --lossless --served split
   python -m benchmarks.auto --output benchmarks/results/auto_<hardware>_<date>.md
 """
 
@@ -19,7 +21,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -28,8 +31,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.reference.driver import Measured, drive
-from benchmarks.reference.paths import InProcessPath
+from benchmarks.reference.paths import InProcessPath, Running, ServedPath
 from benchmarks.reference.report import bullets, setup, spread, table
+from benchmarks.reference.service import started
 from benchmarks.reference.workload import DEMO, Workload
 from benchmarks.verified import counts
 from benchmarks.verified_parts.experiment import Kept, identical
@@ -64,7 +68,9 @@ FIXED = {"auto": ("ar", "verified"), "auto, γ 0.8": ("ar", "verified", "diffusi
 
 @dataclass(frozen=True)
 class Plan:
-    """`requests` of a measurement, and so many more for each client."""
+    """`requests` of a measurement, and so many more for each client. `served`: the placement of a service, or None for
+    a pair of this process.
+    """
 
     clients: tuple[int, ...]
     loads: tuple[str, ...]
@@ -73,6 +79,7 @@ class Plan:
     per_client: int
     max_new_tokens: int
     ways: tuple[Way, ...] = WAYS
+    served: str | None = None
 
     @property
     def autos(self) -> list[str]:
@@ -81,6 +88,10 @@ class Plan:
 
     def requests_at(self, clients: int) -> int:
         return self.requests + self.per_client * clients
+
+    def speed(self, run: "Run") -> float:
+        """What the best mode is chosen by."""
+        return run.per_second if self.served else run.per_cpu_second
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +123,32 @@ class Experiment:
     runs: Runs = field(default_factory=dict)
 
     async def run(self) -> None:
-        plan, cpu = self.plan, torch.device("cpu")
-        torch.set_num_threads(1)
-        context = load_context_tower(self.checkpoint, cpu, torch.float32)
-        denoiser = load_denoiser_tower(self.checkpoint, cpu, torch.float32)
-        most = max(plan.clients)
-        settings = EngineSettings(max_sequences=most, max_sequence_length=512, max_queued_requests=4 * most)
+        plan = self.plan
         squares = [(clients, way) for clients in plan.clients for way in plan.ways]
         for load in plan.loads:
-            async with InProcessPath(context, denoiser, settings, threads=1).open() as running:
+            async with self._target() as running:
                 for number in tqdm(range(plan.rounds), desc=load, unit="round"):
                     for clients, way in squares if number % 2 == 0 else squares[::-1]:
                         run = await self._measured(Kept(running), load, clients, way, number)
                         self.runs.setdefault((load, clients, way.name), []).append(run)
+
+    @asynccontextmanager
+    async def _target(self) -> AsyncIterator[Running]:
+        """What answers one load: a pair of this process, or a service that is started for it."""
+        most = max(self.plan.clients)
+        if self.plan.served is not None:
+            settings = [f"cell.placement={self.plan.served}", f"cell.max_sequences={most}"]
+            first = self.requests("demo", WAYS[0], 1, "first")[0]
+            async with started(settings, first) as service, ServedPath(service.address).open() as running:
+                yield running
+            return
+        cpu = torch.device("cpu")
+        torch.set_num_threads(1)
+        context = load_context_tower(self.checkpoint, cpu, torch.float32)
+        denoiser = load_denoiser_tower(self.checkpoint, cpu, torch.float32)
+        limits = EngineSettings(max_sequences=most, max_sequence_length=512, max_queued_requests=4 * most)
+        async with InProcessPath(context, denoiser, limits, threads=1).open() as running:
+            yield running
 
     async def _measured(self, path: Kept, load: str, clients: int, way: Way, number: int) -> Run:
         asked = self.requests(load, way, self.plan.requests_at(clients), f"{number}-{load}-{clients}-{way.name}")
@@ -160,6 +184,7 @@ def render(experiment: Experiment, command: str) -> str:
     """The whole report."""
     plan = experiment.plan
     lines = {
+        "target": f"a service of its own, `{plan.served}`, over gRPC" if plan.served else "a pair in this process",
         "requests": f"{plan.requests} and {plan.per_client} for each client; {plan.rounds} rounds, ways in turns",
         "decoding": f"at most {plan.max_new_tokens} tokens, block 16; demo: greedy, to EOS; random: temperature "
         f"{_TEMPERATURE:g}, EOS ignored; diffusion: γ 0.8",
@@ -195,16 +220,18 @@ def _ratios(experiment: Experiment) -> str:
         for auto in experiment.plan.autos:
             fixed = FIXED[auto]
             of = {name: experiment.runs[load, clients, name] for name in (auto, *fixed)}
-            medians = {name: statistics.median(run.per_cpu_second for run in of[name]) for name in fixed}
-            best = max(fixed, key=lambda name: medians[name])
+            speeds = {name: statistics.median(map(experiment.plan.speed, of[name])) for name in fixed}
+            best = max(fixed, key=lambda name: speeds[name])
             pairs = list(zip(of[auto], of[best], strict=True))
             cells += [best, spread([a.per_second / b.per_second for a, b in pairs], 2)]
-            cells.append(spread([a.per_cpu_second / b.per_cpu_second for a, b in pairs], 2))
+            if not experiment.plan.served:
+                cells.append(spread([a.per_cpu_second / b.per_cpu_second for a, b in pairs], 2))
         rows.append([load, str(clients), *cells])
     heads = {"auto": "best lossless", "auto, γ 0.8": "best of all"}
-    columns = [(heads[auto], f"{auto} ÷ best", "by CPU time") for auto in experiment.plan.autos]
+    by_cpu = () if experiment.plan.served else ("by CPU time",)
+    columns = [(heads[auto], f"{auto} ÷ best", *by_cpu) for auto in experiment.plan.autos]
     told = table(["load", "clients", *chain.from_iterable(columns)], rows)
-    return told + "\n\nThe best by the median of tokens a CPU second; within a round."
+    return told + f"\n\nThe best by the median of tokens a {'CPU ' if by_cpu else ''}second; within a round."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -213,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(
         options.clients, tuple(options.loads.split(",")), options.rounds, options.requests, options.per_client,
         options.max_new_tokens, tuple(way for way in WAYS if way.lossless or not options.lossless),
+        options.served,
     )  # fmt: skip
     experiment = Experiment(plan, Checkpoint.open(DEMO))
     asyncio.run(experiment.run())
@@ -236,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--per-client", type=count, default=2, help="and more for each client (%(default)s)")
     add("--max-new-tokens", type=count, default=64, help="(%(default)s)")
     add("--lossless", action="store_true", help="only ways that give ar's tokens")
+    add("--served", choices=["split", "colocated"], help="through gRPC, of a service in this placement")
     add("--output", type=Path, metavar="FILE.md", help="write the report there")
     return parser
 

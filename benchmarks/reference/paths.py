@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from benchmarks.reference.naive_loop import NaiveLoop
-from twotower.core import Mode, Request
+from twotower.core import Floor, Mode, Request
 from twotower.decoding.stopping import Stopping
 from twotower.engine.in_process import pair_of
 from twotower.engine.pair import Pair
@@ -145,6 +145,7 @@ def _message(request: Request) -> object:
             temperature=params.temperature,
             seed=params.seed,
             ignore_eos=params.ignore_eos,
+            floor=f"FLOOR_{params.floor.name if params.mode is Mode.AUTO else 'UNSPECIFIED'}",
         ),
     )
     if params.mode is Mode.DIFFUSION:
@@ -155,4 +156,6 @@ def _message(request: Request) -> object:
         message.params.block_size = params.block_size
         message.params.draft_steps = params.draft_steps
         message.params.draft_threshold = params.draft_threshold
+    if params.mode is Mode.AUTO and params.floor is Floor.CONFIDENCE:
+        message.params.confidence_threshold = params.confidence_threshold
     return message

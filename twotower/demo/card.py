@@ -16,6 +16,10 @@ EARLIER = {
     "61d0a211aba5ac0c59a66730cb8ffeebda8cf7f49a056f07fe3b3f853875c092": (
         "which commit b5a6ad2 trains from the others, with `--threads 2` and `--train-steps 900 2600`"
     ),
+    "2b29cea3b96b06d46137e216d6cf0d967bf37c69314961304a791f349f0ee7f9": (
+        "which commit 4513ce3 holds in `benchmarks/results/demo_candidate_2026-11-30`; how they were made is in "
+        "`benchmarks/results/demo_training_log_2026-11-30.md`"
+    ),
 }
 """Where weights are that are not in this commit, by their sha256."""
 
@@ -81,6 +85,11 @@ records have two to four fields (a description up to four facts and a name), lis
 numbers to add have up to four digits, word problems stay below 100, functions have up to three steps. Tables and prose
 have five to eight rows or people, always those that come first in the alphabet of names; `steps` four to eight
 calculations, named a to h; modules four to seven functions of one step, named f g h k m p t in this order.
+
+## Licence
+
+Apache-2.0, as the project that made the weights and the text they were trained on. Nothing of the released checkpoint
+is in these weights: only its architecture is the same.
 """
 
 
