@@ -2,9 +2,10 @@
 SHELL := /bin/sh
 PY := .venv/bin/python
 KERNELS_PY := .venv-kernels/bin/python
+SITE_PY := .venv-site/bin/python
 export PYTHON
 
-.PHONY: help env kernels-env deploy-env clients-env serve test test-alone test-cluster test-kernels test-long check check-format check-lint check-types check-imports check-proto check-docs check-chart format proto proto-baseline docs
+.PHONY: help env kernels-env deploy-env clients-env serve test test-alone test-cluster test-kernels test-long check check-format check-lint check-types check-imports check-proto check-docs check-chart format proto proto-baseline docs site-env site
 
 help:
 	@echo "make serve         start the service on this machine; Ctrl-C stops it"
@@ -18,6 +19,7 @@ help:
 	@echo "make proto         regenerate twotower/pb from protos/"
 	@echo "make proto-baseline  at a release: what protos/ says is what later versions may not break"
 	@echo "make docs          write what is made from code: tables of docs/, files of deploy/"
+	@echo "make site          the documents as a site in build/site; a link or an anchor that leads nowhere is an error"
 	@echo "make env           only make the environment"
 	@echo "make deploy-env    make .venv-deploy: helm, hadolint and Kubernetes' schemas, for what deploy/ is checked with"
 	@echo "make clients-env   make .venv-clients: LiteLLM, LangChain, lm-eval and clients for Node, for tests of the interfaces"
@@ -112,3 +114,11 @@ docs: env
 	@$(PY) scripts/tables.py
 	@$(PY) scripts/observability.py
 	@$(PY) scripts/chart.py
+
+site-env:
+	@sh scripts/bootstrap.sh site_env.py
+
+# Documents are few, so all are read anew: a page that is not read again does not check its links.
+site: site-env
+	@echo "The site of the documents"
+	@$(SITE_PY) -m sphinx -q -W --keep-going -E -c docs/site . build/site

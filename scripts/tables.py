@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,15 @@ def metrics(declared: Mapping[str, object]) -> str:
     return table(("metric", "type", "labels", "unit", "meaning"), rows)
 
 
-TABLES = {
+def decisions() -> str:
+    """The decisions, by their files' first lines."""
+    files = sorted((DOCS / "adr").glob("0*.md"))
+    heads = [path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for path in files]
+    return "".join(f"- [{head}]({path.name})\n" for head, path in zip(heads, files, strict=True))
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "adr/README.md": {"decisions": decisions},
     "api.md": {
         "neutral fields": partial(neutral, NEUTRAL),
         "neutral fields of chats": partial(neutral, CHAT_NEUTRAL),
@@ -132,7 +140,8 @@ def stale() -> dict[Path, str]:
     """The files whose tables are not what the code declares, with what they should hold."""
     texts = {DOCS / name: (DOCS / name).read_text(encoding="utf-8") for name in TABLES}
     fresh = {
-        path: written(text, {mark: make() for mark, make in TABLES[path.name].items()}) for path, text in texts.items()
+        path: written(text, {mark: make() for mark, make in TABLES[path.relative_to(DOCS).as_posix()].items()})
+        for path, text in texts.items()
     }
     return {path: text for path, text in fresh.items() if text != texts[path]}
 
@@ -140,7 +149,8 @@ def stale() -> dict[Path, str]:
 def main() -> None:
     found = stale()
     if found and "--check" in sys.argv[1:]:
-        sys.exit(f"not what the code declares; run `make docs`: {', '.join(f'docs/{path.name}' for path in found)}")
+        names = ", ".join(f"docs/{path.relative_to(DOCS)}" for path in found)
+        sys.exit(f"not what the code declares; run `make docs`: {names}")
     for path, text in found.items():
         path.write_text(text, encoding="utf-8")
 
