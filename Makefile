@@ -90,6 +90,7 @@ check-proto: env
 	@echo "Generated stubs"
 	@$(PY) scripts/proto.py --check
 	@$(PY) scripts/compatibility.py --check
+	@$(PY) scripts/grpc_reference.py --check
 
 check-docs: env
 	@echo "Generated tables, rules and dashboard"
@@ -112,6 +113,7 @@ proto-baseline: env
 
 docs: env
 	@$(PY) scripts/tables.py
+	@$(PY) scripts/grpc_reference.py
 	@$(PY) scripts/observability.py
 	@$(PY) scripts/chart.py
 
