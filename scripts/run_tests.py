@@ -21,13 +21,13 @@ MOST = 3  # More failures than these have one cause, which a second run only hid
 _SOME_FAILED = 1  # pytest's status; others say that it was stopped or could not begin
 _TREE = Path(__file__).resolve().parent.parent
 _CACHE = _TREE / ".pytest_cache"
-# Which tests, and how the two workers share them. On a local Ray the tests of a file stay together, because they share
-# what they started; tests/conftest.py puts the files in an order that keeps both workers busy to the end. (`--dist
-# loadgroup` does nothing: xdist 3.8 cannot rename this pytest's tests.)
+# Which tests, and how the two workers share them. Slow ones, and those on a local Ray, stay together by files, because
+# those of a file share what they loaded or started. tests/conftest.py puts files with a Ray in an order that keeps both
+# workers busy to the end. (`--dist loadgroup` does nothing: xdist 3.8 cannot rename this pytest's tests.)
 PARTS = {
     "alone": ("not ray and not slow and not long and not kernels", ("--dist", "worksteal")),
     "cluster": ("ray and not long and not kernels", ("--dist", "loadfile", "--no-loadscope-reorder")),
-    "slow": ("slow and not ray and not long and not kernels", ("--dist", "worksteal")),
+    "slow": ("slow and not ray and not long and not kernels", ("--dist", "loadfile")),
 }
 # Beside a Ray, whose tests mostly wait but want the processor at once when they want it. Whoever gets what is left has
 # longer for each test.
