@@ -2,8 +2,8 @@
 start none). Of several parts the first has the machine, and the others take what time it leaves. A few tests that fail
 are run again, with nothing beside them.
 
-Tests run two at a time on two cores, some kill processes and wait for what follows. What fails twice is wrong. What
-fails once is named at the end, for somebody to look at.
+Several run at a time on two cores, some kill processes and wait for what follows. What fails twice is wrong. What fails
+once is named at the end, for somebody to look at.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ MOST = 3  # More failures than these have one cause, which a second run only hid
 _SOME_FAILED = 1  # pytest's status; others say that it was stopped or could not begin
 _TREE = Path(__file__).resolve().parent.parent
 _CACHE = _TREE / ".pytest_cache"
-# Which tests, and how the two workers share them. Slow ones, and those on a local Ray, stay together by files, because
-# those of a file share what they loaded or started. tests/conftest.py puts files with a Ray in an order that keeps both
-# workers busy to the end. (`--dist loadgroup` does nothing: xdist 3.8 cannot rename this pytest's tests.)
+# Which tests, how many workers and how they share them. Slow ones, and those on a local Ray, stay together by files,
+# because those of a file share what they loaded or started. tests/conftest.py puts files with a Ray in an order that
+# keeps their workers busy to the end. These wait for most of their time, so there are more of them than cores. (`--dist
+# loadgroup` does nothing: xdist 3.8 cannot rename this pytest's tests.)
 PARTS = {
-    "alone": ("not ray and not slow and not long and not kernels", ("--dist", "worksteal")),
-    "cluster": ("ray and not long and not kernels", ("--dist", "loadfile", "--no-loadscope-reorder")),
-    "slow": ("slow and not ray and not long and not kernels", ("--dist", "loadfile")),
+    "alone": ("not ray and not slow and not long and not kernels", 2, ("--dist", "worksteal")),
+    "cluster": ("ray and not long and not kernels", 3, ("--dist", "loadfile", "--no-loadscope-reorder")),
+    "slow": ("slow and not ray and not long and not kernels", 2, ("--dist", "loadfile")),
 }
 # Beside a Ray, whose tests mostly wait but want the processor at once when they want it. Whoever gets what is left has
 # longer for each test.
@@ -68,8 +69,8 @@ class Part:
 
     def start(self, *before: str, more: tuple[str, ...] = (), again: bool = False, quiet: bool = False) -> None:
         """`before`: what pytest's command is given to. `quiet`: its output comes when it has ended."""
-        which, share = PARTS[self.name]
-        how = ("--last-failed",) if again else ("--numprocesses", "2", *share)
+        which, workers, share = PARTS[self.name]
+        how = ("--last-failed",) if again else ("--numprocesses", str(workers), *share)
         kept = ("-o", f"cache_dir={self._cache}", "-m", which)
         command = [*before, sys.executable, "-m", "pytest", "--quiet", *kept, *how, *more]
         self._said = tempfile.TemporaryFile() if quiet else None  # noqa: SIM115  # until it has ended

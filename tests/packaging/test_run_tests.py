@@ -102,7 +102,7 @@ def test_each_test_is_in_one_part(run_tests: ModuleType) -> None:
     """But for those of kernels, and long ones, which have their own commands."""
     for has in ((), ("ray",), ("slow",), ("ray", "slow")):
         marked = {name: name in has for name in ("ray", "slow", "long", "kernels")}
-        parts = [name for name, (which, _) in run_tests.PARTS.items() if eval(which, {}, marked)]
+        parts = [name for name, (which, *_) in run_tests.PARTS.items() if eval(which, {}, marked)]
         assert len(parts) == 1, f"{has}: {parts}"
         for beyond in ("long", "kernels"):
-            assert not any(eval(which, {}, marked | {beyond: True}) for which, _ in run_tests.PARTS.values())
+            assert not any(eval(which, {}, marked | {beyond: True}) for which, *_ in run_tests.PARTS.values())
