@@ -32,7 +32,7 @@ PARTS = {
 }
 # Beside a Ray, whose tests mostly wait but want the processor at once when they want it. Whoever gets what is left has
 # longer for each test.
-_NICENESS, _TIMEOUT_S = 10, 900
+_NICENESS, _TIMEOUT_S = 5, 900
 
 
 def main() -> int:
