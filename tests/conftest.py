@@ -1,4 +1,4 @@
-"""What all tests share: one Ray cluster for the whole run, started when the first test asks for it."""
+"""What all tests share: one Ray cluster for all of a worker's, started when the first test asks for it."""
 
 import gc
 import os
@@ -33,7 +33,9 @@ LONG = (
     "cluster/test_changes.py",
     "cluster/test_survival.py",
     "cluster/test_mending.py",
+    "clients/test_clients.py",
     "commands/test_readme.py",
+    "cluster/test_autoscaling.py",
 )
 
 
@@ -73,6 +75,7 @@ def ray_cluster() -> Iterator[None]:
         address="local",  # not one that happens to run here
         num_cpus=2,
         num_gpus=FAKE_GPUS,
+        object_store_memory=2**27,  # as of `up`: a third of the memory each would be too much for all workers' together
         include_dashboard=False,
         log_to_driver=False,
         _node_ip_address="127.0.0.2",

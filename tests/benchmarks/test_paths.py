@@ -84,6 +84,7 @@ async def test_the_served_path_speaks_our_protocol(model: Golden) -> None:
     assert all(params.max_new_tokens == 16 and params.ignore_eos for params in asked.values())
 
 
+@pytest.mark.slow
 def test_tower_passes_are_timed_on_both_sides(model: Golden) -> None:
     times = compare_forwards(model.context, model.denoiser, 20, 2)
     assert [time.name.split(" [")[0] for time in times] == ["denoiser step", "commit", "AR step", "prompt"]

@@ -117,6 +117,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 async def test_tls_over_http(kind: type, certificates: Path, cells: ScriptedCells) -> None:
     """The server believes only clients that show a certificate."""
@@ -129,6 +130,7 @@ async def test_tls_over_http(kind: type, certificates: Path, cells: ScriptedCell
         await _by_another_name(kind, f"https://{address}", cert, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 async def test_tls_over_grpc(
     kind: type, certificates: Path, cells: ScriptedCells, monkeypatch: pytest.MonkeyPatch

@@ -10,8 +10,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from twotower.demo.corpus import Instance
 
 _CHOICE = """\
@@ -92,6 +90,8 @@ def results(directory: Path) -> dict[str, dict[str, float]]:
 def likelihoods(directory: Path, checkpoint: Path) -> Iterator[tuple[list[int], int, float, bool]]:
     """Of each choice: prompt and continuation as lm-eval tokenized them, where the continuation begins, and what
     lm-eval found."""
+    from transformers import AutoTokenizer  # a second, which whoever collects tests would spend too
+
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     [path] = (directory / "out").rglob("samples_demo_choice_*.jsonl")
     for line in path.read_text().splitlines():

@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.faces.grpc.service import GrpcServer
@@ -65,8 +67,13 @@ class ByteTokenizer:
         return TEMPLATE
 
     def rendered(self, template: str, messages: Sequence[Mapping[str, str]]) -> str:
-        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
-        return compiled.render(messages=messages, add_generation_prompt=True)
+        return _compiled(template).render(messages=messages, add_generation_prompt=True)
+
+
+@cache
+def _compiled(template: str) -> Template:
+    """Hundreds of tests have a model of their own, and each renders the template once to see that it can."""
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
 
 
 def tokens(text: str) -> tuple[int, ...]:

@@ -310,6 +310,7 @@ def _key(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=os.environ)
 
 
+@pytest.mark.slow
 def test_the_command_draws_a_key_and_writes_its_entry(tmp_path: Path) -> None:
     drawn = _key("team-a", "--concurrent-requests", "8", "--priority-from", "-5")
     assert drawn.returncode == 0, drawn.stderr

@@ -71,7 +71,7 @@ def _requests(name: str, draw: random.Random) -> list[Request]:
     return [replace(request, params=replace(request.params, mode=Mode.AUTO)) for request in some]
 
 
-@NAMES
+@pytest.mark.parametrize("name", ["tt_dense", pytest.param("tt_moe", marks=pytest.mark.slow)])
 def test_whatever_is_chosen_the_tokens_are_ars(name: str) -> None:
     """Sampled ones, too; of company the same, and from where a first cell left off."""
     towers, draw = towers_of(name), random.Random(name)

@@ -78,6 +78,7 @@ async def test_states_rounded_on_the_wire_are_within_its_bounds(demo: Towers) ->
         await self_test(pair, tuple(Mode), 60, Expectation.load(DEMO))
 
 
+@pytest.mark.slow
 async def test_without_the_mamba_seed(demo: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
     read = ReadStates.mamba
 

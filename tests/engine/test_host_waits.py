@@ -116,6 +116,7 @@ def test_nor_does_one_through_flash_attention(adapter: Callable[[Load], ByNumber
     assert stand_ins.calls
 
 
+@pytest.mark.slow
 def test_no_pass_needs_a_value_or_a_host_tensor() -> None:
     """On the meta device, at full width: nothing there can be read, so whatever would read it fails."""
     meta = torch.device("meta")

@@ -87,7 +87,7 @@ def _tokens(events: Blocks) -> list[int]:
 
 
 @MODES
-@pytest.mark.parametrize("name", ["tt_dense", "tt_moe"])
+@pytest.mark.parametrize("name", ["tt_dense", pytest.param("tt_moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("split", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_they_are_the_scorers(name: str, mode: Mode, split: bool) -> None:
     """In company with requests of all modes that do not ask, and that ask for more and for less."""

@@ -22,7 +22,7 @@ def _decode(name: str, prompt: list[int], params: DecodingParams) -> Decoded:
     return result
 
 
-@NAMES
+@pytest.mark.parametrize("name", ["tt_dense", pytest.param("tt_moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_where_the_towers_are_equal_mock_ar_is_ar(name: str, temperature: float, tmp_path: Path) -> None:
     tensors = tensors_of(name)

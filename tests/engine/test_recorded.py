@@ -82,7 +82,14 @@ def _prepared(tower: ContextTower | DenoiserTower, memory: TowerCache) -> Record
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("passes_of", [EagerPasses, _prepared, lambda tower, cache: FixedPasses(tower, cache, 3)])
+@pytest.mark.parametrize(
+    "passes_of",
+    [
+        EagerPasses,
+        pytest.param(_prepared, marks=pytest.mark.slow),
+        lambda tower, cache: FixedPasses(tower, cache, 3),
+    ],
+)
 def test_a_pass_for_states_alone_leaves_the_same_ones(name: str, passes_of: Callable[..., Passes]) -> None:
     tower = golden(name).context
     found = []
@@ -120,7 +127,7 @@ def test_a_pass_for_states_alone_runs_nothing_behind_the_last(name: str) -> None
     assert ran == list(range(max(pattern.rfind("M"), pattern.rfind("*"))))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["tt_dense", pytest.param("tt_moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 9])
 def test_a_recorded_step_decides_as_an_eager_one(name: str, rows: int) -> None:
     """Tokens, positions, margins: to the last bit where rows are of the recorded width; with a sampled row, too."""

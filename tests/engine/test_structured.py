@@ -203,7 +203,8 @@ def test_a_process_that_gets_ready_reads_the_tokenizer(monkeypatch: pytest.Monke
     """Before its first request: reading holds the whole process."""
     ready = list[Grammars]()
     monkeypatch.setattr(Grammars, "prepare", lambda self: ready.append(self))
-    runner = colocated_runner(towers_of("demo").context, None, SETTINGS, prepare=True, checkpoint=DEMO)
+    plain = replace(SETTINGS, capture="off")  # a process that records passes takes seconds
+    runner = colocated_runner(towers_of("demo").context, None, plain, prepare=True, checkpoint=DEMO)
     runner.stop()
     assert len(ready) == 1
 

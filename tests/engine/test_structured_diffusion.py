@@ -101,6 +101,7 @@ _words = st.lists(st.lists(st.integers(4, VOCAB - 1), max_size=12).map(tuple), m
 _sharp = st.sampled_from([0.5, 4.0, 20.0])
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(_sharp, st.lists(st.tuples(_params(), _words), min_size=1, max_size=3))
 def test_every_answer_is_a_word_whatever_the_denoiser_thinks(

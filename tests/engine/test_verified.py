@@ -12,7 +12,7 @@ import torch
 from tests.engine.arrangements import ARRANGEMENTS, ByHand, alone
 from tests.engine.decode import SETTINGS, Decoded, decode_all
 from tests.engine.test_determinism import CHECKPOINTS, one_thread, prompt_for, towers_of
-from tests.goldens import MODELS, golden, prompt_ids, the_first_is_quick
+from tests.goldens import golden, prompt_ids, the_first_is_quick
 from twotower.core import BlockEvent, DecodingParams, FailureEvent, FinishReason, Mode, Request, RequestId
 from twotower.decoding.margins import NEAR_TIE
 from twotower.engine.answer import Cost
@@ -23,7 +23,6 @@ from twotower.engine.steps import Step
 from twotower.errors import NumericalError
 
 REQUESTS = 8
-NAMES = pytest.mark.parametrize("name", MODELS)
 __all__ = ["one_thread"]  # a fixture
 
 
@@ -141,7 +140,7 @@ def _counted(pair: ByHand, requests: Sequence[Request], draw: random.Random) -> 
 
 
 @pytest.mark.parametrize("right", [0.0, pytest.param(0.7, marks=pytest.mark.slow), 1.0])
-@NAMES
+@pytest.mark.parametrize("name", ["tt_dense", pytest.param("tt_moe", marks=pytest.mark.slow)])
 def test_whatever_was_drafted_the_tokens_are_ars(name: str, right: float) -> None:
     """The cut falls everywhere in a block, and the states go on from it."""
     towers, draw = towers_of(name), random.Random(f"{name} {right}")

@@ -43,7 +43,9 @@ def _one_by_one(tower: ContextTower, prompt: list[int], tokens: list[int]) -> tu
     return logits, cache.delta([Span(slot, 0, cache.length(slot))])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "recorded" else kind for kind in KINDS]
+)
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_logits_and_states_are_those_of_reading_token_by_token(name: str, kind: str) -> None:

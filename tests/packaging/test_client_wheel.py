@@ -52,6 +52,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return folder / build.build_wheel(str(folder))
 
 
+@pytest.mark.slow
 def test_holds_the_client_alone(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     packed = {name for name in names if ".dist-info/" not in name}
@@ -62,6 +63,7 @@ def test_holds_the_client_alone(wheel: Path) -> None:
     assert wheel.stat().st_size < 100_000
 
 
+@pytest.mark.slow
 def test_its_dependencies_are_light(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
@@ -69,6 +71,7 @@ def test_its_dependencies_are_light(wheel: Path) -> None:
     assert sorted(wanted) == ["googleapis-common-protos", "grpcio", "httpcore2", "httpx2", "protobuf"]
 
 
+@pytest.mark.slow
 def test_it_is_used_without_torch_ray_or_the_service(wheel: Path, tmp_path: Path) -> None:
     """As installed: from its wheel's files, with everything else of ours out of reach."""
     zipfile.ZipFile(wheel).extractall(tmp_path)

@@ -22,6 +22,8 @@ from tests.cluster.test_http import TEXT
 from twotower.errors import InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
+pytestmark = pytest.mark.slow
+
 CASES, MANY = 300, 10_000
 LONGEST = 256
 REFUSED = ("not a readable", "wrong type", "UTF-8")  # words of what is refused before anybody looks at values
