@@ -5,6 +5,7 @@ Knows files and tensors, no tower: `loading.py` says which tensors a tower wants
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -117,7 +118,7 @@ def read(checkpoint: Checkpoint, plan: Plan, targets: Mapping[str, Target], prog
     told = _expected(plan)
     logger.info("%s", told)
     if progress and plan.nbytes >= _BIG_BYTES:
-        tqdm.write(told)
+        tqdm.write(told, file=sys.stderr)
     runs, stop, inference = deque(plan.runs()), threading.Event(), torch.is_inference_mode_enabled()
     bar = tqdm(total=plan.nbytes, desc=f"loading {plan.what}", unit="B", unit_scale=True, disable=not progress)
     counting = threading.Lock()
