@@ -1,6 +1,9 @@
 """The Triton kernel for quantised experts under Triton's interpreter, against the plain product."""
 
 import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -91,3 +94,30 @@ def test_the_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch, bfloat16_dots: No
     product, how = choice._choose_product(candidates)
     assert str(how) == "experts: triton (agrees with torch here)"
     assert product is real.load("twotower.model.kernels.quantised_product").product
+
+
+# Triton compiles for a GPU that is not there, but not in a process that interprets.
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from twotower.model.kernels import quantised_product as ours
+
+tiles = {"N": 2688, "K": 1856, "ROWS": ours.ROWS, "OUTPUTS": ours._OUTPUTS, "BYTES": ours._BYTES}
+kernels = {ours._int8: ("*i8", "*fp32", tiles), ours._int4: ("*u8", "*bf16", tiles | {"HALF": 16})}
+for kernel, (weights, scales, fixed) in kernels.items():
+    types = {"x": "*bf16", "weights": weights, "scales": scales, "ends": "*i32", "out": "*bf16"}
+    source = ASTSource(kernel, types | dict.fromkeys(fixed, "constexpr"), fixed)
+    for capability in (80, 90, 100):
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert made.asm["cubin"] and "mma.sync" in made.asm["ptx"] and ".bf16" in made.asm["ptx"]
+        print(kernel.__name__, capability)
+"""
+
+
+def test_it_compiles_for_gpus_at_the_released_widths() -> None:
+    """With Triton's own assembler: what the interpreter lets pass, such as an annotation, a compiler may not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+    wanted = [f"{kernel} {capability}" for kernel in ("_int8", "_int4") for capability in (80, 90, 100)]
+    assert done.stdout.splitlines() == wanted, done.stderr
