@@ -128,6 +128,7 @@ def test_what_is_quantised_already_is_refused(tmp_path: Path, capsys: Any) -> No
         assert "already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_generate_at_load_and_ahead_say_the_same(tmp_path: Path, capsys: Any) -> None:
     assert _run("demo", tmp_path / "demo-int4", "--experts", "int4", "--group", "16") == 0
     capsys.readouterr()

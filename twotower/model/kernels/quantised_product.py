@@ -2,8 +2,9 @@
 
 Imported only where Triton is. One program makes a strip of one expert's outputs for all its rows, 32 at a time, and
 ends at once where no row goes to that expert. So the host waits for nothing, a CUDA graph can capture it, and a row's
-sums are added in the same order whoever shares the batch. Seen so far: under Triton's interpreter on a CPU, and compiled
-for GPUs of compute capability 8.0, 9.0 and 10.0; never on a GPU.
+sums are added in the same order whoever shares the batch.
+Seen so far: under Triton's interpreter on a CPU, and compiled for GPUs of compute capability 8.0, 9.0 and 10.0; never
+on a GPU.
 """
 
 import torch
