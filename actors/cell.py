@@ -161,11 +161,15 @@ async def start_pair(settings: CellSettings, group: PlacementGroup) -> RunningPa
 
     Raises a TwoTowerError that says what is wrong; then no process is left behind.
     """
-    modes, expected = check_settings(settings), Expectation.load(settings.checkpoint)
+    modes = check_settings(settings)
+    checkpoint = Checkpoint.open(settings.checkpoint, settings.engine.expert_format)
+    expected = Expectation.load(settings.checkpoint)
+    if expected is not None and checkpoint.quantises:
+        logger.warning("self-test: experts are quantised here, so the checkpoint's own sample is left out")
+        expected = None
     towers = CellTowers(settings, group)
     try:
         await towers.start()
-        checkpoint = Checkpoint.open(settings.checkpoint)
         running = RunningPair(settings, towers, modes, expected, checkpoint.fingerprint, checkpoint.vocabulary)
         await running.open()
         return running

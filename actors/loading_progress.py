@@ -1,12 +1,13 @@
 """How far a tower's loading is, in the log: a large one takes minutes, in which its process says nothing else."""
 
 import logging
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from twotower.model.checkpoint import Checkpoint, Reader
-from twotower.model.loading import stored_tensors
+from twotower.model.loading import plan_of
 from twotower.model.tower import ContextTower, DenoiserTower
 
 logger = logging.getLogger(__name__)
@@ -15,23 +16,26 @@ _QUICK_BYTES = 256 * 2**20
 
 
 class LoadingProgress:
-    """Counts the tensors of a tower as they are read, and logs every tenth part."""
+    """Counts the tensors of a tower as readers read them, and logs every tenth part."""
 
     def __init__(self, name: str, total: int) -> None:
         self._name, self._total, self._read = name, total, 0
+        self._counting = threading.Lock()
 
     def add(self) -> None:
-        before, self._read = self._read, self._read + 1
-        if 10 * self._read // self._total > 10 * before // self._total:
-            percent = 100 * self._read // self._total
-            logger.info("loading the %s: %d of %d tensors (%d %%)", self._name, self._read, self._total, percent)
+        with self._counting:
+            before, self._read = self._read, self._read + 1
+            now = self._read
+        if 10 * now // self._total > 10 * before // self._total:
+            percent = 100 * now // self._total
+            logger.info("loading the %s: %d of %d tensors (%d %%)", self._name, now, self._total, percent)
 
 
 @dataclass(frozen=True)
 class ReportedCheckpoint(Checkpoint):
     """A checkpoint that tells of every tensor that was read from it."""
 
-    progress: LoadingProgress
+    progress: LoadingProgress = field(kw_only=True)
 
     def reading(self) -> Reader:
         return _ReportingReader(self, self.progress)
@@ -48,17 +52,11 @@ class _ReportingReader(Reader):
         return tensor
 
 
-def reported(checkpoint: Checkpoint, kind: type[ContextTower] | type[DenoiserTower], dtype: torch.dtype) -> Checkpoint:
-    """The checkpoint to load one tower of this kind from: one that reports where the tower is large."""
-    with torch.device("meta"):
-        tensors = [tensor for _, tensor in stored_tensors(kind(checkpoint.config), checkpoint.layout)]
-    if sum(tensor.numel() for tensor in tensors) * dtype.itemsize <= _QUICK_BYTES:
+def reported(checkpoint: Checkpoint, kind: type[ContextTower] | type[DenoiserTower]) -> Checkpoint:
+    """The checkpoint to load one tower of this kind from: one that reports where the tower is large. Raises
+    CheckpointError where it is not the tower's."""
+    plan = plan_of(checkpoint, kind)
+    if plan.nbytes <= _QUICK_BYTES:
         return checkpoint
-    name = "context tower" if kind is ContextTower else "denoiser tower"
-    return ReportedCheckpoint(
-        checkpoint.directory,
-        checkpoint.config,
-        checkpoint.layout,
-        checkpoint.files,
-        LoadingProgress(name, len(tensors)),
-    )
+    held = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    return ReportedCheckpoint(**held, progress=LoadingProgress(plan.what, len(plan.tensors)))

@@ -14,7 +14,8 @@ from twotower.model.tower import ContextTower, DenoiserTower
 
 def memories(settings: CellSettings) -> list[Memory]:
     """One for each tower process, in the order of their bundles. Raises CheckpointError or ConfigError."""
-    config, dtype = Checkpoint.open(settings.checkpoint).config, pick_dtype(settings.dtype)
+    config = Checkpoint.open(settings.checkpoint, settings.engine.expert_format).config
+    dtype = pick_dtype(settings.dtype)
     on_gpu = parse_device(settings.device).kind == "cuda"
     if settings.placement != "split":
         towers = (ContextTower,) if settings.placement == "ar_only" else (ContextTower, DenoiserTower)

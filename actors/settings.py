@@ -135,7 +135,7 @@ def check_settings(settings: CellSettings, asked: str | None = None) -> tuple[Mo
     `asked`: the placement in the user's words, where it is not the settings' own.
     """
     check_dtype(settings.dtype)
-    checkpoint = Checkpoint.open(settings.checkpoint)
+    checkpoint = Checkpoint.open(settings.checkpoint, settings.engine.expert_format)
     if settings.placement != "ar_only" and checkpoint.layout is not Layout.TWO_TOWER:
         raise ConfigError(
             f"placement: got {(asked or settings.placement)!r} for a {checkpoint.layout} checkpoint, wanted 'ar_only'"

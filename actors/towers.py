@@ -77,7 +77,7 @@ class TowerProcess:
         """Read the weights; then where this process lives. Raises CheckpointError, or ConfigError for a device that is
         not there or has too little memory left."""
         log_to_stderr()
-        self.checkpoint = Checkpoint.open(self.settings.checkpoint)
+        self.checkpoint = Checkpoint.open(self.settings.checkpoint, self.settings.engine.expert_format)
         torch.set_num_threads(threads_for(self.checkpoint.config, self.settings.cores))
         self.device = pick_device(self.settings.device)
         self.dtype = pick_dtype(self.settings.dtype)
@@ -105,10 +105,10 @@ class TowerProcess:
         raise NotImplementedError
 
     def _context_tower(self) -> ContextTower:
-        return load_context_tower(reported(self.checkpoint, ContextTower, self.dtype), self.device, self.dtype)
+        return load_context_tower(reported(self.checkpoint, ContextTower), self.device, self.dtype)
 
     def _denoiser_tower(self) -> DenoiserTower:
-        return load_denoiser_tower(reported(self.checkpoint, DenoiserTower, self.dtype), self.device, self.dtype)
+        return load_denoiser_tower(reported(self.checkpoint, DenoiserTower), self.device, self.dtype)
 
     async def open_line(self) -> Address:
         """Listen for the cell's requests; returns at once with the address to connect to."""

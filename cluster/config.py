@@ -17,6 +17,7 @@ from cluster.sections import CellSection, ClusterSection, DecodeSection, Ingress
 from twotower.core import DecodingParams, Mode
 from twotower.engine.settings import SETTINGS, EngineSettings
 from twotower.errors import ConfigError, InvalidRequest
+from twotower.expert_formats import ExpertFormat
 from twotower.showing import one_line, show, show_name
 from twotower.validation import ModelLimits, check_values, make_request
 
@@ -43,10 +44,19 @@ class ServiceConfig(Section):
             config = cls.model_validate(dict(values))
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
-        problems = [*_wrong_defaults(config), *_too_small_cache(config)]
+        problems = [*_wrong_experts(config)] or [*_wrong_defaults(config), *_too_small_cache(config)]
         if problems:
             raise ConfigError("; ".join(problems))
         return config
+
+
+def _wrong_experts(config: ServiceConfig) -> Iterator[str]:
+    """Two settings that have to go together."""
+    given = dict(config.model)
+    try:
+        ExpertFormat.of(given["experts"], given["expert_group"])
+    except ConfigError as error:
+        yield f"model.{error}"
 
 
 def _wrong_defaults(config: ServiceConfig) -> Iterator[str]:

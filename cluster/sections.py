@@ -32,7 +32,8 @@ Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 _MAY_BE_SPLIT = ("auto", "split")
 _PLAIN: Mapping[type[Kind], Any] = {Integer: int, Number: float, Choice: str}
-_ELSEWHERE = ("max_sequence_length", "max_queued_requests")  # settings of engines that are not of the section `cell`
+_OF_MODEL = ("max_sequence_length", "experts", "expert_group")
+_ELSEWHERE = (*_OF_MODEL, "max_queued_requests")  # settings of engines that are not of the section `cell`
 
 
 class Section(BaseModel):
@@ -88,7 +89,7 @@ def _default_of(parameter: Parameter) -> tuple[Any, object]:
     return kind, Field(parameter.default, description=parameter.meaning)
 
 
-@_with(_told_engines("max_sequence_length"))
+@_with(_told_engines(*_OF_MODEL))
 class ModelSection(Section):
     """What is served."""
 

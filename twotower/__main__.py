@@ -1,4 +1,5 @@
-"""`python -m twotower`: generate text from a checkpoint in this process, measure a service, or plan for a device."""
+"""`python -m twotower`: generate text from a checkpoint in this process, measure a service, plan for a device, or
+quantise a checkpoint's experts."""
 
 import logging
 import sys

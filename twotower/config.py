@@ -3,11 +3,12 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from twotower.errors import CheckpointError
+from twotower.expert_formats import GROUPS, ExpertFormat
 
 LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "MLP"}
 _LAYER_WORDS = {
@@ -76,6 +77,8 @@ class ModelConfig:
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int = 0
+    experts: ExpertFormat | None = None
+    """How routed experts' weights are held, from `quantization_config`; None: in the tower's dtype."""
 
     @property
     def num_layers(self) -> int:
@@ -90,6 +93,12 @@ class ModelConfig:
     def conv_channels(self) -> int:
         """Channels that pass the causal convolution: x, B and C."""
         return self.mamba_width + 2 * self.n_groups * self.ssm_state_size
+
+    def with_experts(self, experts: ExpertFormat | None) -> Self:
+        """The same architecture with experts in another format. Raises CheckpointError where that does not fit."""
+        config = replace(self, experts=experts)
+        config._check_experts()
+        return config
 
     def layers_of(self, kind: str) -> list[int]:
         return [i for i, k in enumerate(self.hybrid_override_pattern) if k == kind]
@@ -119,13 +128,14 @@ class ModelConfig:
         # Where both spellings are there, the released class's own wins.
         given = {_ALIASES[key]: value for key, value in values.items() if key in _ALIASES and value is not None}
         given |= {key: value for key, value in values.items() if value is not None}
-        chosen = {name: given[name] for name in known if name in given}
+        chosen = {name: given[name] for name in known if name in given and name != "experts"}
         if "layers_block_type" in given and "hybrid_override_pattern" not in chosen:
             chosen["hybrid_override_pattern"] = _pattern_of_words(given["layers_block_type"])
         if "time_step_limit" in chosen:
             chosen["time_step_limit"] = _limits(chosen["time_step_limit"])
         for name, value in chosen.items():
             _check_type(name, value, known[name].type)
+        chosen["experts"] = ExpertFormat.of_config(given.get("quantization_config"))
         config = cls(**chosen)
         config._check(given.get("num_hidden_layers"))
         config._check_tokens({**{name: getattr(config, name) for name in _TOKENS}, **given})
@@ -160,6 +170,19 @@ class ModelConfig:
                 )
             if not 0 < self.topk_group <= self.n_group:
                 raise CheckpointError(f"topk_group: got {self.topk_group}, wanted 1 to {self.n_group}")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.experts is None:
+            return
+        if not self.layers_of("E"):
+            raise CheckpointError(f"experts: got {self.experts}, but the pattern has no layers with experts")
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if (misfit := self.experts.misfit(getattr(self, name))) is not None:
+                both = math.gcd(self.hidden_size, self.moe_intermediate_size)
+                fitting = [group for group in GROUPS if both % group == 0]
+                wanted = f"int4 in groups of {' or '.join(map(str, fitting))}, or int8" if fitting else "int8"
+                raise CheckpointError(f"experts: got {self.experts}, but {misfit} ({name}); wanted {wanted}")
 
     def _check_tokens(self, given: Mapping[str, Any]) -> None:
         """An end of sequence that is no token would never be said."""

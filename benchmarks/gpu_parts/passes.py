@@ -106,7 +106,8 @@ class Bench:
         """What a pass must at least read and write: weights (of used experts only), states, keys and values, logits."""
         moved = 0
         experts = iter(used)
-        for name, parameter in self.tower(kind).named_parameters():
+        tower = self.tower(kind)
+        for name, parameter in (*tower.named_parameters(), *tower.named_buffers()):
             if self._spared(kind, name):
                 continue
             if name.endswith("experts.up_proj"):

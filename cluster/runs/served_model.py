@@ -33,7 +33,7 @@ def load_served_model(config: ServiceConfig) -> ServedModel:
     """Raises CheckpointError for a damaged directory or a broken chat template, ConfigError where its modes and the
     configured ones disagree."""
     directory = checkpoint_directory(config.model.checkpoint)
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(directory, config.engine.expert_format)
     modes = tuple(m for m in checkpoint.modes if m is Mode.AR or config.cell.placement != "ar_only")
     limits = ModelLimits(
         vocab_size=checkpoint.config.vocab_size,

@@ -1,10 +1,12 @@
 """A tower process says how far its loading is, where the tower is large. Without Ray."""
 
+import dataclasses
 import logging
 import re
 
 import pytest
 
+from actors.memory import memories
 from actors.settings import CellSettings
 from actors.towers import ColocatedProcess, ContextProcess, DenoiserProcess, TowerProcess
 from tests.goldens import VENDORED
@@ -57,3 +59,19 @@ async def test_every_tenth_part_of_a_large_tower(
 
 async def test_a_small_tower_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
     assert await _said(ContextProcess, "split", caplog) == []
+
+
+async def test_a_process_holds_experts_in_the_format_that_is_set(caplog: pytest.LogCaptureFixture) -> None:
+    """It reads as many tensors as ever, and what it has told of its memory is what it takes."""
+    engine = EngineSettings(capture="off", experts="int4", expert_group=16, max_sequences=2, max_sequence_length=64)
+    settings = CellSettings(str((VENDORED / "tt_moe").resolve()), device="cpu", placement="colocated", engine=engine)
+    process = ColocatedProcess(settings)
+    context, denoiser = process._context_tower, process._denoiser_tower
+    await process.load()
+    process.runner.stop()
+    towers = context(), denoiser()
+    assert "int4 unpacked expert by expert" in towers[0].kernels
+    [told] = memories(settings)
+    assert told.weights == sum(tensor.nbytes for tower in towers for tensor in tower.state_dict().values())
+    plain = dataclasses.replace(settings, engine=EngineSettings(max_sequences=2, max_sequence_length=64))
+    assert told.weights < memories(plain)[0].weights

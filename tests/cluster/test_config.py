@@ -11,8 +11,11 @@ from cluster.config import ServiceConfig, load_config
 from cluster.runs.served_model import load_served_model
 from twotower.engine.settings import SETTINGS
 from twotower.errors import ConfigError, InvalidRequest
+from twotower.expert_formats import ExpertFormat
+from twotower.model.checkpoint import Checkpoint
 from twotower.text.chat_template import Conversation
 
+DEMO = Path(__file__).parents[2] / "twotower" / "demo" / "checkpoint"
 SHIPPED = sorted((Path(__file__).parents[2] / "deploy" / "serve").glob("*.yaml"))
 
 
@@ -27,6 +30,16 @@ def test_shipped_files_parse(file: Path) -> None:
     load_config(file)
 
 
+def test_a_router_tells_weights_by_the_format_of_their_experts() -> None:
+    """As a cell does, which holds them so: neither takes the other's runs over."""
+    plain, ours = ServiceConfig.parse({}), ServiceConfig.parse({"model": {"experts": "int4", "expert_group": 16}})
+    assert ours.engine.expert_format == ExpertFormat(4, 16)
+    told = load_served_model(ours)
+    assert told.fingerprint == Checkpoint.open(DEMO, ExpertFormat(4, 16)).fingerprint
+    assert told.fingerprint != load_served_model(plain).fingerprint
+    assert told.vocabulary == load_served_model(plain).vocabulary
+
+
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("cell: {placement: colocated, max_sequences: 4}\n")
@@ -38,6 +51,9 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["model.expert_group=16"], "model.expert_group: got 16 with experts stored, wanted 0: only int4 has groups"),
+        (["model.experts=int4", "model.expert_group=24"], "model.experts: got 4 bits in groups of 24, wanted 8 bits"),
+        (["model.experts=int3"], "model.experts: got 'int3', wanted one of 'stored', 'int8' or 'int4'"),
         (["cell.placment=split"], "cell.placment: unknown setting; did you mean placement?"),
         (
             ["cluster.target_ongoing_requests=8"],

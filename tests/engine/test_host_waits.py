@@ -37,8 +37,10 @@ from twotower.engine.scores import ScoredRow, ScoreSheet, score_rows
 from twotower.engine.settings import EngineSettings
 from twotower.exchange.local import LocalExchange
 from twotower.exchange.protocol import Commit, Prefill
+from twotower.expert_formats import ExpertFormat
 from twotower.model.cache import Span, TowerCache
 from twotower.model.kernels.flash_attention import ByNumber
+from twotower.model.quantised import QuantisedExperts
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.planner.released import RELEASED
 
@@ -122,6 +124,18 @@ def test_no_pass_needs_a_value_or_a_host_tensor() -> None:
     meta = torch.device("meta")
     with meta:
         context, denoiser = ContextTower(LARGE).bfloat16(), DenoiserTower(LARGE).bfloat16()
+    with NoWaiting():
+        _passes(context, denoiser, meta)
+
+
+def test_nor_does_one_with_quantised_experts() -> None:
+    """Around the product, whose kernel finds the experts' rows on the device, nothing reads a value either."""
+    meta, config = torch.device("meta"), LARGE.with_experts(ExpertFormat(4, 32))
+    with meta:
+        context, denoiser = ContextTower(config).bfloat16(), DenoiserTower(config).bfloat16()
+    for module in (*context.modules(), *denoiser.modules()):
+        if isinstance(module, QuantisedExperts):
+            module.product = lambda x, packed, ends: x.new_empty(x.shape[0], packed.weights.shape[1])
     with NoWaiting():
         _passes(context, denoiser, meta)
 

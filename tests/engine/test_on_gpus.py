@@ -27,6 +27,7 @@ from twotower.engine.pair import Pair
 from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
+from twotower.expert_formats import ExpertFormat
 from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
@@ -136,6 +137,24 @@ async def test_experts_that_make_the_host_wait_are_not_captured(
     with pytest.raises(ConfigError, match=f"capture: got 'on' for experts in {said}.*wanted dtype bfloat16"):
         async with open_pair(VENDORED / "tt_moe", replace(SETTINGS, capture="on"), "cuda:1", dtype):
             pass
+
+
+async def test_quantised_experts_are_captured_through_their_kernel_alone(
+    machine: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32 there is none: refused before weights are read. In bf16 it may not be there, which loading finds out."""
+    machine.capability = (8, 6)
+    settings = replace(SETTINGS, capture="on", experts="int8")
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="for experts in int8 of a model in float32"):
+        patch.setattr(in_process, "load_context_tower", lambda *_: pytest.fail("weights were read"))
+        async with open_pair(VENDORED / "tt_moe", settings, "cuda:1", "float32"):
+            pass
+    tower = load_denoiser_tower(
+        Checkpoint.open(VENDORED / "tt_moe", ExpertFormat(8)), SECOND, torch.bfloat16, kernels="torch"
+    )
+    cache = TowerCache(tower.config, 4, 16, SECOND, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"without the Triton kernel.*int8 unpacked expert by expert \(asked for\)"):
+        passes_for(tower, cache, "on")
 
 
 def test_experts_in_bf16_are_captured(machine: Gpus) -> None:

@@ -13,6 +13,7 @@ from twotower.config import ModelConfig
 from twotower.engine.memory import memory_of
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
+from twotower.expert_formats import ExpertFormat
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.planner.ceilings import Planner
 from twotower.planner.devices import DEVICES, Assumed, device_named
@@ -118,6 +119,57 @@ def test_every_architecture_that_loads_has_a_plan() -> None:
     for config in (dense, ModelConfig(hybrid_override_pattern="M"), ModelConfig(hybrid_override_pattern="*E")):
         planner = Planner(config, DEVICES["b200"])
         assert planner.ar(1, 1024).tokens > 0 and planner.diffusion(1, 1024, 0).tokens > 0
+
+
+# Experts of the released model: 23 layers, 128 of them, two matrices of 1856 x 2688.
+NUMBERS = 23 * 128 * 2 * 1856 * 2688
+
+
+@pytest.mark.parametrize(
+    ("form", "bits"), [(ExpertFormat(8), 8), (ExpertFormat(4, 32), 4.5), (ExpertFormat(4, 64), 4.25)]
+)
+def test_quantised_experts_take_their_bits_and_nothing_else_changes(
+    form: ExpertFormat, bits: float, h200: Planner
+) -> None:
+    ours = replace(h200, config=RELEASED.with_experts(form))
+    assert ours.context.bytes["experts"] == pytest.approx(NUMBERS * bits / 8, rel=2e-3)  # int8 has a scale a channel
+    assert {part: n for part, n in ours.context.bytes.items() if part != "experts"} == {
+        part: n for part, n in h200.context.bytes.items() if part != "experts"
+    }
+    for kind in Kind:
+        mine, theirs = ours.cost(kind, 4, 8192), h200.cost(kind, 4, 8192)
+        spared = (h200.context.bytes["experts"] - ours.context.bytes["experts"]) / h200.context.bytes["experts"]
+        parts = {part.name: part for part in theirs.parts}
+        assert theirs.bytes - mine.bytes == pytest.approx(parts["experts"].bytes * spared, rel=1e-6)
+        assert sum(part.bf16 for part in mine.parts) == pytest.approx(sum(part.bf16 for part in theirs.parts))
+
+
+def test_both_towers_fit_one_gpu_of_80_gb_with_quantised_experts(h200: Planner) -> None:
+    h100 = replace(h200, device=DEVICES["h100"], config=RELEASED.with_experts(ExpertFormat(4, 32)))
+    assert h100.sequences(8192, 2) == 341
+    assert replace(h100, config=RELEASED.with_experts(ExpertFormat(8))).sequences(8192, 2) == 82
+    assert h100.seconds(Kind.DENOISE, 1, 8192) < 0.4 * replace(h200, device=DEVICES["h100"]).seconds(
+        Kind.DENOISE, 1, 8192
+    )
+
+
+def test_unpacking_counts_where_rows_are_many(h200: Planner) -> None:
+    """A weight is unpacked once for 32 rows of its expert; in a prompt's chunk that takes longer than reading it."""
+    ours = replace(h200, config=RELEASED.with_experts(ExpertFormat(4, 32)))
+    few, many = ({part.name: part for part in ours.cost(Kind.PREFILL, rows, 8192).parts}["experts"] for rows in (1, 16))
+    assert many.fp32 == pytest.approx(12 * few.fp32) and few.fp32 == pytest.approx(4 * NUMBERS)
+    assert many.seconds(ours.device) > many.bytes / ours.device.bandwidth
+
+
+def test_plan_takes_a_format(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--device", "h100", "--experts", "int4", "--rows", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "Weights in bf16, experts in int4, groups of 32; GB" in out and "no room" not in out
+    assert main(["plan", "--experts", "int4", "--expert-group", "128"]) == 2
+    assert "groups of 128 do not divide 1856 (moe_intermediate_size); wanted int4 in groups of 16 or 32 or 64" in (
+        capsys.readouterr().err
+    )
+    assert main(["plan", "--experts", "int6"]) == 2
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,10 @@ def _run(options: Namespace) -> int:
         from twotower.commands.plan import plan
 
         return plan(options)
+    if options.command == "quantize":
+        from twotower.commands.quantize import quantize
+
+        return quantize(options)
     # Brings torch, which takes seconds; --help and a mistyped flag need not wait for it.
     from twotower.commands.generate import generate
 

@@ -9,6 +9,7 @@ from twotower.commands.bench.arguments import DESCRIPTION, EPILOG, add_bench_arg
 from twotower.commands.parameter_flags import add_parameter_flags, add_telling_flags
 from twotower.commands.parser import Parser, ids, number
 from twotower.commands.plan_arguments import PLAN, PLAN_EXAMPLES, add_plan_arguments
+from twotower.commands.quantize_arguments import QUANTIZE, QUANTIZE_EXAMPLES, add_quantize_arguments
 
 EXAMPLES = """\
 examples:
@@ -57,6 +58,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    add_quantize_arguments(
+        commands.add_parser(
+            "quantize",
+            help="make a checkpoint whose experts are held in 8 or 4 bits",
+            description=QUANTIZE,
+            epilog=QUANTIZE_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     options = parser.parse_args(arguments)
     if options.command == "generate":
         _check_together(generate, options)
@@ -91,6 +101,14 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         help="prompt and new tokens of a request together, at most (default: 4096)",
     )
     group.add_argument("--dtype", default="float32", help="float32 | bfloat16 (default: float32)")
+    group.add_argument(
+        "--experts",
+        default="stored",
+        help="stored | int8 | int4: quantise experts while they are read; tokens change (default: stored)",
+    )
+    group.add_argument(
+        "--expert-group", type=int, default=0, metavar="N", help="with int4, weights that share a scale (default: 32)"
+    )
     group.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
 
 

@@ -25,6 +25,7 @@ from twotower.engine.in_process import open_pair, pick_device
 from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
+from twotower.expert_formats import ExpertFormat
 from twotower.model.pages import PAGE_TOKENS, pages_for
 from twotower.model.threads import threads_for
 from twotower.text.token_texts import TokenTexts
@@ -52,7 +53,8 @@ def generate(options: Namespace) -> Outcome:
     """Raises InvalidRequest, CheckpointError or ConfigError before a tower is loaded, other TwoTowerErrors after."""
     pick_device(options.device)
     check_dtype(options.dtype)
-    model = open_model(options.checkpoint, options.max_sequence_length)
+    form = ExpertFormat.of(options.experts, options.expert_group)
+    model = open_model(options.checkpoint, options.max_sequence_length, form)
     torch.set_num_threads(threads_for(model.checkpoint.config, torch.get_num_threads()))
     given = given_parameters(options)
     if options.input is None:
@@ -201,6 +203,8 @@ def _pair(options: Namespace, model: Model, orders: Sequence[Order]) -> Abstract
         max_sequence_length=model.limits.max_sequence_length,
         cache_tokens=sum(wanted[:_MAX_SEQUENCES]) * PAGE_TOKENS,
         max_queued_requests=_IN_FLIGHT,
+        experts=options.experts,
+        expert_group=options.expert_group,
     )
     big = model.nbytes > _BIG_CHECKPOINT_BYTES
     return open_pair(model.directory, settings, options.device, options.dtype, progress=big)

@@ -7,6 +7,7 @@ from pathlib import Path
 import twotower
 from twotower.core import LOGPROBS, PARAMETERS, PRIORITY, TRACE, DecodingParams, Request
 from twotower.errors import InvalidRequest
+from twotower.expert_formats import ExpertFormat
 from twotower.model.checkpoint import Checkpoint
 from twotower.parameters import Integer, check_text
 from twotower.strict_json import parse_line, read_lines
@@ -54,11 +55,12 @@ def directory_of(name: str) -> Path:
     return Path(twotower.__file__).parent / "demo" / "checkpoint" if name == "demo" else Path(name)
 
 
-def open_model(name: str, max_sequence_length: object) -> Model:
-    """`demo`, or a directory. Raises CheckpointError, or InvalidRequest for a length that is none."""
+def open_model(name: str, max_sequence_length: object, experts: ExpertFormat | None = None) -> Model:
+    """`demo`, or a directory; `experts`: the format to hold experts in. Raises CheckpointError, or InvalidRequest for a
+    length that is none."""
     longest = Integer(2).read("max_sequence_length", max_sequence_length)
     directory = directory_of(name)
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(directory, experts)
     defaults = DecodingParams(mode=checkpoint.modes[0])
     limits = ModelLimits(checkpoint.config.vocab_size, longest, checkpoint.modes, defaults)
     grammars = Grammars(directory, checkpoint.config.vocab_size, checkpoint.config.eos_token_id)

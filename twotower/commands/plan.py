@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from twotower.commands.orders import directory_of
 from twotower.config import ModelConfig
+from twotower.expert_formats import ExpertFormat
 from twotower.planner.ceilings import Planner
 from twotower.planner.devices import Assumed, device_named
 from twotower.planner.released import RELEASED
@@ -14,7 +15,10 @@ from twotower.planner.report import figures, text
 
 def plan(options: Namespace) -> int:
     """Print the plan. Returns 0: nothing of it can fail by halves. Raises CheckpointError or ConfigError."""
-    planner = Planner(_config(options.checkpoint), device_named(options.device), _assumed(options))
+    config, form = _config(options.checkpoint), ExpertFormat.of(options.experts, options.expert_group)
+    if form is not None:
+        config = config.with_experts(form)
+    planner = Planner(config, device_named(options.device), _assumed(options))
     told = figures(planner, options.rows, options.context)
     if options.json:
         json.dump(told, sys.stdout, indent=1)

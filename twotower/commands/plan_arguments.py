@@ -13,6 +13,8 @@ PLAN_EXAMPLES = """examples:
     python -m twotower plan
   another device, prompts of your own length, tokens a step as `python -m cluster tune` measured them:
     python -m twotower plan --device h100 --context 2048 --tokens-per-step 3.3
+  both towers on one GPU of 80 GB, with experts in 4 bits:
+    python -m twotower plan --device h100 --experts int4
 """
 _MOST_ROWS, _MOST_CONTEXT = 4096, 1 << 24
 
@@ -31,6 +33,12 @@ def add_plan_arguments(parser: Parser) -> None:
         "--rows", type=_counts, default=[1, 4, 16, 64, 256], metavar="N,N", help="sequences of a pass (1,4,16,64,256)"
     )
     parser.add_argument("--context", type=_context, default=8192, metavar="N", help="tokens behind each (8192)")
+    parser.add_argument(
+        "--experts", default="stored", help="format of experts: stored | int8 | int4 (default: stored, bf16 or its own)"
+    )
+    parser.add_argument(
+        "--expert-group", type=int, default=0, metavar="N", help="with int4, weights that share a scale (default: 32)"
+    )
     group = parser.add_argument_group("assumed")
     group.add_argument(
         "--tokens-per-step",

@@ -18,27 +18,31 @@ from twotower.engine.in_process import open_pair
 from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 
-_SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=512, max_queued_requests=10_000)
+SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=512, max_queued_requests=10_000)
 
 
-async def evaluate(directory: Path, ways: Sequence[Way], num_instances: int) -> AsyncIterator[Score]:
+async def evaluate(
+    directory: Path, ways: Sequence[Way], num_instances: int, settings: EngineSettings = SETTINGS
+) -> AsyncIterator[Score]:
     """Scores of a checkpoint, family by family, each decoded in every way, 16 instances at a time.
 
     Raises CheckpointError.
     """
     tokenizer = load_tokenizer(directory)
-    async with open_pair(directory, _SETTINGS, device="cpu") as pair:
+    async with open_pair(directory, settings, device="cpu") as pair:
         for family in families_of(directory):
             instances = held_out(family, num_instances)
             for way in ways:
                 yield Score(family, str(way), tuple(await _ask_all(pair, tokenizer, instances, way)))
 
 
-def evaluate_all(directory: Path, ways: Sequence[Way], num_instances: int) -> list[Score]:
+def evaluate_all(
+    directory: Path, ways: Sequence[Way], num_instances: int, settings: EngineSettings = SETTINGS
+) -> list[Score]:
     """All of `evaluate`'s scores, from outside any event loop."""
 
     async def gather() -> list[Score]:
-        return [score async for score in evaluate(directory, ways, num_instances)]
+        return [score async for score in evaluate(directory, ways, num_instances, settings)]
 
     return asyncio.run(gather())
 
@@ -47,7 +51,7 @@ def wrong_of(directory: Path, instances: Sequence[Instance], way: Way) -> list[I
     """Those that a checkpoint does not get right."""
 
     async def answers() -> list[Answer]:
-        async with open_pair(directory, _SETTINGS, device="cpu") as pair:
+        async with open_pair(directory, SETTINGS, device="cpu") as pair:
             return await _ask_all(pair, load_tokenizer(directory), instances, way)
 
     pairs = zip(instances, asyncio.run(answers()), strict=True)

@@ -123,7 +123,7 @@ async def open_pair(
 
     Raises CheckpointError, or ConfigError for a device that is not there or has too little memory left.
     """
-    opened = Checkpoint.open(checkpoint)
+    opened = Checkpoint.open(checkpoint, settings.expert_format)
     where, kind = pick_device(device), pick_dtype(dtype)
     hosted = (ContextTower, DenoiserTower) if opened.layout is Layout.TWO_TOWER else (ContextTower,)
     memory = memory_of(opened.config, settings, kind, hosted, on_gpu=where.type == "cuda")

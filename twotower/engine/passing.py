@@ -146,7 +146,9 @@ def _attention(config: ModelConfig, dtype: torch.dtype, batch: _Batch, on_gpu: b
 
 
 def _experts(config: ModelConfig, batch: _Batch) -> int:
-    """What goes into the experts and what comes out, once for each expert of a token; the shared expert's own."""
+    """What goes into the experts and what comes out, once for each expert of a token; the shared expert's own. Of
+    quantised ones, one matrix unpacked, in fp32 and in the model's dtype."""
     per_token = config.num_experts_per_tok * (config.hidden_size + config.moe_intermediate_size)
     shared = config.moe_shared_expert_intermediate_size
-    return _COPIES * batch.positions * (per_token + shared) * _FP32
+    unpacked = 3 * config.hidden_size * config.moe_intermediate_size if config.experts is not None else 0
+    return _COPIES * batch.positions * (per_token + shared) * _FP32 + unpacked * _FP32

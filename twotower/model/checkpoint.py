@@ -5,6 +5,7 @@ Knows names and files; `loading.py` turns them into towers.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,17 +18,20 @@ from safetensors import SafetensorError, safe_open
 from twotower.config import ModelConfig
 from twotower.core import Mode
 from twotower.errors import CheckpointError
+from twotower.expert_formats import ExpertFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONTEXT_PREFIX, DENOISER_PREFIX, BASE_PREFIX = "context_tower.", "denoiser_tower.", "backbone."
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # All that transformers reads of a tokenizer, in any of its formats that checkpoints of this layout come with.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
+BYTES_OF = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
+"""The dtypes that tensors of this layout may be stored in."""
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _MAPPED_BYTES = 256 * 2**20
 
@@ -41,22 +45,35 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint directory: its config and the file of every tensor. No tensor is read yet."""
+    """An opened checkpoint directory: its config and the file of every tensor. No tensor is read yet.
+
+    `quantises`: its experts lie there unquantised, and are to be held in `config.experts`' format.
+    """
 
     directory: Path
     config: ModelConfig
     layout: Layout
     files: Mapping[str, Path]
+    quantises: bool = False
 
     @classmethod
-    def open(cls, directory: Path | str) -> Self:
-        """Raises CheckpointError where the directory, its config, its index or a shard is missing or damaged."""
+    def open(cls, directory: Path | str, experts: ExpertFormat | None = None) -> Self:
+        """`experts`: the format to hold experts in; None for the one they are stored in. Raises CheckpointError where
+        the directory, its config, its index or a shard is missing or damaged, or the experts have another format."""
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
         config = ModelConfig.load(directory)
+        quantises = experts is not None and experts != config.experts
+        if quantises and config.experts is not None:
+            raise CheckpointError(
+                f"{directory}: got experts {experts} for a checkpoint whose experts are {config.experts} already, "
+                "wanted `stored` or the checkpoint that it was made from"
+            )
+        if quantises:
+            config = config.with_experts(experts)
         files = _tensor_files(directory)
-        return cls(directory, config, _layout(directory, files), files)
+        return cls(directory, config, _layout(directory, files), files, quantises)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -65,8 +82,11 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Tells checkpoints apart without reading them: config, every shard's size and evenly spaced samples of it."""
+        """Tells weights apart without reading them: config, every shard's size and evenly spaced samples of it, and a
+        format that experts get while they are read."""
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        if self.quantises:
+            digest.update(str(self.config.experts).encode())
         for shard in sorted(set(self.files.values())):
             size = shard.stat().st_size
             digest.update(f"{shard.name} {size}".encode())
@@ -91,6 +111,21 @@ class Checkpoint:
     def reading(self) -> "Reader":
         """Reads tensors; use as a context manager."""
         return Reader(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as a file's header tells of it; `kind` is safetensors' name of its dtype."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    kind: str
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return math.prod(self.shape) * BYTES_OF[self.kind]
 
 
 class Reader:
@@ -120,9 +155,10 @@ class Reader:
         self._mapped += tensor.nbytes
         return tensor
 
-    def shape(self, name: str) -> list[int]:
+    def stored(self, name: str) -> "Stored":
         """From the file's header, without reading the tensor."""
-        return list(self._shard_of(name).get_slice(name).get_shape())
+        file = self._shard_of(name).get_slice(name)
+        return Stored(name, self._checkpoint.files[name], tuple(file.get_shape()), str(file.get_dtype()))
 
     def _shard_of(self, name: str) -> "safe_open":
         path = self._checkpoint.files.get(name)
@@ -137,11 +173,11 @@ class Reader:
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
-    index = directory / _INDEX
+    index = directory / INDEX
     if not index.exists():
-        path = directory / _SINGLE
+        path = directory / SINGLE
         if not path.exists():
-            raise CheckpointError(f"{directory}: neither {_INDEX} nor {_SINGLE} is there")
+            raise CheckpointError(f"{directory}: neither {INDEX} nor {SINGLE} is there")
         return dict.fromkeys(_names_in(path), path)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -152,7 +188,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         present = set(_names_in(path))
         absent = sorted(name for name, file in files.items() if file == path and name not in present)
         if absent:
-            raise CheckpointError(f"{path}: no tensor {absent[0]!r}, which {_INDEX} places there")
+            raise CheckpointError(f"{path}: no tensor {absent[0]!r}, which {INDEX} places there")
     return files
 
 

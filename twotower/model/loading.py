@@ -1,21 +1,22 @@
 """Checkpoint tensors into towers, and towers into checkpoint tensors.
 
-A process that hosts one tower reads only that tower's tensors. It reads one after the other, straight to its device
-and dtype, so a process allocates no more than the tower and one tensor; of a file it maps a bounded part.
+A process that hosts one tower reads only that tower's tensors. Each reader reads one after the other, straight to its
+device and dtype, so a process allocates no more than the tower and one tensor a reader; of a file a reader maps a
+bounded part.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from twotower.config import ModelConfig
 from twotower.errors import CheckpointError
+from twotower.expert_formats import quantised_values
 from twotower.model.checkpoint import (
     BASE_PREFIX,
     CONTEXT_PREFIX,
@@ -24,9 +25,12 @@ from twotower.model.checkpoint import (
     Layout,
 )
 from twotower.model.kernels import choose, install
+from twotower.model.quantised import Packed, quantise
+from twotower.model.reading import FLOATS, Plan, Target, planned, read
 from twotower.model.tower import ContextTower, DenoiserTower, Tower
 
 # Kept in fp32 in a model of any dtype: they are few, and the scan and the router are sensitive to them.
+_KINDS = {torch.int8: ("I8",), torch.uint8: ("U8",)}
 _ALWAYS_FP32 = ("A_log", "D", "dt_bias", "gate.weight", "e_score_correction_bias")
 _IGNORED_PREFIXES = ("mtp.",)
 _DENOISER_OWN = ("lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
@@ -41,7 +45,7 @@ def load_context_tower(
     """
     with torch.device("meta"):
         tower = ContextTower(checkpoint.config)
-    _load(checkpoint, tower, device, dtype, progress, "context tower")
+    _load(checkpoint, tower, device, dtype, progress)
     install(tower, choose(checkpoint.config, device, dtype, kernels))
     return tower
 
@@ -54,7 +58,7 @@ def load_denoiser_tower(
         raise CheckpointError(f"{checkpoint.directory}: a {checkpoint.layout} checkpoint has no denoiser tower")
     with torch.device("meta"):
         tower = DenoiserTower(checkpoint.config)
-    _load(checkpoint, tower, device, dtype, progress, "denoiser tower")
+    _load(checkpoint, tower, device, dtype, progress)
     install(tower, choose(checkpoint.config, device, dtype, kernels))
     return tower
 
@@ -73,6 +77,9 @@ def save_checkpoint(directory: Path, config: ModelConfig, context: ContextTower,
         **asdict(config),
         "num_hidden_layers": config.num_layers,
     }
+    del values["experts"]
+    if config.experts is not None:
+        values |= quantised_values(config.experts)
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -82,7 +89,7 @@ def stored_tensors(tower: Tower, layout: Layout) -> Iterator[tuple[str, Tensor]]
         prefix, _, leaf = name.rpartition(".")
         if prefix.endswith("mixer.experts"):
             part, _, kind = leaf.partition("_")
-            stored = "weight" if kind == "proj" else kind
+            stored = {"proj": "weight", "scale": "weight_scale"}.get(kind, kind)
             for expert, view in enumerate(tensor):
                 yield _file_name(tower, layout, f"{prefix}.{expert}.{part}_proj.{stored}"), view
         elif name == "scale_shift_tables":
@@ -104,41 +111,60 @@ def _file_name(tower: Tower, layout: Layout, name: str) -> str:
     return (BASE_PREFIX if layout is Layout.BASE else CONTEXT_PREFIX) + name
 
 
-def _load(
-    checkpoint: Checkpoint, tower: Tower, device: torch.device, dtype: torch.dtype, progress: bool, what: str
-) -> None:
-    wanted = {_spelling(checkpoint, name): list(view.shape) for name, view in stored_tensors(tower, checkpoint.layout)}
-    _check_names(checkpoint, tower, wanted)
-    in_file_order = sorted(wanted, key=lambda name: str(checkpoint.files[name]))
-    with checkpoint.reading() as reader:
-        for name in in_file_order:
-            if (got := reader.shape(name)) != wanted[name]:
-                raise CheckpointError(
-                    f"{checkpoint.files[name]}: tensor {name!r}: got shape {got}, wanted {wanted[name]}"
-                )
-        materialise(tower, device, dtype)
-        views = {_spelling(checkpoint, name): view for name, view in stored_tensors(tower, checkpoint.layout)}
-        for name in tqdm(in_file_order, desc=f"loading {what}", unit="tensor", disable=not progress):
-            views[name].copy_(reader.tensor(name))
+def plan_of(checkpoint: Checkpoint, kind: type[ContextTower] | type[DenoiserTower]) -> Plan:
+    """What loading a tower of this kind reads. Headers alone are read for it. Raises CheckpointError naming the first
+    tensor that is missing, unexpected, or of another shape or dtype than wanted, and its file."""
+    with torch.device("meta"):
+        tower = kind(checkpoint.config)
+    return _planned(checkpoint, tower)
+
+
+def _planned(checkpoint: Checkpoint, tower: Tower) -> Plan:
+    what = "context tower" if isinstance(tower, ContextTower) else "denoiser tower"
+    targets = _targets(checkpoint, tower)
+    return planned(checkpoint, what, targets, lambda name: _belongs_elsewhere(checkpoint, tower, name))
+
+
+def _load(checkpoint: Checkpoint, tower: Tower, device: torch.device, dtype: torch.dtype, progress: bool) -> None:
+    plan = _planned(checkpoint, tower)
+    materialise(tower, device, dtype)
+    read(checkpoint, plan, _targets(checkpoint, tower), progress)
     tower.requires_grad_(False).eval()
+
+
+def _targets(checkpoint: Checkpoint, tower: Tower) -> dict[str, Target]:
+    """By the name in the files. Where the checkpoint is to be quantised, a packed matrix and its scales come of one
+    tensor."""
+    views = dict(stored_tensors(tower, checkpoint.layout))
+    targets = {}
+    for name, view in views.items():
+        scales = views.get(f"{name}_scale")
+        if checkpoint.quantises and name.endswith(".weight_scale"):
+            continue
+        if checkpoint.quantises and scales is not None:
+            targets[name] = _to_quantise(checkpoint, Packed(view, scales))
+        else:
+            targets[name] = Target(tuple(view.shape), _KINDS.get(view.dtype, FLOATS), view.copy_)
+    return {_spelling(checkpoint, name): target for name, target in targets.items()}
+
+
+def _to_quantise(checkpoint: Checkpoint, packed: Packed) -> Target:
+    form = checkpoint.config.experts
+    assert form is not None
+    outputs, groups, nbytes = packed.weights.shape
+
+    def put(tensor: Tensor) -> None:
+        made = quantise(tensor.to(packed.weights.device), form)
+        packed.weights.copy_(made.weights)
+        packed.scales.copy_(made.scales)
+
+    return Target((outputs, groups * nbytes * 8 // form.bits), FLOATS, put)
 
 
 def _spelling(checkpoint: Checkpoint, name: str) -> str:
     """The name, or the old spelling of it that some files use."""
     old = name.replace(".embeddings.weight", ".embedding.weight")
     return old if name not in checkpoint.files and old in checkpoint.files else name
-
-
-def _check_names(checkpoint: Checkpoint, tower: Tower, wanted: Iterable[str]) -> None:
-    expected = set(wanted)
-    missing = sorted(expected - set(checkpoint.files))
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{checkpoint.directory}: tensor {missing[0]!r} is missing{more}")
-    extra = sorted(n for n in checkpoint.files if n not in expected and not _belongs_elsewhere(checkpoint, tower, n))
-    if extra:
-        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise CheckpointError(f"{checkpoint.files[extra[0]]}: unexpected tensor {extra[0]!r}{more}")
 
 
 def _belongs_elsewhere(checkpoint: Checkpoint, tower: Tower, name: str) -> bool:
@@ -162,4 +188,4 @@ def materialise(tower: Tower, device: torch.device, dtype: torch.dtype) -> None:
             memory = torch.empty(parameter.shape, device=device, dtype=kind)
             setattr(module, name, torch.nn.Parameter(memory, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, device=device, dtype=torch.float32))
+            setattr(module, name, torch.empty(buffer.shape, device=device, dtype=buffer.dtype))

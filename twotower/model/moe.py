@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from twotower.config import ModelConfig
 from twotower.model.layers import Mlp, activation
+from twotower.model.quantised import QuantisedExperts
 
 # Up to this many experts for each one chosen, and this many tokens, computing all of them costs less than sorting.
 _FEW_EXPERTS = 4
@@ -113,7 +114,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate = Router(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config) if config.experts is None else QuantisedExperts(config)
         self.shared_experts = Mlp(
             config.hidden_size,
             config.moe_shared_expert_intermediate_size,

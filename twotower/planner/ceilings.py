@@ -33,7 +33,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Planner:
-    """One checkpoint in bf16 on devices of one kind. `touched`: of the experts; uniform routing where it is None."""
+    """One checkpoint in bf16, with experts in `config.experts`, on devices of one kind. `touched`: of the experts;
+    uniform routing where it is None."""
 
     config: ModelConfig
     device: Device

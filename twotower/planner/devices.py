@@ -41,6 +41,24 @@ class Assumed:
 _ALL = (
     Device("h100", 80 * GB, 3.35 * TB, 989 * TFLOP, 67 * TFLOP, 450 * GB, "NVIDIA H100 data sheet, SXM"),
     Device("h200", 141 * GB, 4.8 * TB, 989 * TFLOP, 67 * TFLOP, 450 * GB, "NVIDIA H200 data sheet, SXM"),
+    Device(
+        "h100-pcie",
+        80 * GB,
+        2.0 * TB,
+        756 * TFLOP,
+        51 * TFLOP,
+        64 * GB,
+        "NVIDIA H100 data sheet and product brief PB-11133, PCIe; the link is PCIe 5 x16, a bridge brings 300 GB/s",
+    ),
+    Device(
+        "h100-nvl",
+        94 * GB,
+        3.9 * TB,
+        835 * TFLOP,
+        60 * TFLOP,
+        300 * GB,
+        "NVIDIA H100 data sheet, NVL; the link is a bridge between two",
+    ),
     Device("b200", 180 * GB, 7.7 * TB, 2250 * TFLOP, 75 * TFLOP, 900 * GB, "NVIDIA HGX B200 data sheet, one of eight"),
     Device(
         "rtx-pro-6000",

@@ -7,6 +7,7 @@ fused need less.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +17,10 @@ from twotower.planner.devices import Device
 from twotower.planner.weights import Weights
 
 _FP32, _BF16 = 4, 2
+_UNPACKING = 4
+"""Operations on a weight that is held in 8 or 4 bits: taken apart, converted, scaled, rounded."""
+UNPACKED_FOR = 32
+"""Rows of an expert that our kernel unpacks a weight for at once (`model/kernels/quantised_product.py`)."""
 Touched = Callable[[float], float]
 """How many experts of a layer so many tokens touch."""
 
@@ -95,7 +100,7 @@ def kv_bytes(config: ModelConfig) -> int:
 
 
 def cost(kind: Kind, config: ModelConfig, weights: Weights, batch: Batch, touched: Touched | None = None) -> Cost:
-    """Of one pass. `weights` are those of the tower that makes it, in bf16."""
+    """Of one pass. `weights` are those of the tower that makes it, in bf16 but for experts in `config.experts`."""
     moved = weights.without_logits if kind is Kind.COMMIT else weights.bytes
     experts = (touched or uniform(config))(batch.positions)
     return Cost(
@@ -121,7 +126,10 @@ def _dense(config: ModelConfig, moved: dict[str, int], batch: Batch) -> list[Par
 def _experts(config: ModelConfig, weights: Weights, moved: dict[str, int], batch: Batch, touched: float) -> Part:
     layers = moved["experts"] / (weights.expert * config.n_routed_experts) if weights.expert else 0
     met = batch.positions * config.num_experts_per_tok
-    return Part("experts", layers * weights.expert * touched, layers * weights.expert / _BF16 * 2 * met)
+    numbers = layers * weights.expert_numbers
+    times = math.ceil(met / touched / UNPACKED_FOR) if touched else 0
+    unpacking = _UNPACKING * numbers * touched * times if config.experts is not None else 0
+    return Part("experts", layers * weights.expert * touched, numbers * 2 * met, unpacking)
 
 
 def _mamba_states(kind: Kind, config: ModelConfig, batch: Batch) -> Part:

@@ -17,6 +17,7 @@ def figures(planner: Planner, rows: Sequence[int], context: int) -> Figures:
     """All of a plan: bytes, seconds, tokens a second. `rows`: sequences of a pass; `context`: tokens behind each."""
     return {
         "device": planner.device.name,
+        "experts": None if planner.config.experts is None else str(planner.config.experts),
         "context": context,
         "assumed": {name: getattr(planner.assumed, name) for name in planner.assumed.__slots__},
         "weights": {"context": planner.context.bytes, "denoiser": planner.denoiser.bytes},
@@ -78,7 +79,8 @@ def _lines(plan: Figures, source: str) -> Iterator[str]:
         f"the memory stays free; diffusion fixes {assumed['tokens_per_step']:g} tokens a step; verified keeps "
         f"{assumed['tokens_per_round']:g} tokens a round, which takes {assumed['draft_steps']:g} steps and a check."
     )
-    yield from ("", "Weights in bf16, GB")
+    experts = f", experts in {plan['experts']}" if plan["experts"] else ""
+    yield from ("", f"Weights in bf16{experts}; GB")
     parts = plan["weights"]["context"]
     yield from _table(
         ["tower", *parts, "all"],

@@ -24,6 +24,8 @@ class Weights:
     without_logits: dict[str, int]
     expert: int
     """Bytes of one routed expert of one layer."""
+    expert_numbers: int
+    """Weights of it, whatever they are held in."""
 
     @property
     def total(self) -> int:
@@ -44,7 +46,8 @@ def weights_of(kind: type[ContextTower] | type[DenoiserTower], config: ModelConf
             spared[part] += tensor.nbytes
     layers = len(config.layers_of("E"))
     expert = whole["experts"] // (layers * config.n_routed_experts) if layers else 0
-    return Weights(dict(whole), {part: whole[part] - spared[part] for part in PARTS}, expert)
+    numbers = 2 * config.hidden_size * config.moe_intermediate_size
+    return Weights(dict(whole), {part: whole[part] - spared[part] for part in PARTS}, expert, numbers)
 
 
 def _part(config: ModelConfig, name: str) -> str:

@@ -23,6 +23,7 @@ from twotower.model.kernels import flash_attention, fused_mamba, parity
 from twotower.model.kernels.folded_attention import attend_folded
 from twotower.model.mamba import Convolve, MambaKernels, MambaMixer, Scan, Step
 from twotower.model.moe import grouped_products_wait
+from twotower.model.quantised import GroupedProduct, QuantisedExperts, plain_product
 from twotower.model.tower import Tower
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Kernels:
     mamba: MambaKernels
     attend: Attend
     choices: tuple[Choice, ...]
+    product: GroupedProduct = plain_product
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.choices))
@@ -75,7 +77,8 @@ def choose(
     candidates = _Candidates(config, device, dtype, wanted, load)
     mixer, how_mixer = _choose_mixer(candidates)
     attention, how_attention = _choose_attention(candidates)
-    return Kernels(mixer, attention, (*how_mixer, *how_attention, _experts(device, dtype)))
+    product, how_experts = _choose_product(candidates)
+    return Kernels(mixer, attention, (*how_mixer, *how_attention, how_experts), product)
 
 
 def install(tower: Tower, kernels: Kernels) -> None:
@@ -85,6 +88,8 @@ def install(tower: Tower, kernels: Kernels) -> None:
             module.kernels = kernels.mamba
         elif isinstance(module, Attention):
             module.attend = kernels.attend
+        elif isinstance(module, QuantisedExperts):
+            module.product = kernels.product
     tower.kernels = str(kernels)
     logger.info("%s kernels: %s", type(tower).__name__, kernels)
 
@@ -136,6 +141,11 @@ class _Candidates:
             raise _Declined("no grouped heads to fold")
         return attend_folded
 
+    def product(self) -> GroupedProduct:
+        self._allowed(bfloat16_only=True)
+        product: GroupedProduct = self._module("twotower.model.kernels.quantised_product").product
+        return product
+
     def _allowed(self, bfloat16_only: bool) -> None:
         if self.wanted == "torch":
             raise _Declined("asked for")
@@ -186,6 +196,19 @@ def _choose_attention(candidates: _Candidates) -> tuple[Attend, tuple[Choice, ..
     }
     attention, how = _first("attention", by_number, deviations, masked, how_masked.implementation)
     return attention, (how, how_masked)
+
+
+def _choose_product(candidates: _Candidates) -> tuple[GroupedProduct, Choice]:
+    config, device, dtype = candidates.config, candidates.device, candidates.dtype
+    if config.experts is None:
+        return plain_product, _experts(device, dtype)
+    return _first(
+        "experts",
+        {"triton": candidates.product},
+        lambda kernel: parity.product_deviations(kernel, config, device, dtype),
+        plain_product,
+        f"torch, {config.experts.word} unpacked expert by expert",
+    )
 
 
 def _first(

@@ -15,12 +15,14 @@ from twotower.config import ModelConfig
 from twotower.model import mamba
 from twotower.model.attention import Attend, attend
 from twotower.model.mamba import Convolve, Scan, ScanInputs, Step
+from twotower.model.quantised import GroupedProduct, Packed, plain_product, quantise
 
 # Of the largest value. Three bf16 roundings make 3 · 2⁻⁹ ≈ 6e-3 (torch's convolution rounds twice, a fused one once).
 # TF32 products make less. A wrong kernel is off by its whole output.
 TOLERANCE = 1e-2
 LENGTHS = (1, 2, 16, 24, 130)  # a step, less than a chunk, a block, a chunk and a half, more than one chunk
 _ROWS = 3
+_ROWS_OF_EXPERTS = (5, 0, 1, 33, 16)
 _CACHED = (37, 1040)  # by the row that has read most: within one tile of a kernel, and enough to be shared out
 
 
@@ -109,6 +111,23 @@ def _queries_keys_values(
         (room, config.num_key_value_heads),
     ):
         yield torch.randn(_ROWS, count, heads, config.head_dim, generator=random, device=device).to(dtype)
+
+
+def product_deviations(
+    replacement: GroupedProduct, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, float]]:
+    """Both products of a few experts: of no row, one, a tile of the kernel and two. The plain one in fp32."""
+    form = config.experts
+    assert form is not None
+    random = _generator(device)
+    ends_E = torch.tensor(_ROWS_OF_EXPERTS, device=device).cumsum(0).int()
+    inner, hidden = config.moe_intermediate_size, config.hidden_size
+    for part, outputs, inputs in (("up", inner, hidden), ("down", hidden, inner)):
+        made = [quantise(torch.randn(outputs, inputs, generator=random, device=device), form) for _ in _ROWS_OF_EXPERTS]
+        packed = Packed(*(torch.stack(parts) for parts in zip(*made, strict=True)))
+        x_TK = torch.randn(sum(_ROWS_OF_EXPERTS), inputs, generator=random, device=device).to(dtype)
+        plain = plain_product(x_TK.float(), packed, ends_E)
+        yield f"{part} [{len(x_TK)},{inputs}] in {form}", _off(replacement(x_TK, packed, ends_E), plain)
 
 
 def scan_inputs(config: ModelConfig, length: int, device: torch.device) -> tuple[ScanInputs, Tensor]:
