@@ -1,6 +1,7 @@
 """A whole cluster under a load, from its first request until the last one has ended."""
 
 import asyncio
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -77,6 +78,7 @@ class Cluster:
         self.setting, self._told = setting, told
         self._seed, self.book = seed, Book()
         self.random = Random(f"cluster/{seed}")
+        random.seed(f"product/{seed}")  # the product draws where a call begins
         self.controller = Controller(
             setting.config, self._cell, setting.pace, Random(f"controller/{seed}"), setting.scales
         )
@@ -94,23 +96,23 @@ class Cluster:
 
     def _router(self, number: int) -> SimRouter:
         setting = self.setting
-        random = Random(f"router/{self._seed}/{number}")
-        return SimRouter(number, setting.config, setting.pace, setting.router_costs, self.book, random)
+        drawn = Random(f"router/{self._seed}/{number}")
+        return SimRouter(number, setting.config, setting.pace, setting.router_costs, self.book, drawn)
 
     async def open_loop(
         self, rates: Sequence[tuple[float, float]], until: float, draw: Callable[[Random], Asked],
         happenings: Sequence[Happening] = (),
     ) -> Result:  # fmt: skip
         """Poisson arrivals. `rates`: from when on how many a second."""
-        loop, random = asyncio.get_running_loop(), Random(f"load/{self._seed}")
+        loop, drawn = asyncio.get_running_loop(), Random(f"load/{self._seed}")
         for one in happenings:
             loop.call_at(one.at, one.do, self)
         watching = loop.create_task(self._watch())
         async with asyncio.TaskGroup() as requests:
-            for due in arrivals(rates, until, random):
+            for due in arrivals(rates, until, Random(f"times/{self._seed}")):
                 await asyncio.sleep(due - loop.time())
-                router, caller = random.choice(self.routers), random.choice(self._callers)
-                requests.create_task(self._one(router, caller, draw(random)))
+                router, caller = drawn.choice(self.routers), drawn.choice(self._callers)
+                requests.create_task(self._one(router, caller, draw(drawn)))
         return await self._ended(watching)
 
     async def closed_loop(self, clients: int, asked: Sequence[Asked], overhead_s: float = 0.0) -> Result:
@@ -181,10 +183,10 @@ class Cluster:
         return moment
 
 
-def arrivals(rates: Sequence[tuple[float, float]], until: float, random: Random) -> Iterator[float]:
+def arrivals(rates: Sequence[tuple[float, float]], until: float, drawn: Random) -> Iterator[float]:
     """When requests come: a Poisson process whose rate changes in steps."""
     ends = [*(start for start, _ in rates[1:]), until]
     for (start, rate), end in zip(rates, ends, strict=True):
         at = start
-        while rate > 0 and (at := at + random.expovariate(rate)) < end:
+        while rate > 0 and (at := at + drawn.expovariate(rate)) < end:
             yield at

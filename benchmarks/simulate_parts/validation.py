@@ -161,7 +161,7 @@ def passes_by_rows(rows: Sequence[int]) -> dict[str, Line]:
         load(checkpoint, device, torch.float32, False) for load in (load_context_tower, load_denoiser_tower)
     )
     bare = Bare(context, denoiser, [list(range(10, 26))] * max(rows))  # type: ignore[arg-type]
-    seconds = [bare.seconds(number, _REPETITIONS) for number in rows]
+    seconds = [bare.seconds(number, _REPETITIONS, (STEP, COMMIT)) for number in rows]
     first = seconds[0].of
     return {
         kind: Line(tuple((one.rows, max(1.0, one.of[kind] / first[kind])) for one in seconds))

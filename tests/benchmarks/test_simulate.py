@@ -105,7 +105,14 @@ def test_a_router_before_cells_of_one_slot_is_m_d_c(cells: int, load: float) -> 
     assert mean(one.latency_s - 1.0 for one in result.outcomes[100:]) == pytest.approx(wanted, rel=0.2)
 
 
-def small(seed: int, happenings: tuple[Happening, ...] = (), scales: bool = False, denoisers: int = 0) -> Result:
+def small(
+    seed: int,
+    happenings: tuple[Happening, ...] = (),
+    scales: bool = False,
+    denoisers: int = 0,
+    answers: list[int] | None = None,
+) -> Result:
+    """`answers`: where the tokens of what is asked are noted."""
     made = Setting(
         config(3, slots=2, most=6, num_routers=2, downscale_delay_s=3.0, upscale_delay_s=1.0),
         COSTS,
@@ -117,18 +124,17 @@ def small(seed: int, happenings: tuple[Happening, ...] = (), scales: bool = Fals
         denoisers=denoisers,
     )
 
+    def drawn(random: Random) -> Asked:
+        answer = random.randrange(1, 200)
+        if answers is not None:
+            answers.append(answer)
+        return Asked(random.randrange(1, 900), answer, steps_of(blocks_of(answer), 5.6, random))
+
     async def run() -> Result:
         cluster = Cluster(made, seed)
-        return await cluster.open_loop(
-            [(0.0, 4.0), (4.0, 12.0), (8.0, 2.0)], 12.0, lambda random: _drawn(random), happenings
-        )
+        return await cluster.open_loop([(0.0, 4.0), (4.0, 12.0), (8.0, 2.0)], 12.0, drawn, happenings)
 
     return simulated(run())
-
-
-def _drawn(random: Random) -> Asked:
-    answer = random.randrange(1, 200)
-    return Asked(random.randrange(1, 900), answer, steps_of(blocks_of(answer), 5.6, random))
 
 
 def test_nothing_is_lost_and_nothing_leaks_while_cells_come_go_and_die() -> None:
@@ -151,9 +157,10 @@ def _first(cluster: Cluster) -> SimCell:
 
 @pytest.mark.parametrize("denoisers", [0, 2])
 def test_the_same_seed_gives_the_same_and_every_token_comes_once(denoisers: int) -> None:
-    first, again = (small(7, denoisers=denoisers) for _ in range(2))
-    assert [one.tokens for one in first.outcomes] and len(first.outcomes) == len(again.outcomes)
-    assert sum(one.tokens for one in first.outcomes) == sum(one.tokens for one in again.outcomes)
+    answers = list[int]()
+    first, again = (small(7, denoisers=denoisers, answers=told) for told in (answers, None))
+    assert first.outcomes == again.outcomes and first.moments == again.moments
+    assert sum(one.tokens for one in first.outcomes) == sum(answers)
     assert not any(first.left.values())
 
 
