@@ -17,7 +17,7 @@ _HEAD = (
     "tokens/s",
     "first token p50 / p99, s",
     "whole answer p50 / p99, s",
-    "longest gap p99, s",
+    "longest gap of an answer, p99 / most, s",
     "moved / resumed",
     "cells least–most",
     "rows a pass",
@@ -70,7 +70,7 @@ def _row(ran: Ran) -> list[str]:
     return [
         ran.scenario.name, str(ran.routers), str(len(result.outcomes)), _failed(result.outcomes),
         f"{sum(one.tokens for one in good) / max(result.seconds, 1e-9):.0f}",
-        f"{first.p50:.2f} / {first.p99:.2f}", f"{whole.p50:.2f} / {whole.p99:.2f}", f"{gaps.p99:.2f}",
+        f"{first.p50:.2f} / {first.p99:.2f}", f"{whole.p50:.2f} / {whole.p99:.2f}", f"{gaps.p99:.2f} / {gaps.most:.2f}",
         f"{sum(one.moves for one in result.outcomes)} / {sum(one.resumes for one in result.outcomes)}",
         f"{min(cells)}–{max(cells)}", f"{_mean([moment.rows for moment in during]):.2f}",
         str(max(moment.most_rows for moment in during)), f"{100 * _mean([moment.busy for moment in during]):.0f} %",

@@ -9,6 +9,7 @@ What is measured, and nothing else is fitted:
 import argparse
 import asyncio
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -39,7 +40,6 @@ from twotower.model.loading import load_context_tower, load_denoiser_tower
 WITHIN = 0.15
 _ROWS, _REPETITIONS, _WARM_UP = (1, 2, 4, 8, 16, 32), 60, 128
 _LOCAL = ("127.0.0.1", "localhost", "::1")
-_TOWERS = ("Colocated", "Context", "Denoiser")
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,17 +250,14 @@ def _load(url: str, clients: int, requests: int, seed: int) -> Watched:
 
 
 def _cpu_beside_towers() -> float:
-    """Of all replicas of Serve on this machine. Raises ConfigError where there are none."""
+    """Of routers and cells on this machine: towers have processes of their own. Raises ConfigError without any."""
     seconds, found = 0.0, 0
     for process in psutil.process_iter(["name", "cmdline"]):
         title = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
-        if title.startswith("ray::") and not any(name in title for name in _TOWERS):
-            try:
+        if title.startswith("ray::ServeReplica"):
+            with suppress(psutil.Error):
                 times = process.cpu_times()
-            except psutil.Error:
-                continue
-            found += "ServeReplica" in title
-            seconds += times.user + times.system
+                seconds, found = seconds + times.user + times.system, found + 1
     if not found:
         raise ConfigError("--validate: found no process of Ray Serve, wanted a service on this machine")
     return seconds

@@ -1,14 +1,19 @@
 """What the model takes from a service's answers, and what it makes of them; without a service."""
 
+import asyncio
+from pathlib import Path
 from random import Random
 
 import pytest
 
+from benchmarks.simulate_parts import validation
 from benchmarks.simulate_parts.costs import Line
 from benchmarks.simulate_parts.validation import Beside, Fitted, Validation, Watched, _beside, fit, modelled, validate
 from benchmarks.verified_parts.bare import COMMIT, STEP
+from tests.cluster.fakes import ScriptedCells, generation, grpc_server
 from twotower.commands.bench.load import Load
 from twotower.commands.bench.samples import Pass, Sample
+from twotower.core import Mode
 from twotower.errors import ConfigError
 from twotower_client import Usage
 
@@ -67,3 +72,22 @@ def test_both_are_told_side_by_side() -> None:
 def test_a_service_elsewhere_is_refused() -> None:
     with pytest.raises(ConfigError, match="wanted a service on this machine"):
         validate("grpc://example.org:50051", (1,), 10, 1, ())
+
+
+@pytest.mark.slow
+async def test_the_load_goes_to_a_service_and_the_same_requests_into_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over gRPC, to cells that play a script. CPU time and passes are made up: there are no processes of Serve."""
+    spent = iter(float(number) for number in range(100))
+    monkeypatch.setattr(validation, "_cpu_beside_towers", lambda: next(spent) / 100)
+    monkeypatch.setattr(validation, "passes_by_rows", lambda rows: ROWS)
+    cells = ScriptedCells()
+    async with grpc_server(generation(cells)) as (address, _):
+        found = await asyncio.to_thread(validate, f"grpc://{address}", (1, 4), 12, 1, ())
+    assert [one.clients for one in found.beside] == [1, 4] and len(cells.requests) == 12 * 3
+    assert {request.params.mode for request in cells.requests} == {Mode.DIFFUSION}
+    assert all(one.tokens_per_s[1] > 0 and one.p99[1] > 0 for one in found.beside)
+    assert "| 4 | " in found.text("command")
+    found.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
