@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +55,30 @@ def prompts_at_once(config: ServiceConfig) -> int:
     return max(1, config.engine.max_sequences // 2)
 
 
-def admission(config: ServiceConfig) -> Admission:
+def admission(config: ServiceConfig, clock: Callable[[], float] = time.monotonic) -> Admission:
     """What all cells decode at once, and this router's part of what may wait for them. A cell's own ledger has the
     last word."""
     engine, cluster = config.engine, config.cluster
     waiting = math.ceil(engine.max_queued_requests / cluster.routers)
     capacity = cluster.max_cells * (engine.max_sequences + waiting)
-    return Admission(capacity, cluster.min_cells * engine.max_sequences)
+    return Admission(capacity, cluster.min_cells * engine.max_sequences, clock)
 
 
-def turns(config: ServiceConfig, lines: CellLines) -> Turns:
+def turns(config: ServiceConfig, lines: CellLines, clock: Callable[[], float] = time.monotonic) -> Turns:
     """Requests go to the cells up to what they decode at once, and a few more, so that no slot is empty meanwhile. The
-    others wait here, where their order can still change and a new cell finds them."""
-    engine = config.engine
+    others wait here, where their order can still change and a new cell finds them.
+
+    A router has its equal part of these places always, and more while the cells hold less than all routers may send.
+    """
+    engine, routers = config.engine, config.cluster.routers
     ahead, fewest = min(math.ceil(engine.max_sequences / _AHEAD), engine.max_queued_requests), config.cluster.min_cells
-    return Turns(lambda: sum(slots + ahead for slots in lines.slots()), fewest * engine.max_sequences)
+
+    def most() -> int:
+        cells = lines.sums
+        places = cells.slots + ahead * cells.cells
+        return min(places, max(math.ceil(places / routers), cells.own + places - cells.held))
+
+    return Turns(most, fewest * engine.max_sequences, clock)
 
 
 def door(config: ServiceConfig) -> Door:

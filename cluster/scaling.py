@@ -19,6 +19,7 @@ from twotower.errors import TwoTowerError
 MARGIN = 0.75  # cells go when the others stay below so much of the fullness at which another would come
 LONG_WAIT_S = 5.0  # whoever waits longer wants another cell, whatever the numbers say
 WORKING = 0.5  # busy share from which on full cells want another, though nobody waits
+SHED = 4  # of so many cells one goes at a time, while any request runs
 _SILENCE_S = 5.0  # then what a cell has said counts no more
 _ASKING_S = 1.0  # for what towers may take to answer
 _ROUNDING = 1e-6
@@ -49,7 +50,9 @@ class Load:
 def wanted(loads: Sequence[Load], target: int, fullness: float, queued: float = 0.0) -> int:
     """How many cells, of which `target` are there or on their way. `queued`: requests that wait inside Serve.
 
-    As many as are filled to `fullness` by all that runs and waits. Fewer than now only where they stay well below it.
+    As many as are filled to `fullness` by all that runs and waits. Fewer than now only where they stay well below it,
+    and a quarter fewer than answer at most: on fewer cells each pass has more rows and takes longer, so more requests
+    run at a time than before. How many more is seen before others go.
     """
     if not loads:
         return target
@@ -66,6 +69,8 @@ def wanted(loads: Sequence[Load], target: int, fullness: float, queued: float = 
     if max(up, least) > target:
         return max(up, least)
     down = math.ceil(need / (fullness * MARGIN) - _ROUNDING)
+    if need:
+        down = max(down, len(loads) - max(1, len(loads) // SHED))
     return min(target, max(down, least))
 
 

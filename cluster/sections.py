@@ -190,7 +190,7 @@ class ClusterSection(Section):
     upscale_delay_s: NonNegative = Field(default=2.0, description="how long it fills more before another cell starts")
     downscale_delay_s: NonNegative = Field(
         default=120.0,
-        description="how long the others stay below three quarters of that before a cell ends",
+        description="how long the others stay below three quarters of that before cells end, a quarter at a time",
     )
     start_tries: Annotated[int, Field(ge=1, le=20)] = Field(
         default=1,

@@ -53,10 +53,10 @@ class Bare:
             PROMPT: lambda: self._decide(self._reads.run(self._slots[:1], self._blocks[:1], want=Want.HIDDEN)[:, -1]),
         }
 
-    def seconds(self, rows: int, repetitions: int) -> Seconds:
-        """Each kind `repetitions` times, over the first so many rows."""
+    def seconds(self, rows: int, repetitions: int, kinds: Sequence[str] = KINDS) -> Seconds:
+        """Each of these kinds `repetitions` times, over the first so many rows."""
         self._of(rows)
-        return Seconds(rows, {kind: _median(self._passes[kind], repetitions) for kind in KINDS})
+        return Seconds(rows, {kind: _median(self._passes[kind], repetitions) for kind in kinds})
 
     def _of(self, rows: int) -> None:
         self._slots, self._blocks = self._all_slots[:rows], self._all_blocks[:rows]

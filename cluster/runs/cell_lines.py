@@ -9,6 +9,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from cluster.runs import line_tls
 from cluster.runs.messages import (
@@ -74,15 +75,23 @@ class CellLine:
         if isinstance(message, Waits):
             raise Unavailable("sent a Waits, wanted what a cell says")
         if isinstance(message, Beat):
+            self._lines.count(self, -1)
             self.beat_heard, self._calls_then = message, self.calls
+            self._lines.count(self, 1)
             self._lines.on_beat()
             return
         call = self._lines.call(message.call)
         if call is not None:
             if isinstance(message, Placed) and call.line is None:
                 call.line = self
-                self.calls += 1
+                self.add(1)
             call.take(message)
+
+    def add(self, calls: int) -> None:
+        """So many more of this router's calls are here."""
+        self._lines.count(self, -1)
+        self.calls += calls
+        self._lines.count(self, 1)
 
     @property
     def load(self) -> int:
@@ -102,6 +111,20 @@ class CellLine:
         self._lines.lose(self, FailureEvent(_ANY, Unavailable(f"the cell that served this request {reason}")))
 
 
+@dataclass(slots=True)
+class Sums:
+    """Over all cells that have a line here and serve: how many, their slots, the requests that they hold, `own` of them
+    this router's.
+
+    Kept up to date by differences. A router asks with every request and every beat, and there may be a thousand cells.
+    """
+
+    cells: int = 0
+    slots: int = 0
+    held: int = 0
+    own: int = 0
+
+
 class CellLines:
     """Takes events off the connections of all cells and hands each to its call."""
 
@@ -112,6 +135,7 @@ class CellLines:
         self._listener: Listener | None = None
         self._lines: set[CellLine] = set()
         self._lost: deque[str] = deque(maxlen=_REMEMBERED)
+        self.sums = Sums()
         self.on_beat: Callable[[], None] = lambda: None
         self.waits: Callable[[], Waits] = lambda: Waits(0, 0.0)
 
@@ -153,10 +177,14 @@ class CellLines:
         heard = ((line.beat_heard, line) for line in self._lines if not line.connection.is_late)
         return {beat.cell: line.load for beat, line in heard if beat is not None}
 
-    def slots(self) -> list[int]:
-        """Of each cell that lives and serves."""
-        living = self.living()
-        return [beat.slots for beat in self.beats() if beat.cell in living]
+    def count(self, line: CellLine, sign: int) -> None:
+        """The cell of this line is one of those that serve (1), or is none for now (-1)."""
+        beat, sums = line.beat_heard, self.sums
+        if beat is not None and beat.modes and line in self._lines:
+            sums.cells += sign
+            sums.slots += sign * beat.slots
+            sums.held += sign * line.load
+            sums.own += sign * line.calls
 
     def open(self, merging: bool) -> Call:
         """A place for one call's events; `close` it."""
@@ -173,7 +201,7 @@ class CellLines:
     def close(self, call: Call) -> None:
         """What still comes for this call is dropped."""
         if self._calls.pop(call.reply_to.call, None) is not None and call.line is not None:
-            call.line.calls -= 1
+            call.line.add(-1)
         if not call.placed.cancel() and not call.placed.cancelled():
             call.placed.exception()  # somebody has seen it
 
@@ -186,6 +214,7 @@ class CellLines:
 
     def lose(self, line: CellLine, failure: FailureEvent) -> None:
         """The cell of this line is gone, and with it the calls that it has taken."""
+        self.count(line, -1)
         self._lines.discard(line)
         if line.beat_heard is not None:
             self._lost.append(line.beat_heard.cell)

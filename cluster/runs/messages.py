@@ -60,12 +60,16 @@ class Wishes:
 
     `load`: the requests that a cell holds, where this router has heard of them in the last seconds.
 
-    The last argument of every call through Serve: cluster.runs.routing obeys, and a cell ignores it.
+    The last argument of every call through Serve: cluster.runs.routing obeys in the router's own process. To the cell,
+    which ignores it, it travels empty: of a thousand cells it would be as long as a prompt.
     """
 
     avoid: frozenset[str] = frozenset()
     full: frozenset[str] = frozenset()
     load: Mapping[str, int] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[type["Wishes"], tuple[()]]:
+        return Wishes, ()
 
 
 NO_WISHES = Wishes()

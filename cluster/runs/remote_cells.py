@@ -134,10 +134,13 @@ class RemoteCells:
         return bool(served) and _mode(request) not in served
 
     async def served(self) -> Set[Mode]:
-        """What cells serve now. Meanwhile one is asked that has no line to this router yet."""
-        if self._meeting is None or self._meeting.done():
+        """What cells serve now. Meanwhile one is asked that has no line to this router yet, if there is any: Serve asks
+        each cell that a call avoids for the length of its queue."""
+        misses_one = not kept.cells or bool(kept.cells - self._lines.living())
+        if misses_one and (self._meeting is None or self._meeting.done()):
             self._meeting = asyncio.create_task(self._meet_another())
-        return self._lines.served() or await asyncio.shield(self._meeting)
+        served = self._lines.served()
+        return served if served or self._meeting is None else await asyncio.shield(self._meeting)
 
     async def _meet_another(self) -> Set[Mode]:
         """What it serves."""

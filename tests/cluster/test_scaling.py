@@ -55,7 +55,10 @@ LONG = {"routers_waiting": 1.0, "longest_wait_s": LONG_WAIT_S + 0.1}
         ("one waits long though there is room", [load(2, **LONG)], 1, 0.0, 2),
         ("and its cell is on its way", [load(2, **LONG)], 2, 0.0, 2),
         ("however many are on their way", [load(2, **LONG)], 5, 0.0, 2),
-        ("what is left fits fewer with a margin", [load(2), load(2), load(2)], 3, 0.0, 1),
+        ("what is left fits one with a margin, and one goes at a time", [load(2), load(2), load(2)], 3, 0.0, 2),
+        ("of many a quarter", [load(1)] * 20, 20, 0.0, 15),
+        ("or what it takes", [load(5)] * 20, 20, 0.0, 17),
+        ("all at once where nothing runs", [IDLE] * 20, 20, 0.0, 1),
         ("what is left fits fewer without one", [load(4), load(3)], 2, 0.0, 2),
         ("it fits two of three", [load(3), load(3), load(3)], 3, 0.0, 2),
         ("all gone", [IDLE, IDLE, IDLE], 3, 0.0, 1),
@@ -75,7 +78,7 @@ def test_no_load_makes_cells_come_and_go_by_turns() -> None:
             if after > cells:
                 assert wanted([load(running / after) for _ in range(after)], after, FULL) == after
             if after < cells:
-                assert wanted([load(running / after) for _ in range(after)], after, FULL) == after
+                assert wanted([load(running / after) for _ in range(after)], after, FULL) <= after
 
 
 def policy() -> Any:

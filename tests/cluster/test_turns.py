@@ -10,6 +10,7 @@ from cluster.faces.grpc.gate import caller_of
 from cluster.router import turns
 from cluster.runs.admission import Admission
 from cluster.runs.callers import NOBODY, Caller
+from cluster.runs.cell_lines import Sums
 from cluster.runs.deadline import Deadline
 from cluster.runs.generation import Ask, Checked, Generation
 from cluster.runs.run import Patience
@@ -274,13 +275,10 @@ async def test_what_has_begun_has_its_turn_again_at_once() -> None:
 
 
 class Lines:
-    """Cells of so many slots."""
+    """Cells of so many slots, which hold so many requests, of this router or of others."""
 
-    def __init__(self, *slots: int) -> None:
-        self._slots = list(slots)
-
-    def slots(self) -> list[int]:
-        return self._slots
+    def __init__(self, *slots: int, held: int = 0) -> None:
+        self.sums = Sums(len(slots), sum(slots), held)
 
 
 @pytest.mark.parametrize(
@@ -290,13 +288,38 @@ async def test_cells_get_what_keeps_them_busy_and_a_few_more(slots: tuple[int, .
     config = ServiceConfig.parse(
         {"cell": {"max_sequences": 8}, "cluster": {"min_cells": 2, "max_cells": 3, "max_queued_requests": queued}}
     )
-    at_once = turns(config, Lines(*slots))  # type: ignore[arg-type]
+    assert await _let_in(config, Lines(*slots)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("held", "routers", "wanted"),
+    [
+        (0, 4, 20),  # nobody else asks
+        (20, 4, 5),  # others have taken all: it has its part all the same
+        (12, 4, 8),  # what is free
+        (40, 4, 5),  # more than there should be
+        (20, 1, 20),  # no other router: they are its own
+        (20, 30, 1),  # more routers than places
+    ],
+)
+async def test_a_router_has_its_part_and_what_others_leave(held: int, routers: int, wanted: int) -> None:
+    """Else each of many routers fills all cells: what is too much waits where no new cell finds it, or is refused."""
+    config = ServiceConfig.parse(
+        {"cell": {"max_sequences": 8}, "cluster": {"max_queued_requests": 64, "num_routers": routers}}
+    )
+    assert await _let_in(config, Lines(8, 8, held=held)) == wanted
+
+
+async def _let_in(config: ServiceConfig, lines: Lines) -> int:
+    """Of forty."""
+    at_once = turns(config, lines)  # type: ignore[arg-type]
     queue = Queue(at_once)
     for number in range(40):
         await queue.joins(str(number), NOBODY)
-    assert len(queue.order) == wanted
+    found = len(queue.order)
     for task in queue.tasks.values():
         task.cancel()
+    return found
 
 
 class Context:

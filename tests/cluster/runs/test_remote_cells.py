@@ -11,7 +11,8 @@ import pytest
 
 from cluster import cell
 from cluster.cell import KNOWN, Cell
-from cluster.runs.cell_lines import CellLine, CellLines
+from cluster.runs import kept
+from cluster.runs.cell_lines import CellLine, CellLines, Sums
 from cluster.runs.cells import Unfit
 from cluster.runs.deadline import Deadline
 from cluster.runs.messages import Beat, Placed, Wishes
@@ -21,7 +22,7 @@ from cluster.runs.routing import ElsewhereFirst
 from cluster.runs.run import Generating, Means, Scoring
 from tests.cluster.fakes import FINGERPRINT
 from tests.cluster.test_cell import RunningFake, ScriptedEngine, started
-from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreEvent, ScoreRequest
+from twotower.core import DecodingParams, FailureEvent, Mode, Request, RequestId, ScoreEvent, ScoreRequest
 from twotower.errors import DeadlineExceeded, NumericalError, Overloaded, Unavailable
 from twotower.text.answer_text import AnswerText
 from twotower.transport.handshake import Address
@@ -209,6 +210,7 @@ async def test_serve_asks_cells_with_room_first_and_one_to_avoid_last_and_anew()
     forgotten = list[Any]()
     router = ElsewhereFirst.__new__(ElsewhereFirst)
     router.on_replica_actor_unavailable = forgotten.append  # type: ignore[method-assign]
+    router._get_curr_time_s = lambda: 0.0
     replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "abc"]
     for avoided, full, wanted in (
         ("", "", ["abc"]),
@@ -222,8 +224,8 @@ async def test_serve_asks_cells_with_room_first_and_one_to_avoid_last_and_anew()
         forgotten.clear()
         request: Any = SimpleNamespace(args=["request", 1.0, Wishes(frozenset(avoided) | {"gone"}, frozenset(full))])
         ranks = await router.choose_replicas(replicas, request)  # type: ignore[arg-type]
-        assert ["".join(r.replica_id.unique_id for r in rank) for rank in ranks] == wanted
-        assert [r.unique_id for r in forgotten] == [name for name in "abc" if name in avoided]
+        assert ["".join(sorted(r.replica_id.unique_id for r in rank)) for rank in ranks] == wanted
+        assert sorted(r.unique_id for r in forgotten) == [name for name in "abc" if name in avoided]
     bare: Any = SimpleNamespace(args=[])
     assert [len(rank) for rank in await router.choose_replicas(replicas, bare)] == [3]  # type: ignore[arg-type]
 
@@ -251,3 +253,41 @@ async def test_a_cell_is_full_by_its_last_beat_and_by_what_this_router_has_begun
     assert lines.full() == set()
     busy.take(Beat("busy", FINGERPRINT, (Mode.AR,), 4, 0, 4))
     assert lines.full() == {"busy"} and busy.calls == 0
+
+
+async def test_sums_over_cells_are_those_of_their_beats_and_of_the_calls_since() -> None:
+    """Kept by differences, so what comes late or twice must not count."""
+    lines = CellLines()
+    lines.address = Address("127.0.0.1", 1, "token")
+    connection: Any = None
+    one, other = CellLine(lines, connection), CellLine(lines, connection)
+    lines._lines = {one, other}
+    assert lines.sums == Sums()
+    one.take(Beat("one", FINGERPRINT, (Mode.AR,), 2, 1, 4))
+    other.take(Beat("other", FINGERPRINT, (), 1, 0, 4))
+    assert lines.sums == Sums(1, 4, 3, 0), "one that serves nothing now does not count"
+    calls = [lines.open(False) for _ in range(2)]
+    for call in calls:
+        one.take(Placed(call.reply_to.call, "one", FINGERPRINT))
+    assert lines.sums == Sums(1, 4, 5, 2)
+    one.take(Beat("one", FINGERPRINT, (Mode.AR,), 4, 0, 4))
+    other.take(Beat("other", FINGERPRINT, (Mode.AR,), 1, 0, 8))
+    assert lines.sums == Sums(2, 12, 5, 2)
+    lines.close(calls[0])
+    lines.close(calls[0])
+    assert lines.sums == Sums(2, 12, 4, 1)
+    lines.lose(one, FailureEvent(RequestId("*"), Unavailable("gone")))
+    one.take(Beat("one", FINGERPRINT, (Mode.AR,), 4, 0, 4))
+    lines.close(calls[1])
+    assert lines.sums == Sums(1, 8, 1, 0), "and one that is lost has nothing more to say"
+
+
+async def test_no_cell_is_sought_where_all_that_serve_keeps_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve asks each cell that a call avoids for its queue, and this one avoids all that are met."""
+    async with _joined() as (cells, _, _cell):
+        monkeypatch.setattr(kept, "cells", frozenset({"cell", "new"}))
+        assert await cells.served()
+        for known, asks in ((frozenset({"cell", "new"}), True), (frozenset({"cell"}), False)):
+            monkeypatch.setattr(kept, "cells", known)
+            cells._meeting = None
+            assert await cells.served() and (cells._meeting is not None) == asks

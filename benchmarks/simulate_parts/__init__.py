@@ -1,0 +1,1 @@
+"""What `python -m benchmarks.simulate` is made of."""
