@@ -19,7 +19,6 @@ from twotower_client.http_codec import (
     answer_in,
     completion_call,
     detokenize_call,
-    error_from,
     health_call,
     model_call,
     ready_call,
@@ -27,6 +26,7 @@ from twotower_client.http_codec import (
     stream_call,
     tokenize_call,
 )
+from twotower_client.http_errors import error_from
 from twotower_client.proxies import proxy_to
 from twotower_client.target import Target
 from twotower_client.tls_mistakes import explained
