@@ -22,7 +22,7 @@ from twotower_client import (
     http_errors,
 )
 from twotower_client import http_codec as http
-from twotower_client.answers import Block
+from twotower_client.answers import Block, Usage
 from twotower_client.asking import Ask, Params, ask_of
 from twotower_client.grpc_codec import error_from
 from twotower_client.server_sent_events import EventReader
@@ -59,7 +59,7 @@ def test_events_in_pieces_of_any_size() -> None:
     chunk = {
         "choices": [{"index": 0, "text": text, "token_ids": [1], "finish_reason": None, "seed": 1, "logprobs": None}]
     }
-    usage = dict.fromkeys(http.Usage.__dataclass_fields__, 1)
+    usage = dict.fromkeys(Usage.__dataclass_fields__, 1)
     whole = b": a comment\r\n\r\ndata: " + json.dumps({**chunk, "usage": usage}, ensure_ascii=False).encode()
     whole += b"\r\n\r\nid: 5\ndata: [DONE]\n\n"
     for size in (1, 7, len(whole)):

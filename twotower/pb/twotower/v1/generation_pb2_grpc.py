@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Answers, scores and tokens of the one checkpoint that a service runs.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -67,7 +68,8 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Answers, scores and tokens of the one checkpoint that a service runs.
+    """
 
     def Generate(self, request, context):
         """The whole answer at once.
@@ -157,7 +159,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Missing associated documentation comment in .proto file."""
+    """Answers, scores and tokens of the one checkpoint that a service runs.
+    """
 
     @staticmethod
     def Generate(request,
