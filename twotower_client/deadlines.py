@@ -91,16 +91,17 @@ class _Body(httpx2.SyncByteStream):
 
 
 class Transport(httpx2.BaseTransport):
-    """httpx2's way to a service over a pool of such connections. Raises httpcore2's errors."""
+    """httpx2's way to a service, straight or through a proxy, over a pool of such connections. Raises httpcore2's
+    errors."""
 
-    def __init__(self, context: ssl.SSLContext | None, kept: int, backend: httpcore2.NetworkBackend) -> None:
-        self._pool = httpcore2.ConnectionPool(
-            ssl_context=context,
-            max_connections=None,
-            max_keepalive_connections=kept,
-            keepalive_expiry=5.0,
-            network_backend=backend,
-        )
+    def __init__(
+        self,
+        context: ssl.SSLContext | None,
+        kept: int,
+        backend: httpcore2.NetworkBackend,
+        proxy: httpx2.Proxy | None = None,
+    ) -> None:
+        self._pool = _pool(proxy, context, kept, backend)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
@@ -116,3 +117,19 @@ class Transport(httpx2.BaseTransport):
 
     def close(self) -> None:
         self._pool.close()
+
+
+def _pool(
+    proxy: httpx2.Proxy | None, context: ssl.SSLContext | None, kept: int, backend: httpcore2.NetworkBackend
+) -> httpcore2.ConnectionPool:
+    settings: dict[str, Any] = {
+        "ssl_context": context,
+        "max_connections": None,
+        "max_keepalive_connections": kept,
+        "keepalive_expiry": 5.0,
+        "network_backend": backend,
+    }
+    if proxy is None:
+        return httpcore2.ConnectionPool(**settings)
+    kind = httpcore2.SOCKSProxy if proxy.url.scheme.startswith("socks") else httpcore2.HTTPProxy
+    return kind(proxy_url=str(proxy.url), proxy_auth=proxy.raw_auth, **settings)

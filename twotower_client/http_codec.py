@@ -1,10 +1,8 @@
-"""The HTTP face: calls as bodies, bodies and server-sent events as answers, statuses as errors. Opens no connection."""
+"""The HTTP face: calls as bodies, bodies and server-sent events as answers. Opens no connection."""
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
 from twotower_client.answers import (
@@ -22,7 +20,9 @@ from twotower_client.answers import (
     Usage,
 )
 from twotower_client.asking import Ask, Chat, ScoreAsk
-from twotower_client.errors import Details, FieldViolation, InvalidRequest, ServiceError, UnexpectedAnswer, error_of
+from twotower_client.errors import InvalidRequest
+from twotower_client.http_errors import error_from, unexpected
+from twotower_client.server_sent_events import EventReader
 
 # Of the parameters that have another name here.
 NAMES = {
@@ -44,30 +44,6 @@ NAMES = {
 _BESIDE = ("request_id", "priority", "stop", "n", "best_of", "include_stop_str_in_output", "add_special_tokens")
 _DONE = "[DONE]"
 _TRACE = "twotower.trace"
-# By the answer's type, where it is one of ours; else by its status.
-_BY_TYPE = {
-    "authentication_error": "UNAUTHENTICATED",
-    "rate_limit_error": "RESOURCE_EXHAUSTED",
-    "overloaded_error": "RESOURCE_EXHAUSTED",
-    "unavailable_error": "UNAVAILABLE",
-    "deadline_exceeded_error": "DEADLINE_EXCEEDED",
-    "cancelled_error": "CANCELLED",
-    "numerical_error": "ABORTED",
-    "internal_error": "INTERNAL",
-}
-_BY_STATUS = {
-    401: "UNAUTHENTICATED",
-    403: "PERMISSION_DENIED",
-    404: "NOT_FOUND",
-    405: "UNIMPLEMENTED",
-    429: "RESOURCE_EXHAUSTED",
-    499: "CANCELLED",
-    500: "INTERNAL",
-    502: "UNAVAILABLE",
-    503: "UNAVAILABLE",
-    504: "DEADLINE_EXCEEDED",
-}
-
 Told = TypeVar("Told")
 
 
@@ -150,58 +126,6 @@ def answer_in(call: HttpCall[Told], data: bytes) -> Told:
         return call.read(json.loads(data))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise unexpected(call.path, error, call.request_id) from None
-
-
-def unexpected(what: str, error: object, request_id: str) -> UnexpectedAnswer:
-    return UnexpectedAnswer(
-        f"{what}: the answer is none of ours: {error!r:.200}", Details("UNKNOWN", request_id=request_id)
-    )
-
-
-def error_from(status: int | None, headers: Mapping[str, str], data: bytes, request_id: str) -> ServiceError:
-    """What an answer that is no 200 says, or an event that tells an error (`status` None)."""
-    message, kind, param = _error_in(data)
-    by_status = "INVALID_ARGUMENT" if status is not None and 400 <= status < 500 else "UNKNOWN"
-    name = _BY_TYPE.get(kind) or _BY_STATUS.get(status or 0) or ("INVALID_ARGUMENT" if kind else by_status)
-    told = Details(
-        name,
-        status,
-        request_id,
-        retry_after_s=_retry_after_s(headers.get("retry-after")),
-        violations=(FieldViolation(param, message),) if param else (),
-        keys_limit=kind == "rate_limit_error",
-    )
-    return error_of(message or f"HTTP status {status}", told)
-
-
-class EventReader:
-    """Server-sent events from bytes as they come. Lines end with a newline alone, as ours do: a text may hold every
-    other sign that ends a line somewhere."""
-
-    LARGEST = 64 * 2**20
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._name, self._data = "", list[bytes]()
-
-    def push(self, data: bytes) -> list[tuple[str, bytes]]:
-        """(name, data) of each event that is complete now. Raises ValueError for one that is too long."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > self.LARGEST:
-            raise ValueError(f"an event of more than {self.LARGEST} bytes")
-        return [event for line in lines if (event := self._line(line.rstrip(b"\r"))) is not None]
-
-    def _line(self, line: bytes) -> tuple[str, bytes] | None:
-        if not line:
-            event = (self._name, b"\n".join(self._data)) if self._data else None
-            self._name, self._data = "", []
-            return event
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            self._data.append(value.removeprefix(b" "))
-        elif field == b"event":
-            self._name = value.strip().decode()
-        return None
 
 
 class StreamReader:
@@ -342,26 +266,3 @@ def _of_chat(one: Any) -> Likelihood:
 
 def _alternatives(top: Mapping[str, float] | None) -> tuple[Alternative, ...]:
     return tuple(Alternative(text, log_prob) for text, log_prob in (top or {}).items())
-
-
-def _error_in(data: bytes) -> tuple[str, str, str]:
-    """Message, type and param of OpenAI's shape; a gateway's own words where it is another."""
-    try:
-        error = json.loads(data)["error"]
-        return tuple(str(error.get(name) or "") for name in ("message", "type", "param"))  # type: ignore[return-value]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return " ".join(data[:400].decode(errors="replace").split()), "", ""
-
-
-def _retry_after_s(told: str | None) -> float | None:
-    """Seconds, or a date, as gateways may write it."""
-    if told is None:
-        return None
-    try:
-        return max(0.0, float(told))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None

@@ -19,7 +19,6 @@ from twotower_client.http_codec import (
     answer_in,
     completion_call,
     detokenize_call,
-    error_from,
     health_call,
     model_call,
     ready_call,
@@ -27,6 +26,8 @@ from twotower_client.http_codec import (
     stream_call,
     tokenize_call,
 )
+from twotower_client.http_errors import error_from
+from twotower_client.proxies import proxy_to
 from twotower_client.target import Target
 from twotower_client.tls_mistakes import explained
 
@@ -39,7 +40,7 @@ def _settings(target: Target) -> dict[str, Any]:
     return {
         "base_url": target.url,
         "headers": target.credentials,
-        "trust_env": target.use_proxies,
+        "trust_env": False,  # which proxies have a say is decided in `proxies`
         "verify": target.tls.context() if target.secure else False,
         "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=_KEPT),
     }
@@ -61,9 +62,9 @@ def _sent(call: HttpCall[Any], timeout_s: float | None, server_name: str | None)
     }
 
 
-# Of a transport of ours, and of httpx2's where there are proxies, or tests.
+# Of a transport of ours, and of httpx2's with asyncio, or in tests.
 _NO_CONNECTION = (httpx2.ConnectTimeout, httpx2.ConnectError, httpcore2.ConnectTimeout, httpcore2.ConnectError)
-_BROKEN = (httpx2.TransportError, httpcore2.NetworkError, httpcore2.ProtocolError)
+_BROKEN = (httpx2.TransportError, httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.ProxyError)
 
 
 @contextmanager
@@ -86,11 +87,9 @@ def _cut_short(request_id: str) -> Unavailable:
     return Unavailable("the stream ended before its end", Details("UNAVAILABLE", request_id=request_id))
 
 
-def _transport(target: Target) -> httpx2.BaseTransport | None:
-    """Through a proxy httpx2's own, which bounds each wait, but not all of them together."""
-    if target.use_proxies:
-        return None
-    return deadlines.Transport(target.tls.context() if target.secure else None, _KEPT, deadlines.Backend())
+def _transport(target: Target) -> httpx2.BaseTransport:
+    context = target.tls.context() if target.secure else None
+    return deadlines.Transport(context, _KEPT, deadlines.Backend(), proxy_to(target))
 
 
 def _ends_at(timeout_s: float | None) -> float | None:
@@ -177,7 +176,8 @@ class AsyncHttpFace:
 
     def __init__(self, target: Target, transport: httpx2.AsyncBaseTransport | None = None) -> None:
         self._target, self._name = target, target.tls.server_name
-        self._http = httpx2.AsyncClient(**_settings(target), transport=transport)
+        proxy = proxy_to(target) if transport is None else None
+        self._http = httpx2.AsyncClient(**_settings(target), transport=transport, proxy=proxy)
 
     async def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
         return await self._call(completion_call(ask), timeout_s)

@@ -14,16 +14,25 @@ from twotower_client.errors import ServiceError, TlsMistake, Unavailable
 from twotower_client.target import Target
 
 LONGEST_S = 5.0  # for a look
+CUT = "the TLS handshake was cut without a word, by a service on its way down or a gateway that has none behind it"
 _ALERT_S = 0.5  # a server that wants a certificate says so once it has read that there is none
 _WRONG_NAME = (62, 64)  # OpenSSL's numbers: no such host, no such address
 
 
+class _Cut(Exception):
+    """An outage as it seems, and no mistake: nobody says what is wrong."""
+
+
 def explained(target: Target, error: ServiceError, within_s: float | None) -> ServiceError:
-    """A TlsMistake where that is what is behind the error, else the error. Takes `within_s` seconds at most."""
+    """A TlsMistake where that is what is behind the error, else the error, which then says of a handshake that was cut
+    that it was. Takes `within_s` seconds at most."""
     nobody_answered = isinstance(error, Unavailable) and error.status is None and not error.service_id
     if not nobody_answered or target.use_proxies:
         return error
-    message = mistake(target, LONGEST_S if within_s is None else min(LONGEST_S, within_s))
+    try:
+        message = _seen(target, LONGEST_S if within_s is None else min(LONGEST_S, within_s))
+    except _Cut:
+        return Unavailable(f"{error.message}; {CUT}", error.details)
     if message is None:
         return error
     return TlsMistake(message, replace(error.details, code="FAILED_PRECONDITION"))
@@ -31,6 +40,14 @@ def explained(target: Target, error: ServiceError, within_s: float | None) -> Se
 
 def mistake(target: Target, within_s: float) -> str | None:
     """What was got and wanted; None where TLS is not at fault: nobody listens, say."""
+    try:
+        return _seen(target, within_s)
+    except _Cut:
+        return None
+
+
+def _seen(target: Target, within_s: float) -> str | None:
+    """Raises _Cut."""
     look = _Look(target, time.monotonic() + within_s)
     try:
         return look.secured() if target.secure else look.plain()
@@ -82,7 +99,7 @@ class _Look:
     def _refused(self, error: ssl.SSLError) -> str | None:
         scheme, address = self.target.scheme, self.target.address
         if isinstance(error, ssl.SSLEOFError):
-            return None  # who ends a connection without a word may be on its way down
+            raise _Cut from None
         if not _is_alert(error):
             return f"TLS: {address} does not speak it: got {scheme}://, wanted {scheme.removesuffix('s')}://"
         return self._wants_certificate(_words(error))

@@ -56,6 +56,11 @@ class Code:
     public: bool = True
     code: str | None = None
 
+    @property
+    def reason(self) -> str:
+        """The kind in one word, as google.rpc.ErrorInfo wants it: OVERLOADED, RATE_LIMIT_EXCEEDED."""
+        return (self.code or self.type.removesuffix("_error")).upper()
+
 
 INTERNAL = Code(500, grpc.StatusCode.INTERNAL, "internal_error", public=False)
 _WRONG = "invalid_request_error"

@@ -5,7 +5,7 @@ Knows validation and opens runs; does not know the wire on one side, nor Ray on 
 
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -30,7 +30,7 @@ from cluster.runs.streams import Stream, merged
 from cluster.runs.trace_parent import NO_PARENT, TraceParent
 from cluster.runs.turns import Turns
 from twotower.constraints import Constraint
-from twotower.core import Request, ScoreRequest
+from twotower.core import Request, ScoreEvent, ScoreRequest
 from twotower.errors import InvalidRequest, TwoTowerError
 from twotower.showing import show
 from twotower.text.answer_text import AnswerText
@@ -295,6 +295,14 @@ class Generation:
         """
         return merged(runs, at_once=self._at_once)
 
+    async def scores(self, runs: Sequence[Scoring]) -> list[ScoreEvent]:
+        """Of all runs of a call, in their order. As in `many`, the rest waits here."""
+        told = dict[int, ScoreEvent]()
+        async with aclosing(merged([_alone(run) for run in runs], at_once=self._at_once)) as scored:
+            async for place, event in scored:
+                told[place] = event
+        return [told[place] for place in range(len(runs))]
+
     def give_up(self, error: TwoTowerError) -> None:
         """Whatever still runs ends with this error, on its cell too, and so does what begins from now on."""
         self._given_up = error
@@ -315,6 +323,10 @@ class Generation:
         if self._given_up is not None:
             run.give_up(self._given_up)
         return run
+
+
+async def _alone(run: Scoring) -> AsyncGenerator[ScoreEvent, None]:
+    yield await run.whole()
 
 
 def _check_likelihoods(checked: "Sequence[Checked | CheckedScore]") -> None:

@@ -19,11 +19,13 @@ from twotower_client import (
     ServiceError,
     Unavailable,
     UnexpectedAnswer,
+    http_errors,
 )
 from twotower_client import http_codec as http
-from twotower_client.answers import Block
+from twotower_client.answers import Block, Usage
 from twotower_client.asking import Ask, Params, ask_of
 from twotower_client.grpc_codec import error_from
+from twotower_client.server_sent_events import EventReader
 from twotower_client.wire import messages as pb
 
 # Of a parameter here, by its kind there.
@@ -57,7 +59,7 @@ def test_events_in_pieces_of_any_size() -> None:
     chunk = {
         "choices": [{"index": 0, "text": text, "token_ids": [1], "finish_reason": None, "seed": 1, "logprobs": None}]
     }
-    usage = dict.fromkeys(http.Usage.__dataclass_fields__, 1)
+    usage = dict.fromkeys(Usage.__dataclass_fields__, 1)
     whole = b": a comment\r\n\r\ndata: " + json.dumps({**chunk, "usage": usage}, ensure_ascii=False).encode()
     whole += b"\r\n\r\nid: 5\ndata: [DONE]\n\n"
     for size in (1, 7, len(whole)):
@@ -72,7 +74,7 @@ def test_a_stream_that_is_none_of_ours() -> None:
     for data in (b"data: nothing\n\n", b'data: {"choices": []}\n\n', b"data: []\n\n", b"data: 5\n\n"):
         with pytest.raises(UnexpectedAnswer, match="none of ours"):
             http.StreamReader(Ask("Hi", "r")).push(data)
-    reader = http.EventReader()
+    reader = EventReader()
     reader.LARGEST = 10
     assert reader.push(b"x" * 10) == []
     with pytest.raises(ValueError, match="more than 10 bytes"):
@@ -109,14 +111,14 @@ def test_a_whole_answer_that_is_none_of_ours(data: bytes) -> None:
 )
 def test_statuses_of_ours_and_of_gateways(status: int, kind: str, raised: type[ServiceError]) -> None:
     body = json.dumps({"error": {"message": "m", "type": kind, "param": "top_p"}}).encode() if kind else b"<html>no"
-    error = http.error_from(status, {}, body, "r")
+    error = http_errors.error_from(status, {}, body, "r")
     assert type(error) is raised and error.status == status and str(error) == ("m" if kind else "<html>no")
     assert [violation.field for violation in error.violations] == (["top_p"] if kind else [])
 
 
 def test_when_to_come_again() -> None:
     def hint(told: str) -> float | None:
-        return http.error_from(503, {"retry-after": told}, b"", "").retry_after_s
+        return http_errors.error_from(503, {"retry-after": told}, b"", "").retry_after_s
 
     assert (hint("7"), hint("-1"), hint("soon")) == (7.0, 0.0, None)
     later = hint(formatdate(time.time() + 30, usegmt=True))

@@ -10,7 +10,7 @@ import httpcore2
 import httpx2
 import pytest
 
-from twotower_client import Block, Client, DeadlineExceeded, RetryPolicy, deadlines
+from twotower_client import Block, Client, DeadlineExceeded, RetryPolicy, Unavailable, deadlines
 from twotower_client.asking import Ask
 from twotower_client.http_face import AsyncHttpFace, HttpFace
 from twotower_client.target import target_of
@@ -57,6 +57,10 @@ class SlowStream(httpcore2.NetworkStream):
     def close(self) -> None:
         pass
 
+    def start_tls(self, ssl_context: Any, server_hostname: Any = None, timeout: float | None = None) -> "SlowStream":
+        self._waits.append(timeout)
+        return self
+
     def get_extra_info(self, info: str) -> Any:
         return None
 
@@ -64,14 +68,17 @@ class SlowStream(httpcore2.NetworkStream):
 class SlowBackend(httpcore2.NetworkBackend):
     def __init__(self, clock: Clock, parts: list[bytes]) -> None:
         self._clock, self._parts, self.waits = clock, parts, list[float | None]()
+        self.asked = list[str]()
 
     def connect_tcp(self, host: str, port: int, timeout: float | None = None, *_: Any) -> httpcore2.NetworkStream:
         self.waits.append(timeout)
+        self.asked.append(f"{host}:{port}")
         return SlowStream(self._clock, iter(self._parts), self.waits)
 
 
-def face_of(backend: SlowBackend) -> HttpFace:
-    return HttpFace(target_of("http://host"), deadlines.Transport(None, 1, deadlines.Backend(backend)))
+def face_of(backend: SlowBackend, url: str = "http://host", proxy: str | None = None) -> HttpFace:
+    through = None if proxy is None else httpx2.Proxy(proxy)
+    return HttpFace(target_of(url), deadlines.Transport(None, 1, deadlines.Backend(backend), through))
 
 
 def test_each_wait_of_a_stream_gets_what_is_left(clock: Clock) -> None:
@@ -82,6 +89,27 @@ def test_each_wait_of_a_stream_gets_what_is_left(clock: Clock) -> None:
             events.append(event)
     assert [type(event) for event in events] == [Block] and clock.now == 110.0
     assert [wait for wait in backend.waits if wait is not None and wait < 10] == [7.0, 4.0, 1.0]
+
+
+def test_through_a_proxy_too(clock: Clock) -> None:
+    backend = SlowBackend(clock, [HEAD, CHUNK, *[b": x\n\n"] * 9])
+    with pytest.raises(DeadlineExceeded):
+        list(face_of(backend, proxy="http://me:secret@proxy:3128").stream(Ask("Hi", "r"), 10.0))
+    assert backend.asked == ["proxy:3128"] and clock.now == 110.0
+
+
+def test_and_through_a_tunnel(clock: Clock) -> None:
+    """Its head, TLS and the answer have one deadline together."""
+    backend = SlowBackend(clock, [b"HTTP/1.1 200 OK\r\n\r\n", HEAD, CHUNK, *[b": x\n\n"] * 9])
+    with pytest.raises(DeadlineExceeded):
+        list(face_of(backend, "https://host", "http://proxy:3128").stream(Ask("Hi", "r"), 10.0))
+    assert backend.asked == ["proxy:3128"] and clock.now == 110.0
+
+
+def test_a_proxy_that_refuses(clock: Clock) -> None:
+    backend = SlowBackend(clock, [b"HTTP/1.1 407 Who\r\ncontent-length: 0\r\n\r\n"])
+    with pytest.raises(Unavailable, match="407"):
+        list(face_of(backend, "https://host", "http://proxy:3128").stream(Ask("Hi", "r"), 10.0))
 
 
 def test_each_wait_of_a_whole_answer_too(clock: Clock) -> None:

@@ -215,6 +215,25 @@ def test_what_says_no_word_is_no_mistake(scheme: str) -> None:
     assert mistake(nobody, 60.0) is None
 
 
+@pytest.mark.parametrize("scheme", ["grpcs", "https"])
+def test_a_handshake_that_is_cut_stays_an_outage_and_says_so(scheme: str) -> None:
+    """So it is asked again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def cut() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(65536)  # the client's hello; what is unread would make the end a reset
+
+        cutting = threading.Thread(target=cut)
+        cutting.start()
+        error = Unavailable("no connection", Details("UNAVAILABLE", request_id="r"))
+        told = explained(target_at(scheme, server), error, 60.0)
+        cutting.join(60)
+    assert isinstance(told, Unavailable) and told.can_retry and told.request_id == "r"
+    assert told.message == f"no connection; {tls_mistakes.CUT}"
+
+
 def target_at(scheme: str, server: socket.socket) -> Target:
     return target_of(f"{scheme}://127.0.0.1:{server.getsockname()[1]}")
 

@@ -7,7 +7,16 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from cluster.faces.error_codes import CODES, INTERNAL, NoSuchModel, SlowBody, UnknownEncoding, code_of, describe
+from cluster.faces.error_codes import (
+    CODES,
+    INTERNAL,
+    Failure,
+    NoSuchModel,
+    SlowBody,
+    UnknownEncoding,
+    code_of,
+    describe,
+)
 from cluster.faces.grpc.boundary import status_of
 from cluster.faces.http.service import error_response
 from cluster.runs.allowances import LimitReached
@@ -53,6 +62,27 @@ def test_the_table_says_what_it_should() -> None:
         "ConfigError": (500, "INTERNAL"),
     }
     assert code_of(LinkDown("x")) is CODES[Unavailable]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (InvalidRequest, "INVALID_REQUEST"),
+        (NoSuchModel, "MODEL_NOT_FOUND"),
+        (KeyRefused, "INVALID_API_KEY"),
+        (LimitReached, "RATE_LIMIT_EXCEEDED"),
+        (Overloaded, "OVERLOADED"),
+        (Unavailable, "UNAVAILABLE"),
+        (DeadlineExceeded, "DEADLINE_EXCEEDED"),
+        (Cancelled, "CANCELLED"),
+        (NumericalError, "NUMERICAL"),
+        (ConfigError, "INTERNAL"),
+    ],
+)
+def test_over_grpc_each_has_a_reason_for_programs(kind: type[TwoTowerError], reason: str) -> None:
+    [first, *_] = status_of(Failure(CODES[kind], "why")).details
+    info = error_details_pb2.ErrorInfo()
+    assert first.Unpack(info) and (info.reason, info.domain) == (reason, "twotower.v1")
 
 
 RETRIES: dict[type[TwoTowerError], tuple[str | None, str | None]] = {

@@ -183,6 +183,22 @@ async def test_health_follows_readiness_and_drain(cells: ScriptedCells) -> None:
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_health_of_a_mode_is_watched(cells: ScriptedCells) -> None:
+    """Each change comes by itself."""
+    async with (
+        grpc_server(generation(cells)) as (address, server),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        asked = health_pb2.HealthCheckRequest(service=f"{SERVICE}.diffusion")
+        watching = health_pb2_grpc.HealthStub(channel).Watch(asked, timeout=30)
+        for served in (set[Mode](), set(Mode), {Mode.AR}, set(Mode)):
+            await server.set_served(served)
+            wanted = health_pb2.HealthCheckResponse.SERVING if Mode.DIFFUSION in served else None
+            told = (await watching.read()).status
+            assert told == (wanted or health_pb2.HealthCheckResponse.NOT_SERVING)
+        watching.cancel()
+
+
 async def test_two_servers_share_a_port(cells: ScriptedCells) -> None:
     async with grpc_server(generation(cells)) as (address, first):
         from cluster.faces.grpc.service import GrpcServer

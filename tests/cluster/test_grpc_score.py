@@ -46,6 +46,34 @@ async def test_only_the_prompt_gets_special_tokens_and_token_ids_are_taken_as_th
     ]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"more_continuation_texts": [" all", "!", *["?"] * 9]},
+        {"more_continuation_token_ids": [ids(*tokens(" all")), ids(*tokens("!")), *[ids(*tokens("?"))] * 9]},
+    ],
+    ids=["texts", "ids"],
+)
+async def test_several_continuations_are_scored_each_on_its_own(
+    stub: Stub, cells: ScriptedCells, more: dict[str, object]
+) -> None:
+    answer = await stub.Score(ask(request_id="s-1", priority=3, **more))
+    plain = await stub.Score(ask())
+    assert (answer.request_id, answer.prompt_tokens) == ("s-1", plain.prompt_tokens)
+    assert (answer.token_ids, answer.log_probs, answer.is_greedy) == (
+        plain.token_ids,
+        plain.log_probs,
+        plain.is_greedy,
+    )
+    assert len(answer.others) == 11
+    for one, text in zip(answer.others, (" all", "!", *["?"] * 9), strict=True):
+        assert tuple(one.token_ids) == tokens(text)
+        assert list(one.log_probs) == pytest.approx([-token / 100 for token in tokens(text)])
+        assert one.sum_log_prob == pytest.approx(-sum(tokens(text)) / 100) and len(one.is_greedy) == len(text)
+    assert all(scored.start == 3 for scored in cells.scored)
+    assert len({scored.id for scored in cells.scored}) == len(cells.scored) == 13 and cells.open == 0
+
+
 async def test_a_drawn_id_and_the_deadline(stub: Stub, cells: ScriptedCells) -> None:
     assert (await stub.Score(ask(), timeout=20)).request_id.startswith("req-")
     await stub.Score(ask())
@@ -76,6 +104,31 @@ BAD: list[tuple[str, pb.ScoreRequest, list[str], str]] = [
         ask(prompt_token_ids=ids(*[5] * 300)),
         ["prompt"],
         "got a prompt of 300 tokens, wanted at most 256",
+    ),
+    (
+        "both kinds",
+        ask(more_continuation_texts=["a"], more_continuation_token_ids=[ids(5)]),
+        ["more_continuation_token_ids"],
+        "got it beside more_continuation_texts, wanted one of them",
+    ),
+    ("empty text", ask(more_continuation_texts=["a", ""]), ["more_continuation_texts[1]"], "got an empty continuation"),
+    (
+        "long text",
+        ask(more_continuation_texts=["a" * 255]),
+        ["more_continuation_texts[0]"],
+        "wanted at most 256 together",
+    ),
+    (
+        "further id",
+        ask(more_continuation_token_ids=[ids(5), ids(6, 260)]),
+        ["more_continuation_token_ids[1].ids[1]"],
+        "got 260",
+    ),
+    (
+        "further ids",
+        ask(more_continuation_token_ids=[ids(5), ids(*[5] * 254)]),
+        ["more_continuation_token_ids[1]"],
+        "wanted at most 256 together",
     ),
     ("priority", ask(priority=-(2**40)), ["priority"], "wanted an integer from -2147483648"),
     ("request_id", ask(request_id="a b"), ["request_id"], "printable ASCII"),

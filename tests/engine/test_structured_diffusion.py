@@ -22,7 +22,7 @@ from tests.decoding.languages import EOS, Anything, Language
 from tests.engine.arrangements import SETTINGS
 from tests.engine.decode import Decoded, collect
 from tests.engine.test_determinism import DEMO, one_thread, towers_of
-from tests.engine.test_structured import JSON, REGEX, SCHEMA, _decoded, _request, _same, _text
+from tests.engine.test_structured import JSON, REGEX, SCHEMA, _decoded, _nothing_is_held, _request, _same, _text
 from twotower.constraints import Constraint
 from twotower.core import BlockEvent, DecodingParams, FinishReason, Floor, Mode, Request, RequestId, StepEvent
 from twotower.decoding.certain_prefix import CertainPrefix
@@ -32,6 +32,7 @@ from twotower.engine.answer import Answer
 from twotower.engine.in_process import pair_of
 from twotower.engine.modes.diffusion import Diffusion
 from twotower.engine.modes.strategy import LedSequence
+from twotower.engine.pair import Pair
 from twotower.engine.passes import Passes
 from twotower.engine.steps import take_all
 from twotower.errors import InvalidRequest
@@ -225,30 +226,64 @@ def test_of_a_position_that_is_fixed_again_the_trace_tells_both() -> None:
     assert len(times) > len(set(times)), "γ 0 fixes the whole block at once, and the demo's answer is no match"
 
 
-def test_a_dead_end_is_told_as_in_ar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was whole before has been told."""
-    masks = TextMatcher.masks
-    count = 0
+DEAD_END = "structured_outputs: cannot be gone on with: no token"
+
+
+def _dead_end_behind(monkeypatch: pytest.MonkeyPatch, masks: int) -> None:
+    """So many masks have tokens in them, of each answer; the next one has none."""
+    worked_out, made = TextMatcher.masks, dict[TextMatcher, int]()
 
     def none_any_more(self: TextMatcher, draft: Sequence[int], first: int, wanted: int) -> list[bytes]:
-        nonlocal count
-        count += 1
-        if count > 6:
+        made[self] = made.get(self, 0) + 1
+        if made[self] > masks:
             self._mask = self._nothing
-        return masks(self, draft, first, wanted)
+        return worked_out(self, draft, first, wanted)
 
     monkeypatch.setattr(TextMatcher, "masks", none_any_more)
+
+
+def test_a_dead_end_is_told_as_in_ar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was whole before has been told."""
+    _dead_end_behind(monkeypatch, 6)
     towers = towers_of("demo")
 
     async def run() -> list[int]:
         tokens = list[int]()
         async with pair_of(towers.context, towers.denoiser, SETTINGS, checkpoint=DEMO) as pair:
             request = _request("r", JSON, Mode.DIFFUSION, block_size=4)
-            with pytest.raises(InvalidRequest, match="structured_outputs: cannot be gone on with: no token"):
+            with pytest.raises(InvalidRequest, match=DEAD_END):
                 async for event in pair.events(request, timeout_s=60):
                     tokens += event.token_ids if isinstance(event, BlockEvent) else ()
-            with pytest.raises(InvalidRequest, match="structured_outputs: cannot be gone on with: no token"):
+            with pytest.raises(InvalidRequest, match=DEAD_END):
                 await collect(pair, _request("s", JSON, Mode.AR))
         return tokens
 
     assert len(asyncio.run(run())) == 4
+
+
+@pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.MOCK_AR])
+@pytest.mark.parametrize("masks", [4, 5, 6])
+def test_before_a_dead_end_likelihoods_are_told_of_all_that_was_whole(
+    mode: Mode, masks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a block, and within one. They come later than the tokens alone would."""
+    _dead_end_behind(monkeypatch, masks)
+    towers = towers_of("demo")
+
+    async def told(pair: Pair, logprobs: int | None) -> list[BlockEvent]:
+        events = list[BlockEvent]()
+        request = replace(_request(f"r{logprobs}", JSON, mode, block_size=4), logprobs=logprobs)
+        with pytest.raises(InvalidRequest, match=DEAD_END):
+            async for event in pair.events(request, timeout_s=60):
+                events += [event] if isinstance(event, BlockEvent) else []
+        return events
+
+    async def run() -> tuple[list[BlockEvent], list[BlockEvent]]:
+        async with pair_of(towers.context, towers.denoiser, SETTINGS, checkpoint=DEMO) as pair:
+            both = await told(pair, None), await told(pair, 0)
+            await _nothing_is_held(pair)
+            return both
+
+    plain, rated = asyncio.run(run())
+    assert [event.token_ids for event in rated] == [event.token_ids for event in plain] != []
+    assert all(len(event.likelihoods) == len(event.token_ids) for event in rated)

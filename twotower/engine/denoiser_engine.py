@@ -156,7 +156,7 @@ class DenoiserEngine:
 
     def _take(self, sequence: LedSequence, turn: Turn) -> None:
         if not turn.finite:
-            self._fail(sequence, no_way_on(sequence.answer.steering) or _not_finite(sequence))
+            self._give_up(sequence, no_way_on(sequence.answer.steering) or _not_finite(sequence))
             return
         self.near_ties += sequence.answer.decided(turn.margin)
         if turn.trace is not None:
@@ -174,10 +174,17 @@ class DenoiserEngine:
                 self._end(sequence)
                 return
         fault = no_way_on(sequence.certain)
-        if fault is not None:
-            self._fail(sequence, fault)
-        elif turn.commit:
+        if turn.commit and (fault is None or sequence.unrated is not None):
             self._commit(sequence, turn.commit, turn.alone)
+        if fault is not None:
+            self._give_up(sequence, fault)
+
+    def _give_up(self, sequence: LedSequence, error: TwoTowerError) -> None:
+        """There is no way on. What is being read for its likelihoods is told before."""
+        if sequence.unrated is not None and sequence.unrated.waits:
+            sequence.unrated.error = error
+        else:
+            self._fail(sequence, error)
 
     def _end(self, sequence: LedSequence) -> None:
         """Its answer is whole. Where likelihoods are told, its last tokens are read for theirs, once they can be."""
@@ -298,6 +305,8 @@ class DenoiserEngine:
             self._emit(event)
             if event.is_last:
                 self._release(sequence)
+        if unrated.error is not None and not unrated.waits:
+            self._fail(sequence, unrated.error)
         if unrated.last_words:
             self._end(sequence)
 

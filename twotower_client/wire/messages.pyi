@@ -332,36 +332,54 @@ class GenerateStreamResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., block: _Optional[_Union[CommittedBlock, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., round: _Optional[_Union[Round, _Mapping]] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_text", "prompt_token_ids", "continuation_text", "continuation_token_ids", "priority")
+    __slots__ = ("request_id", "prompt_text", "prompt_token_ids", "continuation_text", "continuation_token_ids", "priority", "more_continuation_texts", "more_continuation_token_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TEXT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CONTINUATION_TEXT_FIELD_NUMBER: _ClassVar[int]
     CONTINUATION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    MORE_CONTINUATION_TEXTS_FIELD_NUMBER: _ClassVar[int]
+    MORE_CONTINUATION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_text: str
     prompt_token_ids: TokenIds
     continuation_text: str
     continuation_token_ids: TokenIds
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_text: _Optional[str] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., continuation_text: _Optional[str] = ..., continuation_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., priority: _Optional[int] = ...) -> None: ...
+    more_continuation_texts: _containers.RepeatedScalarFieldContainer[str]
+    more_continuation_token_ids: _containers.RepeatedCompositeFieldContainer[TokenIds]
+    def __init__(self, request_id: _Optional[str] = ..., prompt_text: _Optional[str] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., continuation_text: _Optional[str] = ..., continuation_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., priority: _Optional[int] = ..., more_continuation_texts: _Optional[_Iterable[str]] = ..., more_continuation_token_ids: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ...) -> None: ...
+
+class ScoredContinuation(_message.Message):
+    __slots__ = ("token_ids", "log_probs", "is_greedy", "sum_log_prob")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    IS_GREEDY_FIELD_NUMBER: _ClassVar[int]
+    SUM_LOG_PROB_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    log_probs: _containers.RepeatedScalarFieldContainer[float]
+    is_greedy: _containers.RepeatedScalarFieldContainer[bool]
+    sum_log_prob: float
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ..., is_greedy: _Optional[_Iterable[bool]] = ..., sum_log_prob: _Optional[float] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("request_id", "token_ids", "log_probs", "is_greedy", "sum_log_prob", "prompt_tokens")
+    __slots__ = ("request_id", "token_ids", "log_probs", "is_greedy", "sum_log_prob", "prompt_tokens", "others")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     IS_GREEDY_FIELD_NUMBER: _ClassVar[int]
     SUM_LOG_PROB_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     log_probs: _containers.RepeatedScalarFieldContainer[float]
     is_greedy: _containers.RepeatedScalarFieldContainer[bool]
     sum_log_prob: float
     prompt_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ..., is_greedy: _Optional[_Iterable[bool]] = ..., sum_log_prob: _Optional[float] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
+    others: _containers.RepeatedCompositeFieldContainer[ScoredContinuation]
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ..., is_greedy: _Optional[_Iterable[bool]] = ..., sum_log_prob: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., others: _Optional[_Iterable[_Union[ScoredContinuation, _Mapping]]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "add_special_tokens", "with_tokens", "chat")

@@ -23,6 +23,7 @@ Behaviour = Any  # an async method of a servicer: (message, context) -> message,
 
 # Trailing metadata of a call: fields of its message that this version does not know, and left out.
 IGNORED = "x-twotower-ignored-fields"
+DOMAIN = "twotower.v1"  # of the reasons in an ErrorInfo
 
 
 class Boundary(grpc.aio.ServerInterceptor):
@@ -85,9 +86,10 @@ def _outside(error: Exception, kind: type[Message]) -> Exception:
 
 
 def status_of(failure: Failure) -> status_pb2.Status:
-    """google.rpc.Status: BadRequest for fields at fault, QuotaFailure for a key's limit, RetryInfo where trying again
-    makes sense."""
+    """google.rpc.Status: ErrorInfo for programs, BadRequest for fields at fault, QuotaFailure for a key's limit,
+    RetryInfo where trying again makes sense."""
     status = status_pb2.Status(code=failure.code.grpc.value[0], message=failure.message)
+    _attach(status, error_details_pb2.ErrorInfo(reason=failure.code.reason, domain=DOMAIN))
     if failure.problems:
         violations = [
             error_details_pb2.BadRequest.FieldViolation(field=p.field, description=p.message) for p in failure.problems

@@ -3,7 +3,6 @@
 Lists are handed on as the message has them: they may be far too long to be copied before they are counted.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,7 @@ from cluster.faces.grpc.asked import Asked
 from cluster.faces.grpc.wire_params import mode_name, params_message
 from cluster.runs.answer import Chunk, Piece, Usage
 from cluster.runs.echoing import Echoing
-from cluster.runs.generation import ScoreAsk
-from cluster.runs.run import Generating, Scoring
+from cluster.runs.run import Generating
 from cluster.runs.served_model import ServedModel
 from twotower.core import (
     COSTS,
@@ -23,23 +21,12 @@ from twotower.core import (
     DecodingParams,
     FinishReason,
     Likelihood,
-    ScoreEvent,
     StepEvent,
     TraceEvent,
 )
 from twotower.errors import FieldError, InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 from twotower.text.token_texts import TokenTexts
-
-
-def score_ask_of(request: pb.ScoreRequest, label: str, own_id: str) -> ScoreAsk:
-    """What the client wants scored. Raises InvalidRequest where it leaves out a part."""
-    parts = {name: _score_part(request, name) for name in ("prompt", "continuation")}
-    missing = [name for name, part in parts.items() if part is None]
-    if missing:
-        raise InvalidRequest([FieldError(n, f"missing, wanted {n}_text or {n}_token_ids") for n in missing])
-    prompt, continuation = (part for part in parts.values() if part is not None)
-    return ScoreAsk(prompt, continuation, label, request.priority, own_id)
 
 
 def outside_problems(error: InvalidRequest, kind: type[Message]) -> InvalidRequest:
@@ -156,18 +143,6 @@ def _likelihoods(
         )
 
 
-def score_message(run: Scoring, event: ScoreEvent) -> pb.ScoreResponse:
-    request = run.request
-    return pb.ScoreResponse(
-        request_id=run.shown_id,
-        token_ids=request.token_ids[request.start :],
-        log_probs=event.log_probs,
-        is_greedy=event.is_greedy,
-        sum_log_prob=math.fsum(event.log_probs),
-        prompt_tokens=request.start,
-    )
-
-
 def model_info_message(model: ServedModel) -> pb.GetModelInfoResponse:
     return pb.GetModelInfoResponse(
         model_name=model.name,
@@ -182,14 +157,6 @@ def model_info_message(model: ServedModel) -> pb.GetModelInfoResponse:
     )
 
 
-def _score_part(request: pb.ScoreRequest, name: str) -> str | Sequence[object] | None:
-    field = request.WhichOneof(name)
-    if field is None:
-        return None
-    given = getattr(request, field)
-    return given.ids if isinstance(given, pb.TokenIds) else str(given)
-
-
 def _path(field: str) -> str:
     if field.startswith("prompt_token_ids"):
         return field.replace("prompt_token_ids", "token_ids.ids", 1)
@@ -200,10 +167,10 @@ def _path(field: str) -> str:
 
 def _score_path(field: str) -> str:
     """The library knows one list of ids; what is too long about it is the continuation."""
-    name, bracket, place = field.partition("[")
-    if name == "token_ids":
+    if field.startswith("token_ids"):
         return "continuation"
-    return f"{name}.ids[{place}" if bracket else field
+    name, bracket, place = field.partition("[")
+    return f"{name}.ids[{place}" if bracket and name in ("prompt_token_ids", "continuation_token_ids") else field
 
 
 def _chat_path(field: str) -> str:

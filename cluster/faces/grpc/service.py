@@ -17,16 +17,16 @@ from cluster.faces.grpc.messages import (
     echo_message,
     model_info_message,
     piece_messages,
-    score_ask_of,
-    score_message,
 )
 from cluster.faces.grpc.reflecting import enable_reflection
+from cluster.faces.grpc.scores import ScoreAsks, score_message, told_under
 from cluster.faces.grpc.tls import server_credentials
 from cluster.rereading import Rereading
 from cluster.runs.callers import Caller
 from cluster.runs.choices import told_of
 from cluster.runs.generation import Checked, Generation, drawn_id
 from cluster.runs.labels import OWN_ID, REQUEST_ID, is_label, label_of
+from cluster.runs.run import Scoring
 from cluster.runs.streams import drained
 from cluster.runs.trace_parent import TraceParent
 from twotower.core import Mode
@@ -75,12 +75,15 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                         await context.write(message)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
-        deadline = self._generation.deadline(_timeout_of(context))
-        checked = self._generation.check_score(score_ask_of(request, *_names(request, context)))
-        caller = caller_of(self._generation, context)
-        with self._generation.hold([checked], caller):
-            run = await self._generation.score_run(checked, deadline, caller, _parent_of(context))
-            return score_message(run, await run.whole())
+        generation = self._generation
+        deadline = generation.deadline(_timeout_of(context))
+        asks = ScoreAsks(request, *_names(request, context))
+        checked, caller, runs = asks.checked(generation), caller_of(generation, context), list[Scoring]()
+        with generation.hold(checked, caller):
+            for name, one in zip(asks.names, checked, strict=True):
+                with told_under(name):
+                    runs.append(await generation.score_run(one, deadline, caller, _parent_of(context)))
+            return score_message(runs, await generation.scores(runs))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         prompts, deadline = self._generation.prompts, self._generation.deadline(_timeout_of(context))

@@ -24,7 +24,7 @@ from twotower.pb.twotower.v1 import generation_pb2 as pb
 
 pytestmark = pytest.mark.slow
 
-CASES, MANY = 300, 10_000
+CASES, MANY, PARTS = 300, 10_000, 5
 LONGEST = 256
 REFUSED = ("not a readable", "wrong type", "UTF-8")  # words of what is refused before anybody looks at values
 # What a case begins with, so that many are whole requests.
@@ -32,6 +32,7 @@ WHOLE: dict[str, tuple[Message, ...]] = {
     "Generate": (pb.GenerateRequest(text="Hi"), pb.GenerateRequest(token_ids=pb.TokenIds(ids=[76, 109]))),
     "GenerateStream": (
         pb.GenerateRequest(text="Hi"),
+        pb.GenerateRequest(text="Hi", n=3),
         pb.GenerateRequest(text="Hi", trace=True, logprobs=1, params=pb.DecodingParams(mode=pb.MODE_VERIFIED)),
     ),
     "Score": (pb.ScoreRequest(prompt_text="Hi", continuation_text="there"),),
@@ -87,7 +88,8 @@ async def test_some(
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@fuzzed(MANY)
+@pytest.mark.parametrize("part", range(PARTS))
+@fuzzed(MANY // PARTS)
 @given(call=calls())
 async def test_many(
     channel: grpc.aio.Channel,
@@ -95,7 +97,9 @@ async def test_many(
     cells: ScriptedCells,
     caplog: pytest.LogCaptureFixture,
     call: Call,
+    part: int,
 ) -> None:
+    """In parts, each with cases of its own."""
     await is_answered_well(channel, service, cells, caplog, call)
 
 
@@ -142,21 +146,28 @@ def is_whole(message: Message) -> None:
 
 def is_an_answer(method: str, answers: list[Any]) -> None:
     """As the .proto's comments have it."""
-    first, last = answers[0], answers[-1]
+    first = answers[0]
     match method:
         case "Generate":
+            for answer in (first, *first.others):
+                assert len(answer.likelihoods) in (0, len(answer.token_ids))
             is_finished(first.finished, len(first.token_ids))
-            assert len(first.likelihoods) in (0, len(first.token_ids))
         case "GenerateStream":
-            blocks = [answer.block for answer in answers if answer.HasField("block")]
-            starts = [sum(len(block.token_ids) for block in blocks[:place]) for place in range(len(blocks))]
-            assert [block.start for block in blocks] == starts
-            assert [answer.HasField("finished") for answer in answers] == [False] * (len(answers) - 1) + [True]
-            is_finished(last.finished, sum(len(block.token_ids) for block in blocks))
+            for choice in range(1 + max(answer.choice for answer in answers)):
+                is_a_stream([answer for answer in answers if answer.choice == choice])
         case "Score":
             assert len(first.token_ids) == len(first.log_probs) == len(first.is_greedy) > 0
         case "GetModelInfo":
             assert first.model_name == "fake"
+
+
+def is_a_stream(answers: list[Any]) -> None:
+    """Of one of the answers that a call asks for."""
+    blocks = [answer.block for answer in answers if answer.HasField("block")]
+    starts = [sum(len(block.token_ids) for block in blocks[:place]) for place in range(len(blocks))]
+    assert [block.start for block in blocks] == starts
+    assert [answer.HasField("finished") for answer in answers] == [False] * (len(answers) - 1) + [True]
+    is_finished(answers[-1].finished, sum(len(block.token_ids) for block in blocks))
 
 
 def is_finished(finished: pb.Finished, tokens: int) -> None:

@@ -28,7 +28,7 @@ from tests.cluster.test_http import TEXT, events_of
 
 pytestmark = pytest.mark.slow
 
-CASES, MANY = 200, 10_000
+CASES, MANY, PARTS = 200, 10_000, 5
 DESCRIBED: dict[str, Any] = json.loads(openapi())
 # Of each operation that takes a body: one that is answered.
 PLAIN: dict[str, dict[str, Any]] = {
@@ -103,11 +103,18 @@ async def test_some(
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@fuzzed(MANY)
+@pytest.mark.parametrize("part", range(PARTS))
+@fuzzed(MANY // PARTS)
 @given(case=cases())
 async def test_many(
-    http: httpx.AsyncClient, service: Generation, cells: ScriptedCells, caplog: pytest.LogCaptureFixture, case: Asked
+    http: httpx.AsyncClient,
+    service: Generation,
+    cells: ScriptedCells,
+    caplog: pytest.LogCaptureFixture,
+    case: Asked,
+    part: int,
 ) -> None:
+    """In parts, each with cases of its own."""
     await is_answered_well(http, service, cells, caplog, case)
 
 

@@ -5,15 +5,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from twotower.core import BlockEvent, Likelihood
+from twotower.errors import TwoTowerError
 from twotower.exchange.protocol import Delta
 
 
 @dataclass(slots=True)
 class Unrated:
-    """Of one sequence, whose answer's first token has the position `answer_start`."""
+    """Of one sequence, whose answer's first token has the position `answer_start`. `error`: with what the answer ends
+    once all of them are told, where there is no way on behind them."""
 
     answer_start: int
+    error: TwoTowerError | None = None
     _events: deque[tuple[BlockEvent, Sequence[float]]] = field(default_factory=deque)
+
+    @property
+    def waits(self) -> bool:
+        """Whether there are any."""
+        return bool(self._events)
 
     @property
     def last_words(self) -> tuple[int, ...]:

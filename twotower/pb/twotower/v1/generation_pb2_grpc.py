@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Generation, scoring, tokens.
+    """Answers, scores and tokens of the one checkpoint that a service runs.
     """
 
     def __init__(self, channel):
@@ -68,7 +68,7 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Generation, scoring, tokens.
+    """Answers, scores and tokens of the one checkpoint that a service runs.
     """
 
     def Generate(self, request, context):
@@ -159,7 +159,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Generation, scoring, tokens.
+    """Answers, scores and tokens of the one checkpoint that a service runs.
     """
 
     @staticmethod
