@@ -66,10 +66,12 @@ class ContextEngine:
         return self._decoding.near_ties + self._scoring.near_ties
 
     def stats(self, busy_s: float) -> EngineStats:
-        room = self.cache.room
+        room, kept = self.cache.room, self.prefixes
         return EngineStats(
             "context", self.ticks, self.rows, busy_s, len(self._sequences),
             room.free_slots, room.free_pages, room.slots, room.pages, self.near_ties,
+            prefix_lookups=kept.lookups, prefix_hits=kept.hits, prefix_positions=kept.positions_saved,
+            prefix_evictions=kept.evictions, prefix_bytes=kept.nbytes,
         )  # fmt: skip
 
     def prepare(self) -> None:
