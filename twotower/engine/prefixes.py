@@ -107,6 +107,12 @@ class Prefixes:
         self._nodes[names[-1]].snapshot = snapshot
         self._recent[names[-1]] = None
 
+    def forget(self, names: Sequence[bytes]) -> None:
+        """Nothing goes on behind these any more, until they have been read again."""
+        for name in reversed(names):
+            if name in self._recent:
+                self._evict(name)
+
     def _add(self, names: Sequence[bytes], slot: int) -> None:
         """Nodes for those of the prefixes that have none, with the sequence's own pages."""
         pages = self._cache.pages_of(slot)

@@ -209,6 +209,8 @@ class Commits:
         self._reply(port, Delta(number, start, end, slot, complete, decided, tuple(likelihoods)))
 
     def _fail(self, key: Key, error: TwoTowerError) -> None:
+        if isinstance(error, NumericalError) and key in self._sequences:
+            self._sequences.doubt(key)
         port, number = _led(key)
         self._reply(port, Failed(number, error))
 

@@ -86,6 +86,7 @@ class Decoding:
         for key, (token, margin, finite, *rated) in zip(keys, outcome, strict=True):
             writer = self._writers[key]
             if not finite:
+                self._sequences.doubt(key)
                 writer.failed()
                 self._stop(key)
             elif writer.wrote(int(token), margin, took, _likelihood(writer, rated)):

@@ -53,6 +53,7 @@ class Scoring:
         for row, scores in zip(rows, by_row(outcome, rows), strict=True):
             request_id = row.sheet.request.id
             if not all(token.finite for token in scores):
+                self._sequences.doubt(request_id)
                 self._emit(FailureEvent(request_id, not_finite(request_id)))
                 self.end(request_id)
                 continue

@@ -131,22 +131,24 @@ class Sequences:
         """Give slots to those that wait for one and can have it."""
         if not self._stirred:
             return
-        self._stirred = False
+        self._stirred, awaited = False, dict[Key, int]()
         for key, needs in list(self._unopened.items()):
             names = self._by_key[key].names[: needs.usable]
             found = self._prefixes.find(names)
-            if self._is_coming(names, found):
-                continue
-            if not self._cache.room.fits(needs.positions, found.pages):
-                return  # those behind it would keep it waiting
-            self._begin(key, needs, found)
+            reader = self._reader_of(names, found)
+            if reader is not None:
+                left = needs.length - found.positions
+                awaited[reader] = min(left, awaited.get(reader, left))
+            elif self._cache.room.fits(needs.positions, found.pages):
+                self._begin(key, needs, found)
+            else:
+                break  # those behind it would keep it waiting
+        self._scheduler.await_prompts(awaited)
 
-    def _is_coming(self, names: Sequence[bytes], found: Found) -> bool:
-        """Whether another sequence is reading what this one would read next."""
-        if not names:
-            return False
-        strides = found.positions // self._prefixes.stride
-        return strides < len(names) and names[strides] in self._coming
+    def _reader_of(self, names: Sequence[bytes], found: Found) -> Key | None:
+        """Who is reading what this one would read next."""
+        strides = found.positions // self._prefixes.stride if names else 0
+        return self._coming.get(names[strides]) if strides < len(names) else None
 
     def _begin(self, key: Key, needs: _Needs, found: Found) -> None:
         del self._unopened[key]
@@ -163,6 +165,10 @@ class Sequences:
         starts = range(0, found.positions, self._chunk)
         chunks = [PrefillChunk(key, start, start + self._chunk) for start in starts]
         sequence.owner.has_opened(key, chunks, not needs.length)
+
+    def doubt(self, key: Key) -> None:
+        """Its numbers are not finite: nothing of its prompt is kept for others."""
+        self._prefixes.forget(self._by_key[key].names)
 
     def keep(self, chunk: PrefillChunk) -> None:
         """A chunk of this prompt has just been read: where a prefix ends with it, others may go on behind it."""
