@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -105,9 +105,10 @@ def _prompts(tokens: int, shared: float, questions: int) -> list[tuple[int, ...]
 async def _found(prompts: Sequence[tuple[int, ...]], chunk: int) -> tuple[dict[str, Found], float, int]:
     """What was found, the first prompt's CPU time over that without, and the bytes kept at the end."""
     opened, cpu = Checkpoint.open(DEMO), torch.device("cpu")
-    context, denoiser = (load(opened, cpu, torch.float32) for load in (load_context_tower, load_denoiser_tower))
-    sizes = {"max_sequences": 4, "max_sequence_length": len(prompts[0]) + 64, "prefill_chunk_tokens": chunk}
-    without, kept = EngineSettings(**sizes, prefix_cache_bytes=0), EngineSettings(**sizes)
+    context = load_context_tower(opened, cpu, torch.float32)
+    denoiser = load_denoiser_tower(opened, cpu, torch.float32)
+    kept = EngineSettings(4, len(prompts[0]) + 64, prefill_chunk_tokens=chunk)
+    without = replace(kept, prefix_cache_bytes=0)
     async with pair_of(context, denoiser, without) as plain, pair_of(context, denoiser, kept) as keeping:
         await _asked(plain, "ar", prompts[0][: 2 * chunk], "warm")  # passes are recorded, memory is there
         first = [(await _asked(pair, "ar", prompts[0], "first")).cpu for pair in (plain, keeping)]
@@ -125,17 +126,16 @@ async def _asked(pair: Pair, kind: str, prompt: tuple[int, ...], name: str) -> A
     """`score`: of the last tokens."""
     began, cpu_began = time.perf_counter(), time.process_time()
     if kind == "score":
-        event = await pair.score(ScoreRequest(RequestId(name), prompt, len(prompt) - _NEW_TOKENS), 3600)
+        score = await pair.score(ScoreRequest(RequestId(name), prompt, len(prompt) - _NEW_TOKENS), 3600)
         took = time.perf_counter() - began, time.process_time() - cpu_began
-        return Asked(*took, event.cached_tokens, event.log_probs)
+        return Asked(*took, score.cached_tokens, score.log_probs)
     params = DecodingParams(Mode(kind), _NEW_TOKENS, ignore_eos=True)
-    tokens, took, cached = list[int](), None, 0
+    moments, tokens, cached = list[tuple[float, float]](), list[int](), 0
     async for event in pair.generate(Request(RequestId(name), prompt, params), 3600):
-        took = took or (time.perf_counter() - began, time.process_time() - cpu_began)
+        moments.append((time.perf_counter() - began, time.process_time() - cpu_began))
         cached += event.cached_tokens
         tokens += event.token_ids
-    assert took is not None
-    return Asked(*took, cached, tuple(tokens))
+    return Asked(*moments[0], cached, tuple(tokens))
 
 
 def render(found: dict[str, Found]) -> str:

@@ -311,8 +311,8 @@ def _encoded(body: Mapping[str, object]) -> bytes:
 
 
 def _usage(told: Mapping[str, Any]) -> Usage:
-    counts = (told[name] for name in Usage.__dataclass_fields__ if name != "cached_tokens")
-    return Usage(*counts, cached_tokens=_cached(told))
+    counts = {name: told[name] for name in Usage.__dataclass_fields__ if name != "cached_tokens"}
+    return Usage(**counts, cached_tokens=_cached(told))
 
 
 def _cached(told: Mapping[str, Any]) -> int:

@@ -249,7 +249,8 @@ class SimulatedCell:
 
 
 def _play(seed: int, mirrored: bool = False) -> Counter[str]:
-    """One schedule. Returns how many requests finished, were cancelled in time, and failed, and `halved`."""
+    """One schedule. Returns how many requests finished, were cancelled in time, and failed, `halved`, and how many
+    prompts began with a kept prefix, and prefixes gave way."""
     with ExitStack() as closing:
         return _played(seed, random.Random(seed), mirrored, closing)
 
@@ -259,7 +260,7 @@ def _played(seed: int, draw: random.Random, mirrored: bool, closing: ExitStack) 
     requests = [_request(n, draw) for n in range(draw.randint(1, 12))]
     if draw.random() < (0.6 if mirrored else 0.3):
         requests = _alike(requests, draw)
-    if draw.random() < 0.6:
+    elif draw.random() < 0.7:
         requests = _begin_alike(requests, draw)
     biggest = 16 * cell.ledger.context.free_pages
     waiting = [r for r in requests if r.positions <= biggest]
@@ -336,7 +337,7 @@ def test_random_schedules(batch: int) -> None:
     assert seen["cancelled"] > per_batch // 20, "too few cancellations to show anything"
     assert seen["failed"] > per_batch // 20, "too few failures to show anything"
     assert seen["halved"] > per_batch // 20, "too few batches in halves to show anything"
-    assert seen["hits"] > per_batch // 4 and seen["evicted"] > per_batch // 20, "too few prefixes to show anything"
+    assert seen["hits"] > per_batch // 8 and seen["evicted"] > per_batch // 20, "too few prefixes to show anything"
 
 
 @pytest.mark.parametrize("batch", range(MIRRORED_BATCHES))
