@@ -1,9 +1,10 @@
 """The prefixes of prompts that the context tower has read, kept for prompts that begin alike.
 
 A prefix ends at a multiple of the stride, where a chunk of every prompt ends. So a prompt that goes on behind a kept
-prefix is read in the same chunks as one that is read whole, and its numbers are the same bits. Keys and values are kept
-by reference: the pages stay where they are, and a page is kept only once it is full. Mamba states are copied to
-snapshots, of which there are few. Knows neither requests nor why a prompt is read.
+prefix is read in the same chunks as one that is read whole. Its numbers are the same bits, but for the rounding that
+depends on who shared the forwards. Keys and values are kept by reference: the pages stay where they are, and a page is
+kept only once it is full. Mamba states are copied to snapshots, of which there are few. Knows neither requests nor why
+a prompt is read.
 """
 
 from collections import OrderedDict
