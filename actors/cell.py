@@ -182,4 +182,4 @@ def _ledger(settings: CellSettings) -> Ledger:
     engine = settings.engine
     mirrors = settings.denoisers_per_context if settings.placement == "split" else 0
     rooms = [Room(engine.max_sequences, engine.pages) for _ in range(1 + mirrors)]
-    return Ledger(rooms[0], rooms[1:], engine.max_queued_requests)
+    return Ledger(rooms[0], rooms[1:], engine.max_queued_requests, stride=engine.prefix_stride)

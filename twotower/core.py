@@ -271,6 +271,7 @@ class Request:
     `committed`: the first of its new tokens, where it was begun elsewhere (in `diffusion` whole blocks). Its events go
     on after them, from `start` == len(`committed`); in `auto` the context tower wrote them. `trace`: whether its
     TraceEvents are told. `logprobs`: whether its tokens are told with their Likelihood, and with how many alternatives.
+    `cache_salt`: only requests with the same one share what the context tower keeps of prompts that begin alike.
     """
 
     id: RequestId
@@ -280,6 +281,7 @@ class Request:
     committed: tuple[int, ...] = ()
     trace: bool = False
     logprobs: int | None = None
+    cache_salt: str = ""
 
     @property
     def history(self) -> tuple[int, ...]:
@@ -311,8 +313,8 @@ class Request:
 class ScoreRequest:
     """How likely the context tower finds the tokens from position `start` on, each after all before it.
 
-    1 <= `start` < len(`token_ids`): the first token follows nothing, so nothing says how likely it is. `priority` and
-    `logprobs` as a Request's.
+    1 <= `start` < len(`token_ids`): the first token follows nothing, so nothing says how likely it is. `priority`,
+    `logprobs` and `cache_salt` as a Request's.
     """
 
     id: RequestId
@@ -320,6 +322,7 @@ class ScoreRequest:
     start: int
     priority: int = 0
     logprobs: int | None = None
+    cache_salt: str = ""
 
     @property
     def positions(self) -> int:
@@ -364,7 +367,8 @@ class BlockEvent:
     denoiser; the others are rounds.
     The last event of a request carries a `finish_reason`; it may hold no tokens. It also tells the smallest margin of
     the request's decisions (`twotower.decoding.margins`): in fp32, only below 1e-5 might its tokens have been others.
-    `likelihoods`: one for each token, where the request asks for them.
+    `likelihoods`: one for each token, where the request asks for them. `cached_tokens`, told with the first event: so
+    many of the prompt's tokens were not read, because the context tower had read them for another request.
     """
 
     request_id: RequestId
@@ -379,6 +383,7 @@ class BlockEvent:
     num_ar_blocks: int = 0
     num_diffusion_blocks: int = 0
     likelihoods: tuple[Likelihood, ...] = ()
+    cached_tokens: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -399,7 +404,8 @@ class BlockEvent:
         head = self.first(count)
         costs = {name: getattr(self, name) - getattr(head, name) for name in COSTS}
         tokens, likelihoods = self.token_ids[count:], self.likelihoods[count:]
-        return replace(self, start=self.start + count, token_ids=tokens, likelihoods=likelihoods, **costs)
+        start = self.start + count
+        return replace(self, start=start, token_ids=tokens, likelihoods=likelihoods, cached_tokens=0, **costs)
 
     def joined(self, following: "BlockEvent") -> "BlockEvent":
         """This one and the next of its request as one."""
@@ -416,6 +422,7 @@ class BlockEvent:
             self.num_ar_blocks + following.num_ar_blocks,
             self.num_diffusion_blocks + following.num_diffusion_blocks,
             self.likelihoods + following.likelihoods,
+            self.cached_tokens + following.cached_tokens,
         )
 
 
@@ -468,7 +475,7 @@ class ScoreEvent:
 
     `log_probs`: natural logarithms, the fp32 log-softmax of the context tower's fp32 logits. `is_greedy`: whether `ar`
     would have chosen this token at temperature 0; `margin` is the smallest of these decisions. `likelihoods`: the same
-    with the likeliest tokens, where the request asks for them.
+    with the likeliest tokens, where the request asks for them. `cached_tokens` as a BlockEvent's.
     """
 
     request_id: RequestId
@@ -476,6 +483,7 @@ class ScoreEvent:
     is_greedy: tuple[bool, ...]
     margin: float
     likelihoods: tuple[Likelihood, ...] = ()
+    cached_tokens: int = 0
 
     @property
     def is_last(self) -> bool:

@@ -14,7 +14,8 @@ class Usage:
 
     `num_steps` counts denoiser forwards, `num_blocks` commits, in `verified` rounds. `num_drafted` counts the tokens
     that the denoiser proposed in rounds, `num_accepted` those among them that stand. In `auto`, of its blocks
-    `num_ar_blocks` were written by the context tower alone and `num_diffusion_blocks` by the denoiser.
+    `num_ar_blocks` were written by the context tower alone and `num_diffusion_blocks` by the denoiser. `cached_tokens`:
+    of the prompt's tokens, those that the service had read for another request.
     """
 
     prompt_tokens: int = 0
@@ -25,6 +26,7 @@ class Usage:
     num_accepted: int = 0
     num_ar_blocks: int = 0
     num_diffusion_blocks: int = 0
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -148,7 +150,7 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class Score:
     """How likely the context tower finds each token of a continuation (natural logarithms). `is_greedy`: whether `ar`
-    at temperature 0 would have chosen the token."""
+    at temperature 0 would have chosen the token. `cached_tokens` as in a Usage."""
 
     prompt_tokens: int
     token_ids: tuple[int, ...]
@@ -156,6 +158,7 @@ class Score:
     is_greedy: tuple[bool, ...]
     sum_log_prob: float
     request_id: str
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +219,8 @@ class Gathering:
         """Of a stream that has ended."""
         assert 0 in self._ends, "a stream ends with Finished or an error"
         usages = [end.usage for end in self._ends.values()]
-        usage = replace(reduce(Usage.plus, usages), prompt_tokens=usages[0].prompt_tokens)
+        read = {"prompt_tokens": usages[0].prompt_tokens, "cached_tokens": usages[0].cached_tokens}
+        usage = replace(reduce(Usage.plus, usages), **read)
         first, *others = (self._answer(choice, usage) for choice in sorted(self._ends))
         return replace(first, others=tuple(others))
 

@@ -85,6 +85,7 @@ def score_rpc(ask: ScoreAsk) -> Rpc[Score]:
             tuple(told.is_greedy),
             told.sum_log_prob,
             ask.request_id,
+            told.cached_tokens,
         )
 
     message = _written(pb.ScoreRequest, ask.request_id, request_id=ask.request_id, priority=ask.priority, **parts)

@@ -79,7 +79,7 @@ def stream_call(ask: Ask) -> HttpCall[None]:
 def score_call(ask: ScoreAsk) -> HttpCall[Score]:
     def read(told: Any) -> Score:
         lists = tuple(told["token_ids"]), tuple(told["log_probs"]), tuple(told["is_greedy"])
-        return Score(told["prompt_tokens"], *lists, told["sum_log_prob"], ask.request_id)
+        return Score(told["prompt_tokens"], *lists, told["sum_log_prob"], ask.request_id, _cached(told))
 
     body = {"prompt": ask.prompt, "continuation": ask.continuation, "priority": ask.priority}
     return HttpCall("POST", "/v1/score", read, _encoded({**body, "request_id": ask.request_id}), ask.request_id)
@@ -162,13 +162,14 @@ class StreamReader:
         token_ids, text, place = tuple(choice["token_ids"]), _text(choice), choice["index"]
         own = self._own.get(place, Usage())
         events: list[Event] = []
-        cost = replace(usage.less(self._used), prompt_tokens=0)
+        cost = replace(usage.less(self._used), prompt_tokens=0, cached_tokens=0)
         if token_ids or text:
             start = own.completion_tokens
             events.append(Block(start, token_ids, text, cost, _likelihoods(choice["logprobs"]), place))
         self._used, self._own[place] = usage, own.plus(cost)
         if choice["finish_reason"] is not None:
-            spent = replace(self._own[place], prompt_tokens=usage.prompt_tokens)
+            read = {"prompt_tokens": usage.prompt_tokens, "cached_tokens": usage.cached_tokens}
+            spent = replace(self._own[place], **read)
             mode = self._ask.params.get("mode")
             events.append(Finished(choice["finish_reason"], spent, choice["seed"], mode, place))
         return events
@@ -233,8 +234,14 @@ def _encoded(body: Mapping[str, object]) -> bytes:
         ) from None
 
 
-def _usage(told: Mapping[str, int]) -> Usage:
-    return Usage(*(told[name] for name in Usage.__dataclass_fields__))
+def _usage(told: Mapping[str, Any]) -> Usage:
+    counts = {name: told[name] for name in Usage.__dataclass_fields__ if name != "cached_tokens"}
+    return Usage(**counts, cached_tokens=_cached(told))
+
+
+def _cached(told: Mapping[str, Any]) -> int:
+    """A service of an older version tells none."""
+    return int((told.get("prompt_tokens_details") or {}).get("cached_tokens", 0))
 
 
 def _traced(told: Any) -> Event:

@@ -214,7 +214,7 @@ async def split_pair(checkpoint: str, engine: EngineSettings, threads: int = 1) 
         await denoiser.connect.remote(address)
         await asyncio.gather(*(e.open_line() for e in engines))
         rooms = [Room(engine.max_sequences, engine.pages) for _ in engines]
-        ledger = Ledger(rooms[0], rooms[1:], engine.max_queued_requests)
+        ledger = Ledger(rooms[0], rooms[1:], engine.max_queued_requests, stride=engine.prefix_stride)
         async with Pair(engines[0], engines[1:], ledger) as pair:
             yield SplitPair(pair, context, denoiser)
         for each in engines:

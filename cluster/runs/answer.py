@@ -7,7 +7,7 @@ from twotower.core import BlockEvent, FinishReason, Likelihood, TraceEvent
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request has cost so far."""
+    """What a request has cost so far. `cached_tokens`: of its prompt, those that a cell had read for another one."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -17,6 +17,7 @@ class Usage:
     num_accepted: int = 0
     num_ar_blocks: int = 0
     num_diffusion_blocks: int = 0
+    cached_tokens: int = 0
 
     def plus(self, event: BlockEvent) -> "Usage":
         return Usage(
@@ -28,6 +29,7 @@ class Usage:
             self.num_accepted + event.num_accepted,
             self.num_ar_blocks + event.num_ar_blocks,
             self.num_diffusion_blocks + event.num_diffusion_blocks,
+            self.cached_tokens + (0 if event.start else event.cached_tokens),  # of the cell where the answer began
         )
 
 

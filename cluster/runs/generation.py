@@ -6,7 +6,7 @@ Knows validation and opens runs; does not know the wire on one side, nor Ray on 
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 from weakref import WeakSet
@@ -233,7 +233,7 @@ class Generation:
                 request = join(ask.id, prompt, checked.terms, self.model.limits)
         await self._compiled(request.params.structured_outputs, deadline)
         runs = []
-        for one in tries_of(request, count):
+        for one in tries_of(replace(request, cache_salt=_salt(caller)), count):
             record = Record(one, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
             with_offsets = ask.offsets and one.logprobs is not None
             text = AnswerText(model.tokenizer, checked.stop, with_offsets, ask.with_stop, one.params.min_tokens)
@@ -265,6 +265,7 @@ class Generation:
         if request.logprobs is not None and len(prompt) > 1:
             score_id, priority = f"{request.id}-prompt", request.priority
             scored = join_score(score_id, prompt[:1], prompt[1:], priority, model.limits, request.logprobs)
+            scored = replace(scored, cache_salt=_salt(caller))
             label, vocabulary = checked.ask.label, model.vocabulary
             record = Record(scored, model.fingerprint, label, caller, parent=parent, vocabulary=vocabulary)
             scoring = self._added(Scoring(record, deadline, self._means))
@@ -285,6 +286,7 @@ class Generation:
                     "continuation", checked.continuation, deadline, special=False
                 )
                 request = join_score(ask.id, prompt, continuation, checked.priority, self.model.limits)
+        request = replace(request, cache_salt=_salt(caller))
         record = Record(request, model.fingerprint, ask.label, caller, parent=parent, vocabulary=model.vocabulary)
         return self._added(Scoring(record, deadline, self._means))
 
@@ -334,6 +336,12 @@ def _check_likelihoods(checked: "Sequence[Checked | CheckedScore]") -> None:
     asking = [one.terms for one in checked if isinstance(one, Checked) and one.terms.logprobs is not None]
     if asking:
         check_likelihoods(sum(terms.params.max_new_tokens for terms in asking), asking[0].logprobs)
+
+
+def _salt(caller: Caller) -> str:
+    """Keys do not share what cells keep of prompts: how soon an answer begins would tell one what another has asked.
+    Without keys all callers are one."""
+    return caller.key or ""
 
 
 def _priority(checked: Checked | CheckedScore) -> int:

@@ -24,6 +24,12 @@ _OF_LINKS: dict[Metric, Callable[[EngineStats], float]] = {
     metrics.PAYLOADS: lambda tower: tower.exchange_payloads,
     metrics.EXCHANGE_TIME: lambda tower: tower.exchange_s,
 }
+_OF_PREFIXES: dict[Metric, Callable[[EngineStats], float]] = {
+    metrics.PREFIX_LOOKUPS: lambda tower: tower.prefix_lookups,
+    metrics.PREFIX_HITS: lambda tower: tower.prefix_hits,
+    metrics.PREFIX_TOKENS: lambda tower: tower.prefix_positions,
+    metrics.PREFIX_EVICTIONS: lambda tower: tower.prefix_evictions,
+}
 _EXPOSED: dict[str, Callable[[EngineStats], float]] = {
     "commit": lambda tower: tower.held_up_s,
     "prompt": lambda tower: tower.prompt_wait_s,
@@ -94,12 +100,14 @@ class CellWatch:
     def _hear(self, stats: EngineStats, tower: str) -> None:
         before = self._told.get((stats.process, stats.tower), EngineStats(stats.tower))
         self._told[stats.process, stats.tower] = stats
-        of_links = _OF_LINKS if stats.tower == "denoiser" else {}
-        for metric, value in (_COUNTED | of_links).items():
+        own = _OF_LINKS if stats.tower == "denoiser" else _OF_PREFIXES
+        for metric, value in (_COUNTED | own).items():
             self._tally.add(metric, value(stats) - value(before), self._cell, tower)
         if stats.tower == "denoiser":
             for reason, value in _EXPOSED.items():
                 self._tally.add(metrics.EXPOSED, value(stats) - value(before), self._cell, tower, reason)
+        else:
+            self._set(metrics.PREFIX_BYTES, tower, stats.prefix_bytes)
         self._set(metrics.SLOTS, tower, stats.total_slots)
         self._set(metrics.SLOTS_USED, tower, stats.total_slots - stats.free_slots)
         self._set(metrics.PAGES, tower, stats.total_pages)

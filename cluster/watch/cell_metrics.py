@@ -71,3 +71,34 @@ EXCHANGE_TIME = Metric(
 PAYLOADS = Metric(
     "exchange_payloads_total", Kind.COUNTER, "payloads", "of cache deltas that a denoiser received", ("cell", "tower")
 )
+PREFIX_LOOKUPS = Metric(
+    "prefix_cache_lookups_total",
+    Kind.COUNTER,
+    "prompts",
+    "long enough to begin with a prefix that may be kept (`prefill_chunk_tokens` and a token more)",
+    ("cell", "tower"),
+)
+PREFIX_HITS = Metric(
+    "prefix_cache_hits_total", Kind.COUNTER, "prompts", "that began with a kept prefix", ("cell", "tower")
+)
+PREFIX_TOKENS = Metric(
+    "prefix_cache_saved_tokens_total",
+    Kind.COUNTER,
+    "tokens",
+    "of prompts that were not read, because they were kept",
+    ("cell", "tower"),
+)
+PREFIX_EVICTIONS = Metric(
+    "prefix_cache_evictions_total",
+    Kind.COUNTER,
+    "prefixes",
+    "that gave way to others, or to sequences that needed their pages",
+    ("cell", "tower"),
+)
+PREFIX_BYTES = Metric(
+    "prefix_cache_bytes",
+    Kind.GAUGE,
+    "bytes",
+    "of kept states, and of pages that are kept, whether a sequence holds them or not",
+    ("cell", "tower"),
+)

@@ -81,6 +81,7 @@ def _got(record: Record, error: BaseException | None) -> dict[str, object]:
     got |= {"cell": cells[-1] if cells else None, "cells": len(cells)}
     got |= {"tokens": usage.completion_tokens, "blocks": usage.num_blocks, "steps": usage.num_steps}
     got |= {"drafted": usage.num_drafted or None, "accepted": usage.num_accepted if usage.num_drafted else None}
+    got |= {"cached_tokens": usage.cached_tokens or None}
     return got | {"ar_blocks": usage.num_ar_blocks or None, "diffusion_blocks": usage.num_diffusion_blocks or None}
 
 

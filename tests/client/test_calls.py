@@ -242,3 +242,11 @@ async def test_options_that_there_are_not(asking: Asking, cells: ScriptedCells) 
         with pytest.raises(ValueError, match="timeout_s"):
             await asking.complete("Hi", timeout_s=seconds)
     assert not cells.requests
+
+
+async def test_tokens_of_the_prompt_that_were_read_before(asking: Asking, cells: ScriptedCells) -> None:
+    cells.cached = 2
+    whole = await asking.complete("Hi", n=2)
+    _, stream = await asking.stream("Hi", n=2)
+    assert whole.usage.cached_tokens == stream._gathering.answer().usage.cached_tokens == 2
+    assert (await asking.of("score", "Hi", " there")).cached_tokens == 2

@@ -105,7 +105,7 @@ class ScriptedCells:
     id is even. The likeliest tokens are those of the bytes 0, 1, 2 and so on.
 
     `fail` is called before each block with the request and the block's number and may raise. `pace_s` delays every
-    block. `open` counts the streams not yet closed.
+    block. `open` counts the streams not yet closed. Of each prompt `cached` tokens need not be read.
     """
 
     def __init__(self, text: str = "All good things come to those who wait.") -> None:
@@ -115,7 +115,7 @@ class ScriptedCells:
         self.is_ready = True
         self.serves = set(Mode)
         self.echo = False  # answer with the prompt's last token, again and again
-        self.open = 0
+        self.open = self.cached = 0
         self.requests: list[Request] = []
         self.scored: list[ScoreRequest] = []
         self.timeouts: list[float] = []
@@ -159,8 +159,8 @@ class ScriptedCells:
             await asyncio.sleep(self.pace_s)
             scored = request.token_ids[request.start :]
             log_probs, is_greedy = (-token / 100 for token in scored), (token % 2 == 0 for token in scored)
-            likelihoods = () if request.logprobs is None else [_likely(token, request.logprobs) for token in scored]
-            return ScoreEvent(request.id, tuple(log_probs), tuple(is_greedy), 1.0, tuple(likelihoods))
+            likelihoods = tuple(_likely(token, n) for token in scored) if (n := request.logprobs) is not None else ()
+            return ScoreEvent(request.id, tuple(log_probs), tuple(is_greedy), 1.0, likelihoods, self.cached)
 
     @contextmanager
     def _opened(self, timeout_s: float) -> Iterator[None]:
@@ -184,7 +184,8 @@ class ScriptedCells:
             last = start + BLOCK >= len(answer)
             sure, most = 0.5 if request.params.mode is Mode.DIFFUSION else None, request.logprobs
             likelihoods = () if most is None else tuple(_likely(token, most, sure) for token in part)
-            yield BlockEvent(request.id, start, part, 2, 1, reason if last else None, likelihoods=likelihoods)
+            told = {"likelihoods": likelihoods, "cached_tokens": 0 if start else self.cached}
+            yield BlockEvent(request.id, start, part, 2, 1, reason if last else None, **told)  # type: ignore[arg-type]
 
     def _trace(self, request: Request, start: int, part: Sequence[int]) -> Iterator[TraceEvent]:
         for step in (0, 1):

@@ -1,6 +1,7 @@
 """`n` and `best_of`: several answers to one prompt, over completions and chats."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -29,7 +30,7 @@ class SeededCells(ScriptedCells):
         async for event in super()._events(request):
             if request.logprobs is not None and self._log_probs:
                 likelihoods = tuple(Likelihood(self._log_probs[place]) for _ in event.token_ids)  # type: ignore[union-attr]
-                event = type(event)(*(getattr(event, name) for name in event.__slots__[:-1]), likelihoods)
+                event = replace(event, likelihoods=likelihoods)  # type: ignore[call-arg]
             yield event
 
 

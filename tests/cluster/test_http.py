@@ -38,6 +38,7 @@ async def test_whole_answer_in_openai_shape(http: httpx.AsyncClient) -> None:
     n = len(tokens(TEXT))
     assert body["usage"] == {
         "prompt_tokens": 3,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens": n,
         "total_tokens": 3 + n,
         "num_steps": 20,

@@ -165,7 +165,8 @@ async def split_pair(
             runner.start([DenoiserEngine(tower, link, settings, runner.emit, compiling=compiling)], tower.device)
     rooms = [Room(settings.max_sequences, settings.pages) for _ in runners]
     try:
-        async with Pair(runners[0], runners[1:], Ledger(rooms[0], rooms[1:], settings.max_queued_requests)) as pair:
+        ledger = Ledger(rooms[0], rooms[1:], settings.max_queued_requests, stride=settings.prefix_stride)
+        async with Pair(runners[0], runners[1:], ledger) as pair:
             yield pair
     finally:
         for runner in reversed(runners):

@@ -22,6 +22,7 @@ class Decoded:
     finish_reason: FinishReason | None = None
     starts: list[int] = field(default_factory=list)
     margin: float | None = None
+    cached_tokens: int = 0
 
     def add(self, event: BlockEvent) -> None:
         assert event.start == len(self.token_ids)
@@ -29,6 +30,7 @@ class Decoded:
         self.token_ids += event.token_ids
         self.num_steps += event.num_steps
         self.num_blocks += event.num_blocks
+        self.cached_tokens += event.cached_tokens
         self.finish_reason, self.margin = event.finish_reason, event.margin
 
 

@@ -22,7 +22,7 @@ def _score(name: int | str, tokens: int = 17, priority: int = 0) -> ScoreRequest
 
 
 def _pages(place: Place) -> list[int]:
-    return [len(held.pages) for _, held in place.held]
+    return [len(place.held.held.pages), *([len(place.mirrored[1].pages)] if place.mirrored else [])]
 
 
 def _admitted(ledger: Ledger) -> list[str]:

@@ -145,8 +145,8 @@ def test_what_penalties_keep_is_counted_where_they_are_kept(tower: type[ContextT
 
 
 def test_the_line_in_the_log() -> None:
-    memory = Memory(32, 131_072, 3 * 2**30, 2**30 + 2**29, 800, 5 * 2**20, 8192, 7 * 2**20)
+    memory = Memory(32, 131_072, 3 * 2**30, 2**30 + 2**29, 800, 5 * 2**20, 8192, 6 * 2**20, 7 * 2**20)
     assert str(memory) == (
         "32 sequences and 131072 tokens fit; 4.5 GiB: weights 3.0 GiB, slots 1.5 GiB, pages 800 B, staging 5.0 MiB, "
-        "scratch 8.0 KiB; beside it passing 7.0 MiB"
+        "scratch 8.0 KiB, prefixes 6.0 MiB; beside it passing 7.0 MiB"
     )

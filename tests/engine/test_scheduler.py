@@ -180,6 +180,22 @@ def test_the_first_prompt_and_the_shortest_lead_in_turn() -> None:
     ]
 
 
+def test_a_prompt_that_a_short_one_waits_for_leads_as_the_short_one_would() -> None:
+    scheduler = ContextScheduler(16)
+    for key, length in (("first", 160), ("long", 320), ("short", 64)):
+        scheduler.add_prompt(key, 0, length)
+    scheduler.await_prompts({"long": 40, "gone": 1})
+    assert [_prefill_key(scheduler) for _ in range(4)] == ["first", "long", "first", "long"]
+    scheduler.await_prompts({})
+    assert {_prefill_key(scheduler) for _ in range(2)} == {"first", "short"}
+
+
+def _prefill_key(scheduler: ContextScheduler) -> object:
+    work = _next(scheduler)
+    assert isinstance(work, PrefillBatch)
+    return work.chunks[0].key
+
+
 def test_prompts_of_one_length_are_read_in_the_order_they_came() -> None:
     """One that is read can be decoded while the others are."""
     scheduler = ContextScheduler(16)

@@ -74,6 +74,19 @@ def _alike(requests: Sequence[AnyRequest], draw: random.Random) -> list[AnyReque
     return [replace(r, params=params) if isinstance(r, Request) else r for r in requests]
 
 
+def _begin_alike(requests: Sequence[AnyRequest], draw: random.Random) -> list[AnyRequest]:
+    """Prompts that have their first tokens in common: some of these few, cut anywhere."""
+    bases = [tuple(draw.randrange(4, VOCAB) for _ in range(draw.randint(1, 100))) for _ in range(draw.randint(1, 2))]
+    return [_behind(r, draw.choice(bases)[: draw.randint(0, 100)], draw) for r in requests]
+
+
+def _behind(request: AnyRequest, first: tuple[int, ...], draw: random.Random) -> AnyRequest:
+    if isinstance(request, Request):
+        return replace(request, prompt_token_ids=first + request.prompt_token_ids[: draw.choice([1, 40])])
+    start = request.start + draw.choice([0, len(first)])
+    return replace(request, token_ids=first + request.token_ids, start=start)
+
+
 def _score_request(number: int, draw: random.Random) -> ScoreRequest:
     """Some of its tokens are what the tower itself says."""
     prompt = tuple(draw.randrange(4, VOCAB) for _ in range(draw.randint(1, 40)))
@@ -128,6 +141,7 @@ class SimulatedCell:
             prefill_chunk_tokens=draw.choice([4, 16, 64]),
             max_queued_requests=draw.choice([2, 50]),
             capture="off",
+            prefix_cache_bytes=draw.choice([0, 1, 1]),  # the scripted tower has no states: any number is enough
         )
         self.events: list[Event] = []
         self.context = ContextEngine(cast(Any, self._tower(_Context, failures)), settings, self.events.append)
@@ -137,7 +151,10 @@ class SimulatedCell:
             tower = cast(Any, self._tower(_Denoiser, failures))
             self.denoisers.append(DenoiserEngine(tower, link, settings, self.events.append))
         self.max_passed = draw.choice([1, 2, 64])
-        self.ledger = Ledger(Room(slots, pages), [], settings.max_queued_requests, self.max_passed)
+        # Mirrors share nothing, and this ledger has none: then nothing may count on what is shared.
+        stride = 0 if mirrored else settings.prefix_stride
+        self.ledger = Ledger(Room(slots, pages), [], settings.max_queued_requests, self.max_passed, stride)
+        del self.context.prefixes._free[draw.choice([1, 2, 99]) :]
         self.priorities: dict[RequestId, int] = {}
         self.seen: dict[RequestId, Seen] = defaultdict(Seen)
         self.home: dict[RequestId, ContextEngine | DenoiserEngine] = {}
@@ -232,7 +249,8 @@ class SimulatedCell:
 
 
 def _play(seed: int, mirrored: bool = False) -> Counter[str]:
-    """One schedule. Returns how many requests finished, were cancelled in time, and failed, and `halved`."""
+    """One schedule. Returns how many requests finished, were cancelled in time, and failed, `halved`, and how many
+    prompts began with a kept prefix, and prefixes gave way."""
     with ExitStack() as closing:
         return _played(seed, random.Random(seed), mirrored, closing)
 
@@ -242,6 +260,8 @@ def _played(seed: int, draw: random.Random, mirrored: bool, closing: ExitStack) 
     requests = [_request(n, draw) for n in range(draw.randint(1, 12))]
     if draw.random() < (0.6 if mirrored else 0.3):
         requests = _alike(requests, draw)
+    elif draw.random() < 0.7:
+        requests = _begin_alike(requests, draw)
     biggest = 16 * cell.ledger.context.free_pages
     waiting = [r for r in requests if r.positions <= biggest]
     asked = {r.id: r for r in waiting}
@@ -274,7 +294,9 @@ def _played(seed: int, draw: random.Random, mirrored: bool, closing: ExitStack) 
             _scores_are_right(request, seen.scores, seed)
     finished = sum(s.scores is not None or s.finish is not None for s in cell.seen.values())
     failed = sum(s.failed for s in cell.seen.values())
-    return Counter(finished=finished, cancelled=len(cell.cancelled), failed=failed, halved=cell.halved)
+    hits, evicted = cell.context.prefixes.hits, cell.context.prefixes.evictions
+    counts = {"finished": finished, "cancelled": len(cell.cancelled), "failed": failed, "halved": cell.halved}
+    return Counter(**counts, hits=hits, evicted=evicted)
 
 
 def _scores_are_right(request: ScoreRequest, event: ScoreEvent, seed: int) -> None:
@@ -315,6 +337,7 @@ def test_random_schedules(batch: int) -> None:
     assert seen["cancelled"] > per_batch // 20, "too few cancellations to show anything"
     assert seen["failed"] > per_batch // 20, "too few failures to show anything"
     assert seen["halved"] > per_batch // 20, "too few batches in halves to show anything"
+    assert seen["hits"] > per_batch // 8 and seen["evicted"] > per_batch // 20, "too few prefixes to show anything"
 
 
 @pytest.mark.parametrize("batch", range(MIRRORED_BATCHES))

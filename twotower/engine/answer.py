@@ -27,13 +27,15 @@ class Cost(NamedTuple):
 @dataclass(slots=True)
 class Answer:
     """`generated` counts the answer's tokens. `margin` is the smallest of its decisions. `steering`: of a request that
-    has one, in modes whose tokens are chosen where the answer is."""
+    has one, in modes whose tokens are chosen where the answer is. `cached_tokens`: of the prompt that were not read and
+    are not told yet."""
 
     request: Request
     stopping: Stopping
     generated: int
     margin: float = 1.0
     steering: Steering | None = None
+    cached_tokens: int = 0
 
     @classmethod
     def begun(cls, request: Request, eos_token_id: int, matcher: Matcher | None = None) -> Self:
@@ -65,9 +67,10 @@ class Answer:
         event = BlockEvent(
             self.request.id, self.generated, kept, cost.num_steps, cost.num_blocks, reason, margin,
             cost.num_drafted, cost.num_accepted, cost.num_ar_blocks, cost.num_diffusion_blocks,
-            tuple(likelihoods[: len(kept)]),
+            tuple(likelihoods[: len(kept)]), self.cached_tokens,
         )  # fmt: skip
         self.generated += len(kept)
+        self.cached_tokens = 0
         if self.steering is not None:
             self.steering.follow(kept)
         return event

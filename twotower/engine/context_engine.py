@@ -19,11 +19,12 @@ from twotower.engine.context.scoring import Scoring
 from twotower.engine.context.sequences import Sequences
 from twotower.engine.handle import EngineStats
 from twotower.engine.passes import USUAL_WIDTH, EagerPasses
+from twotower.engine.prefixes import Prefixes
 from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, PrefillBatch
 from twotower.engine.settings import EngineSettings
 from twotower.errors import TwoTowerError
 from twotower.exchange.protocol import Port
-from twotower.model.cache import TowerCache
+from twotower.model.cache import TowerCache, state_bytes
 from twotower.model.tower import ContextTower
 
 
@@ -39,11 +40,15 @@ class ContextEngine:
     ) -> None:
         """`compiling`: what compiles grammars; without it none are served."""
         self.tower, self.settings, self._emit = tower, settings, emit
-        self.cache = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
+        snapshots = settings.snapshots(state_bytes(tower.config, tower.dtype))
+        self.cache = TowerCache(
+            tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype, snapshots
+        )
         self._passes = passes_for(tower, self.cache, settings.capture, settings.max_sequence_length)
         self._eager = EagerPasses(tower, self.cache)
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens, lambda keys: self._commits.waited_for(keys))
-        self._sequences = Sequences(self.cache, self._passes, self._scheduler)
+        chunk, self.prefixes = settings.prefill_chunk_tokens, Prefixes(self.cache, settings.prefix_stride)
+        self._sequences = Sequences(self.cache, self._passes, self._scheduler, self.prefixes, chunk)
         self._prompts = Prompts(self._sequences, self._scheduler, self._passes, self._eager, tower.device)
         self._decoding = Decoding(tower, self._sequences, emit)
         self._compiling = compiling or Compiling()
@@ -61,10 +66,12 @@ class ContextEngine:
         return self._decoding.near_ties + self._scoring.near_ties
 
     def stats(self, busy_s: float) -> EngineStats:
-        room = self.cache.room
+        room, kept = self.cache.room, self.prefixes
         return EngineStats(
             "context", self.ticks, self.rows, busy_s, len(self._sequences),
             room.free_slots, room.free_pages, room.slots, room.pages, self.near_ties,
+            prefix_lookups=kept.lookups, prefix_hits=kept.hits, prefix_positions=kept.positions_saved,
+            prefix_evictions=kept.evictions, prefix_bytes=kept.nbytes,
         )  # fmt: skip
 
     def prepare(self) -> None:
@@ -102,6 +109,7 @@ class ContextEngine:
         self._take_inbox()
         self._commits.receive()
         self._compiling.take()
+        self._sequences.begin()
         work = self._scheduler.next()
         if isinstance(work, CommitBatch):
             self._commits.read(work.keys)

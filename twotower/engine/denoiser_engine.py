@@ -293,6 +293,7 @@ class DenoiserEngine:
             self._meter.note(kind, decided.took.rows, decided.took.seconds)
         sequence.slot, sequence.length = delta.slot, delta.end
         sequence.ready = delta.complete
+        sequence.answer.cached_tokens += delta.cached * (delta.end - delta.start)
         if sequence.closing:
             return
         self._take(sequence, sequence.mode.answered(sequence, delta))
@@ -354,7 +355,8 @@ def _rows(sequence: LedSequence) -> int:
 def _prefill(sequence: LedSequence) -> Prefill:
     request, mode = sequence.request, sequence.mode
     rating = None if request.logprobs is None else Rating(request.logprobs, len(request.history))
-    return Prefill(sequence.number, mode.prompt(request), request.positions, mode.verifying(request), rating)
+    prompt, verifying = mode.prompt(request), mode.verifying(request)
+    return Prefill(sequence.number, prompt, request.positions, verifying, rating, request.cache_salt)
 
 
 def _named(sequence: LedSequence, error: TwoTowerError) -> TwoTowerError:

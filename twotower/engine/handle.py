@@ -14,7 +14,9 @@ class EngineStats:
     `near_ties`: decisions whose margin was so small that rounding might have made them another way. `held_up_s`: in
     which a denoiser had sequences and stepped none, because all waited for their commits' deltas; `prompt_wait_s`: some
     of them for their prompts'. `exchange_…`: of the deltas that it received. `free_memory`: bytes that its device has
-    left for it, where the system says. `process`: its id.
+    left for it, where the system says. `process`: its id. `prefix_…`: of a context tower's prompts that were long
+    enough to begin with a kept prefix; how many did, the positions that were not read for it, the prefixes that gave
+    way, and the bytes of those that are kept. Their pages count as free.
     """
 
     tower: str
@@ -34,6 +36,11 @@ class EngineStats:
     exchange_s: float = 0.0
     free_memory: int | None = None
     process: int = 0
+    prefix_lookups: int = 0
+    prefix_hits: int = 0
+    prefix_positions: int = 0
+    prefix_evictions: int = 0
+    prefix_bytes: int = 0
 
 
 class EngineHandle(Protocol):

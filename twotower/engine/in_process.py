@@ -103,7 +103,7 @@ async def pair_of(
     """A running pair over towers that are already loaded; `prepare` and `checkpoint` as for `colocated_runner`."""
     runner = colocated_runner(context, denoiser, settings, trace, prepare, checkpoint)
     room = Room(settings.max_sequences, settings.pages)
-    ledger = Ledger(room, [], settings.max_queued_requests)
+    ledger = Ledger(room, [], settings.max_queued_requests, stride=settings.prefix_stride)
     try:
         async with Pair(runner, [runner] if denoiser is not None else [], ledger) as pair:
             yield pair

@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from twotower.core import AnyRequest, Request, RequestId
+from twotower.engine.sharing import HeldInCommon, SharedRoom, shared_names
 from twotower.errors import InvalidRequest, Overloaded
 from twotower.model.pages import pages_for
 from twotower.model.room import Held, Room
@@ -17,17 +18,21 @@ MAX_PASSED = 64
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which denoiser leads an admitted request, if any does, and what the request holds of which rooms."""
+    """Which denoiser leads an admitted request, if any does, and what the request holds of the context tower's room and
+    of that denoiser's mirror, where there is one."""
 
     denoiser: int | None
-    held: tuple[tuple[Room, Held], ...]
+    held: HeldInCommon
+    mirrored: tuple[Room, Held] | None = None
 
 
 @dataclass(slots=True)
 class _Waiting:
-    """A queued request and how many of a lower value have gone in front of it. `only`: the denoiser that it is for."""
+    """A queued request and how many of a lower value have gone in front of it. `only`: the denoiser that it is for.
+    `names`: of the prefixes that it may share."""
 
     request: AnyRequest
+    names: tuple[bytes, ...]
     only: int | None = None
     passed: int = 0
 
@@ -41,11 +46,21 @@ class Ledger:
     that runs is interrupted, and a full queue refuses whatever the priority.
 
     `mirrors` has one entry per denoiser; empty where the denoiser reads the context tower's own cache (local
-    exchange) or where there is none.
+    exchange) or where there is none. A mirror holds each sequence by itself. In the context tower's cache prefixes that
+    running requests have in common count once, and those that are kept beside them count as free. `stride`: where
+    prefixes may end (`EngineSettings.prefix_stride`); 0: nothing is shared.
     """
 
-    def __init__(self, context: Room, mirrors: list[Room], max_queued: int, max_passed: int = MAX_PASSED) -> None:
+    def __init__(
+        self,
+        context: Room,
+        mirrors: list[Room],
+        max_queued: int,
+        max_passed: int = MAX_PASSED,
+        stride: int = 0,
+    ) -> None:
         self._context, self._mirrors = context, mirrors
+        self._shared, self._stride = SharedRoom(context, stride), stride
         self._max_queued, self._max_passed = max_queued, max_passed
         self._queue: deque[_Waiting] = deque()
         self._closed: set[int] = set()
@@ -79,7 +94,7 @@ class Ledger:
     def regain(self, denoiser: int) -> None:
         """After `lose`: the room of what it led is free."""
         for place in self._orphaned.pop(denoiser, []):
-            _give(place)
+            self._give(place)
 
     def open(self, denoiser: int) -> None:
         """After `regain`: place anything there again."""
@@ -97,7 +112,8 @@ class Ledger:
                 f"got a request of {request.positions} positions ({wanted} pages), "
                 f"wanted at most {self._context.pages} pages, which is this cell's whole cache",
             )
-        if len(self._queue) >= self._max_queued and not self._could_start(request, only):
+        waiting = _Waiting(request, shared_names(request, self._stride), only)
+        if len(self._queue) >= self._max_queued and not self._could_start(waiting):
             raise Overloaded(
                 f"{len(self._queue)} requests are waiting and {len(self._places)} running; wanted fewer than "
                 f"{self._max_queued} waiting"
@@ -106,19 +122,21 @@ class Ledger:
         while place and self._lets_pass(self._queue[place - 1], request):
             place -= 1
             self._queue[place].passed += 1
-        self._queue.insert(place, _Waiting(request, only))
+        self._queue.insert(place, waiting)
 
     def admit(self) -> list[tuple[AnyRequest, Place]]:
         """Requests that may start now, in order. The first that does not fit holds up all behind it: no starvation."""
         admitted = []
         while self._queue:
-            request = self._queue[0].request
-            found = self._find(request, self._queue[0].only)
+            waiting = self._queue[0]
+            found = self._find(waiting)
             if found is None:
                 break
             self._queue.popleft()
-            denoiser, rooms = found
-            place = Place(denoiser, tuple((room, room.take(request.positions)) for room in rooms))
+            denoiser, mirror = found
+            request, positions = waiting.request, waiting.request.positions
+            held = self._shared.take(positions, waiting.names)
+            place = Place(denoiser, held, None if mirror is None else (mirror, mirror.take(positions)))
             self._places[request.id] = place
             admitted.append((request, place))
         return admitted
@@ -133,30 +151,32 @@ class Ledger:
 
     def release(self, request_id: RequestId) -> None:
         """Count a finished request's room as free."""
-        _give(self._places.pop(request_id))
+        self._give(self._places.pop(request_id))
 
     def _lets_pass(self, waiting: _Waiting, later: AnyRequest) -> bool:
         return later.priority < waiting.request.priority and waiting.passed < self._max_passed
 
-    def _could_start(self, request: AnyRequest, only: int | None) -> bool:
-        return not self._queue and self._find(request, only) is not None
+    def _could_start(self, waiting: _Waiting) -> bool:
+        return not self._queue and self._find(waiting) is not None
 
-    def _find(self, request: AnyRequest, only: int | None) -> tuple[int | None, list[Room]] | None:
-        """Who would lead it, and the rooms that it would take of; None where it does not fit."""
-        if not self._context.fits(request.positions):
+    def _find(self, waiting: _Waiting) -> tuple[int | None, Room | None] | None:
+        """Who would lead it, and the mirror that it would take room of; None where it does not fit."""
+        request, only = waiting.request, waiting.only
+        if not self._shared.fits(request.positions, waiting.names):
             return None
         if not request.needs_denoiser:
-            return None, [self._context]
+            return None, None
         if not self._mirrors:
-            return 0, [self._context]
+            return 0, None
         allowed = [i for i in range(len(self._mirrors)) if (i not in self._closed if only is None else i == only)]
         fitting = [i for i in allowed if self._mirrors[i].fits(request.positions)]
         if not fitting:
             return None
         roomiest = max(fitting, key=lambda i: (self._mirrors[i].free_slots, self._mirrors[i].free_pages))
-        return roomiest, [self._context, self._mirrors[roomiest]]
+        return roomiest, self._mirrors[roomiest]
 
-
-def _give(place: Place) -> None:
-    for room, held in place.held:
-        room.give(held)
+    def _give(self, place: Place) -> None:
+        self._shared.give(place.held)
+        if place.mirrored is not None:
+            room, held = place.mirrored
+            room.give(held)

@@ -12,7 +12,7 @@ from twotower.engine.settings import EngineSettings
 from twotower.exchange.protocol import Delta
 from twotower.exchange.settings import LinkSettings
 from twotower.exchange.staging import DeltaLayout, fitted
-from twotower.model.cache import TowerCache
+from twotower.model.cache import TowerCache, state_bytes
 from twotower.model.loading import materialise
 from twotower.model.pages import PAGE_TOKENS
 from twotower.model.tower import ContextTower, DenoiserTower
@@ -26,8 +26,9 @@ class Memory:
     """Bytes of the tensors a tower process keeps, and the sequences and positions that its cache or mirror holds.
 
     `slots` are conv windows and SSM states, `pages` keys and values, `staging` the buffers of its links once they have
-    grown as far as they can; together they are `total`. `passing` is what a forward pass needs for a moment, at most,
-    what captured passes keep of it on a GPU, and what penalties keep where every sequence asks for them.
+    grown as far as they can, `prefixes` what the context tower keeps of states; together they are `total`. `passing` is
+    what a forward pass needs for a moment, at most, what captured passes keep of it on a GPU, and what penalties keep
+    where every sequence asks for them.
     """
 
     sequences: int
@@ -37,11 +38,12 @@ class Memory:
     pages: int
     staging: int
     scratch: int
+    prefixes: int = 0
     passing: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.slots + self.pages + self.staging + self.scratch
+        return self.weights + self.slots + self.pages + self.staging + self.scratch + self.prefixes
 
     @property
     def parts(self) -> dict[str, int]:
@@ -71,7 +73,8 @@ def memory_of(
 ) -> Memory:
     """The memory of a process that hosts these towers over one cache (or mirror) and `num_links` ends of links."""
     captured = captured_bytes(config, settings, dtype, towers) if on_gpu and settings.capture == "on" else 0
-    cache = TowerCache(config, settings.max_sequences, settings.pages, _META, dtype)
+    snapshots = settings.snapshots(state_bytes(config, dtype)) if ContextTower in towers else 0
+    cache = TowerCache(config, settings.max_sequences, settings.pages, _META, dtype, snapshots)
     link = link or fitted(LinkSettings(), cache, settings.longest_delta)
     return Memory(
         sequences=settings.max_sequences,
@@ -80,6 +83,7 @@ def memory_of(
         slots=_bytes([cache.conv, cache.ssm]),
         pages=_bytes([cache.keys, cache.values]),
         staging=num_links * link.staging_buffers * _staging_buffer(cache, settings, link),
+        prefixes=_bytes([cache.kept_conv, cache.kept_ssm]),
         scratch=cache.positions(0).untyped_storage().nbytes(),
         passing=passing_bytes(config, settings, dtype, towers, on_gpu) + captured + _steering(config, settings, towers),
     )

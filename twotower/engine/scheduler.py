@@ -4,12 +4,13 @@ A cycle runs at most one commit batch (perhaps in two halves), one decode batch 
 first whenever some wait, because a denoiser waits for them; but each kind runs once a cycle, so nobody starves.
 
 Prompts are read a chunk at a time. Prefill batches are led in turn by the prompt that came first and by the one with
-the least left to read. So the shortest prompt waits for at most one batch of another, and every prompt is read after at
-most twice as many batches as there were chunks to read when it came, its own included.
+the least left to read. A prompt that another one waits for counts as having no more left than that one. So the shortest
+prompt waits for at most one batch of another, and every prompt is read after at most twice as many batches as there
+were chunks to read when it came, its own included.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 Key = Hashable
@@ -81,10 +82,16 @@ class ContextScheduler:
         self._done_this_cycle: set[type] = set()
         self._reading: PrefillBatch | None = None
         self._shortest_leads = False  # the next prefill batch
+        self._awaited: Mapping[Key, int] = {}
 
     def add_prompt(self, key: Key, done: int, length: int) -> None:
         """Read positions [done, length) of a prompt when its turn comes."""
         self._prompts[key] = _Prompt(done, length)
+
+    def await_prompts(self, awaited: Mapping[Key, int]) -> None:
+        """Others wait until these prompts have read what both begin with: of each the fewest tokens that one of them
+        has to read."""
+        self._awaited = awaited
 
     def add_commit(self, key: Key, length: int) -> None:
         """Read a block of `length` tokens when its turn comes. A sequence has one at a time."""
@@ -174,8 +181,12 @@ class ContextScheduler:
     def _leader_first(self) -> list[Key]:
         keys = list(self._prompts)
         if self._shortest_leads:
-            shortest = min(keys, key=lambda key: self._prompts[key].left)
+            shortest = min(keys, key=self._left)
             keys.remove(shortest)
             keys.insert(0, shortest)
         self._shortest_leads = not self._shortest_leads
         return keys
+
+    def _left(self, key: Key) -> int:
+        left = self._prompts[key].left
+        return min(left, self._awaited.get(key, left))

@@ -36,13 +36,14 @@ class TokenScore:
 
 @dataclass(slots=True)
 class ScoreSheet:
-    """A request's scores, as far as it has been read."""
+    """A request's scores, as far as it has been read. `cached_tokens`: that need not be read."""
 
     request: ScoreRequest
     log_probs: list[float] = field(default_factory=list)
     is_greedy: list[bool] = field(default_factory=list)
     margin: float = 1.0
     likelihoods: list[Likelihood] = field(default_factory=list)
+    cached_tokens: int = 0
 
     def positions(self, start: int, end: int) -> range:
         """Those of the positions [start, end) whose logits score the token that follows."""
@@ -58,7 +59,7 @@ class ScoreSheet:
 
     def event(self) -> ScoreEvent:
         log_probs, is_greedy, likelihoods = tuple(self.log_probs), tuple(self.is_greedy), tuple(self.likelihoods)
-        return ScoreEvent(self.request.id, log_probs, is_greedy, self.margin, likelihoods)
+        return ScoreEvent(self.request.id, log_probs, is_greedy, self.margin, likelihoods, self.cached_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,14 @@
 The one declaration of each setting: a service's configuration, its checks and its docs derive from it.
 """
 
+import math
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from twotower.core import MAX_BLOCK
 from twotower.errors import ConfigError, InvalidRequest
 from twotower.expert_formats import GROUPS, USUAL_GROUP, ExpertFormat, ExpertWord
-from twotower.model.pages import pages_for
+from twotower.model.pages import PAGE_TOKENS, pages_for
 from twotower.parameters import Choice, Integer, Number, Setting, settings_in
 
 
@@ -36,6 +37,12 @@ class EngineSettings:
         "positions that each tower's cache has pages for; 0: for `max_sequences` sequences of the longest length",
     ).field
     prefill_chunk_tokens: int = Setting(512, Integer(1), "tokens of a prompt that are read at once").field
+    prefix_cache_bytes: int = Setting(
+        1 << 30,
+        Integer(0),
+        "bytes for the Mamba states of prompts' prefixes, which are kept for prompts that begin alike. Keys and values "
+        "are kept beside them as far as no sequence needs their pages. 0: nothing is kept",
+    ).field
     link_timeout_s: float = Setting(10.0, Number(_LINK_LOW_S), "how long a tower process may be silent").field
     stall_timeout_s: float = Setting(60.0, Number(0, low_open=True), "how long one tick of a tower may take").field
     start_timeout_s: float = Setting(600.0, Number(0, low_open=True), "how long loading a tower may take").field
@@ -84,6 +91,26 @@ class EngineSettings:
     def pages(self) -> int:
         """KV pages of each tower's cache."""
         return pages_for(self.cache_tokens or self.max_sequences * self.max_sequence_length)
+
+    @property
+    def prefix_stride(self) -> int:
+        """Positions between the places where a prefix may end; 0 where none is kept. A chunk and a page end there."""
+        return math.lcm(self.prefill_chunk_tokens, PAGE_TOKENS) if self.prefix_cache_bytes else 0
+
+    def snapshots(self, state_bytes: int) -> int:
+        """Prefixes whose states are kept, at so many bytes each: no more than the pages hold.
+
+        Raises ConfigError where there are bytes for less than one.
+        """
+        if not self.prefix_cache_bytes:
+            return 0
+        if state_bytes > self.prefix_cache_bytes:
+            raise ConfigError(
+                f"prefix_cache_bytes: got {self.prefix_cache_bytes}, wanted 0 or at least {state_bytes}, the Mamba "
+                "states of one prefix of this model"
+            )
+        most = self.pages // (self.prefix_stride // PAGE_TOKENS)
+        return min(most, self.prefix_cache_bytes // state_bytes) if state_bytes else most
 
 
 SETTINGS = settings_in(fields(EngineSettings))

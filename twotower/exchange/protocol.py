@@ -42,6 +42,7 @@ class Prefill:
 
     `verifying`: blocks that are committed to it are drafts. Only what `ar` would have written of them is read, and the
     next token is told, behind the prompt too. `rating`: tokens are rated as they are read, or as they are decided.
+    `cache_salt`: a Request's.
     """
 
     sequence: int
@@ -49,6 +50,7 @@ class Prefill:
     reserve: int
     verifying: Verifying | None = None
     rating: Rating | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class Delta:
     `complete` is False for the chunks of a prompt but the last: the Mamba states come with the last one only. Of a
     draft only the accepted part has been read, so `end` is the cut. `decided`: of a sequence that is verified.
     `likelihoods`: of one that is rated; those of the last tokens up to `end`, or up to the one that is decided.
+    `cached`: it was read for another sequence, whose prompt begins alike.
     On the way out of a port `slot` is the context cache's slot; out of `poll` it is a slot of `Link.cache`.
     """
 
@@ -114,6 +117,7 @@ class Delta:
     complete: bool = True
     decided: Decided | None = None
     likelihoods: tuple[Likelihood, ...] = ()
+    cached: bool = False
 
 
 @dataclass(frozen=True, slots=True)

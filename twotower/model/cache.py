@@ -41,10 +41,18 @@ class _Sequence:
 class TowerCache:
     """Conv windows, SSM states (fp32) and key/value pages of up to `slots` sequences with `pages` pages together.
 
-    `room` says which of them are free.
+    `room` says which of them are free. `snapshots`: how many copies of a sequence's Mamba states can be kept besides.
     """
 
-    def __init__(self, config: ModelConfig, slots: int, pages: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        slots: int,
+        pages: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        snapshots: int = 0,
+    ) -> None:
         self.config = config
         mamba, attention = config.layers_of("M"), config.layers_of("*")
         self._mamba_row = {layer: i for i, layer in enumerate(mamba)}
@@ -58,6 +66,8 @@ class TowerCache:
         self.conv = torch.zeros(len(mamba), slots + 1, window, channels, device=device, dtype=dtype)
         self.ssm = torch.zeros(len(mamba), slots + 1, *state, device=device)
         self.device = self.ssm.device  # with its index, whatever it was called
+        self.kept_conv = _untouched_zeros((len(mamba), snapshots, window, channels), device, dtype)
+        self.kept_ssm = _untouched_zeros((len(mamba), snapshots, *state), device, torch.float32)
         self.keys = _untouched_zeros((len(attention), all_pages, *page), device, dtype)
         self.values = _untouched_zeros(self.keys.shape, device, dtype)
         self.room = Room(slots, pages, first_page=_RESERVED_PAGES)
@@ -72,16 +82,33 @@ class TowerCache:
         """Tokens this sequence's state has read."""
         return self._sequences[slot].length
 
-    def allocate(self, tokens: int) -> int:
-        """A slot with zero state and room for `tokens` positions. Raises Overloaded where there is none."""
-        held = self.room.take(tokens)
-        self._sequences[held.slot] = _Sequence(held)
-        self.conv[:, held.slot] = 0
-        self.ssm[:, held.slot] = 0
-        pages_Z = on_device(held.pages, self.device, torch.long)
+    @property
+    def snapshots(self) -> int:
+        return self.kept_ssm.shape[1]
+
+    def allocate(self, tokens: int, prefix: Sequence[int] = (), snapshot: int | None = None) -> int:
+        """A slot with room for `tokens` positions. Raises Overloaded where there is none.
+
+        Its state is zero; or it has read the positions on the whole pages of `prefix`, which others may hold, too, and
+        its Mamba states are those of `snapshot`.
+        """
+        held = self.room.take(tokens, prefix)
+        self._sequences[held.slot] = _Sequence(held, len(prefix) * PAGE_TOKENS)
+        if snapshot is None:
+            self.conv[:, held.slot] = 0
+            self.ssm[:, held.slot] = 0
+        else:
+            self.conv[:, held.slot] = self.kept_conv[:, snapshot]
+            self.ssm[:, held.slot] = self.kept_ssm[:, snapshot]
+        pages_Z = on_device(held.pages[len(prefix) :], self.device, torch.long)
         self.keys.index_fill_(1, pages_Z, 0)
         self.values.index_fill_(1, pages_Z, 0)
         return held.slot
+
+    def snap(self, slot: int, snapshot: int) -> None:
+        """Keep a copy of this sequence's Mamba states."""
+        self.kept_conv[:, snapshot] = self.conv[:, slot]
+        self.kept_ssm[:, snapshot] = self.ssm[:, slot]
 
     def free(self, slot: int) -> None:
         self.room.give(self._sequences.pop(slot).held)
@@ -191,9 +218,15 @@ class TowerCache:
         return self._attention_row[layer]
 
 
+def state_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one sequence's Mamba states, and so of one snapshot."""
+    ssm = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * torch.float32.itemsize
+    return len(config.layers_of("M")) * (ssm + config.conv_kernel * config.conv_channels * dtype.itemsize)
+
+
 def _untouched_zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Zeros. On a CPU a part of them takes memory only once it is written: `torch.zeros` writes them all."""
-    if device.type != "cpu":
+    if device.type != "cpu" or not math.prod(shape):
         return torch.zeros(shape, device=device, dtype=dtype)
     memory = numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)
     return torch.from_numpy(memory).view(dtype).view(shape)

@@ -4,6 +4,7 @@ The one place that counts them. A cache allocates by it; the ledger, in the cell
 admits by it. Pure Python; knows no tensors and no requests.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from twotower.errors import Overloaded
@@ -19,12 +20,20 @@ class Held(NamedTuple):
 
 class Room:
     """`slots` and `pages` in all. A sequence gets all it may ever need or nothing. `first_page`: the pages' numbers
-    begin with it."""
+    begin with it.
+
+    Several sequences may hold one page. A page may also be *kept*, whether a sequence holds it or not. A kept page that
+    no sequence holds counts as free: `reclaim(pages)` is asked to `drop` so many when they are needed.
+    """
 
     def __init__(self, slots: int, pages: int, first_page: int = 0) -> None:
         self.slots, self.pages = slots, pages
+        self.reclaim: Callable[[int], None] = lambda pages: None
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free_pages = list(range(first_page + pages - 1, first_page - 1, -1))
+        self._holders: dict[int, int] = {}
+        self._kept: set[int] = set()
+        self._idle = 0  # pages that are kept and not held
 
     @property
     def free_slots(self) -> int:
@@ -32,23 +41,74 @@ class Room:
 
     @property
     def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free_pages) + self._idle
+
+    @property
+    def unused_pages(self) -> int:
+        """Pages that are neither held nor kept."""
         return len(self._free_pages)
 
-    def fits(self, positions: int) -> bool:
-        """Whether one more sequence, of so many positions, would get what it needs."""
-        return bool(self._free_slots) and pages_for(positions) <= len(self._free_pages)
+    @property
+    def kept_pages(self) -> int:
+        return len(self._kept)
 
-    def take(self, positions: int) -> Held:
-        """What one more sequence needs. Raises Overloaded where it is not free."""
-        wanted = pages_for(positions)
-        if not self.fits(positions):
+    def is_idle(self, page: int) -> bool:
+        """Whether a kept page would be free if it were dropped."""
+        return page not in self._holders
+
+    def fits(self, positions: int, shared: Sequence[int] = ()) -> bool:
+        """Whether one more sequence, of so many positions, would get what it needs besides its `shared` pages."""
+        lacking = pages_for(positions) - len(shared)
+        return bool(self._free_slots) and lacking <= self.free_pages - sum(map(self.is_idle, shared))
+
+    def take(self, positions: int, shared: Sequence[int] = ()) -> Held:
+        """What one more sequence needs. Its first pages are the `shared` ones, which others hold or which are kept.
+
+        Raises Overloaded where the rest is not free.
+        """
+        wanted = pages_for(positions) - len(shared)
+        if not self.fits(positions, shared):
             raise Overloaded(
                 f"cache full: wanted 1 slot and {wanted} pages, "
                 f"got {self.free_slots} slots and {self.free_pages} pages free"
             )
-        return Held(self._free_slots.pop(), tuple(self._free_pages.pop() for _ in range(wanted)))
+        self._hold(shared)
+        if wanted > len(self._free_pages):
+            self.reclaim(wanted - len(self._free_pages))
+        own = [self._free_pages.pop() for _ in range(wanted)]
+        self._hold(own)
+        return Held(self._free_slots.pop(), (*shared, *own))
 
     def give(self, held: Held) -> None:
-        """What `take` gave is free again."""
-        self._free_pages.extend(reversed(held.pages))
+        """What `take` gave is not held any more."""
+        for page in reversed(held.pages):
+            if self._holders[page] > 1:
+                self._holders[page] -= 1
+                continue
+            del self._holders[page]
+            if page in self._kept:
+                self._idle += 1
+            else:
+                self._free_pages.append(page)
         self._free_slots.append(held.slot)
+
+    def keep(self, pages: Iterable[int]) -> None:
+        """These outlive the sequence that holds them."""
+        for page in pages:
+            assert page in self._holders and page not in self._kept, "only held pages are kept, and once"
+            self._kept.add(page)
+
+    def drop(self, pages: Iterable[int]) -> None:
+        """These are not kept any more."""
+        for page in pages:
+            self._kept.remove(page)
+            if page not in self._holders:
+                self._idle -= 1
+                self._free_pages.append(page)
+
+    def _hold(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            holders = self._holders.get(page, 0)
+            self._idle -= not holders and page in self._kept
+            self._holders[page] = holders + 1

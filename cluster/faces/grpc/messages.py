@@ -77,7 +77,8 @@ def _answer(run: Generating, rated: bool, texts: TokenTexts) -> dict[str, Any]:
 def _together(usages: Sequence[Usage]) -> Usage:
     """A prompt counts once, however many answers it has."""
     costs = {name: sum(getattr(usage, name) for usage in usages) for name in COSTS}
-    return Usage(usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages), **costs)
+    completion, first = sum(usage.completion_tokens for usage in usages), usages[0]
+    return Usage(first.prompt_tokens, completion, cached_tokens=first.cached_tokens, **costs)
 
 
 def piece_messages(
@@ -202,7 +203,8 @@ def _finished(run: Generating, usage: Usage, reason: FinishReason) -> pb.Finishe
 
 
 def _usage(usage: Usage) -> pb.Usage:
-    return pb.Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, **_costs(usage))
+    read = {"prompt_tokens": usage.prompt_tokens, "cached_tokens": usage.cached_tokens}
+    return pb.Usage(completion_tokens=usage.completion_tokens, **read, **_costs(usage))
 
 
 def _costs(told: BlockEvent | Usage) -> dict[str, int]:

@@ -71,6 +71,7 @@ def score_message(runs: Sequence[Scoring], events: Sequence[ScoreEvent]) -> pb.S
     return pb.ScoreResponse(
         request_id=runs[0].shown_id,
         prompt_tokens=runs[0].request.start,
+        cached_tokens=events[0].cached_tokens,
         others=[pb.ScoredContinuation(**other) for other in others],
         **first,
     )

@@ -9,6 +9,7 @@ from pydantic_core import to_json
 from cluster.faces.error_codes import Failure
 from cluster.faces.error_shape import error_shape
 from cluster.faces.http.answer_call import AnswerCall
+from cluster.faces.http.completion_models import PromptTokensDetails
 from cluster.faces.http.completion_models import Usage as UsageBody
 from cluster.runs.answer import Chunk, Usage
 from cluster.runs.echoing import Echoing
@@ -52,10 +53,12 @@ class AnswerBodies(ABC):
 
     def _used(self, usages: Sequence[Usage]) -> UsageBody:
         """A prompt counts once, however many answers it has."""
-        prompt = sum(usage.prompt_tokens for usage in usages[:: self._call.tries])
+        firsts = usages[:: self._call.tries]
+        prompt, cached = (sum(getattr(usage, name) for usage in firsts) for name in ("prompt_tokens", "cached_tokens"))
         completion = sum(usage.completion_tokens for usage in usages)
         return UsageBody(
             prompt_tokens=prompt,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
             completion_tokens=completion,
             total_tokens=prompt + completion,
             **{name: sum(getattr(usage, name) for usage in usages) for name in COSTS},

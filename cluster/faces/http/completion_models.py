@@ -134,10 +134,17 @@ class CompletionRequest(AnswerRequest):
         return echo
 
 
+class PromptTokensDetails(Body):
+    """`cached_tokens`: of the prompts' tokens, those that a cell had read for another request."""
+
+    cached_tokens: int
+
+
 class Usage(Body):
     """What a call has cost, over all its prompts, and how it was decoded."""
 
     prompt_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     completion_tokens: int
     total_tokens: int
     num_steps: int

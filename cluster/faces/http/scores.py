@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from cluster.faces.http.calls import CALL, begun, check_model
-from cluster.faces.http.completion_models import IDS, TEXT, Body, Label, schema_of
+from cluster.faces.http.completion_models import IDS, TEXT, Body, Label, PromptTokensDetails, schema_of
 from cluster.faces.http.request_body import BodyReader
 from cluster.faces.http.strict_body import read_body
 from cluster.runs.generation import Generation, ScoreAsk
@@ -50,6 +50,7 @@ class Score(Body):
     object: Literal["score"] = "score"
     model: str
     prompt_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     token_ids: list[int]
     texts: list[str]
     log_probs: list[float]
@@ -88,6 +89,7 @@ class ScoresFace:
             request_id=shown_id,
             model=self._generation.model.name,
             prompt_tokens=scored.start,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=event.cached_tokens),
             token_ids=list(token_ids),
             texts=list(self._generation.token_texts.of(token_ids)),
             log_probs=list(event.log_probs),

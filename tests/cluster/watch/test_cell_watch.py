@@ -8,7 +8,8 @@ from cluster.watch.router_metrics import WAITING
 from tests.cluster.watch.noted import Noted
 from twotower.engine.handle import EngineStats
 
-CONTEXT = EngineStats("context", 10, 40, 2.5, 1, 3, 60, 4, 64, 1, free_memory=1 << 30, process=100)
+KEPT = {"prefix_lookups": 6, "prefix_hits": 5, "prefix_positions": 640, "prefix_evictions": 2, "prefix_bytes": 4096}
+CONTEXT = EngineStats("context", 10, 40, 2.5, 1, 3, 60, 4, 64, 1, free_memory=1 << 30, process=100, **KEPT)
 DENOISER = EngineStats("denoiser", 20, 60, 4.0, 1, 2, 48, 4, 64, 2, 0.5, 0.25, 4096, 3, 0.125, process=101)
 
 
@@ -35,6 +36,17 @@ def test_what_towers_count_is_counted_once() -> None:
     assert noted.of(metrics.EXCHANGED) == {("c1", "denoiser"): 4096}
     assert noted.of(metrics.EXCHANGE_TIME) == {("c1", "denoiser"): 0.125}
     assert noted.of(metrics.EXPOSED) == {("c1", "denoiser", "commit"): 0.5, ("c1", "denoiser", "prompt"): 0.25}
+
+
+def test_what_is_kept_of_prompts_is_the_context_towers() -> None:
+    watching = Watching()
+    for towers in ([CONTEXT, DENOISER], [replace(CONTEXT, prefix_hits=7), DENOISER]):
+        watching.watch.hears(towers, [100, 101])
+    noted, place = watching.flush(), ("c1", "context")
+    counted = [metrics.PREFIX_LOOKUPS, metrics.PREFIX_HITS, metrics.PREFIX_TOKENS, metrics.PREFIX_EVICTIONS]
+    assert [noted.of(metric) for metric in counted] == [{place: 6}, {place: 7}, {place: 640}, {place: 2}]
+    assert noted.gauges[metrics.PREFIX_BYTES, place] == 4096
+    assert (metrics.PREFIX_BYTES, ("c1", "denoiser")) not in noted.gauges
 
 
 def test_how_full_towers_are() -> None:

@@ -17,7 +17,7 @@ from twotower.engine.context.sequences import ReadChunk, Sequences
 from twotower.engine.context.verification import Verification
 from twotower.engine.context.writing import NOT_FINITE
 from twotower.engine.passes import Want
-from twotower.engine.scheduler import Key
+from twotower.engine.scheduler import Key, PrefillChunk
 from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
 from twotower.exchange.protocol import (
     Command,
@@ -54,8 +54,8 @@ class Commits:
     ) -> None:
         self._sequences, self._prompts, self._decoding = sequences, prompts, decoding
         self._compiling = compiling
-        self._verification = Verification(tower, sequences, self._tell, self._fail)
-        self._likelihoods = Likelihoods(tower, self._tell)
+        self._verification = Verification(tower, sequences, self._tell, self.has_opened, self._fail)
+        self._likelihoods = Likelihoods(tower, self._tell, self.has_opened)
         self.ports: dict[int, Port] = {}
         self._next_port = 0
         self._replies: dict[int, list[Reply]] = {}
@@ -113,6 +113,14 @@ class Commits:
         # A mock-AR token is read while its denoiser steps on it.
         return all(self.ports[port].apart for port in ports) and all(len(each.to_read) > 1 for each in led)
 
+    def has_opened(self, key: Key, found: Sequence[PrefillChunk], whole: bool) -> None:
+        """The denoiser's mirror gets what is there as if it had just been read; the states come behind the prompt."""
+        slot, (port, number) = self._sequences[key].slot, _led(key)
+        for chunk in found:
+            self._reply(port, Delta(number, chunk.start, chunk.end, slot, complete=False, cached=True))
+        if whole:
+            self._reply(port, Delta(number, 0, 0, slot))
+
     def wants_hidden(self, last: bool) -> bool:
         return False
 
@@ -145,17 +153,13 @@ class Commits:
                 self._compiling.begin(key, constraint, go, partial(self._fail, key))
             return
         if command.rating is not None:
-            self._sequences.open(key, self._likelihoods, command.token_ids, command.reserve)
+            self._sequences.open(key, self._likelihoods, command.token_ids, command.reserve, command.cache_salt)
             self._likelihoods.open(key, command.rating)
-            if not command.token_ids:
-                self._tell(key, 0, complete=True)
             return
-        self._sequences.open(key, self, command.token_ids, command.reserve)
-        if not command.token_ids:
-            self._tell(key, 0, complete=True)
+        self._sequences.open(key, self, command.token_ids, command.reserve, command.cache_salt)
 
     def _open_verified(self, key: Led, command: Prefill, verifying: Verifying, matcher: Matcher | None = None) -> None:
-        self._sequences.open(key, self._verification, command.token_ids, command.reserve)
+        self._sequences.open(key, self._verification, command.token_ids, command.reserve, command.cache_salt)
         self._verification.open(key, verifying, command.rating, command.token_ids, matcher)
 
     def _commit(self, key: Led, command: Commit) -> None:
@@ -205,6 +209,8 @@ class Commits:
         self._reply(port, Delta(number, start, end, slot, complete, decided, tuple(likelihoods)))
 
     def _fail(self, key: Key, error: TwoTowerError) -> None:
+        if isinstance(error, NumericalError) and key in self._sequences:
+            self._sequences.doubt(key)
         port, number = _led(key)
         self._reply(port, Failed(number, error))
 

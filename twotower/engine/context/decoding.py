@@ -15,7 +15,7 @@ from twotower.engine.answer import Answer
 from twotower.engine.context.sequences import ReadChunk, Sequences
 from twotower.engine.context.writing import Own, Writer
 from twotower.engine.passes import Want
-from twotower.engine.scheduler import Key
+from twotower.engine.scheduler import Key, PrefillChunk
 from twotower.engine.steps import Rows, Step, clock_for, take_all
 from twotower.exchange.protocol import Took
 from twotower.model.tower import ContextTower
@@ -36,7 +36,7 @@ class Decoding:
 
     def open(self, request: Request, matcher: Matcher | None = None) -> None:
         """Raises Overloaded."""
-        self._sequences.open(request.id, self, request.history, request.positions)
+        self._sequences.open(request.id, self, request.history, request.positions, request.cache_salt)
         answer = Answer.begun(request, self._tower.config.eos_token_id, matcher)
         self._writers[request.id] = Own(answer, self._emit, self._near_tie)
 
@@ -59,6 +59,9 @@ class Decoding:
         started = self._clock()
         logits_RLV = self._sequences.read(keys, Want.LOGITS)
         take_all([self._decide(keys, logits_RLV[:, 0], started)])
+
+    def has_opened(self, key: Key, found: Sequence[PrefillChunk], whole: bool) -> None:
+        self._writers[key].found(found[-1].end if found else 0)
 
     def wants_hidden(self, last: bool) -> bool:
         return last
@@ -83,6 +86,7 @@ class Decoding:
         for key, (token, margin, finite, *rated) in zip(keys, outcome, strict=True):
             writer = self._writers[key]
             if not finite:
+                self._sequences.doubt(key)
                 writer.failed()
                 self._stop(key)
             elif writer.wrote(int(token), margin, took, _likelihood(writer, rated)):

@@ -14,7 +14,7 @@ from torch import Tensor
 from twotower.core import Likelihood
 from twotower.decoding.likelihoods import is_finite, likelihood_of, rate
 from twotower.engine.context.sequences import ReadChunk
-from twotower.engine.scheduler import Key
+from twotower.engine.scheduler import Key, PrefillChunk
 from twotower.engine.scores import MAX_LOGITS
 from twotower.engine.steps import Rows, Step, take_all
 from twotower.exchange.protocol import Rating
@@ -25,11 +25,16 @@ from twotower.model.transfer import on_device
 class Likelihoods:
     """Owns the sequences that are rated as they are read.
 
-    `tell(key, start, complete)`: a part of its prompt has been read from `start` on.
+    `tell(key, start, complete)`: a part of its prompt has been read from `start` on. `has_opened`: as an Owner's.
     """
 
-    def __init__(self, tower: ContextTower, tell: Callable[[Key, int, bool], None]) -> None:
-        self._tower, self._tell = tower, tell
+    def __init__(
+        self,
+        tower: ContextTower,
+        tell: Callable[[Key, int, bool], None],
+        has_opened: Callable[[Key, Sequence[PrefillChunk], bool], None],
+    ) -> None:
+        self._tower, self._tell, self._has_opened = tower, tell, has_opened
         self._ratings: dict[Key, Rating] = {}
         self._last: dict[Key, Tensor] = {}
 
@@ -42,6 +47,9 @@ class Likelihoods:
     def forget(self, key: Key) -> None:
         self._ratings.pop(key, None)
         self._last.pop(key, None)
+
+    def has_opened(self, key: Key, found: Sequence[PrefillChunk], whole: bool) -> None:
+        self._has_opened(key, found, whole)
 
     def wants_hidden(self, last: bool) -> bool:
         return last

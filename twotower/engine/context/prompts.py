@@ -77,6 +77,8 @@ class Prompts:
     def _have_read(self, chunks: Sequence[PrefillChunk], hidden_RLD: Tensor) -> None:
         self._scheduler.has_read()
         self._sequences.have_read((chunk.key, chunk.end - chunk.start) for chunk in chunks)
+        for chunk in chunks:
+            self._sequences.keep(chunk)  # before an owner ends the sequence
         by_owner: dict[Owner, list[ReadChunk]] = {}
         for row, chunk in enumerate(chunks):
             sequence = self._sequences[chunk.key]

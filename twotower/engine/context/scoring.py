@@ -9,7 +9,7 @@ from twotower.core import Event, FailureEvent, ReleasedEvent, ScoreRequest
 from twotower.decoding.margins import NEAR_TIE
 from twotower.engine.context.sequences import ReadChunk, Sequences
 from twotower.engine.context.writing import not_finite
-from twotower.engine.scheduler import Key
+from twotower.engine.scheduler import Key, PrefillChunk
 from twotower.engine.scores import ScoredRow, ScoreSheet, by_row, score_rows
 from twotower.engine.steps import Rows, Step
 from twotower.model.tower import ContextTower
@@ -28,13 +28,17 @@ class Scoring:
 
     def open(self, request: ScoreRequest) -> None:
         """Raises Overloaded."""
-        self._sequences.open(request.id, self, request.token_ids[:-1], request.positions)
+        tokens, first = request.token_ids[:-1], request.start - 1
+        self._sequences.open(request.id, self, tokens, request.positions, request.cache_salt, first)
         self._sheets[request.id] = ScoreSheet(request)
 
     def end(self, key: Key) -> None:
         sheet = self._sheets.pop(key)
         self._sequences.close(key)
         self._emit(ReleasedEvent(sheet.request.id))
+
+    def has_opened(self, key: Key, found: Sequence[PrefillChunk], whole: bool) -> None:
+        self._sheets[key].cached_tokens = found[-1].end if found else 0
 
     def wants_hidden(self, last: bool) -> bool:
         return True
@@ -49,6 +53,7 @@ class Scoring:
         for row, scores in zip(rows, by_row(outcome, rows), strict=True):
             request_id = row.sheet.request.id
             if not all(token.finite for token in scores):
+                self._sequences.doubt(request_id)
                 self._emit(FailureEvent(request_id, not_finite(request_id)))
                 self.end(request_id)
                 continue

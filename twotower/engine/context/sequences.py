@@ -5,15 +5,18 @@ Knows who each belongs to and what it still has to read; does not know why it is
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from twotower.engine.passes import Passes, Want
+from twotower.engine.prefixes import Found, Prefixes
 from twotower.engine.scheduler import ContextScheduler, Key, PrefillChunk
+from twotower.engine.sharing import HeldInCommon, SharedRoom, prefix_names
 from twotower.engine.steps import Step
 from twotower.model.cache import TowerCache
 from twotower.model.rescan import KeptScans
+from twotower.model.room import Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,10 @@ class ReadChunk:
 class Owner(Protocol):
     """Who opens sequences, and goes on with them as their prompts are read."""
 
+    def has_opened(self, key: Key, found: Sequence[PrefillChunk], whole: bool) -> None:
+        """The sequence has its slot, and these chunks of its prompt are there already. `whole`: the prompt is empty."""
+        ...
+
     def wants_hidden(self, last: bool) -> bool:
         """Whether anything follows from a chunk's hidden states."""
         ...
@@ -37,21 +44,48 @@ class Owner(Protocol):
         ...
 
 
+_UNOPENED = -1  # the slot of a sequence that has none yet
+
+
+class _Needs(NamedTuple):
+    """Of a sequence that waits for its slot: the positions it may fill, how many of its prefixes it can do without
+    reading, and where its prompt ends."""
+
+    positions: int
+    usable: int
+    length: int
+
+
 @dataclass(slots=True)
 class ContextSequence:
-    """`to_read`: the rest of the prompt, a block, or the newest token."""
+    """`to_read`: the rest of the prompt, a block, or the newest token. `names`: of its prompt's prefixes. `promised`:
+    its part of the room, whether it has a slot yet or not."""
 
     owner: Owner
     slot: int
     to_read: list[int]
+    names: tuple[bytes, ...]
+    promised: HeldInCommon
 
 
 class Sequences:
-    """All of them, by key. Each reads what it has been given when the scheduler says so."""
+    """All of them, by key. Each reads what it has been given when the scheduler says so.
 
-    def __init__(self, cache: TowerCache, passes: Passes, scheduler: ContextScheduler) -> None:
+    A sequence gets its slot when `begin` is called next, in the order of `open`. It waits while another one reads what
+    both begin with, and while prefixes that were to be shared take room twice. What is waited for goes on by itself.
+    """
+
+    def __init__(
+        self, cache: TowerCache, passes: Passes, scheduler: ContextScheduler, prefixes: Prefixes, chunk: int
+    ) -> None:
+        """`chunk`: positions of a prompt that are read at once."""
         self._cache, self._passes, self._scheduler = cache, passes, scheduler
+        self._prefixes, self._chunk = prefixes, chunk
+        self._room = SharedRoom(Room(cache.room.slots, cache.room.pages), prefixes.stride)
         self._by_key: dict[Key, ContextSequence] = {}
+        self._unopened: dict[Key, _Needs] = {}
+        self._coming: dict[bytes, Key] = {}  # prefixes that are being read, and by which sequence
+        self._stirred = False
         self.rows = 0
 
     def __len__(self) -> int:
@@ -68,13 +102,88 @@ class Sequences:
 
     def length(self, key: Key) -> int:
         """Tokens read."""
-        return self._cache.length(self._by_key[key].slot)
+        slot = self._by_key[key].slot
+        return 0 if slot == _UNOPENED else self._cache.length(slot)
 
-    def open(self, key: Key, owner: Owner, prompt: Sequence[int], positions: int) -> None:
-        """Read `prompt`, in chunks; room for `positions`. Raises Overloaded where there is none."""
-        self._by_key[key] = ContextSequence(owner, self._cache.allocate(positions), list(prompt))
-        if prompt:
-            self._scheduler.add_prompt(key, 0, len(prompt))
+    def open(
+        self,
+        key: Key,
+        owner: Owner,
+        prompt: Sequence[int],
+        positions: int,
+        salt: str = "",
+        decided_from: int | None = None,
+    ) -> None:
+        """Read `prompt`, in chunks; room for `positions`. Raises Overloaded where there is none.
+
+        `salt`: whose prefixes it shares. `decided_from`: the first position from whose reading something follows, so
+        that it must be read here; None: the prompt's last.
+        """
+        first = max(0, len(prompt) - 1) if decided_from is None else decided_from
+        names = prefix_names(prompt, self._prefixes.stride, salt)
+        usable = first // self._prefixes.stride if names else 0
+        promised = self._room.take(positions, names[:usable])
+        self._by_key[key] = ContextSequence(owner, _UNOPENED, list(prompt), names, promised)
+        self._unopened[key] = _Needs(positions, usable, len(prompt))
+        self._stirred = True
+
+    def begin(self) -> None:
+        """Give slots to those that wait for one and can have it."""
+        if not self._stirred:
+            return
+        self._stirred, awaited = False, dict[Key, int]()
+        for key, needs in list(self._unopened.items()):
+            names = self._by_key[key].names[: needs.usable]
+            found = self._prefixes.find(names)
+            reader = self._reader_of(names, found)
+            if reader is not None:
+                left = needs.length - found.positions
+                awaited[reader] = min(left, awaited.get(reader, left))
+            elif self._cache.room.fits(needs.positions, found.pages):
+                self._begin(key, needs, found)
+            else:
+                break  # those behind it would keep it waiting
+        self._scheduler.await_prompts(awaited)
+
+    def _reader_of(self, names: Sequence[bytes], found: Found) -> Key | None:
+        """Who is reading what this one would read next."""
+        strides = found.positions // self._prefixes.stride if names else 0
+        return self._coming.get(names[strides]) if strides < len(names) else None
+
+    def _begin(self, key: Key, needs: _Needs, found: Found) -> None:
+        del self._unopened[key]
+        sequence = self._by_key[key]
+        sequence.slot = self._cache.allocate(needs.positions, found.pages, found.snapshot)
+        if needs.usable:
+            self._prefixes.used(sequence.names, found)
+        del sequence.to_read[: found.positions]
+        for name in sequence.names:
+            if name not in self._prefixes:
+                self._coming.setdefault(name, key)
+        if sequence.to_read:
+            self._scheduler.add_prompt(key, found.positions, needs.length)
+        starts = range(0, found.positions, self._chunk)
+        chunks = [PrefillChunk(key, start, start + self._chunk) for start in starts]
+        sequence.owner.has_opened(key, chunks, not needs.length)
+
+    def doubt(self, key: Key) -> None:
+        """Its numbers are not finite: nothing of its prompt is kept for others."""
+        self._prefixes.forget(self._by_key[key].names)
+
+    def keep(self, chunk: PrefillChunk) -> None:
+        """A chunk of this prompt has just been read: where a prefix ends with it, others may go on behind it."""
+        stride, sequence = self._prefixes.stride, self._by_key[chunk.key]
+        if not stride or chunk.end % stride:
+            return
+        names = sequence.names[: chunk.end // stride]
+        self._prefixes.keep(names, sequence.slot)
+        self._comes_no_more(names[-1:], chunk.key)
+
+    def _comes_no_more(self, names: Sequence[bytes], key: Key) -> None:
+        for name in names:
+            if self._coming.get(name) == key:
+                del self._coming[name]
+        self._stirred = True
 
     def commit(self, key: Key, block: Sequence[int]) -> None:
         """Read this block next."""
@@ -94,7 +203,12 @@ class Sequences:
     def close(self, key: Key) -> None:
         """Its slot may be another's at once: no pass that writes there may be under way (`Prompts.finish`)."""
         self._scheduler.drop(key)
-        self._cache.free(self._by_key.pop(key).slot)
+        self._unopened.pop(key, None)
+        sequence = self._by_key.pop(key)
+        if sequence.slot != _UNOPENED:
+            self._cache.free(sequence.slot)
+        self._room.give(sequence.promised)
+        self._comes_no_more(sequence.names, key)
 
     def read(self, keys: Sequence[Key], want: Want) -> Tensor:
         """One forward over all that these have to read. Returns what `Passes.run` does."""

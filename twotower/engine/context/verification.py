@@ -20,7 +20,7 @@ from twotower.engine.answer import no_way_on
 from twotower.engine.context.sequences import ReadChunk, Sequences
 from twotower.engine.context.writing import NOT_FINITE, Alone
 from twotower.engine.passes import USUAL_WIDTH
-from twotower.engine.scheduler import Key
+from twotower.engine.scheduler import Key, PrefillChunk
 from twotower.engine.scores import MAX_LOGITS
 from twotower.engine.steps import Rows, Step, clock_for, take_all
 from twotower.errors import NumericalError, TwoTowerError
@@ -39,8 +39,8 @@ class _Place(NamedTuple):
 class Verification:
     """Owns the sequences whose tokens the context tower decides for a denoiser.
 
-    `tell(key, start, complete, decided, likelihoods)`: what has been read from `start` on. `fail(key, error)`: it
-    cannot go on.
+    `tell(key, start, complete, decided, likelihoods)`: what has been read from `start` on. `has_opened`: as an Owner's.
+    `fail(key, error)`: it cannot go on.
     """
 
     def __init__(
@@ -48,9 +48,11 @@ class Verification:
         tower: ContextTower,
         sequences: Sequences,
         tell: Callable[[Key, int, bool, Decided | None, Sequence[Likelihood]], None],
+        has_opened: Callable[[Key, Sequence[PrefillChunk], bool], None],
         fail: Callable[[Key, TwoTowerError], None],
     ) -> None:
         self._tower, self._sequences, self._tell, self._fail = tower, sequences, tell, fail
+        self._has_opened = has_opened
         self._clock = clock_for(tower.device)
         self._verifying: dict[Key, Verifying] = {}
         self._ratings: dict[Key, Rating] = {}
@@ -105,6 +107,9 @@ class Verification:
         for key, start, block, one, made in zip(keys, starts, blocks, verdicts, rows_chosen, strict=True):
             self._follow(key, one, block)
             self._has_decided(key, start, one, made, took)
+
+    def has_opened(self, key: Key, found: Sequence[PrefillChunk], whole: bool) -> None:
+        self._has_opened(key, found, whole)
 
     def wants_hidden(self, last: bool) -> bool:
         return last

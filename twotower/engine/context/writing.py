@@ -24,6 +24,10 @@ class Writer(Protocol):
     @property
     def alternatives(self) -> int | None: ...
 
+    def found(self, positions: int) -> None:
+        """So many of the prompt's positions need not be read."""
+        ...
+
     def wrote(self, token: int, margin: float, took: Took | None, likelihood: Likelihood | None) -> bool:
         """The next token. Returns whether it is the last for now. `took`: the forward; None of a prompt's."""
         ...
@@ -50,6 +54,9 @@ class Own:
     @property
     def alternatives(self) -> int | None:
         return self._answer.request.logprobs
+
+    def found(self, positions: int) -> None:
+        self._answer.cached_tokens = positions
 
     def wrote(self, token: int, margin: float, took: Took | None, likelihood: Likelihood | None) -> bool:
         if self._answer.decided(margin):
@@ -96,6 +103,9 @@ class Alone:
     def next_token(self) -> TokenParams:
         steered = None if self._steering is None else Steered(self._steering)
         return TokenParams.of(self._params, self._place + len(self._written), steered)
+
+    def found(self, positions: int) -> None:
+        """Its denoiser is told by the deltas."""
 
     def wrote(self, token: int, margin: float, took: Took | None, likelihood: Likelihood | None) -> bool:
         self._likelihoods += [] if likelihood is None else [likelihood]

@@ -168,7 +168,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., params: _Optional[_Union[DecodingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ..., trace: _Optional[bool] = ..., logprobs: _Optional[int] = ..., include_stop_str_in_output: _Optional[bool] = ..., n: _Optional[int] = ..., best_of: _Optional[int] = ..., echo: _Optional[bool] = ..., add_special_tokens: _Optional[bool] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "num_steps", "num_blocks", "num_drafted", "num_accepted", "num_ar_blocks", "num_diffusion_blocks")
+    __slots__ = ("prompt_tokens", "completion_tokens", "num_steps", "num_blocks", "num_drafted", "num_accepted", "num_ar_blocks", "num_diffusion_blocks", "cached_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +177,7 @@ class Usage(_message.Message):
     NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     NUM_AR_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_DIFFUSION_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     num_steps: int
@@ -185,7 +186,8 @@ class Usage(_message.Message):
     num_accepted: int
     num_ar_blocks: int
     num_diffusion_blocks: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., num_ar_blocks: _Optional[int] = ..., num_diffusion_blocks: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., num_ar_blocks: _Optional[int] = ..., num_diffusion_blocks: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("finish_reason", "usage", "mode", "seed")
@@ -364,13 +366,14 @@ class ScoredContinuation(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ..., is_greedy: _Optional[_Iterable[bool]] = ..., sum_log_prob: _Optional[float] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("request_id", "token_ids", "log_probs", "is_greedy", "sum_log_prob", "prompt_tokens", "others")
+    __slots__ = ("request_id", "token_ids", "log_probs", "is_greedy", "sum_log_prob", "prompt_tokens", "cached_tokens", "others")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     IS_GREEDY_FIELD_NUMBER: _ClassVar[int]
     SUM_LOG_PROB_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OTHERS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -378,8 +381,9 @@ class ScoreResponse(_message.Message):
     is_greedy: _containers.RepeatedScalarFieldContainer[bool]
     sum_log_prob: float
     prompt_tokens: int
+    cached_tokens: int
     others: _containers.RepeatedCompositeFieldContainer[ScoredContinuation]
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ..., is_greedy: _Optional[_Iterable[bool]] = ..., sum_log_prob: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., others: _Optional[_Iterable[_Union[ScoredContinuation, _Mapping]]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ..., is_greedy: _Optional[_Iterable[bool]] = ..., sum_log_prob: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., others: _Optional[_Iterable[_Union[ScoredContinuation, _Mapping]]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "add_special_tokens", "with_tokens", "chat")

@@ -1,0 +1,158 @@
+"""The prefixes of prompts that the context tower has read, kept for prompts that begin alike.
+
+A prefix ends at a multiple of the stride, where a chunk of every prompt ends. So a prompt that goes on behind a kept
+prefix is read in the same chunks as one that is read whole. Its numbers are the same bits, but for the rounding that
+depends on who shared the forwards. Keys and values are kept by reference: the pages stay where they are, and a page is
+kept only once it is full. Mamba states are copied to snapshots, of which there are few. Knows neither requests nor why
+a prompt is read.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from twotower.model.cache import TowerCache
+from twotower.model.pages import PAGE_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The longest kept prefix of a prompt: so many positions (0: none), their pages, and the states behind them."""
+
+    positions: int = 0
+    pages: tuple[int, ...] = ()
+    snapshot: int | None = None
+
+
+NOTHING_FOUND = Found()
+
+
+@dataclass(slots=True)
+class _Node:
+    """The last stride of one prefix. `children`: of the prefixes that are a stride longer, how many are kept.
+
+    It has a snapshot or children or both. Without a snapshot nothing can be read on behind it, but longer ones need its
+    pages.
+    """
+
+    parent: bytes | None
+    pages: tuple[int, ...]
+    snapshot: int | None = None
+    children: int = 0
+
+
+class Prefixes:
+    """Kept prefixes by name (`twotower.engine.sharing`), in `cache`: as many as it has snapshots.
+
+    Where pages are needed, or a snapshot, those give way that have not been used for the longest time.
+    """
+
+    def __init__(self, cache: TowerCache, stride: int) -> None:
+        """`stride`: a whole number of pages; 0: nothing is kept."""
+        assert stride % PAGE_TOKENS == 0, "a prefix ends with a page"
+        self.stride = stride if cache.snapshots else 0
+        self._cache, self._pages_each = cache, stride // PAGE_TOKENS
+        self._nodes: dict[bytes, _Node] = {}
+        self._recent: OrderedDict[bytes, None] = OrderedDict()  # those with a snapshot, the newest use last
+        self._free = list(range(cache.snapshots - 1, -1, -1))
+        self.lookups = self.hits = self.positions_saved = self.evictions = 0
+        cache.room.reclaim = self._reclaim
+
+    def __len__(self) -> int:
+        return len(self._recent)
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._recent
+
+    @property
+    def nbytes(self) -> int:
+        """Of the snapshots and pages that are kept."""
+        cache = self._cache
+        snapshots = cache.kept_conv.nbytes + cache.kept_ssm.nbytes
+        each = snapshots // cache.snapshots if cache.snapshots else 0
+        page = (cache.keys.nbytes + cache.values.nbytes) // cache.keys.shape[1]
+        return len(self._recent) * each + cache.room.kept_pages * page
+
+    def find(self, names: Sequence[bytes]) -> Found:
+        """The longest of these that is kept with its states."""
+        for count in range(len(names), 0, -1):
+            node = self._nodes.get(names[count - 1])
+            if node is not None and node.snapshot is not None:
+                pages = [page for name in names[:count] for page in self._nodes[name].pages]
+                return Found(count * self.stride, tuple(pages), node.snapshot)
+        return NOTHING_FOUND
+
+    def used(self, names: Sequence[bytes], found: Found) -> None:
+        """A prompt with these prefixes goes on behind what was found, if anything was."""
+        self.lookups += 1
+        if found.positions:
+            self.hits += 1
+            self.positions_saved += found.positions
+            name = names[found.positions // self.stride - 1]
+            if name in self._recent:  # what the prompt needed besides may have driven it out
+                self._recent.move_to_end(name)
+
+    def keep(self, names: Sequence[bytes], slot: int) -> None:
+        """The sequence at `slot` has read the last of these prefixes, and nothing behind it."""
+        if not self._cache.snapshots:
+            return
+        last = self._nodes.get(names[-1])
+        if last is not None and last.snapshot is not None:
+            self._recent.move_to_end(names[-1])
+            return
+        if not self._free:
+            self._evict(next(iter(self._recent)))
+        snapshot = self._free.pop()
+        self._cache.snap(slot, snapshot)
+        self._add(names, slot)
+        self._nodes[names[-1]].snapshot = snapshot
+        self._recent[names[-1]] = None
+
+    def forget(self, names: Sequence[bytes]) -> None:
+        """Nothing goes on behind these any more, until they have been read again."""
+        for name in reversed(names):
+            if name in self._recent:
+                self._evict(name)
+
+    def _add(self, names: Sequence[bytes], slot: int) -> None:
+        """Nodes for those of the prefixes that have none, with the sequence's own pages."""
+        pages = self._cache.pages_of(slot)
+        for number, name in enumerate(names):
+            if name in self._nodes:
+                continue
+            start = number * self._pages_each
+            node = _Node(names[number - 1] if number else None, tuple(pages[start : start + self._pages_each]))
+            self._cache.room.keep(node.pages)
+            self._nodes[name] = node
+            if node.parent is not None:
+                self._nodes[node.parent].children += 1
+
+    def _reclaim(self, pages: int) -> None:
+        """Let so many pages go, or all that nobody holds. What nobody holds goes first: the rest frees no page now."""
+        room = self._cache.room
+        wanted = room.unused_pages + pages
+        while room.unused_pages < wanted and self._recent:
+            ends = [name for name in self._recent if not self._nodes[name].children]
+            idle = (name for name in ends if all(map(room.is_idle, self._nodes[name].pages)))
+            self._evict(next(idle, ends[0]))
+
+    def _evict(self, name: bytes) -> None:
+        """Its snapshot, and its pages unless a longer prefix needs them."""
+        self.evictions += 1
+        del self._recent[name]
+        node = self._nodes[name]
+        assert node.snapshot is not None
+        self._free.append(node.snapshot)
+        node.snapshot = None
+        self._prune(name)
+
+    def _prune(self, name: bytes) -> None:
+        """Of a prefix that nothing needs any more the pages, and so on for those that it begins with."""
+        node = self._nodes[name]
+        while node.snapshot is None and not node.children:
+            self._cache.room.drop(node.pages)
+            del self._nodes[name]
+            if node.parent is None:
+                return
+            name, node = node.parent, self._nodes[node.parent]
+            node.children -= 1
