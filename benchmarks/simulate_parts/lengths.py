@@ -1,7 +1,6 @@
 """How long prompts and answers are, and how many steps a block takes."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -85,8 +84,7 @@ def draw(lengths: Lengths, tokens_per_step: float, longest_prompt: int, longest_
     return Asked(prompt, answer, steps_of(blocks_of(answer), BLOCK / tokens_per_step, random))
 
 
-def spread(known: Sequence[int], blocks: int) -> tuple[int, ...]:
-    """So many steps in all, over so many blocks as evenly as it goes. `known`: the sum, as a list of one."""
-    [steps] = known
+def spread(steps: int, blocks: int) -> tuple[int, ...]:
+    """So many steps in all, over so many blocks as evenly as it goes; at least one each."""
     each, over = divmod(max(steps, blocks), blocks)
     return tuple(each + (place < over) for place in range(blocks))

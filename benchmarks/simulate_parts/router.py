@@ -1,7 +1,6 @@
 """A router: the product's admission, turns, runs and lines, over Serve's handle; its interpreter is one `Processor`."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 from types import SimpleNamespace
@@ -172,6 +171,3 @@ def _tokens(count: int) -> tuple[int, ...]:
     if count not in _PROMPTS:
         _PROMPTS[count] = (0,) * count
     return _PROMPTS[count]
-
-
-Answering = Callable[[str, Asked], Any]

@@ -17,8 +17,7 @@ from cluster.runs import kept
 from cluster.runs.messages import CELL_SILENCE_S, Message, Waits, Wishes
 from cluster.runs.routing import ElsewhereFirst
 from cluster.scaling import Policy
-from twotower.core import AnyRequest, FailureEvent, RequestId
-from twotower.errors import Unavailable
+from twotower.core import AnyRequest
 
 _CELL = DeploymentID("Cell", "twotower")
 BEAT_S = LOAD_TOLD_S = 1.0
@@ -292,7 +291,3 @@ class Controller:
         for router in self._routers:
             replicas = [Replica(cell, self._pace.hop_s) for cell in self.cells.values()]
             router.handle.router.update_replicas(replicas)
-
-
-def failure(cell: str) -> FailureEvent:
-    return FailureEvent(RequestId("*"), Unavailable(f"cell {cell} is gone"))

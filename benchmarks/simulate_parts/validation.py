@@ -209,7 +209,7 @@ def modelled(watched: Watched, fitted: Fitted, rows: dict[str, Line], settings: 
 def _asked(samples: Sequence[Sample]) -> Iterator[Asked]:
     for one in samples:
         usage, blocks = one.usage, max(1, blocks_of(one.usage.completion_tokens))
-        yield Asked(max(1, usage.prompt_tokens), max(1, usage.completion_tokens), spread([usage.num_steps], blocks))
+        yield Asked(max(1, usage.prompt_tokens), max(1, usage.completion_tokens), spread(usage.num_steps, blocks))
 
 
 class _DemoCosts(MeasuredCosts):
