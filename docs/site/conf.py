@@ -3,8 +3,6 @@
 `make site` builds it into build/site. A link or an anchor that leads nowhere is an error.
 """
 
-from pathlib import Path
-
 project = "TwoTower Serve"
 extensions = ["myst_parser"]
 root_doc = "docs/site/index"
