@@ -197,6 +197,15 @@ TOWERS = [
             "{{cell}} {{tower}} at most": total(of(cell.PAGES), "cell", "tower"),
         },
     ),
+    Panel(
+        "Prompts that began with a kept prefix",
+        "percentunit",
+        {"{{cell}}": ratio(cell.PREFIX_HITS, cell.PREFIX_LOOKUPS, "cell")},
+        note="Of those long enough to begin with one.",
+    ),
+    Panel("Prompt tokens a second that were kept", "short", {"{{cell}}": total(rate(cell.PREFIX_TOKENS), "cell")}),
+    Panel("Bytes of kept prefixes", "bytes", {"{{cell}}": total(of(cell.PREFIX_BYTES), "cell")}),
+    Panel("Kept prefixes that gave way, a second", "short", {"{{cell}}": total(rate(cell.PREFIX_EVICTIONS), "cell")}),
     Panel("Free memory", "bytes", {"{{cell}} {{tower}}": f"min by (cell, tower) ({of(cell.FREE_MEMORY)})"}),
 ]
 LOSSES = [

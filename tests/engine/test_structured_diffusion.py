@@ -261,6 +261,11 @@ def test_a_dead_end_is_told_as_in_ar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asyncio.run(run())) == 4
 
 
+def _tokens_of(events: list[BlockEvent]) -> list[int]:
+    """However many came at a time."""
+    return [token for event in events for token in event.token_ids]
+
+
 @pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.MOCK_AR])
 @pytest.mark.parametrize("masks", [4, 5, 6])
 def test_before_a_dead_end_likelihoods_are_told_of_all_that_was_whole(
@@ -285,5 +290,5 @@ def test_before_a_dead_end_likelihoods_are_told_of_all_that_was_whole(
             return both
 
     plain, rated = asyncio.run(run())
-    assert [event.token_ids for event in rated] == [event.token_ids for event in plain] != []
+    assert _tokens_of(rated) == _tokens_of(plain) != []
     assert all(len(event.likelihoods) == len(event.token_ids) for event in rated)
