@@ -28,7 +28,8 @@ _REALS = weighted((2, st.floats(0, 1)), (1, st.sampled_from((0.0, -0.0, 2.0, -1.
 _TEXTS = st.text(max_size=12) | st.text(st.sampled_from("aä\0\n\u2028\U0001f600"), max_size=4)
 _SCHEMAS = ('{"type": "object"}', '{"type": 1}', "{}", "[1")
 _PATTERNS = st.sampled_from((*_SCHEMAS, "[a-z]+", "(", "(a{60000}){60000}", 'start: "a" | start "b"', "start:"))
-_STRINGS = weighted((6, (_TEXTS | _PATTERNS).map(str.encode)), (1, st.binary(max_size=6)))
+_NO_TEXTS = st.sampled_from((b"\xff", b"a\xc3", b"\xed\xa0\x80"))  # a lone byte, half a character, half a pair
+_STRINGS = weighted((10, (_TEXTS | _PATTERNS).map(str.encode)), (1, st.binary(max_size=6)), (1, _NO_TEXTS))
 _STRAY_NUMBERS = st.sampled_from((0, 15, 29, 99, 1000, 19000, 2**29 - 1))
 
 
