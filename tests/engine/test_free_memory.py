@@ -16,7 +16,7 @@ from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 
 GIB = 2**30
-NEEDS = Memory(32, 4096, 3 * GIB, GIB, 2 * GIB, GIB // 2, 0, GIB)
+NEEDS = Memory(32, 4096, 3 * GIB, GIB, 2 * GIB, GIB // 2, 0, passing=GIB)
 
 
 def _write(root: Path, files: dict[str, str]) -> Path:
