@@ -96,7 +96,7 @@ def test_the_sum_decides(device: torch.device, monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in said
     for words in (
         f"got {enough / GIB:.2f} GiB free on {device}, wanted {enough / GIB:.2f} GiB = ",
-        "weights 3.00 + slots 1.00 + pages 2.00 + staging 0.50 + scratch 0.00 + prefixes 0.00 + passing 1.00 + margin 0.",
+        "weights 3.00 + slots 1.00 + pages 2.00 + staging 0.50 + scratch 0.00 + prefixes 0.00 + passing 1.00 + margin ",
         "max_sequences, max_sequence_length, cache_tokens, dtype (bfloat16), placement (split) or device",
     ):
         assert words in said
