@@ -235,7 +235,7 @@ class FixedPasses:
         ]
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
-        return decided_apart(self, slots, blocks)
+        return decided_apart(self, self._tower, slots, blocks)
 
     def prepare(self, width: int) -> None:
         if self._memory is None or width > USUAL_WIDTH:
@@ -263,7 +263,7 @@ class FixedPasses:
             forms = [(want, False, False) for want in _wants(width)]
             forms += [(Want.HIDDEN, False, True)] * (width == USUAL_WIDTH)
         else:
-            forms = [(Want.LOGITS, True, False)] + [(Want.LOGITS, False, False)] * (width == 1)
+            forms = [(Want.HIDDEN, True, False)] + [(Want.LOGITS, False, False)] * (width == 1)
         room = self._cache.keys.shape[1] * PAGE_TOKENS
         most_pages = power_of_two(pages_for(min(self._longest or room, room) + width))
         for rows in _powers_down(power_of_two(self._cache.scratch_slot), 1):

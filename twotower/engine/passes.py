@@ -7,11 +7,12 @@ as a CUDA graph (`engine/graphs.py`). A captured pass runs the same operations o
 
 from collections.abc import Iterator, Sequence
 from enum import Enum
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
-from twotower.decoding.unmasking import Blocks, unmask
+from twotower.decoding.unmasking import Blocks, unmask_at
 from twotower.model.cache import TowerCache
 from twotower.model.rescan import KeptScans
 from twotower.model.states import LayerStates
@@ -20,7 +21,7 @@ from twotower.model.transfer import on_device
 
 USUAL_WIDTH = 16  # the released block size
 SHORT_PROMPT = 4 * USUAL_WIDTH  # up to here a prompt's pass is worth capturing: few widths, and most of it is overhead
-MAX_POSITIONS = 2048  # of a denoiser's pass, rows times width: their logits must fit into memory
+MAX_POSITIONS = 2048  # of a denoiser's pass, rows times width: what its layers hand on must fit into memory
 PROMPT_PARTS = 2  # in which a longer one is read, so that rows which step meanwhile wait for less
 
 
@@ -57,7 +58,7 @@ class Passes(Protocol):
         ...
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
-        """A denoiser's step over `blocks`: its pass, and what it decides (`unmask`)."""
+        """A denoiser's step over `blocks`: its pass, and what it decides (`unmask_at`)."""
         ...
 
     def prepare(self, width: int) -> None:
@@ -80,9 +81,16 @@ def forward(
     return tower.logits(hidden) if want is Want.LOGITS else hidden
 
 
-def decided_apart(passes: Passes, slots: Sequence[int], blocks: Blocks) -> Tensor:
-    """A step as a pass and then a decision."""
-    return unmask(passes.run(slots, blocks.tokens, blocks.mask_fractions), blocks)
+def decided_apart(passes: Passes, tower: ContextTower | DenoiserTower, slots: Sequence[int], blocks: Blocks) -> Tensor:
+    """A step as a pass and then a decision. The head sees masked positions only."""
+    hidden_RLD = passes.run(slots, blocks.tokens, blocks.mask_fractions, Want.HIDDEN)
+    logits_at = partial(logits_of, tower, hidden_RLD)
+    return unmask_at(logits_at, blocks, hidden_RLD.shape[1], tower.config.vocab_size, tower.device)
+
+
+def logits_of(tower: ContextTower | DenoiserTower, hidden_RLD: Tensor, places_P: Tensor) -> Tensor:
+    """fp32 logits [P,V] at these places of the flattened [R,L]."""
+    return tower.logits(hidden_RLD.flatten(0, 1).index_select(0, places_P))
 
 
 class EagerPasses:
@@ -125,7 +133,7 @@ class EagerPasses:
         return self._tower.parts(*self._given(slots, tokens), count, want is Want.STATES)
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
-        return decided_apart(self, slots, blocks)
+        return decided_apart(self, self._tower, slots, blocks)
 
     def prepare(self, width: int) -> None:
         """Nothing to prepare."""
