@@ -14,7 +14,7 @@ class EngineStats:
     `near_ties`: decisions whose margin was so small that rounding might have made them another way. `held_up_s`: in
     which a denoiser had sequences and stepped none, because all waited for their commits' deltas; `prompt_wait_s`: some
     of them for their prompts'. `exchange_…`: of the deltas that it received. `free_memory`: bytes that its device has
-    left for it, where the system says. `process`: its id.
+    left for it, where the system says. `process`: its id. `out_of_memory`: passes that found no memory.
     """
 
     tower: str
@@ -34,6 +34,7 @@ class EngineStats:
     exchange_s: float = 0.0
     free_memory: int | None = None
     process: int = 0
+    out_of_memory: int = 0
 
 
 class EngineHandle(Protocol):
