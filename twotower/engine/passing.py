@@ -133,11 +133,11 @@ def _scan(config: ModelConfig, batch: _Batch) -> int:
 
 
 def _attention(config: ModelConfig, dtype: torch.dtype, batch: _Batch, on_gpu: bool) -> int:
-    """Keys and values of all positions, gathered and then joined with a block's own; the mask; queries and outputs.
+    """Keys and values of all positions, gathered beside a block's own; the mask; queries and outputs.
     torch's fused attention keeps no scores. Where heads are folded, the mask is there once more for each query head of
     a group, and again in the queries' dtype: as torch converts it, and as it pads it."""
     keys = batch.seen + batch.positions
-    gathered = 2 * keys * config.num_key_value_heads * config.head_dim * dtype.itemsize * 2
+    gathered = 2 * keys * config.num_key_value_heads * config.head_dim * dtype.itemsize
     mask = keys * batch.width * _FP32
     group = config.num_attention_heads // config.num_key_value_heads
     if on_gpu and group > 1:
