@@ -13,7 +13,8 @@ from tqdm import tqdm
 from benchmarks.gpu_parts.report import Report, table
 from benchmarks.gpu_parts.site import Site
 from benchmarks.gpu_parts.towers import filled_cache, random_tower
-from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams
+from twotower.config import MASK_TOKEN_ID
+from twotower.decoding.unmasking import Blocks, StepParams
 from twotower.engine.graphs import FixedPasses
 from twotower.engine.passes import EagerPasses, Want, forward
 from twotower.model.cache import TowerCache

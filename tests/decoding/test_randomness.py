@@ -16,8 +16,8 @@ KEYS = [step_key(seed, block, step) for seed in (0, 1, 2) for block in (0, 1, 2)
 
 def _blocks(keys: Sequence[int], width: int, vocab: int) -> Tensor:
     """Of every position of a block a key: [R, width, vocab]."""
-    places = [(key, place) for key in keys for place in range(width)]
-    return uniform(*zip(*places, strict=True), vocab, CPU).unflatten(0, (len(keys), width))
+    every_key = [key for key in keys for _ in range(width)]
+    return uniform(every_key, [*range(width)] * len(keys), vocab, CPU).unflatten(0, (len(keys), width))
 
 
 def test_same_numbers_whatever_shares_the_batch() -> None:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -43,15 +43,11 @@ def short(tower: Tower, refuses: Refuses, layer: int = 2) -> Iterator[list[int]]
             refused.append(rows)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13 GiB.")
 
-    module = tower.layers[layer]
-    hooks = [module.register_forward_pre_hook(look)]
-    kept = module.keep
-    module.keep = lambda x, states: (look(module, (x,)), kept(x, states))[1]  # type: ignore[method-assign, assignment]
+    hook = cast(Layer, tower.layers[layer]).register_forward_pre_hook(look)
     try:
         yield refused
     finally:
-        del module.keep
-        hooks[0].remove()
+        hook.remove()
 
 
 def once(test: Refuses) -> Refuses:

@@ -43,7 +43,8 @@ def restrict(logits_PV: Tensor, asked: Sequence[tuple[int, bytes]]) -> None:
         return
     which, bits = zip(*asked, strict=True)
     allowed_MV = allowed_tokens(bits, logits_PV.shape[1], logits_PV.device)
-    logits_PV[on_device(which, logits_PV.device)] += torch.where(allowed_MV, 0.0, _BANNED)
+    added_MV = torch.where(allowed_MV, 0.0, _BANNED).to(logits_PV.dtype)
+    logits_PV[on_device(which, logits_PV.device)] += added_MV
 
 
 def likeliest(logits_PV: Tensor, mask_token_id: int) -> Tensor:

@@ -30,24 +30,27 @@ def step_key(seed: int, block: int, step: int) -> int:
 
 def uniform(keys: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device) -> Tensor:
     """Numbers in [0, 1) [P, vocab], fp32 with 24 random bits: of key and position number p in row p."""
-    high_P1, low_P1 = on_device(_words(keys, positions), device, torch.int32)[..., None]
+    high_P1, low_P1 = on_device(words(keys, positions), device, torch.int32)[..., None]
     token_V = torch.arange(vocab, device=device, dtype=torch.int32).mul_(_signed(_BY_TOKEN))
     bits_PV = _mix_words(_mix_words(high_P1 ^ token_V).bitwise_xor_(low_P1))
     return bits_PV.bitwise_right_shift_(8).bitwise_and_(_WORD >> 8).float().mul_(2.0**-24)
 
 
-def _words(keys: Sequence[int], positions: Sequence[int]) -> list[list[int]]:
-    """The two words that each row's numbers come of. On the host: many tiny operations are slow on a GPU."""
-    keys_P, positions_P = (numpy.array(numbers, numpy.uint64) for numbers in (keys, positions))
-    low_P = _mix((keys_P & _WORD) ^ (positions_P * _BY_POSITION & _WORD))
-    words: list[list[int]] = numpy.stack([_mix((keys_P >> 32) ^ low_P), low_P]).astype(numpy.uint32).view("i4").tolist()
-    return words
+def words(keys: Sequence[int], positions: Sequence[int]) -> list[list[int]]:
+    """The two words that each row's numbers come of, as signed numbers [2,P]. On the host: a GPU is slow with many tiny
+    operations."""
+    word, half = numpy.uint64(_WORD), numpy.uint64(32)
+    keys_P, positions_P = numpy.array(keys, numpy.uint64), numpy.array(positions, numpy.uint64)
+    low_P = _mix((keys_P & word) ^ (positions_P * numpy.uint64(_BY_POSITION) & word))
+    both = numpy.stack([_mix((keys_P >> half) ^ low_P), low_P])
+    signed: list[list[int]] = both.astype(numpy.uint32).view(numpy.int32).tolist()
+    return signed
 
 
 def _mix(x: NDArray[numpy.uint64]) -> NDArray[numpy.uint64]:
     """The finaliser on 32-bit words; overflow wraps, the mask cuts it."""
     for shift, factor in _ROUNDS:
-        x = (x ^ (x >> shift)) * factor & _WORD
+        x = (x ^ (x >> numpy.uint64(shift))) * numpy.uint64(factor) & numpy.uint64(_WORD)
     return x
 
 

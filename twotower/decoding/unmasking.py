@@ -15,7 +15,8 @@ from torch import Tensor
 from twotower.config import MASK_TOKEN_ID
 from twotower.core import GREEDY_BELOW
 from twotower.decoding.certain_prefix import Allowed
-from twotower.decoding.guesses import Draw, drawn, likeliest, positions_at_once, restrict
+from twotower.decoding.guess_kernels import Guess, plain
+from twotower.decoding.guesses import Draw, drawn, positions_at_once, restrict
 from twotower.decoding.margins import closest
 from twotower.model.transfer import on_device
 
@@ -24,7 +25,7 @@ _ABSENT = -1.0  # below every confidence
 _COLUMNS = 3  # of an outcome, behind those of [R,L]
 
 AtPlaces = Callable[[Tensor], Tensor]
-"""Numbers [P,V] in fp32 at these places of the flattened [R,L], the caller's to write into."""
+"""Numbers [P,V] at these places of the flattened [R,L], the caller's to write into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +193,13 @@ def unmask_at(
     device: torch.device,
     mask_token_id: int = MASK_TOKEN_ID,
     noise_at: AtPlaces | None = None,
+    guess: Guess = plain,
 ) -> Tensor:
     """Fix the positions of this step. Returns its outcome, an [R,5L+3] for the host to read at once: see `Decision`.
 
     A row fixes all positions whose confidence is strictly above its threshold, at least one, and at least enough to
     finish in time. The most confident come first, and of equal ones the later one. Only masked positions' logits are
-    asked for, some at a time, each once.
+    asked for, some at a time, each once; in fp32, unless `guess` takes others.
     """
     pieces = [*blocks.pieces(width, positions_at_once(vocab))]
     places_P = on_device([place for piece in pieces for place in piece.places], device)
@@ -205,10 +207,10 @@ def unmask_at(
     for piece, places_p in zip(pieces, places_P.split([len(piece.places) for piece in pieces]), strict=True):
         logits_pV = logits_at(places_p)
         restrict(logits_pV, piece.allowed)
-        if piece.draw is None:
-            guesses.append(likeliest(logits_pV, mask_token_id))
+        if piece.draw is not None and noise_at is not None:
+            guesses.append(drawn(logits_pV, mask_token_id, piece.draw, noise_at(places_p)))
         else:
-            guesses.append(drawn(logits_pV, mask_token_id, piece.draw, noise_at and noise_at(places_p)))
+            guesses.append(guess(logits_pV, mask_token_id, piece.draw))
     sampled = sum(len(piece.places) for piece in pieces if piece.draw is not None)
     drawn_M = places_P[len(places_P) - sampled :] if sampled else None
     return decided(torch.cat(guesses), places_P, blocks.given(device, width), width, drawn_M)

@@ -5,13 +5,14 @@ the shapes that come up all the time can be *captured*: on a CPU as a recorded p
 as a CUDA graph (`engine/graphs.py`). A captured pass runs the same operations on the same numbers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
+from twotower.decoding.guess_kernels import guess_of, plain
 from twotower.decoding.unmasking import Blocks, unmask_at
 from twotower.model.cache import TowerCache
 from twotower.model.rescan import KeptScans
@@ -84,13 +85,16 @@ def forward(
 def decided_apart(passes: Passes, tower: ContextTower | DenoiserTower, slots: Sequence[int], blocks: Blocks) -> Tensor:
     """A step as a pass and then a decision. The head sees masked positions only."""
     hidden_RLD = passes.run(slots, blocks.tokens, blocks.mask_fractions, Want.HIDDEN)
-    logits_at = partial(logits_of, tower, hidden_RLD)
-    return unmask_at(logits_at, blocks, hidden_RLD.shape[1], tower.config.vocab_size, tower.device)
+    guess = guess_of(tower)
+    head = tower.logits if guess is plain else tower.raw_logits  # a kernel reads what the head makes
+    logits_at = partial(logits_of, head, hidden_RLD)
+    vocab, width = tower.config.vocab_size, hidden_RLD.shape[1]
+    return unmask_at(logits_at, blocks, width, vocab, tower.device, guess=guess)
 
 
-def logits_of(tower: ContextTower | DenoiserTower, hidden_RLD: Tensor, places_P: Tensor) -> Tensor:
-    """fp32 logits [P,V] at these places of the flattened [R,L]."""
-    return tower.logits(hidden_RLD.flatten(0, 1).index_select(0, places_P))
+def logits_of(head: Callable[[Tensor], Tensor], hidden_RLD: Tensor, places_P: Tensor) -> Tensor:
+    """Logits [P,V] at these places of the flattened [R,L]."""
+    return head(hidden_RLD.flatten(0, 1).index_select(0, places_P))
 
 
 class EagerPasses:
@@ -98,6 +102,8 @@ class EagerPasses:
 
     def __init__(self, tower: ContextTower | DenoiserTower, cache: TowerCache) -> None:
         self._tower, self._cache = tower, cache
+        if not tower.causal:
+            guess_of(tower)  # a kernel is compiled here, before anything is served
 
     def run(
         self,

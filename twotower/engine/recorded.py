@@ -155,9 +155,9 @@ def plain_pass(tower: ContextTower | DenoiserTower, form: Form) -> Program:
         return out, *(KeptScans.of(kept) or ())
 
     def step(*given: Tensor) -> tuple[Tensor, ...]:
-        *given, places_P, blocks_RX = given
-        [hidden_RLD] = run(*given)
-        guesses_P4 = likeliest(logits_of(tower, hidden_RLD, places_P), MASK_TOKEN_ID)
+        *of_pass, places_P, blocks_RX = given
+        [hidden_RLD] = run(*of_pass)
+        guesses_P4 = likeliest(logits_of(tower.logits, hidden_RLD, places_P), MASK_TOKEN_ID)
         return (decided(guesses_P4, places_P, blocks_RX, form.width),)
 
     return step if form.decides else run

@@ -52,6 +52,7 @@ class Kernels:
     mamba: MambaKernels
     attend: Attend
     choices: tuple[Choice, ...]
+    wanted: str = WANTED[0]
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.choices))
@@ -75,7 +76,7 @@ def choose(
     candidates = _Candidates(config, device, dtype, wanted, load)
     mixer, how_mixer = _choose_mixer(candidates)
     attention, how_attention = _choose_attention(candidates)
-    return Kernels(mixer, attention, (*how_mixer, *how_attention, _experts(device, dtype)))
+    return Kernels(mixer, attention, (*how_mixer, *how_attention, _experts(device, dtype)), wanted)
 
 
 def install(tower: Tower, kernels: Kernels) -> None:
@@ -85,7 +86,7 @@ def install(tower: Tower, kernels: Kernels) -> None:
             module.kernels = kernels.mamba
         elif isinstance(module, Attention):
             module.attend = kernels.attend
-    tower.kernels = str(kernels)
+    tower.kernels, tower.plain_only = str(kernels), kernels.wanted == "torch"
     logger.info("%s kernels: %s", type(tower).__name__, kernels)
 
 
