@@ -182,6 +182,12 @@ TOWERS = [
     Panel("Busy share", "percentunit", {"{{cell}} {{tower}}": total(rate(cell.BUSY), "cell", "tower")}),
     Panel("Mean batch", "short", {"{{cell}} {{tower}}": ratio(cell.ROWS, cell.TICKS, "cell", "tower")}),
     Panel(
+        "Passes without memory a second",
+        "short",
+        {"{{cell}} {{tower}}": total(rate(cell.OUT_OF_MEMORY), "cell", "tower")},
+        note="Their rows are tried in halves or fail. More than none: too many sequences for the device.",
+    ),
+    Panel(
         "Slots",
         "short",
         {

@@ -112,7 +112,7 @@ def _denoise(
 
     def step() -> object:
         if not decide:
-            return passes.run(slots, tokens, t)
+            return passes.run(slots, tokens, t, Want.HIDDEN)
         return passes.step(slots, Blocks(tokens, masked, params))
 
     return step

@@ -46,8 +46,8 @@ def bare_passes(figures: Figures) -> str:
 
 Wall / CPU time of the calling thread, medians. {SWEEPS} sweeps over all passes, of which each pass's middle one counts
 (of `both at once` each tower's own). In the tower processes, without an engine: the states made, the tower run, the
-head where an engine needs it. `+ decision`: unmask or sample too (a sample is read on the host). `eager`: without
-capture.
+head where an engine needs it at every position. `+ decision`: unmask, with the head at masked positions, or sample
+(which is read on the host). `eager`: without capture.
 `both at once`: the two towers at the same time, each on its core. `after a pause`: each after {1e3 * PAUSE_S:g} ms of
 sleep. Denoiser step and commit are [rows,16], AR step [rows,1], prompts as asked; in all but prompts the sequences have
 read {figures.questions.cached} tokens. c = {c:.2f} (eager {eager_c:.2f}).

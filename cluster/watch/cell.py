@@ -18,6 +18,7 @@ _COUNTED: dict[Metric, Callable[[EngineStats], float]] = {
     metrics.TICKS: lambda tower: tower.ticks,
     metrics.ROWS: lambda tower: tower.rows,
     metrics.NEAR_TIES: lambda tower: tower.near_ties,
+    metrics.OUT_OF_MEMORY: lambda tower: tower.out_of_memory,
 }
 _OF_LINKS: dict[Metric, Callable[[EngineStats], float]] = {
     metrics.EXCHANGED: lambda tower: tower.exchange_bytes,

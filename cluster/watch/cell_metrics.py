@@ -50,6 +50,13 @@ NEAR_TIES = Metric(
     "so close that fp32 rounding might have made them another way",
     ("cell", "tower"),
 )
+OUT_OF_MEMORY = Metric(
+    "out_of_memory_total",
+    Kind.COUNTER,
+    "passes",
+    "that found no memory on a tower's device; their rows were tried in halves or failed",
+    ("cell", "tower"),
+)
 EXPOSED = Metric(
     "exchange_exposed_seconds_total",
     Kind.COUNTER,

@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.decoding import whole_blocks
 from tests.decoding.deciding import decide, fresh
-from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams
+from tests.goldens import CPU
+from twotower.decoding import guesses
+from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams, unmask, unmask_at
 
 VOCAB, WIDTH = 11, 12
 
@@ -58,6 +61,41 @@ def test_every_step(step: tuple[Tensor, Blocks]) -> None:
         assert fixed == set(order[len(order) - len(fixed) :])
         [alone] = decide(logits[r : r + 1], Blocks([tokens], [masked], [row]))
         assert (alone.tokens, alone.committed) == (result.tokens, result.committed)
+
+
+@settings(deadline=None, derandomize=True, max_examples=80)
+@given(steps())
+def test_masked_positions_alone_decide_as_whole_blocks_did(step: tuple[Tensor, Blocks]) -> None:
+    """To the last bit: tokens, what was fixed, confidences, margins; drawn and not."""
+    logits, blocks = step
+    ours, whole = unmask(logits.clone(), blocks), whole_blocks.unmask(logits.clone(), blocks, MASK_TOKEN_ID)
+    masked = torch.tensor(blocks.masked)
+    for column in range(5):
+        some = slice(column * WIDTH, (column + 1) * WIDTH)
+        told = masked if column in (2, 3) else torch.ones_like(masked)
+        assert torch.equal(ours[:, some][told], whole[:, some][told])
+    assert torch.equal(ours[:, -3:-1], whole[:, -3:-1])
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(steps(), st.integers(1, 20))
+def test_logits_are_asked_for_once_at_masked_positions_and_few_at_a_time(
+    step: tuple[Tensor, Blocks], most: int
+) -> None:
+    logits, blocks = step
+    asked: list[int] = []
+
+    def logits_at(places_P: Tensor) -> Tensor:
+        assert len(places_P) <= most
+        asked.extend(places_P.tolist())
+        return logits.flatten(0, 1).index_select(0, places_P)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(guesses, "AT_ONCE", most * VOCAB)
+        outcome = unmask_at(logits_at, blocks, WIDTH, VOCAB, CPU).tolist()
+    assert sorted(asked) == torch.tensor(blocks.masked).flatten().nonzero()[:, 0].tolist()
+    for mine, whole in zip(blocks.read(outcome), decide(logits, blocks), strict=True):
+        assert (mine.tokens, mine.committed, mine.margin) == (whole.tokens, whole.committed, whole.margin)
 
 
 @pytest.mark.parametrize("left", range(1, 9))

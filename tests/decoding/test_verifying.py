@@ -49,8 +49,8 @@ def _round(draft: Sequence[int], answers: dict[Numbers, Answer]) -> dict[Numbers
 def grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's random number is its key's place on a grid: all of them can be gone through."""
 
-    def numbers(keys: list[int], positions: int, vocab: int, device: torch.device) -> Tensor:
-        return torch.tensor([(key + 0.5) / GRID for key in keys]).view(-1, 1, 1)
+    def numbers(keys: list[int], positions: list[int], vocab: int, device: torch.device) -> Tensor:
+        return torch.tensor([(key + 0.5) / GRID for key in keys]).view(-1, 1)
 
     monkeypatch.setattr(sampling, "uniform", numbers)
 

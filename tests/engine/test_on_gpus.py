@@ -165,7 +165,7 @@ def test_experts_in_bf16_are_captured(machine: Gpus) -> None:
     slots, given = [cache.allocate(60) for _ in range(rows)], ([[5, 3] * 8] * rows, [0.5] * rows)
     passes = FixedPasses(tower, cache, rows, longest=60)
     with torch.inference_mode():
-        passes.capture(slots, 16, True, Want.LOGITS)
+        passes.capture(slots, 16, True, Want.HIDDEN)
         replayed = passes.run(slots, *given)
         eager = EagerPasses(tower, cache).run(slots, *given)
     assert (machine.captures, machine.replays) == (1, 1)
@@ -267,7 +267,7 @@ def test_many_long_rows_are_not_captured() -> None:
     assert max(shape.rows * shape.pages for shape in shapes) == 1 << 14
     assert max(shape.rows for shape in shapes) == 128
     assert shapes[0].rows == 128, "the largest first"
-    assert PassShape(1, 16, 1 << 14, Want.LOGITS, True) in shapes
+    assert PassShape(1, 16, 1 << 14, Want.HIDDEN, True) in shapes
 
 
 @pytest.mark.parametrize(("name", "index"), [("auto", 1), ("cuda", 1), ("cuda:0", 0), ("cuda:1", 1)])

@@ -32,7 +32,7 @@ FORMS = [
         ("context", 1, Want.LOGITS, False),
         ("context", 16, Want.HIDDEN, False),
         ("context", 16, Want.STATES, False),
-        ("denoiser", 16, Want.LOGITS, True),
+        ("denoiser", 16, Want.HIDDEN, True),
         ("denoiser", 1, Want.LOGITS, False),
     )
     for few in (True, False)

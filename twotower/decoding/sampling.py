@@ -91,7 +91,7 @@ def _draw(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
     if cut is not None:
         kept_RV = cut.kept_RV
     total_RV = kept_RV.cumsum(-1)
-    u_R1 = uniform([row.key for row in rows], 1, 1, device)[:, 0] * total_RV[:, -1:]
+    u_R1 = uniform([row.key for row in rows], [0] * len(rows), 1, device) * total_RV[:, -1:]
     # `right`: a draw of exactly 0 must not pick a token of zero probability.
     place_R1 = torch.searchsorted(total_RV, u_R1, right=True).clamp(max=vocab - 1)
     above_R1 = total_RV.gather(1, place_R1) - u_R1

@@ -5,9 +5,9 @@ that row alone.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -15,16 +15,17 @@ from torch import Tensor
 from twotower.config import MASK_TOKEN_ID
 from twotower.core import GREEDY_BELOW
 from twotower.decoding.certain_prefix import Allowed
-from twotower.decoding.margins import closest, runner_up
-from twotower.decoding.randomness import uniform
-from twotower.decoding.steering import allowed_tokens
+from twotower.decoding.guess_kernels import Guess, plain
+from twotower.decoding.guesses import Draw, drawn, positions_at_once, restrict
+from twotower.decoding.margins import closest
 from twotower.model.transfer import on_device
 
-_BANNED = -1e12
-_NOISE_NUMBERS = 1 << 24
 _ABOVE_ZERO = 1e-45  # the smallest fp32 number: a threshold of 0 that can be divided by
 _ABSENT = -1.0  # below every confidence
 _COLUMNS = 3  # of an outcome, behind those of [R,L]
+
+AtPlaces = Callable[[Tensor], Tensor]
+"""Numbers [P,V] at these places of the flattened [R,L], the caller's to write into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,16 @@ class StepParams:
     @property
     def samples(self) -> bool:
         return self.temperature >= GREEDY_BELOW
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Masked positions whose logits are looked at together. `places`: in the flattened [R,L]. `allowed`: which of them
+    take not every token, and a bit for each token. `draw`: how their tokens are drawn; None: they are the likeliest."""
+
+    places: list[int]
+    allowed: list[tuple[int, bytes]]
+    draw: Draw | None
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,32 @@ class Blocks:
         return [max(1, -(-sum(mask) // row.steps_left)) for mask, row in zip(self.masked, self.rows, strict=True)]
 
     @property
-    def greedy(self) -> bool:
-        return not any(row.samples for row in self.rows)
-
-    @property
     def plain(self) -> bool:
-        """Whether what is `given` is all that a step needs of them."""
-        return self.greedy and not any(row.allowed is not None for row in self.rows)
+        """Whether what is `given`, and the places of what is masked, are all that a step needs of them."""
+        return not any(row.samples or row.allowed is not None for row in self.rows)
+
+    def places(self, width: int) -> list[int]:
+        """Of the masked positions, in the flattened [R,L] with L = `width`."""
+        return [row * width + place for row, mask in enumerate(self.masked) for place, m in enumerate(mask) if m]
+
+    def pieces(self, width: int, at_once: int) -> Iterator[Piece]:
+        """The masked positions, so many at a time; those whose tokens are drawn come last, apart from the others."""
+        places = self.places(width)
+        for samples in (False, True):
+            alike = [place for place in places if self.rows[place // width].samples is samples]
+            for first in range(0, len(alike), at_once):
+                yield self._piece(alike[first : first + at_once], width, samples)
+
+    def _piece(self, places: list[int], width: int, samples: bool) -> Piece:
+        rows = [self.rows[place // width] for place in places]
+        positions = [place % width for place in places]
+        allowed = [
+            (number, row.allowed.bits)
+            for number, (row, position) in enumerate(zip(rows, positions, strict=True))
+            if row.allowed is not None and row.allowed.place == position
+        ]
+        draw = Draw([row.temperature for row in rows], [row.key for row in rows], positions) if samples else None
+        return Piece(places, allowed, draw)
 
     def given(self, device: torch.device, width: int) -> Tensor:
         """What a step needs of them on the device: tokens, masked, threshold and `at_least`, [R,2L+2] in fp32.
@@ -147,62 +177,64 @@ class Decision:
 
 
 def unmask(
-    logits_RLV: Tensor, blocks: Blocks, mask_token_id: int = MASK_TOKEN_ID, noise: Tensor | None = None
+    logits_RLV: Tensor, blocks: Blocks, mask_token_id: int = MASK_TOKEN_ID, noise_RLV: Tensor | None = None
+) -> Tensor:
+    """`unmask_at` over logits that are there. `noise_RLV` takes the uniform numbers' place (for the golden vectors)."""
+    width, vocab = logits_RLV.shape[1:]
+    noise_at = None if noise_RLV is None else _rows_of(noise_RLV)
+    return unmask_at(_rows_of(logits_RLV), blocks, width, vocab, logits_RLV.device, mask_token_id, noise_at)
+
+
+def unmask_at(
+    logits_at: AtPlaces,
+    blocks: Blocks,
+    width: int,
+    vocab: int,
+    device: torch.device,
+    mask_token_id: int = MASK_TOKEN_ID,
+    noise_at: AtPlaces | None = None,
+    guess: Guess = plain,
 ) -> Tensor:
     """Fix the positions of this step. Returns its outcome, an [R,5L+3] for the host to read at once: see `Decision`.
 
     A row fixes all positions whose confidence is strictly above its threshold, at least one, and at least enough to
-    finish in time. The most confident come first, and of equal ones the later one. `noise` [R,L,V] replaces the uniform
-    numbers of sampled rows (for the golden vectors). Overwrites the logits of tokens that may not come.
+    finish in time. The most confident come first, and of equal ones the later one. Only masked positions' logits are
+    asked for, some at a time, each once; in fp32, unless `guess` takes others.
     """
-    _restrict(logits_RLV, blocks.rows)
-    given_RX = blocks.given(logits_RLV.device, logits_RLV.shape[1])
-    if blocks.greedy:
-        return unmask_greedily(logits_RLV, given_RX, mask_token_id)
-    sum_R1 = logits_RLV.sum((1, 2))[:, None]
-    probabilities_RLV = _without(mask_token_id, logits_RLV).softmax(-1)
-    predicted_RL = probabilities_RLV.max(-1).indices
-    sampled = [r for r, row in enumerate(blocks.rows) if row.samples]
-    which_M = on_device(sampled, logits_RLV.device)
-    drawn_ML, drawn_ratio_ML = _gumbel_argmax(
-        _of(logits_RLV, which_M), [blocks.rows[r] for r in sampled], noise, sampled
-    )
-    predicted_RL = _with(predicted_RL, which_M, drawn_ML)
-    confidence_RL = probabilities_RLV.gather(2, predicted_RL[..., None])[..., 0]
+    pieces = [*blocks.pieces(width, positions_at_once(vocab))]
+    places_P = on_device([place for piece in pieces for place in piece.places], device)
+    guesses: list[Tensor] = []
+    for piece, places_p in zip(pieces, places_P.split([len(piece.places) for piece in pieces]), strict=True):
+        logits_pV = logits_at(places_p)
+        restrict(logits_pV, piece.allowed)
+        if piece.draw is not None and noise_at is not None:
+            guesses.append(drawn(logits_pV, mask_token_id, piece.draw, noise_at(places_p)))
+        else:
+            guesses.append(guess(logits_pV, mask_token_id, piece.draw))
+    sampled = sum(len(piece.places) for piece in pieces if piece.draw is not None)
+    drawn_M = places_P[len(places_P) - sampled :] if sampled else None
+    return decided(torch.cat(guesses), places_P, blocks.given(device, width), width, drawn_M)
+
+
+def decided(
+    guesses_P4: Tensor, places_P: Tensor, given_RX: Tensor, width: int, drawn_M: Tensor | None = None
+) -> Tensor:
+    """The outcome, from guesses at these places and from what `Blocks.given` returns: tensors alone, so that it can be
+    recorded. `drawn_M`: the places whose tokens were drawn."""
+    blank_N4 = given_RX.new_zeros(given_RX.shape[0] * width, 4)
+    told_RL4 = blank_N4.index_copy(0, places_P, guesses_P4).view(-1, width, 4)
+    predicted_RL, confidence_RL, ratio_RL, sum_RL = told_RL4.unbind(2)
     chosen = _choose(confidence_RL, given_RX)
-    ratio_RL = runner_up(probabilities_RLV, predicted_RL[..., None], 0.0) / confidence_RL
-    ratio_RL = _with(ratio_RL, which_M, drawn_ratio_ML)
-    # The two likeliest tokens of a position have almost one confidence. Two that were nearly drawn need not. So the
-    # other one might have been fixed.
-    decided_RL = _with(chosen.committed_RL, which_M, _of(chosen.masked_RL, which_M))
-    return _outcome(chosen, predicted_RL, confidence_RL, closest(ratio_RL, decided_RL), sum_R1)
+    decided_RL = chosen.committed_RL
+    if drawn_M is not None:
+        # The two likeliest tokens of a position have almost one confidence. Two that were nearly drawn need not. So the
+        # other one might have been fixed.
+        decided_RL = decided_RL.flatten().index_fill(0, drawn_M, True).view(-1, width)
+    return _outcome(chosen, predicted_RL, confidence_RL, closest(ratio_RL, decided_RL), sum_RL.sum(1, keepdim=True))
 
 
-def unmask_greedily(logits_RLV: Tensor, given_RX: Tensor, mask_token_id: int = MASK_TOKEN_ID) -> Tensor:
-    """`unmask` where no row samples, from what `Blocks.given` returns: tensors alone, so that it can be recorded."""
-    sum_R1 = logits_RLV.sum((1, 2))[:, None]
-    probabilities_RLV = _without(mask_token_id, logits_RLV).softmax(-1)
-    confidence_RL, predicted_RL = probabilities_RLV.max(-1)
-    chosen = _choose(confidence_RL, given_RX)
-    ratio_RL = runner_up(probabilities_RLV, predicted_RL[..., None], 0.0) / confidence_RL
-    return _outcome(chosen, predicted_RL, confidence_RL, closest(ratio_RL, chosen.committed_RL), sum_R1)
-
-
-def _restrict(logits_RLV: Tensor, rows: Sequence[StepParams]) -> None:
-    """In place, at the positions where not every token may come. NaN and infinity stay what they are, to be found."""
-    asked = [(row, params.allowed) for row, params in enumerate(rows) if params.allowed is not None]
-    if not asked:
-        return
-    device = logits_RLV.device
-    rows_M, places_M = on_device([[row, allowed.place] for row, allowed in asked], device).unbind(1)
-    allowed_MV = allowed_tokens([allowed.bits for _, allowed in asked], logits_RLV.shape[2], device)
-    logits_RLV[rows_M, places_M] += torch.where(allowed_MV, 0.0, _BANNED)
-
-
-def _without(token_id: int, logits_RLV: Tensor) -> Tensor:
-    """In place: a copy of the logits of many rows over a large vocabulary would be gigabytes."""
-    logits_RLV[..., token_id].fill_(_BANNED)
-    return logits_RLV
+def _rows_of(whole_RLV: Tensor) -> AtPlaces:
+    return partial(torch.index_select, whole_RLV.flatten(0, 1), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,40 +273,3 @@ def _divided(above: float, below: float) -> float:
     if above <= 0:
         return 0.0  # nobody
     return above / below if below else math.inf
-
-
-def _of(whole_RX: Tensor, which_M: Tensor) -> Tensor:
-    """These rows, in order; all of them are the tensor itself."""
-    return whole_RX if len(which_M) == len(whole_RX) else whole_RX.index_select(0, which_M)
-
-
-def _with(whole_RX: Tensor, which_M: Tensor, part_MX: Tensor) -> Tensor:
-    """These rows replaced."""
-    return part_MX if len(which_M) == len(whole_RX) else whole_RX.index_copy(0, which_M, part_MX)
-
-
-def _gumbel_argmax(
-    logits: Tensor, rows: list[StepParams], noise: Tensor | None, sampled: list[int]
-) -> tuple[Tensor, Tensor]:
-    """A few rows at a time: the random numbers of many rows over a large vocabulary would fill gigabytes."""
-    at_once = max(1, _NOISE_NUMBERS // logits[0].numel())
-    parts = []
-    for first in range(0, len(rows), at_once):
-        some = slice(first, first + at_once)
-        given = None if noise is None else noise[sampled[some]]
-        parts.append(_gumbel_argmax_of(logits[some], rows[some], given))
-    drawn, ratios = zip(*parts, strict=True)
-    return torch.cat(drawn), torch.cat(ratios)
-
-
-def _gumbel_argmax_of(logits: Tensor, rows: list[StepParams], u: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Token ids, and the ratios of their weights at which the second would have been drawn, [R,L] each."""
-    temperatures = on_device([row.temperature for row in rows], logits.device)[:, None]
-    if u is None:
-        u = uniform([row.key for row in rows], logits.shape[1], logits.shape[2], logits.device)
-    gumbel = u.clamp(min=1e-10).log_().neg_().log_().neg_()
-    scores = (logits / temperatures[..., None]).log_softmax(-1).add_(gumbel)
-    best, drawn = scores.max(-1)
-    gap = best - runner_up(scores, drawn[..., None], -torch.inf)
-    # In units of logits; above a temperature of 1 it is the score's own rounding that counts.
-    return drawn, torch.exp(-gap * temperatures.clamp(max=1))

@@ -6,7 +6,7 @@ and what follows from it, is in `twotower.engine.context`.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from twotower.core import AnyRequest, Event, FailureEvent, ReleasedEvent, Request, RequestId, ScoreRequest
@@ -20,8 +20,9 @@ from twotower.engine.context.sequences import Sequences
 from twotower.engine.handle import EngineStats
 from twotower.engine.passes import USUAL_WIDTH, EagerPasses
 from twotower.engine.prefixes import Prefixes
-from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, PrefillBatch
+from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, Key, PrefillBatch
 from twotower.engine.settings import EngineSettings
+from twotower.engine.short_memory import ShortMemory
 from twotower.errors import TwoTowerError
 from twotower.exchange.protocol import Port
 from twotower.model.cache import TowerCache, state_bytes
@@ -49,10 +50,13 @@ class ContextEngine:
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens, lambda keys: self._commits.waited_for(keys))
         chunk, self.prefixes = settings.prefill_chunk_tokens, Prefixes(self.cache, settings.prefix_stride)
         self._sequences = Sequences(self.cache, self._passes, self._scheduler, self.prefixes, chunk)
-        self._prompts = Prompts(self._sequences, self._scheduler, self._passes, self._eager, tower.device)
+        self._short = ShortMemory("context")
+        self._prompts = Prompts(
+            self._sequences, self._scheduler, self._passes, self._eager, tower.device, self._short, self._fail
+        )
         self._decoding = Decoding(tower, self._sequences, emit)
         self._compiling = compiling or Compiling()
-        self._commits = Commits(tower, self._sequences, self._prompts, self._decoding, self._compiling)
+        self._commits = Commits(tower, self._sequences, self._prompts, self._decoding, self._compiling, self._short)
         self._scoring = Scoring(tower, self._sequences, emit)
         self._inbox: deque[AnyRequest | RequestId | Port] = deque()
         self.ticks = 0
@@ -72,6 +76,7 @@ class ContextEngine:
             room.free_slots, room.free_pages, room.slots, room.pages, self.near_ties,
             prefix_lookups=kept.lookups, prefix_hits=kept.hits, prefix_positions=kept.positions_saved,
             prefix_evictions=kept.evictions, prefix_bytes=kept.nbytes,
+            out_of_memory=self._short.times,
         )  # fmt: skip
 
     def prepare(self) -> None:
@@ -114,12 +119,29 @@ class ContextEngine:
         if isinstance(work, CommitBatch):
             self._commits.read(work.keys)
         elif isinstance(work, DecodeBatch):
-            self._decoding.read(work.keys)
+            self._decode(work.keys)
         elif isinstance(work, PrefillBatch):
             self._prompts.read(work.chunks)
         self._commits.send()
         self.ticks += work is not None
         return work is not None
+
+    def _decode(self, keys: Sequence[Key]) -> None:
+        short = self._short.tried(len(keys), partial(self._decoding.read, keys))
+        if short is not None:
+            for key in keys:
+                self._fail(key, short)
+
+    def _fail(self, key: Key, error: TwoTowerError) -> None:
+        """A pass that was to extend its states broke off."""
+        if key not in self._sequences:  # it ended before that, in the same turn
+            return
+        for own in (self._decoding, self._scoring):
+            if isinstance(key, str) and key in own:
+                self._emit(FailureEvent(RequestId(key), error))
+                own.end(key)
+                return
+        self._commits.fail(key, error)
 
     def _take_inbox(self) -> None:
         while self._inbox:

@@ -23,12 +23,12 @@ from twotower.engine.modes.auto import Auto, Weighed
 from twotower.engine.modes.block_steps import StepTrace
 from twotower.engine.modes.diffusion import Diffusion
 from twotower.engine.modes.mock_ar import MockAr
-from twotower.engine.modes.strategy import DenoiserMode, LedSequence, Turn, Turns
+from twotower.engine.modes.strategy import DenoiserMode, LedSequence, Turn
 from twotower.engine.modes.unrated import Unrated
 from twotower.engine.modes.verified import Verified
 from twotower.engine.passes import USUAL_WIDTH, Passes
 from twotower.engine.settings import EngineSettings
-from twotower.engine.steps import Step, clock_for, take_all
+from twotower.engine.stepping import Stepping, usual_rows
 from twotower.errors import LinkDown, NumericalError, TwoTowerError
 from twotower.exchange.protocol import (
     Command,
@@ -81,7 +81,8 @@ class DenoiserEngine:
             Mode.DIFFUSION: Diffusion(self._passes, trace),
             Mode.VERIFIED: Verified(self._passes, trace),
         }
-        self._meter, self._clock = Meter(), clock_for(tower.device)
+        self._meter = Meter()
+        self._stepping = Stepping(self._modes, tower.device, self._meter, self._commit_first, self._fail)
         self._auto = Auto(self._meter, link.apart)
         self._sequences: dict[int, LedSequence] = {}
         self._numbers: dict[RequestId, int] = {}
@@ -97,6 +98,7 @@ class DenoiserEngine:
             "denoiser", self.ticks, self.rows, busy_s, len(self._sequences),
             room.free_slots, room.free_pages, room.slots, room.pages, self.near_ties,
             waits.commit_s, waits.prompt_s, traffic.nbytes, traffic.payloads, traffic.seconds,
+            out_of_memory=self._stepping.short.times,
         )  # fmt: skip
 
     def prepare(self) -> None:
@@ -124,7 +126,7 @@ class DenoiserEngine:
         self._take_replies()
         ready = [s for s in self._sequences.values() if s.ready and not s.closing]
         self._waits.note(self._sequences.values(), bool(ready))
-        for turns in self._stepped(ready):
+        for turns in self._stepping.step(ready):
             for sequence, turn in turns:
                 self._take(sequence, turn)
         self._submit()
@@ -133,26 +135,11 @@ class DenoiserEngine:
             self.rows += len(ready)
         return bool(ready)
 
-    def _stepped(self, ready: list[LedSequence]) -> list[Turns]:
-        """A step of each. Several forwards are reckoned as equally dear."""
-        started = self._clock()
-        steps = self._launch(ready)
-        turns = take_all(steps)
-        if steps and not any(sequence.mode.commits_first for sequence in ready):
-            seconds, rows = self._clock() - started, sum(map(_rows, ready))
-            self._meter.note(Pass.STEP, max(1, rows // len(steps)), seconds / len(steps))
-        return turns
-
-    def _launch(self, ready: list[LedSequence]) -> list[Step[Turns]]:
-        steps: list[Step[Turns]] = []
-        for mode in self._modes.values():
-            sequences = [sequence for sequence in ready if sequence.mode is mode]
-            if sequences and mode.commits_first:
-                for sequence in sequences:
-                    self._commit(sequence, sequence.tokens)
-                self._submit(reading=True)
-            steps += mode.launch(sequences) if sequences else []
-        return steps
+    def _commit_first(self, sequences: list[LedSequence]) -> None:
+        """Both towers read the same tokens at the same time."""
+        for sequence in sequences:
+            self._commit(sequence, sequence.tokens)
+        self._submit(reading=True)
 
     def _take(self, sequence: LedSequence, turn: Turn) -> None:
         if not turn.finite:
@@ -314,7 +301,7 @@ class DenoiserEngine:
     def _verified_rows(self) -> int:
         """Of the sequences whose tokens the context tower decides: they share passes."""
         mode = self._modes[Mode.VERIFIED]
-        return sum(max(1, _rows(sequence)) for sequence in self._sequences.values() if sequence.mode is mode)
+        return sum(max(1, usual_rows(sequence)) for sequence in self._sequences.values() if sequence.mode is mode)
 
     def _forget(self, sequence: LedSequence) -> None:
         del self._sequences[sequence.number]
@@ -345,11 +332,6 @@ class DenoiserEngine:
                 self._emit(FailureEvent(sequence.request.id, error))
             self._forget(sequence)
         raise error
-
-
-def _rows(sequence: LedSequence) -> int:
-    """Of the usual width, that it takes in a pass."""
-    return -(-len(sequence.tokens) // USUAL_WIDTH)
 
 
 def _prefill(sequence: LedSequence) -> Prefill:

@@ -20,7 +20,7 @@ from torch import Tensor
 from twotower.decoding.unmasking import Blocks
 from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH, EagerPasses, Want, decided_apart, forward, padded
 from twotower.model import mamba
-from twotower.model.cache import WASTE_PAGE, TowerCache
+from twotower.model.cache import WASTE_PAGE, TowerCache, gathered, with_own_pages
 from twotower.model.pages import PAGE_TOKENS, pages_for
 from twotower.model.rescan import Keeping, Keeps, KeptScans
 from twotower.model.tower import ContextTower, DenoiserTower
@@ -79,6 +79,7 @@ class FixedStates:
             self.mask_RLT = keys_T <= last_RL[..., None]
             self._write_M = _places(table_RZ, starts_R1 + new_L, new_L < lengths_R1).flatten()
         else:
+            self._table_RZ = with_own_pages(table_RZ, width)
             seen_RT = torch.cat([keys_T < starts_R1, new_L < lengths_R1], dim=1)
             self.mask_RLT = seen_RT[:, None].expand(-1, width, -1)
 
@@ -97,13 +98,11 @@ class FixedStates:
     def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
         row = self._cache.attention_row(layer)
         keys, values = self._cache.keys[row], self._cache.values[row]
-        if self.updates:
-            keys.flatten(0, 1).index_copy_(0, self._write_M, keys_RLSE.flatten(0, 1))
-            values.flatten(0, 1).index_copy_(0, self._write_M, values_RLSE.flatten(0, 1))
-        seen = keys[self._table_RZ].flatten(1, 2), values[self._table_RZ].flatten(1, 2)
-        if self.updates:
-            return seen
-        return torch.cat([seen[0], keys_RLSE], dim=1), torch.cat([seen[1], values_RLSE], dim=1)
+        if not self.updates:
+            return gathered(keys, self._table_RZ, keys_RLSE), gathered(values, self._table_RZ, values_RLSE)
+        keys.flatten(0, 1).index_copy_(0, self._write_M, keys_RLSE.flatten(0, 1))
+        values.flatten(0, 1).index_copy_(0, self._write_M, values_RLSE.flatten(0, 1))
+        return keys[self._table_RZ].flatten(1, 2), values[self._table_RZ].flatten(1, 2)
 
 
 def _places(table_RZ: Tensor, positions_RL: Tensor, real_RL: Tensor) -> Tensor:
@@ -235,7 +234,7 @@ class FixedPasses:
         ]
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
-        return decided_apart(self, slots, blocks)
+        return decided_apart(self, self._tower, slots, blocks)
 
     def prepare(self, width: int) -> None:
         if self._memory is None or width > USUAL_WIDTH:
@@ -263,7 +262,7 @@ class FixedPasses:
             forms = [(want, False, False) for want in _wants(width)]
             forms += [(Want.HIDDEN, False, True)] * (width == USUAL_WIDTH)
         else:
-            forms = [(Want.LOGITS, True, False)] + [(Want.LOGITS, False, False)] * (width == 1)
+            forms = [(Want.HIDDEN, True, False)] + [(Want.LOGITS, False, False)] * (width == 1)
         room = self._cache.keys.shape[1] * PAGE_TOKENS
         most_pages = power_of_two(pages_for(min(self._longest or room, room) + width))
         for rows in _powers_down(power_of_two(self._cache.scratch_slot), 1):

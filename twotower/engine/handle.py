@@ -16,7 +16,8 @@ class EngineStats:
     of them for their prompts'. `exchange_…`: of the deltas that it received. `free_memory`: bytes that its device has
     left for it, where the system says. `process`: its id. `prefix_…`: of a context tower's prompts that were long
     enough to begin with a kept prefix; how many did, the positions that were not read for it, the prefixes that gave
-    way, and the bytes of those that are kept. Their pages count as free.
+    way, and the bytes of those that are kept. Their pages count as free. `out_of_memory`: passes that
+    found no memory.
     """
 
     tower: str
@@ -41,6 +42,7 @@ class EngineStats:
     prefix_positions: int = 0
     prefix_evictions: int = 0
     prefix_bytes: int = 0
+    out_of_memory: int = 0
 
 
 class EngineHandle(Protocol):

@@ -5,13 +5,15 @@ the shapes that come up all the time can be *captured*: on a CPU as a recorded p
 as a CUDA graph (`engine/graphs.py`). A captured pass runs the same operations on the same numbers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
-from twotower.decoding.unmasking import Blocks, unmask
+from twotower.decoding.guess_kernels import guess_of, plain
+from twotower.decoding.unmasking import Blocks, unmask_at
 from twotower.model.cache import TowerCache
 from twotower.model.rescan import KeptScans
 from twotower.model.states import LayerStates
@@ -20,7 +22,7 @@ from twotower.model.transfer import on_device
 
 USUAL_WIDTH = 16  # the released block size
 SHORT_PROMPT = 4 * USUAL_WIDTH  # up to here a prompt's pass is worth capturing: few widths, and most of it is overhead
-MAX_POSITIONS = 2048  # of a denoiser's pass, rows times width: their logits must fit into memory
+MAX_POSITIONS = 2048  # of a denoiser's pass, rows times width: what its layers hand on must fit into memory
 PROMPT_PARTS = 2  # in which a longer one is read, so that rows which step meanwhile wait for less
 
 
@@ -57,7 +59,7 @@ class Passes(Protocol):
         ...
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
-        """A denoiser's step over `blocks`: its pass, and what it decides (`unmask`)."""
+        """A denoiser's step over `blocks`: its pass, and what it decides (`unmask_at`)."""
         ...
 
     def prepare(self, width: int) -> None:
@@ -80,9 +82,19 @@ def forward(
     return tower.logits(hidden) if want is Want.LOGITS else hidden
 
 
-def decided_apart(passes: Passes, slots: Sequence[int], blocks: Blocks) -> Tensor:
-    """A step as a pass and then a decision."""
-    return unmask(passes.run(slots, blocks.tokens, blocks.mask_fractions), blocks)
+def decided_apart(passes: Passes, tower: ContextTower | DenoiserTower, slots: Sequence[int], blocks: Blocks) -> Tensor:
+    """A step as a pass and then a decision. The head sees masked positions only."""
+    hidden_RLD = passes.run(slots, blocks.tokens, blocks.mask_fractions, Want.HIDDEN)
+    guess = guess_of(tower)
+    head = tower.logits if guess is plain else tower.raw_logits  # a kernel reads what the head makes
+    logits_at = partial(logits_of, head, hidden_RLD)
+    vocab, width = tower.config.vocab_size, hidden_RLD.shape[1]
+    return unmask_at(logits_at, blocks, width, vocab, tower.device, guess=guess)
+
+
+def logits_of(head: Callable[[Tensor], Tensor], hidden_RLD: Tensor, places_P: Tensor) -> Tensor:
+    """Logits [P,V] at these places of the flattened [R,L]."""
+    return head(hidden_RLD.flatten(0, 1).index_select(0, places_P))
 
 
 class EagerPasses:
@@ -90,6 +102,8 @@ class EagerPasses:
 
     def __init__(self, tower: ContextTower | DenoiserTower, cache: TowerCache) -> None:
         self._tower, self._cache = tower, cache
+        if not tower.causal:
+            guess_of(tower)  # a kernel is compiled here, before anything is served
 
     def run(
         self,
@@ -125,7 +139,7 @@ class EagerPasses:
         return self._tower.parts(*self._given(slots, tokens), count, want is Want.STATES)
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
-        return decided_apart(self, slots, blocks)
+        return decided_apart(self, self._tower, slots, blocks)
 
     def prepare(self, width: int) -> None:
         """Nothing to prepare."""

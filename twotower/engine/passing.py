@@ -12,6 +12,7 @@ import torch
 
 from twotower.config import ModelConfig
 from twotower.core import MAX_BLOCK
+from twotower.decoding.guesses import positions_at_once
 from twotower.engine.graphs import MOST_PAGES, power_of_two
 from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH
 from twotower.engine.scores import MAX_LOGITS
@@ -63,8 +64,7 @@ def captured_bytes(
     rows = power_of_two(settings.max_sequences)
     longest = pages_for(min(settings.max_sequence_length, settings.pages * PAGE_TOKENS) + USUAL_WIDTH)
     seen = min(rows * power_of_two(longest), MOST_PAGES) * PAGE_TOKENS
-    logits = {ContextTower: rows, DenoiserTower: rows * USUAL_WIDTH}
-    batches = [_Batch(rows, USUAL_WIDTH, seen, logits[tower]) for tower in towers]
+    batches = [_Batch(rows, USUAL_WIDTH, seen, rows) for _ in towers]  # of a block only hidden states are captured
     scans = len(config.layers_of("M")) * _scan(config, batches[0]) * _FP32 if ContextTower in towers else 0
     return sum(_bytes(config, dtype, batch, on_gpu=True) for batch in batches) + scans
 
@@ -75,10 +75,10 @@ def _batches(
     rows, longest, seen = settings.max_sequences, settings.max_sequence_length, settings.pages * PAGE_TOKENS
     if tower is DenoiserTower:
         wide = min(MAX_BLOCK, longest)
-        few = min(rows, max(1, MAX_POSITIONS // wide))
+        few, at_once = min(rows, max(1, MAX_POSITIONS // wide)), positions_at_once(config.vocab_size)
         return [
-            _Batch(rows, USUAL_WIDTH, seen, rows * USUAL_WIDTH),
-            _Batch(few, wide, min(few * longest, seen), few * wide),
+            _Batch(rows, USUAL_WIDTH, seen, min(rows * USUAL_WIDTH, at_once)),
+            _Batch(few, wide, min(few * longest, seen), min(few * wide, at_once)),
         ]
     chunk = min(settings.prefill_chunk_tokens, longest)
     scored = min(chunk, max(1, MAX_LOGITS // config.vocab_size))
@@ -133,11 +133,11 @@ def _scan(config: ModelConfig, batch: _Batch) -> int:
 
 
 def _attention(config: ModelConfig, dtype: torch.dtype, batch: _Batch, on_gpu: bool) -> int:
-    """Keys and values of all positions, gathered and then joined with a block's own; the mask; queries and outputs.
+    """Keys and values of all positions, gathered beside a block's own; the mask; queries and outputs.
     torch's fused attention keeps no scores. Where heads are folded, the mask is there once more for each query head of
     a group, and again in the queries' dtype: as torch converts it, and as it pads it."""
     keys = batch.seen + batch.positions
-    gathered = 2 * keys * config.num_key_value_heads * config.head_dim * dtype.itemsize * 2
+    gathered = 2 * keys * config.num_key_value_heads * config.head_dim * dtype.itemsize
     mask = keys * batch.width * _FP32
     group = config.num_attention_heads // config.num_key_value_heads
     if on_gpu and group > 1:

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 from torch.jit._fuser import optimized_execution
 
-from twotower.config import ModelConfig
-from twotower.decoding.unmasking import Blocks, StepParams, unmask_greedily
+from twotower.config import MASK_TOKEN_ID, ModelConfig
+from twotower.decoding.guesses import likeliest, positions_at_once
+from twotower.decoding.unmasking import Blocks, StepParams, decided
 from twotower.engine.graphs import FixedStates
-from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want, decided_apart, forward, padded
+from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want, decided_apart, forward, logits_of, padded
 from twotower.model.cache import WASTE_PAGE, TowerCache
 from twotower.model.moe import FEW_TOKENS
 from twotower.model.pages import pages_for
@@ -88,17 +89,19 @@ class RecordedPasses:
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
         width = padded(blocks.width)
-        form = Form(width, Want.LOGITS, True, width * len(slots) <= FEW_TOKENS, decides=True)
-        program = (self._programs.get(form) or self._recorded(form)) if blocks.plain else None
+        form = Form(width, Want.HIDDEN, True, width * len(slots) <= FEW_TOKENS, decides=True)
+        places = blocks.places(width)
+        recordable = blocks.plain and len(places) <= positions_at_once(self._tower.config.vocab_size)
+        program = (self._programs.get(form) or self._recorded(form)) if recordable else None
         if program is None:
-            return decided_apart(self, slots, blocks)
-        given = self._given(slots, blocks.tokens, blocks.mask_fractions, width)
-        [outcome] = program(*given, blocks.given(self._tower.device, width))
+            return decided_apart(self, self._tower, slots, blocks)
+        given, device = self._given(slots, blocks.tokens, blocks.mask_fractions, width), self._tower.device
+        [outcome] = program(*given, on_device(places, device), blocks.given(device, width))
         return outcome
 
     def prepare(self, width: int) -> None:
         for few in (True, False):
-            block = Form(width, Want.LOGITS, True, few)
+            block = Form(width, Want.HIDDEN, True, few)
             read = Form(width, Want.STATES, False, few)
             kept = replace(read, want=Want.HIDDEN)
             usual = [read, kept] if self._tower.causal else [block, replace(block, decides=True)]
@@ -152,8 +155,10 @@ def plain_pass(tower: ContextTower | DenoiserTower, form: Form) -> Program:
         return out, *(KeptScans.of(kept) or ())
 
     def step(*given: Tensor) -> tuple[Tensor, ...]:
-        [logits_RLV] = run(*given[:-1])
-        return (unmask_greedily(logits_RLV, given[-1]),)
+        *of_pass, places_P, blocks_RX = given
+        [hidden_RLD] = run(*of_pass)
+        guesses_P4 = likeliest(logits_of(tower.logits, hidden_RLD, places_P), MASK_TOKEN_ID)
+        return (decided(guesses_P4, places_P, blocks_RX, form.width),)
 
     return step if form.decides else run
 
@@ -170,7 +175,7 @@ def record(tower: ContextTower | DenoiserTower, form: Form) -> Program:
     example: tuple[Tensor, ...] = (on_device(given, device), t_R, cache.conv, cache.ssm, cache.keys, cache.values)
     if form.decides:
         blocks = Blocks([[0] * width] * rows, [[True] * width] * rows, [StepParams(0.5, 1)] * rows)
-        example = (*example, blocks.given(device, width))
+        example = (*example, on_device(blocks.places(width), device), blocks.given(device, width))
     with torch.inference_mode():
         program = _traced(plain_pass(tower, form), example)
         program(*example)  # the first run builds what the others use

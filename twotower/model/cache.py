@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.config import ModelConfig
@@ -305,15 +306,30 @@ class ReadStates(_RowStates):
 
     def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
         super().__init__(cache, slots, lengths, width)
-        self._table_RZ = cache.page_table(slots, max(self.starts))
+        cached = cache.page_table(slots, max(self.starts))
+        self._table_RZ = with_own_pages(cached, width)
         limits = on_device([self.starts, list(lengths)], cache.device)[..., None]
         self.starts_R: Tensor | None = limits[0, :, 0]
-        cached_RT = cache.positions(self._table_RZ.shape[1] * PAGE_TOKENS) < limits[0]
+        cached_RT = cache.positions(cached.shape[1] * PAGE_TOKENS) < limits[0]
         own_RT = cache.positions(width) < limits[1]
         self.mask_RLT = torch.cat([cached_RT, own_RT], dim=1)[:, None].expand(-1, width, -1)
 
     def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
         row = self.cache.attention_row(layer)
-        cached_keys = self.cache.keys[row][self._table_RZ].flatten(1, 2)
-        cached_values = self.cache.values[row][self._table_RZ].flatten(1, 2)
-        return torch.cat([cached_keys, keys_RLSE], dim=1), torch.cat([cached_values, values_RLSE], dim=1)
+        keys, values = self.cache.keys[row], self.cache.values[row]
+        return gathered(keys, self._table_RZ, keys_RLSE), gathered(values, self._table_RZ, values_RLSE)
+
+
+def with_own_pages(table_RZ: Tensor, width: int) -> Tensor:
+    """A page table with room for a block's own positions behind the cached ones: zero pages, which `gathered` fills."""
+    return F.pad(table_RZ, (0, pages_for(width)), value=ZERO_PAGE)
+
+
+def gathered(pages_ZKSE: Tensor, table_RZ: Tensor, own_RLSE: Tensor) -> Tensor:
+    """All that each row's pages hold, then the block's own [R,T,S,E]: a new tensor, copied once. The table is one
+    `with_own_pages`."""
+    length = own_RLSE.shape[1]
+    whole_RTSE = pages_ZKSE[table_RZ].flatten(1, 2)
+    cached = whole_RTSE.shape[1] - pages_for(length) * PAGE_TOKENS
+    whole_RTSE[:, cached : cached + length] = own_RLSE
+    return whole_RTSE[:, : cached + length]

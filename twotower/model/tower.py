@@ -68,6 +68,7 @@ class Tower(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.plain_only = False  # whether somebody wants the plain functions alone
         self.kernels = "torch"  # what computes the layers, in words; `twotower.model.kernels.install` changes both
         # Weights come from a checkpoint or a recipe. Drawing `nn.Embedding`'s own on the meta device would make torch
         # import its compiler: 80 MB and a second in every process that loads a tower.
@@ -87,8 +88,12 @@ class Tower(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [..., V] of any hidden states [..., D] that `forward` returned."""
+        return self.raw_logits(hidden).float()
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """The same in the model's dtype, as the head makes them."""
         out: Tensor = self.head(self.norm_f(hidden))
-        return out.float()
+        return out
 
 
 class ContextTower(Tower):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from twotower.planner.beside import beside
 from twotower.planner.ceilings import MOST_DENOISERS, Planner, Rate
-from twotower.planner.passes import Kind, kv_bytes, state_bytes
+from twotower.planner.devices import BLOCK
+from twotower.planner.passes import Batch, Kind, kv_bytes, state_bytes
 
 CONTEXTS = (1 << 10, 8 << 10, 32 << 10, 128 << 10)
 _GB, _MIB = 10**9, 2**20
@@ -24,6 +26,7 @@ def figures(planner: Planner, rows: Sequence[int], context: int) -> Figures:
         "sequence": {"state_bytes": state_bytes(planner.config), "kv_bytes_a_token": kv_bytes(planner.config)},
         "fits": {str(length): _fits(planner, length) for length in CONTEXTS},
         "passes": [_passes(planner, number, context) for number in rows],
+        "our_code": [_our_code(planner, number, context) for number in rows],
         "ceilings": [_ceilings(planner, number, context) for number in rows],
     }
 
@@ -42,6 +45,22 @@ def _passes(planner: Planner, rows: int, context: int) -> Figures:
             "bytes": {part.name: part.bytes for part in cost.parts},
         }
     return kinds
+
+
+def _our_code(planner: Planner, rows: int, context: int) -> Figures:
+    """Of a denoiser step: bytes that our kernels move beside those that no implementation can spare."""
+    moved = beside(planner.config, Batch(rows, context, BLOCK))
+    cost = planner.cost(Kind.DENOISE, rows, context)
+    return {
+        "rows": rows,
+        "must_move": cost.bytes,
+        "pages gathered": moved.pages,
+        "states gathered": moved.states,
+        "decision by the kernel": moved.fused,
+        "greedy by torch": moved.greedy,
+        "sampled by torch": moved.sampled,
+        "times": moved.factors(cost),
+    }
 
 
 def _ceilings(planner: Planner, rows: int, context: int) -> Figures:
@@ -106,6 +125,14 @@ def _lines(plan: Figures, source: str) -> Iterator[str]:
     )
     yield from (
         "",
+        "A denoiser step by our own code, GB: what it must move, what it moves beside that, all of it ÷ must",
+    )
+    yield from _table(
+        ["rows", *(name.replace("_", " ") for name in list(plan["our_code"][0])[1:7]), "÷ must", "greedy", "sampled"],
+        [_step(of) for of in plan["our_code"]],
+    )
+    yield from (
+        "",
         f"Most tokens a second a device; 1:N is the best of 1 to {MOST_DENOISERS} denoisers a context tower",
     )
     yield from _table(
@@ -118,6 +145,15 @@ def _lines(plan: Figures, source: str) -> Iterator[str]:
 
 def _pass(told: Figures) -> str:
     return f"{1e3 * told['seconds']:.2f} ({sum(told['bytes'].values()) / _GB:.1f})"
+
+
+def _step(told: Figures) -> list[str]:
+    rows, *moved = (told[name] for name in list(told)[:7])
+    return [
+        str(rows),
+        *(f"{round(nbytes / _GB, 1) + 0.0:.1f}" for nbytes in moved),
+        *(f"{x:.2f}" for x in told["times"].values()),
+    ]
 
 
 def _rate(told: Figures) -> str:

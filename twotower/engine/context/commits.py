@@ -18,6 +18,7 @@ from twotower.engine.context.verification import Verification
 from twotower.engine.context.writing import NOT_FINITE
 from twotower.engine.passes import Want
 from twotower.engine.scheduler import Key, PrefillChunk
+from twotower.engine.short_memory import ShortMemory
 from twotower.errors import InvalidRequest, NumericalError, TwoTowerError
 from twotower.exchange.protocol import (
     Command,
@@ -51,10 +52,11 @@ class Commits:
         prompts: Prompts,
         decoding: Decoding,
         compiling: Compiling,
+        short: ShortMemory,
     ) -> None:
         self._sequences, self._prompts, self._decoding = sequences, prompts, decoding
-        self._compiling = compiling
-        self._verification = Verification(tower, sequences, self._tell, self.has_opened, self._fail)
+        self._compiling, self._short = compiling, short
+        self._verification = Verification(tower, sequences, self._tell, self.has_opened, self._fail, short)
         self._likelihoods = Likelihoods(tower, self._tell, self.has_opened)
         self.ports: dict[int, Port] = {}
         self._next_port = 0
@@ -79,8 +81,10 @@ class Commits:
         """The blocks of these: in one forward those that stand, in another one the drafts."""
         drafts = [key for key in keys if key in self._verification]
         whole = [key for key in keys if key not in self._verification]
-        if whole:
-            self._read_whole(whole)
+        short = self._short.tried(len(whole), partial(self._read_whole, whole)) if whole else None
+        if short is not None:
+            for key in whole:
+                self.fail(key, short)
         if drafts:
             self._verification.read(drafts)
 
@@ -120,6 +124,12 @@ class Commits:
             self._reply(port, Delta(number, chunk.start, chunk.end, slot, complete=False, cached=True))
         if whole:
             self._reply(port, Delta(number, 0, 0, slot))
+
+    def fail(self, key: Key, error: TwoTowerError) -> None:
+        """Its states mean nothing any more. Nothing is read for it until its denoiser has released it."""
+        self._sequences.pause(key)
+        self._decoding.forget(key)
+        self._fail(key, error)
 
     def wants_hidden(self, last: bool) -> bool:
         return False

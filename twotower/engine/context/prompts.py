@@ -1,7 +1,8 @@
 """Reads prompts, whoever owns them: chunk by chunk, and long chunks in parts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,7 +10,9 @@ from torch import Tensor
 from twotower.engine.context.sequences import Owner, ReadChunk, Sequences
 from twotower.engine.passes import PROMPT_PARTS, SHORT_PROMPT, EagerPasses, Passes, Want
 from twotower.engine.scheduler import ContextScheduler, Key, PrefillChunk
+from twotower.engine.short_memory import ShortMemory
 from twotower.engine.steps import take_all
+from twotower.errors import Overloaded
 from twotower.model.transfer import fence_on
 
 
@@ -32,8 +35,12 @@ class Prompts:
         passes: Passes,
         eager: EagerPasses,
         device: torch.device,
+        short: ShortMemory,
+        fail: Callable[[Key, Overloaded], None],
     ) -> None:
+        """`fail`: there was no memory to read on in this sequence's prompt."""
         self._sequences, self._scheduler, self._device = sequences, scheduler, device
+        self._short, self._fail = short, fail
         self._passes, self._eager = passes, eager
         self._under_way: _UnderWay | None = None
         self._last_part: torch.cuda.Event | None = None
@@ -48,6 +55,14 @@ class Prompts:
     def read(self, chunks: Sequence[PrefillChunk]) -> None:
         """Read these; long ones in parts, a part each time they are asked for, so that rows which step meanwhile wait
         for one part only."""
+        short = self._short.tried(len(chunks), partial(self._read, chunks))
+        if short is not None:
+            self._under_way = None
+            self._scheduler.has_read()
+            for chunk in chunks:
+                self._fail(chunk.key, short)
+
+    def _read(self, chunks: Sequence[PrefillChunk]) -> None:
         if self._under_way is None:
             sequences = [self._sequences[chunk.key] for chunk in chunks]
             slots = [sequence.slot for sequence in sequences]

@@ -22,6 +22,7 @@ from twotower.engine.context.writing import NOT_FINITE, Alone
 from twotower.engine.passes import USUAL_WIDTH
 from twotower.engine.scheduler import Key, PrefillChunk
 from twotower.engine.scores import MAX_LOGITS
+from twotower.engine.short_memory import ShortMemory
 from twotower.engine.steps import Rows, Step, clock_for, take_all
 from twotower.errors import NumericalError, TwoTowerError
 from twotower.exchange.protocol import Decided, Rating, Took, Verifying
@@ -50,9 +51,10 @@ class Verification:
         tell: Callable[[Key, int, bool, Decided | None, Sequence[Likelihood]], None],
         has_opened: Callable[[Key, Sequence[PrefillChunk], bool], None],
         fail: Callable[[Key, TwoTowerError], None],
+        short: ShortMemory,
     ) -> None:
         self._tower, self._sequences, self._tell, self._fail = tower, sequences, tell, fail
-        self._has_opened = has_opened
+        self._has_opened, self._short = has_opened, short
         self._clock = clock_for(tower.device)
         self._verifying: dict[Key, Verifying] = {}
         self._ratings: dict[Key, Rating] = {}
@@ -90,7 +92,12 @@ class Verification:
         return Alone(self._verifying[key], start, most, eos, self._alternatives(key), steering, tell, fails)
 
     def read(self, keys: Sequence[Key]) -> None:
-        """The blocks of these, in one forward. Waits for the device: only the logits say where to cut."""
+        """The blocks of these, in one forward where there is memory for that. Waits for the device: only the logits say
+        where to cut."""
+        self._short.in_halves(keys, self._read, self._fail)
+
+    def _read(self, keys: Sequence[Key]) -> tuple[()]:
+        """Nothing is changed before the states are moved on."""
         started = self._clock()
         blocks, hidden_RLD, scans = self._sequences.verify(keys)
         places_P2 = [(row, place) for row, block in enumerate(blocks) for place in range(len(block))]
@@ -102,11 +109,17 @@ class Verification:
         [rows_chosen] = take_all([Step(chosen, partial(_by_block, blocks))])
         asked = zip(keys, blocks, rows_chosen, strict=True)
         verdicts = [verdict(self._followed(key, block, made), made) for key, block, made in asked]
-        self._sequences.settle(keys, scans, [verdict.cut for verdict in verdicts])
+        cuts = [verdict.cut for verdict in verdicts]
+        short = self._short.tried(len(keys), partial(self._sequences.settle, keys, scans, cuts))
+        if short is not None:
+            for key in keys:
+                self._fail(key, short)
+            return ()
         took = Took(len(keys) * -(-max(map(len, blocks)) // USUAL_WIDTH), self._clock() - started)
         for key, start, block, one, made in zip(keys, starts, blocks, verdicts, rows_chosen, strict=True):
             self._follow(key, one, block)
             self._has_decided(key, start, one, made, took)
+        return ()
 
     def has_opened(self, key: Key, found: Sequence[PrefillChunk], whole: bool) -> None:
         self._has_opened(key, found, whole)

@@ -54,6 +54,7 @@ class Kernels:
     attend: Attend
     choices: tuple[Choice, ...]
     product: GroupedProduct = plain_product
+    wanted: str = WANTED[0]
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.choices))
@@ -78,7 +79,7 @@ def choose(
     mixer, how_mixer = _choose_mixer(candidates)
     attention, how_attention = _choose_attention(candidates)
     product, how_experts = _choose_product(candidates)
-    return Kernels(mixer, attention, (*how_mixer, *how_attention, how_experts), product)
+    return Kernels(mixer, attention, (*how_mixer, *how_attention, how_experts), product, wanted)
 
 
 def install(tower: Tower, kernels: Kernels) -> None:
@@ -90,7 +91,7 @@ def install(tower: Tower, kernels: Kernels) -> None:
             module.attend = kernels.attend
         elif isinstance(module, QuantisedExperts):
             module.product = kernels.product
-    tower.kernels = str(kernels)
+    tower.kernels, tower.plain_only = str(kernels), kernels.wanted == "torch"
     logger.info("%s kernels: %s", type(tower).__name__, kernels)
 
 

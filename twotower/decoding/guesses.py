@@ -1,0 +1,83 @@
+"""What masked positions would become: of each its token, how sure the denoiser is of it, how close that was.
+
+P positions side by side, whichever rows they are of: nothing here depends on who they are together with. A step's
+largest numbers are its logits. So only those of masked positions are made, `positions_at_once` at a time, and what is
+worked out from them is as large at most.
+
+A guess is a row of [P,4] in fp32: the token's id, its confidence, the ratio of what lost to what won, and the sum of
+the logits, which is finite where they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower.decoding.margins import runner_up
+from twotower.decoding.randomness import uniform
+from twotower.decoding.steering import allowed_tokens
+from twotower.model.transfer import on_device
+
+AT_ONCE = 1 << 24  # logits: 64 MiB in fp32
+_BANNED = -1e12
+
+
+def positions_at_once(vocab: int) -> int:
+    return max(1, AT_ONCE // vocab)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How positions are drawn, a number each; at `positions` of their blocks. `key` names a step's random numbers."""
+
+    temperatures: Sequence[float]
+    keys: Sequence[int]
+    positions: Sequence[int]
+
+
+def restrict(logits_PV: Tensor, asked: Sequence[tuple[int, bytes]]) -> None:
+    """In place, at the positions where not every token may come: which one, and a bit for each token. NaN and infinity
+    stay what they are, to be found."""
+    if not asked:
+        return
+    which, bits = zip(*asked, strict=True)
+    allowed_MV = allowed_tokens(bits, logits_PV.shape[1], logits_PV.device)
+    added_MV = torch.where(allowed_MV, 0.0, _BANNED).to(logits_PV.dtype)
+    logits_PV[on_device(which, logits_PV.device)] += added_MV
+
+
+def likeliest(logits_PV: Tensor, mask_token_id: int) -> Tensor:
+    """Guesses where nothing is drawn: tensors alone, so that it can be recorded. Overwrites the mask token's logits."""
+    sum_P = logits_PV.sum(1)
+    probabilities_PV = _without(mask_token_id, logits_PV).softmax(1)
+    confidence_P, tokens_P = probabilities_PV.max(1)
+    ratio_P = runner_up(probabilities_PV, tokens_P[:, None], 0.0) / confidence_P
+    return torch.stack([tokens_P.float(), confidence_P, ratio_P, sum_P], dim=1)
+
+
+def drawn(logits_PV: Tensor, mask_token_id: int, draw: Draw, noise_PV: Tensor | None = None) -> Tensor:
+    """Guesses by the Gumbel maximum. Their confidence is that of the distribution at temperature 1. The ratio: of two
+    tokens' weights, at which the other would have been drawn. `noise_PV` takes the uniform numbers' place. Overwrites
+    the mask token's logits."""
+    sum_P = logits_PV.sum(1)
+    tokens_P, ratio_P = _gumbel_argmax(_without(mask_token_id, logits_PV), draw, noise_PV)
+    confidence_P = logits_PV.softmax(1).gather(1, tokens_P[:, None])[:, 0]
+    return torch.stack([tokens_P.float(), confidence_P, ratio_P, sum_P], dim=1)
+
+
+def _without(token_id: int, logits_PV: Tensor) -> Tensor:
+    logits_PV[:, token_id].fill_(_BANNED)
+    return logits_PV
+
+
+def _gumbel_argmax(logits_PV: Tensor, draw: Draw, noise_PV: Tensor | None) -> tuple[Tensor, Tensor]:
+    temperatures_P = on_device(draw.temperatures, logits_PV.device)
+    scores_PV = (logits_PV / temperatures_P[:, None]).log_softmax(1)
+    if noise_PV is None:
+        noise_PV = uniform(draw.keys, draw.positions, logits_PV.shape[1], logits_PV.device)
+    scores_PV.add_(noise_PV.clamp_(min=1e-10).log_().neg_().log_().neg_())
+    best_P, tokens_P = scores_PV.max(1)
+    gap_P = best_P - runner_up(scores_PV, tokens_P[:, None], -torch.inf)
+    # In units of logits; above a temperature of 1 it is the score's own rounding that counts.
+    return tokens_P, torch.exp(-gap_P * temperatures_P.clamp(max=1))
