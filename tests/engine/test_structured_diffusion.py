@@ -269,7 +269,7 @@ def test_before_a_dead_end_likelihoods_are_told_of_all_that_was_whole(
     _dead_end_behind(monkeypatch, masks)
     towers = towers_of("demo")
 
-    async def told(pair: Pair, logprobs: int | None) -> list[BlockEvent]:
+    async def events_of(pair: Pair, logprobs: int | None) -> list[BlockEvent]:
         events = list[BlockEvent]()
         request = replace(_request(f"r{logprobs}", JSON, mode, block_size=4), logprobs=logprobs)
         with pytest.raises(InvalidRequest, match=DEAD_END):
@@ -279,10 +279,11 @@ def test_before_a_dead_end_likelihoods_are_told_of_all_that_was_whole(
 
     async def run() -> tuple[list[BlockEvent], list[BlockEvent]]:
         async with pair_of(towers.context, towers.denoiser, SETTINGS, checkpoint=DEMO) as pair:
-            both = await told(pair, None), await told(pair, 0)
+            both = await events_of(pair, None), await events_of(pair, 0)
             await _nothing_is_held(pair)
             return both
 
     plain, rated = asyncio.run(run())
-    assert [event.token_ids for event in rated] == [event.token_ids for event in plain] != []
+    told = [[token for event in events for token in event.token_ids] for events in (rated, plain)]
+    assert told[0] == told[1] != [], "how many of them an event joins depends on when it is read"
     assert all(len(event.likelihoods) == len(event.token_ids) for event in rated)
