@@ -9,7 +9,8 @@ import pytest
 import twotower
 
 SERVING = {"ray", "grpc", "pydantic", "fastapi", "starlette", "actors", "cluster"}
-WITH_TRITON = {"twotower.decoding.fused_guesses"}  # loaded on CUDA alone, through `importlib`
+# Loaded on CUDA alone, through `importlib`.
+WITH_TRITON = {"twotower.decoding.fused_guesses", "twotower.model.kernels.quantised_product"}
 # twotower.pb holds the gRPC stubs; importing __main__ would run it.
 MODULES = [
     module.name
