@@ -82,7 +82,8 @@ def test_two_towers_in_one_process_count_once_together() -> None:
     context, denoiser = memories(CellSettings(CHECKPOINT, device="cpu", placement="split"))
     assert one.weights == context.weights + denoiser.weights
     assert one.pages == context.pages == denoiser.pages
-    assert one.passing == max(context.passing, denoiser.passing)
+    # One tower computes at a time; what penalties keep is the context tower's.
+    assert max(context.passing, denoiser.passing) <= one.passing < context.passing + denoiser.passing
 
 
 async def test_a_cell_on_a_cpu_asks_whether_all_fit_before_any_loads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,8 +166,8 @@ def test_experts_in_bf16_are_captured(machine: Gpus) -> None:
     passes = FixedPasses(tower, cache, rows, longest=60)
     with torch.inference_mode():
         passes.capture(slots, 16, True, Want.HIDDEN)
-        replayed = passes.run(slots, *given)
-        eager = EagerPasses(tower, cache).run(slots, *given)
+        replayed = passes.run(slots, *given, Want.HIDDEN)
+        eager = EagerPasses(tower, cache).run(slots, *given, Want.HIDDEN)
     assert (machine.captures, machine.replays) == (1, 1)
     torch.testing.assert_close(replayed.inner, eager.inner, atol=0.05, rtol=0.05)  # type: ignore[attr-defined]
 
