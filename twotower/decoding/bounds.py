@@ -68,6 +68,8 @@ def cut(probabilities_RV: Tensor, rows: Sequence[Bounds]) -> Cut:
     crossing_R1 = (before_RV[:, 1:] - top_p_R1).abs().amin(1, keepdim=True).masked_fill(top_p_R1 >= 1, 1.0)
     margin_R1 = torch.minimum(1 - ratio_R1, CROSSING * crossing_R1)
     if any(row.min_p for row in rows):
-        apart_RV = torch.minimum(sorted_RV, least_R1) / torch.maximum(sorted_RV, least_R1).clamp(min=SMALLEST)
+        # The likeliest token is the measure, so it is never cut off.
+        others_RV = sorted_RV[:, 1:]
+        apart_RV = torch.minimum(others_RV, least_R1) / torch.maximum(others_RV, least_R1).clamp(min=SMALLEST)
         margin_R1 = torch.minimum(margin_R1, 1 - apart_RV.amax(1, keepdim=True).masked_fill(least_R1 == 0, 0.0))
     return Cut(torch.zeros_like(kept_RV).scatter_(1, order_RV, kept_RV), margin_R1, kept_RV.gather(1, end_R1))
