@@ -9,13 +9,14 @@ from torch import Tensor
 
 from tests.decoding.deciding import decide, fresh
 from tests.goldens import CPU
+from twotower.config import MASK_TOKEN_ID
 from twotower.decoding import guesses
 from twotower.decoding.bounds import UNBOUNDED, Bounds
 from twotower.decoding.guesses import Draw
 from twotower.decoding.margins import NEAR_TIE
 from twotower.decoding.randomness import uniform
 from twotower.decoding.sampling import TokenParams, sample
-from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams, unmask, unmask_at
+from twotower.decoding.unmasking import Blocks, StepParams, unmask, unmask_at
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.25, 0.2]
 FIRST = 4  # the token of the first of them
