@@ -154,10 +154,6 @@ def test_modes_the_checkpoint_cannot_do(mode: str) -> None:
 @pytest.mark.parametrize(
     ("values", "name"),
     [
-        ({"top_k": 1}, "top_k"),
-        ({"top_k": 40}, "top_k"),
-        ({"top_p": 0.5}, "top_p"),
-        ({"min_p": 0.1}, "min_p"),
         ({"min_tokens": 1}, "min_tokens"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"presence_penalty": 0.1}, "presence_penalty"),
@@ -178,9 +174,6 @@ def test_values_without_a_meaning_in_the_mode(values: dict[str, Any], name: str)
     [
         ("lossless", {"confidence_threshold": 0.8}),
         ("lossless", {"steps_per_block": 4}),
-        ("confidence", {"top_k": 5}),
-        ("confidence", {"top_p": 0.5}),
-        ("confidence", {"min_p": 0.5}),
         ("confidence", {"min_tokens": 5}),
         ("confidence", {"logit_bias": {"5": 1}}),
         ("confidence", {"presence_penalty": 0.5}),
@@ -197,6 +190,14 @@ def test_values_without_a_meaning_with_the_floor(floor: str, values: dict[str, A
     assert message in _refused(asked, defaults)[name], "the service's floor is the request's"
     other = "confidence" if floor == "lossless" else "lossless"
     assert parse_params({**asked, "floor": other}, LIMITS).floor == other
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("floor", Floor)
+def test_a_draw_is_bounded_in_every_mode(mode: Mode, floor: Floor) -> None:
+    asked = {"mode": mode, "top_k": 5, "top_p": 0.5, "min_p": 0.1} | ({"floor": floor} if mode is Mode.AUTO else {})
+    params = parse_params(asked, LIMITS)
+    assert (params.top_k, params.top_p, params.min_p) == (5, 0.5, 0.1)
 
 
 def test_off_switches_mean_the_same_everywhere() -> None:

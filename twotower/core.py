@@ -66,9 +66,6 @@ _BLOCKS, _CAUSAL = (Mode.DIFFUSION, *_VERIFIED), (Mode.AR, Mode.MOCK_AR, *_VERIF
 ONLY_WITH_FLOOR = {
     "steps_per_block": Floor.CONFIDENCE,
     "confidence_threshold": Floor.CONFIDENCE,
-    "top_k": Floor.LOSSLESS,
-    "top_p": Floor.LOSSLESS,
-    "min_p": Floor.LOSSLESS,
     "min_tokens": Floor.LOSSLESS,
     "logit_bias": Floor.LOSSLESS,
     "presence_penalty": Floor.LOSSLESS,
@@ -128,9 +125,9 @@ class DecodingParams:
         "0 is greedy: `seed`, `top_k` and `top_p` are taken, but have no effect then",
         by_service=True,
     ).field
-    top_k: int = Parameter(0, Integer(0, MAX_COUNT), "sample among so many likeliest tokens", _CAUSAL, off=0).field
+    top_k: int = Parameter(0, Integer(0, MAX_COUNT), "sample among so many likeliest tokens", off=0).field
     top_p: float = Parameter(
-        1.0, Number(0, 1, low_open=True), "sample among the likeliest tokens of this total", _CAUSAL, off=1.0
+        1.0, Number(0, 1, low_open=True), "sample among the likeliest tokens of this total", off=1.0
     ).field
     seed: int = Parameter(
         0,
@@ -172,7 +169,6 @@ class DecodingParams:
         0.0,
         Number(0, 1),
         "sample among tokens of at least this share of the likeliest one's probability",
-        _CAUSAL,
         off=0.0,
     ).field
     min_tokens: int = Parameter(

@@ -34,7 +34,7 @@ JSON: list[tuple[str, dict[str, Any], str, str]] = [
     ("hot", {"temperature": -0.1}, "temperature", "got -0.1"),
     ("infinitely hot", {"temperature": float("1e999")}, "body", "Infinity"),
     ("top_p zero", {"top_p": 0, "diffusion": {"mode": "ar"}}, "top_p", "got 0"),
-    ("top_k in diffusion", {"top_k": 5}, "top_k", "not supported in diffusion"),
+    ("penalty in diffusion", {"presence_penalty": 1}, "presence_penalty", "not supported in diffusion"),
     ("seed negative", {"seed": -1}, "seed", "got -1"),
     ("gamma above 1", {"diffusion": {"confidence_threshold": 1.1}}, "diffusion.confidence_threshold", "got 1.1"),
     ("no block", {"diffusion": {"block_size": 0}}, "diffusion.block_size", "got 0"),
@@ -111,7 +111,7 @@ WIRE: list[tuple[str, pb.GenerateRequest, str, str]] = [
             ("no block", {"block_size": 0}, "block_size", "got 0"),
             ("no steps", {"steps_per_block": 0}, "steps_per_block", "got 0"),
             ("unknown mode", {"mode": 99}, "mode", "got 99, wanted one of diffusion"),
-            ("top_k", {"top_k": 5}, "top_k", "not supported in diffusion"),
+            ("min_tokens", {"min_tokens": 5}, "min_tokens", "not supported in diffusion"),
             ("seed", {"seed": -1}, "seed", "got -1"),
             ("stop id", {"stop_token_ids": [2, 260]}, "stop_token_ids[1]", "got 260"),
         ]

@@ -52,7 +52,7 @@ from twotower.errors import NumericalError, Unavailable
         ([*GOOD, "--confidence-threshold", "1.1"], ["confidence_threshold", "1.1", "[0, 1]"]),
         ([*GOOD, "--temperature", "nan"], ["temperature", "nan", "[0, 1000]"]),
         ([*GOOD, "--temperature", "inf"], ["temperature", "inf", "[0, 1000]"]),
-        ([*GOOD, "--top-k", "5"], ["top_k", "5", "diffusion"]),
+        ([*GOOD, "--min-tokens", "5"], ["min_tokens", "5", "diffusion"]),
         ([*GOOD, "--mode", "ar", "--top-p", "0"], ["top_p", "0", "(0, 1]"]),
         ([*GOOD, "--mode", "ar", "--block-size", "8"], ["block_size", "no meaning in ar"]),
         ([*GOOD, "--seed", "-1"], ["seed", "-1"]),

@@ -84,9 +84,9 @@ def test_files_that_cannot_be(source: str, target: str, words: str, tmp_path: Pa
     ("flags", "line", "words"),
     [
         (
-            ["--mode", "ar", "--top-k", "5"],
+            ["--mode", "ar", "--presence-penalty", "0.5"],
             {"mode": "diffusion"},
-            "top_k: got 5, but top_k is not supported in diffusion",
+            "presence_penalty: got 0.5, but presence_penalty is not supported in diffusion",
         ),
         (["--block-size", "8"], {"mode": "ar"}, "block_size: got 8, but block_size has no meaning in ar mode"),
     ],

@@ -37,6 +37,19 @@ def test_a_step_stands_whatever_is_smaller_than_its_margin(step: tuple[Tensor, B
             assert (now.committed, now.tokens) == (then.committed, then.tokens)
 
 
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(steps(bounded=True), st.integers(0, 10**6))
+@pytest.mark.slow
+def test_a_bounded_step_stands_whatever_is_smaller_than_its_margin(step: tuple[Tensor, Blocks], seed: int) -> None:
+    logits, blocks = step
+    result = decide(logits, blocks)
+    assert all(0 <= row.margin <= 1 for row in result)
+    again = decide(_moved(logits, torch.tensor([row.margin for row in result]), seed, most=1e-3), blocks)
+    for then, now in zip(result, again, strict=True):
+        if then.margin > SEEN:
+            assert (now.committed, now.tokens) == (then.committed, then.tokens)
+
+
 @st.composite
 def token_rows(draw: st.DrawFn) -> tuple[Tensor, list[TokenParams]]:
     count, vocab = draw(st.integers(1, 4)), draw(st.sampled_from([2, 9, 200]))

@@ -12,14 +12,20 @@ from tests.decoding import whole_blocks
 from tests.decoding.deciding import decide, fresh
 from tests.goldens import CPU
 from twotower.decoding import guesses
+from twotower.decoding.bounds import UNBOUNDED, Bounds
 from twotower.decoding.unmasking import MASK_TOKEN_ID, Blocks, StepParams, unmask, unmask_at
 
 VOCAB, WIDTH = 11, 12
 
 
+_bounds = st.builds(
+    Bounds, st.sampled_from([0, 0, 1, 3, 1000]), st.sampled_from([1.0, 1.0, 0.3, 0.9]), st.sampled_from([0.0, 0.0, 0.1])
+)
+
+
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[Tensor, Blocks]:
-    """Logits and rows, up to four, of blocks narrower than the batch."""
+def steps(draw: st.DrawFn, bounded: bool = False) -> tuple[Tensor, Blocks]:
+    """Logits and rows, up to four, of blocks narrower than the batch; `bounded`: some rows bound their draws."""
     count = draw(st.integers(1, 4))
     logits = torch.randn(count, WIDTH, VOCAB, generator=torch.Generator().manual_seed(draw(st.integers(0, 10**6))))
     logits = logits * draw(st.sampled_from([0.0, 1.0, 8.0]))
@@ -34,6 +40,7 @@ def steps(draw: st.DrawFn) -> tuple[Tensor, Blocks]:
                 draw(st.integers(1, 20)),
                 draw(st.sampled_from([0.0, 1e-40, 0.7, 5.0, 1000.0])),
                 draw(st.integers(0, 2**62 - 1)),
+                bounds=draw(_bounds) if bounded else UNBOUNDED,
             )
         )
     tokens = [[MASK_TOKEN_ID if m else draw(st.integers(4, VOCAB - 1)) for m in mask] for mask in masked]
@@ -41,7 +48,7 @@ def steps(draw: st.DrawFn) -> tuple[Tensor, Blocks]:
 
 
 @settings(deadline=None, derandomize=True, max_examples=80)
-@given(steps())
+@given(st.one_of(steps(), steps(bounded=True)))
 def test_every_step(step: tuple[Tensor, Blocks]) -> None:
     logits, blocks = step
     for r, result in enumerate(decide(logits, blocks)):
@@ -78,7 +85,7 @@ def test_masked_positions_alone_decide_as_whole_blocks_did(step: tuple[Tensor, B
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)
-@given(steps(), st.integers(1, 20))
+@given(steps(bounded=True), st.integers(1, 20))
 def test_logits_are_asked_for_once_at_masked_positions_and_few_at_a_time(
     step: tuple[Tensor, Blocks], most: int
 ) -> None:

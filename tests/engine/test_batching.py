@@ -18,7 +18,6 @@ def _mixed(name: str, seed: int, count: int) -> list[Request]:
     requests = []
     for number in range(count):
         mode = list(Mode)[number % 4]
-        diffusion = mode is Mode.DIFFUSION
         block = 16 if mode.by_token else rng.choice([1, 3, 8, 16, 32])
         params = DecodingParams(
             mode,
@@ -27,8 +26,8 @@ def _mixed(name: str, seed: int, count: int) -> list[Request]:
             rng.choice([1, 2, block, 40]),
             rng.choice([0.0, 0.1, 0.5, 0.8, 1.0]),
             temperature=rng.choice([0.0, 0.0, 0.5, 1.0]),
-            top_k=0 if diffusion else rng.choice([0, 3]),
-            top_p=1.0 if diffusion else rng.choice([1.0, 0.7]),
+            top_k=rng.choice([0, 3]),
+            top_p=rng.choice([1.0, 0.7]),
             seed=rng.randrange(2**53),
             stop_token_ids=tuple(rng.sample(range(vocab), rng.choice([0, 0, 6]))),
             ignore_eos=rng.random() < 0.7,

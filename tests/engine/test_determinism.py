@@ -69,6 +69,8 @@ def _diffusion(draw: random.Random) -> DecodingParams:
         draw.choice([1, 2, size, size, 40]),
         draw.choice([0.0, 0.1, 0.5, 0.8, 0.8, 1.0]),
         draw.choice([0.0, 0.0, 0.1, 0.7, 1.0, 3.0]),
+        draw.choice([0, 0, 3, 40]),
+        draw.choice([1.0, 1.0, 0.7, 0.95]),
         seed=draw.randrange(2**53),
         ignore_eos=draw.random() < 0.7,
     )

@@ -28,6 +28,7 @@ from twotower.core import (
     ScoreEvent,
     ScoreRequest,
 )
+from twotower.decoding.bounds import Bounds
 from twotower.decoding.likelihoods import beside
 from twotower.decoding.sampling import TokenParams, decide, sample
 from twotower.decoding.unmasking import Blocks, StepParams, unmask
@@ -99,6 +100,7 @@ def _passes(context: ContextTower, denoiser: DenoiserTower, device: torch.device
     blocks = Blocks([[3] * 16] * 3, [[True] * 16] * 3, rows)
     unmask(logits, blocks)
     unmask(logits, replace(blocks, rows=rows[::2] + rows[:1]))
+    unmask(logits, replace(blocks, rows=[replace(rows[1], bounds=Bounds(3, 0.9, 0.1)), *rows[1:]]))
     cache.delta([Span(slots[0], 0, 17)])
 
 

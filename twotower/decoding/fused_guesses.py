@@ -77,8 +77,8 @@ def _guess(
 
 
 def guess(logits_PV: Tensor, mask_token_id: int, draw: Draw | None) -> Tensor:
-    """`guesses.likeliest` or `guesses.drawn`, of logits in any floating dtype. Leaves them as they are."""
-    assert logits_PV.stride(1) == 1
+    """`guesses.likeliest`, or `guesses.drawn` without bounds. Logits in any floating dtype; they stay as they are."""
+    assert logits_PV.stride(1) == 1 and (draw is None or draw.bounds is None)
     positions, vocab = logits_PV.shape
     device = logits_PV.device
     guesses_P4 = torch.empty(positions, 4, device=device)

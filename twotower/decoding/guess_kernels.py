@@ -19,7 +19,8 @@ from twotower.model.tower import ContextTower, DenoiserTower
 logger = logging.getLogger(__name__)
 
 Guess = Callable[[Tensor, int, Draw | None], Tensor]
-"""Guesses [P,4] from logits [P,V], the mask token's id, and how positions are drawn; None: they are the likeliest."""
+"""Guesses [P,4] from logits [P,V], the mask token's id, and how positions are drawn; None: they are the likeliest.
+Only `plain` has to know of bounds: `unmask_at` gives the others no draw that is bounded."""
 
 TOLERANCE = 1e-3  # of confidences, ratios and sums, whose largest are 1; tokens of these inputs are no near-ties
 _POSITIONS = 5

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower.decoding.bounds import Bounds, cut
 from twotower.decoding.margins import runner_up
 from twotower.decoding.randomness import uniform
 from twotower.decoding.steering import allowed_tokens
 from twotower.model.transfer import on_device
 
 AT_ONCE = 1 << 24  # logits: 64 MiB in fp32
+_SORTED = 4  # times as much memory as a free draw a bounded one takes: for the tokens in order, with their places
 _BANNED = -1e12
 
 
@@ -27,13 +29,20 @@ def positions_at_once(vocab: int) -> int:
     return max(1, AT_ONCE // vocab)
 
 
+def bounded_at_once(at_once: int) -> int:
+    """How many positions whose draws are bounded, where so many others are looked at together."""
+    return max(1, at_once // _SORTED)
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How positions are drawn, a number each; at `positions` of their blocks. `key` names a step's random numbers."""
+    """How positions are drawn, a number each; at `positions` of their blocks. `key` names a step's random numbers.
+    `bounds`: among which tokens; None: among all, at every position."""
 
     temperatures: Sequence[float]
     keys: Sequence[int]
     positions: Sequence[int]
+    bounds: Sequence[Bounds] | None = None
 
 
 def restrict(logits_PV: Tensor, asked: Sequence[tuple[int, bytes]]) -> None:
@@ -57,9 +66,9 @@ def likeliest(logits_PV: Tensor, mask_token_id: int) -> Tensor:
 
 
 def drawn(logits_PV: Tensor, mask_token_id: int, draw: Draw, noise_PV: Tensor | None = None) -> Tensor:
-    """Guesses by the Gumbel maximum. Their confidence is that of the distribution at temperature 1. The ratio: of two
-    tokens' weights, at which the other would have been drawn. `noise_PV` takes the uniform numbers' place. Overwrites
-    the mask token's logits."""
+    """Guesses by the Gumbel maximum, among the tokens that their bounds leave of the distribution at their temperature.
+    Their confidence is that of the whole distribution at temperature 1. The ratio: of two tokens' weights, at which the
+    other would have been drawn. `noise_PV` takes the uniform numbers' place. Overwrites the mask token's logits."""
     sum_P = logits_PV.sum(1)
     tokens_P, ratio_P = _gumbel_argmax(_without(mask_token_id, logits_PV), draw, noise_PV)
     confidence_P = logits_PV.softmax(1).gather(1, tokens_P[:, None])[:, 0]
@@ -77,7 +86,32 @@ def _gumbel_argmax(logits_PV: Tensor, draw: Draw, noise_PV: Tensor | None) -> tu
     if noise_PV is None:
         noise_PV = uniform(draw.keys, draw.positions, logits_PV.shape[1], logits_PV.device)
     scores_PV.add_(noise_PV.clamp_(min=1e-10).log_().neg_().log_().neg_())
+    # In units of logits; above a temperature of 1 it is the score's own rounding that counts.
+    unit_P = temperatures_P.clamp(max=1)
+    if draw.bounds is not None:
+        return _best_within(draw.bounds, scores_PV, (logits_PV / temperatures_P[:, None]).softmax(1), unit_P)
     best_P, tokens_P = scores_PV.max(1)
     gap_P = best_P - runner_up(scores_PV, tokens_P[:, None], -torch.inf)
-    # In units of logits; above a temperature of 1 it is the score's own rounding that counts.
-    return tokens_P, torch.exp(-gap_P * temperatures_P.clamp(max=1))
+    return tokens_P, torch.exp(-gap_P * unit_P)
+
+
+def _best_within(
+    bounds: Sequence[Bounds], scores_PV: Tensor, probabilities_PV: Tensor, unit_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The highest score among the tokens that are left: a draw in proportion to their probabilities.
+
+    Another cut would make a difference where the winner is one of the last that are left, or where one of the first
+    that are not has a higher score.
+    """
+    left = cut(probabilities_PV, bounds)
+    out_PV = left.kept_RV <= 0
+    inside_PV = scores_PV.masked_fill(out_PV, -torch.inf)
+    best_P, tokens_P = inside_PV.max(1)
+    gap_P = best_P - runner_up(inside_PV, tokens_P[:, None], -torch.inf)
+    first_out_P1 = probabilities_PV.masked_fill(~out_PV, 0.0).amax(1, keepdim=True)
+    far_PV = ~out_PV | (2 * probabilities_PV < first_out_P1)
+    rival_P = torch.exp((scores_PV.masked_fill_(far_PV, -torch.inf).amax(1) - best_P) * unit_P).clamp(max=1)
+    is_last_P = (left.kept_RV.gather(1, tokens_P[:, None]) <= 2 * left.edge_R1)[:, 0]
+    other_cut_P = (1 - left.margin_R1[:, 0] * unit_P).clamp(min=0)
+    by_cut_P = torch.minimum(other_cut_P, rival_P.masked_fill(is_last_P, 1.0))
+    return tokens_P, torch.maximum(torch.exp(-gap_P * unit_P), by_cut_P)

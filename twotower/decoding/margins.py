@@ -9,6 +9,8 @@ of the same row among others differ by some 3e-6.
 from torch import Tensor
 
 NEAR_TIE = 1e-5
+CROSSING = 4.0  # a sum of probabilities moves by a quarter of the logits' difference at most
+SMALLEST = 1e-38  # a probability that can be divided by
 
 
 def runner_up(values_X: Tensor, winner_X1: Tensor, below: float) -> Tensor:

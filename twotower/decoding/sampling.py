@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from twotower.core import GREEDY_BELOW, DecodingParams
-from twotower.decoding.margins import runner_up
+from twotower.decoding.bounds import Bounds, cut
+from twotower.decoding.margins import CROSSING, runner_up
 from twotower.decoding.randomness import step_key, uniform
 from twotower.decoding.steering import Steered, steer
 from twotower.model.transfer import on_device
-
-_SMALLEST = 1e-38
-_MISS = 4.0  # a sum of probabilities moves by a quarter of the logits' difference at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +33,8 @@ class TokenParams:
         return cls(params.temperature, params.top_k, params.top_p, key, params.min_p, steered)
 
     @property
-    def cuts(self) -> bool:
-        """Whether some tokens are out of the question."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+    def bounds(self) -> Bounds:
+        return Bounds(self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,54 +84,20 @@ def _draw(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
     # The likeliest token's logit is subtracted where the quotient would leave fp32.
     beyond_R1 = (largest_R1 / temperatures_R1).isinf()
     kept_RV = ((logits_RV - largest_R1.masked_fill(~beyond_R1, 0.0)) / temperatures_R1).softmax(-1)
-    cut = _cut(kept_RV, rows) if any(row.cuts for row in rows) else None
-    if cut is not None:
-        kept_RV = cut.kept_RV
+    bounds = [row.bounds for row in rows]
+    left = cut(kept_RV, bounds) if any(row.cut for row in bounds) else None
+    if left is not None:
+        kept_RV = left.kept_RV
     total_RV = kept_RV.cumsum(-1)
     u_R1 = uniform([row.key for row in rows], [0] * len(rows), 1, device) * total_RV[:, -1:]
     # `right`: a draw of exactly 0 must not pick a token of zero probability.
     place_R1 = torch.searchsorted(total_RV, u_R1, right=True).clamp(max=vocab - 1)
     above_R1 = total_RV.gather(1, place_R1) - u_R1
     miss_R1 = torch.minimum(above_R1, kept_RV.gather(1, place_R1) - above_R1).clamp(min=0) / total_RV[:, -1:]
-    margin_R1 = _MISS * miss_R1
-    if cut is not None:
+    margin_R1 = CROSSING * miss_R1
+    if left is not None:
         # Another cut moves the draw's bounds by a token or so.
-        decided_R1 = miss_R1 <= 2 * cut.edge_R1 / total_RV[:, -1:]
-        margin_R1 = torch.minimum(margin_R1, cut.margin_R1.masked_fill(~decided_R1, 1.0))
+        decided_R1 = miss_R1 <= 2 * left.edge_R1 / total_RV[:, -1:]
+        margin_R1 = torch.minimum(margin_R1, left.margin_R1.masked_fill(~decided_R1, 1.0))
     # In units of logits; above a temperature of 1 it is the probabilities' own rounding that counts.
     return Sampled(place_R1[:, 0], (margin_R1 * temperatures_R1.clamp(max=1))[:, 0].clamp(max=1))
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """Probabilities [R,V] without the tokens cut off, the margin of that, and the least probability that was kept."""
-
-    kept_RV: Tensor
-    margin_R1: Tensor
-    edge_R1: Tensor
-
-
-def _cut(probabilities_RV: Tensor, rows: list[TokenParams]) -> _Cut:
-    """top-k (ties kept) and min-p, then top-p of what they left (the crossing token kept)."""
-    device, vocab = probabilities_RV.device, probabilities_RV.shape[1]
-    sorted_RV, order_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
-    last = [min(row.top_k or vocab, vocab) - 1 for row in rows]
-    kth_R1 = sorted_RV.gather(1, on_device(last, device)[:, None])
-    least_R1 = sorted_RV[:, :1] * on_device([row.min_p for row in rows], device)[:, None]
-    kept_RV = sorted_RV * ((sorted_RV >= kth_R1) & (sorted_RV >= least_R1))
-    kept_RV = kept_RV / kept_RV.sum(-1, keepdim=True)
-    top_p_R1 = on_device([row.top_p for row in rows], device)[:, None]
-    before_RV = kept_RV.cumsum(-1) - kept_RV
-    kept_RV = kept_RV * ((before_RV < top_p_R1) | (top_p_R1 >= 1))
-    # Nobody is behind the last; the ends of both cuts are looked at, and the sum at which top-p crosses.
-    behind_RV = torch.cat([sorted_RV[:, 1:], torch.zeros_like(kth_R1)], dim=1)
-    end_R1 = (kept_RV > 0).sum(-1, keepdim=True) - 1
-    ends_R2 = torch.cat([on_device(last, device)[:, None], end_R1], dim=1)
-    ahead_R2 = sorted_RV.gather(1, ends_R2).clamp(min=_SMALLEST)
-    ratio_R1 = (behind_RV.gather(1, ends_R2) / ahead_R2).amax(1, keepdim=True)
-    crossing_R1 = (before_RV[:, 1:] - top_p_R1).abs().amin(1, keepdim=True).masked_fill(top_p_R1 >= 1, 1.0)
-    margin_R1 = torch.minimum(1 - ratio_R1, _MISS * crossing_R1)
-    if any(row.min_p for row in rows):
-        apart_RV = torch.minimum(sorted_RV, least_R1) / torch.maximum(sorted_RV, least_R1).clamp(min=_SMALLEST)
-        margin_R1 = torch.minimum(margin_R1, 1 - apart_RV.amax(1, keepdim=True).masked_fill(least_R1 == 0, 0.0))
-    return _Cut(torch.zeros_like(kept_RV).scatter_(1, order_RV, kept_RV), margin_R1, kept_RV.gather(1, end_R1))

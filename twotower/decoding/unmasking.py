@@ -14,9 +14,10 @@ from torch import Tensor
 
 from twotower.config import MASK_TOKEN_ID
 from twotower.core import GREEDY_BELOW
+from twotower.decoding.bounds import UNBOUNDED, Bounds
 from twotower.decoding.certain_prefix import Allowed
 from twotower.decoding.guess_kernels import Guess, plain
-from twotower.decoding.guesses import Draw, drawn, positions_at_once, restrict
+from twotower.decoding.guesses import Draw, bounded_at_once, drawn, positions_at_once, restrict
 from twotower.decoding.margins import closest
 from twotower.model.transfer import on_device
 
@@ -31,13 +32,14 @@ AtPlaces = Callable[[Tensor], Tensor]
 @dataclass(frozen=True, slots=True)
 class StepParams:
     """What one row brings to a step. `steps_left` counts this one; `key` names the step's random numbers. `allowed`:
-    what may come at one of its positions."""
+    what may come at one of its positions. `bounds`: among which tokens it draws, where it does."""
 
     confidence_threshold: float
     steps_left: int
     temperature: float = 0.0
     key: int = 0
     allowed: Allowed | None = None
+    bounds: Bounds = UNBOUNDED
 
     @property
     def threshold(self) -> float:
@@ -47,6 +49,11 @@ class StepParams:
     @property
     def samples(self) -> bool:
         return self.temperature >= GREEDY_BELOW
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether some tokens are out of the question for its draws."""
+        return self.samples and self.bounds.cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +99,19 @@ class Blocks:
         return [row * width + place for row, mask in enumerate(self.masked) for place, m in enumerate(mask) if m]
 
     def pieces(self, width: int, at_once: int) -> Iterator[Piece]:
-        """The masked positions, so many at a time; those whose tokens are drawn come last, apart from the others."""
-        places = self.places(width)
-        for samples in (False, True):
-            alike = [place for place in places if self.rows[place // width].samples is samples]
-            for first in range(0, len(alike), at_once):
-                yield self._piece(alike[first : first + at_once], width, samples)
+        """The masked positions, so many at a time. Those whose tokens are drawn come last, apart from the others; the
+        last of them are those whose draws are bounded."""
+        places, fewer = self.places(width), bounded_at_once(at_once)
+        for samples, bounded, most in ((False, False, at_once), (True, False, at_once), (True, True, fewer)):
+            alike = [
+                place
+                for place in places
+                if (row := self.rows[place // width]).samples is samples and row.is_bounded is bounded
+            ]
+            for first in range(0, len(alike), most):
+                yield self._piece(alike[first : first + most], width, samples, bounded)
 
-    def _piece(self, places: list[int], width: int, samples: bool) -> Piece:
+    def _piece(self, places: list[int], width: int, samples: bool, bounded: bool) -> Piece:
         rows = [self.rows[place // width] for place in places]
         positions = [place % width for place in places]
         allowed = [
@@ -107,7 +119,9 @@ class Blocks:
             for number, (row, position) in enumerate(zip(rows, positions, strict=True))
             if row.allowed is not None and row.allowed.place == position
         ]
-        draw = Draw([row.temperature for row in rows], [row.key for row in rows], positions) if samples else None
+        bounds = [row.bounds for row in rows] if bounded else None
+        keys = [row.key for row in rows]
+        draw = Draw([row.temperature for row in rows], keys, positions, bounds) if samples else None
         return Piece(places, allowed, draw)
 
     def given(self, device: torch.device, width: int) -> Tensor:
@@ -199,7 +213,8 @@ def unmask_at(
 
     A row fixes all positions whose confidence is strictly above its threshold, at least one, and at least enough to
     finish in time. The most confident come first, and of equal ones the later one. Only masked positions' logits are
-    asked for, some at a time, each once; in fp32, unless `guess` takes others.
+    asked for, some at a time, each once; in fp32, unless `guess` takes others. Guesses of bounded draws are the plain
+    function's, whatever `guess` is: a kernel reads logits in the order of their tokens.
     """
     pieces = [*blocks.pieces(width, positions_at_once(vocab))]
     places_P = on_device([place for piece in pieces for place in piece.places], device)
@@ -207,8 +222,9 @@ def unmask_at(
     for piece, places_p in zip(pieces, places_P.split([len(piece.places) for piece in pieces]), strict=True):
         logits_pV = logits_at(places_p)
         restrict(logits_pV, piece.allowed)
-        if piece.draw is not None and noise_at is not None:
-            guesses.append(drawn(logits_pV, mask_token_id, piece.draw, noise_at(places_p)))
+        if piece.draw is not None and (noise_at is not None or piece.draw.bounds is not None):
+            noise_pV = None if noise_at is None else noise_at(places_p)
+            guesses.append(drawn(logits_pV.float(), mask_token_id, piece.draw, noise_pV))
         else:
             guesses.append(guess(logits_pV, mask_token_id, piece.draw))
     sampled = sum(len(piece.places) for piece in pieces if piece.draw is not None)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from twotower.config import MASK_TOKEN_ID
 from twotower.core import Mode, Request
+from twotower.decoding.bounds import Bounds
 from twotower.decoding.randomness import step_key
 from twotower.decoding.unmasking import Decision, StepParams
 from twotower.engine.answer import Cost
@@ -73,4 +74,4 @@ def _step_params(sequence: LedSequence) -> StepParams:
     # With steps_per_block 1 (or on the last step) everything still masked is fixed.
     steps_left = max(params.steps_per_block - sequence.step, 1)
     allowed = None if sequence.certain is None else sequence.certain.allowed
-    return StepParams(params.confidence_threshold, steps_left, params.temperature, key, allowed)
+    return StepParams(params.confidence_threshold, steps_left, params.temperature, key, allowed, Bounds.of(params))
