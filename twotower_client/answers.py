@@ -150,7 +150,8 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class Score:
     """How likely the context tower finds each token of a continuation (natural logarithms). `is_greedy`: whether `ar`
-    at temperature 0 would have chosen the token. `cached_tokens` as in a Usage."""
+    at temperature 0 would have chosen the token. `cached_tokens` as in a Usage; of several continuations that of the
+    first."""
 
     prompt_tokens: int
     token_ids: tuple[int, ...]

@@ -182,6 +182,30 @@ async def test_score(asking: Asking, cells: ScriptedCells) -> None:
     assert score.sum_log_prob == pytest.approx(-0.21) and cells.scored[0].priority == 3
 
 
+async def test_several_continuations_of_one_prompt(asking: Asking, cells: ScriptedCells) -> None:
+    texts = [" all", "!", " there"]
+    scores = await asking.of("scores", "Hi", texts, request_id="s-1", priority=3)
+    assert [score.token_ids for score in scores] == [tokens(text) for text in texts]
+    assert [score.sum_log_prob for score in scores] == pytest.approx([-sum(tokens(text)) / 100 for text in texts])
+    assert {(score.prompt_tokens, score.request_id) for score in scores} == {(3, "s-1")}
+    assert len({scored.id for scored in cells.scored}) == 3 and {scored.priority for scored in cells.scored} == {3}
+    assert await asking.of("scores", "Hi", [tokens(text) for text in texts], request_id="s-1") == scores
+    assert await asking.of("scores", "Hi", ["!"], request_id="s-1") == (
+        await asking.score("Hi", "!", request_id="s-1"),
+    )
+
+
+async def test_wrong_continuations(asking: Asking, cells: ScriptedCells) -> None:
+    for wrong, told in (([], "got none"), ("Hi", "got a str"), (["a", [5]], "got texts and token ids")):
+        with pytest.raises(InvalidRequest, match=f"continuations: {told}"):
+            await asking.of("scores", "Hi", wrong)
+    with pytest.raises(InvalidRequest, match=r"continuations\[1\]: got a list"):
+        await asking.of("scores", "Hi", [[5], [-1]])
+    with pytest.raises(InvalidRequest, match=r"continuation\w*\[\d\]: got an empty continuation"):
+        await asking.of("scores", "Hi", ["a", ""])
+    assert not cells.scored
+
+
 async def test_tokens_of_text_and_back(asking: Asking) -> None:
     assert await asking.of("tokenize", "Hi") == (1, *tokens("Hi"))
     assert await asking.of("tokenize", "Hi", add_special_tokens=False) == tokens("Hi")
