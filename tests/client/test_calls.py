@@ -27,6 +27,7 @@ async def _whole_and_stream(asking: Asking, cells: ScriptedCells, mode: str) -> 
     assert whole.text == stream.text == TEXT and whole.token_ids == stream.token_ids == tokens(TEXT)
     assert (whole.finish_reason, whole.seed, whole.mode, whole.request_id) == ("stop", 7, mode, "r-1")
     assert whole.usage == Usage(3, ALL, num_steps=20, num_blocks=10) and whole.service_id and whole.attempts == 1
+    assert whole.usage.tokens_per_step == ALL / 20
     assert all(isinstance(block, Block) for block in blocks)
     assert [block.start for block in blocks] == list(range(0, 40, 4))
     assert [block.usage for block in blocks[:2]] == [Usage(0, 4, num_steps=2, num_blocks=1)] * 2
@@ -79,6 +80,7 @@ async def test_echo(asking: Asking, cells: ScriptedCells) -> None:
     prompt = await asking.complete("Hi", echo=True, logprobs=0, max_new_tokens=0)
     assert (prompt.text, prompt.token_ids, len(cells.requests)) == ("Hi", (1, *tokens("Hi")), 1)
     assert prompt.likelihoods == answer.likelihoods[:3] and prompt.usage == Usage(3)
+    assert prompt.usage.tokens_per_step is None
     assert (await asking.complete("Hi", echo=True, max_new_tokens=4)).likelihoods == ()
     for refused in ({"n": 2}, {"best_of": 2}):
         with pytest.raises(InvalidRequest, match="echo: got true, wanted it only where n and best_of are 1"):
