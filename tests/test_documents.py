@@ -54,6 +54,15 @@ def test_links(name: str, text: str) -> None:
     assert not missing
 
 
+def test_each_bound_names_the_test_at_its_edge() -> None:
+    rows = re.findall(r"^\|.*\|$", (ROOT / "docs" / "limits.md").read_text(encoding="utf-8"), re.MULTILINE)[2:]
+    named = [(row, re.findall(r"`([\w/]+\.py)::(\w+)`", row)) for row in rows]
+    assert len(rows) > 40 and not [row for row, tests in named if not tests]
+    for _, tests in named:
+        for path, test in tests:
+            assert f"def {test}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), (path, test)
+
+
 def test_cited_files_exist() -> None:
     cited = {(name, file) for name, text in texts() if not name.startswith(RECORDS) for file in CITED.findall(text)}
     assert len(cited) > 10

@@ -32,6 +32,11 @@ class Usage:
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
+    @property
+    def tokens_per_step(self) -> float | None:
+        """None where there was no step, as in `ar`."""
+        return self.completion_tokens / self.num_steps if self.num_steps else None
+
     def less(self, before: "Usage") -> "Usage":
         """What came on top."""
         return Usage(*(getattr(self, one.name) - getattr(before, one.name) for one in fields(self)))
@@ -150,7 +155,8 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class Score:
     """How likely the context tower finds each token of a continuation (natural logarithms). `is_greedy`: whether `ar`
-    at temperature 0 would have chosen the token. `cached_tokens` as in a Usage."""
+    at temperature 0 would have chosen the token. `cached_tokens` as in a Usage; of several continuations that of the
+    first."""
 
     prompt_tokens: int
     token_ids: tuple[int, ...]

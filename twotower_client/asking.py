@@ -131,10 +131,10 @@ _BESIDE = {one.name for one in fields(Ask)} - {"prompt", "request_id", "params",
 
 @dataclass(frozen=True, slots=True)
 class ScoreAsk:
-    """A request for a score."""
+    """A request for scores of one prompt's continuations, one at least, all of which are text or all token ids."""
 
     prompt: str | tuple[int, ...]
-    continuation: str | tuple[int, ...]
+    continuations: tuple[str | tuple[int, ...], ...]
     request_id: str
     priority: int = 0
 
@@ -163,14 +163,32 @@ def ask_of(prompt: Prompt, options: Mapping[str, Any]) -> tuple[Ask, float | Non
 
 def score_ask_of(prompt: Prompt, continuation: Prompt, options: Mapping[str, Any]) -> tuple[ScoreAsk, float | None]:
     """As `ask_of`."""
+    return _score_ask(prompt, [("continuation", continuation)], options)
+
+
+def scores_ask_of(
+    prompt: Prompt, continuations: Sequence[Prompt], options: Mapping[str, Any]
+) -> tuple[ScoreAsk, float | None]:
+    """As `ask_of`."""
+    if isinstance(continuations, str) or not isinstance(continuations, Sequence) or not continuations:
+        got = (
+            "none" if isinstance(continuations, Sequence) and not continuations else f"a {type(continuations).__name__}"
+        )
+        raise InvalidRequest.of("continuations", f"got {got}, wanted a list of texts or of lists of token ids")
+    return _score_ask(prompt, [(f"continuations[{place}]", one) for place, one in enumerate(continuations)], options)
+
+
+def _score_ask(
+    prompt: Prompt, named: Sequence[tuple[str, Prompt]], options: Mapping[str, Any]
+) -> tuple[ScoreAsk, float | None]:
     unknown = options.keys() - Common.__annotations__.keys()
     if unknown:
         raise TypeError(f"got an unexpected option {sorted(unknown)[0]!r}")
     request_id = options.get("request_id") or drawn_id()
-    parts = [
-        checked_prompt(name, part, request_id) for name, part in (("prompt", prompt), ("continuation", continuation))
-    ]
-    ask = ScoreAsk(parts[0], parts[1], request_id, options.get("priority", 0))
+    first, *parts = [checked_prompt(name, part, request_id) for name, part in (("prompt", prompt), *named)]
+    if len({isinstance(part, str) for part in parts}) > 1:
+        raise InvalidRequest.of("continuations", "got texts and token ids, wanted one of them", request_id)
+    ask = ScoreAsk(first, tuple(parts), request_id, options.get("priority", 0))
     return ask, checked_timeout(options.get("timeout_s"))
 
 

@@ -19,6 +19,7 @@ from twotower_client.asking import (
     checked_ids,
     checked_timeout,
     score_ask_of,
+    scores_ask_of,
     text_or_chat,
 )
 from twotower_client.errors import ServiceError
@@ -34,7 +35,7 @@ class AsyncFace(Protocol):
 
     async def complete(self, ask: Ask, timeout_s: float | None) -> Answer: ...
     def stream(self, ask: Ask, timeout_s: float | None) -> AsyncGenerator[Event, None]: ...
-    async def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score: ...
+    async def score(self, ask: ScoreAsk, timeout_s: float | None) -> tuple[Score, ...]: ...
     async def tokenize(
         self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None
     ) -> tuple[int, ...]: ...
@@ -91,6 +92,14 @@ class AsyncClient:
     async def score(self, prompt: Prompt, continuation: Prompt, **options: Unpack[Common]) -> Score:
         """How likely the context tower finds the continuation. Raises a ServiceError."""
         ask, timeout_s = score_ask_of(prompt, continuation, options)
+        return (await self._retried(lambda left_s: self._face.score(ask, left_s), timeout_s))[0][0]
+
+    async def scores(
+        self, prompt: Prompt, continuations: Sequence[Prompt], **options: Unpack[Common]
+    ) -> tuple[Score, ...]:
+        """The same of several continuations of one prompt, in their order: all text, or all token ids. Each counts as a
+        request. Raises a ServiceError."""
+        ask, timeout_s = scores_ask_of(prompt, continuations, options)
         return (await self._retried(lambda left_s: self._face.score(ask, left_s), timeout_s))[0]
 
     async def tokenize(

@@ -69,24 +69,17 @@ def stream_rpc(ask: Ask) -> Rpc[Event]:
     return Rpc(f"/{_SERVICE}/GenerateStream", _generate_message(ask), _event, ask.request_id)
 
 
-def score_rpc(ask: ScoreAsk) -> Rpc[Score]:
-    parts: dict[str, Any] = {}
-    for name in ("prompt", "continuation"):
-        part = getattr(ask, name)
-        whole = isinstance(part, str)
-        parts[f"{name}_text" if whole else f"{name}_token_ids"] = part if whole else pb.TokenIds(ids=part)
+def score_rpc(ask: ScoreAsk) -> Rpc[tuple[Score, ...]]:
+    first, *others = ask.continuations
+    parts = {**_scored_part("prompt", ask.prompt), **_scored_part("continuation", first)}
+    if others and isinstance(first, str):
+        parts["more_continuation_texts"] = others
+    elif others:
+        parts["more_continuation_token_ids"] = [pb.TokenIds(ids=cast(tuple[int, ...], one)) for one in others]
 
-    def read(data: bytes, _: str) -> Score:
+    def read(data: bytes, _: str) -> tuple[Score, ...]:
         told = pb.ScoreResponse.FromString(data)
-        return Score(
-            told.prompt_tokens,
-            tuple(told.token_ids),
-            tuple(told.log_probs),
-            tuple(told.is_greedy),
-            told.sum_log_prob,
-            ask.request_id,
-            told.cached_tokens,
-        )
+        return tuple(_score(one, told, ask) for one in (told, *told.others))
 
     message = _written(pb.ScoreRequest, ask.request_id, request_id=ask.request_id, priority=ask.priority, **parts)
     return Rpc(f"/{_SERVICE}/Score", message.SerializeToString(), read, ask.request_id)
@@ -150,6 +143,18 @@ def _generate_message(ask: Ask) -> bytes:
     beside = {name: getattr(ask, name) for name in _BESIDE if getattr(ask, name) is not None}
     message: bytes = _written(pb.GenerateRequest, ask.request_id, params=params, **prompt, **beside).SerializeToString()
     return message
+
+
+def _scored_part(name: str, part: str | tuple[int, ...]) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {f"{name}_text": part}
+    return {f"{name}_token_ids": pb.TokenIds(ids=part)}
+
+
+def _score(one: Any, told: pb.ScoreResponse, ask: ScoreAsk) -> Score:
+    """Of one continuation: the answer itself tells of the first."""
+    lists = tuple(one.token_ids), tuple(one.log_probs), tuple(one.is_greedy)
+    return Score(told.prompt_tokens, *lists, one.sum_log_prob, ask.request_id, told.cached_tokens)
 
 
 def _answer(told: Any, usage: Usage, request_id: str, service_id: str) -> Answer:

@@ -76,7 +76,7 @@ class GrpcFace:
     def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
         return self._call(generate_rpc(ask), timeout_s)
 
-    def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
+    def score(self, ask: ScoreAsk, timeout_s: float | None) -> tuple[Score, ...]:
         return self._call(score_rpc(ask), timeout_s)
 
     def tokenize(self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ class AsyncGrpcFace:
     async def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
         return await self._call(generate_rpc(ask), timeout_s)
 
-    async def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
+    async def score(self, ask: ScoreAsk, timeout_s: float | None) -> tuple[Score, ...]:
         return await self._call(score_rpc(ask), timeout_s)
 
     async def tokenize(

@@ -76,12 +76,15 @@ def stream_call(ask: Ask) -> HttpCall[None]:
     return HttpCall("POST", _path(ask), lambda _: None, _answer_body(ask, options), ask.request_id)
 
 
-def score_call(ask: ScoreAsk) -> HttpCall[Score]:
-    def read(told: Any) -> Score:
-        lists = tuple(told["token_ids"]), tuple(told["log_probs"]), tuple(told["is_greedy"])
-        return Score(told["prompt_tokens"], *lists, told["sum_log_prob"], ask.request_id, _cached(told))
+def score_call(ask: ScoreAsk) -> HttpCall[tuple[Score, ...]]:
+    """One continuation goes alone, as also a service takes it that knows no `continuations`."""
+    alone = len(ask.continuations) == 1
 
-    body = {"prompt": ask.prompt, "continuation": ask.continuation, "priority": ask.priority}
+    def read(told: Any) -> tuple[Score, ...]:
+        return tuple(_score(one, told, ask) for one in ([told] if alone else told["scores"]))
+
+    asked = {"continuation": ask.continuations[0]} if alone else {"continuations": ask.continuations}
+    body = {"prompt": ask.prompt, **asked, "priority": ask.priority}
     return HttpCall("POST", "/v1/score", read, _encoded({**body, "request_id": ask.request_id}), ask.request_id)
 
 
@@ -188,6 +191,12 @@ def _answer(choice: Any, told: Any, ask: Ask) -> Answer:
         told["id"],
         _likelihoods(choice["logprobs"]),
     )
+
+
+def _score(one: Any, told: Any, ask: ScoreAsk) -> Score:
+    """Of one continuation, of all that were told."""
+    lists = tuple(one["token_ids"]), tuple(one["log_probs"]), tuple(one["is_greedy"])
+    return Score(told["prompt_tokens"], *lists, one["sum_log_prob"], ask.request_id, _cached(told))
 
 
 def _text(choice: Any) -> str:

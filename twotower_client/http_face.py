@@ -114,7 +114,7 @@ class HttpFace:
     def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
         return self._call(completion_call(ask), timeout_s)
 
-    def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
+    def score(self, ask: ScoreAsk, timeout_s: float | None) -> tuple[Score, ...]:
         return self._call(score_call(ask), timeout_s)
 
     def tokenize(self, given: str | Chat, add_special_tokens: bool | None, timeout_s: float | None) -> tuple[int, ...]:
@@ -182,7 +182,7 @@ class AsyncHttpFace:
     async def complete(self, ask: Ask, timeout_s: float | None) -> Answer:
         return await self._call(completion_call(ask), timeout_s)
 
-    async def score(self, ask: ScoreAsk, timeout_s: float | None) -> Score:
+    async def score(self, ask: ScoreAsk, timeout_s: float | None) -> tuple[Score, ...]:
         return await self._call(score_call(ask), timeout_s)
 
     async def tokenize(

@@ -37,6 +37,10 @@ class SlowBody(InvalidRequest):
     """The body of a request did not arrive in time."""
 
 
+class LongHead(InvalidRequest):
+    """The path and the headers of a request are too long."""
+
+
 class UnknownEncoding(InvalidRequest):
     """The body is compressed in a way that is not read here."""
 
@@ -71,6 +75,7 @@ CODES: dict[type[TwoTowerError], Code] = {
     # The same body over the same line would take as long again, and hold a place for as long.
     SlowBody: Code(408, grpc.StatusCode.INVALID_ARGUMENT, _WRONG, retry=False),
     UnknownEncoding: Code(415, grpc.StatusCode.INVALID_ARGUMENT, _WRONG),
+    LongHead: Code(431, grpc.StatusCode.INVALID_ARGUMENT, _WRONG),
     Overloaded: Code(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded_error", retry=True, retry_after_s=1),
     LimitReached: Code(
         429,

@@ -4,7 +4,7 @@ Knows validation and opens runs; does not know the wire on one side, nor Ray on 
 """
 
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -160,15 +160,16 @@ class Generation:
         request = join(ask.id, prompt, terms, limits) if isinstance(prompt, tuple) else None
         return Checked(ask, stop, prompt, terms, request)
 
-    def check_score(self, ask: ScoreAsk) -> CheckedScore:
-        """As `check`."""
+    def check_score(self, ask: ScoreAsk, prompt: Part | None = None) -> CheckedScore:
+        """As `check`. `prompt`: the ask's own, where it has been checked before another continuation."""
         with self._refusals_told():
-            return self._check_score(ask)
+            return self._check_score(ask, prompt)
 
-    def _check_score(self, ask: ScoreAsk) -> CheckedScore:
+    def _check_score(self, ask: ScoreAsk, prompt: Part | None) -> CheckedScore:
         problems = Problems()
         _check_label(ask.label, problems)
-        prompt = problems.of(lambda: self.prompts.checked("prompt", ask.prompt), NO_PART)
+        if prompt is None:
+            prompt = problems.of(lambda: self.prompts.checked("prompt", ask.prompt), NO_PART)
         continuation = problems.of(lambda: self.prompts.checked("continuation", ask.continuation), NO_PART)
         priority = problems.of(lambda: check_priority(ask.priority), 0)
         problems.raise_any()
@@ -297,13 +298,13 @@ class Generation:
         """
         return merged(runs, at_once=self._at_once)
 
-    async def scores(self, runs: Sequence[Scoring]) -> list[ScoreEvent]:
-        """Of all runs of a call, in their order. As in `many`, the rest waits here."""
+    async def scores(self, wholes: Sequence[Callable[[], Awaitable[ScoreEvent]]]) -> list[ScoreEvent]:
+        """Of all runs of a call, in their order: each is the whole of one. As in `many`, the rest waits here."""
         told = dict[int, ScoreEvent]()
-        async with aclosing(merged([_alone(run) for run in runs], at_once=self._at_once)) as scored:
+        async with aclosing(merged([_alone(whole) for whole in wholes], at_once=self._at_once)) as scored:
             async for place, event in scored:
                 told[place] = event
-        return [told[place] for place in range(len(runs))]
+        return [told[place] for place in range(len(wholes))]
 
     def give_up(self, error: TwoTowerError) -> None:
         """Whatever still runs ends with this error, on its cell too, and so does what begins from now on."""
@@ -327,8 +328,8 @@ class Generation:
         return run
 
 
-async def _alone(run: Scoring) -> AsyncGenerator[ScoreEvent, None]:
-    yield await run.whole()
+async def _alone(whole: Callable[[], Awaitable[ScoreEvent]]) -> AsyncGenerator[ScoreEvent, None]:
+    yield await whole()
 
 
 def _check_likelihoods(checked: "Sequence[Checked | CheckedScore]") -> None:

@@ -27,6 +27,7 @@ async def _whole_and_stream(asking: Asking, cells: ScriptedCells, mode: str) -> 
     assert whole.text == stream.text == TEXT and whole.token_ids == stream.token_ids == tokens(TEXT)
     assert (whole.finish_reason, whole.seed, whole.mode, whole.request_id) == ("stop", 7, mode, "r-1")
     assert whole.usage == Usage(3, ALL, num_steps=20, num_blocks=10) and whole.service_id and whole.attempts == 1
+    assert whole.usage.tokens_per_step == ALL / 20
     assert all(isinstance(block, Block) for block in blocks)
     assert [block.start for block in blocks] == list(range(0, 40, 4))
     assert [block.usage for block in blocks[:2]] == [Usage(0, 4, num_steps=2, num_blocks=1)] * 2
@@ -79,6 +80,7 @@ async def test_echo(asking: Asking, cells: ScriptedCells) -> None:
     prompt = await asking.complete("Hi", echo=True, logprobs=0, max_new_tokens=0)
     assert (prompt.text, prompt.token_ids, len(cells.requests)) == ("Hi", (1, *tokens("Hi")), 1)
     assert prompt.likelihoods == answer.likelihoods[:3] and prompt.usage == Usage(3)
+    assert prompt.usage.tokens_per_step is None
     assert (await asking.complete("Hi", echo=True, max_new_tokens=4)).likelihoods == ()
     for refused in ({"n": 2}, {"best_of": 2}):
         with pytest.raises(InvalidRequest, match="echo: got true, wanted it only where n and best_of are 1"):
@@ -180,6 +182,30 @@ async def test_score(asking: Asking, cells: ScriptedCells) -> None:
     assert (score.prompt_tokens, score.token_ids, score.request_id) == (3, (10, 11), "s-1")
     assert score.log_probs == pytest.approx((-0.10, -0.11)) and score.is_greedy == (True, False)
     assert score.sum_log_prob == pytest.approx(-0.21) and cells.scored[0].priority == 3
+
+
+async def test_several_continuations_of_one_prompt(asking: Asking, cells: ScriptedCells) -> None:
+    texts = [" all", "!", " there"]
+    scores = await asking.of("scores", "Hi", texts, request_id="s-1", priority=3)
+    assert [score.token_ids for score in scores] == [tokens(text) for text in texts]
+    assert [score.sum_log_prob for score in scores] == pytest.approx([-sum(tokens(text)) / 100 for text in texts])
+    assert {(score.prompt_tokens, score.request_id) for score in scores} == {(3, "s-1")}
+    assert len({scored.id for scored in cells.scored}) == 3 and {scored.priority for scored in cells.scored} == {3}
+    assert await asking.of("scores", "Hi", [tokens(text) for text in texts], request_id="s-1") == scores
+    assert await asking.of("scores", "Hi", ["!"], request_id="s-1") == (
+        await asking.score("Hi", "!", request_id="s-1"),
+    )
+
+
+async def test_wrong_continuations(asking: Asking, cells: ScriptedCells) -> None:
+    for wrong, told in (([], "got none"), ("Hi", "got a str"), (["a", [5]], "got texts and token ids")):
+        with pytest.raises(InvalidRequest, match=f"continuations: {told}"):
+            await asking.of("scores", "Hi", wrong)
+    with pytest.raises(InvalidRequest, match=r"continuations\[1\]: got a list"):
+        await asking.of("scores", "Hi", [[5], [-1]])
+    with pytest.raises(InvalidRequest, match=r"continuation\w*\[\d\]: got an empty continuation"):
+        await asking.of("scores", "Hi", ["a", ""])
+    assert not cells.scored
 
 
 async def test_tokens_of_text_and_back(asking: Asking) -> None:

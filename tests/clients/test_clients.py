@@ -72,8 +72,43 @@ def test_langchain(service: Service) -> None:
     assert got == {"batch": [WORDS, "MMMCCCLXXVI"], "usage": 8}
 
 
-def test_openai_for_python_reads_answers_into_models(service: Service) -> None:
-    got = of_python("with_openai.py", service)
+@pytest.fixture(scope="module")
+def openai_for_python(service: Service) -> Any:
+    """What its program got: one start of it for all tests."""
+    return of_python("with_openai.py", service)
+
+
+def test_openai_for_python(openai_for_python: Any) -> None:
+    got = openai_for_python["completions"]
+    assert {got["whole"], got["streamed"]} == {WORDS} and got["echoed"] == f"words: 2009\n{WORDS}"
+    assert got["used"] == [8] and got["several"] == [0, 1, 2]
+    names, log_probs, tops = got["rated"]
+    assert "".join(names[:-1]) == WORDS and len(names) == len(log_probs) == len(tops) == 8
+    assert all(-1 < log_prob <= 0 for log_prob in log_probs) and set(tops) == {2}
+    text, scores = got["scored"]
+    assert text == "words: 2009\n" and scores[0] is None and all(score <= 0 for score in scores[1:])
+    got = openai_for_python["chats"]
+    assert got["whole"] == [WORDS] * 2 and got["rated"] == [8, 8] and got["streamed"] == WORDS
+    got = openai_for_python["asynchronous"]
+    assert got.pop("models") == ["demo"] and set(got.values()) == {WORDS}
+    assert openai_for_python["models"] == ["demo", "demo"]
+
+
+def test_openai_for_python_raises_its_own_exceptions(openai_for_python: Any) -> None:
+    """Those for keys and their limits: tests/cluster/test_keys.py."""
+    assert openai_for_python["exceptions"] == {
+        "wrong": ["BadRequestError", 400, "temperature", None],
+        "unknown": ["BadRequestError", 400, "nobody_s", None],
+        "model": ["NotFoundError", 404, "model", "model_not_found"],
+        "retrieved": ["NotFoundError", 404, "model", "model_not_found"],
+        "streamed": ["BadRequestError", 400, "temperature", None],
+        "deadline": ["InternalServerError", 504, None, None],
+        "timeout": ["APITimeoutError"],
+    }
+
+
+def test_openai_for_python_reads_answers_into_models(openai_for_python: Any) -> None:
+    got = openai_for_python
     parsed = got["parsed"]
     assert parsed["ar"] == parsed["verified"] == got["streamed"]["joined"] == got["streamed"]["whole"]
     for answer in parsed.values():

@@ -16,6 +16,7 @@ import pytest
 from cluster.faces.grpc.asked import asked_of
 from cluster.faces.grpc.strict_protobuf import MAX_FIELDS, MAX_PARAMS, parse_message
 from cluster.faces.http.completion_models import MAX_LABEL
+from cluster.faces.http.request_head import MAX_HEAD
 from cluster.faces.http.service import make_app
 from cluster.runs.choices import MAX_PROMPTS
 from cluster.runs.generation import Generation
@@ -106,6 +107,29 @@ async def test_over_http(
     error = refused.json()["error"]
     assert refused.status_code == 400 and error["param"] == param and words in error["message"], error
     assert cells.requests == []
+
+
+@pytest.mark.parametrize(("over", "status"), [(0, 200), (1, 431)])
+async def test_bytes_of_path_and_headers(http: httpx.AsyncClient, cells: ScriptedCells, over: int, status: int) -> None:
+    """Whatever they are named, and whoever asks: without a key, too."""
+    request = http.build_request("POST", "/v1/completions", json={"prompt": "a"}, headers={"x-long": ""})
+    size = len(request.url.raw_path) + sum(len(name) + len(value) for name, value in request.headers.raw)
+    request.headers["x-long"] = "a" * (MAX_HEAD - size + over)
+    answer = await http.send(request)
+    assert answer.status_code == status and len(cells.requests) == 1 - over
+    if over:
+        error = answer.json()["error"]
+        assert error["param"] == "headers" and "got 65537 bytes of path, query and headers" in error["message"]
+
+
+async def test_bytes_of_metadata(channel: grpc.aio.Channel, cells: ScriptedCells) -> None:
+    """gRPC's own bound: between 8 and 16 KiB it refuses more of them the longer they are, above that all."""
+    stub: Any = pb_grpc.GenerationServiceStub(channel)
+    await stub.Generate(params(), metadata=[("x-long", "a" * 7_000)])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(params(), metadata=[("x-long", "a" * 17_000)])
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and len(cells.requests) == 1
+    await stub.Generate(params())
 
 
 MOST = 10_000  # max_request_bytes of the fixture

@@ -49,6 +49,7 @@ async def test_every_name_that_is_referred_to_is_there(http: httpx.AsyncClient) 
         ("/v1/completions", {"prompt": [[5], [6]], "return_token_ids": True, "add_special_tokens": False}),
         ("/v1/chat/completions", CHAT | {"return_token_ids": True, "include_stop_str_in_output": True}),
         ("/v1/score", {"prompt": "Hi", "continuation": "there"}),
+        ("/v1/score", {"prompt": [5], "continuations": [[5], [6, 7]]}),
         ("/tokenize", {"prompt": "Hi", "return_token_strs": True}),
         ("/tokenize", CHAT),
         ("/detokenize", {"tokens": [5, 6]}),

@@ -11,6 +11,7 @@ from cluster.faces.error_codes import (
     CODES,
     INTERNAL,
     Failure,
+    LongHead,
     NoSuchModel,
     SlowBody,
     UnknownEncoding,
@@ -51,6 +52,7 @@ def test_the_table_says_what_it_should() -> None:
         "NoSuchModel": (404, "INVALID_ARGUMENT"),
         "SlowBody": (408, "INVALID_ARGUMENT"),
         "UnknownEncoding": (415, "INVALID_ARGUMENT"),
+        "LongHead": (431, "INVALID_ARGUMENT"),
         "KeyRefused": (401, "UNAUTHENTICATED"),
         "LimitReached": (429, "RESOURCE_EXHAUSTED"),
         "Overloaded": (429, "RESOURCE_EXHAUSTED"),
@@ -86,9 +88,10 @@ def test_over_grpc_each_has_a_reason_for_programs(kind: type[TwoTowerError], rea
 
 
 RETRIES: dict[type[TwoTowerError], tuple[str | None, str | None]] = {
-    InvalidRequest: (None, None),  # no SDK repeats 400, 404 and 415 by itself
+    InvalidRequest: (None, None),  # no SDK repeats 400, 404, 415 and 431 by itself
     NoSuchModel: (None, None),
     UnknownEncoding: (None, None),
+    LongHead: (None, None),
     SlowBody: ("false", None),
     KeyRefused: ("false", None),
     Overloaded: ("true", "1"),

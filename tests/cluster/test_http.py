@@ -47,8 +47,19 @@ async def test_whole_answer_in_openai_shape(http: httpx.AsyncClient) -> None:
         "num_accepted": 0,
         "num_ar_blocks": 0,
         "num_diffusion_blocks": 0,
+        "tokens_per_step": n / 20,
         "mode": "diffusion",
     }
+
+
+async def test_tokens_per_step_of_a_call(http: httpx.AsyncClient) -> None:
+    """Of all its answers together; none where nothing was decoded."""
+    several = (await complete(http, prompt=["Hi", "Ho"], n=2, max_tokens=6)).json()["usage"]
+    assert (several["completion_tokens"], several["num_steps"], several["tokens_per_step"]) == (24, 16, 1.5)
+    [*_, usage, _] = events_of((await complete(http, stream=True, stream_options={"include_usage": True})).text)
+    assert usage["usage"]["tokens_per_step"] == len(tokens(TEXT)) / 20
+    scored = (await complete(http, echo=True, max_tokens=0)).json()["usage"]
+    assert (scored["num_steps"], scored["tokens_per_step"]) == (0, None)
 
 
 async def test_stream_is_one_event_per_block_and_equals_the_whole(http: httpx.AsyncClient) -> None:

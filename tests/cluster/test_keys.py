@@ -173,6 +173,16 @@ async def test_openais_client_gets_its_own_error(guarded: Guarded) -> None:
             await wrong.completions.create(model="fake", prompt="Hi")
         right = openai.AsyncOpenAI(base_url="http://fake/v1", api_key=KEY, http_client=http)
         assert (await right.completions.create(model="fake", prompt="Hi")).choices[0].text
+        guarded.cells.pace_s = 60
+        small = openai.AsyncOpenAI(base_url="http://fake/v1", api_key=SMALL, http_client=http, max_retries=0)
+        running = asyncio.create_task(small.completions.create(model="fake", prompt="Hi"))
+        while not guarded.cells.open:
+            await asyncio.sleep(0.001)
+        with pytest.raises(openai.RateLimitError) as caught:
+            await small.completions.create(model="fake", prompt="Hi")
+        assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("rate_limit_exceeded", "1")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_a_keys_limits_over_http(guarded: Guarded) -> None:

@@ -12,11 +12,13 @@ import grpc
 import httpx
 import psutil
 import pytest
+from google.rpc import error_details_pb2
 
 from cluster.config import ServiceConfig
 from cluster.ops import deployment
 from tests.cluster.listening import ports_of, said_by
 from tests.cluster.service import Service, running_service
+from tests.cluster.test_grpc import details_of
 from tests.goldens import causal_request, diffusion_request, vendored
 from twotower.core import Mode, Request
 from twotower.pb.twotower.v1 import generation_pb2 as pb
@@ -28,6 +30,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 LONG: dict[str, Any] = {"max_new_tokens": 900, "ignore_eos": True}
 ROUNDS = 8
+AT_ONCE = 300
 
 
 @pytest.fixture(scope="module")
@@ -287,13 +290,29 @@ async def test_bad_input_leaves_the_service_unharmed(service: Service) -> None:
 
 
 async def test_more_than_fits_is_queued_or_refused_and_all_end(service: Service) -> None:
+    """300 at once: each is answered, or refused with a hint when to come again."""
     async with grpc.aio.insecure_channel(service.grpc) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
         request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=pb.DecodingParams(max_new_tokens=16))
-        calls = [stub.Generate(request) for _ in range(140)]
-        codes = [await call.code() for call in calls]
-    assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
-    assert codes.count(grpc.StatusCode.OK) >= 80
+        calls = [stub.Generate(request) for _ in range(AT_ONCE)]
+        told = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [one for one in told if isinstance(one, grpc.aio.AioRpcError)]
+    assert {error.code() for error in refused} <= {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert all(details_of(error, error_details_pb2.RetryInfo) is not None for error in refused)
+    answered = [one.token_ids for one in told if isinstance(one, pb.GenerateResponse)]
+    assert len(answered) + len(refused) == AT_ONCE and len(answered) >= 80 and len(set(map(tuple, answered))) == 1
+    await service.all_free()
+
+
+async def test_the_same_over_http(service: Service) -> None:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=f"http://{service.http}", timeout=60, limits=limits) as http:
+        body = {"prompt": [5], "max_tokens": 16}
+        told = await asyncio.gather(*(http.post("/v1/completions", json=body) for _ in range(AT_ONCE)))
+    refused = [answer for answer in told if answer.status_code == 429]
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    answered = [answer.json()["choices"][0]["token_ids"] for answer in told if answer.status_code == 200]
+    assert len(answered) + len(refused) == AT_ONCE and len(answered) >= 80 and len(set(map(tuple, answered))) == 1
     await service.all_free()
 
 

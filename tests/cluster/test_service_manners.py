@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from statistics import median
 from typing import Any
 
@@ -28,7 +28,7 @@ from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
 PAGE = "https://page.example"
-STUCK, ENDLESS, PROBES = 140, 300, 9
+STUCK, ENDLESS, PROBES, IDLE = 200, 300, 9, 200
 WRONG = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=pb.DecodingParams(seed=-1))
 RIGHT = pb.GenerateRequest(
     token_ids=pb.TokenIds(ids=[5]), params=pb.DecodingParams(max_new_tokens=900, ignore_eos=True)
@@ -92,7 +92,7 @@ async def endless_clients(service: Service, count: int) -> AsyncIterator[None]:
 
 
 async def test_probes_and_refusals_wait_for_nobody(service: Service) -> None:
-    """Of old the router had 112 slots: 140 bodies that never came held it up for as long as they stayed.
+    """Of old the router had 112 slots: bodies that never came held it up for as long as they stayed.
 
     The median counts, because other processes may have the machine for a moment. Also, once in a while a probe finds
     the room that a request has just left.
@@ -127,6 +127,14 @@ async def test_probes_and_refusals_wait_for_nobody(service: Service) -> None:
     await service.all_free()
 
 
+async def head_of(reader: asyncio.StreamReader) -> bytes:
+    """The first line of an answer, all of which is read."""
+    first, *headers = (await reader.readuntil(b"\r\n\r\n")).splitlines()
+    [length] = [int(line.partition(b":")[2]) for line in headers if line.lower().startswith(b"content-length:")]
+    await reader.readexactly(length)
+    return first
+
+
 async def status_of(call: Awaitable[httpx.Response]) -> int | None:
     try:
         return (await call).status_code
@@ -145,6 +153,34 @@ async def code_of(call: Awaitable[object]) -> grpc.StatusCode:
 def serving(channel: grpc.aio.Channel) -> Awaitable[object]:
     call: Awaitable[object] = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
     return call
+
+
+async def test_idle_connections_do_not_stop_answers(service: Service) -> None:
+    """Over HTTP half of them have said nothing yet, half have had an answer; over gRPC each is a client's own."""
+    host, _, port = service.http.rpartition(":")
+    ask = f"GET /v1/models HTTP/1.1\r\nhost: {host}\r\n\r\n".encode()
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    async with AsyncExitStack() as opened:
+        channels = [
+            await opened.enter_async_context(grpc.aio.insecure_channel(service.grpc, options=own)) for _ in range(IDLE)
+        ]
+        await asyncio.gather(*(channel.channel_ready() for channel in channels))
+        connections = [await asyncio.open_connection(host, int(port)) for _ in range(IDLE)]
+        for _, writer in connections:
+            opened.callback(writer.close)
+        for reader, writer in connections[::2]:
+            writer.write(ask)
+            assert await asyncio.wait_for(head_of(reader), 10) == b"HTTP/1.1 200 OK"
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), params=pb.DecodingParams(max_new_tokens=4))
+        async with asyncio.timeout(20), client(service) as http, grpc.aio.insecure_channel(service.grpc) as another:
+            answer = await http.post("/v1/completions", json={"prompt": [5], "max_tokens": 4})
+            assert answer.status_code == 200 and len(answer.json()["choices"][0]["token_ids"]) == 4
+            for channel in (another, channels[0], channels[-1]):
+                assert len((await pb_grpc.GenerationServiceStub(channel).Generate(request)).token_ids) == 4
+            for reader, writer in connections[-2:]:  # each way of being idle
+                writer.write(ask)
+                assert await head_of(reader) == b"HTTP/1.1 200 OK"
+    await service.all_free()
 
 
 async def test_one_client_does_not_take_all_places_for_bodies(service: Service) -> None:

@@ -43,6 +43,15 @@ async def test_as_lm_eval_reads_a_remote_tokenizer(http: httpx.AsyncClient) -> N
     info = (await http.get("/tokenizer_info")).json()
     assert info["chat_template"] == TEMPLATE
     assert info["eos_token"] == "</s>" and info["bos_token"] == "<s>" and info["tokenizer_class"] == "ByteTokenizer"
+    assert info["text_prompt_gets_bos"] is True
+    nothing: dict[str, list[str]] = {"before": [], "after": []}
+    text = {"before": ["<s>"], "after": []}
+    assert info["special_tokens_added"] == {
+        "text_prompt": text,
+        "chat": nothing,
+        "token_ids": nothing,
+        "continuation": nothing,
+    }
     ids = (await http.post("/tokenize", json={"prompt": "one", "add_special_tokens": False})).json()["tokens"]
     assert (await http.post("/detokenize", json={"tokens": ids})).json()["prompt"] == "one"
 

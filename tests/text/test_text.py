@@ -17,7 +17,7 @@ from tests.goldens import VENDORED
 from tests.text.tokenizers_for_tests import SPECIAL, Plain, byte_level, metaspace, save, sentencepiece
 from twotower.errors import CheckpointError, InvalidRequest
 from twotower.text.answer_text import AnswerText, TextStream
-from twotower.text.tokenizer import Tokenizer, check_stop, encode_prompt, load_tokenizer, require_tokenizer
+from twotower.text.tokenizer import Tokenizer, around_text, check_stop, encode_prompt, load_tokenizer, require_tokenizer
 
 DEMO = Path(twotower.__file__).parent / "demo" / "checkpoint"
 TOKENIZERS = {"byte_level": cache(byte_level), "metaspace": cache(metaspace), "sentencepiece": cache(sentencepiece)}
@@ -266,6 +266,21 @@ def test_what_continues_a_prompt_has_no_special_tokens() -> None:
     assert bos == 1 and tokenizer.encode_continuation("words: 65\n") == prompt
     for name in TOKENIZERS:
         assert _plain(name).encode_continuation("lazy") == _plain(name).encode("lazy")
+
+
+class Ended(ByteTokenizer):
+    """With an EOS behind the text, too."""
+
+    def encode(self, text: str) -> list[int]:
+        return [*super().encode(text), 2]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return self.encode(text)[1:-1]
+
+
+def test_what_is_put_around_a_prompts_text() -> None:
+    assert around_text(_demo()) == ([_demo().described["bos_token"]], [])
+    assert around_text(Ended()) == (["<s>"], ["</s>"])
 
 
 @pytest.mark.parametrize("text", ["\ud800", "caf\udce9", 7, None, ["a"]])

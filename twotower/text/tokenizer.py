@@ -120,6 +120,13 @@ def _load(directory: Path, told: Mapping[str, object] | None) -> Any:
     )
 
 
+def around_text(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """The special tokens that it puts before and after a prompt's text, a BOS say, as the vocabulary writes them."""
+    whole, text = tokenizer.tokens(tokenizer.encode("a")), tokenizer.tokens(tokenizer.encode_continuation("a"))
+    start = next(place for place in range(len(whole)) if whole[place : place + len(text)] == text)
+    return whole[:start], whole[start + len(text) :]
+
+
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The directory's tokenizer, or None where it has none (token ids still work). Raises CheckpointError."""
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):

@@ -1,69 +1,28 @@
 """What a ScoreRequest asks for, and how it is answered: one continuation of a prompt, or several."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from cluster.runs.generation import CheckedScore, Generation, ScoreAsk
+from cluster.runs.continuations import FIRST, Continuations
 from cluster.runs.run import Scoring
 from twotower.core import ScoreEvent
 from twotower.errors import FieldError, InvalidRequest
 from twotower.pb.twotower.v1 import generation_pb2 as pb
 
 Part = str | Sequence[object]
-_FIRST = "continuation"
 _KINDS = ("more_continuation_texts", "more_continuation_token_ids")
 
 
-class ScoreAsks:
-    """A call's continuations, unchecked, under the client's names."""
-
-    def __init__(self, request: pb.ScoreRequest, label: str, own_id: str) -> None:
-        """Raises InvalidRequest where the client leaves out a part."""
-        parts = {name: _part(request, name) for name in ("prompt", _FIRST)}
-        missing = [name for name, part in parts.items() if part is None]
-        if missing:
-            raise InvalidRequest([FieldError(n, f"missing, wanted {n}_text or {n}_token_ids") for n in missing])
-        prompt, first = (part for part in parts.values() if part is not None)
-        self._named = [(_FIRST, first), *_further(request)]
-        ids = (own_id, *(f"{own_id}-{place}" for place in range(1, len(self._named))))
-        self._asks = [
-            ScoreAsk(prompt, part, label, request.priority, each)
-            for each, (_, part) in zip(ids, self._named, strict=True)
-        ]
-
-    def checked(self, generation: Generation) -> list[CheckedScore]:
-        """Raises InvalidRequest for the first that is wrong."""
-        checked = []
-        for name, ask in zip(self.names, self._asks, strict=True):
-            with told_under(name):
-                checked.append(generation.check_score(ask))
-        return checked
-
-    @property
-    def names(self) -> list[str]:
-        """What the client calls each."""
-        return [name for name, _ in self._named]
-
-
-@contextmanager
-def told_under(name: str) -> Iterator[None]:
-    """What is wrong with a continuation, under the client's name of it."""
-    try:
-        yield
-    except InvalidRequest as error:
-        if name == _FIRST:
-            raise
-        raise InvalidRequest([FieldError(_renamed(p.field, name), p.message) for p in error.problems]) from None
-
-
-def _renamed(field: str, name: str) -> str:
-    """The library knows one list of ids; what is too long about it is the continuation."""
-    known, bracket, place = field.partition("[")
-    if known == "continuation_token_ids":
-        return f"{name}.ids{bracket}{place}"
-    return name if known in (_FIRST, "token_ids") else field
+def continuations_of(request: pb.ScoreRequest, label: str, own_id: str) -> Continuations:
+    """Raises InvalidRequest where the client leaves out a part."""
+    parts = {name: _part(request, name) for name in ("prompt", FIRST)}
+    missing = [name for name, part in parts.items() if part is None]
+    if missing:
+        raise InvalidRequest([FieldError(n, f"missing, wanted {n}_text or {n}_token_ids") for n in missing])
+    prompt, first = (part for part in parts.values() if part is not None)
+    named = [(FIRST, first), *_further(request)]
+    return Continuations(prompt, named, label, request.priority, own_id, ids=".ids")
 
 
 def score_message(runs: Sequence[Scoring], events: Sequence[ScoreEvent]) -> pb.ScoreResponse:

@@ -19,14 +19,13 @@ from cluster.faces.grpc.messages import (
     piece_messages,
 )
 from cluster.faces.grpc.reflecting import enable_reflection
-from cluster.faces.grpc.scores import ScoreAsks, score_message, told_under
+from cluster.faces.grpc.scores import continuations_of, score_message
 from cluster.faces.grpc.tls import server_credentials
 from cluster.rereading import Rereading
 from cluster.runs.callers import Caller
 from cluster.runs.choices import told_of
 from cluster.runs.generation import Checked, Generation, drawn_id
 from cluster.runs.labels import OWN_ID, REQUEST_ID, is_label, label_of
-from cluster.runs.run import Scoring
 from cluster.runs.streams import drained
 from cluster.runs.trace_parent import TraceParent
 from twotower.core import Mode
@@ -77,13 +76,11 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         generation = self._generation
         deadline = generation.deadline(_timeout_of(context))
-        asks = ScoreAsks(request, *_names(request, context))
-        checked, caller, runs = asks.checked(generation), caller_of(generation, context), list[Scoring]()
+        asked = continuations_of(request, *_names(request, context))
+        checked, caller = asked.checked(generation), caller_of(generation, context)
         with generation.hold(checked, caller):
-            for name, one in zip(asks.names, checked, strict=True):
-                with told_under(name):
-                    runs.append(await generation.score_run(one, deadline, caller, _parent_of(context)))
-            return score_message(runs, await generation.scores(runs))
+            runs = await asked.runs(generation, checked, deadline, caller, _parent_of(context))
+            return score_message(runs, await asked.scores(generation, runs))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         prompts, deadline = self._generation.prompts, self._generation.deadline(_timeout_of(context))

@@ -56,12 +56,14 @@ class AnswerBodies(ABC):
         firsts = usages[:: self._call.tries]
         prompt, cached = (sum(getattr(usage, name) for usage in firsts) for name in ("prompt_tokens", "cached_tokens"))
         completion = sum(usage.completion_tokens for usage in usages)
+        costs = {name: sum(getattr(usage, name) for usage in usages) for name in COSTS}
         return UsageBody(
             prompt_tokens=prompt,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
             completion_tokens=completion,
             total_tokens=prompt + completion,
-            **{name: sum(getattr(usage, name) for usage in usages) for name in COSTS},
+            **costs,
+            tokens_per_step=completion / costs["num_steps"] if costs["num_steps"] else None,
             mode=self._mode,
         )
 

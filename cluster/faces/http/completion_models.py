@@ -141,7 +141,8 @@ class PromptTokensDetails(Body):
 
 
 class Usage(Body):
-    """What a call has cost, over all its prompts, and how it was decoded."""
+    """What a call has cost, over all its prompts, and how it was decoded. `tokens_per_step`: completion_tokens for each
+    of num_steps; none where there was no step, as in `ar`."""
 
     prompt_tokens: int
     prompt_tokens_details: PromptTokensDetails
@@ -153,6 +154,7 @@ class Usage(Body):
     num_accepted: int
     num_ar_blocks: int
     num_diffusion_blocks: int
+    tokens_per_step: float | None
     mode: Mode
 
 

@@ -13,7 +13,7 @@ import twotower
 from cluster.faces.http.chat_models import ChatChunk, ChatChunkAndUsage, ChatCompletion, ChatRequest
 from cluster.faces.http.completion_models import Completion, CompletionAndUsage, CompletionRequest
 from cluster.faces.http.neutral_values import NEUTRAL, NEUTRAL_IN_CHATS, Neutral
-from cluster.faces.http.scores import Score, ScoreBody
+from cluster.faces.http.scores import Score, ScoreBody, Scores
 from cluster.faces.http.tokens import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 
 _REF = "#/components/schemas/{model}"
@@ -58,7 +58,8 @@ _WHERE_ASKED = {
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path. `events`: of its stream. Where it answers without a model it is any JSON object."""
+    """One method of one path. `other`: another kind of answer. `events`: of its stream. Where it answers without a
+    model it is any JSON object."""
 
     method: str
     path: str
@@ -66,6 +67,7 @@ class Operation:
     body: type[BaseModel] | None = None
     answer: type[BaseModel] | None = None
     events: tuple[type[BaseModel], ...] = ()
+    other: type[BaseModel] | None = None
 
     @property
     def name(self) -> str:
@@ -90,7 +92,7 @@ OPERATIONS = (
         ChatCompletion,
         (ChatChunk, ChatChunkAndUsage),
     ),
-    Operation("post", "/v1/score", "How likely a continuation is after a prompt", ScoreBody, Score),
+    Operation("post", "/v1/score", "How likely continuations are after a prompt", ScoreBody, Score, other=Scores),
     Operation("post", "/tokenize", "The token ids of a text or of a chat", TokenizeBody, Tokenized),
     Operation("post", "/detokenize", "The text of token ids", DetokenizeBody, Detokenized),
     Operation("get", "/tokenizer_info", "What the tokenizer says of itself"),
@@ -125,9 +127,7 @@ def openapi() -> bytes:
 
 
 def _described(operation: Operation) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        "application/json": {"schema": _ref(operation.answer) if operation.answer else {"type": "object"}}
-    }
+    content: dict[str, Any] = {"application/json": {"schema": _answer(operation)}}
     if operation.events:
         kinds: list[Any] = [*map(_ref, operation.events), *({"$ref": _REF.format(model=n)} for n in ("Trace", "Error"))]
         content["text/event-stream"] = {"schema": {"anyOf": kinds}}
@@ -148,6 +148,11 @@ def _described(operation: Operation) -> dict[str, Any]:
     return told
 
 
+def _answer(operation: Operation) -> dict[str, Any]:
+    kinds = [_ref(model) for model in (operation.answer, operation.other) if model is not None]
+    return {"anyOf": kinds} if len(kinds) > 1 else next(iter(kinds), {"type": "object"})
+
+
 def _ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": _REF.format(model=model.__name__)}
 
@@ -155,7 +160,9 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
 def _schemas() -> dict[str, Any]:
     """Of all models, those within others too."""
     bodies = [(one.body, "validation") for one in OPERATIONS if one.body is not None]
-    answers = [(m, "serialization") for one in OPERATIONS for m in (one.answer, *one.events) if m is not None]
+    answers = [
+        (m, "serialization") for one in OPERATIONS for m in (one.answer, one.other, *one.events) if m is not None
+    ]
     _, made = models_json_schema([*bodies, *answers], ref_template=_REF)  # type: ignore[list-item]
     schemas: dict[str, Any] = dict(made["$defs"])
     for model, neutral in _NEUTRAL.items():

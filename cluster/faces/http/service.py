@@ -21,6 +21,7 @@ from cluster.faces.http.cross_origin import CrossOrigin
 from cluster.faces.http.docs_page import add_docs
 from cluster.faces.http.gate import Gate
 from cluster.faces.http.request_body import BodyReader
+from cluster.faces.http.request_head import HeadBound
 from cluster.faces.http.scores import ScoresFace
 from cluster.faces.http.tokens import TokensFace
 from cluster.runs.callers import KeyRefused
@@ -104,6 +105,7 @@ def make_app(
     add_docs(app)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(Gate, generation=generation)
+    app.add_middleware(HeadBound)
     app.add_middleware(ErrorBoundary)
     if cors_origins:
         app.add_middleware(CrossOrigin, origins=cors_origins)

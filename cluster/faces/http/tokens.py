@@ -16,6 +16,7 @@ from cluster.runs.generation import Generation
 from cluster.runs.prompts import Prompts
 from twotower.errors import FieldError, InvalidRequest
 from twotower.showing import show
+from twotower.text.tokenizer import Tokenizer, around_text
 
 TOKENS = "a list of token ids"
 _OF_CHATS = ("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs", "tools")
@@ -86,12 +87,26 @@ class TokensFace:
         return _answer(Detokenized(prompt=text))
 
     def info(self) -> dict[str, object]:
-        """With the chat template that is served. Raises InvalidRequest."""
+        """With the chat template that is served, and what is put around what a client sends. Raises InvalidRequest."""
         model = self._generation.model
         if model.tokenizer is None:
             raise InvalidRequest.of("tokenizer", "this checkpoint has no tokenizer")
         template = model.chat_template
-        return {**model.tokenizer.described, "chat_template": None if template is None else template.source}
+        described = model.tokenizer.described
+        return {
+            **described,
+            "chat_template": None if template is None else template.source,
+            **_added(model.tokenizer, described.get("bos_token")),
+        }
+
+
+def _added(tokenizer: Tokenizer, bos: object) -> dict[str, object]:
+    """What prompts get that are text. All else is taken as it is; a chat's template writes its special tokens."""
+    before, after = around_text(tokenizer)
+    nothing: dict[str, list[str]] = {"before": [], "after": []}
+    around = {"text_prompt": {"before": before, "after": after}, "chat": nothing}
+    around |= {"token_ids": nothing, "continuation": nothing}
+    return {"text_prompt_gets_bos": bos in before, "special_tokens_added": around}
 
 
 async def _tokenized(prompts: Prompts, body: TokenizeBody, deadline: Deadline) -> tuple[int, ...]:
