@@ -170,11 +170,12 @@ def scores_ask_of(
     prompt: Prompt, continuations: Sequence[Prompt], options: Mapping[str, Any]
 ) -> tuple[ScoreAsk, float | None]:
     """As `ask_of`."""
-    if isinstance(continuations, str) or not isinstance(continuations, Sequence) or not continuations:
-        got = (
-            "none" if isinstance(continuations, Sequence) and not continuations else f"a {type(continuations).__name__}"
-        )
+    given: object = continuations  # whatever the caller made of the annotation
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        got = f"a {type(given).__name__}"
         raise InvalidRequest.of("continuations", f"got {got}, wanted a list of texts or of lists of token ids")
+    if not given:
+        raise InvalidRequest.of("continuations", "got none, wanted a list of texts or of lists of token ids")
     return _score_ask(prompt, [(f"continuations[{place}]", one) for place, one in enumerate(continuations)], options)
 
 
