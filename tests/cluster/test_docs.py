@@ -75,7 +75,7 @@ def test_limits(name: str, allowed: str) -> None:
         ("stop strings", f"{MAX_STOP_STRINGS}, of {MAX_STOP_CHARACTERS} characters each"),
         ("`stop_token_ids`", f"{MAX_STOP_TOKEN_IDS}; one twice is one"),
         ("`model`, `user`, `name` of a message, `safety_identifier`, `prompt_cache_key`", f"{MAX_LABEL} characters"),
-        ("messages of a chat", f"{MAX_MESSAGES:,}"),
+        ("messages of a chat; over gRPC counted before they are read", f"{MAX_MESSAGES:,}"),
         ("parts of a message", f"{MAX_PARTS:,}"),
         ("processor time that a chat template takes", f"{RENDERED_S:g} s"),
         ("answers of one call: `n` or `best_of`, times its prompts", f"{MAX_PROMPTS}"),

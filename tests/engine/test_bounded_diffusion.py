@@ -38,7 +38,7 @@ def test_no_token_comes_that_is_cut_off_and_every_answer_is_a_word() -> None:
 
 
 def _request(name: str, **params: Any) -> Request:
-    return Request(RequestId(name), (5, 90, 33, 200, 11), replace(HOT, **params))
+    return Request(RequestId(name), (5, 90, 33, 200, 11), replace(HOT, ignore_eos=True, **params))
 
 
 def test_the_demos_engines_take_them() -> None:

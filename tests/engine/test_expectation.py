@@ -190,8 +190,10 @@ async def test_with_nothing_but_the_deltas_of_commits_lost(demo: Towers, monkeyp
             write(self, spans, tensors)
 
     monkeypatch.setattr(TowerCache, "write", forgetful)
-    async with split_pair(demo, 1, replace(SETTINGS, max_sequences=1)) as pair:
-        with pytest.raises(Unavailable, match=r"self-test in diffusion mode failed: got \d+ of 28 known answers right"):
+    async with split_pair(demo, 1, replace(SETTINGS, max_sequences=1, max_sequence_length=256)) as pair:
+        with pytest.raises(
+            Unavailable, match=r"self-test in diffusion mode failed: got \d+ of \d+ known answers right"
+        ):
             await self_test(pair, (Mode.DIFFUSION,), 60, expected)
 
 
@@ -248,7 +250,9 @@ async def test_a_cache_that_is_full_just_now_is_not_too_small(demo: Towers, capl
         async with aclosing(pair.generate(plain_request("long", Mode.AR, 100))) as events:
             await anext(events)
             assert pair.ledger.context.free_pages < 5
-            test = asyncio.create_task(self_test(pair, (Mode.AR,), 60, Expectation(expected.sample, ())))
+            test = asyncio.create_task(
+                self_test(pair, (Mode.AR,), 60, Expectation(expected.sample[:10], ()))
+            )  # short ones
             await asyncio.sleep(0)
         await test
     assert "left out" not in caplog.text
