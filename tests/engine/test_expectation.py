@@ -250,9 +250,8 @@ async def test_a_cache_that_is_full_just_now_is_not_too_small(demo: Towers, capl
         async with aclosing(pair.generate(plain_request("long", Mode.AR, 100))) as events:
             await anext(events)
             assert pair.ledger.context.free_pages < 5
-            test = asyncio.create_task(
-                self_test(pair, (Mode.AR,), 60, Expectation(expected.sample[:10], ()))
-            )  # short ones
+            short = Expectation(expected.sample[:10], ())
+            test = asyncio.create_task(self_test(pair, (Mode.AR,), 60, short))
             await asyncio.sleep(0)
         await test
     assert "left out" not in caplog.text
