@@ -11,7 +11,7 @@ help:
 	@echo "make serve         start the service on this machine; Ctrl-C stops it"
 	@echo "make test          run the tests (PYTEST_ARGS='-m \"not ray\"' for a part of them)"
 	@echo "make test-alone    those without a cluster, the quick part"
-	@echo "make test-cluster  those on a local Ray, and beside them slow ones"
+	@echo "make test-cluster  those on a local Ray, and slow ones"
 	@echo "make test-kernels  those of the real kernel packages, which need no GPU but .venv-kernels"
 	@echo "make test-long     further cases of some of them, half an hour; in no other target, nor in CI"
 	@echo "make check         formatting, lint, types, import contracts, drift of stubs and of docs, broken protos"
@@ -45,8 +45,8 @@ test-alone: env
 	@$(PY) scripts/run_tests.py alone
 
 test-cluster: env
-	@echo "[2/3] Tests on a local Ray, and slow ones in the time that they leave"
-	@$(PY) scripts/run_tests.py cluster slow
+	@echo "[2/3] Tests on a local Ray, and slow ones"
+	@$(PY) scripts/run_tests.py cluster
 
 # Triton's interpreter is chosen for a whole process, and these packages are built without CUDA: nothing of it may
 # reach .venv.
