@@ -89,7 +89,7 @@ def results(directory: Path) -> dict[str, dict[str, float]]:
 
 def likelihoods(directory: Path, checkpoint: Path) -> Iterator[tuple[list[int], int, float, bool]]:
     """Of each choice: prompt and continuation as lm-eval tokenized them, where the continuation begins, and what
-    lm-eval found."""
+    lm-eval found. It counts blanks at a prompt's end, and so the line break, as the continuation's."""
     from transformers import AutoTokenizer  # a second, which whoever collects tests would spend too
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -98,5 +98,5 @@ def likelihoods(directory: Path, checkpoint: Path) -> Iterator[tuple[list[int], 
         sample = json.loads(line)
         for number, answered in enumerate(sample["filtered_resps"]):
             prompt, continuation = sample["arguments"][f"gen_args_{number}"].values()
-            token_ids, start = tokenizer(prompt + continuation).input_ids, len(tokenizer(prompt).input_ids)
+            token_ids, start = tokenizer(prompt + continuation).input_ids, len(tokenizer(prompt.rstrip()).input_ids)
             yield token_ids, start, float(answered[0]), str(answered[1]) == "True"
