@@ -13,7 +13,6 @@ include_patterns = [
     "*.md",
     "benchmarks/README.md",
     "benchmarks/results/*.md",
-    "benchmarks/results/*/*.md",
     "deploy/README.md",
     "tests/golden/FORMAT.md",
     "twotower/demo/checkpoint/README.md",
