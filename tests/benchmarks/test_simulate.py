@@ -102,7 +102,8 @@ def test_a_router_before_cells_of_one_slot_is_m_d_c(cells: int, load: float) -> 
 
     result = simulated(run())
     assert not any(one.error for one in result.outcomes)
-    assert mean(one.latency_s - 1.0 for one in result.outcomes[100:]) == pytest.approx(wanted, rel=0.2)
+    # A thousand waits that hang together; random times in the cell would make the mean twice as long.
+    assert mean(one.latency_s - 1.0 for one in result.outcomes[100:]) == pytest.approx(wanted, rel=0.3)
 
 
 def small(
