@@ -133,7 +133,7 @@ class SimulatedCell:
 
     def __init__(self, draw: random.Random, mirrored: bool, closing: ExitStack) -> None:
         self.draw, self.mirrored = draw, mirrored
-        failures = draw.choice([0.0, 0.02])
+        failures = draw.choice([0.0, 0.02, 0.02])
         slots, pages = draw.randint(1, 6), draw.randint(5, 24)
         settings = EngineSettings(
             max_sequences=slots,
@@ -258,9 +258,9 @@ def _play(seed: int, mirrored: bool = False) -> Counter[str]:
 def _played(seed: int, draw: random.Random, mirrored: bool, closing: ExitStack) -> Counter[str]:
     cell = SimulatedCell(draw, mirrored, closing)
     requests = [_request(n, draw) for n in range(draw.randint(1, 12))]
-    if draw.random() < (0.6 if mirrored else 0.3):
+    if draw.random() < 0.6:
         requests = _alike(requests, draw)
-    elif draw.random() < 0.7:
+    if draw.random() < 0.8:
         requests = _begin_alike(requests, draw)
     biggest = 16 * cell.ledger.context.free_pages
     waiting = [r for r in requests if r.positions <= biggest]
@@ -335,9 +335,9 @@ def test_random_schedules(batch: int) -> None:
             seen += _play(seed)
     assert seen["finished"] > 2 * per_batch
     assert seen["cancelled"] > per_batch // 20, "too few cancellations to show anything"
-    assert seen["failed"], "too few failures to show anything"
-    assert seen["halved"], "too few batches in halves to show anything"
-    assert seen["hits"] > per_batch // 8 and seen["evicted"] > per_batch // 20, "too few prefixes to show anything"
+    assert seen["failed"] > per_batch // 20, "too few failures to show anything"
+    assert seen["halved"] > per_batch // 20, "too few batches in halves to show anything"
+    assert seen["hits"] > per_batch // 4 and seen["evicted"] > per_batch // 20, "too few prefixes to show anything"
 
 
 @pytest.mark.parametrize("batch", range(MIRRORED_BATCHES))
@@ -349,4 +349,4 @@ def test_random_schedules_over_mirrors(batch: int) -> None:
     with torch.inference_mode():
         for seed in range(first, first + per_batch):
             seen += _play(seed, mirrored=True)
-    assert seen["finished"] > 2 * per_batch and seen["cancelled"] > 1 and seen["failed"], seen
+    assert seen["finished"] > 2 * per_batch and seen["cancelled"] > 1 and seen["failed"] > 1, seen
