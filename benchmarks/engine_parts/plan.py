@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def engine(self) -> EngineSettings:
-        """Room for the long prompt beside everybody else."""
+        """Room for the long prompt beside everybody else. No prefixes are kept: every round reads its prompts anew."""
         longest = self.long_prompt + self.max_new_tokens
         room = (self.most + 1) * 512 + longest
         return EngineSettings(
@@ -78,6 +78,7 @@ class Plan:
             cache_tokens=room,
             max_queued_requests=4 * self.most,
             capture=self.capture,
+            prefix_cache_bytes=0,
         )
 
     def requests_at(self, concurrency: int) -> int:

@@ -61,8 +61,12 @@ def _title(process: psutil.Process) -> str:
 
 
 async def said_by(port: Port) -> str:
-    """`HTTP 401`, `HTTP 200 metrics`, `gRPC UNAUTHENTICATED`, …; `nothing` where it hangs up or stays silent."""
-    reader, writer = await asyncio.open_connection(port.at, port.port)
+    """`HTTP 401`, `HTTP 200 metrics`, `gRPC UNAUTHENTICATED`, …; `nothing` where it hangs up or stays silent, `gone`
+    where nobody listens any more."""
+    try:
+        reader, writer = await asyncio.open_connection(port.at, port.port)
+    except ConnectionRefusedError:
+        return "gone"
     try:
         writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         async with asyncio.timeout(1 if port.is_towers else 30):

@@ -153,7 +153,8 @@ def is_as_described(content: Any, response: httpx.Response) -> None:
 
 
 def test_the_cases_are_of_all_kinds() -> None:
-    """Or nothing would be tested: each operation with a body answers some, and refuses some."""
+    """Or nothing would be tested: each operation with a body answers some, and refuses some. (Of the others there is
+    hardly a second case, so that some may not be drawn; tests/cluster/test_http.py asks each.)"""
     seen = Counter[tuple[str, bool]]()
     transport = httpx.ASGITransport(make_app(generation(ScriptedCells()), all_modes))
     client = httpx.AsyncClient(transport=transport, base_url="http://fake")
@@ -166,7 +167,7 @@ def test_the_cases_are_of_all_kinds() -> None:
 
         note()
     wanted = {(one.path, answered) for one in OPERATIONS for answered in (True, False) if one.body is not None}
-    assert wanted <= seen.keys() and {path for path, _ in seen} == {one.path for one in OPERATIONS}, seen
+    assert wanted <= seen.keys(), wanted - seen.keys()
 
 
 @contextmanager

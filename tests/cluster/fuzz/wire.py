@@ -59,9 +59,11 @@ def messages(kind: Descriptor, most: int = 6) -> Bytes:
 @cache
 def _fields(kind: Descriptor) -> Bytes:
     known = [_own(one) for one in kind.fields]
-    numbers = st.sampled_from([one.number for one in kind.fields] or [1]) | _STRAY_NUMBERS
-    stray = st.builds(field, numbers, _values())
-    return weighted((12, st.one_of(known)), (1, stray)) if known else stray
+    stray = st.builds(field, _STRAY_NUMBERS, _values())
+    if not known:
+        return stray
+    mistyped = st.builds(field, st.sampled_from([one.number for one in kind.fields]), _values())
+    return weighted((12, st.one_of(known)), (1, mistyped), (1, stray))
 
 
 @cache
