@@ -113,7 +113,7 @@ class DecodingParams:
     confidence_threshold: float = Parameter(
         0.8,
         Number(0, 1),
-        "γ: positions whose probability is strictly above it are fixed at once; 0: the whole block in one step, "
+        "γ: a step fixes the positions whose probability is strictly above γ; 0: the whole block in one step, "
         "1: one position per step",
         _DIFFUSION,
         http="diffusion.confidence_threshold",
@@ -122,17 +122,20 @@ class DecodingParams:
     temperature: float = Parameter(
         0.0,
         Number(0, MAX_TEMPERATURE),
-        "0 is greedy: `seed`, `top_k` and `top_p` are taken, but have no effect then",
+        "0 is greedy: `seed`, `top_k` and `top_p` are accepted, but then have no effect",
         by_service=True,
     ).field
-    top_k: int = Parameter(0, Integer(0, MAX_COUNT), "sample among so many likeliest tokens", off=0).field
+    top_k: int = Parameter(0, Integer(0, MAX_COUNT), "sample among this many of the likeliest tokens", off=0).field
     top_p: float = Parameter(
-        1.0, Number(0, 1, low_open=True), "sample among the likeliest tokens of this total", off=1.0
+        1.0,
+        Number(0, 1, low_open=True),
+        "sample among the likeliest tokens whose probabilities add up to this",
+        off=1.0,
     ).field
     seed: int = Parameter(
         0,
         Integer(0, MAX_SEED),
-        "decides every random number, whoever shares the batch",
+        "decides every random number, whatever else is in the batch",
         drawn=True,
         default_is="drawn and returned",
     ).field
@@ -151,7 +154,7 @@ class DecodingParams:
     draft_threshold: float = Parameter(
         0.6,
         Number(0, 1),
-        "positions whose probability is strictly above it are drafted at once; never changes a token",
+        "a step of a draft fixes the positions whose probability is strictly above it; never changes a token",
         _VERIFIED,
         http="diffusion.draft_threshold",
         by_service=True,
@@ -168,7 +171,7 @@ class DecodingParams:
     min_p: float = Parameter(
         0.0,
         Number(0, 1),
-        "sample among tokens of at least this share of the likeliest one's probability",
+        "sample among tokens with at least this share of the likeliest token's probability",
         off=0.0,
     ).field
     min_tokens: int = Parameter(
@@ -184,21 +187,21 @@ class DecodingParams:
     presence_penalty: float = Parameter(
         0.0,
         Number(-MAX_PENALTY, MAX_PENALTY),
-        "is taken off the logit of each token that the answer has already",
+        "is subtracted from the logit of each token that is in the answer already",
         _CAUSAL,
         off=0.0,
     ).field
     frequency_penalty: float = Parameter(
         0.0,
         Number(-MAX_PENALTY, MAX_PENALTY),
-        "is taken off a token's logit as often as the answer has the token already",
+        "is subtracted from a token's logit once for each time that the token is in the answer already",
         _CAUSAL,
         off=0.0,
     ).field
     repetition_penalty: float = Parameter(
         1.0,
         Number(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
-        "divides the logit of each token that prompt or answer have already; multiplies it where it is below 0",
+        "divides the logit of each token that is in prompt or answer already; multiplies a logit below 0",
         _CAUSAL,
         off=1.0,
     ).field
@@ -206,7 +209,7 @@ class DecodingParams:
     structured_outputs: Constraint | None = Parameter(
         None,
         Constraints(MAX_CONSTRAINT_BYTES),
-        "the text is what is described: EOS may come only where it is whole; needs a tokenizer",
+        "the text matches this description: EOS may come only where the text is complete; needs a tokenizer",
         default_is="any text",
     ).field
 
