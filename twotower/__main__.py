@@ -8,7 +8,7 @@ from io import TextIOWrapper
 from twotower.commands import main
 
 if __name__ == "__main__":
-    # What goes wrong is said once, in one line, by the command itself.
+    # The command itself reports an error, once and in one line.
     logging.getLogger("twotower").addHandler(logging.NullHandler())
     logging.getLogger("twotower").propagate = False
     for stream in (sys.stdout, sys.stderr):

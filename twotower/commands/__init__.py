@@ -1,7 +1,7 @@
 """The command line: arguments in, files and terminal out, exit codes. The only part of the library that prints.
 
-Exit codes: 0 done, 1 a run that failed or lines that were skipped, 2 input that cannot be served as it is, 130 Ctrl-C.
-A failure is one line on stderr; nothing ends in a traceback.
+Exit codes: 0 done, 1 a run failed or lines were skipped, 2 the input cannot be served, 130 Ctrl-C. A failure is one
+line on stderr, without a traceback.
 """
 
 import os
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted")
     except BrokenPipeError:
-        # Whoever read our output has enough of it; the interpreter must not try to flush it again.
+        # The reader of our output has closed it; the interpreter must not try to flush it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except TwoTowerError as error:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(options: Namespace) -> int:
-    """How much failed."""
+    """The number of failures."""
     if options.command == "bench":
         try:
             from twotower.commands.bench.command import bench
@@ -53,7 +53,7 @@ def _run(options: Namespace) -> int:
         from twotower.commands.quantize import quantize
 
         return quantize(options)
-    # Brings torch, which takes seconds; --help and a mistyped flag need not wait for it.
+    # Imports torch, which takes seconds; --help and a mistyped flag need not wait for it.
     from twotower.commands.generate import generate
 
     return generate(options).num_failed

@@ -1,4 +1,4 @@
-"""How all our commands read their flags: errors of one line, no abbreviations, values as JSON would have them."""
+"""How all our commands read their flags: errors of one line, no abbreviations, values as in JSON."""
 
 import argparse
 import json
@@ -6,23 +6,25 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and which takes no abbreviated flags. Its subparsers are alike."""
+    """An argument parser whose errors are one line, and which takes no abbreviated flags. Its subparsers are of the
+    same class.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
-            # argparse takes what begins with a dash for a flag.
+            # argparse takes a value that begins with a dash for a flag.
             message += " (a value that begins with - is written --flag=VALUE)"
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def number(text: str) -> object:
-    """The number a flag spells, or its text, so that validation says the same of it as of a JSON value."""
+    """The number in a flag's text, or the text itself: validation then gives the same error as for a JSON value."""
     for kind in (int, float):
         try:
-            # Python alone knows 1_0.
+            # Only Python reads 1_0 as a number.
             return text if "_" in text else kind(text)
         except ValueError:
             continue
@@ -45,18 +47,18 @@ def share(text: str) -> float:
 
 
 def ids(text: str) -> list[object]:
-    """Token ids with commas between them; what is no number stays text, for validation to refuse by its place."""
+    """Token ids separated by commas; an entry that is no number stays text, and validation refuses it by its place."""
     return [number(part) for part in text.split(",")] if text.strip() else []
 
 
 def biases(text: str) -> dict[str, object]:
-    """Token ids and numbers, as `ids` has a list: what is none stays text."""
+    """Pairs of token id and number; as in `ids`, other entries stay text."""
     pairs = (part.partition(":") for part in text.split(",")) if text.strip() else ()
     return {token.strip(): number(bias) for token, _, bias in pairs}
 
 
 def json_value(text: str) -> object:
-    """What JSON text says; what is no JSON stays text."""
+    """The value of a JSON text; other text stays text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
