@@ -1,4 +1,5 @@
-"""Verifies drafts: reads a block with logits, keeps of it what `ar` would have written, and tells the token after that.
+"""Verifies drafts: reads a block with logits, keeps the part that `ar` would have written, and decides the token after
+it.
 
 The token after a prompt is decided here, too. Knows neither ports nor how a draft was made.
 """
@@ -31,7 +32,7 @@ from twotower.model.transfer import on_device
 
 
 class _Place(NamedTuple):
-    """How the token of one position is chosen; with how many alternatives its likelihood is told, if at all."""
+    """How the token of one position is chosen, and the number of alternatives in its likelihood, if it has one."""
 
     params: TokenParams
     alternatives: int | None
