@@ -4,8 +4,8 @@ P positions of any rows are handled together, and each result depends only on it
 largest tensor. So only logits of masked positions are made, `positions_at_once` at a time; tensors computed from them
 are at most as large.
 
-A guess is a row of [P,4] in fp32: the token's id, its confidence, the ratio of runner-up to winner, and the sum of the
-logits. The sum is finite if the logits are.
+A guess is a row of [P,4] in fp32: token id, confidence, the ratio of runner-up to winner, and the sum of the logits.
+The sum is finite if the logits are.
 """
 
 from collections.abc import Sequence
@@ -103,8 +103,8 @@ def _best_within(
 ) -> tuple[Tensor, Tensor]:
     """The highest score among the remaining tokens: a draw in proportion to their probabilities.
 
-    Another cut would change the result in two cases: the winner is one of the last kept tokens, or one of the first
-    excluded tokens has a higher score.
+    The result depends on the cut if the winner is one of the last kept tokens, or if one of the first excluded tokens
+    has a higher score.
     """
     left = cut(probabilities_PV, bounds)
     out_PV = left.kept_RV <= 0
