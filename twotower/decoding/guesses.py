@@ -103,8 +103,8 @@ def _best_within(
 ) -> tuple[Tensor, Tensor]:
     """The highest score among the remaining tokens: a draw in proportion to their probabilities.
 
-    The result depends on the cut if the winner is one of the last kept tokens, or if one of the first excluded tokens
-    has a higher score.
+    The cut matters if the winner is one of the last kept tokens, or if one of the first excluded tokens has a higher
+    score.
     """
     left = cut(probabilities_PV, bounds)
     out_PV = left.kept_RV <= 0

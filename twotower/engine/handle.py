@@ -15,8 +15,8 @@ class EngineStats:
     denoiser had sequences and stepped none, because all waited for their commits' deltas. `prompt_wait_s`: the same,
     with some waiting for their prompts' deltas. `exchange_…`: counts of received deltas. `free_memory`: bytes that the
     device has left for the process, if the system says. `process`: its id. `prefix_…`: prompts of a context tower that
-    were long enough for a kept prefix, how many had one, positions that were not read, evicted prefixes, and bytes of
-    kept prefixes, whose pages count as free. `out_of_memory`: passes that found no memory.
+    were long enough for a kept prefix, how many had one, and positions that were not read. Further: evicted prefixes,
+    and bytes of kept prefixes, whose pages count as free. `out_of_memory`: passes that found no memory.
     """
 
     tower: str

@@ -1,7 +1,7 @@
 """The cell's admission ledger: who may start, decided before any tower is touched.
 
-Has a `Room` for each cache of the cell's towers. A request gets all the room it may ever need in each of them, or none,
-so an admitted request never fails for want of room. Pure Python.
+Has a `Room` for each cache of the cell's towers. A request gets all the room it may ever need in each of them, or none.
+So an admitted request never fails for want of room. Pure Python.
 """
 
 from collections import deque
@@ -18,8 +18,8 @@ MAX_PASSED = 64
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of an admitted request: the denoiser that leads it, if any, and the room that it holds in the context
-    tower's cache and in that denoiser's mirror, if there is one.
+    """An admitted request's place: the denoiser that leads it, if any, and its room in the context tower's cache and in
+    the denoiser's mirror.
     """
 
     denoiser: int | None

@@ -1,7 +1,7 @@
 """Costs of forwards, measured while they run: seconds by kind of pass and number of rows.
 
-A cost is a median of readings, because a single reading may be far too long: its pass was recorded, or run for the
-first time. Knows no device and no mode.
+A cost is a median of readings: a single reading may be far too long, like that of a first pass or a recording. Knows no
+device and no mode.
 """
 
 from collections import deque

@@ -50,8 +50,8 @@ _UNOPENED = -1  # the slot of a sequence that has none yet
 
 
 class _Needs(NamedTuple):
-    """The needs of a sequence that waits for its slot: positions that it may fill, the number of prefixes that need not
-    be read, the prompt's end.
+    """The needs of a sequence that waits for its slot: the positions it may fill, the prefixes that need not be read,
+    the prompt's end.
     """
 
     positions: int

@@ -30,7 +30,9 @@ class Writer(Protocol):
         ...
 
     def wrote(self, token: int, margin: float, took: Took | None, likelihood: Likelihood | None) -> bool:
-        """Called with the next token; returns whether it is the last for now. `took`: the forward; None for a prompt's."""
+        """Called with the next token; returns whether it is the last for now. `took`: the forward; None for a prompt's
+        token.
+        """
         ...
 
     def failed(self) -> None:
