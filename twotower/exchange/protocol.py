@@ -80,8 +80,8 @@ Command = Prefill | Commit | Release
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """The cost of a forward of the context tower: its rows, in blocks of the usual width, and the seconds until the
-    host knew its outcome (`engine.steps.clock_for`).
+    """The cost of a forward of the context tower: rows, in blocks of the usual width, and seconds until the host knew
+    its outcome (`engine.steps.clock_for`).
     """
 
     rows: int
