@@ -29,18 +29,18 @@ from cluster.served_paths import checkpoint_directory
 logger = logging.getLogger(__name__)
 
 APP_NAME = "twotower"
-# Beyond what the ledger takes, so that it is the ledger that refuses, and health checks get through.
+# More than the ledger takes, so that the ledger refuses and health checks get through.
 _HEADROOM = 16
-# Beyond what a router has under way and lets arrive, so that it is the router that refuses, and answers probes at once.
+# More than a router holds and lets arrive, so that the router refuses and answers probes at once.
 _PROBES = 1024
 # Serve calls the first deprecated in favour of a variable of the environment that nothing in 2.60 reads.
-_LOAD_TOLD_S, _LOAD_KEPT_S = 1.0, 2.0  # the policy looks at the last word; Serve wants the second to be more
-_SURGE = 100  # percent: after a change as many new ones start as there are old ones, which go then
+_LOAD_TOLD_S, _LOAD_KEPT_S = 1.0, 2.0  # the policy uses the newest report; Serve wants the second number to be larger
+_SURGE = 100  # percent: after a change as many new replicas start as there are old ones, which then end
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # Serve's own lines; ours go to stderr
 
 
 class CellReplica(Cell):
-    """A Cell as Serve names it and ends it."""
+    """A Cell with Serve's name and end."""
 
     async def __init__(self, settings: CellSettings, model: str) -> None:  # type: ignore[misc]
         await super().__init__(settings, name=serve.get_replica_context().replica_id.unique_id, model=model)
@@ -50,7 +50,7 @@ class CellReplica(Cell):
 
 
 class RouterReplica(Router):
-    """A Router as Serve names it and ends it."""
+    """A Router with Serve's name and end."""
 
     async def __init__(self, config: ServiceConfig, cells: "DeploymentHandle[Any]") -> None:  # type: ignore[misc]
         replica = serve.get_replica_context().replica_id
@@ -62,20 +62,21 @@ class RouterReplica(Router):
 
 
 def build(args: Mapping[str, Any] | ServiceConfig) -> Application:
-    """The application of a configuration. Raises ConfigError naming every wrong setting, and where Serve's HTTP proxies
-    do not speak TLS as it says: a Serve YAML tells them so in `http_options`."""
+    """The application of a configuration. Raises ConfigError naming every wrong setting. Also raises it if Serve's HTTP
+    proxies do not speak TLS as configured; a Serve YAML sets that in `http_options`.
+    """
     config = args if isinstance(args, ServiceConfig) else ServiceConfig.parse(args)
     serving = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     if serving is not None:
         check_same(serving.http_config, config.ingress, TLS)
-    choice = choose(config, nodes_there())  # once, for all cells that are ever to come
+    choice = choose(config, nodes_there())  # once, for all later cells
     logger.info("%s", choice.why)
     cells = cell_deployment(choice.config).bind(cell_settings(choice.config), served_name(choice.config))
     return router_deployment(choice.config).bind(choice.config, cells)
 
 
 def cell_settings(config: ServiceConfig) -> CellSettings:
-    """What the actors are told of a configuration without `auto`."""
+    """The actors' settings, from a configuration without `auto`."""
     cell = config.cell
     return CellSettings(
         str(checkpoint_directory(config.model.checkpoint)),
@@ -114,7 +115,7 @@ def cell_deployment(config: ServiceConfig) -> serve.Deployment:
         graceful_shutdown_timeout_s=cluster.drain_timeout_s,
         max_surge_percent=_SURGE if cluster.surge else 0,
         health_check_period_s=1.0,
-        health_check_timeout_s=10.0,  # of three that are missed in a row Serve replaces the cell
+        health_check_timeout_s=10.0,  # Serve replaces the cell after three failures in a row
         placement_group_bundles=requested,
         placement_group_strategy=STRATEGY,
         ray_actor_options={"num_cpus": requested[0]["CPU"]},
@@ -123,10 +124,10 @@ def cell_deployment(config: ServiceConfig) -> serve.Deployment:
 
 
 def router_deployment(config: ServiceConfig) -> serve.Deployment:
-    """Routers are of fixed number: a change among ingress replicas cuts streams.
+    """The number of routers is fixed: a change among ingress replicas cuts streams.
 
-    Serve starts each on another node than the last, where there is one. Without `max_replicas_per_node`, which would
-    leave a lost node's router, or a newer version's, waiting for a node of its own.
+    Serve starts each router on another node than the last, if possible. `max_replicas_per_node` is not set: with it a
+    lost node's router, or a newer version's, would wait for a node of its own.
     """
     replica = serve.ingress()(RouterReplica)
     return _deployment(replica).options(
@@ -135,7 +136,7 @@ def router_deployment(config: ServiceConfig) -> serve.Deployment:
         max_ongoing_requests=admission(config).most + MAX_BODIES + _PROBES,
         max_constructor_retry_count=config.cluster.start_tries,
         graceful_shutdown_timeout_s=config.cluster.drain_timeout_s + 2 * LAST_WORDS_S,
-        health_check_period_s=1.0,  # by which a router knows since when it is to go
+        health_check_period_s=1.0,  # from which a router knows when Serve began to remove it
         max_surge_percent=_SURGE,  # a router needs no GPU
         ray_actor_options={"num_cpus": ROUTER_CPUS},
         logging_config=_LOGGING,
@@ -151,5 +152,5 @@ def _ongoing_requests(config: ServiceConfig) -> int:
 
 
 def nodes_there() -> Nodes:
-    """What each node of the cluster has."""
+    """The resources of each node of the cluster."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,4 +1,4 @@
-"""One cell of the service: a replica that holds one pair of towers and answers for it."""
+"""One cell of the service: a replica that holds one pair of towers."""
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -24,11 +24,11 @@ from twotower.transport.handshake import Address
 
 logger = logging.getLogger(__name__)
 
-KNOWN = tuple(PARAMETERS)  # of requests, by this version
+KNOWN = tuple(PARAMETERS)  # parameters of requests, in this version
 
 
 class Running(Protocol):
-    """A pair with its processes, as `actors.cell.start_pair` gives it."""
+    """A pair with its processes, as made by `actors.cell.start_pair`."""
 
     pair: Pair
     fingerprint: str
@@ -65,7 +65,7 @@ class CellStats:
 async def _start(settings: CellSettings) -> Running:
     group = get_current_placement_group()
     assert group is not None, "a cell's replica is deployed with a placement group"
-    # With torch: routers and `up` know this module too, and are spared it.
+    # Imports torch here, because routers and `up` import this module without needing torch.
     from actors.cell import start_pair
 
     return await start_pair(settings, group)
@@ -81,7 +81,7 @@ class Cell:
         name: str = "cell",
         model: str = "",
     ) -> None:
-        """`name`: no other cell has it. `model`: what metrics call the model."""
+        """`name`: unique among cells. `model`: the model's name in metrics."""
         log_to_stderr()
         self.name = name
         logger.info("starting %s towers from %s", settings.placement, settings.checkpoint)
@@ -95,10 +95,10 @@ class Cell:
         logger.info("the towers are ready")
 
     async def run(self, request: AnyRequest, timeout_s: float, reply_to: ReplyTo, wishes: Wishes = NO_WISHES) -> None:
-        """Decode or score one request; its events go to the router that asked. An error of ours is the last of them.
+        """Decode or score one request; its events go to the asking router. An error of ours is the last event.
 
-        A cell that cannot serve says so instead of taking it. Raises Unavailable where that router is gone; the
-        sequence is given up.
+        A cell that cannot serve the request refuses it. Raises Unavailable if the router is lost; the sequence is then
+        freed.
         """
         line = await self._lines.to(reply_to.address)
         with line.held():
@@ -128,7 +128,7 @@ class Cell:
             yield FailureEvent(request.id, error)
 
     async def served(self, address: Address, wishes: Wishes = NO_WISHES) -> tuple[Mode, ...]:
-        """The modes that it serves now. The router at this address has a line to it from now on."""
+        """The modes that the cell serves now. From now on the router at this address has a line to the cell."""
         await self._lines.to(address)
         return self._running.served()
 
@@ -155,11 +155,11 @@ class Cell:
         return CellStats(ledger.running, ledger.waiting, towers, homes)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve tells cluster.scaling.Policy of this cell."""
+        """This cell's numbers for cluster.scaling.Policy."""
         return await self._meter.read(self._running.pair.ledger, self._heard, self._lines.waits())
 
     async def _heard(self) -> list[EngineStats]:
-        """The towers' counters, asked once a second for all who want them."""
+        """The towers' counters, read once a second for all users."""
         towers = await self._running.stats()
         self._watch.hears(towers, [int(home["pid"]) for home in self._running.homes if home])
         self._signs.hears(towers, self._running.homes)
@@ -176,7 +176,7 @@ class Cell:
             raise RuntimeError(f"this cell cannot serve any more: {failure}")
 
     async def shutdown(self) -> None:
-        """Ends the tower processes; what still runs is told why."""
+        """Ends the tower processes; running requests end with the reason."""
         self._watch.stop()
         try:
             await self._running.close()

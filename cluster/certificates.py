@@ -1,6 +1,6 @@
-"""The files of TLS: read, and checked before anything shows them. Knows nothing of the faces.
+"""The files of TLS: read, and checked before use. Knows nothing of the faces.
 
-`cryptography` is imported where a file is read: a service without TLS is spared it.
+`cryptography` is imported when a file is read, so a service without TLS does not import it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 2**20
 _LEAST_RSA_BITS = 2048
-_CURVES = ("secp256r1", "secp384r1")  # gRPC shakes hands with no other
+_CURVES = ("secp256r1", "secp384r1")  # gRPC accepts no other in a handshake
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """By setting. `client_ca` None: clients show nothing."""
+    """The files by setting. `client_ca` None: clients show no certificate."""
 
     certificate: Path
     key: Path
@@ -64,7 +64,7 @@ def rereading(files: Files) -> Rereading[Credentials]:
 
 
 def read(files: Files, now: datetime | None = None) -> Credentials:
-    """Raises ConfigError for a file that cannot be read, or that no client would take."""
+    """Raises ConfigError for a file that cannot be read, or that no client would accept."""
     now = now or datetime.now(UTC)
     with _of("tls_cert_file", files.certificate):
         chain_pem = _content(files.certificate)
@@ -94,7 +94,7 @@ def leaf(path: Path) -> tuple[bytes, str]:
 
 
 def names_of(certificate: "Certificate") -> list[str]:
-    """Hosts' names and addresses, at least one."""
+    """The names and addresses in a certificate, at least one."""
     from cryptography.x509 import (
         DNSName,
         DuplicateExtension,
@@ -118,7 +118,7 @@ def names_of(certificate: "Certificate") -> list[str]:
 
 @contextmanager
 def _of(setting: str, path: Path) -> Iterator[None]:
-    """What is wrong becomes a ConfigError that names setting and file, and repeats nothing of a key."""
+    """Turns an error into a ConfigError that names setting and file and repeats nothing of a key."""
     try:
         yield
     except _Wrong as error:
@@ -199,7 +199,7 @@ def _check_dates(chain: "Sequence[Certificate]", now: datetime) -> None:
 
 
 def _check_authorities(authorities: "Sequence[Certificate]", now: datetime) -> None:
-    """Roots that have ended lie in many a bundle."""
+    """Many bundles contain expired roots."""
     if not any(each.not_valid_before_utc <= now <= each.not_valid_after_utc for each in authorities):
         raise _Wrong(f"none of its {len(authorities)} certificates is valid today")
 

@@ -1,6 +1,6 @@
 """The service's configuration: one model for `--config` files, `--set` overrides and the `args` of a Serve YAML.
 
-Knows how settings are written, and says what is wrong with them; does not open the checkpoint.
+Parses settings and reports their errors; does not open the checkpoint.
 """
 
 import difflib
@@ -33,7 +33,7 @@ class ServiceConfig(Section):
 
     @property
     def engine(self) -> EngineSettings:
-        """What the engines of a cell are told."""
+        """The settings of a cell's engines."""
         given = dict(chain(self.model, self.cell, self.cluster))
         return EngineSettings(**{name: given[name] for name in SETTINGS})
 
@@ -51,7 +51,7 @@ class ServiceConfig(Section):
 
 
 def _wrong_experts(config: ServiceConfig) -> Iterator[str]:
-    """Two settings that have to go together."""
+    """The error of two settings that must fit together."""
     given = dict(config.model)
     try:
         ExpertFormat.of(given["experts"], given["expert_group"])
@@ -60,7 +60,7 @@ def _wrong_experts(config: ServiceConfig) -> Iterator[str]:
 
 
 def _wrong_defaults(config: ServiceConfig) -> Iterator[str]:
-    """What a request could not ask for cannot be its default either."""
+    """A default must be a value that a request could ask for."""
     mode = Mode.AR if config.cell.placement == "ar_only" else Mode.DIFFUSION
     limits = ModelLimits(1, config.engine.max_sequence_length, defaults=DecodingParams(mode=mode))
     try:

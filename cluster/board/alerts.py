@@ -1,4 +1,4 @@
-"""What an operator must act on, or should know, in the order of its weight; nothing where all is well."""
+"""What an operator must act on or should know, the most important first; empty if all is well."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,14 @@ from cluster.board.part import Part
 from twotower.core import Mode
 
 LONG_WAIT_S = 5.0
-_STARTS_S = 3.0  # what a router that has just started may not know yet
-_LOADS_S = 120.0  # in which a cell may well read its weights
+_STARTS_S = 3.0  # seconds in which a new router may not know everything yet
+_LOADS_S = 120.0  # seconds in which a cell may still be reading its weights
 _LATELY_S = 60
-_REASONS = 5  # that are told
+_REASONS = 5  # alerts that are shown
 
 
 class Level(StrEnum):
-    """`ACT`: requests fail or soon will. `WATCH`: the service mends itself, or is short of something."""
+    """`ACT`: requests fail or soon will. `WATCH`: the service mends itself, or lacks something."""
 
     ACT = "act"
     WATCH = "watch"
@@ -26,7 +26,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """`since_s`: for how long, where it is known. `hint`: where to look, or what helps."""
+    """`since_s`: for how long, if known. `hint`: where to look, or what helps."""
 
     level: Level
     text: str
@@ -35,7 +35,7 @@ class Alert:
 
 
 def alerts(parts: Sequence[Part], cells: Sequence[CellRow], gone: Sequence[GoneRow]) -> list[Alert]:
-    """`parts`: of all routers that answer, the asked one's first; `cells`: of all of them."""
+    """`parts`: of all routers that answer, the asked router's first; `cells`: all cells of these routers."""
     found = [
         *_no_service(parts, cells),
         *_cells_short_of_something(cells),

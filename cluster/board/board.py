@@ -1,4 +1,4 @@
-"""One router's board: each second it keeps what is counted already, and tells of it when asked.
+"""One router's board: each second it keeps numbers that are counted anyway, and returns them when asked.
 
 Knows this router's runs and the cells' beats; `whole.py` puts the boards of all routers together.
 """
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 1.0
 _MOST_HISTORIES = 16
-_LATE_S = 0.02  # after each full second, so that a timer which is early does not count it twice
-_LEAST_S = 0.5  # of a second that is begun late: a rate over less says little
+_LATE_S = 0.02  # delay after each full second, so that an early timer does not count a second twice
+_LEAST_S = 0.5  # least part of a late second: a rate over less says little
 
 
 class Board:
-    """`observer` is for the runs. `hold`, then `start` it in the event loop that they live in.
+    """`observer` is for the runs. Call `hold`, then `start` in the runs' event loop.
 
     `clock`: seconds since the epoch."""
 
@@ -35,7 +35,7 @@ class Board:
         self.name, self._node, self._deployed, self._clock = name, node, deployed, clock
         self._began = self._ticked = clock()
         self.history = History()
-        self.past: dict[str, History] = {}  # of other routers, the last heard of last
+        self.past: dict[str, History] = {}  # of other routers, the most recently heard last
         self.observer = RunsSeen(self._note)
         self._cells = CellsSeen(deployed.modes, lambda: kept.cells, self._note)
         self._ticking: asyncio.Task[None] | None = None
@@ -49,7 +49,7 @@ class Board:
         ready: Callable[[], object],
         faults: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
-        """What is counted already: where this router's state is read."""
+        """Set the sources of this router's state."""
         self._faults = faults
         self._admission, self._turns, self._lines, self._ready = admission, turns, lines, ready
 
@@ -66,7 +66,7 @@ class Board:
         return self._clock()
 
     def part(self, since: Mapping[str, int]) -> Part:
-        """What somebody needs who knows the histories up to `since`, by router."""
+        """This router's Part for a reader that knows the histories up to `since`, by router."""
         now = self._clock()
         own, past = self.history, self.past.items()
         histories = {name: one.told(since.get(name, 0)) for name, one in past if one.last > since.get(name, 0)}
@@ -83,7 +83,7 @@ class Board:
         )
 
     def hear(self, histories: Mapping[str, Told]) -> None:
-        """What other routers know of themselves and of those before them. The newer word counts."""
+        """Take what other routers know of themselves and of earlier routers. The newer report counts."""
         for name, told in histories.items():
             if name == self.name:
                 continue
@@ -95,7 +95,7 @@ class Board:
             del self.past[next(iter(self.past))]
 
     def known(self) -> dict[str, int]:
-        """Up to when each router's history is known here."""
+        """The time up to which each router's history is known here."""
         return {self.name: self.history.last, **{name: history.last for name, history in self.past.items()}}
 
     def tick(self) -> None:

@@ -1,4 +1,4 @@
-"""The cells as one router hears them: how each is, since when, and what becomes of it."""
+"""The cells as one router hears them: each one's state, since when, and its end."""
 
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ _MOST_GONE = 16
 
 @dataclass(frozen=True, slots=True)
 class CellRow:
-    """A cell now. `lacks`: modes of the checkpoint that it does not serve, for `lacking_s` seconds. `leaves`: Serve has
-    taken it out, it only finishes what it holds. `known_s`: since this router has heard of it."""
+    """A cell now. `lacks`: modes of the checkpoint that it has not served for `lacking_s` seconds. `leaves`: Serve is
+    removing it, and it only finishes its requests. `known_s`: since this router first heard from it.
+    """
 
     name: str
     node: str
@@ -35,7 +36,7 @@ class CellRow:
 
 @dataclass(frozen=True, slots=True)
 class GoneRow:
-    """A cell that was there. `lost`: it was not to leave."""
+    """A cell that has ended. `lost`: Serve had not removed it."""
 
     name: str
     ago_s: float
@@ -44,7 +45,7 @@ class GoneRow:
 
 @dataclass(slots=True)
 class _Known:
-    """A cell that is heard of: since when, since when it lacks modes, and what of it has been noted."""
+    """A known cell: since when, since when it lacks modes, and which of its events have been noted."""
 
     since: float
     lacking_since: float | None = None
@@ -53,9 +54,10 @@ class _Known:
 
 
 class CellsSeen:
-    """`hear` the living cells' beats each second. `kept`: which cells Serve keeps; none where it has not said.
+    """Call `hear` each second with the living cells' beats. `kept`: which cells Serve keeps; none if Serve has not
+    said.
 
-    `note` is told of what happens to cells, by kind and text."""
+    `note` is called with the events of cells, by kind and text."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class CellsSeen:
         return tuple(self._row(beat, now) for _, beat in sorted(self._beats.items()))
 
     def gone(self, now: float) -> tuple[GoneRow, ...]:
-        """Those that went lately, and the last of all."""
+        """Cells that ended lately, and the last one of all."""
         last = max((at for at, _ in self._gone.values()), default=now)
         since = min(last, now - _GONE_SHOWN_S)
         self._gone = {name: told for name, told in self._gone.items() if told[0] >= since}
@@ -136,7 +138,7 @@ class CellsSeen:
 
 
 def cell_values(beats: Iterable[Beat]) -> dict[str, float]:
-    """What all cells add to a moment, by the name of its series."""
+    """The sums over all cells for a moment, by the series' name."""
     told = [*beats]
     towers = [tower for beat in told if beat.sign is not None for tower in beat.sign.towers if tower.answers]
     denoisers = [tower for tower in towers if tower.name.startswith("denoiser")]

@@ -15,12 +15,12 @@ from twotower.showing import show
 
 _READ = ["GET", "HEAD"]
 _FRESH = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
-_WRITTEN_S = 5.0  # in which a watcher takes a message; else it is dropped
+_WRITTEN_S = 5.0  # a watcher that takes a message later than this is dropped
 _AGAIN_MS = 1000  # after which a browser whose stream has ended asks for another
 
 
 def add_ops(app: FastAPI, feed: Feed, keys: bool = False) -> None:
-    """Adds the paths to a router's application. `keys`: whether it wants them."""
+    """Adds the paths to a router's application. `keys`: whether the service requires keys."""
     shown = page(keys)
 
     @app.api_route("/ops", methods=_READ)
@@ -35,7 +35,7 @@ def add_ops(app: FastAPI, feed: Feed, keys: bool = False) -> None:
 
     @app.get("/ops/stream")
     async def stream(request: Request) -> Response:
-        """One that has had a part says up to when; so a stream that ends costs its reader nothing."""
+        """A reader that already has a part says up to when, so the end of a stream costs its reader nothing."""
         known = _second("last-event-id", request.headers.get("last-event-id", "0"))
         messages = feed.watch(max(0, known - NEWS_S))
         return SnapshotStream(await anext(messages), messages)

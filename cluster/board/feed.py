@@ -1,4 +1,6 @@
-"""Who watches: snapshots made once a second for all of them, and none while nobody does. A slow watcher is dropped."""
+"""The watchers of the ops page: one snapshot a second for all of them, none without watchers. A slow watcher is
+dropped.
+"""
 
 import asyncio
 import logging
@@ -16,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 MOST_WATCHERS = 32
 PACE_S = 1.0
-NEWS_S = 15  # seconds of points in each message: those that routers have told late are among them
-LIFE_S = 300.0  # of a stream, whose reader then asks again, wherever there is room
+NEWS_S = 15  # seconds of points in each message, to include points that routers sent late
+LIFE_S = 300.0  # lifetime of a stream; its reader then asks again, perhaps another router
 _BEHIND = 3  # messages that a watcher has not read; then it is dropped
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A snapshot as JSON, and the second up to which its reader knows everything then."""
+    """A snapshot as JSON, and the second up to which its reader then knows everything."""
 
     at: int
     body: bytes
@@ -40,7 +42,7 @@ class Watcher:
         self.snapshots: asyncio.Queue[Message | None] = asyncio.Queue()
 
     def give(self, message: Message) -> bool:
-        """False where it has fallen behind: nothing comes any more."""
+        """False if the watcher has fallen behind; it then gets nothing more."""
         if self.snapshots.qsize() >= _BEHIND:
             self.end()
             return False
@@ -52,8 +54,9 @@ class Watcher:
 
 
 class Feed:
-    """Snapshots of the whole service, as this router and those that it asks know it. `leaves`: whether this router is
-    being taken away, which open streams would hold up."""
+    """Snapshots of the whole service, from this router and the others. `leaves`: whether this router is being removed;
+    open streams would delay that.
+    """
 
     def __init__(self, board: Board, ask: Ask = nobody, leaves: Callable[[], bool] = lambda: False) -> None:
         self._board, self._ask, self._leaves = board, ask, leaves
@@ -64,21 +67,22 @@ class Feed:
         self._collected_at = -PACE_S
 
     async def adopt(self) -> None:
-        """At the start: the histories of routers that are there already, so that a deployment does not end them."""
+        """At the start: copy the histories of running routers, so that a deployment does not end them."""
         for part in await parts_of(self._ask, {}, self._board.name):
             self._board.hear(part.histories)
 
     async def now(self, since: int = 0) -> Snapshot:
-        """Points and events from `since` on. However many ask, the other routers are asked once a second."""
+        """Points and events from `since` on. With any number of callers the other routers are asked once a second."""
         return await self.put_together(await self.parts(), since)
 
     async def put_together(self, parts: list[Part], since: int) -> Snapshot:
-        """Of all routers' parts, and the histories known here."""
+        """A snapshot from all routers' parts, and the histories known here."""
         return await snapshot(parts, [self._board.history, *self._board.past.values()], since)
 
     async def watch(self, since: int = 0) -> AsyncGenerator[Message, None]:
-        """The whole from `since` on, then once a second what is new. Ends for a watcher that is too slow, after
-        LIFE_S, and when the router goes. Raises Overloaded where too many watch, Unavailable once it is stopped."""
+        """Everything from `since` on, then the news once a second. Ends for a slow watcher, after LIFE_S, and when the
+        router is removed. Raises Overloaded with too many watchers, and Unavailable once stopped.
+        """
         if self._closed:
             raise Unavailable("the service is shutting down")
         if len(self._watchers) >= MOST_WATCHERS:
@@ -96,7 +100,7 @@ class Feed:
             self._watchers.discard(watcher)
 
     def stop(self) -> None:
-        """Ends all streams; there are no others."""
+        """Ends all streams and accepts no new ones."""
         self._closed = True
         for watcher in self._watchers:
             watcher.end()
@@ -104,7 +108,7 @@ class Feed:
             self._pushing.cancel()
 
     async def parts(self) -> list[Part]:
-        """Of all routers, this one's first; never older than a second."""
+        """The parts of all routers, this one's first; never older than a second."""
         if self._collecting is None or time.monotonic() - self._collected_at >= PACE_S:
             self._collected_at = time.monotonic()
             self._collecting = asyncio.create_task(self._collect())

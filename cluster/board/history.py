@@ -8,13 +8,13 @@ from cluster.board.series import KEPT, Point, over_time
 FINE_S, COARSE_S = 1, 10
 FINE_POINTS, COARSE_POINTS = 600, 1080
 MOST_EVENTS = 200
-_SAME_S = 10  # what is told again within so long is one event that happened more often
-_RESENT_S = 5  # points that may have changed since they were sent last
+_SAME_S = 10  # a repetition within this time counts as the same event
+_RESENT_S = 5  # points that may have changed since they were last sent
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened at a moment, `count` times. `kind`: what marks it on the page."""
+    """Something that happened at a moment, `count` times. `kind`: its mark on the page."""
 
     t: float
     kind: str
@@ -24,7 +24,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A router's history, or what is new of it, as it travels."""
+    """A router's history, or the news of it, as sent to other routers."""
 
     fine: tuple[Point, ...] = ()
     coarse: tuple[Point, ...] = ()
@@ -70,14 +70,14 @@ class History:
         del self._events[:-MOST_EVENTS]
 
     def told(self, since: int = 0) -> Told:
-        """What another needs that knows all up to the second `since`; 0: everything."""
+        """The part after the second `since`; 0: everything."""
         begin = since - _RESENT_S if since else 0
         fine = tuple(point for t, point in sorted(self.fine.items()) if t >= begin)
         coarse = tuple(point for t, point in sorted(self.coarse.items()) if t >= begin - COARSE_S)
         return Told(fine, coarse, self.events)
 
     def hear(self, told: Told) -> None:
-        """Take over what another router has told of it. Points of another version's series are left out."""
+        """Take the points that another router has sent. Points of another version's series are left out."""
         for kept, points, most in (
             (self.fine, told.fine, FINE_POINTS),
             (self.coarse, told.coarse, COARSE_POINTS),
@@ -93,7 +93,9 @@ def _bound(points: dict[int, Point], most: int) -> None:
 
 
 def merged_events(all_events: Iterable[Event], within_s: float = 30.0) -> list[Event]:
-    """Of all routers in order. What several have seen happen to a cell or a deployment is one event."""
+    """The events of all routers in order. If several routers saw the same event of a cell or a deployment, it is one
+    event.
+    """
     merged: list[Event] = []
     last: dict[tuple[str, str], int] = {}
     for event in sorted(all_events, key=lambda one: one.t):
@@ -109,4 +111,4 @@ def merged_events(all_events: Iterable[Event], within_s: float = 30.0) -> list[E
     return merged[-MOST_EVENTS:]
 
 
-SEEN_BY_ALL = frozenset({"cell", "lost", "mend", "deploy"})  # kinds that each router tells of for itself
+SEEN_BY_ALL = frozenset({"cell", "lost", "mend", "deploy"})  # kinds that each router reports only of itself

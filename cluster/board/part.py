@@ -1,4 +1,6 @@
-"""What one router tells another, and the page, of itself: a message, so that versions that differ do not trip."""
+"""A router's report of itself to other routers and to the page. It is a message, so that different
+versions get along.
+"""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +13,7 @@ from twotower.transport.codec import Codec
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """What a router was started with. `settings`: a digest; routers of one deployment have the same."""
+    """A router's deployment. `settings`: a digest, equal for all routers of one deployment."""
 
     model: str
     fingerprint: str
@@ -25,8 +27,9 @@ class Deployed:
 
 @dataclass(frozen=True, slots=True)
 class RouterRow:
-    """A router now. `open`: requests under way in it, of `capacity`; `waiting`: those without a turn on the cells, the
-    first for `longest_wait_s`. `up_s`: since it was started. `faults`: why changed files of its cannot be taken."""
+    """A router now. `open`: requests that it holds, of `capacity`; `waiting`: requests without a turn on the cells, the
+    first one for `longest_wait_s`. `up_s`: time since its start. `faults`: why changed files cannot be taken.
+    """
 
     name: str
     node: str
@@ -43,8 +46,9 @@ class RouterRow:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A router, the requests it holds (`more`: beside those shown), the cells it hears, and the histories it knows: its
-    own and those of routers that went before, by their names. `at`: seconds since the epoch."""
+    """A router, its requests (`more`: the number not shown), the cells it hears, and the histories it knows by router
+    name: its own and those of earlier routers. `at`: seconds since the epoch.
+    """
 
     at: float
     router: RouterRow

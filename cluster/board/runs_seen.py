@@ -1,4 +1,4 @@
-"""What operators see of a router's requests: an observer of runs that keeps numbers, and no word of any text."""
+"""The operators' view of a router's requests: an observer of runs that keeps numbers and no text."""
 
 import time
 from collections import Counter, deque
@@ -17,14 +17,14 @@ from twotower.errors import TwoTowerError
 
 MOST_SHOWN = 40  # requests of a router
 STRIP = 48  # blocks of a request whose steps are shown
-_NO_FAULT = ("CANCELLED",)  # ends that are no failure: the client has left
+_NO_FAULT = ("CANCELLED",)  # ends that are not failures: the client has left
 
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """A request that is under way. Times are ages in seconds. `steps_of`: of its last blocks, in their order.
+    """A running request. Times are ages in seconds. `steps_of`: the steps of its last blocks, in order.
 
-    `id` is ours, drawn by us. What a client calls it and where the client is stay out, as prompt and answer do.
+    `id` is our own, drawn id. The client's label and address are left out, and so are prompt and answer.
     """
 
     id: str
@@ -58,7 +58,7 @@ class _Open:
 
 
 class RunsSeen(Observer):
-    """`take` the counts of a second. `note` is told of what is worth a mark on the time axis, by kind and text."""
+    """Call `take` for the counts of a second. `note` is called with events for the time axis, by kind and text."""
 
     def __init__(
         self, note: Callable[[str, str], None] = lambda kind, text: None, clock: Callable[[], float] = time.monotonic
@@ -69,7 +69,7 @@ class RunsSeen(Observer):
         self._firsts: Counter[int] = Counter()
 
     def refused(self, error: TwoTowerError) -> None:
-        """What a key does not allow says nothing of the service; it has a mark of its own, by reason."""
+        """A refusal by a key's limit says nothing about the service; it has its own mark, by reason."""
         if isinstance(error, LimitReached):
             self._note("key", f"call refused: key {error.key} is at its {error.limit}")
             return
@@ -129,7 +129,7 @@ class RunsSeen(Observer):
         return len(self._open)
 
     def take(self) -> tuple[dict[str, float], dict[int, int]]:
-        """What was counted since the last time, by the name of its series; and first tokens, by their bound's place."""
+        """The counts since the last call, by the series' name; and first tokens, by their bound's place."""
         for run in self._open.values():
             self._count(run)
         counts, self._counts = self._counts, Counter()
@@ -137,7 +137,7 @@ class RunsSeen(Observer):
         return {name: float(amount) for name, amount in counts.items()}, dict(firsts)
 
     def rows(self) -> tuple[RunRow, ...]:
-        """Those that have run longest."""
+        """The requests that have run longest."""
         now = self._clock()
         oldest = [run for run, _ in zip(self._open.values(), range(MOST_SHOWN), strict=False)]
         return tuple(_row(run, now) for run in oldest)

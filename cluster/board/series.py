@@ -1,4 +1,4 @@
-"""What is kept over time, each series declared once: its unit, what it means, and how routers' values become one."""
+"""The series kept over time, each declared once: its unit, its meaning, and how routers' values are combined."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ FIRST_TOKEN_BOUNDS = tuple(0.01 * 1.5**power for power in range(28))
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """`across`: what routers' values are together. Each router counts its own requests; all hear the same cells."""
+    """`across`: how routers' values are combined. Each router counts its own requests; all hear the same cells."""
 
     name: str
     unit: str
@@ -52,7 +52,7 @@ class Point:
 
 
 def over_time(t: int, points: Sequence[Point]) -> Point:
-    """Points of one router as one that begins at `t`."""
+    """Points of one router combined into one that begins at `t`."""
     values = tuple(sum(column) / len(points) for column in zip(*(point.values for point in points), strict=True))
     return Point(t, values, _added(points))
 
@@ -73,13 +73,13 @@ def _added(points: Sequence[Point]) -> dict[int, int]:
 
 
 def first_token_place(seconds: float) -> int:
-    """The place of the first bound that is not below; the last one's where all are."""
+    """The place of the first bound that is not below `seconds`; the last place if all are."""
     last = len(FIRST_TOKEN_BOUNDS) - 1
     return next((place for place, bound in enumerate(FIRST_TOKEN_BOUNDS) if seconds <= bound), last)
 
 
 def first_token_quantile(firsts: Mapping[int, int], quantile: float) -> float | None:
-    """So many seconds or less it took, by a line through the bucket; None where there was none."""
+    """The quantile in seconds, interpolated within its bucket; None without first tokens."""
     total = sum(firsts.values())
     if not total:
         return None

@@ -1,5 +1,6 @@
-"""The trade of quality for throughput, for the ops page: what `python -m cluster tune` has found out of the checkpoint
-that is served, and what is served by default now. Told once to whoever asks `/ops/trade`, not each second."""
+"""The trade of quality for throughput, for the ops page: the results of `python -m cluster tune` for the served
+checkpoint, and the service's defaults. `/ops/trade` returns them on request; the stream does not repeat them.
+"""
 
 import asyncio
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Told(BaseModel):
-    """Of a file that somebody else has written: names beyond these stay out of the page."""
+    """A part of a foreign file: other names in it stay out of the page."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
@@ -40,7 +41,9 @@ class MeasuredWay(_Told):
 
 
 class MeasuredVerified(MeasuredWay):
-    """`verified`. `same_as_ar`: all answers were `ar`'s, token for token. `recommended`: rather than any γ."""
+    """The figures of `verified`. `same_as_ar`: all answers were `ar`'s, token for token. `recommended`: it is better
+    than any γ.
+    """
 
     threshold: None = None
     same_as_ar: bool
@@ -48,7 +51,7 @@ class MeasuredVerified(MeasuredWay):
 
 
 class TradeRecord(_Told):
-    """What a sweep has found. `quality`: by known answers, or by agreement with `ar`. `ways`: `ar` first, then γ.
+    """A sweep's results. `quality`: by known answers, or by agreement with `ar`. `ways`: `ar` first, then γ.
 
     `verified`: None in records of sweeps that did not ask for it.
     """
@@ -74,7 +77,7 @@ class TradeRecord(_Told):
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What is served by default now, and the record; without one, `why` there is none."""
+    """The service's defaults, and the record; without a record, `why` there is none."""
 
     mode: Mode
     threshold: float
@@ -90,7 +93,7 @@ class Trade:
         self._modes, self._defaults = model.limits.modes, model.limits.defaults
 
     def told(self) -> Told:
-        """Reads the file anew: a sweep of this very service may have written it since."""
+        """Reads the file each time, because a sweep of this service may have written it since."""
         record = self._read()
         why, found = (record, None) if isinstance(record, str) else ("", record)
         return Told(self._defaults.mode, self._defaults.confidence_threshold, found, why)

@@ -1,4 +1,4 @@
-"""The boards of all routers as one snapshot: what `/ops/snapshot` tells, and the page shows."""
+"""The boards of all routers as one snapshot, for `/ops/snapshot` and the page."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,17 @@ COLUMNS = (
 )  # fmt: skip
 _PLACES = [(name, PLACE.get(name, -1)) for name in COLUMNS[1:]]
 _AT_A_TIME = 50  # points, some milliseconds
-_SETTLED_S = 2  # since when all routers have told of a second
-_EVENTS_S = 60  # beyond the points: one that happens again is told again
+_SETTLED_S = 2  # age at which all routers have reported a second
+_EVENTS_S = 60  # older events than points: a repeated event is sent again
 
 Row = list[float | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """`by`: the router that was asked. `requests` by router; `more_requests`: beside these. `fine`, `coarse`: points of
-    a second and of ten, each a row in the order of `columns`."""
+    """`by`: the router that was asked. `requests` by router; `more_requests`: the number not shown. `fine`, `coarse`:
+    points of one and of ten seconds, each a row in the order of `columns`.
+    """
 
     at: float
     by: str
@@ -48,8 +49,9 @@ class Snapshot:
 
 
 async def snapshot(parts: Sequence[Part], histories: Sequence[History], since: int = 0) -> Snapshot:
-    """`parts`: of all routers that answer, the asked one's first. Points from `since` on, in seconds. The loop has its
-    turn between points."""
+    """`parts`: of all routers that answer, the asked router's first. Points from `since` on, in seconds. The event loop
+    runs other tasks between points.
+    """
     own, now = parts[0], int(parts[0].at)
     fine = await rows([history.fine for history in histories], since, now - _SETTLED_S)
     coarse = await rows([history.coarse for history in histories], since - COARSE_S, now - COARSE_S)

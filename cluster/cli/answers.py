@@ -1,5 +1,6 @@
-"""The events of an answer as our commands know them. The service alone has a tokenizer: what tokens look like is heard
-from the service, too."""
+"""The events of an answer for our commands. Only the service has a tokenizer, so tokens' texts come from the service,
+too.
+"""
 
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ _OURS = RequestId("")  # a command has one answer
 
 
 class HeardTexts:
-    """What the messages of a service have told of tokens. Without a tokenizer the service tells nothing."""
+    """Tokens' texts from the service's messages. Without a tokenizer the service sends none."""
 
     def __init__(self) -> None:
         self._known: dict[int, str] = {}
@@ -26,7 +27,9 @@ class HeardTexts:
 
 
 def told_by(event: Event, texts: HeardTexts, has_text: bool) -> Piece | TraceEvent | None:
-    """None of the end. `has_text`: whether the service has a tokenizer; else a piece's text is its token ids."""
+    """None for the end. `has_text`: whether the service has a tokenizer; without one, a piece's text is
+    its token ids.
+    """
     match event:
         case Block():
             text = event.text if has_text else "".join(f"{token} " for token in event.token_ids)

@@ -1,6 +1,6 @@
-"""What our own commands ask of a running service, through its client, with errors in words for a person.
+"""Our commands' calls to a running service, through its client, with errors for people.
 
-A command is its user's one try: it is told at once what is wrong, and asks nothing again by itself.
+A command tries once: it reports an error at once and repeats nothing by itself.
 """
 
 import http.client
@@ -31,12 +31,12 @@ from twotower_client import Unavailable as Unanswered
 from twotower_client.target import KEY_VARIABLE, target_of
 
 ONCE = RetryPolicy(attempts=1)
-# Where one end speaks TLS, or trusts nobody there.
+# If only one end speaks TLS, or one end does not trust the other.
 _OF_TLS = ("Socket closed", "Handshake", "VERIFY_FAILED", "Verification")
 
 
 class Refused(TwoTowerError):
-    """The service said no; `mistake` where the request was at fault."""
+    """The service refused the request; `mistake`: the request was wrong."""
 
     def __init__(self, message: str, mistake: bool) -> None:
         super().__init__(message)
@@ -49,7 +49,7 @@ def is_ready(address: str, timeout_s: float = 2.0, over_tls: bool = False) -> bo
 
 
 def served(address: str, timeout_s: float = 2.0, over_tls: bool = False) -> Mapping[str, bool] | None:
-    """Of each mode whether it is served now, by `/ready`; None where the service is not ready."""
+    """For each mode whether it is served now, by `/ready`; None if the service is not ready."""
     try:
         with tls.probed(f"{'https' if over_tls else 'http'}://{address}/ready", timeout_s) as response:
             modes = json.load(response)["modes"] if response.status == 200 else None
@@ -59,7 +59,7 @@ def served(address: str, timeout_s: float = 2.0, over_tls: bool = False) -> Mapp
 
 
 def credentials() -> list[tuple[str, str]]:
-    """As headers: the key in this variable of the environment, where there is one. Raises ConfigError."""
+    """Headers with the key in this environment variable, if there is one. Raises ConfigError."""
     try:
         return target_of("http://unused").credentials
     except ValueError as error:
@@ -68,8 +68,9 @@ def credentials() -> list[tuple[str, str]]:
 
 @contextmanager
 def asked(address: str) -> Iterator[Client]:
-    """A client of the service at this gRPC address. What goes wrong is Refused or Unavailable; what cannot be an
-    address or a key, ConfigError."""
+    """A client of the service at this gRPC address. Errors are Refused or Unavailable, or ConfigError for an invalid
+    address or key.
+    """
     url, trust = tls.grpc_target(address)
     try:
         client = Client(url, tls=trust, retry=ONCE)
@@ -101,7 +102,7 @@ def generate(address: str, prompt: Any, options: Mapping[str, Any], as_json: boo
 
 
 def explained(error: ServiceError, address: str) -> Unavailable | Refused:
-    """What to tell a person of a call's error."""
+    """A call's error in words for people."""
     if isinstance(error, Unanswered) and "resol" in error.message:
         return Unavailable(f"{address}: no such host")
     of_tls = isinstance(error, Unanswered) and any(word in error.message for word in _OF_TLS)
@@ -120,7 +121,7 @@ def explained(error: ServiceError, address: str) -> Unavailable | Refused:
 
 
 def _print_text(stream: Stream, view: View, texts: HeardTexts, has_text: bool) -> None:
-    """Token ids only where the service has no text at all: a block's text may lag behind its tokens."""
+    """Prints token ids only if the service sends no text at all: a block's text may lag behind its tokens."""
     for event in stream:
         told = told_by(event, texts, has_text)
         if told is not None:

@@ -1,6 +1,6 @@
 """A snapshot of the ops page as lines for a terminal. Knows the JSON of `/ops/snapshot`, not where it is from.
 
-Words carry each state; colour only repeats it, and is left out where nobody asked for it.
+Words say each state; colour only repeats it and is optional.
 """
 
 import time
@@ -9,9 +9,9 @@ from typing import Any
 
 from cluster.cli.board_words import NONE, bar, counted, nbytes, number, percent, seconds, spark
 
-Told = Mapping[str, Any]  # JSON as it came
+Told = Mapping[str, Any]  # the snapshot's JSON
 _RED, _YELLOW, _GREEN, _DIM, _BOLD = 31, 33, 32, 2, 1
-_RECENT_S = 14  # of which numbers are the mean, so that one can read them before they change
+_RECENT_S = 14  # seconds over which numbers are averaged, so that they stay readable
 _MOST_REQUESTS, _MOST_EVENTS = 12, 6
 
 
@@ -22,7 +22,9 @@ class BoardText:
         self._width, self._colour = width, colour
 
     def lines(self, told: Told, url: str) -> list[str]:
-        """What matters most first: the rest may not fit on the screen. `told["fine"]`: as many rows as are known."""
+        """The most important lines first, because the rest may not fit on the screen. `told["fine"]`:
+        all known rows.
+        """
         return [
             *self._head(told, url), "",
             *self._now(told), "",
@@ -165,7 +167,7 @@ def _state(cell: Told) -> str:
 
 
 def _tower(tower: Told | None) -> tuple[str, ...]:
-    """Its columns; of a cell of an older version nothing is known."""
+    """A tower's columns; empty for a cell of an older version."""
     if tower is None:
         return ("not told", *[""] * 5)
     if not tower["answers"]:

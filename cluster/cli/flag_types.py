@@ -1,10 +1,10 @@
-"""Values of our flags that are not a request's: raise argparse's own error, which is one line with the flag's name."""
+"""Values of flags that are not parameters: errors are argparse's own, one line with the flag's name."""
 
 import re
 from argparse import ArgumentTypeError
 
 _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
-_LONGEST_TIMEOUT_S = 1_000_000  # what is much longer, gRPC takes for no time at all
+_LONGEST_TIMEOUT_S = 1_000_000  # gRPC takes a much longer time for none
 
 
 def seconds(text: str) -> float:

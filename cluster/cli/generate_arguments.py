@@ -1,6 +1,6 @@
-"""The arguments of `python -m cluster generate`, named as `python -m twotower generate` names them, as a request.
+"""The arguments of `python -m cluster generate`, named as in `python -m twotower generate`, as a request.
 
-Looks at what can be judged without a model, in the words of `twotower.validation`; the service judges the rest.
+Checks what can be checked without a model, in the words of `twotower.validation`; the service checks the rest.
 """
 
 import argparse
@@ -25,7 +25,7 @@ _LARGEST_ID = 2**32 - 1  # of the message's uint32
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is not given takes the service's default."""
+    """A missing flag takes the service's default."""
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt as text")
     prompt.add_argument("--prompt-token-ids", type=ids, metavar="5,9,11", help="the prompt as token ids")
@@ -66,5 +66,5 @@ def _params(given: dict[str, object]) -> dict[str, Any]:
 
 
 def _ids(name: str, token_ids: Sequence[object]) -> tuple[int, ...]:
-    """Which ids the model has, only the service knows."""
+    """Only the service knows the model's vocabulary."""
     return check_token_ids(name, token_ids, _LARGEST_ID + 1)

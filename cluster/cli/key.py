@@ -1,4 +1,4 @@
-"""`key`: draws a key for a client, and writes the entry that lets it in."""
+"""`key`: draws a key for a client, and prints its entry for the file of keys."""
 
 import argparse
 import sys
@@ -34,7 +34,7 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Raises ConfigError for a name or a limit that no file may have."""
+    """Raises ConfigError for an invalid name or limit."""
     key = new_key()
     given = {name: getattr(options, name, None) for name in KeyEntry.model_fields} | {"sha256": hash_of(key)}
     try:

@@ -41,7 +41,7 @@ Every setting, its default and its meaning: cluster/config.py. Ctrl-C stops the 
 _STATUS = "say whether the service is ready, where it listens and what it serves"
 _DOWN = "let the running requests finish, and stop the service"
 _GENERATE = "Parameters that are not given take the service's defaults. Meanings and limits: docs/parameters.md"
-_END_S = 60.0  # what `up` may take to end once nothing runs any more
+_END_S = 60.0  # seconds that `up` may take to end once no request runs
 _AT_ONCE_S = 2.0
 _LONGEST = 2000  # characters of an error
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -164,7 +164,7 @@ def _down(options: argparse.Namespace) -> int:
 
 
 def _end(state: RunState) -> None:
-    """As Ctrl-C in its terminal would: the first time in good order, the second time at once."""
+    """Ends `up` as Ctrl-C in its terminal would: the first time after running requests, the second time at once."""
     if state.is_alive():
         os.kill(state.pid, signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""`status`: how a service is, once or again and again: what its ops page shows, in a terminal."""
+"""`status`: the state of a service, once or repeatedly: the content of its ops page, in a terminal."""
 
 import argparse
 import http.client
@@ -21,9 +21,9 @@ from twotower.errors import ConfigError, Unavailable
 from twotower_client import KEY_VARIABLE
 
 _TIMEOUT_S, _PACE_S = 5.0, 1.0
-# The address is the one that is meant: proxies of the environment have no say.
-_KNOWN_S = 600  # seconds of points that are kept
-_RETOLD_S = 15  # of which are asked for again: routers may have told late
+# The address is used directly: the environment's proxies are ignored.
+_KNOWN_S = 600  # seconds of points to keep
+_RETOLD_S = 15  # seconds that are asked for again, because routers may report late
 _ALTERNATE, _BACK = "\033[?1049h\033[?25l", "\033[?25h\033[?1049l"  # a screen of its own, without a cursor
 _HOME, _CLEAR_LINE, _CLEAR_REST = "\033[H", "\033[K", "\033[J"
 
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def print_note(state: RunState, served: Mapping[str, bool] | None) -> None:
-    """What is known of an `up` of this user."""
+    """Print the known facts about this user's `up`."""
     rows = [("ready", "no" if served is None else "yes"), ("pid", str(state.pid))]
     rows += [("HTTP", state.url), ("gRPC", state.grpc), ("cells", str(state.cells))]
     if served is not None:
@@ -55,7 +55,7 @@ def print_note(state: RunState, served: Mapping[str, bool] | None) -> None:
 
 
 def _model(state: RunState) -> list[tuple[str, str]]:
-    """What is served; what is known without a key stands without one."""
+    """Print the served model; without a key, only the public facts."""
     try:
         info = asking.model_info(state.grpc)
     except asking.Refused as refused:
@@ -75,9 +75,9 @@ def print_board(snapshots: "Snapshots") -> int:
 
 
 def watch(snapshots: "Snapshots", pace: Callable[[float], None] = time.sleep) -> int:
-    """Until Ctrl-C. Where the output is no terminal, one after the other."""
+    """Repeat until Ctrl-C. If the output is no terminal, print one snapshot after the other."""
     is_terminal = sys.stdout.isatty()
-    lines = _text(is_terminal).lines(snapshots.next(), snapshots.url)  # what is wrong is said before the screen goes
+    lines = _text(is_terminal).lines(snapshots.next(), snapshots.url)  # errors are printed before the screen is cleared
     if is_terminal:
         sys.stdout.write(_ALTERNATE)
     try:
@@ -94,7 +94,7 @@ def watch(snapshots: "Snapshots", pace: Callable[[float], None] = time.sleep) ->
 
 
 class Snapshots:
-    """Of the service at this address. Points are kept, so that each asks for the news only."""
+    """Snapshots of the service at this address. Points are kept, so that each request asks only for the news."""
 
     def __init__(self, address: str) -> None:
         self.address, self.url = address, tls.url(address)
@@ -103,11 +103,11 @@ class Snapshots:
 
     @property
     def silent_s(self) -> float:
-        """Since when it has said nothing."""
+        """How long the service has not answered."""
         return time.monotonic() - self._heard_at
 
     def next(self) -> dict[str, Any]:
-        """Raises Unavailable where it does not answer, ConfigError where it has no ops page."""
+        """Raises Unavailable if the service does not answer, and ConfigError if it has no ops page."""
         known = self.told
         since = int(time.time()) - _KNOWN_S if known is None else int(known["at"]) - _RETOLD_S
         told = _snapshot(self.address, since)
@@ -158,7 +158,7 @@ def _text(is_terminal: bool) -> BoardText:
 
 
 def _show(lines: list[str], is_terminal: bool) -> None:
-    """Over the last one, without a flicker; what does not fit is counted."""
+    """Overwrite the last snapshot without flicker; lines that do not fit are counted."""
     if not is_terminal:
         print("\n".join(lines), flush=True)
         return

@@ -1,7 +1,7 @@
-"""How our own commands speak to a service: plainly, or over TLS, and whom they trust then.
+"""How our commands connect to a service: plain or with TLS, and which certificates they trust.
 
-A service of this user's is known by the certificate that its note names, whatever the certificate's name; any other one
-by three variables of the environment.
+A service of this user is verified by the certificate in its note, whatever the certificate's name. Any other service is
+verified by three environment variables.
 """
 
 import os
@@ -23,8 +23,9 @@ CA_VARIABLE, CERT_VARIABLE, KEY_VARIABLE = "TWOTOWER_TLS_CA", "TWOTOWER_TLS_CERT
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """`roots`: certificates in PEM. `name`: a name of the one certificate in `roots`, where that one itself is
-    wanted."""
+    """`roots`: certificates in PEM. `name`: a name of the single certificate in `roots`, if exactly that one is
+    expected.
+    """
 
     roots: bytes
     name: str | None = None
@@ -62,7 +63,7 @@ def url(address: str) -> str:
 
 
 def opened(request: urllib.request.Request, address: str, timeout_s: float) -> Any:
-    """The answer, past the proxies of the environment."""
+    """The answer, without the environment's proxies."""
     handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
     if (trust := trust_for(address)) is not None:
         handlers.append(urllib.request.HTTPSHandler(context=trust.context))
@@ -70,7 +71,7 @@ def opened(request: urllib.request.Request, address: str, timeout_s: float) -> A
 
 
 def probed(url: str, timeout_s: float) -> Any:
-    """The answer of `/ready`, which has no secrets: like a probe of Kubernetes, this takes any certificate."""
+    """The answer of `/ready`, which has no secrets: like a probe of Kubernetes, this accepts any certificate."""
     handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
     if url.startswith("https:"):
         context = ssl.create_default_context()
@@ -89,7 +90,7 @@ def grpc_target(address: str) -> tuple[str, Tls | None]:
 
 
 def _own_services() -> Iterable[RunState]:
-    """Of this user's. Whoever has no place for notes has none."""
+    """This user's services; none if the user has no directory for notes."""
     try:
         return run_state.running().values()
     except ConfigError:

@@ -24,8 +24,8 @@ from twotower.showing import one_line
 
 _POLL_S = 0.25
 _WATCH_S = 2.0
-_START_SLACK_S = 60.0  # beyond what the towers may take to load
-_SILENCE_S = 30.0  # so long Serve may be without a controller, which Ray restarts
+_START_SLACK_S = 60.0  # seconds beyond the towers' loading time
+_SILENCE_S = 30.0  # Serve may be without a controller for so long; Ray restarts it
 
 
 class Up:
@@ -54,7 +54,7 @@ class Up:
         self._say("stopped")
 
     def _serve(self) -> None:
-        """However serving ends, the note is removed last: the next `up` finds a killed one by its note."""
+        """The note is always removed last: the next `up` finds a killed `up` by its note."""
         with contextlib.ExitStack() as ending:
             ending.callback(run_state.remove, self._config.ingress.http_port, self._state.pid)
             if self._address is None:
@@ -110,7 +110,7 @@ class Up:
         self._say(f"loading the towers ({self._config.cell.placement}) of {self._config.model.checkpoint}{hint}")
 
     def _take_place(self) -> None:
-        """From now on the application's place on this Ray is ours. If an application is there, we end it."""
+        """From now on the application's place on this Ray is ours. An application that runs there is ended."""
         from cluster.ops import ownership  # which imports Ray
 
         self._mark = ownership.new_mark(own_ray=self._address is None)
@@ -122,7 +122,7 @@ class Up:
             deployment.clear_place(limit_s + _START_SLACK_S)
 
     def _check_joined(self, address: str) -> None:
-        """Where Serve runs, its ports belong to the application to replace. Where it does not, they must be free."""
+        """If Serve runs, its ports belong to the application to replace. Otherwise the ports must be free."""
         if not self._replace:
             deployment.check_free(address)
         if not local_ray.serve_runs():
@@ -139,7 +139,9 @@ class Up:
         ports.check_free(self._config.ingress.host, **self._ports)
 
     def _check_room(self) -> None:
-        """A cell that does not fit waits silently for ever. A joined cluster may grow; our own has one machine."""
+        """A cell that does not fit would wait silently for ever. A joined cluster may grow; our own Ray has one
+        machine.
+        """
         lacking = deployment.shortage(self._config)
         if lacking is None:
             return
@@ -179,8 +181,9 @@ class Up:
         return running if lacking is None else f"{running}; {lacking}"
 
     def _progress(self, last: Progress) -> Progress:
-        """Where the application stands; while Serve is silent, the `last` known. Raises Unavailable if Serve stays
-        silent, or the application is gone."""
+        """The application's progress; while Serve does not answer, the `last` known one. Raises Unavailable if Serve
+        stays silent, or if the application is gone.
+        """
         try:
             now = deployment.progress(self._mark)
         except Unavailable:
@@ -193,7 +196,7 @@ class Up:
         return now
 
     def _watch(self) -> None:
-        """Until interrupted; tells when cells come and go."""
+        """Watch until interrupted, and print when cells start and end."""
         while True:
             time.sleep(_WATCH_S)
             cells = self._progress(Progress(0, self._state.cells)).cells
@@ -203,7 +206,7 @@ class Up:
                 self._note()
 
     def _check_model(self) -> None:
-        """Finds what towers and routers would find wrong with settings and checkpoint, before any of them starts.
+        """Finds errors in settings and checkpoint that towers and routers would find, before any of them starts.
 
         Each such fault is a wrong setting. Raises ConfigError.
         """
@@ -226,7 +229,7 @@ class Up:
         )
 
     def _note_session(self, session: str) -> None:
-        """Whatever kills this process from now on, its guard or the next `up` finds the processes of its Ray."""
+        """If this process is killed from now on, its guard or the next `up` finds the processes of its Ray."""
         self._tell_guard(session)
         self._state = replace(self._state, session=session)
         self._note()
@@ -239,7 +242,9 @@ class Up:
 
 
 def _listen_to_signals() -> None:
-    """Both signals stop the service in good order. Without this, a script's background job would ignore SIGINT."""
+    """Both signals stop the service after its running requests. Without this, a script's background job would ignore
+    SIGINT.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
 
@@ -261,7 +266,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _curled(state: RunState) -> str:
-    """The service's URL for curl, which knows the certificate by its file, whatever name it is for."""
+    """The service's URL for curl, which verifies the certificate by its file, whatever the certificate's name."""
     if state.cert_file is None:
         return state.url
     file, (_, name) = Path(state.cert_file), certificates.leaf(Path(state.cert_file))

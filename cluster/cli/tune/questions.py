@@ -13,7 +13,7 @@ _FIELDS = {"id", "prompt", "prompt_token_ids", "answer"}
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt, as text or token ids, and what a right answer to it is where somebody knows. `line` begins at 1."""
+    """A prompt, as text or token ids, and its right answer if known. `line` begins at 1."""
 
     line: int
     prompt: str | tuple[int, ...]
@@ -21,7 +21,7 @@ class Question:
 
 
 def read_questions(path: Path, answers: Path | None) -> list[Question]:
-    """All lines of `path`, blank ones left out; their answers from their own field or from `answers`, matched by id.
+    """All lines of `path` without blank ones; answers come from a line's own field or from `answers`, matched by id.
 
     Either every question has an answer or none has. Raises InvalidRequest that names file and line.
     """

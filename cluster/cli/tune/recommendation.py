@@ -1,4 +1,4 @@
-"""From answers to advice: how good each γ is, how sure that is, and which of them to take. Arithmetic alone."""
+"""From answers to advice: how good each γ is, how sure that is, and which one to take. Only arithmetic."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from twotower.showing import show
 
 _Shares = np.ndarray[tuple[int], np.dtype[np.float64]]
 _RESAMPLES = 2000
-_AS_MANY = 0.01  # of tokens per step: a difference that nobody notices
-_UNLIKELY = 0.025  # what lies below a 95 % interval
+_AS_MANY = 0.01  # of tokens per step: a negligible difference
+_UNLIKELY = 0.025  # the share below a 95 % interval
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The passes of a sweep, on disk as they end where the sweep is to be written somewhere at all."""
+"""The passes of a sweep, written to disk as they end if the sweep has an output."""
 
 import json
 from dataclasses import asdict
@@ -27,7 +27,7 @@ class Record:
             self._journal.add("pass", json.dumps({**asdict(one), "way": one.way._asdict()}))
 
     def close(self, told: bool) -> None:
-        """`told`: everything has been written elsewhere, and nobody will want to go on from here."""
+        """`told`: everything has been written elsewhere, so no run will continue from here."""
         if self._journal is None:
             return
         if told:

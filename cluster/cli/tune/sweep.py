@@ -1,4 +1,4 @@
-"""Asks the service every prompt in every way, a bounded number at a time, and keeps what came."""
+"""Asks the service every prompt in every way, a bounded number at a time, and keeps the answers."""
 
 import asyncio
 import hashlib
@@ -74,7 +74,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What to ask: of whom, in which ways, how much at a time, how many tokens at most (None: the service's default).
+    """What to ask: the service, the ways, the number at a time, the maximum of tokens (None: the service's default).
 
     `ways`: `ar` first.
     """
@@ -91,8 +91,9 @@ class Sweep:
         return len(self.questions) * len(self.ways)
 
     def about(self) -> dict[str, object]:
-        """What decides a pass, but for the service. Neither the ways, of which a sweep that goes on may have
-        more, nor the answers, which are compared afterwards."""
+        """Everything that decides a pass, except the service. Not the ways, because a continued sweep may have more,
+        and not the known answers, which are compared afterwards.
+        """
         asked = json.dumps([question.prompt for question in self.questions])
         return {
             "prompts": hashlib.sha256(asked.encode()).hexdigest()[:16],
@@ -103,7 +104,7 @@ class Sweep:
     async def run(
         self, known: Mapping[Way, Pass], answered: Callable[[], object], keep: Callable[[Pass], object]
     ) -> list[Pass]:
-        """Each way, but for those `known` already; `answered` is called once an answer, `keep` once a pass.
+        """Run each way except the `known` ones; `answered` is called for each answer, `keep` for each pass.
 
         Raises Refused or Unavailable.
         """
@@ -152,6 +153,6 @@ class Sweep:
 
 
 def _told(error: ServiceError, address: str, question: Question) -> Unavailable | Refused:
-    """Only a request's own mistake is blamed on its line."""
+    """Only a wrong request is reported with its line."""
     told = explained(error, address)
     return Refused(f"line {question.line}: {told}", True) if isinstance(told, Refused) and told.mistake else told
