@@ -46,8 +46,8 @@ class RouterRow:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A router, its requests (`more`: the number not shown), the cells it hears, and the histories it knows by router
-    name: its own and those of earlier routers. `at`: seconds since the epoch.
+    """A router: its requests (`more`: the number not shown), the cells it hears, and the histories it knows, by router.
+    These are its own and earlier routers'. `at`: seconds since the epoch.
     """
 
     at: float

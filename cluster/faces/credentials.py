@@ -8,8 +8,9 @@ CHALLENGES = ('Basic realm="TwoTower Serve"', "Bearer")  # a header each, or Chr
 
 
 def key_of(headers: Sequence[str]) -> str | None:
-    """Of `Bearer KEY`, or of `Basic` with the key as password, which is how a browser asks for one. None where there is
-    none, or where several headers might name several."""
+    """The key of `Bearer KEY`, or of `Basic` with the key as password, as browsers send it. None without a key, or with
+    several headers that might name several.
+    """
     if len(headers) != 1:
         return None
     scheme, _, rest = headers[0].strip().partition(" ")

@@ -1,4 +1,4 @@
-"""The one table from our errors to HTTP statuses and gRPC codes, and what of an error a client may see."""
+"""The only table from our errors to HTTP statuses and gRPC codes, and the parts of an error that a client may see."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ _MAX_PROBLEMS, _MAX_MESSAGE = 16, 1000
 
 
 class NoSuchModel(InvalidRequest):
-    """Another model than the one served here is wanted."""
+    """The request names another model than the served one."""
 
 
 class SlowBody(InvalidRequest):
@@ -42,14 +42,14 @@ class LongHead(InvalidRequest):
 
 
 class UnknownEncoding(InvalidRequest):
-    """The body is compressed in a way that is not read here."""
+    """The body has an unsupported compression."""
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """How one kind of error looks outside. `public`: its message was written for clients.
+    """The public form of one kind of error. `public`: its message was written for clients.
 
-    `retry`: whether the same request may go better later; None where nobody knows.
+    `retry`: whether the same request may succeed later; None if unknown.
     """
 
     http: int
@@ -62,7 +62,7 @@ class Code:
 
     @property
     def reason(self) -> str:
-        """The kind in one word, as google.rpc.ErrorInfo wants it: OVERLOADED, RATE_LIMIT_EXCEEDED."""
+        """The kind in one word, as in google.rpc.ErrorInfo: OVERLOADED, RATE_LIMIT_EXCEEDED."""
         return (self.code or self.type.removesuffix("_error")).upper()
 
 
@@ -87,11 +87,11 @@ CODES: dict[type[TwoTowerError], Code] = {
     ),
     KeyRefused: Code(401, grpc.StatusCode.UNAUTHENTICATED, "authentication_error", retry=False, code="invalid_api_key"),
     Unavailable: Code(503, grpc.StatusCode.UNAVAILABLE, "unavailable_error", retry=True, retry_after_s=5),
-    # The work was done and thrown away; done again it would take as long.
+    # The work was done and thrown away; a repetition would take as long.
     DeadlineExceeded: Code(504, grpc.StatusCode.DEADLINE_EXCEEDED, "deadline_exceeded_error", retry=False),
     Cancelled: Code(499, grpc.StatusCode.CANCELLED, "cancelled_error"),
     NumericalError: Code(500, grpc.StatusCode.ABORTED, "numerical_error", retry=False),
-    # An operator's mistakes: their messages name files and settings that are no client's business.
+    # An operator's mistakes: their messages name files and settings that clients must not see.
     CheckpointError: INTERNAL,
     ConfigError: INTERNAL,
 }
@@ -99,7 +99,7 @@ CODES: dict[type[TwoTowerError], Code] = {
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error as a client gets it. `key`: the name of the key whose limit is reached."""
+    """An error for a client. `key`: the name of the key whose limit is reached."""
 
     code: Code
     message: str
@@ -109,12 +109,14 @@ class Failure:
 
 
 def code_of(error: BaseException) -> Code:
-    """The row of the nearest class in the table; INTERNAL for anything that is not ours."""
+    """The row of the nearest class in the table; INTERNAL for any foreign error."""
     return next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), INTERNAL)
 
 
 def describe(error: BaseException, request_id: str = "") -> Failure:
-    """What to tell the client. An internal error is logged with its traceback under an id, and only the id is told."""
+    """The error for the client. An internal error is logged with its traceback under an id, and the client gets only
+    the id.
+    """
     code = code_of(error)
     if not code.public:
         error_id = secrets.token_hex(6)
@@ -128,7 +130,7 @@ def describe(error: BaseException, request_id: str = "") -> Failure:
 
 
 def _retry_after_s(error: BaseException, code: Code) -> int | None:
-    """Whole seconds: what is known of this very error, else what is usual for its kind."""
+    """Whole seconds: this error's own hint, else the usual one of its kind."""
     if isinstance(error, Overloaded) and error.retry_after_s is not None:
         return math.ceil(error.retry_after_s)
     return code.retry_after_s

@@ -1,4 +1,4 @@
-"""What a GenerateRequest asks for beside its parameters: of what prompt, how many answers, whether it is told again."""
+"""A GenerateRequest's fields beside its parameters: the prompt, the number of answers, the echo."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +16,9 @@ from twotower.text.chat_template import Conversation
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """`tries` answers are decoded and `choices` of them told; `rated`: with their likelihoods. `echo`: the prompt is
-    told again; `answers`: not it alone."""
+    """`tries` answers are decoded and `choices` of them returned; `rated`: with likelihoods. `echo`: the prompt is
+    returned, too; `answers`: whether answers are wanted as well.
+    """
 
     ask: Ask
     choices: int
@@ -32,14 +33,14 @@ class Asked:
 
     @property
     def names(self) -> Mapping[str, str]:
-        """What the client calls fields that a check of all answers together knows by other names."""
+        """The client's names of fields that the check over all answers knows by other names."""
         several = "n" if self.tries == self.choices else "best_of"
         names = {"prompt": several} if self.tries > 1 else {}
         return names if self.rated or self.tries == self.choices else {**names, "logprobs": "best_of"}
 
 
 def asked_of(request: pb.GenerateRequest, label: str, own_id: str, streams: bool) -> Asked:
-    """Only the fields that the client gave, of which the library checks the parameters. Raises InvalidRequest."""
+    """Only the fields that the client gave; the library checks the parameters. Raises InvalidRequest."""
     n = request.n if request.HasField("n") else 1
     choices, tries = counts_of(n, request.best_of if request.HasField("best_of") else None, streams)
     params, rated = given_in(request.params), request.HasField("logprobs")
@@ -65,7 +66,7 @@ def asked_of(request: pb.GenerateRequest, label: str, own_id: str, streams: bool
 
 
 def tokenized_of(request: pb.TokenizeRequest) -> tuple[str | Conversation, bool]:
-    """What is to be tokenized, and whether with special tokens. Raises InvalidRequest."""
+    """The text or chat to tokenize, and whether special tokens are added. Raises InvalidRequest."""
     if not request.HasField("chat"):
         return request.text, request.add_special_tokens or not request.HasField("add_special_tokens")
     if request.text:
@@ -80,7 +81,7 @@ def conversation(chat: pb.Chat) -> Conversation:
 
 @contextmanager
 def told_as(names: Mapping[str, str]) -> Iterator[None]:
-    """What is wrong, under the client's names."""
+    """The errors under the client's names."""
     try:
         yield
     except InvalidRequest as error:
@@ -117,7 +118,7 @@ def _prompt(request: pb.GenerateRequest) -> Given:
 
 
 def _special_tokens(request: pb.GenerateRequest) -> bool:
-    """A template writes those of a chat."""
+    """A chat's template writes its special tokens."""
     if request.HasField("add_special_tokens"):
         return bool(request.add_special_tokens)
     return bool(request.WhichOneof("prompt") != "chat")

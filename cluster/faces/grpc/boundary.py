@@ -1,5 +1,6 @@
-"""What every call of our gRPC services passes: parsing in, google.rpc.Status with details and the names of fields that
-were left out, out."""
+"""The boundary of our gRPC services: parses messages, returns google.rpc.Status with details, and names
+ignored fields.
+"""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -21,16 +22,16 @@ Handler = Any  # grpc.RpcMethodHandler, generic only in its stubs
 Metadata = tuple[tuple[str, str], ...]
 Behaviour = Any  # an async method of a servicer: (message, context) -> message, or None when it streams
 
-# Trailing metadata of a call: fields of its message that this version does not know, and left out.
+# Trailing metadata of a call: fields of its message that this version does not know and ignored.
 IGNORED = "x-twotower-ignored-fields"
-DOMAIN = "twotower.v1"  # of the reasons in an ErrorInfo
+DOMAIN = "twotower.v1"  # the domain of the reasons in an ErrorInfo
 
 
 class Boundary(grpc.aio.ServerInterceptor):
     """Hands parsed messages to a service's methods and turns their errors into statuses; no traceback leaves.
 
-    Methods are coroutines; those that stream write to their context. `messages` maps a full method name to its
-    request type; calls of other services (health, reflection) pass untouched. `most_tokens`: of a prompt.
+    Methods are coroutines; streaming methods write to their context. `messages` maps a full method name to its request
+    type; calls of other services (health, reflection) pass unchanged. `most_tokens`: the maximum of a prompt.
     """
 
     def __init__(self, messages: dict[str, type[Message]], most_tokens: int) -> None:
@@ -53,7 +54,7 @@ class Boundary(grpc.aio.ServerInterceptor):
 
 
 def guarded(behaviour: Behaviour, kind: type[Message], most_tokens: int) -> Behaviour:
-    """The method behind the boundary: it takes bytes instead of a message."""
+    """The method inside the boundary, which takes bytes instead of a message."""
 
     async def call(data: bytes, context: Any) -> Any:
         left_out: Metadata = ()
@@ -77,17 +78,18 @@ def guarded(behaviour: Behaviour, kind: type[Message], most_tokens: int) -> Beha
 
 
 def _outside(error: Exception, kind: type[Message]) -> Exception:
-    """What the client is to be told of."""
+    """The error for the client."""
     if isinstance(error, InvalidRequest):
         return outside_problems(error, kind)
-    if isinstance(error, grpc.aio.InternalError):  # of a write, which fails where nobody reads any more
+    if isinstance(error, grpc.aio.InternalError):  # of a write, which fails if the client has left
         return Cancelled("the client has gone")
     return error
 
 
 def status_of(failure: Failure) -> status_pb2.Status:
-    """google.rpc.Status: ErrorInfo for programs, BadRequest for fields at fault, QuotaFailure for a key's limit,
-    RetryInfo where trying again makes sense."""
+    """google.rpc.Status: ErrorInfo for programs, BadRequest for wrong fields, QuotaFailure for a key's limit, RetryInfo
+    if a retry makes sense.
+    """
     status = status_pb2.Status(code=failure.code.grpc.value[0], message=failure.message)
     _attach(status, error_details_pb2.ErrorInfo(reason=failure.code.reason, domain=DOMAIN))
     if failure.problems:

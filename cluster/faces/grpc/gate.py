@@ -1,4 +1,4 @@
-"""Who a call over gRPC is from. Where keys are wanted, nobody without one gets further."""
+"""The caller of a gRPC call. If keys are required, a call without a key is refused here."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -37,7 +37,9 @@ class Gate(grpc.aio.ServerInterceptor):
 
 
 def caller_of(generation: Generation, context: Any) -> Caller:
-    """By its key, else by the address of a peer such as ipv4:127.0.0.1:4711 or ipv6:[::1]:4711. Raises KeyRefused."""
+    """The caller by key, or else by the peer's address, such as ipv4:127.0.0.1:4711 or ipv6:[::1]:4711. Raises
+    KeyRefused.
+    """
     family, _, rest = str(context.peer() or "").partition(":")
     address = rest.rpartition(":")[0].strip("[]") if family in ("ipv4", "ipv6") else ""
     return generation.caller(_key(context.invocation_metadata()), address)

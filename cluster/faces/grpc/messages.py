@@ -1,6 +1,6 @@
-"""Between `twotower.v1` messages and the service's own words.
+"""Translates between `twotower.v1` messages and the service's own types.
 
-Lists are handed on as the message has them: they may be far too long to be copied before they are counted.
+Lists are passed on without a copy: they may be far too long to be copied before they are counted.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ def outside_problems(error: InvalidRequest, kind: type[Message]) -> InvalidReque
 def answer_message(
     asked: Asked, told: Sequence[Generating], decoded: Sequence[Generating], texts: TokenTexts
 ) -> pb.GenerateResponse:
-    """The answers that are `told`, of all that were decoded."""
+    """The `told` answers of all decoded ones."""
     first, *others = [_answer(run, asked.rated, texts) for run in told]
     response = pb.GenerateResponse(request_id=asked.shown_id, others=[pb.Choice(**other) for other in others], **first)
     if len(decoded) > 1:
@@ -84,7 +84,7 @@ def _together(usages: Sequence[Usage]) -> Usage:
 def piece_messages(
     asked: Asked, place: int, run: Generating, piece: Piece, texts: TokenTexts
 ) -> Iterator[pb.GenerateStreamResponse]:
-    """A piece of the stream of the answer at this place as events."""
+    """The events of a piece of the answer at this place."""
     messages = _chunk_messages(run, piece, texts) if isinstance(piece, Chunk) else [_trace_message(piece, texts)]
     for message in messages:
         message.request_id, message.choice = asked.shown_id, place
@@ -115,7 +115,7 @@ def _trace_message(event: TraceEvent, texts: TokenTexts) -> pb.GenerateStreamRes
 
 
 def _chunk_messages(run: Generating, chunk: Chunk, texts: TokenTexts) -> Iterator[pb.GenerateStreamResponse]:
-    """The chunk as a `block` event where it holds anything, and `finished` after the last."""
+    """The chunk as a `block` event unless it is empty, and `finished` after the last."""
     if chunk.token_ids or chunk.text:
         block = pb.CommittedBlock(
             start=chunk.start,
@@ -167,7 +167,7 @@ def _path(field: str) -> str:
 
 
 def _score_path(field: str) -> str:
-    """The library knows one list of ids; what is too long about it is the continuation."""
+    """The library has one list of ids; if it is too long, the continuation is to blame."""
     if field.startswith("token_ids"):
         return "continuation"
     name, bracket, place = field.partition("[")
@@ -212,5 +212,5 @@ def _costs(told: BlockEvent | Usage) -> dict[str, int]:
 
 
 def _defaults(params: DecodingParams) -> pb.DecodingParams:
-    """Defaults, less what is drawn for each request."""
+    """The defaults without those that are drawn for each request."""
     return params_message({name: getattr(params, name) for name, p in PARAMETERS.items() if not p.drawn})

@@ -14,15 +14,16 @@ NAMES = (reflection.SERVICE_NAME, f"{_NEWER}.ServerReflection")
 
 
 def enable_reflection(server: grpc.aio.Server, names: Sequence[str], files: Sequence[File]) -> None:
-    """Tells of the services of these names, which the files describe, and of reflection itself. The files import none
-    that is not among them."""
+    """Describes the named services, which are in these files, and reflection itself. The files import
+    only each other.
+    """
     pool = DescriptorPool()
     for file in (*files, reflection_pb2.DESCRIPTOR):
         pool.Add(_proto(file))
     pool.Add(_newer(_proto(reflection_pb2.DESCRIPTOR)))
     told = (*names, *NAMES)
     reflection.enable_server_reflection(told, server, pool)
-    # The library has the older version alone.
+    # The library has only the older version.
     method = grpc.stream_stream_rpc_method_handler(
         reflection.aio.ReflectionServicer(told, pool).ServerReflectionInfo,
         reflection_pb2.ServerReflectionRequest.FromString,

@@ -1,4 +1,4 @@
-"""What a ScoreRequest asks for, and how it is answered: one continuation of a prompt, or several."""
+"""Reads a ScoreRequest and writes its answer: one continuation of a prompt, or several."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _KINDS = ("more_continuation_texts", "more_continuation_token_ids")
 
 
 def continuations_of(request: pb.ScoreRequest, label: str, own_id: str) -> Continuations:
-    """Raises InvalidRequest where the client leaves out a part."""
+    """Raises InvalidRequest if a part is missing."""
     parts = {name: _part(request, name) for name in ("prompt", FIRST)}
     missing = [name for name, part in parts.items() if part is None]
     if missing:

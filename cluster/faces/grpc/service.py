@@ -38,7 +38,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
 
 
 class GenerationServicer(pb_grpc.GenerationServiceServicer):
-    """Translates, delegates, translates back. Errors are the Boundary's business."""
+    """Translates, delegates, translates back. The Boundary handles errors."""
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
@@ -67,7 +67,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         caller = caller_of(generation, context)
         with self._held(asked, checked, caller):
             runs = await generation.runs(checked, asked.tries, deadline, caller, _parent_of(context))
-            # Writing waits for the client to read, and may wait for ever.
+            # A write waits until the client reads, perhaps for ever.
             async with deadline.over(), aclosing(generation.many(runs)) as pieces:
                 async for place, piece in pieces:
                     for message in piece_messages(asked, place, runs[place], piece, generation.token_texts):
@@ -103,7 +103,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     @contextmanager
     def _held(self, asked: Asked, checked: Checked, caller: Caller) -> Iterator[None]:
-        """Room for all answers of a call."""
+        """Holds room for all answers of a call."""
         with ExitStack() as held:
             with told_as(asked.names):
                 held.enter_context(self._generation.hold([checked] * asked.tries, caller))
@@ -123,8 +123,9 @@ class GrpcServer:
         certificates: Rereading[Credentials] | None = None,
         max_age_s: float = 300.0,
     ) -> None:
-        """`ping_interval_s`: clients may ask as often as this whether the connection lives. `certificates`: those of
-        TLS, without which it speaks plainly. `max_age_s`: a connection takes no more calls then."""
+        """`ping_interval_s`: clients may ping as often as this. `certificates`: those for TLS; without them the server
+        is plain. `max_age_s`: after this time a connection takes no more calls.
+        """
         messages = {f"/{SERVICE.full_name}/{method.name}": _message(method) for method in SERVICE.methods}
         self._server = grpc.aio.server(
             interceptors=[Gate(generation), Boundary(messages, generation.model.limits.max_sequence_length)],
@@ -133,7 +134,7 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", max_bytes),
                 ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * ping_interval_s)),
                 ("grpc.keepalive_permit_without_calls", 1),  # without it: every two hours while no call runs
-                # No grace period: it would end the calls that run. As it comes, those have as long as they like.
+                # No grace period, which would end running calls. By default they may take any time.
                 ("grpc.max_connection_age_ms", round(1000 * max_age_s)),
             ],
         )
@@ -145,12 +146,12 @@ class GrpcServer:
         self.port = _listen(self._server, host, port, certificates)
 
     async def start(self) -> None:
-        """Answers from now on; not yet serving in the sense of grpc.health.v1."""
+        """Accepts calls from now on; not yet SERVING in the sense of grpc.health.v1."""
         await self.set_served(frozenset())
         await self._server.start()
 
     async def set_served(self, served: Set[Mode]) -> None:
-        """What grpc.health.v1 says: of the server and of the service whether any mode is served, and of each mode."""
+        """Sets grpc.health.v1: for the server and the service, whether any mode is served; and for each mode."""
         states = health_pb2.HealthCheckResponse
         serving = {"": bool(served), SERVICE.full_name: bool(served)}
         serving |= {f"{SERVICE.full_name}.{mode}": mode in served for mode in self._modes}
@@ -179,8 +180,8 @@ def _message(method: Any) -> type[Message]:
 
 
 def _names(request: Any, context: Context) -> tuple[str, str]:
-    """What the client calls this request (its field, else the metadata of a gateway) and what we do; told to the client
-    when the call ends, well or not. Before that nothing may be sent: a client that has heard something does not retry.
+    """The client's label of this request (its field, else a gateway's metadata) and our id. They are sent when the call
+    ends, also with an error. Nothing may be sent earlier, because a client that has received something does not retry.
     """
     metadata = dict(context.invocation_metadata() or ())
     label, own_id = request.request_id or label_of(str(metadata.get(REQUEST_ID, ""))), drawn_id()

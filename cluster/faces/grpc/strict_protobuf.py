@@ -1,4 +1,4 @@
-"""A protobuf message from bytes: what protobuf would leave out in silence, or refuse without a name, is named."""
+"""Parses a protobuf message from bytes, and names what protobuf would ignore silently or refuse without a name."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -17,19 +17,19 @@ from twotower.core import MAX_STOP_STRINGS
 from twotower.errors import FieldError, InvalidRequest
 from twotower.showing import one_line
 
-MAX_FIELDS = 64  # of a message as it is on the wire, each string of a list counted
+MAX_FIELDS = 64  # fields of a message on the wire, each string of a list counted
 _MAX_NAMED = 8
-_ID_BYTES = 6  # of a token id on the wire: five for the number, one for its field where ids are not packed
-MAX_PARAMS = 48 * 1024  # bytes of a message within one that holds no token ids of a prompt
-_MAX_UNKNOWN = 16 * 1024  # bytes of unknown fields that are looked into, some thousands of fields at most
+_ID_BYTES = 6  # bytes of a token id on the wire: five for the number, one for its field if ids are not packed
+MAX_PARAMS = 48 * 1024  # bytes of an inner message without a prompt's token ids
+_MAX_UNKNOWN = 16 * 1024  # bytes of unknown fields that are inspected: at most some thousands of fields
 Found = TypeVar("Found")
 _NAMES: dict[int, str] = {number: name for name, number in FieldDescriptorProto.Type.items()}
 
 
 def parse_message(kind: type[Message], data: bytes, most_tokens: int) -> tuple[Message, list[str]]:
-    """A message whose strings are UTF-8, and the paths of fields that this version does not know and leaves out: the
-    first few of them. A known field of another type is refused. What no prompt of `most_tokens` needs is refused before
-    protobuf, which holds Python's lock, makes lists of it. Raises InvalidRequest.
+    """A message whose strings are UTF-8, and the paths of the first few ignored fields, which this version does not
+    know. A known field of another type is refused. A message larger than any prompt of `most_tokens` needs is refused
+    before protobuf, which holds Python's lock, makes lists of it. Raises InvalidRequest.
     """
     _check_sizes(kind, data, most_tokens)
     try:
@@ -46,7 +46,7 @@ def parse_message(kind: type[Message], data: bytes, most_tokens: int) -> tuple[M
 
 
 def _check_sizes(kind: type[Message], data: bytes, most_tokens: int) -> None:
-    """The number of fields, and the bytes of messages within this one. Raises InvalidRequest."""
+    """Check the number of fields, and the bytes of inner messages. Raises InvalidRequest."""
     known: Any = kind.DESCRIPTOR.fields_by_number
     for place, (number, at, size) in enumerate(_fields(data)):
         field = known.get(number)
@@ -66,14 +66,13 @@ def _check_sizes(kind: type[Message], data: bytes, most_tokens: int) -> None:
 
 
 def _check_chat(name: str, data: bytes) -> None:
-    """How many messages there are; how long they may be is the bound of all bytes. Raises InvalidRequest."""
+    """Check the number of messages; the bound of all bytes limits their length. Raises InvalidRequest."""
     if sum(1 for _ in islice(_fields(data), MAX_MESSAGES + 1)) > MAX_MESSAGES:
         raise InvalidRequest.of(f"{name}.messages", f"got more than {MAX_MESSAGES} messages")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """The fields of a message on the wire: number, where the value is, its bytes. Ends early where the wire makes no
-    sense."""
+    """The fields of a message on the wire: number, place of the value, its bytes. Ends early at malformed bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -93,7 +92,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number, and where the next thing begins."""
+    """A number, and the place after it."""
     number = 0
     for place, byte in enumerate(data[at : at + 10]):
         number |= (byte & 127) << 7 * place
@@ -103,7 +102,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _distinct(found: Iterator[Found]) -> list[Found]:
-    """The first few, each once. No more is looked at than it takes."""
+    """The first few, each once. Inspects no more than needed."""
     distinct = dict[Found, None]()
     for one in found:
         distinct[one] = None
@@ -126,8 +125,9 @@ def _left_out(message: Message) -> list[str]:
 
 
 def _unread_fields(message: Message, path: str) -> Iterator[tuple[str, Any]]:
-    """Numbers without a name, and known ones whose wire type is another's, with their descriptors: protobuf keeps both
-    apart, unread."""
+    """Unknown field numbers, and known numbers with a wrong wire type, with their descriptors: protobuf keeps both
+    unparsed.
+    """
     for unread in UnknownFieldSet(message):  # type: ignore[attr-defined]
         field = message.DESCRIPTOR.fields_by_number.get(unread.field_number)
         yield f"{path}{unread.field_number if field is None else field.name}", field
@@ -136,7 +136,7 @@ def _unread_fields(message: Message, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _messages_in(message: Message, path: str) -> Iterator[tuple[Message, str]]:
-    """With the beginning of their fields' paths. A map holds none: its values are numbers."""
+    """Inner messages, each with the beginning of its path. A map holds none: its values are numbers."""
     for field, value in message.ListFields():
         if isinstance(value, Message):
             yield value, f"{path}{field.name}."
@@ -151,7 +151,7 @@ def _type_name(field: Any) -> str:
 
 
 def _broken_texts(kind: type[Message], data: bytes) -> list[FieldError]:
-    """String fields that are not UTF-8, found by reading once more with bytes in their place."""
+    """String fields that are not UTF-8, found by parsing again with bytes instead of strings."""
     try:
         message = _with_bytes(kind.DESCRIPTOR).FromString(data)
     except DecodeError:
@@ -173,7 +173,7 @@ def _not_utf8(message: Message, path: str) -> Iterator[FieldError]:
 
 @cache
 def _with_bytes(kind: Descriptor) -> type[Message]:
-    """The same message with bytes in the place of strings. Of a file that imports no other."""
+    """The same message type with bytes instead of strings, for a file without imports."""
     file = FileDescriptorProto()
     kind.file.CopyToProto(file)
     for field in (field for message in file.message_type for field in message.field):

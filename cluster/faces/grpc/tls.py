@@ -1,4 +1,4 @@
-"""What the gRPC server shows in a handshake, and whom it lets in."""
+"""The gRPC server's certificates in handshakes, and its check of clients' certificates."""
 
 import grpc
 
@@ -7,8 +7,9 @@ from cluster.rereading import Rereading
 
 
 def server_credentials(certificates: Rereading[Credentials]) -> grpc.ServerCredentials:
-    """Of each handshake by what the files say then; connections that stand go on. Whether clients have to show a
-    certificate is settled now."""
+    """Each handshake uses the files' present content; existing connections continue. Whether clients must show a
+    certificate is decided now.
+    """
     shown = certificates.now
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
@@ -19,7 +20,7 @@ def server_credentials(certificates: Rereading[Credentials]) -> grpc.ServerCrede
         return _configuration(shown)
 
     wants_client = shown.client_ca is not None
-    # Its stub does not know that None says: as before.
+    # Its stub does not know that None means: unchanged.
     return grpc.dynamic_ssl_server_credentials(_configuration(shown), changed, wants_client)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Between `twotower.v1.DecodingParams` and the parameters by name, whatever parameters are declared."""
+"""Translates between `twotower.v1.DecodingParams` and parameters by name, for all declared parameters."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ assert set(_ENUMS) == {name for name, parameter in PARAMETERS.items() if isinsta
 
 
 def given_in(message: pb.DecodingParams) -> dict[str, object]:
-    """What the client gave, by name. Lists are the message's own: they may be far too long to be copied."""
+    """The given parameters by name. Lists are the message's own, because they may be far too long to be copied."""
     given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
     constraints = {n: _described(v) for n, v in given.items() if isinstance(PARAMETERS[n].kind, Constraints)}
     return {**given, **constraints, **{name: _word(name, given[name]) for name in _ENUMS.keys() & given.keys()}}
@@ -52,6 +52,6 @@ def mode_name(mode: Mode) -> Any:
 
 
 def _word(name: str, number: int) -> str | int:
-    """The library's word for a choice; a number this server has no word for stays a number, and is refused there."""
+    """The library's word for a choice; an unknown number stays a number, and the library refuses it."""
     enum = _ENUMS[name]
     return enum.Name(number).removeprefix(f"{name}_".upper()).lower() if number in enum.values() else number

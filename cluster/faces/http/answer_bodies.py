@@ -1,4 +1,4 @@
-"""What the responses of completions and chats have in common, and how they are encoded."""
+"""The common part of the responses of completions and chats, and their encoding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from twotower.text.token_texts import TokenTexts
 
 
 class AnswerBodies(ABC):
-    """The responses to one call. `usages`: of all its runs so far, those of a prompt beside one another."""
+    """The responses to one call. `usages`: of all its runs so far; runs of one prompt are adjacent."""
 
     def __init__(self, call: AnswerCall, model: str, created: int, mode: Mode, names: TokenNames) -> None:
         self._call, self._mode, self._names = call, mode, names
@@ -28,31 +28,31 @@ class AnswerBodies(ABC):
 
     @abstractmethod
     async def whole(self, told: Sequence[Generating | Echoing], usages: Sequence[Usage]) -> bytes:
-        """The response of a call that does not stream. It may be very long: others have their turn meanwhile."""
+        """The response of a call without a stream. It may be very long, so the loop runs other tasks meanwhile."""
 
     def opening(self, index: int, run: Generating, usages: Sequence[Usage] | None) -> Sequence[object]:
-        """The events with which a stream tells of an answer to come."""
+        """The first events of an answer's stream."""
         return ()
 
     @abstractmethod
     def chunk(self, index: int, run: Generating, chunk: Chunk, usages: Sequence[Usage] | None) -> Sequence[object]:
-        """The events of a stream that tell a chunk; `usages`: where every event has them."""
+        """The events of a chunk; `usages`: if every event has them."""
 
     @abstractmethod
     def usage(self, usages: Sequence[Usage]) -> BaseModel:
-        """The event before [DONE] where stream_options.include_usage asks for it."""
+        """The event before [DONE], if stream_options.include_usage asks for it."""
 
     def trace(self, index: int, event: TraceEvent, texts: TokenTexts) -> dict[str, object]:
-        """A `twotower.trace` event: without choices, since OpenAI's SDKs read any event as a completion."""
+        """A `twotower.trace` event, without choices, because OpenAI's SDKs read any event as a completion."""
         about = {"id": self._call.id, "request_id": self._call.shown_id, "object": "twotower.trace", "choices": []}
         return {**about, "index": index, **_traced(event, texts)}
 
     def _prompt(self, run: Generating) -> dict[str, object]:
-        """Its ids, where they are asked for."""
+        """The prompt's ids, if requested."""
         return {"prompt_token_ids": run.request.prompt_token_ids} if self._call.told_ids else {}
 
     def _used(self, usages: Sequence[Usage]) -> UsageBody:
-        """A prompt counts once, however many answers it has."""
+        """A prompt counts once, with any number of answers."""
         firsts = usages[:: self._call.tries]
         prompt, cached = (sum(getattr(usage, name) for usage in firsts) for name in ("prompt_tokens", "cached_tokens"))
         completion = sum(usage.completion_tokens for usage in usages)
@@ -84,12 +84,12 @@ def encoded(body: object) -> bytes:
 
 
 def spliced(around: bytes, empty: bytes, items: Sequence[bytes]) -> bytes:
-    """JSON whose list of this name, which is `empty` and not within a string, has these items."""
+    """JSON with these items in the list of this name, which is `empty` and not within a string."""
     before, after = around.split(empty, 1)
     return b"".join([before, empty[:-1], b",".join(items), b"]", after])
 
 
 def error_body(failure: Failure) -> dict[str, object]:
-    """`param` is the first field at fault."""
+    """`param` is the first wrong field."""
     param = failure.problems[0].field if failure.problems else None
     return error_shape(failure.message, failure.code.type, param, failure.code.code)

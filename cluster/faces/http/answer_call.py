@@ -1,4 +1,6 @@
-"""A call for answers, read from its body: what completions and chats have in common. docs/api.md tells every field."""
+"""A call for answers, read from its body: the common part of completions and chats. docs/api.md
+describes every field.
+"""
 
 import re
 import uuid
@@ -18,13 +20,13 @@ _OUTSIDE_NAMES = {name: parameter.http for name, parameter in {**PARAMETERS, "tr
 
 @dataclass(frozen=True, slots=True)
 class AnswerCall:
-    """One Ask per prompt, of each of which `tries` answers are decoded and `choices` of them told.
+    """One Ask per prompt; for each, `tries` answers are decoded and `choices` of them returned.
 
-    `id` is ours and unlike any other; `label` is the client's own name for the call, which may be any other call's too.
-    `include_usage`: an event of its own at the end of a stream; `continuous_usage`: on every event. `rated`: whether
-    log-probabilities are told, with `numbered` tokens by their ids. `told_ids`: whether ids of prompt and answer are
-    told, too. `echo`: the prompts are told again; `answers`: not them alone. `names`: what the client
-    calls fields that the library knows by other names.
+    `id` is our unique id; `label` is the client's own name for the call, which other calls may share. `include_usage`:
+    usage as a separate event at the end of a stream; `continuous_usage`: usage on every event. `rated`: whether
+    log-probabilities are returned, with `numbered` tokens by their ids. `told_ids`: whether ids of prompt and answer
+    are returned. `echo`: the prompts are returned, too; `answers`: whether answers are wanted as well. `names`: the
+    client's names of fields that the library knows by other names.
     """
 
     id: str
@@ -54,7 +56,7 @@ class AnswerCall:
 
     @contextmanager
     def told_of(self, place: int | None = None) -> Iterator[None]:
-        """What is wrong with the prompt at this place, or with all answers of the call, in the client's words."""
+        """The error of the prompt at this place, or of all answers of the call, in the client's words."""
         try:
             yield
         except InvalidRequest as error:
@@ -62,7 +64,7 @@ class AnswerCall:
 
     def _outside(self, error: InvalidRequest, place: int | None) -> InvalidRequest:
         prompt = self.names.get("prompt", "prompt")
-        if place is None and self.tries > 1:  # it is about how many there are
+        if place is None and self.tries > 1:  # the error is about their number
             prompt = "n" if self.tries == self.choices else "best_of"
         elif place is not None and len(self.asks) > 1:
             prompt = f"{prompt}[{place}]"
@@ -76,7 +78,7 @@ class AnswerCall:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What the two kinds of body say in ways of their own."""
+    """The parts that the two kinds of body write differently."""
 
     prompts: Sequence[Given]
     params: dict[str, object]
@@ -89,9 +91,9 @@ class Question:
 
 
 def answer_call(read: AnswerRequest, question: Question, prefix: str, label: str) -> AnswerCall:
-    """Everything but the parameters' values, which the library checks. Raises InvalidRequest."""
+    """Reads everything except the parameters' values, which the library checks. Raises InvalidRequest."""
     params, prompts = question.params, question.prompts
-    if params.get("top_k") == -1:  # as vLLM, SGLang and Hugging Face say that it is off
+    if params.get("top_k") == -1:  # off in vLLM, SGLang and Hugging Face
         params["top_k"] = 0
     trace = read.diffusion.trace
     if trace is True and not read.stream:

@@ -1,6 +1,6 @@
 """Calls for answers over HTTP: whole ones, and streams of server-sent events. Translates, delegates, translates back.
 
-What a body asks for and how an answer is written, `parse` and `bodies` know.
+`parse` reads a body, `bodies` writes an answer.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from cluster.runs.run import Generating
 from cluster.runs.streams import drained, until_disconnect
 
 _TRACE_EVENT = b"twotower.trace"
-_LAST_WORDS_S = 2.0  # beyond its deadline, for a stream to say that it has passed
+_LAST_WORDS_S = 2.0  # seconds beyond its deadline, for a stream to report that it has passed
 
 Item = TypeVar("Item")
 Numbered = tuple[int, Piece]  # with its run's number
@@ -73,7 +73,7 @@ class AnswersFace:
         began: Begun,
         headers: Mapping[str, str],
     ) -> Response:
-        """The prompts again, and their answers."""
+        """The echoed prompts, and their answers."""
         runs = list[Echoing]()
         for place, checked in enumerate(asks):
             with call.told_of(place):
@@ -88,11 +88,11 @@ class AnswersFace:
         for place, ask in enumerate(call.asks):
             with call.told_of(place):
                 checked.append(self._generation.check(ask))
-            await asyncio.sleep(0)  # many prompts, one after the other, hold the loop up
+            await asyncio.sleep(0)  # many prompts, one after the other, would block the loop
         return checked
 
     async def _runs(self, call: AnswerCall, asks: Sequence[Checked], began: Begun) -> list[Generating]:
-        """Those of a prompt beside one another."""
+        """The runs of one prompt are adjacent."""
         runs = list[Generating]()
         for place, checked in enumerate(asks):
             with call.told_of(place):
@@ -114,12 +114,12 @@ class AnswersFace:
         rest: AsyncGenerator[Numbered, None],
         send: Write,
     ) -> None:
-        """Server-sent events, one or more per piece; an error is an event too, and then there is no [DONE]."""
+        """Server-sent events, one or more per piece. An error is an event, too, and then there is no [DONE]."""
         usages = [Usage(len(run.request.prompt_token_ids)) for run in runs]
         numbered: Numbered | None = first
         told = usages if call.continuous_usage else None
         try:
-            # In the order of their numbers, whichever comes first: clients list choices as they hear of them.
+            # In the order of their numbers, not of their arrival: clients list choices in the order of first events.
             for index, run in enumerate(runs):
                 for event in bodies.opening(index, run, told):
                     await send(_event(event))
@@ -140,7 +140,7 @@ class AnswersFace:
 
 
 class EventStream(Response):
-    """A stream of server-sent events whose source is closed at once when the client leaves, and then its room.
+    """A stream of server-sent events. When the client leaves, its source is closed at once, and then its room.
 
     A client that does not read is cut off when the deadline has passed.
     """
@@ -181,5 +181,5 @@ async def _next(items: AsyncGenerator[Item, None]) -> Item:
 
 
 def _event(body: object, name: bytes = b"") -> bytes:
-    """One with a name is for those who listen for it."""
+    """A named event, for clients that listen for it."""
     return (b"event: " + name + b"\n" if name else b"") + b"data: " + encoded(body) + b"\n\n"

@@ -1,4 +1,4 @@
-"""What every call that asks a cell for something begins with: its deadline, its caller, its body, its names."""
+"""The common begin of calls that need a cell: deadline, caller, body, names."""
 
 import math
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ from twotower.showing import show
 from twotower.strict_json import PARSED_S, parse_json
 
 TIMEOUT_HEADER = "x-request-timeout"
-CALL = "twotower.call"  # where in a scope the log finds what the call is named
+CALL = "twotower.call"  # where the log finds the call's name in a scope
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A call whose body has been read as a JSON object. `outer_id`: the client's name for it in the header, or none."""
+    """A call whose body has been read as a JSON object. `outer_id`: the client's label in the header, or empty."""
 
     deadline: Deadline
     caller: Caller
@@ -34,7 +34,9 @@ class Begun:
     body: dict[str, object]
 
     def headers(self, shown_id: str) -> dict[str, str]:
-        """Of the answer. Serve's proxy sets this header itself where the request brought one, or it drew one."""
+        """The answer's headers. Serve's proxy sets the id header itself if the request had one or the
+        proxy drew one.
+        """
         return {} if self.outer_id else {REQUEST_ID: shown_id}
 
 
@@ -55,7 +57,7 @@ def check_model(got: str | None, served: str) -> None:
 
 
 def _timeout_of(headers: Mapping[str, str]) -> float | None:
-    """Seconds the client will wait; None where it does not say."""
+    """Seconds that the client will wait; None if it does not say."""
     text = headers.get(TIMEOUT_HEADER)
     if text is None:
         return None

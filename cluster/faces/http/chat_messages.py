@@ -1,4 +1,4 @@
-"""The messages of a chat as clients send them: text by role. What is more than text is refused by name."""
+"""The messages of a chat as clients send them: text by role. Anything but text is refused by name."""
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -15,7 +15,7 @@ MAX_PARTS = 1024  # of a message
 ROLES = ("system", "developer", "user", "assistant")
 MESSAGES = f"a list of 1 to {MAX_MESSAGES} messages"
 _CONTENT = "a string or a list of parts of type text"
-_NAMED = 8  # problems that are told
+_NAMED = 8  # problems that are reported
 _TEXT = {"type": "string"}
 _PART = {
     "type": "object",
@@ -38,7 +38,7 @@ SCHEMA: dict[str, Any] = {
     },
 }
 
-# What an answer of ours, or of OpenAI's, brings along when it is sent again, and what asks for more than text.
+# Fields of an answer that is sent back, ours or OpenAI's, and fields that ask for more than text.
 NEUTRAL_OF_MESSAGES: Mapping[str, Neutral] = {
     "tool_calls": Neutral(([],), "OpenAI"),
     "function_call": Neutral((), "OpenAI"),
@@ -50,7 +50,7 @@ NEUTRAL_OF_MESSAGES: Mapping[str, Neutral] = {
 
 
 def conversation_of(given: object) -> Conversation:
-    """Raises InvalidRequest for the first few things that are wrong, each by its place."""
+    """Raises InvalidRequest for the first few errors, each with its place."""
     if not isinstance(given, list) or not given:
         raise InvalidRequest.of("messages", f"got {show(given)}, wanted {MESSAGES}")
     if len(given) > MAX_MESSAGES:
@@ -69,7 +69,7 @@ def conversation_of(given: object) -> Conversation:
 
 
 def _message(given: Mapping[str, Any]) -> dict[str, str]:
-    """One without anything wrong. Parts of text are joined as vLLM joins them."""
+    """A correct message. Parts of text are joined as in vLLM."""
     content = given["content"]
     text = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
     named = {"name": given["name"]} if given.get("name") else {}

@@ -12,8 +12,9 @@ _MOST = PARAMETERS["max_new_tokens"]
 
 
 class ChatRequest(AnswerRequest):
-    """`max_completion_tokens` and `max_tokens` are one. `add_special_tokens`: those that the tokenizer puts around
-    text; by default the template writes them. `safety_identifier`, `prompt_cache_key`: labels without effect."""
+    """`max_completion_tokens` and `max_tokens` are the same. `add_special_tokens`: whether the tokenizer adds special
+    tokens; by default the template writes them. `safety_identifier`, `prompt_cache_key`: labels without effect.
+    """
 
     messages: Annotated[Any, WithJsonSchema(SCHEMA), Field(description=MESSAGES)]
     max_completion_tokens: Annotated[Any, schema_of(_MOST)] = None
@@ -25,7 +26,7 @@ class ChatRequest(AnswerRequest):
 
 
 class TokenLogProb(Body):
-    """`bytes`: those of the text, where the token is one."""
+    """`bytes`: those of the token's text, if it identifies the token."""
 
     token: str
     logprob: float
@@ -46,7 +47,7 @@ class ChatLogProbs(Body):
 
 
 class AnswerMessage(Body):
-    """What was answered."""
+    """The answer's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -76,7 +77,7 @@ class ChatCompletion(Body):
 
 
 class ChatChunkChoice(Body):
-    """What a chunk adds to an answer: `delta` has the role first, then text, and nothing beside the finish_reason."""
+    """What a chunk adds to an answer: `delta` first has the role, then text, and is empty beside the finish_reason."""
 
     index: int
     delta: dict[Literal["role", "content"], str]
@@ -97,6 +98,6 @@ class ChatChunk(Body):
 
 
 class ChatChunkAndUsage(ChatChunk):
-    """One that tells what the call has used."""
+    """A chunk with the call's usage."""
 
     usage: Usage

@@ -1,7 +1,7 @@
 """The bodies of /v1/completions as pydantic models: OpenAI's, with token ids, steps and a `diffusion` object added.
 
-Parameters are fields as `twotower.core` declares them. Their values, like the prompt's ids, are taken as they come: the
-library checks them, and lists may be far too long to be copied before they are counted.
+Parameters are fields as `twotower.core` declares them. Their values, like the prompt's ids, are not checked or copied
+here. The library checks them, and lists may be far too long to be copied before they are counted.
 """
 
 from collections.abc import Sequence
@@ -38,12 +38,12 @@ class Body(BaseModel):
 
 
 def schema_of(parameter: Parameter) -> WithJsonSchema:
-    """What a field that takes this parameter tells of it."""
+    """The schema of a field that takes this parameter."""
     return WithJsonSchema({**parameter.kind.schema, "description": parameter.meaning})
 
 
 def _declared(outer: str) -> dict[str, Any]:
-    """The parameters that are fields of this object (empty: of the body itself); None is not given."""
+    """The parameters that are fields of this object (empty: of the body itself); None means not given."""
     places = {parameter.http.rpartition("."): parameter for parameter in PARAMETERS.values()}
     return {
         own: (Annotated[Any, schema_of(parameter)], None) for (o, _, own), parameter in places.items() if o == outer
@@ -76,14 +76,14 @@ class Diffusion(_Diffusion):  # type: ignore[misc]
 
 
 class StreamOptions(Body):
-    """`include_usage`: an event of its own at the end; `continuous_usage_stats`: what has been used, on every event."""
+    """`include_usage`: usage as a separate event at the end; `continuous_usage_stats`: usage so far on every event."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
 class AnswerRequest(_Parameters):  # type: ignore[misc]
-    """What calls for answers have in common, beside what they are to answer."""
+    """The common fields of calls for answers, beside the prompt or messages."""
 
     model: Label = ""
     diffusion: Diffusion = Diffusion()
@@ -107,7 +107,7 @@ class AnswerRequest(_Parameters):  # type: ignore[misc]
         return options
 
     def params(self) -> dict[str, object]:
-        """What was given of DecodingParams, by its name there."""
+        """The given fields of DecodingParams, by their names there."""
         given = {}
         for name, parameter in PARAMETERS.items():
             outer, _, own = parameter.http.rpartition(".")
@@ -118,8 +118,9 @@ class AnswerRequest(_Parameters):  # type: ignore[misc]
 
 
 class CompletionRequest(AnswerRequest):
-    """`prompt` as a list of prompts, whatever shape it came in. `add_special_tokens`: those that the tokenizer puts
-    around text, a BOS say."""
+    """`prompt` as a list of prompts, whatever its shape was. `add_special_tokens`: whether the tokenizer adds special
+    tokens, such as a BOS.
+    """
 
     prompt: Annotated[Prompts, Field(description=PROMPT)]
     logprobs: Annotated[Any, schema_of(LOGPROBS)] = LOGPROBS.default
@@ -135,14 +136,15 @@ class CompletionRequest(AnswerRequest):
 
 
 class PromptTokensDetails(Body):
-    """`cached_tokens`: of the prompts' tokens, those that a cell had read for another request."""
+    """`cached_tokens`: tokens of the prompts that a cell had read for another request."""
 
     cached_tokens: int
 
 
 class Usage(Body):
-    """What a call has cost, over all its prompts, and how it was decoded. `tokens_per_step`: completion_tokens for each
-    of num_steps; none where there was no step, as in `ar`."""
+    """The cost of a call over all its prompts, and its mode. `tokens_per_step`: completion_tokens ÷ num_steps; null
+    without steps, as in `ar`.
+    """
 
     prompt_tokens: int
     prompt_tokens_details: PromptTokensDetails
@@ -159,9 +161,10 @@ class Usage(Body):
 
 
 class LogProbs(Body):
-    """Of each token: its name, its log-probability, those of the likeliest tokens and its own by name, where its text
-    begins in the answer's. `confidence`: in `diffusion`, how sure the denoiser was of it when it was fixed. None of
-    what there is not: a prompt's first token follows nothing, and nobody decided a prompt."""
+    """For each token: its name, its log-probability, the likeliest tokens and itself by name, and where its text begins
+    in the answer's. `confidence`: in `diffusion`, the denoiser's probability of the token when it was fixed. Values may
+    be null: a prompt's first token follows nothing, and a prompt has no confidence.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]

@@ -1,4 +1,4 @@
-"""Which web pages may read answers in a browser (CORS), and what these may send. Imports nothing heavy."""
+"""Which web pages may read answers in a browser (CORS), and what they may send. Imports nothing heavy."""
 
 from collections.abc import Collection
 
@@ -15,7 +15,7 @@ _READABLE = (REQUEST_ID, "Retry-After", "x-should-retry")
 
 
 class CrossOrigin(CORSMiddleware):
-    """Starlette's, for pages of these origins (`*`: all). What it refuses is an error like all others."""
+    """Starlette's middleware, for pages of these origins (`*`: all). Its refusals look like all other errors."""
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
         super().__init__(app, origins, _METHODS, allow_headers=("*",), expose_headers=_READABLE)
@@ -31,14 +31,16 @@ class CrossOrigin(CORSMiddleware):
 
 
 class Readers:
-    """Whose pages may read answers, as far as routers' answers have told: a proxy does not know the configuration."""
+    """The origins that may read answers, learned from routers' answers, because a proxy does not know the
+    configuration.
+    """
 
     def __init__(self) -> None:
         self._everybody = False
-        self._origins: set[str] = set()  # no more than the configuration names
+        self._origins: set[str] = set()  # at most the configured origins
 
     def note(self, origin: str, allowed: str | None) -> None:
-        """A router has answered a page of `origin`; `allowed` is its access-control-allow-origin."""
+        """A router has answered a page of `origin`; `allowed` is the answer's access-control-allow-origin."""
         self._everybody = allowed == "*"
         if allowed == origin:
             self._origins.add(origin)

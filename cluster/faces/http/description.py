@@ -1,4 +1,4 @@
-"""/openapi.json: what the HTTP face takes and answers, put together from the models that read and write it."""
+"""/openapi.json: the HTTP face's requests and answers, generated from the models that read and write them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ _TRACE = {
     "required": ["object", "choices", "index"],
     "properties": {"object": {"const": "twotower.trace"}, "choices": {"const": []}, "index": {"type": "integer"}},
 }
-# Fields that are not there unless a request asks for them.
+# Fields that are missing unless a request asks for them.
 _WHERE_ASKED = {
     "Choice": "prompt_token_ids",
     "ChatCompletion": "prompt_token_ids",
@@ -58,8 +58,9 @@ _WHERE_ASKED = {
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path. `other`: another kind of answer. `events`: of its stream. Where it answers without a
-    model it is any JSON object."""
+    """One method of one path. `other`: another kind of answer. `events`: the events of its stream. An answer without a
+    model is any JSON object.
+    """
 
     method: str
     path: str
@@ -110,7 +111,7 @@ _NEUTRAL: Mapping[type[BaseModel], Mapping[str, Neutral]] = {
 
 @cache
 def openapi() -> bytes:
-    """The same for all services of a version."""
+    """The document, the same for all services of a version."""
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method] = _described(operation)
@@ -158,7 +159,7 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _schemas() -> dict[str, Any]:
-    """Of all models, those within others too."""
+    """The schemas of all models, including inner ones."""
     bodies = [(one.body, "validation") for one in OPERATIONS if one.body is not None]
     answers = [
         (m, "serialization") for one in OPERATIONS for m in (one.answer, one.other, *one.events) if m is not None

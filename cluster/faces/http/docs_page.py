@@ -1,4 +1,4 @@
-"""/docs and /openapi.json. The page shows the description that the service gives of itself, and loads nothing else."""
+"""/docs and /openapi.json. The page shows the service's own description, and loads nothing else."""
 
 from functools import cache
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who a call over HTTP is from. Where keys are wanted, nobody without one gets further."""
+"""The caller of an HTTP call. If keys are required, a call without a key is refused here."""
 
 from urllib.parse import urlsplit
 
@@ -15,8 +15,9 @@ _OPEN = ("/health", "/ready")  # probes have no key
 
 
 class Gate:
-    """Middleware. Raises KeyRefused for all paths but those that say whether the service lives, and for what a page of
-    elsewhere has a browser send with the key that it keeps. There are no websockets."""
+    """Middleware. Without a key it raises KeyRefused for all paths except those for probes. It also refuses a request
+    that a foreign page makes a browser send with its stored key. There are no websockets.
+    """
 
     def __init__(self, app: ASGIApp, generation: Generation) -> None:
         self._app, self._generation = app, generation
@@ -36,22 +37,23 @@ class Gate:
 
 
 def _from_elsewhere(method: str, headers: Headers) -> bool:
-    """Whether a browser sends it with the key that it keeps, for another site's page; a link that is followed to one of
-    ours is none. With `Bearer` that page knows the key itself."""
+    """Whether a browser sends the request with its stored key for another site's page. Following a link to one of our
+    pages does not count. With `Bearer` the page knows the key itself.
+    """
     if not headers.get("authorization", "").strip().lower().startswith("basic"):
         return False
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    if site is None:  # browsers tell it where TLS or loopback is
+    if site is None:  # browsers send it over TLS and on loopback
         return origin is not None and urlsplit(origin).netloc != headers.get("host")
     follows_link = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
     return site not in ("same-origin", "none") and not follows_link
 
 
 def caller_of(request: Request) -> Caller:
-    """By its key, else by its address. Of a gateway's requests the proxy finds the clients' own where
-    FORWARDED_ALLOW_IPS names it.
+    """The caller by key, or else by address. Behind a gateway named in FORWARDED_ALLOW_IPS, the proxy finds the
+    clients' own addresses.
 
-    Not the `user` of a body: whoever floods would write a new one on every request.
+    The `user` of a body does not count: a flooding client could send a new one with every request.
     """
     caller: Caller = request.scope[_CALLER]
     return caller

@@ -11,7 +11,7 @@ from twotower.text.token_names import TokenNames
 
 AT_ONCE = 64  # tokens: some milliseconds with 20 alternatives
 
-Likelihoods = Sequence[Likelihood | None]  # None of what follows nothing
+Likelihoods = Sequence[Likelihood | None]  # None for a token that follows nothing
 
 
 def log_probs(
@@ -29,7 +29,7 @@ def log_probs(
 
 
 def _top(token: int, likelihood: Likelihood | None, names: TokenNames) -> dict[str, float] | None:
-    """The token itself, which its name is to find, and the likeliest ones."""
+    """The token itself, to be found by its name, and the likeliest ones."""
     if likelihood is None:
         return None
     alternatives = zip(likelihood.top_token_ids, likelihood.top_log_probs, strict=True)
@@ -37,7 +37,7 @@ def _top(token: int, likelihood: Likelihood | None, names: TokenNames) -> dict[s
 
 
 async def whole_log_probs(run: Generating | Echoing, names: TokenNames) -> LogProbs:
-    """Of a whole answer. They may be very many: others have their turn meanwhile."""
+    """The log-probabilities of a whole answer. There may be very many, so the loop runs other tasks meanwhile."""
     token_ids, likelihoods, offsets = run.token_ids, run.likelihoods, run.offsets
     parts = []
     for first in range(0, len(token_ids), AT_ONCE):

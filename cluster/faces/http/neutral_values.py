@@ -1,7 +1,8 @@
-"""Fields of other completion APIs that ask for nothing at the values listed here: those are taken, others are refused.
+"""Fields of other completion APIs that have no effect at the values listed here. These values are accepted, others
+refused.
 
-The one list: the table of docs/api.md is made from it. `null` counts as not given, whatever the field.
-A dotted name is a field of a field.
+The table of docs/api.md is generated from this list. `null` always counts as not given. A dotted name is a field of a
+field.
 """
 
 import json
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Neutral:
-    """The values at which a field asks for nothing, and whose field it is. Without values: any value is refused."""
+    """The values at which a field has no effect, and the API that has the field. Without values any
+    value is refused.
+    """
 
     values: tuple[object, ...]
     source: str
@@ -97,7 +100,7 @@ NEUTRAL: Mapping[str, Neutral] = {
 }
 
 _ONLY_OF_COMPLETIONS = ("suffix",)
-# Of chats beside those of completions: what OpenAI's and vLLM's chats have more of.
+# Fields of chats beside those of completions, from OpenAI's and vLLM's chats.
 CHAT_NEUTRAL: Mapping[str, Neutral] = {
     "tools": Neutral(_NO_LIST, _OPENAI),
     "tool_choice": Neutral(("none", "auto"), _OPENAI),

@@ -1,11 +1,11 @@
-"""What a page of ours may do in a browser: run its own script, wear its own style, talk to its own service."""
+"""What our pages may do in a browser: run their own script, use their own style, talk to their own service."""
 
 import base64
 import hashlib
 
 
 def policy(style: str, script: str) -> str:
-    """Its Content-Security-Policy. It loads nothing."""
+    """A page's Content-Security-Policy. The page loads nothing."""
     rules = {
         "default-src": "'none'",
         "style-src": _hash(style),

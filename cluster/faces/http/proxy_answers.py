@@ -1,4 +1,4 @@
-"""What Serve's HTTP proxy answers by itself, in our words: no router there, one that died, a stream cut short.
+"""Replaces the own answers of Serve's HTTP proxy by ours: no router, a dead router, a cut stream.
 
 Serve loads `middlewares` in its proxies, by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Imports nothing heavy.
 """
@@ -26,7 +26,7 @@ def middlewares() -> list[Middleware]:
 
 
 class ProxyAnswers:
-    """Middleware around Serve's proxy. A router's own answers pass as they are: its errors are never plain text."""
+    """Middleware around Serve's proxy. A router's own answers pass unchanged: its errors are never plain text."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -44,11 +44,11 @@ class ProxyAnswers:
             await self._finish(answer, scope, receive, send)
 
     async def _finish(self, answer: "_Answer", scope: Scope, receive: Receive, send: Send) -> None:
-        """What the proxy left out. A page that may read a router's answers may read ours."""
+        """Completes the answer. A page that may read a router's answers may read ours."""
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         if answer.started is None:
-            # Serve has put an id there where the client did not.
+            # Serve has put an id there if the client did not.
             ours: ASGIApp = _unavailable(_NO_ROUTER if answer.replaced else _GONE, headers.get(REQUEST_ID, ""))
             if origin is not None and self._readers.may_read(origin):
                 ours = CrossOrigin(ours, [origin])
@@ -60,7 +60,7 @@ class ProxyAnswers:
 
 
 def _without_unusable_label(scope: Scope) -> Scope:
-    """Serve sends back what it gets as x-request-id. Where there is none it draws one, and so it shall here."""
+    """Serve repeats the x-request-id that it gets. Without one it draws one, and it shall do so here."""
     headers = [
         (name, value)
         for name, value in scope["headers"]
@@ -72,7 +72,7 @@ def _without_unusable_label(scope: Scope) -> Scope:
 class _Answer:
     """One answer on its way from the proxy to the client.
 
-    `started`: its headers, once it is under way. `replaced`: it was Serve's own and is held back.
+    `started`: its headers, once they are sent. `replaced`: it is Serve's own answer and is held back.
     """
 
     def __init__(self, send: Send) -> None:
@@ -91,7 +91,7 @@ class _Answer:
         await self._send(message)
 
     async def end_stream(self) -> None:
-        """Says so where a stream ends before its end."""
+        """Adds an error event if a stream ends too early."""
         if self.started is not None and _kind(self.started).startswith("text/event-stream") and not self._ended:
             event = b"data: " + json.dumps(error_shape(_GONE, _KIND)).encode() + b"\n\n"
             await self._send({"type": "http.response.body", "body": event, "more_body": False})

@@ -1,4 +1,6 @@
-"""The body of an HTTP request, whole and decompressed: bounded in bytes, in time, and over all that arrive at once."""
+"""The body of an HTTP request, complete and decompressed: bounded in bytes, in time, and over all that
+arrive at once.
+"""
 
 import asyncio
 import zlib
@@ -13,10 +15,10 @@ from cluster.runs.shares import Shares
 from twotower.errors import Cancelled, InvalidRequest
 from twotower.showing import show
 
-MAX_BODIES = 1024  # that arrive, or wait to be parsed, at a time
-_BODIES_HELD = 64  # of the largest size that all of them may fill together
-_PIECE = 128 * 1024  # bytes decompressed in one go
-_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's way of telling the format
+MAX_BODIES = 1024  # bodies that arrive or wait to be parsed at a time
+_BODIES_HELD = 64  # all of them together may fill so many times the largest size
+_PIECE = 128 * 1024  # bytes decompressed at a time
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's code for the format
 ENCODINGS = ("gzip", "deflate", "identity")
 
 
@@ -30,14 +32,14 @@ class BodyReader:
 
     @property
     def held(self) -> int:
-        """Bytes of bodies that arrive or are still to be parsed."""
+        """Bytes of bodies that arrive or wait to be parsed."""
         return self._bytes.total
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncGenerator[bytearray, None]:
-        """The body, for as long as it takes to parse it: until the block ends it counts as one that arrives.
+        """The body, held while it is parsed: until the block ends it counts as arriving.
 
-        Raises InvalidRequest (SlowBody, UnknownEncoding), Overloaded where too much arrives already, Cancelled.
+        Raises InvalidRequest (SlowBody, UnknownEncoding), Overloaded if too much arrives already, Cancelled.
         """
         encoding = request.headers.get("content-encoding", "identity").strip().lower()
         if encoding != "identity" and encoding not in _WINDOW_BITS:
@@ -85,7 +87,7 @@ class BodyReader:
 
 
 async def _inflated(parts: AsyncIterator[bytes], encoding: str) -> AsyncGenerator[bytes, None]:
-    """In small pieces, so that a few bytes which stand for very many are found out early and hold up nobody."""
+    """Decompressed in small pieces, so that a decompression bomb is found early and blocks nothing."""
     inflating = zlib.decompressobj(_WINDOW_BITS[encoding])
     try:
         async for part in parts:

@@ -1,4 +1,4 @@
-"""The bound of what comes before a request's body. Serve's proxy has none: it passes on whatever it has read."""
+"""The bound of path and headers. Serve's proxy has none: it passes on everything it has read."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 

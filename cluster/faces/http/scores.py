@@ -1,4 +1,4 @@
-"""/v1/score: how likely the context tower finds given continuations of a given prompt."""
+"""/v1/score: log-likelihoods of given continuations of a given prompt under the context tower."""
 
 import asyncio
 import math
@@ -51,7 +51,7 @@ Several = Annotated[Any, AfterValidator(_parts), WithJsonSchema({"anyOf": _SEVER
 
 
 class ScoreBody(Body):
-    """The ids are taken as they come: the library checks them. Of `continuation` and `continuations` there is one."""
+    """The ids are not checked here; the library checks them. The body has either `continuation` or `continuations`."""
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": ["continuation"]}, {"required": ["continuations"]}]}
@@ -77,15 +77,17 @@ class ScoreBody(Body):
 
     @property
     def named(self) -> list[tuple[str, Any]]:
-        """What is to be scored, each under its name."""
+        """The continuations to score, each under its name."""
         if self.continuations is None:
             return [(FIRST, self.continuation)]
         return [(f"continuations[{place}]", one) for place, one in enumerate(self.continuations)]
 
 
 class Scored(Body):
-    """Of each token of a continuation, after all before it: `log_probs` (natural), and whether `ar` at temperature 0
-    would have chosen it. `texts`: of each token on its own, for showing; none where the checkpoint has no tokenizer."""
+    """For each token of a continuation, after all tokens before it: its natural log-probability in `log_probs`, and
+    whether `ar` at temperature 0 would have chosen it. `texts`: each token on its own, for display; none without a
+    tokenizer.
+    """
 
     token_ids: list[int]
     texts: list[str]
@@ -95,7 +97,7 @@ class Scored(Body):
 
 
 class _AnyScore(Body):
-    """What both answers have. `prompt_tokens_details`: as the first continuation found the prompt."""
+    """The common fields of both answers. `prompt_tokens_details`: of the first continuation."""
 
     id: str
     request_id: str
@@ -106,13 +108,13 @@ class _AnyScore(Body):
 
 
 class Score(Scored, _AnyScore):
-    """Of a `continuation`."""
+    """The answer to `continuation`."""
 
     object: Literal["score"] = "score"
 
 
 class Scores(_AnyScore):
-    """Of `continuations`, in their order."""
+    """The answer to `continuations`, in order."""
 
     object: Literal["scores"] = "scores"
     scores: list[Scored]
@@ -146,7 +148,7 @@ class ScoresFace:
     async def _told(
         self, body: ScoreBody, around: dict[str, Any], runs: Sequence[Scoring], events: Sequence[ScoreEvent]
     ) -> bytes:
-        """It may be very long: others have their turn meanwhile."""
+        """The answer may be very long, so the loop runs other tasks meanwhile."""
         details = PromptTokensDetails(cached_tokens=events[0].cached_tokens)
         around = {**around, "prompt_tokens": runs[0].request.start, "prompt_tokens_details": details}
         if body.continuations is None:

@@ -40,8 +40,9 @@ def make_app(
     body_timeout_s: float = 30.0,
     cors_origins: Sequence[str] = (),
 ) -> FastAPI:
-    """The ASGI application of one router. `served`: the modes that are served now. `cors_origins`: whose pages may read
-    its answers; `*` is everybody's."""
+    """The ASGI application of one router. `served`: the modes that are served now. `cors_origins`: origins whose pages
+    may read its answers; `*`: all.
+    """
     app = FastAPI(title="TwoTower Serve", docs_url=None, redoc_url=None, openapi_url=None)
     bodies = BodyReader(max_bytes, body_timeout_s)
     texts = AnswersFace(generation, bodies, parse_call, CompletionBodies)
@@ -113,7 +114,7 @@ def make_app(
 
 
 class ErrorBoundary:
-    """Middleware: whatever goes wrong inside becomes an error in OpenAI's shape, never a traceback."""
+    """Middleware: turns every error inside into an error in OpenAI's shape, never a traceback."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

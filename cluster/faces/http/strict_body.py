@@ -1,6 +1,6 @@
-"""Reads a JSON object strictly into a pydantic model: every field that is at fault is named, in our words.
+"""Reads a JSON object strictly into a pydantic model and names every wrong field, in our words.
 
-A field that is unknown, or that asks for what this service cannot do, is refused by name; null counts as not given.
+An unknown field, or one that asks for something unsupported, is refused by name; null counts as not given.
 """
 
 import difflib
@@ -17,15 +17,16 @@ from twotower.errors import FieldError, InvalidRequest
 from twotower.showing import show, show_name
 
 _MAX_NAMED = 8
-_LONGEST_NAME = 60  # of one that is looked up among ours
+_LONGEST_NAME = 60  # of a name that is compared with ours
 _WORDS = {"bool_type": "true or false", "string_type": "a string"}
 
 Read = TypeVar("Read", bound=BaseModel)
 
 
 def read_body(kind: type[Read], body: Mapping[str, object], neutral: Mapping[str, Neutral]) -> Read:
-    """`neutral`: fields that others' clients send, and the values at which they ask for nothing. A dotted name is a
-    field of a field. Raises InvalidRequest."""
+    """`neutral`: fields of other clients, and the values at which they have no effect. A dotted name is a field of a
+    field. Raises InvalidRequest.
+    """
     ours, refused = _ours(kind, body, neutral)
     found: list[ErrorDetails] = []
     try:
@@ -34,7 +35,7 @@ def read_body(kind: type[Read], body: Mapping[str, object], neutral: Mapping[str
         found = error.errors(include_url=False)
     if found or refused:
         unknown = [problem for problem in found if problem["type"] == "extra_forbidden"]
-        # To find what may be meant takes a while, so only of those that are told.
+        # Finding a similar name takes a while, so it is done only for reported fields.
         first = (
             _told(problem, kind, neutral)
             for problem in heapq.nsmallest(_MAX_NAMED, unknown, key=lambda problem: problem["loc"])
@@ -47,9 +48,9 @@ def read_body(kind: type[Read], body: Mapping[str, object], neutral: Mapping[str
 def _ours(
     kind: type[BaseModel], given: Mapping[str, object], neutral: Mapping[str, Neutral], inside: str = ""
 ) -> tuple[dict[str, object], list[FieldError]]:
-    """What is given, but for null and for fields of other APIs, and the latter where they ask for something.
+    """The given fields without nulls and neutral fields of other APIs, and the names of non-neutral ones.
 
-    `inside`: of which field these are.
+    `inside`: the field that contains these.
     """
     ours: dict[str, object] = {}
     refused: list[FieldError] = []
@@ -72,7 +73,7 @@ def _ours(
 
 @cache
 def _objects(kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The fields that are objects of their own. Asked of every body that comes."""
+    """The fields that are objects themselves. Computed for every body."""
     kinds = {name: field.annotation for name, field in kind.model_fields.items()}
     return {name: inner for name, inner in kinds.items() if isinstance(inner, type) and issubclass(inner, BaseModel)}
 
@@ -83,7 +84,7 @@ def _told(problem: ErrorDetails, kind: type[BaseModel], neutral: Mapping[str, Ne
 
 
 def _instead(place: Iterable[str | int], kind: type[BaseModel], neutral: Mapping[str, Neutral]) -> str:
-    """What may be meant by an unknown name."""
+    """The name that an unknown name may mean."""
     *outer, name = map(str, place)
     own = _model_at(outer, kind).model_fields
     objects = {} if outer else _objects(kind)

@@ -1,7 +1,7 @@
-"""What other completion APIs call structured output, as our one parameter for it.
+"""Translates other completion APIs' structured output into our parameter.
 
-OpenAI's `response_format`, and vLLM's older `guided_json`, `guided_regex`, `guided_choice` and `guided_grammar`. What
-is wrong inside of them is told under `structured_outputs`.
+OpenAI's `response_format`, and vLLM's older `guided_json`, `guided_regex`, `guided_choice` and `guided_grammar`. Errors
+inside them are reported under `structured_outputs`.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _ABOUT_SCHEMA = frozenset({"name", "description", "schema", "strict"})
 
 
 def with_structured(body: Mapping[str, object]) -> Mapping[str, object]:
-    """The body with our parameter in the place of others' fields. Raises InvalidRequest where there are two of them."""
+    """The body with our parameter instead of the others' fields. Raises InvalidRequest if there are two of them."""
     asked = [name for name in (OURS, _FORMAT, *_GUIDED) if body.get(name) is not None]
     if asked in ([], [OURS]):
         return {name: value for name, value in body.items() if name != _FORMAT and name not in _GUIDED}
@@ -30,7 +30,7 @@ def with_structured(body: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _constraint(name: str, value: object) -> object:
-    """None where it asks for nothing."""
+    """None if it has no effect."""
     if name == OURS:
         return value
     return _of_format(value) if name == _FORMAT else {_GUIDED[name]: value}

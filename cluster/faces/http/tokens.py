@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize, /tokenizer_info: the checkpoint's tokenizer, in vLLM's shapes. No cell has a part in it."""
+"""/tokenize, /detokenize, /tokenizer_info: the checkpoint's tokenizer, in vLLM's shapes. They need no cell."""
 
 from typing import Annotated, Any
 
@@ -24,8 +24,9 @@ _NEUTRAL = {name: NEUTRAL_IN_CHATS[name] for name in _OF_CHATS}
 
 
 class TokenizeBody(Body):
-    """A prompt's text, or a chat's messages. `add_special_tokens`: those that the tokenizer puts around text, a BOS.
-    Where nothing is said it puts them around a prompt's alone: a chat's template writes them."""
+    """A prompt's text, or a chat's messages. `add_special_tokens`: whether the tokenizer adds special tokens, such as a
+    BOS. By default it adds them to a prompt's text only, because a chat's template writes them.
+    """
 
     prompt: str | None = None
     messages: Annotated[Any, WithJsonSchema(SCHEMA)] = None
@@ -35,7 +36,7 @@ class TokenizeBody(Body):
 
 
 class Tokenized(Body):
-    """`token_strs`: each token as the vocabulary writes it, where asked for."""
+    """`token_strs`: each token as the vocabulary writes it, if requested."""
 
     count: int
     max_model_len: int
@@ -44,7 +45,7 @@ class Tokenized(Body):
 
 
 class DetokenizeBody(Body):
-    """The ids are taken as they come: the library checks them."""
+    """The ids are not checked here; the library checks them."""
 
     tokens: Annotated[Any, WithJsonSchema(IDS), Field(description=TOKENS)]
     model: Label = ""
@@ -87,7 +88,7 @@ class TokensFace:
         return _answer(Detokenized(prompt=text))
 
     def info(self) -> dict[str, object]:
-        """With the chat template that is served, and what is put around what a client sends. Raises InvalidRequest."""
+        """Includes the served chat template and the special tokens that the service adds. Raises InvalidRequest."""
         model = self._generation.model
         if model.tokenizer is None:
             raise InvalidRequest.of("tokenizer", "this checkpoint has no tokenizer")
@@ -101,7 +102,9 @@ class TokensFace:
 
 
 def _added(tokenizer: Tokenizer, bos: object) -> dict[str, object]:
-    """What prompts get that are text. All else is taken as it is; a chat's template writes its special tokens."""
+    """The special tokens of text prompts. Everything else is taken as it is; a chat's template writes its special
+    tokens.
+    """
     before, after = around_text(tokenizer)
     nothing: dict[str, list[str]] = {"before": [], "after": []}
     around = {"text_prompt": {"before": before, "after": after}, "chat": nothing}
