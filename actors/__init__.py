@@ -1,1 +1,1 @@
-"""Ray and nothing but Ray: the tower processes, where they are placed, and the cell that starts and watches them."""
+"""Only Ray: the tower processes, their placement, and the cell that starts and watches them."""

@@ -1,4 +1,4 @@
-"""A cell: the tower processes of one replica pair, put together, tested, watched, and mended where one is lost."""
+"""A cell: starts, joins, tests and watches the tower processes of one pair, and replaces lost ones."""
 
 import asyncio
 import logging
@@ -21,16 +21,16 @@ from twotower.model.room import Room
 
 logger = logging.getLogger(__name__)
 
-_SETTLE_S = 0.2  # where the context tower dies, its denoisers may say first that they have lost their links
+_SETTLE_S = 0.2  # when the context tower dies, its denoisers may report first that they have lost their links
 _PAUSE_S = 1.0
 
 
 class RunningPair:
     """A pair whose towers run in processes of their own.
 
-    A denoiser that is lost is replaced, and tested, while the context tower serves on and other denoisers do. A context
-    tower that is lost is replaced under the denoisers that live; then the pair is another. Where that does not come
-    about in `mend_timeout_s`, `failure` says so, and the cell is to be replaced.
+    A lost denoiser is replaced and tested while the context tower and other denoisers keep serving. A lost context
+    tower is replaced and joined to the living denoisers; then there is a new pair. If this does not succeed within
+    `mend_timeout_s`, `failure` says so, and the cell has to be replaced.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class RunningPair:
 
     @property
     def homes(self) -> list[dict[str, str]]:
-        """Where each tower process lives."""
+        """The home of each tower process."""
         return self._towers.homes
 
     @property
     def mending_s(self) -> float:
-        """For how long it has been mending; 0 while it is whole."""
+        """How long it has been replacing a lost tower; 0 while it is whole."""
         mends = self._mending is not None and not self._mending.done()
         return time.monotonic() - self._broken_at if mends else 0.0
 
     async def open(self) -> None:
-        """A pair of towers that have been joined, tested. Raises a TwoTowerError; then the pair is closed."""
+        """Make a pair of joined towers and test it. Raises a TwoTowerError; then the pair is closed."""
         towers, settings = self._towers, self._settings
         pair = Pair(towers.context, towers.denoisers, _ledger(settings), self._on_loss)
         pair.start()
@@ -75,7 +75,7 @@ class RunningPair:
         self.pair = pair
 
     def failure(self) -> str | None:
-        """Why this cell is to be replaced, for a health check."""
+        """Why this cell has to be replaced, for a health check."""
         return self._given_up
 
     def why_not(self, request: AnyRequest) -> str | None:
@@ -84,7 +84,7 @@ class RunningPair:
         return None if error is None else str(error)
 
     def served(self) -> tuple[Mode, ...]:
-        """The modes that are served now. Scores are where `ar` is."""
+        """The modes that are served now. A cell with `ar` serves scores."""
         return tuple(mode for mode in self.modes if self.pair.serves(mode))
 
     async def stats(self) -> list[EngineStats]:
@@ -93,7 +93,7 @@ class RunningPair:
         return [stats for process in per_process if not isinstance(process, BaseException) for stats in process]
 
     async def close(self) -> None:
-        """Fail what still runs and end the tower processes."""
+        """Fail running requests and end the tower processes."""
         self._closed = True
         if self._mending is not None:
             self._mending.cancel()
@@ -131,7 +131,7 @@ class RunningPair:
         return self.pair.failure is not None or bool(self.pair.lost)
 
     async def _mend_once(self) -> None:
-        """Put another in the place of what is lost. Raises a TwoTowerError."""
+        """Replace the lost towers. Raises a TwoTowerError."""
         if self.pair.failure is None:
             if await self._towers.context_answers():
                 await self._replace_denoiser(min(self.pair.lost))
@@ -145,7 +145,7 @@ class RunningPair:
     async def _replace_denoiser(self, index: int) -> None:
         logger.warning("denoiser %d is lost: another is started", index)
         await self._towers.part(index)
-        self.pair.regain(index)  # what needs no denoiser has the room while weights are read
+        self.pair.regain(index)  # modes without a denoiser have the room while weights are read
         trial = self.pair.replace(index, await self._towers.renew(index))
         try:
             led = [mode for mode in self.modes if mode is not Mode.AR]

@@ -1,4 +1,4 @@
-"""The tower processes of one cell: begun in their bundles, joined to each other, and another in a lost one's place.
+"""The tower processes of one cell: started in their bundles, joined to each other, and replaced when lost.
 
 Knows nothing of requests; Ray's own calls are in `remote.py`.
 """
@@ -22,7 +22,7 @@ _PROBE_S = 3.0
 
 
 class CellTowers:
-    """`engines`: the context tower's process first; where there is one process, it is both towers'."""
+    """`engines`: the context tower's process first; a single process hosts both towers."""
 
     def __init__(self, settings: CellSettings, group: PlacementGroup) -> None:
         self._settings, self._group = settings, group
@@ -51,15 +51,17 @@ class CellTowers:
         await self._connect()
 
     async def start_again(self) -> None:
-        """After the context tower is lost: another, and denoisers that are alive keep their weights. Raises a
-        TwoTowerError."""
+        """After the loss of the context tower: start another; living denoisers keep their weights. Raises a
+        TwoTowerError.
+        """
         alive = await asyncio.gather(*(self._can_be_joined(engine) for engine in self.engines[1:]))
         await self._replace([0, *(1 + index for index, lives in enumerate(alive) if not lives)])
         await self._connect()
 
     async def part(self, denoiser: int) -> None:
-        """After a denoiser is lost: it lets go of its link or ends, and the context tower forgets what it led. Raises a
-        TwoTowerError."""
+        """After the loss of a denoiser: it drops its link or ends, and the context tower releases its sequences. Raises
+        a TwoTowerError.
+        """
         engine = self.engines[1 + denoiser]
         if not await self._can_be_joined(engine):
             engine.kill()
@@ -67,7 +69,9 @@ class CellTowers:
         await self.context.call("forget_link", denoiser)
 
     async def renew(self, denoiser: int) -> RemoteEngine:
-        """After `part`: its process, where all it lacks is a link, or another. Raises a TwoTowerError."""
+        """After `part`: join its process again if it lacks only a link, or start another one. Raises a
+        TwoTowerError.
+        """
         number = 1 + denoiser
         if not await self._can_be_joined(self.engines[number]):
             await self._replace([number])
@@ -75,7 +79,7 @@ class CellTowers:
         return self.engines[number]
 
     async def context_answers(self) -> bool:
-        """Whether the context tower lives, and its engine."""
+        """Whether the context tower and its engine live."""
         try:
             await self.context.call("stats", timeout_s=_PROBE_S)
         except TwoTowerError:
@@ -83,14 +87,14 @@ class CellTowers:
         return self.context.speaks
 
     def kill(self) -> None:
-        """End the processes, whatever they are doing."""
+        """Kill the processes."""
         for engine in self.engines:
             engine.kill()
         for engine in self.engines:
             engine.close_line()
 
     def _begin(self, number: int) -> RemoteEngine:
-        """A process that has no weights yet, in its bundle: the replica itself is in the first."""
+        """Start a process without weights in its bundle; the replica itself is in the first bundle."""
         kind, name = self._kind(number)
         return start_tower(kind, self._settings, self._group, 1 + number, name)
 
@@ -121,7 +125,7 @@ class CellTowers:
             await self._join(index)
 
     async def _join(self, denoiser: int) -> None:
-        """The next epoch of its link to the context tower, and a line of its own."""
+        """Open the next epoch of its link to the context tower, and its line."""
         self._epochs[denoiser] += 1
         engine = self.engines[1 + denoiser]
         address = await self.context.call("open_link", denoiser, self._epochs[denoiser])
@@ -129,7 +133,7 @@ class CellTowers:
         await engine.open_line()
 
     async def _can_be_joined(self, denoiser: RemoteEngine) -> bool:
-        """Whether another link is all that it lacks."""
+        """Whether it lacks only a link."""
         if not denoiser.speaks:
             return False
         try:

@@ -1,5 +1,6 @@
-"""The actors that Ray makes processes of. Each hosts a tower, whose code it imports where it runs: a cell, which names
-these classes only, is spared torch."""
+"""The classes of Ray's actor processes. Each hosts a tower and imports its code only in that process. So a cell, which
+only names these classes, needs no torch.
+"""
 
 from typing import Any
 
@@ -7,7 +8,7 @@ from actors.settings import CellSettings
 
 
 class Host:
-    """`hosts`: a class of actors.towers, all of whose methods are asynchronous."""
+    """`hosts`: a class of actors.towers with only asynchronous methods."""
 
     hosts: str
 
@@ -17,7 +18,7 @@ class Host:
         self._tower = getattr(towers, self.hosts)(settings)
 
     async def call(self, method: str, *args: object) -> Any:
-        """What the tower's method answers. Raises what it raises."""
+        """The result of the tower's method. Raises the method's errors."""
         return await getattr(self._tower, method)(*args)
 
 

@@ -1,7 +1,7 @@
 """The line between a cell and a tower process: requests go in, events come out, over one loopback connection.
 
-Ray starts, places and ends the processes, but events do not go through it: a call of Ray's costs the tower's
-interpreter milliseconds, as much as a small model's forward; a message costs some tens of microseconds.
+Ray starts, places and ends the processes, but events do not go through it. A Ray call costs the tower's interpreter
+milliseconds, as much as a small model's forward. A message costs some tens of microseconds.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from twotower.core import (
 )
 from twotower.transport.codec import Codec
 
-SILENCE_S = 3.0  # at most, whatever the link's patience: then the other end is taken for dead
+SILENCE_S = 3.0  # after this silence at most, whatever the link's timeout, the other end is taken for dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +33,21 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Score this one."""
+    """Score this request."""
 
     request: ScoreRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Give this one up."""
+    """Cancel this request."""
 
     request_id: RequestId
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The engine is gone; nothing follows."""
+    """The engine has ended; nothing follows."""
 
     reason: str
 
@@ -60,5 +60,5 @@ LINE: Codec[Instruction | News] = Codec(
 
 
 def instruction_of(request: AnyRequest) -> Instruction:
-    """What makes a tower process start on it."""
+    """The instruction that starts the request in a tower process."""
     return Score(request) if isinstance(request, ScoreRequest) else Add(request)

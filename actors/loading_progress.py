@@ -1,4 +1,4 @@
-"""How far a tower's loading is, in the log: a large one takes minutes, in which its process says nothing else."""
+"""Logs the progress of a tower's loading: a large tower takes minutes, in which its process logs nothing else."""
 
 import logging
 import threading
@@ -33,7 +33,7 @@ class LoadingProgress:
 
 @dataclass(frozen=True)
 class ReportedCheckpoint(Checkpoint):
-    """A checkpoint that tells of every tensor that was read from it."""
+    """A checkpoint that reports every tensor read from it."""
 
     progress: LoadingProgress = field(kw_only=True)
 
@@ -53,8 +53,9 @@ class _ReportingReader(Reader):
 
 
 def reported(checkpoint: Checkpoint, kind: type[ContextTower] | type[DenoiserTower]) -> Checkpoint:
-    """The checkpoint to load one tower of this kind from: one that reports where the tower is large. Raises
-    CheckpointError where it is not the tower's."""
+    """The checkpoint for loading one tower of this kind; it reports progress if the tower is large. Raises
+    CheckpointError if it has no such tower.
+    """
     plan = plan_of(checkpoint, kind)
     if plan.nbytes <= _QUICK_BYTES:
         return checkpoint

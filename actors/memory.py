@@ -1,4 +1,4 @@
-"""What each process of a cell is going to allocate, known before any is started."""
+"""The memory that each process of a cell will allocate, computed before any is started."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Where a process's own log lines go: to its stderr, which Ray keeps and shows to whoever started the service."""
+"""Sends a process's log lines to its stderr, which Ray keeps and forwards to the process that started the service."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Call once in a process of ours; further calls change nothing. Says where the process's code came from."""
+    """Call once in our processes; further calls change nothing. Logs where the process's code came from."""
     if logging.getLogger(_OURS[0]).handlers:
         return
     for name in _OURS:

@@ -1,6 +1,6 @@
-"""Everything that speaks to Ray: starting tower actors in their bundles, calling them, ending them.
+"""All calls to Ray: start tower actors in their bundles, call them, end them.
 
-A call to an actor waits no longer than its deadline, and whatever goes wrong comes back as one of our own errors.
+A call to an actor waits at most until its deadline, and every failure becomes one of our own errors.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ from twotower.transport.connection import Connection, TooLarge, connect
 
 
 class RemoteEngine:
-    """A tower actor as an EngineHandle. `name` is what it is called in errors.
+    """A tower actor as an EngineHandle. `name`: its name in errors.
 
-    Loading, joining and counters are Ray calls; requests and events have a connection of their own (`open_line`).
+    Loading, joining and counters are Ray calls; requests and events use a separate connection (`open_line`).
     """
 
     def __init__(self, actor: Any, name: str, timeout_s: float) -> None:
@@ -50,13 +50,13 @@ class RemoteEngine:
             raise Unavailable(f"the {self.name} process cannot be reached: {error}") from error
 
     def close_line(self) -> None:
-        """Hang up, if the line was ever opened."""
+        """Close the line, if it was ever opened."""
         if self._line is not None:
             self._line.close()
 
     @property
     def speaks(self) -> bool:
-        """Whether its line stands: the process lives, whatever its engine does."""
+        """Whether its line is open: the process lives; its engine may not."""
         return self._line is not None and self._line.lost is None
 
     def take(self, message: Instruction | News) -> None:
@@ -73,11 +73,11 @@ class RemoteEngine:
         return ()
 
     def lost(self, reason: str) -> None:
-        """From the line: nothing more comes."""
+        """From the line: it has ended."""
         self._fail(f"the {self.name} process {reason}")
 
     def _fail(self, reason: str) -> None:
-        """What the engine says itself comes first, and stays."""
+        """The engine's own reason comes first, and stays."""
         self._failure = self._failure or reason
         self._arrived.set()
 
@@ -117,7 +117,7 @@ class RemoteEngine:
         return stats
 
     async def call(self, method: str, *args: object, timeout_s: float | None = None) -> Any:
-        """The method's answer. Raises the TwoTowerError it raised, or Unavailable when the process is gone or mute."""
+        """The method's result. Raises its TwoTowerError, or Unavailable when the process is lost or silent."""
         patience = self._timeout_s if timeout_s is None else timeout_s
         try:
             return await asyncio.wait_for(self._actor.call.remote(method, *args), patience)
@@ -127,19 +127,19 @@ class RemoteEngine:
             raise plain_error(error, self.name) from error
 
     async def load(self, timeout_s: float) -> dict[str, str]:
-        """Have the process read its weights; then where it lives. Raises what loading raised."""
+        """Let the process load its weights; returns its home. Raises loading's error."""
         home: dict[str, str] = await self.call("load", timeout_s=timeout_s)
         self._pid = int(home["pid"])
         return home
 
     def kill(self) -> None:
-        """End the process now, whatever it is doing.
+        """Kill the process now.
 
-        Ray's own kill asks the process, which a hung one never hears; a cell's processes share its node, so the
+        Ray's own kill asks the process, which does not work for a hung one. A cell's processes are on its node, so a
         signal reaches them.
         """
         ray.kill(self._actor, no_restart=True)
-        pid, self._pid = self._pid, None  # the number may be another's by the next time
+        pid, self._pid = self._pid, None  # the process id may be reused by the next time
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

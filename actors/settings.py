@@ -1,4 +1,4 @@
-"""What a cell is made of, and the bundles of resources it asks Ray for."""
+"""A cell's settings, and the bundles of resources that it asks Ray for."""
 
 import math
 import os
@@ -21,10 +21,10 @@ _REPLICA_CPUS, _TOWER_CPUS = 0.1, 0.1
 class CellSettings:
     """A cell. `gpus_per_tower` None: one where the towers run on CUDA, none where they run on the CPU.
 
-    `device` is cpu, cuda or cuda:N, never auto: bundles and memory follow from it before any process is started.
-    cuda:N is the Nth of the GPUs that a tower process sees. Ray shows a process those it was given: one, or
-    `gpus_per_tower` where that is more; with 0 the process sees all GPUs of its node.
-    `ssm_wire_dtype`: of Mamba states on their way from tower to tower; only `split` sends any.
+    `device` is cpu, cuda or cuda:N, never auto, because it decides bundles and memory before any process is started.
+    cuda:N is the Nth of the GPUs that a tower process sees. Ray shows a process its own GPUs: one, or `gpus_per_tower`
+    if that is more; with 0 the process sees all GPUs of its node. `ssm_wire_dtype`: the dtype of Mamba states between
+    towers; only `split` sends any.
     """
 
     checkpoint: str
@@ -55,7 +55,7 @@ class CellSettings:
 
     @property
     def link_settings(self) -> LinkSettings:
-        """What the towers' links are told. Raises ConfigError."""
+        """The settings of the towers' links. Raises ConfigError."""
         engine = self.engine
         return LinkSettings(
             link_timeout_s=engine.link_timeout_s,
@@ -87,9 +87,9 @@ def tower_processes(placement: str, denoisers_per_context: int) -> int:
 
 
 def unseen_device(device: str, gpus_per_tower: float | None) -> str | None:
-    """What is wrong with a device whose index is beyond the GPUs that a tower process is given; else None.
+    """The error of a device whose index is beyond a tower process's GPUs; else None.
 
-    Raises ConfigError for what is no device's name.
+    Raises ConfigError for an invalid device name.
     """
     index, given = parse_device(device).index, 1.0 if gpus_per_tower is None else gpus_per_tower
     seen = math.ceil(given)
@@ -101,14 +101,14 @@ def unseen_device(device: str, gpus_per_tower: float | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class DeviceChoice:
-    """What the towers run on, a `device` but auto, and why, in one line for whoever started the service."""
+    """The towers' `device`, never auto, and the reason in one line for the operator."""
 
     device: str
     why: str
 
 
 def resolve_device(device: str, processes: int, gpus_per_tower: float | None, gpus_of_node: float) -> DeviceChoice:
-    """`auto` is CUDA where the largest node's GPUs suffice for a cell, else the CPU. Another name is taken as it is."""
+    """`auto` is CUDA if the largest node's GPUs suffice for a cell, else the CPU. Any other name is kept."""
     if device != "auto":
         return DeviceChoice(device, f"device {device}, as configured")
     wanted = processes * (1.0 if gpus_per_tower is None else gpus_per_tower)
@@ -132,7 +132,7 @@ def bundles(settings: CellSettings) -> list[dict[str, float]]:
 def check_settings(settings: CellSettings, asked: str | None = None) -> tuple[Mode, ...]:
     """The modes a cell of these settings serves. Raises CheckpointError or ConfigError before anything is started.
 
-    `asked`: the placement in the user's words, where it is not the settings' own.
+    `asked`: the placement in the user's words, if it differs from the settings'.
     """
     check_dtype(settings.dtype)
     checkpoint = Checkpoint.open(settings.checkpoint, settings.engine.expert_format)

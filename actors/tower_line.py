@@ -17,7 +17,7 @@ _HOST = "127.0.0.1"  # a cell's processes share a node
 
 
 class TowerLine:
-    """Waits for the cell, then serves it until either is gone. Lives on the process's event loop."""
+    """Waits for the cell, then serves it until one of them ends. Lives on the process's event loop."""
 
     def __init__(self, runner: EngineRunner, timeout_s: float) -> None:
         self._runner, self._timeout_s = runner, timeout_s
@@ -25,7 +25,7 @@ class TowerLine:
         self._line: Connection[Instruction | News] | None = None
 
     async def open(self) -> Address:
-        """Where the cell is to connect, once."""
+        """The address for the cell's only connection."""
         if self._listener is not None:
             raise Unavailable("this tower has been asked for its line before")
         self._loop = asyncio.get_running_loop()
@@ -54,7 +54,7 @@ class TowerLine:
                 raise Unavailable(f"sent a {type(message).__name__}, wanted an instruction")
 
     def beat(self) -> Sequence[News]:
-        """That the engine lives, too: a loop lives on beside a hung engine."""
+        """Reports that the engine lives, too: a loop may live beside a hung engine."""
         try:
             self._runner.check()
         except Unavailable as error:
@@ -80,11 +80,11 @@ class TowerLine:
             except TooLarge:
                 self._line.post(_failed(message))
             except Unavailable:
-                return  # nobody is left to tell
+                return  # there is no receiver left
 
 
 def _failed(news: News) -> News:
-    """Instead of an answer that no frame can hold."""
+    """Replaces an answer that is too large for a frame."""
     if isinstance(news, Ended):
         return Ended("its reason is too long to be told")
     return FailureEvent(news.request_id, TwoTowerError("its answer is too large for one message"))

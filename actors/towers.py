@@ -1,7 +1,7 @@
-"""The tower processes: plain classes that load a tower, give it an engine and a thread, and answer for them.
+"""The tower processes: plain classes that load a tower and run it with an engine and a thread.
 
-Ray's actors host them (`actors/hosts.py`), and tests construct them directly. Their methods are called when the cell is
-put together, and for counters; requests and events go over the line.
+Ray's actors host them (`actors/hosts.py`), and tests construct them directly. Their methods set up the cell and return
+counters; requests and events use the line.
 """
 
 import asyncio
@@ -48,18 +48,18 @@ _LET_GO_S = 3.0
 
 
 def give_back_freed() -> None:
-    """What loading has freed goes back to the system, where the C library can do so. It would keep some megabytes."""
+    """Return memory freed by loading to the system, if the C library can; otherwise it would keep some megabytes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 class TowerProcess:
-    """What every tower process can do: load, run its engines, and say where it lives. `number`: its own among
-    those of its cell, the context tower's 0.
+    """The common part of tower processes: load, run the engines, report the home. `number`: its number within the cell;
+    the context tower's is 0.
 
-    Loading is a call of its own and not the constructor's work, so that what goes wrong in it comes back as the error
-    it is and not as an actor that could not be made.
+    Loading is a separate call and not part of the constructor. So its error arrives unchanged, and not as a failed
+    construction of the actor.
     """
 
     number = 0
@@ -69,13 +69,15 @@ class TowerProcess:
         self.runner = EngineRunner(settings.engine.stall_timeout_s)
 
     async def check_room(self) -> None:
-        """Before any process of a cell on the CPU has its part of the one memory. Raises ConfigError where there is too
-        little left for all of them, or CheckpointError."""
+        """Called before any process of a CPU cell allocates its part of the shared memory. Raises ConfigError if there
+        is too little left for all of them, or CheckpointError.
+        """
         await asyncio.to_thread(lambda: check_fits(together(memories(self.settings)), torch.device("cpu")))
 
     async def load(self) -> dict[str, str]:
-        """Read the weights; then where this process lives. Raises CheckpointError, or ConfigError for a device that is
-        not there or has too little memory left."""
+        """Load the weights; returns this process's home. Raises CheckpointError, or ConfigError for a device that is
+        missing or has too little memory left.
+        """
         log_to_stderr()
         self.checkpoint = Checkpoint.open(self.settings.checkpoint, self.settings.engine.expert_format)
         torch.set_num_threads(threads_for(self.checkpoint.config, self.settings.cores))
@@ -122,7 +124,7 @@ class TowerProcess:
 
 
 class ContextProcess(TowerProcess):
-    """Hosts the context tower; opens a port for each denoiser that is to connect, one at a time for each link."""
+    """Hosts the context tower; opens a port for each denoiser, one at a time for each link."""
 
     def _load(self) -> None:
         tower = self._context_tower()
@@ -133,8 +135,9 @@ class ContextProcess(TowerProcess):
         self.runner.start([self._engine], self.device)
 
     async def open_link(self, link: int, epoch: int) -> LinkAddress:
-        """Listen for one denoiser; returns with the address to connect to, once what the link's last one led is
-        forgotten."""
+        """Listen for one denoiser; returns the address to connect to, once the sequences of the link's last denoiser
+        are released.
+        """
         await self.forget_link(link)
         cache = self._engine.cache
         told = fitted(self.settings.link_settings, cache, self.settings.engine.longest_delta)
@@ -145,7 +148,7 @@ class ContextProcess(TowerProcess):
         return address
 
     async def forget_link(self, link: int) -> None:
-        """Returns once nothing is left of what the link's denoiser led. Whoever asks again meanwhile waits too."""
+        """Returns once all sequences of the link's denoiser are released. A second caller waits, too."""
         port = self._ports.get(link)
         if port is not None:
             await asyncio.to_thread(self._forget, port)
@@ -166,7 +169,9 @@ class DenoiserProcess(TowerProcess):
     _link: DistributedLink | None = None
 
     def _load(self) -> None:
-        """With the passes over the mirror: once the link stands, the context side watches this engine's progress."""
+        """Makes the passes over the mirror, too: once the link is connected, the context side watches this engine's
+        progress.
+        """
         engine, tower = self.settings.engine, self._denoiser_tower()
         self._mirror = TowerCache(tower.config, engine.max_sequences, engine.pages, self.device, self.dtype)
         self._tower, self._passes = tower, prepared_passes(tower, self._mirror, engine)
@@ -179,7 +184,9 @@ class DenoiserProcess(TowerProcess):
         await asyncio.to_thread(self._connect, address)
 
     async def let_go(self) -> bool:
-        """Give the link up. Whether another is all that this process lacks: its engine may have ended for worse."""
+        """Drop the link. Returns whether this process lacks only another link: its engine may have ended for a worse
+        reason.
+        """
         return await asyncio.to_thread(self._let_go)
 
     def _let_go(self) -> bool:

@@ -1,4 +1,4 @@
-"""What Serve's HTTP proxies are told when they start, and whether those that run were told the same."""
+"""Options of Serve's HTTP proxies at their start, and a check that running proxies have the same."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def http_options(ingress: IngressSection) -> dict[str, Any]:
 
 
 def check_same(running: Any, ingress: IngressSection, names: tuple[str, ...] = tuple(_SETTINGS)) -> None:
-    """Raises ConfigError where Serve, with these options, listens elsewhere or with other certificates."""
+    """Raises ConfigError if Serve with these options listens elsewhere or with other certificates."""
     wanted = http_options(ingress)
     for name in names:
         there = getattr(running, name)

@@ -1,4 +1,4 @@
-"""Whether the longest request that clients may send gets through Serve to a cell."""
+"""Whether the longest allowed request fits through Serve to a cell."""
 
 from ray.serve._private.constants import RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH as LIMIT
 
@@ -6,8 +6,8 @@ from cluster.config import ServiceConfig
 from twotower.errors import ConfigError
 
 VARIABLE = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"
-BYTES_PER_TOKEN = 5  # of a pickled id: a byte for its kind, four for the number
-BESIDE_THE_PROMPT = 2**20  # stop tokens, parameters, and what Serve adds
+BYTES_PER_TOKEN = 5  # bytes of a pickled id: one for its kind, four for the number
+BESIDE_THE_PROMPT = 2**20  # stop tokens, parameters, and Serve's own bytes
 
 
 def largest_message(max_sequence_length: int) -> int:
@@ -16,7 +16,7 @@ def largest_message(max_sequence_length: int) -> int:
 
 
 def check_message_size(config: ServiceConfig) -> None:
-    """Raises ConfigError where Serve would break off the longest request. Its limit is an environment variable's."""
+    """Raises ConfigError if Serve would break off the longest request. An environment variable sets Serve's limit."""
     length = config.engine.max_sequence_length
     wanted = largest_message(length)
     if wanted > LIMIT:

@@ -1,7 +1,8 @@
-"""Where towers and routers run: what `auto` in `cell.placement` and `cell.device`, and no `cluster.num_routers`, stand
-for in a given cluster.
+"""Where towers and routers run: the meaning of `auto` in `cell.placement` and `cell.device`, and of a missing
+`cluster.num_routers`, in a given cluster.
 
-Nodes in, settings and a reason out; asks nobody. A cell lies on one node, so the largest node decides, not the sum.
+Takes nodes, returns settings and a reason, without any calls. A cell is on one node, so the largest node decides, not
+the sum.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,16 +12,16 @@ from actors.settings import resolve_device, tower_processes
 from cluster.config import ServiceConfig
 from cluster.sections import CellSection
 
-Nodes = Sequence[Mapping[str, float]]  # what each node has, by Ray's names: CPU, GPU
+Nodes = Sequence[Mapping[str, float]]  # the resources of each node, by Ray's names: CPU, GPU
 _TOWERS = 2
-_ROUTERS = 2  # where one node may fail and another goes on
+_ROUTERS = 2  # with several nodes, so that one may fail
 ROUTER_CPUS = 0.1
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The configuration without `auto`, and why so, in one line."""
+    """The configuration without `auto`, and the reason in one line."""
 
     config: ServiceConfig
     why: str
@@ -42,7 +43,7 @@ def choose(config: ServiceConfig, nodes: Nodes) -> Choice:
 
 
 def _routers(asked: int | None, nodes: Nodes) -> tuple[int, str]:
-    """So many that one survives the loss of a node. Serve spreads them over the nodes."""
+    """Enough routers that one survives the loss of a node. Serve spreads them over the nodes."""
     if asked is not None:
         return asked, f"{asked} {'router' if asked == 1 else 'routers'}, as configured"
     able = sum(node.get("CPU", 0.0) >= ROUTER_CPUS for node in nodes)
@@ -52,7 +53,7 @@ def _routers(asked: int | None, nodes: Nodes) -> tuple[int, str]:
 
 
 def _placement(cell: CellSection, gpus: float, cores: float) -> tuple[str, str]:
-    """A placement and its reason. `ar_only` is never chosen: it serves less than was asked for."""
+    """A placement and its reason. `ar_only` is never chosen, because it does not serve all modes."""
     if cell.placement != "auto":
         return cell.placement, f"{cell.placement}, as configured"
     if cell.denoisers_per_context > 1:
@@ -63,11 +64,11 @@ def _placement(cell: CellSection, gpus: float, cores: float) -> tuple[str, str]:
 
 
 def _on_gpus(cell: CellSection, gpus: float) -> tuple[str, str] | None:
-    """None where the towers are to run on the CPU."""
+    """None if the towers run on the CPU."""
     each = 1.0 if cell.gpus_per_tower is None else cell.gpus_per_tower
     if cell.device == "cpu" or (cell.device == "auto" and (each == 0 or gpus < each)):
         return None
-    if each < 1:  # NCCL joins no two processes on one GPU
+    if each < 1:  # NCCL cannot join two processes on one GPU
         return "colocated", f"auto is colocated: cell.gpus_per_tower is {each:g}, and two processes need a GPU each"
     if gpus >= _TOWERS * each:
         return "split", f"auto is split: a node has {gpus:g} GPUs, {each:g} for each tower"
@@ -77,14 +78,14 @@ def _on_gpus(cell: CellSection, gpus: float) -> tuple[str, str] | None:
 
 
 def _on_cores(cores: float) -> tuple[str, str]:
-    """Towers that take every core leave none to router, cell and clients."""
+    """Towers that take all cores leave none for router, cell and clients."""
     if cores > _TOWERS:
         return "split", f"auto is split: a node has {_cores(cores)}, one for each tower and more"
     return "colocated", f"auto is colocated: a node has {_cores(cores)}, split wants more than {_TOWERS}"
 
 
 def missing(cell: Sequence[Mapping[str, float]], cells: int, nodes: Nodes) -> str | None:
-    """What `cells` cells of these bundles want more of than the nodes have, in words; None where all fit."""
+    """The resources that `cells` cells of these bundles need beyond the nodes', in words; None if all fit."""
     wanted = {name: sum(bundle.get(name, 0.0) for bundle in cell) for name in ("GPU", "CPU")}
     room = sum(_cells_on(node, wanted) for node in nodes)
     if room >= cells:
@@ -106,7 +107,7 @@ def _cells_on(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
 
 
 def largest(nodes: Nodes, resource: str) -> float:
-    """What the node with most of this resource has of it."""
+    """The largest amount of this resource on a node."""
     return max((node.get(resource, 0.0) for node in nodes), default=0.0)
 
 

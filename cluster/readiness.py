@@ -1,4 +1,4 @@
-"""What the cells serve, asked again and again, so that health checks cost nothing."""
+"""The modes that the cells serve, polled regularly, so that health checks cost nothing."""
 
 import asyncio
 import logging
@@ -14,8 +14,9 @@ TIMEOUT_S = 2.5
 
 
 class Readiness:
-    """Watches the cells: the modes that are served now, none where the service is not ready. `on_change` hears of every
-    change."""
+    """Watches the cells: the modes that are served now; none if the service is not ready. `on_change` is called at
+    every change.
+    """
 
     def __init__(self, cells: Cells, on_change: Callable[[Set[Mode]], Awaitable[None]] | None = None) -> None:
         self._cells, self._on_change = cells, on_change
@@ -36,7 +37,7 @@ class Readiness:
         await self._become(frozenset() if self._closed else frozenset(served))
 
     async def close(self) -> None:
-        """Not ready from now on, whatever the cells say."""
+        """Not ready from now on, whatever the cells report."""
         self._closed = True
         await self._become(frozenset())
 

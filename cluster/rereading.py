@@ -1,4 +1,4 @@
-"""What files say, read again soon after one of them changes. Knows nothing of what it is."""
+"""The content of files, read again soon after one of them changes. Does not know its meaning."""
 
 import asyncio
 import logging
@@ -16,11 +16,12 @@ _LOOK_S = 1.0
 
 
 class Rereading(Generic[Told]):
-    """`now`: what the files said when they could last be read. What is wrong with them later is told in the log, once,
-    and what they said before stays. `fault`: what is wrong now; empty where nothing is."""
+    """`now`: the content at the last successful reading. A later error is logged once, and the old content stays.
+    `fault`: the present error; empty if there is none.
+    """
 
     def __init__(self, what: str, paths: Sequence[Path], read: Callable[[], Told]) -> None:
-        """`what`: the files' content, for the log. Raises what `read` raises: ConfigError."""
+        """`what`: the files' kind, for the log. Raises the error of `read`: ConfigError."""
         self._what, self._paths, self._read = what, paths, read
         self._state = self._seen()
         self.now = read()
@@ -57,7 +58,7 @@ class Rereading(Generic[Told]):
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """Another one after every change, of a Secret's too, whose link then leads elsewhere, and of rights."""
+    """A state that changes with every change of a file, of its rights, or of a Secret's link."""
     try:
         found = path.stat()
     except OSError:

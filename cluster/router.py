@@ -45,19 +45,20 @@ from twotower.errors import Unavailable
 logger = logging.getLogger(__name__)
 
 
-_LEFT_S = 5.0  # Serve asks for this router's health each second
-_AHEAD = 4  # one waits on a cell for so many of its slots
-LAST_WORDS_S = 2.0  # what is given up is told so in less
+_LEFT_S = 5.0  # Serve asks for a kept router's health each second; after so long without, it is removing this one
+_AHEAD = 4  # one further request waits on a cell for so many of its slots
+LAST_WORDS_S = 2.0  # ended requests get their error within this time
 
 
 def prompts_at_once(config: ServiceConfig) -> int:
-    """How many prompts of one call the cells hold at a time: half of what one cell decodes at once."""
+    """How many prompts of one call the cells hold at a time: half of the sequences that one cell decodes at once."""
     return max(1, config.engine.max_sequences // 2)
 
 
 def admission(config: ServiceConfig, clock: Callable[[], float] = time.monotonic) -> Admission:
-    """What all cells decode at once, and this router's part of what may wait for them. A cell's own ledger has the
-    last word."""
+    """The bound of this router's requests: all that the cells decode at once, plus its part of the queue. A cell's own
+    ledger decides in the end.
+    """
     engine, cluster = config.engine, config.cluster
     waiting = math.ceil(engine.max_queued_requests / cluster.routers)
     capacity = cluster.max_cells * (engine.max_sequences + waiting)
@@ -65,8 +66,8 @@ def admission(config: ServiceConfig, clock: Callable[[], float] = time.monotonic
 
 
 def turns(config: ServiceConfig, lines: CellLines, clock: Callable[[], float] = time.monotonic) -> Turns:
-    """Requests go to the cells up to what they decode at once, and a few more, so that no slot is empty meanwhile. The
-    others wait here, where their order can still change and a new cell finds them.
+    """The cells get as many requests as they decode at once, and a few more, so that no slot stays empty. The others
+    wait here, where their order can still change and a new cell can take them.
 
     A router has its equal part of these places always, and more while the cells hold less than all routers may send.
     """
@@ -82,13 +83,13 @@ def turns(config: ServiceConfig, lines: CellLines, clock: Callable[[], float] = 
 
 
 def door(config: ServiceConfig) -> Door:
-    """Who may ask. Raises ConfigError for a file of keys that is not right."""
+    """The check of callers. Raises ConfigError for a wrong file of keys."""
     file = config.ingress.keys_file
     return OpenDoor() if file is None else Keys(Path(file), config.cluster.routers)
 
 
 def deployed(config: ServiceConfig, model: ServedModel) -> Deployed:
-    """What the ops page tells of this deployment. Settings of other ports are another deployment, too."""
+    """The deployment for the ops page. Other ports make another deployment, too."""
     settings = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:8]
     cluster, modes = config.cluster, model.limits.modes
     return Deployed(
@@ -103,7 +104,7 @@ class Router:
     async def __init__(  # type: ignore[misc]
         self, config: ServiceConfig, cells: "DeploymentHandle[Any]", name: str = "router", routers: Ask = nobody
     ) -> None:
-        """`name`: no other router has it. `routers`: asks all of them for their boards."""
+        """`name`: unique among routers. `routers`: asks all routers for their boards."""
         log_to_stderr()
         bypass_proxies()  # before the handle connects to a cell
         self._ingress = ingress = config.ingress
@@ -145,7 +146,7 @@ class Router:
         if ingress.ops_page:
             self._board.start()
             self._adopting = asyncio.create_task(self._feed.adopt())
-        # What is here now stays: to look through it for garbage holds the loop up for a tenth of a second and more.
+        # All present objects stay: searching them for garbage would block the loop for a tenth of a second and more.
         gc.freeze()
         until = "" if certificates is None else f", TLS until {certificates.now.until:%Y-%m-%d %H:%M} UTC"
         logger.info("serving %s, gRPC on %s:%d%s", model.name, ingress.host, ingress.grpc_port, until)
@@ -165,11 +166,11 @@ class Router:
         return app
 
     async def board_part(self, since: dict[str, int]) -> bytes:
-        """What another router shows of this one; see cluster.board."""
+        """This router's part for other routers' pages; see cluster.board."""
         return CODEC.encode(self._board.part(since))
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuses new requests, as Unavailable; running ones have so long, then they are told why they end."""
+        """Refuses new requests with Unavailable. Running ones may take so long, then they end with an error."""
         self._admission.close()
         await self._readiness.close()
         await self._finish(timeout_s)
@@ -181,21 +182,22 @@ class Router:
             await self._admission.nothing_runs(LAST_WORDS_S)
 
     def _is_left(self) -> bool:
-        """Whether Serve asks no more."""
+        """Whether Serve has stopped asking."""
         return time.monotonic() - self._kept_at > _LEFT_S
 
     async def check_health(self) -> None:
-        """Serve asks each second, and no more from the moment on that it takes this router away."""
+        """Serve asks each second, until it begins to remove this router."""
         self._kept_at = time.monotonic()
 
     async def shutdown(self) -> None:
-        """Serve takes this router away once its HTTP requests are done. Its gRPC calls have what these have left of
-        the time to drain; new ones go to the router in its place, if there is one."""
+        """Serve removes this router once its HTTP requests are done. Its gRPC calls then have the rest of the time to
+        drain. New calls go to the router that replaces it, if any.
+        """
         left_s = max(0.0, self._kept_at + self._drain_timeout_s - time.monotonic())
         ending = asyncio.create_task(self._grpc.stop(left_s + LAST_WORDS_S))
         await self._finish(left_s)
         await ending
-        for watching in self._watching:  # not before: what runs may have to meet a new cell
+        for watching in self._watching:  # not before: running requests may need a connection to a new cell
             watching.cancel()
         self._feed.stop()
         self._board.stop()

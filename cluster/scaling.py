@@ -1,7 +1,7 @@
-"""How many cells there should be, by what the cells feel.
+"""How many cells there should be, by the cells' load.
 
-Each second a cell tells Serve its `Load`, as Serve's `record_autoscaling_stats` has it; ten times a second Serve's
-controller asks the `Policy`. Serve keeps the bounds and the delays (`min_cells`, `upscale_delay_s`, …).
+Each second a cell gives Serve its `Load`, through Serve's `record_autoscaling_stats`. Ten times a second Serve's
+controller asks the `Policy`. Serve applies the bounds and the delays (`min_cells`, `upscale_delay_s`, …).
 """
 
 import asyncio
@@ -16,21 +16,22 @@ from twotower.engine.handle import EngineStats
 from twotower.engine.ledger import Ledger
 from twotower.errors import TwoTowerError
 
-MARGIN = 0.75  # cells go when the others stay below so much of the fullness at which another would come
-LONG_WAIT_S = 5.0  # whoever waits longer wants another cell, whatever the numbers say
-WORKING = 0.5  # busy share from which on full cells want another, though nobody waits
-SHED = 4  # of so many cells one goes at a time, while any request runs
-_SILENCE_S = 5.0  # then what a cell has said counts no more
-_ASKING_S = 1.0  # for what towers may take to answer
+MARGIN = 0.75  # cells end while the others stay below this share of the fullness that starts one
+LONG_WAIT_S = 5.0  # a longer wait starts another cell, whatever the numbers say
+WORKING = 0.5  # from this busy share on, full cells start another one, even if no request waits
+SHED = 4  # one of so many cells ends at a time, while any request runs
+_SILENCE_S = 5.0  # after this time a cell's report no longer counts
+_ASKING_S = 1.0  # seconds that towers may take to answer
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Load:
-    """A moment of a cell, each a number, as Serve wants it.
+    """A cell's load at a moment; all fields are numbers, as Serve requires.
 
-    `pages`, `busy`: the share of pages in use on the fullest tower, of the last second's time that the busiest one
-    computed. `routers_waiting`, `longest_wait_s`: of all requests that wait in the routers, which every cell hears of.
+    `pages`: the share of pages in use on the fullest tower. `busy`: the share of the last second in which the busiest
+    tower computed. `routers_waiting`, `longest_wait_s`: of all requests that wait in the routers, which every cell
+    knows.
     """
 
     slots: float
@@ -43,16 +44,16 @@ class Load:
 
     @property
     def full(self) -> float:
-        """The share of it that is in use, by what it has least of."""
+        """The used share of its scarcest resource."""
         return max(self.running / self.slots, self.pages)
 
 
 def wanted(loads: Sequence[Load], target: int, fullness: float, queued: float = 0.0) -> int:
-    """How many cells, of which `target` are there or on their way. `queued`: requests that wait inside Serve.
+    """The wanted number of cells; `target`: running and starting cells. `queued`: requests that wait inside Serve.
 
-    As many as are filled to `fullness` by all that runs and waits. Fewer than now only where they stay well below it,
-    and a quarter fewer than answer at most: on fewer cells each pass has more rows and takes longer, so more requests
-    run at a time than before. How many more is seen before others go.
+    All running and waiting requests should fill the cells to `fullness`. There are fewer cells than now only if they
+    stay well below it, and at most a quarter fewer than answer. On fewer cells each pass has more rows and takes
+    longer, so more requests run at a time than before. The effect is seen before further cells end.
     """
     if not loads:
         return target
@@ -60,12 +61,12 @@ def wanted(loads: Sequence[Load], target: int, fullness: float, queued: float = 
     each = full / running if running else 1 / max(load.slots for load in loads)
     waiting = sum(load.waiting for load in loads) + max(load.routers_waiting for load in loads) + queued
     need = full + waiting * each
-    # Slots that are taken while towers stand still, by requests that a mended tower is to take up, are no burst.
+    # Slots are no sign of a burst while towers stand still: their requests wait for a tower's replacement.
     works = bool(waiting) or max(load.busy for load in loads) >= WORKING
     up = math.ceil(need / (fullness if works else 1.0) - _ROUNDING)
     least = 1
     if max(load.longest_wait_s for load in loads) > LONG_WAIT_S:
-        least = len(loads) + 1  # not one more for each second that they take to start
+        least = len(loads) + 1  # not one more for each second that cells take to start
     if max(up, least) > target:
         return max(up, least)
     down = math.ceil(need / (fullness * MARGIN) - _ROUNDING)
@@ -79,16 +80,16 @@ class Policy:
 
     def __init__(self, fullness: float) -> None:
         self._fullness = fullness
-        self._heard: dict[Any, tuple[float, float]] = {}  # of each cell: its last word's time by its clock, and by ours
+        self._heard: dict[Any, tuple[float, float]] = {}  # by cell: its last report's time by its clock and by ours
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        """`context`: an AutoscalingContext. The number wanted, and no state of Serve's."""
+        """`context`: an AutoscalingContext. Returns the wanted number, and no state for Serve."""
         loads = self._loads(context.raw_metrics or {}, context.current_time)
         queued = max(0.0, context.total_queued_requests or 0.0)
         return wanted(loads, context.target_num_replicas, self._fullness, queued), {}
 
     def _loads(self, series: dict[str, dict[Any, list[Any]]], now: float) -> list[Load]:
-        """The last word of each cell that has had one lately. Hosts' clocks may differ: only ours is compared."""
+        """The last report of each cell that has reported lately. Hosts' clocks may differ, so only ours is compared."""
         names = [field.name for field in fields(Load)]
         cells = set(series.get(names[0], {}))
         loads, heard = [], {}
@@ -107,7 +108,7 @@ class Policy:
 
 
 class Meter:
-    """What a cell feels. Shares of time are those since the last reading."""
+    """Measures a cell's load. Shares of time cover the time since the last reading."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -118,7 +119,7 @@ class Meter:
     async def read(
         self, ledger: Ledger, stats: Callable[[], Awaitable[Sequence[EngineStats]]], waits: Sequence[Waits]
     ) -> dict[str, float]:
-        """A Load. `waits`: what waits in each router. Towers that do not answer are as they were."""
+        """A Load. `waits`: the waiting requests of each router. Towers that do not answer keep their last numbers."""
         try:
             async with asyncio.timeout(_ASKING_S):
                 self._hear(await stats())

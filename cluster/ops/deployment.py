@@ -1,4 +1,4 @@
-"""The application on Serve, as `up` drives it: deploy, watch it come up, tell why it did not, take it away."""
+"""The application on Serve, for `up`: deploy it, watch it start, explain a failure, remove it."""
 
 import contextlib
 import io
@@ -23,9 +23,9 @@ _STOP_S, _ANSWER_S, _POLL_S = 15.0, 10.0, 0.25
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the deployments are: replicas running of those wanted, by deployment's name.
+    """The progress of the deployments: running and wanted replicas, by the deployment's name.
 
-    `failure`: why they will not come up. `lost`: why the application is not the asking `up`'s any more.
+    `failure`: why they will not start. `lost`: why the application no longer belongs to the asking `up`.
     """
 
     routers: int
@@ -35,7 +35,9 @@ class Progress:
 
 
 def check(config: ServiceConfig) -> None:
-    """Raises CheckpointError or ConfigError for what cells and routers would refuse. Reads headers, needs no Ray."""
+    """Raises CheckpointError or ConfigError for errors that cells and routers would find. Reads headers,
+    needs no Ray.
+    """
     from actors.settings import check_settings
     from cluster import certificates
     from cluster.app import cell_settings
@@ -51,12 +53,12 @@ def check(config: ServiceConfig) -> None:
 
 
 def choice(config: ServiceConfig) -> Choice:
-    """The configuration without `auto`, by what the running Ray has. Raises Unavailable."""
+    """The configuration without `auto`, chosen by the running Ray's resources. Raises Unavailable."""
     return choose(config, _nodes())
 
 
 def check_free(where: str) -> None:
-    """Raises Unavailable where an application of ours is on this Ray already."""
+    """Raises Unavailable if our application is on this Ray already."""
     from cluster.ops import ownership
 
     with failures_told("Ray"):
@@ -64,8 +66,9 @@ def check_free(where: str) -> None:
 
 
 def take(mark: bytes, where: str, replace: bool) -> None:
-    """The application's place on this Ray, for this mark alone. Raises Unavailable where there is one already, unless
-    that one is to be replaced."""
+    """Take the application's place on this Ray for this mark. Raises Unavailable if an application is there and is not
+    to be replaced.
+    """
     from cluster.ops import ownership
 
     with failures_told("Ray"):
@@ -73,7 +76,7 @@ def take(mark: bytes, where: str, replace: bool) -> None:
 
 
 def clear_place(within_s: float) -> None:
-    """Ends the application that is there, or its replicas would pass for ours. Raises Unavailable if it stays."""
+    """Ends the present application; otherwise its replicas would pass for ours. Raises Unavailable if it stays."""
     from ray import serve
 
     from cluster.app import APP_NAME
@@ -85,9 +88,9 @@ def clear_place(within_s: float) -> None:
 
 
 def _gone(within_s: float) -> bool:
-    """Waits for the application's end, but no longer than so many seconds. Whether it came.
+    """Waits at most so many seconds for the application's end. Returns whether it has ended.
 
-    Without Ray it has come: asked then, Serve would join another Ray of this machine, or start one.
+    Without Ray it has ended: Serve's status would join another Ray of this machine, or start one.
     """
     import ray
     from ray import serve
@@ -114,7 +117,7 @@ def deploy(config: ServiceConfig) -> None:
 
 
 def shortage(config: ServiceConfig) -> str | None:
-    """What the cluster, idle, lacks to hold the first cells; None where it has all. Raises Unavailable."""
+    """The resources that an idle cluster lacks for the first cells; None if it lacks none. Raises Unavailable."""
     from cluster.app import cell_settings
 
     nodes = _nodes()
@@ -129,8 +132,9 @@ def _nodes() -> Nodes:
 
 
 def progress(mark: bytes | None = None) -> Progress:
-    """Where the application stands now, and whether it still has this mark. Raises Unavailable where Serve does not say
-    within some seconds."""
+    """The application's progress, and whether it still has this mark. Raises Unavailable if Serve does not answer
+    within some seconds.
+    """
     answers: SimpleQueue[Progress | Exception] = SimpleQueue()
 
     def ask() -> None:
@@ -169,7 +173,7 @@ def _progress(mark: bytes | None) -> Progress:
 
 
 def routers() -> int:
-    """How many run. Waits for Serve however long it takes."""
+    """The number of running routers. Waits for Serve without a limit."""
     from ray import serve
 
     from cluster.app import APP_NAME
@@ -179,7 +183,7 @@ def routers() -> int:
 
 
 def _running(application: Any, name: str) -> int:
-    """How many replicas of this deployment, by Serve's status of the application."""
+    """The number of this deployment's running replicas, by Serve's status of the application."""
     deployment = application.deployments.get(name)
     return 0 if deployment is None else sum(n for state, n in deployment.replica_states.items() if state == "RUNNING")
 
@@ -192,7 +196,7 @@ def failure_of(message: str) -> TwoTowerError:
 
 
 def reason(message: str) -> str:
-    """The one line of a deployment's message, tracebacks and all, that says what is wrong."""
+    """The line with the error in a deployment's message, which may contain tracebacks."""
     ours = _OUR_ERROR.findall(message)
     if ours:
         return str(ours[-1][1]).strip()
@@ -204,14 +208,15 @@ def reason(message: str) -> str:
 
 
 def take_down(mark: bytes | None) -> None:
-    """Ends the application if it has this mark, and with our process our own Ray too. Waits no longer than some seconds
-    for Serve."""
+    """Ends the application if it has this mark; our own Ray ends with our process. Waits at most some seconds for
+    Serve.
+    """
     import ray
 
     if not ray.is_initialized():
         return
     ending = threading.Thread(target=delete, args=(mark,), daemon=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # where Ray wonders at every process that ends
+    with contextlib.redirect_stdout(io.StringIO()):  # because Ray logs every process that ends
         ending.start()
         ending.join(_STOP_S)
         ray.shutdown()
@@ -226,7 +231,7 @@ def delete(mark: bytes | None) -> None:
     from cluster.app import APP_NAME
     from cluster.ops import ownership
 
-    with contextlib.suppress(RayError, RayServeException):  # Serve may not have come up yet
+    with contextlib.suppress(RayError, RayServeException):  # Serve may not have started yet
         if mark is not None and ownership.holder() == mark:
             serve.delete(APP_NAME, _blocking=False)
             ownership.give_up(mark)

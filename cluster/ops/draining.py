@@ -1,4 +1,4 @@
-"""The end of a service in good order: every router finishes what it has begun and refuses what is new."""
+"""The orderly end of a service: every router finishes its running requests and refuses new ones."""
 
 import threading
 import time
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from twotower.errors import Unavailable
 
-_SLACK_S = 10.0  # for routers to tell what they give up, and for Serve to tell us
+_SLACK_S = 10.0  # seconds for routers to end the rest, and for Serve to report it
 _AT_ONCE_S = 1.0
 _AGAIN_S = 0.1
 
 
 def drain(mark: bytes | None, timeout_s: float, say: Callable[[str], None]) -> None:
-    """As `finish`. An interruption ends the requests at once."""
+    """As `finish`, but an interruption ends the requests at once."""
     try:
         say("stopping")
         finish(mark, timeout_s, say, "; Ctrl-C once more ends them now")
@@ -22,10 +22,10 @@ def drain(mark: bytes | None, timeout_s: float, say: Callable[[str], None]) -> N
 
 
 def finish(mark: bytes | None, timeout_s: float, say: Callable[[str], None], hint: str = "") -> None:
-    """Waits for the running requests of all routers of the application that this mark is responsible for. That may be
-    an application which the mark's holder replaces. A request that runs longer than `timeout_s` ends with an error.
+    """Waits for the running requests of all routers of the mark's application, which may be one that the mark's holder
+    replaces. A request that runs longer than `timeout_s` ends with an error.
 
-    New requests get 503 meanwhile. Returns at once where no request runs, or no router is there.
+    New requests get 503 meanwhile. Returns at once without running requests or without routers.
     """
     done = _start(mark, timeout_s, say)
     if not done.wait(_AT_ONCE_S):
@@ -34,7 +34,7 @@ def finish(mark: bytes | None, timeout_s: float, say: Callable[[str], None], hin
 
 
 def _start(mark: bytes | None, timeout_s: float, say: Callable[[str], None]) -> threading.Event:
-    """On a thread, for Serve's own calls cannot be interrupted."""
+    """On a thread, because Serve's own calls cannot be interrupted."""
     done = threading.Event()
     threading.Thread(target=_drain, args=(mark, timeout_s, say, done), daemon=True).start()
     return done
@@ -50,8 +50,7 @@ def _drain(mark: bytes | None, timeout_s: float, say: Callable[[str], None], don
 
 
 def _ask_routers(mark: bytes | None, timeout_s: float) -> None:
-    """Asks until they were asked: a handle of Serve's that is new may not have heard of any replica yet, and then says
-    that there is none."""
+    """Asks until the routers were reached: a new Serve handle may not know any replica yet, and then reports none."""
     import ray
     from ray import serve
     from ray.exceptions import RayActorError

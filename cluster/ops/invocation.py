@@ -1,4 +1,4 @@
-"""How to write one of our commands so that it works where it is read: with the python that runs this one."""
+"""The text of one of our commands that works for its reader: with the python that runs this one."""
 
 import os
 import shlex
@@ -13,7 +13,9 @@ def command(arguments: str) -> str:
 
 
 def _python() -> str:
-    """`python` where that is us (an environment is active), else our path, as seen from here where we are below."""
+    """`python` if that is this interpreter (an environment is active), else its path, relative if it is below the
+    current directory.
+    """
     ours = Path(os.path.abspath(sys.executable))
     if not sys.executable or shutil.which("python") == str(ours):
         return "python"

@@ -1,7 +1,7 @@
-"""What an `up` that was killed leaves behind: processes of its Ray that have not noticed, and its note.
+"""The remains of a killed `up`: processes of its Ray that have not noticed, and its note.
 
-A guard process waits for the end of the `up` and ends them; where the guard was killed too, the next `up` does.
-That a process is of that Ray is proved by what it has open: logs of the Ray's session, and to write into them.
+A guard process waits for the end of the `up` and ends them; if the guard was killed, too, the next `up` does. A process
+belongs to that Ray if it has a log of the Ray's session open for writing.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ import psutil
 
 from cluster.ops.run_state import RunState
 
-_BY_ITSELF_S = 5.0  # so long processes of a Ray that has ended may take to end too
+_BY_ITSELF_S = 5.0  # seconds that processes of an ended Ray may take to end
 _KILLED_S = 10.0
 
 
 def processes(state: RunState) -> list[psutil.Process]:
-    """What is left of the Ray that the `up` of this note has started; none before that `up` is dead."""
+    """The remaining processes of the Ray that this note's `up` has started; none before that `up` is dead."""
     return [process for process in psutil.process_iter() if _is_left(process, state)]
 
 
 def end_processes(state: RunState, by_itself_s: float = 0.0) -> list[str]:
-    """Kills what is left, and what has not ended by itself in so many seconds. The titles of what was killed."""
+    """Kills remaining processes that do not end within so many seconds. Returns the killed processes' titles."""
     psutil.wait_procs(processes(state), timeout=by_itself_s)
     killed = dict[psutil.Process, str]()
     for process in processes(state):
@@ -39,7 +39,7 @@ def end_processes(state: RunState, by_itself_s: float = 0.0) -> list[str]:
 
 
 def _is_left(process: psutil.Process, state: RunState) -> bool:
-    """A live `up` and what is below it are not left, whatever its note says."""
+    """A live `up` and its children are not remains, whatever the note says."""
     try:
         return (
             process.uids().real == os.getuid()
@@ -48,7 +48,7 @@ def _is_left(process: psutil.Process, state: RunState) -> bool:
             and any(
                 file.mode != "r" and file.path.startswith(f"{state.session}/logs/") for file in process.open_files()
             )
-            and os.path.samefile(f"/proc/{process.pid}/ns/pid", "/proc/self/ns/pid")  # a container counts anew
+            and os.path.samefile(f"/proc/{process.pid}/ns/pid", "/proc/self/ns/pid")  # a container counts pids anew
             and state.pid not in (process.pid, *(parent.pid for parent in process.parents()))
         )
     except (psutil.Error, OSError):
@@ -57,16 +57,17 @@ def _is_left(process: psutil.Process, state: RunState) -> bool:
 
 @contextlib.contextmanager
 def guarded(state: RunState) -> Iterator[Callable[[str], None]]:
-    """Runs a process that outlives this one, whatever ends it, until nothing of its Ray is left. It is to be told the
-    session's directory, once."""
+    """Runs a guard process that outlives this one until nothing of its Ray is left. Tell it the session's directory
+    once.
+    """
     command = [sys.executable, "-m", "cluster.ops.left_behind", str(state.pid), str(state.started)]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        start_new_session=True,  # Ctrl-C and the end of a terminal go to all of one
-    ) as guard:  # closes its input in the end, and waits for it
+        start_new_session=True,  # Ctrl-C and a terminal's end reach its whole process group
+    ) as guard:  # closes its input at the end, and waits for it
 
         def tell(session: str) -> None:
             assert guard.stdin is not None
@@ -77,7 +78,7 @@ def guarded(state: RunState) -> Iterator[Callable[[str], None]]:
 
 
 def _guard(state: RunState) -> None:
-    """The input ends when the `up` does."""
+    """The guard's input ends with the `up`."""
     session = sys.stdin.read().strip()
     end_processes(replace(state, session=session or None), _BY_ITSELF_S)
 

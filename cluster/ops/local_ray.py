@@ -16,7 +16,7 @@ from cluster.ops.ray_room import check_room, ray_directory
 from twotower.errors import TwoTowerError, Unavailable
 from twotower.showing import one_line
 
-if TYPE_CHECKING:  # whoever only prepares an environment needs no pydantic
+if TYPE_CHECKING:  # preparing an environment needs no pydantic
     from cluster.sections import IngressSection
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -24,16 +24,16 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 _NODE_IP = "127.0.0.2"
 _REACH_S = 5.0
 _LOOK_S = 0.01
-_OBJECT_STORE_BYTES = 128 * 2**20  # tensors go around it
+_OBJECT_STORE_BYTES = 128 * 2**20  # tensors do not use it
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
-    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung cell must give its GPUs back
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # nothing of ours blocks a loop; see docs/adr/0007
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung cell must free its GPUs
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # our code never blocks a loop; see docs/adr/0007
     # A prompt of some 13 million tokens between router and cell; cluster/message_size.py
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 2**20),
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.faces.http.proxy_answers:middlewares",
-    "RAY_DEDUP_LOGS": "0",  # it takes lines that differ in a process id for one
+    "RAY_DEDUP_LOGS": "0",  # it merges lines that differ only in a process id
     "RAY_local_fs_capacity_threshold": "1",  # a disk 95 % full may have room enough; see ray_room.py
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
@@ -41,7 +41,7 @@ _SETTINGS = {
 
 
 def prepare_environment() -> None:
-    """Sets what Ray reads when it is imported, and lets every worker import this checkout from any directory."""
+    """Sets the variables that Ray reads at import, and lets every worker import this checkout from any directory."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     bypass_proxies()
@@ -82,8 +82,9 @@ def _init(address: str | None, show_worker_logs: bool, options: dict[str, Any]) 
 
 @contextlib.contextmanager
 def session_told(tell: Callable[[str], None]) -> Iterator[None]:
-    """Tells the directory with sockets and logs of the Ray that this process starts meanwhile. It tells it as soon as
-    Ray makes it: before a process of that Ray can outlive this one."""
+    """Reports the directory with sockets and logs of the Ray that this process starts meanwhile. It does so as soon as
+    Ray makes the directory, before a process of that Ray can outlive this one.
+    """
     before, over = set(_sessions()), threading.Event()
 
     def watch() -> None:
@@ -104,24 +105,26 @@ def session_told(tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def _sessions() -> list[str]:
-    """All that Ray has ever made for a process of this number: it puts the number last."""
+    """All session directories that Ray has made for a process with this id, which ends their names."""
     return glob.glob(f"{glob.escape(os.path.realpath(ray_directory()))}/session_*_{os.getpid()}")
 
 
 def _draw_token() -> None:
-    """A secret for our own Ray, which would otherwise write one into HOME, where it may not be allowed to."""
+    """A secret for our own Ray, which would otherwise write one into HOME, which may not be writable."""
     if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _cores() -> int | None:
-    """Of this machine, where this process may not use all; None leaves the count to Ray, which knows containers."""
+    """The cores that this process may use, if not all of the machine's; None leaves the count to Ray, which knows
+    containers.
+    """
     allowed = len(os.sched_getaffinity(0))
     return allowed if allowed < (os.cpu_count() or 1) else None
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries a wrong address for many minutes, and then ends the process."""
+    """Ray itself retries a wrong address for many minutes, and then ends the process."""
     host, _, port = address.rpartition(":")
     if "/" in host or not (host and port.isdecimal()):
         return
@@ -134,7 +137,7 @@ def _check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def failures_told(who: str) -> Iterator[None]:
-    """What Ray and Serve raise becomes one line that names them."""
+    """Turns errors of Ray and Serve into one line that names them."""
     try:
         yield
     except TwoTowerError:
@@ -152,8 +155,9 @@ def serve_runs() -> bool:
 
 
 def start_serve(ingress: "IngressSection") -> None:
-    """Serve's controller and its HTTP proxy. Raises Unavailable, or ConfigError where it runs with another port, or
-    with other certificates."""
+    """Start Serve's controller and its HTTP proxy. Raises Unavailable, or ConfigError if Serve runs with another port
+    or other certificates.
+    """
     with failures_told("Serve"):
         _start_serve(ingress)
 

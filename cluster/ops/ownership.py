@@ -1,7 +1,7 @@
 """Which `up` the application of a Ray belongs to: a mark in Ray's own key-value store, one for the whole cluster.
 
-Serve lets anyone deploy over an application of the same name. Clients of the first would be cut off, and both would
-think that they serve.
+Serve lets anyone deploy over an application of the same name. That would cut off the first one's clients, and both
+would believe that they serve.
 """
 
 import secrets
@@ -17,7 +17,7 @@ _OWN_RAY, _ANY_RAY = b"own-ray:", b"any-ray:"
 
 
 def check_free(where: str) -> None:
-    """Raises Unavailable where an application or another's mark is there."""
+    """Raises Unavailable if there is an application or another mark."""
     application = serve.status().applications.get(APP_NAME)
     if application is not None:
         raise _taken(where, f"serves an application {APP_NAME!r} already ({application.status.value})")
@@ -33,7 +33,7 @@ def new_mark(own_ray: bool) -> bytes:
 def take(mark: bytes, where: str, replace: bool) -> None:
     """Stores this mark. Replaces another mark only with `replace`. Raises Unavailable.
 
-    An application that is there stays. Its place is ours now, and we have to end it.
+    A present application stays running. Its place is ours now, and we have to end it.
     """
     if replace:
         if (holder() or b"").startswith(_OWN_RAY):
@@ -41,18 +41,18 @@ def take(mark: bytes, where: str, replace: bool) -> None:
         _internal_kv_put(_KEY, mark, overwrite=True, namespace=_NAMESPACE)
         return
     check_free(where)
-    while _internal_kv_put(_KEY, mark, overwrite=False, namespace=_NAMESPACE):  # there was one: somebody was faster
+    while _internal_kv_put(_KEY, mark, overwrite=False, namespace=_NAMESPACE):  # another process was faster
         check_free(where)
 
 
 def holder() -> bytes | None:
-    """The mark that is there."""
+    """The present mark."""
     mark: bytes | None = _internal_kv_get(_KEY, namespace=_NAMESPACE)
     return mark
 
 
 def give_up(mark: bytes) -> None:
-    """Another's mark stays."""
+    """Remove this mark; another mark stays."""
     if holder() == mark:
         _internal_kv_del(_KEY, namespace=_NAMESPACE)
 

@@ -1,4 +1,4 @@
-"""The service's two ports: that something can listen on them, and that one `up` of this machine has them to itself.
+"""The service's two ports: checks that they are free, and reserves them for one `up` of this machine.
 
 Serve and gRPC let several processes listen on one port (SO_REUSEPORT): the kernel would let a second service answer the
 first one's clients.
@@ -15,17 +15,17 @@ from twotower.showing import show
 
 
 class PortTaken(TwoTowerError):
-    """Another process listens where the service should, or is about to."""
+    """Another process listens on a port of the service, or is about to."""
 
 
 @contextlib.contextmanager
 def held(**by_setting: int) -> Iterator[None]:
-    """Keeps every other `up` from these ports, from before anything listens on them. Raises PortTaken."""
+    """Keeps every other `up` from these ports before anything listens on them. Raises PortTaken."""
     with contextlib.ExitStack() as locks:
         for setting, port in by_setting.items():
             lock = locks.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
             try:
-                # An abstract name reaches as far as the port does, whoever its user is, and ends with this process.
+                # An abstract socket name is visible where the port is, for all users, and ends with this process.
                 lock.bind(f"\0twotower-port-{port}")
             except OSError:
                 raise _taken(setting, str(port), "another `up` has it", by_setting) from None
@@ -53,7 +53,7 @@ def _taken(setting: str, where: str, reason: str, by_setting: dict[str, int]) ->
 
 
 def check_host(host: str) -> None:
-    """Raises ConfigError unless something can listen there, whatever the port."""
+    """Raises ConfigError unless a process can listen on this host, on any port."""
     try:
         _try_to_listen(host, 0)
     except (OSError, UnicodeError) as error:
@@ -66,7 +66,7 @@ def check_host(host: str) -> None:
 
 
 def _try_to_listen(host: str, port: int) -> None:
-    """As Serve chooses: IPv6 for an address with colons, IPv4 for another and for every name."""
+    """Listens as Serve does: IPv6 for an address with colons, IPv4 for any other address and for names."""
     wanted = socket.AF_INET6 if ":" in host else socket.AF_INET
     family, *_, address = socket.getaddrinfo(host, port, wanted, socket.SOCK_STREAM)[0]
     with socket.create_server(address[:2], family=family):

@@ -1,4 +1,4 @@
-"""Room for the files of a Ray of our own, looked at before it starts: where they do not fit, Ray logs without end."""
+"""Checks room for our own Ray's files before it starts: without room Ray logs without end."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ def ray_directory() -> Path:
 
 
 def check_room(object_store_bytes: int, free_bytes: Callable[[Path], int] | None = None) -> None:
-    """Raises ConfigError where Ray cannot write, Unavailable where its files do not fit."""
+    """Raises ConfigError if Ray cannot write, and Unavailable if its files do not fit."""
     free_bytes = free_bytes or _free_bytes
     directory = ray_directory()
     existing = next(path for path in (directory, *directory.parents) if path.exists())

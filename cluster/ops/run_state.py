@@ -14,12 +14,12 @@ from cluster.ops.invocation import command
 from twotower.errors import ConfigError
 
 _POLL_S = 0.1
-_START = 19  # of the fields of /proc/PID/stat that follow the name
+_START = 19  # index among the fields of /proc/PID/stat after the name
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """Where an `up` of this user serves, or is about to.
+    """Where an `up` of this user serves, or will serve.
 
     `started` is its process's `start_tick`, so that a reused pid is noticed.
     """
@@ -30,10 +30,10 @@ class RunState:
     grpc: str
     model: str
     cells: int = 0
-    drain_timeout_s: float = 600.0  # a note of an older version does not say
+    drain_timeout_s: float = 600.0  # missing in a note of an older version
     joined: str | None = None  # the address of a Ray that is not its own
     session: str | None = None  # the directory of its own Ray's session, once there is one
-    cert_file: str | None = None  # what its faces show; without one they speak no TLS
+    cert_file: str | None = None  # the certificate of its faces; without one they do not speak TLS
 
     @property
     def url(self) -> str:
@@ -50,7 +50,7 @@ class RunState:
             return False
 
     def ends_within(self, seconds: float) -> bool:
-        """Waits for that process's end, but no longer than so many seconds. Whether it came."""
+        """Waits at most so many seconds for that process's end. Returns whether it has ended."""
         deadline = time.monotonic() + seconds
         while self.is_alive():
             if time.monotonic() > deadline:
@@ -60,14 +60,15 @@ class RunState:
 
 
 def start_tick(pid: int) -> int:
-    """When the process began, in the kernel's ticks since boot: setting the clock does not change it. Raises
-    FileNotFoundError or ProcessLookupError where there is none."""
+    """When the process began, in the kernel's ticks since boot, which do not depend on the clock. Raises
+    FileNotFoundError or ProcessLookupError if there is no such process.
+    """
     after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
     return int(after_name.split()[_START])
 
 
 def directory() -> Path:
-    """This user's own directory for such notes, made where it is missing. Raises ConfigError if it cannot be used."""
+    """This user's directory for such notes, made if missing. Raises ConfigError if it cannot be used."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(runtime) / "twotower" if runtime else Path(tempfile.gettempdir()) / f"twotower-{os.getuid()}"
     try:
@@ -96,7 +97,7 @@ def write(http_port: int, state: RunState) -> None:
 
 
 def remove(http_port: int, pid: int) -> None:
-    """Removes this process's note; one that has replaced it stays."""
+    """Removes this process's note; a newer note in its place stays."""
     file = file_of(http_port)
     with contextlib.suppress(ValueError, TypeError, FileNotFoundError):
         if _read(file).pid == pid:
@@ -113,7 +114,7 @@ def running() -> dict[int, RunState]:
 
 
 def killed() -> dict[int, RunState]:
-    """Those whose process has ended without removing its note, by HTTP port."""
+    """Services whose process has ended without removing its note, by HTTP port."""
     return {port: state for port, state in _notes().items() if not state.is_alive()}
 
 
@@ -127,7 +128,7 @@ def _notes() -> dict[int, RunState]:
 
 
 def the_one(http_port: int | None) -> tuple[int, RunState]:
-    """The service on this port, or the only one there is. Raises ConfigError where that is none or several."""
+    """The service on this port, or the only one. Raises ConfigError if there is none, or if there are several."""
     services = running()
     if http_port is not None:
         if http_port not in services:
@@ -141,6 +142,6 @@ def the_one(http_port: int | None) -> tuple[int, RunState]:
 
 
 def grpc_address() -> str:
-    """The running service's, if there is just one; else the default."""
+    """The gRPC address of the only running service; else the default."""
     services = running()
     return next(iter(services.values())).grpc if len(services) == 1 else "127.0.0.1:50051"

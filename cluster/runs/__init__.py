@@ -1,1 +1,1 @@
-"""Runs: what a router holds of each request, and how it goes on where a cell dies."""
+"""Runs: a router's state of each request, and how the request continues when a cell dies."""

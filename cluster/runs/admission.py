@@ -1,4 +1,4 @@
-"""How many requests a router has under way, how many more it takes, and when one that it refuses may come again.
+"""How many requests a router holds, how many more it accepts, and when a refused one may try again.
 
 Knows numbers and the clock; does not know what a request is.
 """
@@ -13,22 +13,22 @@ from cluster.runs.callers import NOBODY, Caller
 from twotower.errors import DeadlineExceeded, Overloaded, Unavailable
 
 LEAST_HINT_S, MOST_HINT_S = 1.0, 60.0
-_FIRST_GUESS_S, _GUESS_COUNTS = 8.0, 8.0  # how long a request runs, and for how many measurements that stands
-_FADING = 0.98  # what a measurement counts after the next one
+_FIRST_GUESS_S, _GUESS_COUNTS = 8.0, 8.0  # first estimate of a request's time, and its weight in measurements
+_FADING = 0.98  # a measurement's weight after the next one
 
 
 class Admission:
-    """Takes requests up to `capacity`, which is what the cells decode at once (`slots`) and what may wait for them.
+    """Accepts requests up to `capacity`: those that the cells decode at once (`slots`), and those that may wait.
 
-    Beyond it there is a reserve, an eighth of it, for callers that have less under way than their equal share of
-    `capacity`. So one that floods is refused, and who comes after it is not.
+    Beyond it there is a reserve of an eighth for callers that hold less than their equal share of `capacity`. So a
+    flooding caller is refused, and the next caller is not.
     """
 
     def __init__(self, capacity: int, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._capacity, self._slots, self._clock = capacity, min(slots, capacity), clock
         self._reserve = max(1, capacity // 8)
         self._running = 0
-        self._of_callers: Counter[Caller] = Counter()  # of those that have any
+        self._of_callers: Counter[Caller] = Counter()  # of callers that hold any
         self._closed = False
         self._nothing_runs = asyncio.Event()
         self._nothing_runs.set()
@@ -44,7 +44,7 @@ class Admission:
 
     @property
     def most(self) -> int:
-        """Requests at a time, the reserve's among them."""
+        """The greatest number of requests at a time, including the reserve."""
         return self._capacity + self._reserve
 
     @property
@@ -53,7 +53,7 @@ class Admission:
 
     @property
     def closed(self) -> bool:
-        """Whether it takes nothing any more."""
+        """Whether it accepts no more requests."""
         return self._closed
 
     def fits(self, requests: int, caller: Caller = NOBODY) -> bool:
@@ -65,10 +65,10 @@ class Admission:
 
     @contextmanager
     def hold(self, requests: int = 1, caller: Caller = NOBODY) -> Iterator[None]:
-        """For as long as these requests are under way, their answer's last byte included.
+        """Hold room for these requests until the last byte of their answers.
 
-        Raises Overloaded at once where they do not fit, Unavailable once this router is closed. Overloaded of a cell
-        leaves with a hint too.
+        Raises Overloaded at once if they do not fit, and Unavailable once this router is closed. A cell's Overloaded
+        also gets a hint.
         """
         self.check_open()
         if not self.fits(requests, caller):
@@ -88,9 +88,9 @@ class Admission:
                 error.retry_after_s = self._hint_s(requests)
             raise
         except DeadlineExceeded:
-            raise  # it has run, for as long as it could
+            raise  # it has run until its deadline
         except BaseException:
-            counts = False  # it has not run to its end: how soon it left says nothing of those that do
+            counts = False  # it did not run to its end, so its time says nothing about others
             raise
         finally:
             self._leave(requests, caller, began if counts else None)
@@ -101,11 +101,11 @@ class Admission:
             raise Unavailable("the service is shutting down")
 
     def close(self) -> None:
-        """From now on nothing is taken; what is under way goes on."""
+        """Accept no more requests; running ones continue."""
         self._closed = True
 
     async def nothing_runs(self, within_s: float) -> bool:
-        """Waits for the last request's end, but no longer than so many seconds. Whether it came."""
+        """Waits at most so many seconds for the last request's end. Returns whether it has ended."""
         try:
             async with asyncio.timeout(within_s):
                 await self._nothing_runs.wait()
@@ -121,12 +121,12 @@ class Admission:
         if not self._of_callers[caller]:
             del self._of_callers[caller]
         if self._running < self._slots:
-            self._full_since, self._promised = None, 0.0  # there is room: nobody waits for what was promised
+            self._full_since, self._promised = None, 0.0  # there is room, so earlier promises no longer count
         if not self._running:
             self._nothing_runs.set()
 
     def _measure(self, requests: int, began: float) -> None:
-        """The pace of a queue is seen while there is one. Without one it is a request's time, shared by all slots."""
+        """With a queue the pace is measured. Without one it is a request's time divided by all slots."""
         now = self._clock()
         passed_s = (now - began) * requests / self._slots if self._full_since is None else now - self._full_since
         self._ends = _FADING * self._ends + requests
@@ -134,11 +134,12 @@ class Admission:
         self._full_since, self._ended_while_full = now, True
 
     def _hint_s(self, requests: int) -> float:
-        """When there is room for these, after all that were told to come again before them."""
+        """Seconds until there is room for these, after all requests that were told to try again before them."""
         now = self._clock()
         pace_s = first_s = self._between_ends_s / self._ends
         if self._full_since is not None and not self._ended_while_full:
-            # All have begun together and will end so. If they should have ended by now, they take longer than we think.
+            # All have begun together and will end together. If they should have ended by now, they take longer than
+            # estimated.
             waited_s = now - self._full_since
             run_s = max(pace_s * self._slots, 2 * waited_s)
             pace_s, first_s = run_s / self._slots, run_s - waited_s

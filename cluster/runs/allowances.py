@@ -1,7 +1,7 @@
-"""What holders of keys have under way at this router, and what is left of their tokens a minute.
+"""The running requests of each key at this router, and the rest of its tokens a minute.
 
-Nobody knows beforehand how many tokens an answer has. What is under way counts with the most that it may take; what it
-took is counted when it ends.
+The number of an answer's tokens is not known beforehand. A running request counts with the most it may take; its real
+tokens are counted when it ends.
 """
 
 import time
@@ -20,7 +20,7 @@ _SOON_S = 1.0
 
 
 class LimitReached(Overloaded):
-    """A key allows no more now. `key`: its name; `limit`: which of its limits."""
+    """A limit of a key is reached. `key`: its name; `limit`: which of its limits."""
 
     def __init__(self, key: str, limit: str, message: str, retry_after_s: float) -> None:
         super().__init__(message, retry_after_s)
@@ -37,7 +37,7 @@ class Wish:
 
 @dataclass(slots=True)
 class _Account:
-    """Of one key: what is under way, and how many tokens were left `at` a time."""
+    """One key's running requests, and the tokens left at the time `at`."""
 
     requests: int = 0
     tokens: int = 0
@@ -54,10 +54,10 @@ class Allowances(Observer):
 
     @contextmanager
     def hold(self, wish: Wish, caller: Caller) -> Iterator[None]:
-        """For as long as these are under way. Raises LimitReached, and InvalidRequest for what no waiting mends.
+        """Hold the limits while these requests run. Raises LimitReached, and InvalidRequest if waiting cannot help.
 
-        Limits are a router's parts. A call that is within the whole limit may have more: where nothing else of its key
-        is under way, and a whole part of the tokens is left.
+        The limits here are a router's parts. A call within the whole limit may exceed the part. Then no other request
+        of its key may run, and the part of the tokens must be unused.
         """
         limits = caller.limits
         if limits.concurrent_requests is None and limits.tokens_per_minute is None:
@@ -101,7 +101,7 @@ class Allowances(Observer):
             raise LimitReached(caller.name, TOKENS, told, max(_SOON_S, (wanted - free) / rate * 60))
 
     def _account(self, caller: Caller) -> _Account:
-        """As it is now: as many tokens come each minute, and no more than those of one minute are kept."""
+        """The account now: it gets the tokens of a minute each minute, and keeps at most the tokens of one minute."""
         rate, now = float(caller.limits.tokens_per_minute or 0), self._clock()
         account = self._accounts.get(caller.name)
         if account is None:
@@ -111,7 +111,7 @@ class Allowances(Observer):
 
 
 def _check(wish: Wish, caller: Caller) -> None:
-    """Raises InvalidRequest for more than the key ever allows."""
+    """Raises InvalidRequest for more than the key can ever allow."""
     whole = caller.limits.whole
     if whole is None:
         return

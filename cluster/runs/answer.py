@@ -1,4 +1,4 @@
-"""What a client gets of an answer: its parts as they come, and what it has cost."""
+"""The client's view of an answer: its parts as they arrive, and its usage."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from twotower.core import BlockEvent, FinishReason, Likelihood, TraceEvent
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request has cost so far. `cached_tokens`: of its prompt, those that a cell had read for another one."""
+    """A request's cost so far. `cached_tokens`: tokens of its prompt that a cell had read for another request."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -29,7 +29,7 @@ class Usage:
             self.num_accepted + event.num_accepted,
             self.num_ar_blocks + event.num_ar_blocks,
             self.num_diffusion_blocks + event.num_diffusion_blocks,
-            self.cached_tokens + (0 if event.start else event.cached_tokens),  # of the cell where the answer began
+            self.cached_tokens + (0 if event.start else event.cached_tokens),  # from the answer's first cell
         )
 
 
@@ -38,8 +38,9 @@ NOTHING = Usage(0)
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Committed tokens with what they `cost`, the text that became certain with them, the usage so far. The last has a
-    `finish_reason`. Where likelihoods are asked for, `offsets` are where the tokens' text begins."""
+    """Committed tokens with their `cost`, the text that became certain with them, and the usage so far. The last chunk
+    has a `finish_reason`. With likelihoods, `offsets` are where the tokens' text begins.
+    """
 
     start: int
     token_ids: tuple[int, ...]
@@ -51,7 +52,7 @@ class Chunk:
 
     @property
     def likelihoods(self) -> tuple[Likelihood, ...]:
-        """One for each token, where they are asked for."""
+        """One for each token, if requested."""
         return self.cost.likelihoods
 
 

@@ -1,4 +1,4 @@
-"""Who asks: what is kept fair between callers knows them by this, and what their keys allow them."""
+"""Callers: the names by which fairness distinguishes them, and their keys' limits."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -7,7 +7,7 @@ from twotower.errors import TwoTowerError
 
 
 class KeyRefused(TwoTowerError):
-    """A key is wanted, and there is none or it is not known. `reason`: in two words, for operators."""
+    """A key is required, and it is missing or unknown. `reason`: in two words, for operators."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message, reason)
@@ -19,8 +19,9 @@ class KeyRefused(TwoTowerError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a key allows at one router; None: no less than others have. `priority_from`: no request asks for a lower
-    priority number, which would go first. `whole`: the first two of all routers together."""
+    """A key's limits at one router; None: no limit. `priority_from`: the lowest priority number that a request may
+    have; lower numbers go first. `whole`: the first two limits over all routers.
+    """
 
     concurrent_requests: int | None = None
     tokens_per_minute: int | None = None
@@ -30,7 +31,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The address that a call comes from or, where keys are wanted, the name of its key. Limits may change."""
+    """The address of a call or, if keys are required, the name of its key. Limits may change."""
 
     name: str
     limits: Limits = field(default=Limits(), compare=False)
@@ -38,7 +39,7 @@ class Caller:
 
     @property
     def key(self) -> str | None:
-        """Its key's name. Addresses are told to nobody."""
+        """The key's name. Addresses are never shown."""
         return self.name if self.has_key else None
 
 
@@ -46,25 +47,25 @@ NOBODY = Caller("")
 
 
 class Door(Protocol):
-    """Who may ask. `names`: of keys, where they are wanted. `watch` keeps it right, for ever."""
+    """The check of callers. `names`: the keys' names, if keys are required. `watch` keeps it up to date, for ever."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
 
     @property
     def fault(self) -> str:
-        """Why a changed file of keys cannot be taken, so that the keys of before stay; empty where it can."""
+        """Why a changed file of keys cannot be used, so that the old keys stay; empty if it can."""
         ...
 
     def caller(self, key: str | None, address: str) -> Caller:
-        """Of a call with this key, or none. Raises KeyRefused."""
+        """The caller of a call with this key, or without one. Raises KeyRefused."""
         ...
 
     async def watch(self) -> None: ...
 
 
 class OpenDoor:
-    """Everybody, whatever key a client sends: OpenAI's always send one."""
+    """Admits every caller and ignores keys: OpenAI's clients always send one."""
 
     names: tuple[str, ...] = ()
     fault: str = ""

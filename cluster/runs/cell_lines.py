@@ -1,7 +1,7 @@
-"""A router's end of its connections to the cells: who lives, and the events of every call.
+"""A router's end of its connections to the cells: which cells live, and the events of every call.
 
-Serve's handle picks the cell and carries the request, an error, a cancel and the fact that a call has ended. A block
-does not go through it: an item of a Serve stream costs both processes about 2 ms of their interpreters, a message some
+Serve's handle picks the cell and carries the request, an error, a cancel and the end of a call. Blocks use these
+connections instead. An item of a Serve stream costs both processes about 2 ms of interpreter time, a message here some
 tens of microseconds.
 """
 
@@ -33,17 +33,17 @@ from twotower.errors import Unavailable
 from twotower.transport.connection import Connection, Listener, listen
 from twotower.transport.handshake import About
 
-_REMEMBERED = 64  # cells that are gone
+_REMEMBERED = 64  # cells that have ended
 _ANY = RequestId("*")
 
 
 class Call:
-    """One call: who has taken it, or why nobody has; then its events."""
+    """One call: the cell that has taken it, or why none has; then its events."""
 
     def __init__(self, reply_to: ReplyTo, merging: bool) -> None:
         self.reply_to, self.inbox = reply_to, Inbox(merging)
         self.placed: asyncio.Future[Placed] = asyncio.get_running_loop().create_future()
-        self.line: CellLine | None = None  # where its events come from
+        self.line: CellLine | None = None  # the line of its events
 
     def take(self, message: OfCall) -> None:
         match message:
@@ -69,7 +69,7 @@ class CellLine:
     def __init__(self, lines: "CellLines", connection: Connection[Message]) -> None:
         self._lines, self.connection = lines, connection
         self.beat_heard: Beat | None = None
-        self.calls = self._calls_then = 0  # of this router, now and when the beat was heard
+        self.calls = self._calls_then = 0  # this router's calls, now and at the last beat
 
     def take(self, message: Message) -> None:
         if isinstance(message, Waits):
@@ -88,20 +88,20 @@ class CellLine:
             call.take(message)
 
     def add(self, calls: int) -> None:
-        """So many more of this router's calls are here."""
+        """Add so many of this router's calls."""
         self._lines.count(self, -1)
         self.calls += calls
         self._lines.count(self, 1)
 
     @property
     def load(self) -> int:
-        """The requests that the cell holds: by the last beat, and this router's own calls since."""
+        """The requests that the cell holds: by its last beat, plus this router's own calls since."""
         beat = self.beat_heard
         return beat.running + beat.waiting + self.calls - self._calls_then if beat is not None else 0
 
     @property
     def is_full(self) -> bool:
-        """Whether a request that comes now would wait."""
+        """Whether a new request would wait."""
         return self.beat_heard is not None and self.load >= self.beat_heard.slots
 
     def beat(self) -> Sequence[Waits]:
@@ -113,10 +113,11 @@ class CellLine:
 
 @dataclass(slots=True)
 class Sums:
-    """Over all cells that have a line here and serve: how many, their slots, the requests that they hold, `own` of them
+    """Sums over all serving cells with a line here: their number, their slots, the requests that they hold, and `own`:
     this router's.
 
-    Kept up to date by differences. A router asks with every request and every beat, and there may be a thousand cells.
+    They are updated by differences, because a router needs them with every request and beat, and there may be a
+    thousand cells.
     """
 
     cells: int = 0
@@ -126,7 +127,7 @@ class Sums:
 
 
 class CellLines:
-    """Takes events off the connections of all cells and hands each to its call."""
+    """Takes events from the connections of all cells and passes each to its call."""
 
     def __init__(self, silence_s: float = CELL_SILENCE_S) -> None:
         self._silence_s = silence_s
@@ -140,26 +141,25 @@ class CellLines:
         self.waits: Callable[[], Waits] = lambda: Waits(0, 0.0)
 
     async def start(self, host: str) -> None:
-        """Listen on `host`, an address of this machine that the cells reach. Raises ConfigError for wrong files of
-        TLS."""
+        """Listen on `host`, an address of this machine that the cells reach. Raises ConfigError for wrong TLS files."""
         tls = line_tls.listening()
         self._listener = await listen(host, CODEC, self._accept, silence_s=self._silence_s, tls=tls)
         self.address = self._listener.address
 
     def beats(self) -> list[Beat]:
-        """The last one of each cell that has a line here."""
+        """The last beat of each cell with a line here."""
         return [line.beat_heard for line in self._lines if line.beat_heard is not None]
 
     def living(self, mode: Mode | None = None) -> set[str]:
-        """The cells that have a line here and serve this mode, or any."""
+        """The cells with a line here that serve this mode, or any mode."""
         return {beat.cell for beat in self.beats() if (beat.modes if mode is None else mode in beat.modes)}
 
     def served(self) -> set[Mode]:
-        """The modes that any cell serves which has a line here."""
+        """The modes that any cell with a line here serves."""
         return {mode for beat in self.beats() for mode in beat.serves}
 
     def unfit(self, mode: Mode) -> set[str]:
-        """Those that had a line and have none any more, or do not serve this mode now. Serve may not know it yet."""
+        """Cells that have lost their line, or do not serve this mode now. Serve may not know this yet."""
         there = {beat.cell for beat in self.beats()}
         return (there - self.living(mode)) | (set(self._lost) - there)
 
@@ -173,12 +173,12 @@ class CellLines:
         return frozenset(line.beat_heard.cell for line in self._lines if line.beat_heard is not None and line.is_full)
 
     def load(self) -> dict[str, int]:
-        """The requests that each cell holds whose beats come in time."""
+        """The requests of each cell whose beats arrive in time."""
         heard = ((line.beat_heard, line) for line in self._lines if not line.connection.is_late)
         return {beat.cell: line.load for beat, line in heard if beat is not None}
 
     def count(self, line: CellLine, sign: int) -> None:
-        """The cell of this line is one of those that serve (1), or is none for now (-1)."""
+        """Count this line's cell as serving (1), or as not serving (-1)."""
         beat, sums = line.beat_heard, self.sums
         if beat is not None and beat.modes and line in self._lines:
             sums.cells += sign
@@ -187,7 +187,7 @@ class CellLines:
             sums.own += sign * line.calls
 
     def open(self, merging: bool) -> Call:
-        """A place for one call's events; `close` it."""
+        """Open a call for events; `close` it at the end."""
         key = next(self._keys)
         call = self._calls[key] = Call(ReplyTo(self.address, key), merging)
         return call
@@ -199,21 +199,21 @@ class CellLines:
         return call.reply_to.call in self._calls
 
     def close(self, call: Call) -> None:
-        """What still comes for this call is dropped."""
+        """Drop later events of this call."""
         if self._calls.pop(call.reply_to.call, None) is not None and call.line is not None:
             call.line.add(-1)
         if not call.placed.cancel() and not call.placed.cancelled():
             call.placed.exception()  # somebody has seen it
 
     def stop(self) -> None:
-        """Hang up on every cell."""
+        """Close the connection of every cell."""
         if self._listener is not None:
             self._listener.close()
         for line in list(self._lines):
             line.connection.close()
 
     def lose(self, line: CellLine, failure: FailureEvent) -> None:
-        """The cell of this line is gone, and with it the calls that it has taken."""
+        """The cell of this line is lost, and so are the calls that it has taken."""
         self.count(line, -1)
         self._lines.discard(line)
         if line.beat_heard is not None:

@@ -8,7 +8,7 @@ from twotower.errors import Unavailable
 
 
 class Unfit(Unavailable):
-    """This cell cannot do what is asked, whenever it is asked; another may."""
+    """This cell can never serve the request; another cell may."""
 
     def __init__(self, cell: str, why: str) -> None:
         super().__init__(f"cell {cell} {why}")
@@ -16,11 +16,11 @@ class Unfit(Unavailable):
 
 
 class Attempt(Protocol):
-    """A run's stay on one cell, which has taken it."""
+    """A run's stay on the cell that has taken it."""
 
     @property
     def cell(self) -> str:
-        """The cell's id: no other has had it or will have it."""
+        """The cell's id, which is unique for ever."""
         ...
 
     @property
@@ -30,42 +30,42 @@ class Attempt(Protocol):
 
     @property
     def vocabulary(self) -> str:
-        """Of the cell's checkpoint: the same where token ids mean the same."""
+        """Of the cell's checkpoint: equal if token ids mean the same."""
         ...
 
     async def next(self) -> ToldEvent:
-        """The next event. Raises Overloaded where the cell has no room after all, Unavailable once the cell is gone,
-        and whatever else has ended the request.
+        """The next event. Raises Overloaded if the cell has no room after all, Unavailable once the cell is lost, and
+        any other error that has ended the request.
         """
         ...
 
     async def close(self) -> None:
-        """Leave. What still runs on the cell ends."""
+        """Leave the cell. The request's work there ends."""
         ...
 
 
 class Cells(Protocol):
-    """Whatever decodes and scores: cells behind a Serve handle, or a script."""
+    """The cells that decode and score: behind a Serve handle, or scripted."""
 
     async def place(self, request: AnyRequest, timeout_s: float, avoid: Set[str]) -> Attempt:
-        """Have a cell take the request, for so many seconds; not one of `avoid` where there is another.
+        """Place the request on a cell, waiting at most so many seconds; not on one of `avoid` if there is another.
 
-        Raises Unavailable where no cell takes it now, Unfit where the one that was asked never will.
+        Raises Unavailable if no cell takes it now, and Unfit if the asked cell never will.
         """
         ...
 
     def is_to_leave(self, cell: str, request: AnyRequest, fingerprint: str) -> bool:
-        """Whether the cell is to go, and another that serves this checkpoint has room for the request."""
+        """Whether the cell is being removed, and another cell with this checkpoint has room for the request."""
         ...
 
     def elsewhere(self, request: AnyRequest, avoid: Set[str]) -> bool:
-        """Whether there is a living cell beside these that serves such a request."""
+        """Whether another living cell than these serves such a request."""
         ...
 
     def lacks(self, request: AnyRequest) -> bool:
-        """Whether cells live and serve, but none serves such a request now."""
+        """Whether cells serve, but none serves such a request now."""
         ...
 
     async def served(self) -> Set[Mode]:
-        """The modes that living cells serve now. Scores are where `ar` is."""
+        """The modes that living cells serve now. A cell with `ar` serves scores."""
         ...

@@ -12,7 +12,7 @@ from twotower.core import Request, RequestId
 from twotower.errors import InvalidRequest
 from twotower.parameters import Integer, Parameter
 
-MAX_PROMPTS = 256  # of a call, and answers to all of them together
+MAX_PROMPTS = 256  # prompts of a call, and answers to all of them together
 N = Parameter(1, Integer(1, MAX_PROMPTS), "answers to each prompt", http="n")
 BEST_OF = Parameter(
     None,
@@ -21,12 +21,13 @@ BEST_OF = Parameter(
     http="best_of",
     default_is="`n`",
 )
-_SEED_BITS = 53  # as drawn ones: every reader of JSON holds them
+_SEED_BITS = 53  # as for drawn seeds: every JSON reader can hold them
 
 
 def counts_of(n: object, best_of: object, streams: bool, prompts: int = 1) -> tuple[int, int]:
-    """How many answers to each prompt are told, and how many are decoded for it. `best_of` None: not given. Raises
-    InvalidRequest."""
+    """How many answers to each prompt are returned, and how many are decoded. `best_of` None: not given. Raises
+    InvalidRequest.
+    """
     choices = int(N.kind.read("n", n))
     tries = choices if best_of is None else int(BEST_OF.kind.read("best_of", best_of))
     if tries < choices:
@@ -41,7 +42,7 @@ def counts_of(n: object, best_of: object, streams: bool, prompts: int = 1) -> tu
 
 
 def tries_of(request: Request, count: int) -> list[Request]:
-    """So many requests that differ in their seeds. The first has the request's own."""
+    """So many requests that differ in their seeds. The first has the original seed."""
     if count == 1:
         return [request]
     seed = request.params.seed
@@ -56,8 +57,9 @@ def tries_of(request: Request, count: int) -> list[Request]:
 
 
 def derived_seed(seed: int, place: int) -> int:
-    """That of the choice at `place`: the first 53 bits of SHA-256 of `SEED/PLACE`. Whoever asks with the next seed does
-    not get choices that are known already."""
+    """The seed of the choice at `place`: the first 53 bits of SHA-256 of `SEED/PLACE`. So a request with the next seed
+    gets new choices.
+    """
     if place == 0:
         return seed
     digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
@@ -65,7 +67,7 @@ def derived_seed(seed: int, place: int) -> int:
 
 
 async def told_of(runs: Sequence[Generating], choices: int, tries: int) -> Sequence[Generating]:
-    """Of so many answers to each prompt those that the client gets."""
+    """The answers that the client gets, of so many decoded for each prompt."""
     if tries == choices:
         return runs
     told = list[Generating]()
@@ -75,8 +77,9 @@ async def told_of(runs: Sequence[Generating], choices: int, tries: int) -> Seque
 
 
 async def best_of(runs: Sequence[Generating], count: int) -> list[Generating]:
-    """Those whose tokens the context tower finds likeliest, the likeliest first; among equals the earlier one. The runs
-    are over, and have likelihoods. They may have very many: others have their turn meanwhile."""
+    """The answers with the likeliest tokens under the context tower, the likeliest first; among equals the earlier one.
+    The runs have ended and have likelihoods. These may be very many, so the loop runs other tasks meanwhile.
+    """
     ranks = []
     for run in runs:
         ranks.append(log_prob_per_token([one.log_prob for one in run.likelihoods]))
@@ -86,5 +89,5 @@ async def best_of(runs: Sequence[Generating], count: int) -> list[Generating]:
 
 
 def log_prob_per_token(log_probs: Sequence[float]) -> float:
-    """The mean over an answer's tokens, which OpenAI ranks by. An answer without any comes last."""
+    """The mean log-probability of an answer's tokens, by which OpenAI ranks. An answer without tokens comes last."""
     return math.fsum(log_probs) / len(log_probs) if log_probs else -math.inf

@@ -1,4 +1,4 @@
-"""The continuations of one prompt that a call has scored: each under the client's name, each a request of its own."""
+"""The continuations of one prompt in a call: each is a separate request, under the client's name."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +14,14 @@ from cluster.runs.trace_parent import TraceParent
 from twotower.core import ScoreEvent
 from twotower.errors import FieldError, InvalidRequest
 
-FIRST = "continuation"  # the library's name of one, under which both faces rename what is wrong with it themselves
-MAX_TOKENS = 2**20  # of several continuations, each with its prompt: every one is read, held and told
+FIRST = "continuation"  # the library's name of a continuation; both faces rename its errors themselves
+MAX_TOKENS = 2**20  # tokens of several continuations, each with its prompt: every one is read, held and returned
 
 
 class Continuations:
-    """Unchecked. `named`: one at least, each with what the client calls it. `ids`: what this adds to a name for the
-    list of ids in it. The first has the call's own id."""
+    """Unchecked continuations. `named`: at least one, each with the client's name for it. `ids`: the suffix of a name
+    for the list of ids in it. The first has the call's own id.
+    """
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class Continuations:
         ]
 
     def checked(self, generation: Generation) -> list[CheckedScore]:
-        """Raises InvalidRequest for the first that is wrong."""
+        """Raises InvalidRequest for the first wrong one."""
         checked, tokens = list[CheckedScore](), 0
         for name, ask in zip(self._names, self._asks, strict=True):
             with self._told_under(name):
@@ -55,8 +56,9 @@ class Continuations:
         caller: Caller,
         parent: TraceParent,
     ) -> list[Scoring]:
-        """Of which no cell knows yet. The prompt is tokenized once. Raises InvalidRequest where a text has too many
-        tokens; DeadlineExceeded."""
+        """Runs that have not been placed on a cell yet. The prompt is tokenized once. Raises InvalidRequest if a text
+        has too many tokens, and DeadlineExceeded.
+        """
         runs, tokens = list[Scoring](), 0
         for name, one in zip(self._names, checked, strict=True):
             with self._told_under(name):
@@ -66,7 +68,7 @@ class Continuations:
         return runs
 
     async def scores(self, generation: Generation, runs: Sequence[Scoring]) -> list[ScoreEvent]:
-        """In their order."""
+        """The scores in order."""
         return await generation.scores([partial(self._whole, *one) for one in zip(self._names, runs, strict=True)])
 
     async def _whole(self, name: str, run: Scoring) -> ScoreEvent:
@@ -74,7 +76,7 @@ class Continuations:
             return await run.whole()
 
     def _counted(self, before: int, tokens: int) -> int:
-        """One alone has no other bound than its sequence's."""
+        """A single continuation has only its sequence's bound."""
         together = before + tokens
         if len(self._names) > 1 and together > MAX_TOKENS:
             told = f"got {together} tokens up to this one, the prompt's counted with each continuation"
@@ -83,7 +85,7 @@ class Continuations:
 
     @contextmanager
     def _told_under(self, name: str) -> Iterator[None]:
-        """What is wrong with a continuation, under the client's name of it."""
+        """The errors of a continuation, under the client's name of it."""
         try:
             yield
         except InvalidRequest as error:

@@ -1,4 +1,4 @@
-"""The moment by which a request must be over: set where it comes in, and handed to everything that works on it."""
+"""The moment by which a request must end: set at its arrival, and passed to everything that works on it."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float) -> "Deadline":
-        """`seconds` from now on: made when a request's first byte is there."""
+        """A deadline `seconds` from now: made at a request's first byte."""
         return cls(seconds, time.monotonic() + seconds)
 
     def left_s(self) -> float:
@@ -29,7 +29,7 @@ class Deadline:
         return left
 
     def passed(self) -> DeadlineExceeded:
-        """What to raise once it is over."""
+        """The error once the time is over."""
         return DeadlineExceeded(f"not finished within {self.limit_s:g} s")
 
     @asynccontextmanager

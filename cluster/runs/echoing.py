@@ -1,4 +1,4 @@
-"""A prompt told again before its answer: the prompt's tokens scored, then the answer generated."""
+"""A prompt echoed before its answer: first the prompt's tokens are scored, then the answer is generated."""
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class EchoedPrompt:
 
 
 class Echoing:
-    """Two runs of one request, one after the other. `scoring` is None where no likelihoods are asked for, or where the
-    prompt is one token, which follows nothing. `answer` is run only where the request `answers`.
+    """Two runs of one request, one after the other. `scoring` is None without likelihoods, or if the prompt is one
+    token, which follows nothing. `answer` is run only if the request `answers`.
     """
 
     def __init__(self, prompt: EchoedPrompt, scoring: Scoring | None, answer: Generating, answers: bool) -> None:
@@ -43,7 +43,7 @@ class Echoing:
 
     @property
     def likelihoods(self) -> list[Likelihood | None]:
-        """One for each token, where they are asked for; of the first token there is none."""
+        """One for each token, if requested; None for the first token."""
         return [None, *self._scored, *self.answer.likelihoods]
 
     @property

@@ -1,4 +1,4 @@
-"""The service's one path from what a client asked to what it gets. HTTP and gRPC are thin faces of this.
+"""The service's only path from a client's request to its answer. HTTP and gRPC are thin faces of it.
 
 Knows validation and opens runs; does not know the wire on one side, nor Ray on the other.
 """
@@ -49,19 +49,18 @@ from twotower.validation import (
 )
 
 AnyRun = TypeVar("AnyRun", bound=Run)
-_COMPILED_S = 0.1  # a grammar: some take a millisecond, some a second
+_COMPILED_S = 0.1  # seconds for a grammar: some take a millisecond, some a second
 _DETOKENIZED_S = 5e-5  # a token, one by one
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a client sent, unchecked. `params` holds only what was given, under the names of DecodingParams.
+    """A client's request, unchecked. `params` holds only given values, under the names of DecodingParams.
 
-    `label` is the client's name for it, echoed and logged; several requests may bear the same. `id` is ours. `trace`:
-    whether the stream shows the steps. `logprobs`: with how many alternatives likelihoods are told; None: they are not.
-    `special_tokens`: whether the tokenizer puts its own around text, a BOS say. `offsets`: whether likelihoods are told
-    with where each token's text begins, which takes the tokenizer a while. `with_stop`: the text goes on to the end of
-    the stop string.
+    `label` is the client's name for it, echoed and logged; several requests may share it. `id` is ours. `trace`:
+    whether the stream shows the steps. `logprobs`: the number of alternatives in likelihoods; None: no likelihoods.
+    `special_tokens`: whether the tokenizer adds special tokens, such as a BOS. `offsets`: whether likelihoods include
+    where each token's text begins, which takes the tokenizer a while. `with_stop`: the text includes the stop string.
     """
 
     prompt: Given
@@ -79,7 +78,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class ScoreAsk:
-    """What a client wants scored, unchecked: the continuation, after the prompt. `label` and `id` as an Ask's."""
+    """A client's score request, unchecked: the continuation, after the prompt. `label` and `id` as in an Ask."""
 
     prompt: Given
     continuation: Given
@@ -90,9 +89,9 @@ class ScoreAsk:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """An Ask with nothing wrong in it, but that its text may have too many tokens.
+    """A checked Ask; only its text may still have too many tokens.
 
-    `request` is None where the prompt is text, which is yet to be tokenized.
+    `request` is None if the prompt is text, which has not been tokenized yet.
     """
 
     ask: Ask
@@ -104,7 +103,7 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class CheckedScore:
-    """As Checked: `request` is None where prompt or continuation is text."""
+    """As Checked: `request` is None if prompt or continuation is text."""
 
     ask: ScoreAsk
     prompt: Part
@@ -114,10 +113,10 @@ class CheckedScore:
 
 
 class Generation:
-    """Checks requests and has cells decode or score them. `at_once`: prompts of one call that they hold at a time.
+    """Checks requests and lets cells decode or score them. `at_once`: prompts of one call that the cells hold at a
+    time.
 
-    Faces check a call first, whatever the load. Then they take room of the `admission` for as long as they are busy
-    with it.
+    Faces check a call first, under any load. Then they hold room in the `admission` while they work on it.
     """
 
     def __init__(
@@ -145,7 +144,7 @@ class Generation:
         self.admission = admission or Admission(capacity=1024, slots=at_once)
 
     def check(self, ask: Ask) -> Checked:
-        """Raises InvalidRequest for all that is wrong with it, but for how many tokens its text has."""
+        """Raises InvalidRequest for all errors, except for the number of its text's tokens."""
         with self._refusals_told():
             return self._check(ask)
 
@@ -161,7 +160,7 @@ class Generation:
         return Checked(ask, stop, prompt, terms, request)
 
     def check_score(self, ask: ScoreAsk, prompt: Part | None = None) -> CheckedScore:
-        """As `check`. `prompt`: the ask's own, where it has been checked before another continuation."""
+        """As `check`. `prompt`: the ask's checked prompt, if it was checked with another continuation."""
         with self._refusals_told():
             return self._check_score(ask, prompt)
 
@@ -179,20 +178,20 @@ class Generation:
         return CheckedScore(ask, prompt, continuation, priority, request)
 
     def caller(self, key: str | None, address: str) -> Caller:
-        """Who a call with this key, or none, is from. Raises KeyRefused."""
+        """The caller of a call with this key, or without one. Raises KeyRefused."""
         with self._refusals_told():
             return self._door.caller(key, address)
 
     def check_open(self) -> None:
-        """Raises Unavailable once no more requests are taken."""
+        """Raises Unavailable once no more requests are accepted."""
         with self._refusals_told():
             self.admission.check_open()
 
     @contextmanager
     def hold(self, checked: "Sequence[Checked | CheckedScore]" = (), caller: Caller = NOBODY) -> Iterator[None]:
-        """Room for a call of these prompts: for each that the cells hold of it at a time.
+        """Hold room for a call of these prompts: for as many as the cells hold of it at a time.
 
-        Raises Unavailable; InvalidRequest for what its caller's key does not allow; Overloaded, LimitReached.
+        Raises Unavailable, InvalidRequest for a call that its key can never allow, Overloaded and LimitReached.
         """
         requests = min(max(1, len(checked)), self._at_once)
         wish = Wish(requests, sum(map(_most_tokens, checked)))
@@ -207,14 +206,14 @@ class Generation:
             yield
 
     def deadline(self, timeout_s: float | None = None) -> Deadline:
-        """For a request that comes in now; `timeout_s`: how long its client waits, where the client says."""
+        """The deadline of a request that arrives now; `timeout_s`: the client's own limit, if any."""
         return Deadline.after(self.default_timeout_s if timeout_s is None else timeout_s)
 
     async def run(
         self, checked: Checked, deadline: Deadline, caller: Caller = NOBODY, parent: TraceParent = NO_PARENT
     ) -> Generating:
-        """Its run, of which no cell knows yet. Raises InvalidRequest where its text has too many tokens, or where no
-        automaton can be made of what its answer has to be; DeadlineExceeded.
+        """The request's run, not placed on a cell yet. Raises InvalidRequest if its text has too many tokens or its
+        grammar cannot be compiled, and DeadlineExceeded.
         """
         return (await self.runs(checked, 1, deadline, caller, parent))[0]
 
@@ -226,7 +225,7 @@ class Generation:
         caller: Caller = NOBODY,
         parent: TraceParent = NO_PARENT,
     ) -> list[Generating]:
-        """As `run`: so many answers to one prompt, which is tokenized once."""
+        """As `run`, for so many answers to one prompt, which is tokenized once."""
         ask, request, model = checked.ask, checked.request, self.model
         if request is None:
             with self._refusals_told():
@@ -242,7 +241,7 @@ class Generation:
         return runs
 
     async def _compiled(self, constraint: Constraint | None, deadline: Deadline) -> None:
-        """Only to see that it can be: a tower makes its own. Raises InvalidRequest, DeadlineExceeded."""
+        """Compiles the grammar only as a check; a tower compiles its own. Raises InvalidRequest, DeadlineExceeded."""
         grammars = self.model.grammars
         if constraint is None or (grammars is not None and constraint in grammars):
             return
@@ -259,7 +258,7 @@ class Generation:
         caller: Caller = NOBODY,
         parent: TraceParent = NO_PARENT,
     ) -> Echoing:
-        """As `run`, with the prompt told again; without an answer where it is not to `answer`."""
+        """As `run`, with the prompt echoed; without an answer unless it `answers`."""
         answer = await self.run(checked, deadline, caller, parent)
         request, model = answer.request, self.model
         prompt, scoring = request.prompt_token_ids, None
@@ -294,12 +293,12 @@ class Generation:
     def many(self, runs: Sequence[Stream[Piece]]) -> AsyncGenerator[tuple[int, Piece], None]:
         """Pieces of all runs of a call as they come, each with its run's number.
 
-        The rest waits here, so that a call of many prompts needs no more room in the cells' queues than others do.
+        The rest waits here, so that a call of many prompts needs no more room in the cells' queues than other calls.
         """
         return merged(runs, at_once=self._at_once)
 
     async def scores(self, wholes: Sequence[Callable[[], Awaitable[ScoreEvent]]]) -> list[ScoreEvent]:
-        """Of all runs of a call, in their order: each is the whole of one. As in `many`, the rest waits here."""
+        """The scores of all runs of a call, in order. As in `many`, the rest waits here."""
         told = dict[int, ScoreEvent]()
         async with aclosing(merged([_alone(whole) for whole in wholes], at_once=self._at_once)) as scored:
             async for place, event in scored:
@@ -307,7 +306,7 @@ class Generation:
         return [told[place] for place in range(len(wholes))]
 
     def give_up(self, error: TwoTowerError) -> None:
-        """Whatever still runs ends with this error, on its cell too, and so does what begins from now on."""
+        """End all running requests with this error, on their cells too, and all requests that begin from now on."""
         self._given_up = error
         for run in self._runs:
             run.give_up(error)
@@ -333,15 +332,16 @@ async def _alone(whole: Callable[[], Awaitable[ScoreEvent]]) -> AsyncGenerator[S
 
 
 def _check_likelihoods(checked: "Sequence[Checked | CheckedScore]") -> None:
-    """Of all prompts of a call together. Raises InvalidRequest."""
+    """Check the log-probabilities of all prompts of a call together. Raises InvalidRequest."""
     asking = [one.terms for one in checked if isinstance(one, Checked) and one.terms.logprobs is not None]
     if asking:
         check_likelihoods(sum(terms.params.max_new_tokens for terms in asking), asking[0].logprobs)
 
 
 def _salt(caller: Caller) -> str:
-    """Keys do not share what cells keep of prompts: how soon an answer begins would tell one what another has asked.
-    Without keys all callers are one."""
+    """Keys share no prefixes, because the time to an answer's begin would reveal another key's prompts. Without keys
+    all callers share.
+    """
     return caller.key or ""
 
 
@@ -350,14 +350,14 @@ def _priority(checked: Checked | CheckedScore) -> int:
 
 
 def _most_tokens(checked: Checked | CheckedScore) -> int:
-    """That it may take, about: of text nobody knows yet how many it has."""
+    """The most tokens that a request may take; for text an estimate."""
     if isinstance(checked, CheckedScore):
         return length_of(checked.prompt) + length_of(checked.continuation)
     return length_of(checked.prompt) + checked.terms.params.max_new_tokens
 
 
 def drawn_id() -> str:
-    """An id that no other request has, of this router or of another."""
+    """An id that is unique over all routers."""
     return f"req-{uuid.uuid4().hex}"
 
 

@@ -1,6 +1,6 @@
-"""Which cells Serve keeps: it takes out one that is to go before it ends it.
+"""Which cells Serve keeps: it takes a cell out of this set before it ends the cell.
 
-A module of its own, since Serve copies the class of its request router, and the module's names with it.
+A separate module, because Serve copies the class of its request router with its module's names.
 """
 
 cells: frozenset[str] = frozenset()  # of this process's only handle to cells

@@ -1,7 +1,6 @@
-"""The file of keys: who may ask, and how much. Keys themselves are in no file; it has their SHA-256.
+"""The file of keys: the callers and their limits. The file holds the SHA-256 of each key, not the key.
 
-A key is drawn here, from 256 random bits, so its plain hash gives nothing away, and how long a hash is looked for tells
-nothing either.
+A key is drawn here from 256 random bits. So a plain hash reveals nothing, and neither does the time of a look-up.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ _MOST_BYTES, _MOST_KEYS = 256 * 2**10, 1000
 
 
 class KeyEntry(Section):
-    """One key: its name, which logs and metrics show, its hash, and its limits, which all routers together keep."""
+    """One key: its name, shown in logs and metrics, its hash, and its limits over all routers."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -34,7 +33,7 @@ class KeyEntry(Section):
     priority_from: Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)] | None = None
 
     def limits(self, routers: int) -> Limits:
-        """Of one of so many routers: an equal part of what is counted, rounded up."""
+        """The limits at one of so many routers: equal parts of counted limits, rounded up."""
 
         def part(whole: int | None) -> int | None:
             return None if whole is None else math.ceil(whole / routers)
@@ -43,7 +42,7 @@ class KeyEntry(Section):
         return Limits(part(requests), part(tokens), self.priority_from, (requests, tokens))
 
     def written(self) -> str:
-        """As an item of the file's list."""
+        """The entry in the file's list."""
         given = self.model_dump(exclude_none=True)
         return "".join(f"  {line}\n" for line in yaml.safe_dump([given], sort_keys=False).splitlines())
 
@@ -73,7 +72,7 @@ def hash_of(key: str) -> str:
 
 
 class Keys:
-    """A Door for those who have a key of the file, which is read again soon after it changes."""
+    """A Door for callers with a key of the file, which is read again soon after it changes."""
 
     def __init__(self, path: Path, routers: int = 1) -> None:
         """Raises ConfigError."""
@@ -109,7 +108,7 @@ class Keys:
 
 
 def read_keys(path: Path) -> tuple[KeyEntry, ...]:
-    """Raises ConfigError for a file that is not there or not right. The message repeats nothing of what is in it."""
+    """Raises ConfigError for a missing or wrong file. The message repeats nothing of its content."""
     try:
         with path.open("rb") as file:
             text = file.read(_MOST_BYTES + 1)
@@ -139,7 +138,7 @@ def _parsed(path: Path, text: bytes) -> Any:
 
 
 def _problem(problem: Any) -> str:
-    """Where and what, without a word that is not ours."""
+    """The place and kind of the error, without the file's own words."""
     if problem["type"] == "extra_forbidden":
         where, what = problem["loc"][:-1], f"an unknown name; wanted some of {', '.join(KeyEntry.model_fields)}"
     else:

@@ -1,4 +1,4 @@
-"""Labels: what clients and gateways call a request. Echoed and logged, never a key; several requests may share one."""
+"""Labels: clients' and gateways' names of a request. Echoed and logged, never a key; several requests may share one."""
 
 import logging
 import re
@@ -18,9 +18,9 @@ def is_label(text: str) -> bool:
 
 
 def label_of(header: str) -> str:
-    """The label that a gateway has put beside the request; empty where there is none.
+    """The label that a gateway has put beside the request; empty if there is none.
 
-    One that cannot be a label is left out: the client may not even know of it, and its request is good without.
+    An invalid one is ignored: the client may not know of it, and the request is valid without.
     """
     if not header or is_label(header):
         return header

@@ -1,4 +1,4 @@
-"""Threads for work that would hold up a router's loop: short pieces never wait behind long ones."""
+"""Threads for work that would block a router's loop: short pieces never wait behind long ones."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from cluster.runs.deadline import Deadline
 from twotower.errors import Overloaded
 
 INLINE_S, SHORT_S = 0.002, 0.05
-MAX_PIECES = 256  # of one lane, with the one that its thread is at
+MAX_PIECES = 256  # pieces of one lane, including the current one
 
 Result = TypeVar("Result")
 
@@ -21,13 +21,13 @@ class Lanes:
         self._short, self._long = Lane("short-lane"), Lane("long-lane")
 
     async def run(self, expected_s: float, work: Callable[[], Result], deadline: Deadline) -> Result:
-        """The result of `work`, done at once where it is hardly any.
+        """The result of `work`; tiny work is done at once.
 
         Raises DeadlineExceeded, and then `work` is left out if it has not begun; Overloaded.
         """
         async with deadline.over():
             if expected_s <= INLINE_S:
-                await asyncio.sleep(0)  # many small pieces in a row hold the loop up too
+                await asyncio.sleep(0)  # many small pieces in a row block the loop, too
                 return work()
             return await (self._short if expected_s <= SHORT_S else self._long).run(work)
 
@@ -40,7 +40,7 @@ class Lane:
         self.pieces = 0
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """Raises Overloaded where too many wait. Whoever is cancelled while `work` waits lets go of it at once."""
+        """Raises Overloaded if too many wait. A caller that is cancelled while `work` waits drops it at once."""
         if self.pieces >= MAX_PIECES:
             raise Overloaded(f"{self.pieces} pieces of work are in the {self._name}, wanted fewer than {MAX_PIECES}")
         piece = _Piece(work)
@@ -53,7 +53,7 @@ class Lane:
 
 
 class _Piece(Generic[Result]):
-    """Work, until it is dropped. An executor keeps even cancelled work until its thread comes to it."""
+    """Work that can be dropped. An executor keeps even cancelled work until its thread reaches it."""
 
     def __init__(self, work: Callable[[], Result]) -> None:
         self._work: Callable[[], Result] | None = work

@@ -1,7 +1,7 @@
-"""TLS of the lines between cells and routers, which leave the node: Ray's own files, where Ray speaks TLS.
+"""TLS of the lines between cells and routers, which leave the node: with Ray's own files, if Ray speaks TLS.
 
-So one switch (RAY_USE_TLS) is for all that the processes of a cluster say to each other. As Ray does, both ends show a
-certificate, the one that is called has to have its address in it, and files are read when a process starts.
+So one switch (RAY_USE_TLS) covers all traffic between a cluster's processes. As in Ray, both ends show a certificate,
+and the called end's certificate must have its address. Files are read when a process starts.
 """
 
 import os
@@ -15,12 +15,12 @@ FILES = CERT, KEY, CA = "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA
 
 
 def listening(environment: Mapping[str, str] = os.environ) -> ssl.SSLContext | None:
-    """Of the end that is called; None where Ray speaks no TLS. Raises ConfigError."""
+    """The context of the called end; None if Ray does not speak TLS. Raises ConfigError."""
     return _context(ssl.PROTOCOL_TLS_SERVER, environment)
 
 
 def connecting(environment: Mapping[str, str] = os.environ) -> ssl.SSLContext | None:
-    """Of the end that calls; None where Ray speaks no TLS. Raises ConfigError."""
+    """The context of the calling end; None if Ray does not speak TLS. Raises ConfigError."""
     return _context(ssl.PROTOCOL_TLS_CLIENT, environment)
 
 

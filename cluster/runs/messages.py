@@ -1,4 +1,4 @@
-"""What a cell and a router say to each other: a router nothing but that it lives, and who waits in it."""
+"""The messages between cells and routers. A router sends only its beat and its waiting requests."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,12 +19,12 @@ from twotower.core import (
 from twotower.transport.codec import Codec
 from twotower.transport.handshake import Address
 
-CELL_SILENCE_S = 3.0  # then a router goes on elsewhere
+CELL_SILENCE_S = 3.0  # then a router resumes its requests elsewhere
 UNTOLD = frozenset(
     "mode max_new_tokens block_size steps_per_block confidence_threshold temperature top_k top_p seed stop_token_ids "
     "ignore_eos draft_steps draft_threshold floor".split()
 )
-ROUTER_SILENCE_S = 5.0  # then a cell gives up what the router asked of it: the lease
+ROUTER_SILENCE_S = 5.0  # then a cell drops the router's requests: the lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,10 @@ class ReplyTo:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A cell lives: which one, from what checkpoint, what it serves now, and how full it is. Scores are served where
-    `ar` is. `sign`: what operators see of it; a cell of an older version says none. One of a newer version may serve
-    `modes` that this one does not know; `serves` are those that it does."""
+    """A cell's beat: its name, its checkpoint, its present modes, and how full it is. A cell with `ar` serves scores.
+    `sign`: its state for operators; None from an older version. A newer version may serve `modes` that this version
+    does not know; `serves` are the known ones.
+    """
 
     cell: str
     fingerprint: str
@@ -56,12 +57,12 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """Where a call should not go: not at all to `avoid`, while there is another cell, and rather not to `full`.
+    """Where a call should not go: not to `avoid` while there is another cell, and preferably not to `full`.
 
-    `load`: the requests that a cell holds, where this router has heard of them in the last seconds.
+    `load`: the requests that each cell holds, if this router has heard from it in the last seconds.
 
-    The last argument of every call through Serve: cluster.runs.routing obeys in the router's own process. To the cell,
-    which ignores it, it travels empty: of a thousand cells it would be as long as a prompt.
+    The last argument of every call through Serve; cluster.runs.routing uses it in the router's own process. It is sent
+    to the cell empty, which ignores it: with a thousand cells it would be as long as a prompt.
     """
 
     avoid: frozenset[str] = frozenset()
@@ -77,7 +78,7 @@ NO_WISHES = Wishes()
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """A router lives: how many requests wait in it for a turn on the cells, and for how long the first of them."""
+    """A router's beat: how many requests wait in it for a turn on the cells, and how long the first has waited."""
 
     requests: int
     longest_s: float
@@ -85,10 +86,10 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A cell has taken the call: which one, and with what checkpoint. Comes before all events.
+    """A cell has taken the call: its name and checkpoint. Precedes all events.
 
-    `vocabulary`: the same where token ids mean the same; a cell of an older version says none. `knows`: the parameters
-    of requests that the cell's version has; one of a version that says none has those of `UNTOLD`.
+    `vocabulary`: equal if token ids mean the same; empty from an older version. `knows`: the request parameters of the
+    cell's version; a version that sends none has those of `UNTOLD`.
     """
 
     call: int
@@ -98,7 +99,7 @@ class Placed:
     knows: tuple[str, ...] = ()
 
     def unknown(self, request: AnyRequest) -> list[str]:
-        """What the request asks for, and this cell would leave out in silence."""
+        """The request's fields that this cell would silently ignore."""
         if not isinstance(request, Request):
             return []
         asked = (name for name, one in PARAMETERS.items() if getattr(request.params, name) != one.default)
@@ -144,7 +145,7 @@ CODEC: Codec[Message] = Codec(Beat, Waits, Placed, Block, Scored, Stepped, Verdi
 
 
 def about(call: int, event: ToldEvent | FailureEvent) -> OfCall:
-    """An event on its way to the call."""
+    """An event for the call."""
     match event:
         case BlockEvent():
             return Block(call, event)

@@ -1,4 +1,4 @@
-"""Who hears what becomes of runs. A run tells its observers, and knows none of them."""
+"""Observers of runs. A run calls its observers and knows none of them."""
 
 from cluster.runs.record import Record
 from twotower.core import AnswerEvent
@@ -6,28 +6,28 @@ from twotower.errors import TwoTowerError
 
 
 class Observer:
-    """Hears everything and does nothing. Must not raise, nor take long: it is called between two events."""
+    """Gets all calls and does nothing. An observer must not raise or take long: it is called between two events."""
 
     def refused(self, error: TwoTowerError) -> None:
-        """A call ended before it was a run: something is wrong with it, or there is no room. Nothing else is heard."""
+        """A call ended before it was a run: it is wrong, or there is no room. No other call follows."""
 
     def opened(self, record: Record) -> None:
-        """The run looks for its first cell."""
+        """The run begins to look for its first cell."""
 
     def placed(self, record: Record) -> None:
-        """A cell has taken it: the last of `record.attempts`."""
+        """A cell has taken the run: the last of `record.attempts`."""
 
     def first_event(self, record: Record, event: AnswerEvent) -> None:
-        """The first block, or the scores. `event` hears of it too."""
+        """The first block, or the scores. `event` is called for it, too."""
 
     def event(self, record: Record, event: AnswerEvent) -> None:
-        """A block has been committed, or the scores are there."""
+        """A block has been committed, or the scores have arrived."""
 
     def handed_over(self, record: Record) -> None:
-        """Its cell is to go; the one that it has just been placed on goes on with it."""
+        """Its cell is being removed; the cell that it was just placed on continues it."""
 
     def resumed(self, record: Record, error: TwoTowerError) -> None:
-        """Its cell is gone, which is the error; it looks for another."""
+        """Its cell is lost, with this error; it looks for another."""
 
     def ended(self, record: Record, error: BaseException | None) -> None:
-        """The last that is heard of it. With an error: that ended it, the client's leaving too."""
+        """The last call for the run. `error`: ended it, also if the client left."""

@@ -1,4 +1,4 @@
-"""Between what clients send for a prompt and token ids: bounds first, then the tokenizer, in a thread if it is long."""
+"""From a client's prompt to token ids: first the bounds, then the tokenizer, in a thread if the text is long."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,24 +13,25 @@ from twotower.validation import check_bytes, check_part
 
 Given = str | Conversation | Sequence[object]  # text, a chat, or token ids
 Part = str | Conversation | tuple[int, ...]  # the same, checked
-NO_PART: Part = ()  # where it is wrong, which is told
+NO_PART: Part = ()  # wrong, with the error
 
-TOKENIZED_S = 1e-6  # a byte, about
-_DECODED_S = 2e-6  # a token, about
+TOKENIZED_S = 1e-6  # seconds a byte, about
+_DECODED_S = 2e-6  # seconds a token, about
 _RENDERED_S, _RENDERED_MESSAGE_S = 0.005, 6e-5  # a chat: always in a thread, since a template may take long
 _CHARACTERS_A_TOKEN = 4
 NO_TEMPLATE = "this checkpoint has no chat template: set model.chat_template to one, or use /v1/completions"
 
 
 class Prompts:
-    """Of one checkpoint. `name`: of the field that is told where something is wrong."""
+    """Prompts for one checkpoint. `name`: the field's name in errors."""
 
     def __init__(self, model: ServedModel, lanes: Lanes) -> None:
         self._model, self._limits, self._lanes = model, model.limits, lanes
 
     def checked(self, name: str, given: Given) -> Part:
-        """The prompt, or the continuation of one. Text that cannot fit is refused before it is tokenized. What a chat's
-        template makes of its messages nobody knows yet: it may leave out most of them."""
+        """The prompt or continuation, checked. Text that cannot fit is refused before it is tokenized. A chat's
+        rendered length is not known yet: its template may leave out most of the messages.
+        """
         if isinstance(given, Conversation):
             self._template()
             return given
@@ -39,20 +40,21 @@ class Prompts:
         return self._bounded(name, given) or check_part(name, (), self._limits)
 
     async def token_ids(self, name: str, part: Part, deadline: Deadline, special: bool = True) -> tuple[int, ...]:
-        """Token ids of a checked part; of text with the tokenizer's `special` tokens. Raises InvalidRequest where there
-        are too many, or none: a template may make nothing of a chat."""
+        """Token ids of a checked part; for text with the tokenizer's `special` tokens. Raises InvalidRequest for too
+        many, or for none: a template may render nothing.
+        """
         if isinstance(part, Conversation):
             part = self._bounded(name, await self._rendered(part, deadline))
         token_ids = await self._encoded(name, part, deadline, special) if isinstance(part, str) else part
         return token_ids or check_part(name, (), self._limits)
 
     async def tokenized(self, given: str | Conversation, deadline: Deadline, special: bool) -> tuple[int, ...]:
-        """As `token_ids`, of any text or chat that a prompt may be, an empty text too."""
+        """As `token_ids`, for any text or chat, also an empty text."""
         text = await self._rendered(given, deadline) if isinstance(given, Conversation) else given
         return await self._encoded("prompt", self._bounded("prompt", text), deadline, special)
 
     async def tokens(self, token_ids: Sequence[int], deadline: Deadline) -> list[str]:
-        """Each as the vocabulary writes it."""
+        """Each token as the vocabulary writes it."""
         tokenizer = self._tokenizer("prompt")
         return await self._lanes.run(len(token_ids) * _DECODED_S, partial(tokenizer.tokens, token_ids), deadline)
 
@@ -91,7 +93,7 @@ class Prompts:
 
 
 def length_of(part: Part) -> int:
-    """In tokens, about: of text nobody knows yet how many it has."""
+    """The length in tokens; for text an estimate."""
     if isinstance(part, Conversation):
         return sum(map(len, part.texts)) // _CHARACTERS_A_TOKEN
     return len(part) // _CHARACTERS_A_TOKEN if isinstance(part, str) else len(part)

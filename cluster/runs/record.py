@@ -1,4 +1,4 @@
-"""What is needed to go on with a request on any cell: nothing else that matters lives anywhere."""
+"""The record: all that is needed to resume a request on any cell. No other state matters."""
 
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -21,16 +21,16 @@ from twotower.errors import Unavailable
 
 
 class Gap(Unavailable):
-    """A cell's events do not follow what is committed, or contradict it."""
+    """A cell's events do not follow the committed tokens, or contradict them."""
 
 
 @dataclass(slots=True)
 class Record:
-    """A checked request as it was asked, seed included, and what has come of it.
+    """A checked request with its seed, and its answer so far.
 
-    `committed`: the new tokens so far. `fingerprint`: of the checkpoint that all of them are from. `vocabulary`: of the
-    checkpoint that the prompt's tokens are from. `attempts`: the cells that have taken it, one after the other.
-    `usage` and `finish_reason`: as the client was told last.
+    `committed`: the new tokens so far. `fingerprint`: of the checkpoint that decoded all of them. `vocabulary`: of the
+    checkpoint whose tokenizer made the prompt's tokens. `attempts`: the cells that have taken it, in order. `usage` and
+    `finish_reason`: as last sent to the client.
     """
 
     request: AnyRequest
@@ -43,13 +43,13 @@ class Record:
     usage: Usage = NOTHING
     finish_reason: FinishReason | None = None
     vocabulary: str = ""
-    _diffused: bool = False  # of `auto`: its tokens are those of `diffusion`
-    _asked: int = 0  # how often a cell has been asked to take it
-    _traced: tuple[int, float] = (0, -1)  # the block whose step was told last, and which
+    _diffused: bool = False  # in `auto`: its tokens are those of `diffusion`
+    _asked: int = 0  # how often a cell was asked to take it
+    _traced: tuple[int, float] = (0, -1)  # the last block and step that were sent
 
     @property
     def shown_id(self) -> str:
-        """What an answer is called: the client's name for it, else our id."""
+        """The answer's id for the client: the client's label, else our id."""
         return self.label or self.request.id
 
     @property
@@ -58,10 +58,10 @@ class Record:
         return f"{self.request.id} ({self.label})" if self.label else self.request.id
 
     def suits(self, fingerprint: str, vocabulary: str) -> bool:
-        """Whether a cell with this checkpoint may have it; then it stays with that.
+        """Whether a cell with this checkpoint may take it; then the record keeps that checkpoint.
 
-        One that has no token yet may begin on other weights, if their tokens mean the same: while weights change, cells
-        and routers are not replaced at the same moment.
+        A request without tokens may begin on other weights if token ids mean the same. While weights change, cells and
+        routers are not replaced at the same moment.
         """
         if fingerprint != self.fingerprint and (self.committed or not vocabulary or vocabulary != self.vocabulary):
             return False
@@ -69,11 +69,11 @@ class Record:
         return True
 
     def rest(self) -> AnyRequest:
-        """The request as the next cell gets it, under a name of its own: the last that was asked may not have let go of
-        it yet, and may be the next too.
+        """The request for the next cell, under a new id. The last asked cell may not have released the old one yet, and
+        may also be the next cell.
 
-        Scores are asked for again as a whole. `auto` goes on with what its first cell chose: the tokens of `diffusion`,
-        or the context tower's.
+        Scores are requested again as a whole. `auto` keeps its first cell's choice: the tokens of `diffusion`, or the
+        context tower's.
         """
         before, self._asked = self._asked, self._asked + 1
         if not before:
@@ -86,8 +86,8 @@ class Record:
         return replace(self.request, id=name)
 
     def news(self, event: BlockEvent) -> BlockEvent | None:
-        """What of a block is not committed yet, which is from now on; None where there is nothing. Raises Gap where it
-        does not follow, where it repeats other tokens than are there, and where likelihoods are asked for and missing.
+        """Commit the new part of a block and return it; None if nothing is new. Raises Gap if the block does not
+        follow, if it repeats different tokens, and if requested likelihoods are missing.
         """
         self.check_rated(event)
         have, known = len(self.committed), len(self.committed) - event.start
@@ -101,23 +101,23 @@ class Record:
             )
         self.committed.extend(event.token_ids[known:])
         self._diffused = self._diffused or event.num_diffusion_blocks > 0
-        if self._diffused:  # a cell that goes on does not know that `auto` was asked for
+        if self._diffused:  # a resuming cell does not know that `auto` was requested
             event = replace(event, num_diffusion_blocks=event.num_blocks)
         if known == 0:
             return event
         return event.after(known) if known < len(event.token_ids) else None
 
     def check_rated(self, event: AnswerEvent) -> None:
-        """Raises Gap where likelihoods are asked for and are not told: a cell of an older version tells none."""
+        """Raises Gap if requested likelihoods are missing: a cell of an older version sends none."""
         tokens = len(event.token_ids if isinstance(event, BlockEvent) else event.log_probs)
         if self.request.logprobs is not None and len(event.likelihoods) != tokens:
             raise Gap(f"got {tokens} tokens with {len(event.likelihoods)} likelihoods, wanted one for each")
 
     def trace_news(self, event: TraceEvent) -> TraceEvent | None:
-        """A part of the trace that has not been told; None where it has.
+        """A trace event that has not been sent; None if it has.
 
-        A cell that goes on from the last committed block takes the next one from its first step, which the cell before
-        may have told.
+        A cell that resumes after the last committed block begins the next block at its first step, which the earlier
+        cell may have sent already.
         """
         told = (event.start, event.step if isinstance(event, StepEvent) else inf)
         if event.start < len(self.committed) or told <= self._traced:

@@ -1,4 +1,4 @@
-"""The cells as a router sees them: behind a Serve handle, with Ray's errors turned into ours."""
+"""The router's view of the cells: behind a Serve handle, with Ray's errors turned into ours."""
 
 import asyncio
 import logging
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 _CUT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 _OVERTAKEN_S = 2.0
-_TAKEN_S = 3.0  # a cell says so at once; one that hangs does not
+_TAKEN_S = 3.0  # a cell confirms at once; a hung cell does not
 _MEETING_S = 2.0
 
 
 class RemoteAttempt:
-    """A stay on a cell behind the handle: its call through Serve, and its events, which come another way."""
+    """An attempt on a cell behind the handle: its call through Serve, and its events, which come over a line."""
 
     def __init__(self, lines: CellLines, call: Call, response: "DeploymentResponse[Any]") -> None:
         self._lines, self._call, self._response = lines, call, response
@@ -46,7 +46,7 @@ class RemoteAttempt:
         return self._call.placed.result().vocabulary
 
     async def taken(self, within_s: float) -> None:
-        """Once a cell has taken it. Raises Unavailable where none has in so many seconds."""
+        """Wait until a cell has taken it. Raises Unavailable if none has in so many seconds."""
         try:
             async with asyncio.timeout(within_s):
                 await asyncio.shield(self._call.placed)
@@ -54,7 +54,7 @@ class RemoteAttempt:
             raise Unavailable(f"no cell took this request within {within_s:g} s") from None
 
     def check_knows(self, request: AnyRequest) -> None:
-        """Raises Unfit where the cell is of a version that would leave out what the request asks for."""
+        """Raises Unfit if the cell's version would ignore a field of the request."""
         unknown = self._call.placed.result().unknown(request)
         if unknown:
             raise Unfit(self.cell, f"is of an older version, which does not know {', '.join(unknown)}")
@@ -67,12 +67,12 @@ class RemoteAttempt:
         return event
 
     async def watch(self) -> None:
-        """Tell the reader what became of the call."""
+        """Report the call's end to the reader."""
         error: TwoTowerError = Unavailable("the cell's answer ended before it was finished")
         try:
             await self._response
             if self._lines.is_open(self._call):
-                await asyncio.sleep(_OVERTAKEN_S)  # the last events may still be under way
+                await asyncio.sleep(_OVERTAKEN_S)  # the last events may still be on their way
         except (Exception, asyncio.CancelledError) as failure:
             error = plain_error(failure)
             if isinstance(error, Cancelled):  # not by us: we close the call first
@@ -104,8 +104,8 @@ class RemoteCells:
         call = self._lines.open(merging=isinstance(request, Request) and mode.by_token)
         try:
             wishes = Wishes(frozenset(avoid | self._lines.unfit(mode)), self._lines.full(), self._lines.load())
-            # Serve's router tells calls apart by the id of the HTTP request that they are made in, which is one for
-            # all prompts of a call. Outside of every context each call has its own.
+            # Serve's router identifies calls by the id of their HTTP request, which all prompts of a call share. In an
+            # empty context each call has its own id.
             called = Context().run(self._run_on_cell.remote, request, timeout_s, call.reply_to, wishes)
             response = cast("DeploymentResponse[Any]", called)
         except Exception as error:
@@ -134,8 +134,9 @@ class RemoteCells:
         return bool(served) and _mode(request) not in served
 
     async def served(self) -> Set[Mode]:
-        """What cells serve now. Meanwhile one is asked that has no line to this router yet, if there is any: Serve asks
-        each cell that a call avoids for the length of its queue."""
+        """The modes that cells serve now. Meanwhile a cell without a line to this router is asked, if there is one:
+        Serve probes each cell that a call avoids for the length of its queue.
+        """
         misses_one = not kept.cells or bool(kept.cells - self._lines.living())
         if misses_one and (self._meeting is None or self._meeting.done()):
             self._meeting = asyncio.create_task(self._meet_another())
@@ -143,7 +144,7 @@ class RemoteCells:
         return served if served or self._meeting is None else await asyncio.shield(self._meeting)
 
     async def _meet_another(self) -> Set[Mode]:
-        """What it serves."""
+        """The modes that the new cell serves."""
         try:
             async with asyncio.timeout(_MEETING_S):
                 met = Wishes(frozenset(self._lines.living()))
@@ -154,7 +155,7 @@ class RemoteCells:
 
 
 def _mode(request: AnyRequest) -> Mode:
-    """Scores are served where `ar` is."""
+    """A cell with `ar` serves scores."""
     return request.params.mode if isinstance(request, Request) else Mode.AR
 
 
@@ -167,12 +168,12 @@ def _shorten(handle: "DeploymentHandle[Any]") -> None:
 
 
 def _is_cut(error: BaseException) -> bool:
-    """Whether the call's connection, Serve's own gRPC, has ended under it. Serve tells of some such ends only."""
+    """Whether the call's connection, Serve's own gRPC, has broken. Serve reports only some such ends."""
     return isinstance(error, grpc.aio.AioRpcError) and error.code() in _CUT
 
 
 def plain_error(error: BaseException) -> TwoTowerError:
-    """Ours for one that came through Ray or Serve."""
+    """Our error for an error that came through Ray or Serve."""
     if isinstance(error, RayTaskError):  # which may pose as its cause
         return plain_error(error.cause)
     if isinstance(error, TwoTowerError):

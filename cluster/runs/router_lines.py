@@ -1,4 +1,4 @@
-"""A cell's end of its connections to the routers that ask: a connection each, for all of its calls."""
+"""A cell's end of its connections to the asking routers: one connection each, for all of a router's calls."""
 
 import asyncio
 import contextlib
@@ -11,12 +11,12 @@ from twotower.errors import Unavailable
 from twotower.transport.connection import Connection, connect
 from twotower.transport.handshake import Address
 
-_END_S = 1.0  # a failure is told in less
+_END_S = 1.0  # a failure is sent within this time
 _GONE = "the router that asked is gone"
 
 
 class RouterLine:
-    """The connection to one router. `held_by`: the calls that send on it. `waits`: what the router last said."""
+    """The connection to one router. `held_by`: the calls that send on it. `waits`: the router's last beat."""
 
     def __init__(self, beat: Callable[[], Beat]) -> None:
         self._beat = beat
@@ -26,8 +26,9 @@ class RouterLine:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """For as long as a call has events to send. Raises Unavailable in it as soon as the router is gone: nobody
-        waits for them any more."""
+        """Held while a call has events to send. Raises Unavailable inside as soon as the router is lost, because its
+        events have no reader.
+        """
         task = asyncio.current_task()
         assert task is not None
         self.held_by.add(task)
@@ -35,7 +36,7 @@ class RouterLine:
             yield
         except asyncio.CancelledError:
             if task in self.held_by or task.uncancel():
-                raise  # somebody else wants it to end, too or alone
+                raise  # the task was also cancelled from elsewhere
             raise Unavailable(_GONE) from None
         finally:
             self.held_by.discard(task)
@@ -45,7 +46,7 @@ class RouterLine:
         return self.connection is None or self.connection.lost is not None
 
     async def send(self, message: OfCall) -> None:
-        """Raises Unavailable when the router is gone."""
+        """Raises Unavailable when the router is lost."""
         assert self.connection is not None
         try:
             self.connection.post(message)
@@ -68,7 +69,7 @@ class RouterLine:
 
 
 class RouterLines:
-    """Connections that are made when first used and again when lost. `beat`: how the cell is.
+    """Connections that are made at first use and again after a loss. `beat`: the cell's beat.
 
     Raises ConfigError for wrong files of TLS.
     """
@@ -80,7 +81,7 @@ class RouterLines:
         self._closed = False
 
     async def to(self, address: Address) -> RouterLine:
-        """Raises Unavailable where the router cannot be reached, or where this cell has closed its lines."""
+        """Raises Unavailable if the router cannot be reached, or if this cell has closed its lines."""
         if self._closed:
             raise Unavailable("the cell is shutting down")
         line = self._lines.get(address)
@@ -93,13 +94,13 @@ class RouterLines:
         return await asyncio.shield(connecting)
 
     def waits(self) -> list[Waits]:
-        """Of each router that lives."""
+        """The waits of each living router."""
         return [line.waits for line in self._lines.values() if not line.is_lost]
 
     def _connected(self, address: Address, done: "asyncio.Task[RouterLine]") -> None:
         del self._connecting[address]
         if not done.cancelled():
-            done.exception()  # whoever waits is told; and nobody may wait any more
+            done.exception()  # waiting calls get the error; no further calls may wait
 
     async def _connect(self, address: Address) -> RouterLine:
         self._lines = {known: line for known, line in self._lines.items() if not line.is_lost}

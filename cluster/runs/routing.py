@@ -1,4 +1,4 @@
-"""Which cell Serve sends a call to: one with room, and none that the call avoids, while there is any."""
+"""The cell to which Serve sends a call: one with room, and not one that the call avoids while there is another."""
 
 import math
 import random
@@ -10,35 +10,38 @@ from cluster.runs import kept
 from cluster.runs.messages import Wishes
 
 _STALE_S = 1.0
-_LOOKED_AT = 64  # of so many the least loaded is nearly that of a thousand
+_LOOKED_AT = 64  # the least loaded of so many is nearly the least loaded of a thousand
 
 
 class ElsewhereFirst(RequestRouter):
-    """Cells by a call's `Wishes`: those with room, else full ones, else those to avoid; of each kind the least loaded.
+    """Ranks cells by a call's `Wishes`: those with room, then full ones, then those to avoid; within each kind the
+    least loaded first.
 
-    Serve hears late of what other routers send (a queue's length, when it next asks) and that a cell hangs
-    (`health_check_timeout_s`). A router hears each second how full a cell is, knows after three that it hangs, and a
-    run knows which cells have refused it. A cell that is avoided has to answer before it gets a call after all.
+    Serve learns late of other routers' calls (a queue's length, at its next probe) and of a hung cell
+    (`health_check_timeout_s`). A router learns each second how full a cell is, and after three seconds that it hangs. A
+    run knows which cells have refused it. An avoided cell must answer a probe before it gets a call after all.
 
-    A cell whose queue Serve does not know gets no call while another's is known: Serve asks for it in passing and waits
-    0.1 s, which on a busy machine may be too short every time. So a router tells Serve what it has heard itself, and
-    each second of all cells: what other routers send there Serve would not hear for ten.
+    A cell whose queue Serve does not know gets no call while another's is known. Serve probes it and waits 0.1 s, which
+    on a busy machine may be too short every time. So a router gives Serve its own numbers, and once a second those of
+    all cells. Otherwise Serve would learn of other routers' calls only after ten seconds.
 
-    Serve takes the first of several with the shortest queue. In one order for all routers that would be one cell for
-    all of them, so each call begins somewhere else, and looks no further than it must.
+    Serve takes the first of several cells with the shortest queue. With one order for all routers, all would take the
+    same cell. So each call begins at another cell, and looks no further than needed.
     """
 
-    _heard_at = -math.inf  # when it was told of all cells
+    _heard_at = -math.inf  # when Serve last got all cells' numbers
 
     def update_replicas(self, replicas: Sequence[RunningReplica]) -> None:
-        """Serve says which cells there are."""
+        """Serve's list of the cells."""
         super().update_replicas(list(replicas))
         kept.cells = frozenset(replica.replica_id.unique_id for replica in replicas)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Groups, the first of which is tried first. Serve picks the one with the shortest queue, as it last heard."""
+        """Groups of cells, the first of which is tried first. Within it Serve picks the cell with the shortest known
+        queue.
+        """
         wishes = _wishes(pending_request)
         first = random.randrange(len(candidate_replicas)) if candidate_replicas else 0
         candidates = [*candidate_replicas[first:], *candidate_replicas[:first]]
@@ -48,13 +51,13 @@ class ElsewhereFirst(RequestRouter):
             ranks = _ranked(candidates, wishes)
         room, full, avoided = ranks
         for replica in avoided:
-            self.on_replica_actor_unavailable(replica.replica_id)  # forget what it said; it is asked again
+            self.on_replica_actor_unavailable(replica.replica_id)  # drop its last answer, so that it is probed again
         for replica in (*room, *full):
             self._hear(replica, wishes, anew=False)
         return [rank for rank in ranks if rank]
 
     def _hear_of_all(self, candidates: Sequence[RunningReplica], wishes: Wishes) -> None:
-        """Once a second: cells' beats come so often."""
+        """Once a second, as often as cells' beats."""
         now = self._get_curr_time_s()
         if wishes.load and now - self._heard_at >= _STALE_S:
             self._heard_at = now
@@ -63,14 +66,14 @@ class ElsewhereFirst(RequestRouter):
                     self._hear(replica, wishes, anew=True)
 
     def _hear(self, replica: RunningReplica, wishes: Wishes, anew: bool) -> None:
-        """`anew`: also where Serve believes to know how much the cell holds."""
+        """`anew`: also if Serve believes to know the cell's queue."""
         load = wishes.load.get(replica.replica_id.unique_id)
         if load is not None and (anew or self.replica_queue_len_cache.get(replica.replica_id) is None):
             self.on_new_queue_len_info(replica.replica_id, load)
 
 
 def _ranked(candidates: Sequence[RunningReplica], wishes: Wishes) -> tuple[list[RunningReplica], ...]:
-    """With room, full, to avoid."""
+    """The cells with room, the full ones, those to avoid."""
     room, full, avoided = list[RunningReplica](), list[RunningReplica](), list[RunningReplica]()
     for replica in candidates:
         cell = replica.replica_id.unique_id

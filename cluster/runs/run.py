@@ -1,4 +1,4 @@
-"""A run: one request from the router's checks to its end, on one cell after another where cells die."""
+"""A run: one request from the router's checks to its end, on one cell or, if cells die, on several."""
 
 import asyncio
 import logging
@@ -28,12 +28,12 @@ from twotower.text.answer_text import AnswerText
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
-_MOST_REFUSALS = 4  # of full cells, or of cells with another checkpoint
+_MOST_REFUSALS = 4  # seconds between tries of full cells, or of cells with another checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How often a run goes on after a cell has died, and how long it waits for a cell that takes it."""
+    """How often a run is resumed after a cell's death, and how long it waits for a cell."""
 
     max_resumes: int = 3
     queue_timeout_s: float = 30.0
@@ -41,7 +41,7 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What all runs of a router have in common."""
+    """The common means of all runs of a router."""
 
     cells: Cells
     patience: Patience = Patience()
@@ -50,9 +50,9 @@ class Means:
 
 
 class Run:
-    """Places its request on a cell and takes the events; where the cell dies, places again what is left of it.
+    """Places its request on a cell and takes the events; if the cell dies, places the rest of the request again.
 
-    All waiting is inside `event`, and ends with its deadline. `close` it, whatever happens.
+    All waiting is inside `event`, and ends with its deadline. Always `close` it.
     """
 
     def __init__(self, record: Record, deadline: Deadline, means: Means) -> None:
@@ -60,12 +60,12 @@ class Run:
         self._cells, self._patience, self._observers = means.cells, means.patience, means.observers
         self._turns, self._has_turn = means.turns, False
         self._attempt: Attempt | None = None
-        self._refused: set[str] = set()  # cells that shall not be asked again before there is progress
+        self._refused: set[str] = set()  # cells that are not asked again before there is progress
         self._refusals = self._resumes = 0
-        self._full_since: float | None = None  # since when no cell has room for what is left
-        self._moves_at = 0.0  # when it may next ask another cell to take it from one that is to go
+        self._full_since: float | None = None  # since when no cell has room for the rest
+        self._moves_at = 0.0  # when it may next ask another cell to take it from one that is being removed
         self._opened = self._begun = self._ended = False
-        self._not_taken = ""  # why the last cell that was asked did not take it
+        self._not_taken = ""  # why the last asked cell did not take it
         self._timer: asyncio.Timeout | None = None
         self._given_up: TwoTowerError | None = None
 
@@ -80,9 +80,9 @@ class Run:
             self._timer.reschedule(0)
 
     async def event(self) -> ToldEvent:
-        """The next event that is news. Raises what ended the run; then it is closed.
+        """The next new event. Raises the error that ended the run; then the run is closed.
 
-        Observers hear of the answer, not of its trace: a request has begun once there is something to keep.
+        Observers get the answer, not its trace: a request has begun once it has committed tokens.
         """
         if not self._opened:
             self._opened = True
@@ -105,7 +105,7 @@ class Run:
         return event
 
     async def close(self) -> None:
-        """Nobody wants more of it. What still runs on a cell ends."""
+        """The client wants no more. Work on a cell ends."""
         await self._end(Cancelled("the client has left"))
 
     async def _in_time(self) -> ToldEvent:
@@ -114,7 +114,7 @@ class Run:
                 raise self._given_up
             async with asyncio.timeout(self.deadline.left_s()) as self._timer:
                 return await self._news()
-        except DeadlineExceeded:  # the cell's clock has run out first
+        except DeadlineExceeded:  # the cell's deadline has passed first
             raise self.deadline.passed() from None
         except TimeoutError:
             if self._timer is None or not self._timer.expired():
@@ -124,7 +124,7 @@ class Run:
             self._timer = None
 
     async def _news(self) -> ToldEvent:
-        """Place, take events, and where the cell is gone place again with what is committed."""
+        """Place the request, take events, and if the cell is lost, place it again with its committed tokens."""
         while True:
             attempt = self._attempt or await self._place()
             if self._is_to_move(attempt):
@@ -146,15 +146,16 @@ class Run:
                 self._resume(error)
 
     def _new(self, event: ToldEvent) -> ToldEvent | None:
-        """What of it has not been told."""
+        """The new part of the event."""
         if isinstance(event, ScoreEvent):
             self.record.check_rated(event)
             return event
         return self.record.news(event) if isinstance(event, BlockEvent) else self.record.trace_news(event)
 
     async def _wait_for_room(self, error: Overloaded) -> None:
-        """All cells that were asked are full. A request that has not begun is refused: raises the error. One that has
-        begun waits."""
+        """All asked cells are full. A request that has not begun is refused: raises the error. A request that has begun
+        waits.
+        """
         if not self._begun:
             raise error
         now, patience_s = asyncio.get_running_loop().time(), self._patience.queue_timeout_s
@@ -172,13 +173,13 @@ class Run:
         )
 
     async def _handed_over(self, attempt: Attempt) -> Attempt:
-        """The attempt on a cell that stays, where one takes it at once; else this one, and for a while."""
+        """The attempt on a kept cell, if one takes it at once; else the present attempt, for a while."""
         self._moves_at = asyncio.get_running_loop().time() + _LONGEST_PAUSE_S
         try:
             other = await self._cells.place(self.record.rest(), self.deadline.left_s(), {*self._refused, attempt.cell})
         except DeadlineExceeded:
             raise
-        except TwoTowerError as error:  # whatever it is, this cell has not said it
+        except TwoTowerError as error:  # any error here is not this cell's
             logger.debug("run %s stays on cell %s: %s", self.record.name, attempt.cell, error)
             return attempt
         if other.cell == attempt.cell or other.fingerprint != self.record.fingerprint:
@@ -198,7 +199,7 @@ class Run:
             observer.placed(self.record)
 
     def _resume(self, error: Unavailable) -> None:
-        """Go on after this error. Raises it where that has been done often enough."""
+        """Resume after this error. Raises it if the run has been resumed too often."""
         if self._resumes >= self._patience.max_resumes:
             raise error
         self._resumes += 1
@@ -206,7 +207,7 @@ class Run:
             observer.resumed(self.record, error)
 
     async def _place(self) -> Attempt:
-        """On a cell with a checkpoint that suits, once it is our turn and there is one that takes it."""
+        """Place it on a cell with a suitable checkpoint, once it has a turn and a cell takes it."""
         try:
             async with asyncio.timeout(self._patience.queue_timeout_s) as timer:
                 attempt = await self._sought(timer)
@@ -216,13 +217,13 @@ class Run:
             waited, why = f"no cell took this request within {self._patience.queue_timeout_s:g} s", self._not_taken
             told = f"{waited}: {why}" if why else waited
             if not self._is_there_another() and not self._cells.lacks(self.record.request):
-                self._turns.refuse_all(told)  # no cell lives: theirs would not come
+                self._turns.refuse_all(told)  # no cell lives, so turns would not come
             raise Unavailable(told) from None
         self._placed(attempt)
         return attempt
 
     async def _sought(self, timer: asyncio.Timeout) -> Attempt:
-        """`timer`: how long no cell may take it. The wait for a turn does not count."""
+        """`timer`: how long it may be without a cell. The wait for a turn does not count."""
         pause_s = _FIRST_PAUSE_S
         while True:
             attempt = await self._asked(timer)
@@ -238,10 +239,10 @@ class Run:
                 raise Unavailable(f"got a cell with checkpoint {served}, wanted {wanted}, as this request began")
 
     async def _asked(self, timer: asyncio.Timeout) -> Attempt | None:
-        """On a cell, where one takes it now."""
+        """Place it on a cell, if one takes it now."""
         if self._cells.lacks(self.record.request):
             self._not_taken = self._not_taken or "no cell serves its mode now"
-            self._give_turn_back()  # to one that can be served
+            self._give_turn_back()  # leave the turn to a request that can be served
             return None
         await self._take_turn(timer)
         try:
@@ -251,7 +252,7 @@ class Run:
             if isinstance(error, Unfit):
                 self._refused.add(error.cell)
             if not self._is_there_another(self._refused):
-                self._refused.clear()  # all that are fit have refused: the next is one of them, and not an unfit one
+                self._refused.clear()  # all fit cells have refused: the next one is one of them, and not an unfit one
             return None
 
     async def _take_turn(self, timer: asyncio.Timeout) -> None:
@@ -275,7 +276,7 @@ class Run:
             self._turns.give_back(self.record.caller)
 
     def _try_elsewhere(self, cell: str) -> bool:
-        """After this cell's refusal: whether another may be asked."""
+        """Whether another cell may be asked after this cell's refusal."""
         self._refused.add(cell)
         self._refusals += 1
         return self._refusals < _MOST_REFUSALS and self._is_there_another(self._refused)
@@ -301,9 +302,10 @@ class Run:
 
 
 class Generating(Run):
-    """An answer in chunks, its trace between them, as an asynchronous iterator; once that has ended, the whole of it.
+    """An answer in chunks, with its trace between them, as an asynchronous iterator. After its end it holds the whole
+    answer.
 
-    Text, stop strings and usage are the run's: they do not notice that the cell has changed.
+    Text, stop strings and usage belong to the run, so a change of cells does not affect them.
     """
 
     def __init__(self, record: Record, deadline: Deadline, means: Means, text: AnswerText) -> None:
@@ -316,7 +318,7 @@ class Generating(Run):
 
     @property
     def token_ids(self) -> list[int]:
-        """Those of the answer: what a stop string cut off is not among them."""
+        """The answer's token ids, without those cut off by a stop string."""
         return self._answer.token_ids
 
     @property
@@ -325,7 +327,7 @@ class Generating(Run):
 
     @property
     def offsets(self) -> list[int]:
-        """Where the tokens' text begins, where likelihoods are asked for."""
+        """Where each token's text begins, if likelihoods are requested."""
         return self._answer.offsets
 
     def __aiter__(self) -> "Generating":
@@ -353,7 +355,7 @@ class Generating(Run):
         await self.close()
 
     async def whole(self) -> "Generating":
-        """Itself, once all of it is there."""
+        """Itself, once the answer is complete."""
         async with aclosing(self):
             async for _ in self:
                 pass
@@ -361,7 +363,7 @@ class Generating(Run):
 
 
 class Scoring(Run):
-    """Scores, in one piece. A cell that dies has another one begin again."""
+    """Scores, in one piece. If a cell dies, another one begins again."""
 
     def __init__(self, record: Record, deadline: Deadline, means: Means) -> None:
         super().__init__(record, deadline, means)

@@ -1,4 +1,4 @@
-"""What a router knows of the checkpoint: limits, tokenizer, names. Reads headers and the tokenizer, never weights."""
+"""A router's knowledge of the checkpoint: limits, tokenizer, names. Reads headers and the tokenizer, never weights."""
 
 from dataclasses import dataclass
 
@@ -30,8 +30,9 @@ class ServedModel:
 
 
 def load_served_model(config: ServiceConfig) -> ServedModel:
-    """Raises CheckpointError for a damaged directory or a broken chat template, ConfigError where its modes and the
-    configured ones disagree."""
+    """Raises CheckpointError for a damaged directory or a broken chat template, and ConfigError if its modes and the
+    configured ones disagree.
+    """
     directory = checkpoint_directory(config.model.checkpoint)
     checkpoint = Checkpoint.open(directory, config.engine.expert_format)
     modes = tuple(m for m in checkpoint.modes if m is Mode.AR or config.cell.placement != "ar_only")
@@ -57,13 +58,13 @@ def load_served_model(config: ServiceConfig) -> ServedModel:
 
 
 def served_name(config: ServiceConfig) -> str:
-    """What clients and metrics call the model."""
+    """The model's name for clients and metrics."""
     model = config.model
     return model.name or ("demo" if model.checkpoint == "demo" else checkpoint_directory(model.checkpoint).name)
 
 
 def _defaults(config: ServiceConfig, modes: tuple[Mode, ...]) -> DecodingParams:
-    """Raises ConfigError. The configuration has been checked but for what the checkpoint can do."""
+    """Raises ConfigError. The configuration has been checked except against the checkpoint's modes."""
     values = check_values(config.decode.given)
     mode = values.setdefault("mode", modes[0])
     if mode not in modes:

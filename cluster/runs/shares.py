@@ -1,4 +1,4 @@
-"""What callers hold at a time, counted by their names: one of them alone cannot take all."""
+"""Counts what each caller holds at a time, so that one caller alone cannot take all."""
 
 from collections import Counter
 
@@ -8,16 +8,16 @@ from twotower.errors import Overloaded
 class Shares:
     """`most` units, of which the last quarter is kept for callers that hold no more than a quarter of all.
 
-    Without keys, all clients behind a gateway are one caller, and have three quarters together.
+    Without keys, all clients behind a gateway are one caller, and get three quarters together.
     """
 
     def __init__(self, most: int, what: str) -> None:
         self._most, self._what = most, what
-        self._held: Counter[str] = Counter()  # of callers that hold any
+        self._held: Counter[str] = Counter()  # only callers that hold any
         self.total = 0
 
     def take(self, caller: str, units: int = 1) -> None:
-        """Raises Overloaded, and then nothing is taken."""
+        """Raises Overloaded, and then takes nothing."""
         total, own = self.total + units, self._held[caller] + units
         if total > self._most:
             raise Overloaded(f"{self._what}: {total} at a time, wanted at most {self._most}")

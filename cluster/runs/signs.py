@@ -1,16 +1,16 @@
-"""How a cell and its towers are, as the cell says with each beat: plain numbers, nothing of any request."""
+"""The state of a cell and its towers in each beat: plain numbers, nothing of any request."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class TowerSign:
-    """One tower of a cell. `busy`, `commit_wait`, `prompt_wait`: shares of the time between the last two answers of its
-    process, 0 to 1; the waits are a denoiser's, which had sequences and stepped none.
+    """One tower of a cell. `busy`, `commit_wait`, `prompt_wait`: shares, 0 to 1, of the time between the last two
+    answers of its process. The waits are times in which a denoiser had sequences and stepped none.
 
-    `answers`: whether it has answered lately; where it has not, numbers are 0. `process`: its id, and that of the
-    other tower where both share one. `exchange_rate`: bytes of cache deltas received a second. `free_memory`: bytes
-    that the device has left for the process, where the system says. `memory`: what the process allocates, in words.
+    `answers`: whether it has answered lately; if not, numbers are 0. `process`: its process id; two towers may share
+    one process. `exchange_rate`: bytes of cache deltas received a second. `free_memory`: bytes that the device has left
+    for the process, if the system says. `memory`: the process's allocations, in words.
     """
 
     name: str
@@ -32,7 +32,9 @@ class TowerSign:
 
 @dataclass(frozen=True, slots=True)
 class CellSign:
-    """A cell. `mending_s`: for how long it has been mending; 0 while it is whole. `mended`: how often it has."""
+    """A cell. `mending_s`: how long it has been replacing a lost tower; 0 while it is whole. `mended`: how often it has
+    done so.
+    """
 
     node: str
     placement: str

@@ -1,4 +1,4 @@
-"""Whose request goes to the cells next, while they are full: callers take turns.
+"""Whose request goes to the cells next while they are full: callers take turns.
 
 Knows callers, priorities and how many requests the cells take at a time; does not know what a request is.
 """
@@ -19,7 +19,7 @@ _UNBOUNDED = 1 << 30
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """One that waits since then, and how many of a lower value have gone in front of it."""
+    """A waiting request, since when, and how many of a lower value have passed it."""
 
     priority: int
     since: float
@@ -28,10 +28,11 @@ class _Waiting:
 
 
 class Turns:
-    """Lets requests to the cells, no more than `most()` at a time; where it says 0, as many as it last said.
+    """Lets requests go to the cells, at most `most()` at a time; if that is 0, its last value.
 
-    The next turn has the caller with the fewest requests on the cells, of several the one whose last turn is longest
-    ago. So one that floods waits behind itself. Among its own, a caller's priorities count as in a cell's queue.
+    The next turn goes to the caller with the fewest requests on the cells; among several, to the one whose last turn is
+    longest ago. So a flooding caller delays only itself. Among a caller's own requests, priorities count as in a cell's
+    queue.
     """
 
     def __init__(
@@ -41,14 +42,14 @@ class Turns:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._most, self._last_most, self._clock = most, at_first, clock
-        self._lines: dict[Caller, list[_Waiting]] = {}  # of callers that wait
-        self._running: Counter[Caller] = Counter()  # of callers that have any
+        self._lines: dict[Caller, list[_Waiting]] = {}  # only callers that wait
+        self._running: Counter[Caller] = Counter()  # only callers that have any
         self._total = 0
         self._turns_given = 0
-        self._last_turn: dict[Caller, int] = {}  # of those that wait or have any running
+        self._last_turn: dict[Caller, int] = {}  # only callers that wait or have running requests
 
     def waits(self) -> Waits:
-        """What cells are told of those that wait, so that others may start."""
+        """The waiting requests for the cells' load, so that further cells may start."""
         return Waits(self.waiting, self.longest_wait_s())
 
     @property
@@ -56,7 +57,7 @@ class Turns:
         return sum(len(line) for line in self._lines.values())
 
     def longest_wait_s(self) -> float:
-        """Of those that wait now."""
+        """The longest wait of the waiting requests."""
         since = [waiting.since for line in self._lines.values() for waiting in line]
         return self._clock() - min(since) if since else 0.0
 
@@ -76,12 +77,12 @@ class Turns:
             raise
 
     def take_again(self, caller: Caller = NOBODY) -> None:
-        """Without waiting: it had a turn, gave it back where the cells could not serve it, and has begun."""
+        """Take a turn without waiting: the request has begun, and gave its turn back while cells could not serve it."""
         self._total += 1
         self._running[caller] += 1
 
     def give_back(self, caller: Caller = NOBODY) -> None:
-        """A request that had a turn needs the cells no more, or not now."""
+        """A request with a turn needs the cells no more, or not now."""
         self._total -= 1
         self._running[caller] -= 1
         if not self._running[caller]:
@@ -90,7 +91,7 @@ class Turns:
         self._drop(caller)
 
     def grant(self) -> None:
-        """Give out turns while there is room. To be called whenever the cells may have more of it."""
+        """Give out turns while there is room. Call it whenever the cells may have more room."""
         self._last_most = self._most() or self._last_most
         while self._lines and self._total < self._last_most:
             caller = min(self._lines, key=lambda one: (self._running[one], self._last_turn.get(one, 0)))
@@ -105,7 +106,7 @@ class Turns:
                 waiting.turn.set_result(None)
 
     def refuse_all(self, why: str) -> None:
-        """All that wait now end with Unavailable."""
+        """All waiting requests end with Unavailable."""
         for line in list(self._lines.values()):
             for waiting in line:
                 if not waiting.turn.done():

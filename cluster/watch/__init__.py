@@ -1,1 +1,1 @@
-"""What the service tells of itself: metrics, log lines, traces. Knows runs and cells; nothing there knows it."""
+"""The service's reports: metrics, log lines, traces. Knows runs and cells, which do not know this package."""

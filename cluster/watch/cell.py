@@ -1,4 +1,4 @@
-"""What one cell tells of itself: how full it is, whether it mends, and what its towers have counted."""
+"""One cell's metrics: how full it is, whether it is mending, and its towers' counters."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ from cluster.watch.router_metrics import WAITING
 from cluster.watch.tally import Exporter, Tally, flush_for_ever
 from twotower.engine.handle import EngineStats
 
-_SILENCE_S = 5.0  # then what towers have said counts no more
+_SILENCE_S = 5.0  # after this time a tower's numbers no longer count
 _COUNTED: dict[Metric, Callable[[EngineStats], float]] = {
     metrics.BUSY: lambda tower: tower.busy_s,
     metrics.TICKS: lambda tower: tower.ticks,
@@ -39,7 +39,9 @@ _EXPOSED: dict[str, Callable[[EngineStats], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A cell now. `mending_s`: for how long it has been mending; 0 while it is whole. `mended`: how often it has."""
+    """A cell now. `mending_s`: how long it has been replacing a lost tower; 0 while it is whole. `mended`: how often it
+    has done so.
+    """
 
     running: int
     waiting: int
@@ -48,7 +50,7 @@ class Moment:
 
 
 class CellWatch:
-    """`start` it in the cell's event loop; it `hears` what the towers say whenever somebody has asked them."""
+    """Call `start` in the cell's event loop, and `hears` with the towers' answers whenever they were asked."""
 
     def __init__(
         self,
@@ -86,7 +88,8 @@ class CellWatch:
 
     def hears(self, towers: Sequence[EngineStats], processes: Sequence[int]) -> None:
         """`processes`: ids of the cell's tower processes, in the cell's order. A tower that does not answer has no
-        gauges until it does; one in its place counts from 0."""
+        gauges until it does; its replacement counts from 0.
+        """
         self._heard_at = self._clock()
         self._forget_gauges()
         for stats in towers:
@@ -122,7 +125,7 @@ class CellWatch:
 
 
 def _name_of(stats: EngineStats, processes: Sequence[int]) -> str:
-    """`context`, `denoiser`; of several denoisers each has a number, which its place's next process has too."""
+    """`context` or `denoiser`; several denoisers are numbered, and a replacement keeps the number."""
     if stats.tower == "context" or len(processes) <= 2 or stats.process not in processes:
         return stats.tower
     return f"{stats.tower} {processes.index(stats.process) - 1}"

@@ -1,4 +1,4 @@
-"""Where spans go: an OpenTelemetry collector that the standard variables of the environment name. Off without them."""
+"""Sends spans to an OpenTelemetry collector named by the standard environment variables. Off without them."""
 
 import logging
 import os
@@ -14,8 +14,9 @@ _FLUSH_MS = 2000
 
 
 def provider() -> "TracerProvider | None":
-    """One of this process alone, not OpenTelemetry's global one, which Serve may set. Sampling, headers and the like
-    are OTEL_…'s, too. None where no collector is named, or the exporter is not installed, which is logged."""
+    """A provider for this process only, not OpenTelemetry's global one, which Serve may set. OTEL_… variables also set
+    sampling, headers and so on. None if no collector is named, or if the exporter is not installed, which is logged.
+    """
     named = [name for name in ENDPOINTS if os.environ.get(name)]
     if not named or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
@@ -29,7 +30,7 @@ def provider() -> "TracerProvider | None":
 
 
 def _exporting() -> "TracerProvider":
-    """Imported only now: most services have no collector."""
+    """Imported only when needed: most services have no collector."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -42,5 +43,5 @@ def _exporting() -> "TracerProvider":
 
 
 def finish(provider: "TracerProvider") -> None:
-    """Send what is left. Waits no longer than some seconds for a collector."""
+    """Send the remaining spans. Waits at most some seconds for a collector."""
     provider.force_flush(_FLUSH_MS)

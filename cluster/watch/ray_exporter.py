@@ -1,4 +1,4 @@
-"""Numbers go to Ray's exporter: the agent of this node, which one Prometheus target a node scrapes."""
+"""Sends numbers to Ray's exporter: this node's agent, which is one Prometheus target a node."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -12,7 +12,7 @@ RayMetric = TypeVar("RayMetric", bound=metrics.Metric)
 
 
 class RayExporter:
-    """`common`: labels of everything that this process tells. Ray adds the worker and the node."""
+    """`common`: labels of all metrics of this process. Ray adds the worker and the node."""
 
     def __init__(self, common: Mapping[str, str]) -> None:
         self._common = {label: _ascii(value) for label, value in common.items()}

@@ -1,4 +1,6 @@
-"""A line for each request at its end: one JSON object with its numbers and none of its text; and one for each move."""
+"""A log line for each request at its end: one JSON object with its numbers and none of its text. Also a line for each
+move.
+"""
 
 import json
 import logging
@@ -18,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Times:
-    """Of one run, on the clock; `margin`: the smallest of its decisions, where its last event told it."""
+    """One run's times on the clock; `margin`: the smallest of its decisions, if its last event has it."""
 
     opened: float
     placed: float | None = None
@@ -28,8 +30,9 @@ class _Times:
 
 
 class RequestLog(Observer):
-    """`request {…}` for each end, at warning level where no cell could finish it. Ids, tokens and text stay out: of
-    prompt and answer it tells lengths alone."""
+    """`request {…}` for each end, at warning level if no cell could finish it. Token ids and text stay out: of prompt
+    and answer it has only lengths.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -86,7 +89,7 @@ def _got(record: Record, error: BaseException | None) -> dict[str, object]:
 
 
 def _why(error: BaseException | None) -> str | None:
-    """None of a wrong request's error, which shows what was given, nor of one that is not ours."""
+    """The error's message; None for a wrong request's, which shows the client's values, and for a foreign error."""
     if not isinstance(error, TwoTowerError) or isinstance(error, InvalidRequest):
         return None if error is None else type(error).__name__
     return one_line(str(error))

@@ -1,4 +1,4 @@
-"""What one router tells of itself: observers for its runs, and once a second how full it is and who lives."""
+"""One router's reports: observers for its runs, and once a second its load and the living cells."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -23,11 +23,11 @@ from cluster.watch.tally import Exporter, Tally, flush_for_ever
 from cluster.watch.words import SCORE
 from twotower.core import FinishReason, Mode
 
-_AT = "router"  # where a cell's name stands for those that wait in a cell
+_AT = "router"  # in place of a cell's name: for requests that wait in the router
 
 
 class RouterWatch:
-    """`observers` are for the runs. `start` it in the event loop that they live in."""
+    """`observers` are for the runs. Call `start` in the runs' event loop."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class RouterWatch:
         keys: Sequence[str] = (),
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """`keys`: the names of those there are."""
+        """`keys`: the names of all keys."""
         self._keys, self._now = keys, now
         self._modes, self._exporter = tuple(modes), exporter or RayExporter({"model_name": model})
         self._tally = Tally()
@@ -85,7 +85,7 @@ class RouterWatch:
             await asyncio.to_thread(otlp.finish, self._spans)
 
     def _begin(self) -> None:
-        """Every counter there may be is 0 first: a rate does not see an increase from nothing."""
+        """Begin every possible counter with 0: a rate does not see an increase from nothing."""
         values = {
             "mode": (*self._modes, SCORE),
             "finished_reason": tuple(FinishReason),

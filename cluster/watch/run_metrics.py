@@ -1,4 +1,4 @@
-"""What becomes of a router's runs, as numbers: an observer of theirs."""
+"""An observer that turns a router's runs into metrics."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from twotower.errors import TwoTowerError
 
 @dataclass(slots=True)
 class _Watched:
-    """A run that has not ended: `counted` of its usage; `lost_at`: since when it has no cell."""
+    """A run that has not ended. `counted`: the counted part of its usage; `lost_at`: since when it has no cell."""
 
     record: Record
     mode: str
@@ -31,8 +31,9 @@ class _Watched:
 
 
 class RunMetrics(Observer):
-    """Times are observed as events come. Tokens are counted once a second and at a run's end, from its usage: so they
-    are what clients are told, stop strings and resumes included."""
+    """Times are observed as events arrive. Tokens are counted once a second and at a run's end, from its usage. So they
+    equal the clients' usage, also with stop strings and resumes.
+    """
 
     def __init__(self, tally: Tally, clock: Callable[[], float] = time.monotonic) -> None:
         self._tally, self._clock = tally, clock
@@ -85,7 +86,7 @@ class RunMetrics(Observer):
         if error is not None:
             self._tally.add(metrics.FAILURE, 1, run.mode, code_of_end(error).name)
             return
-        reason = record.finish_reason or FinishReason.STOP  # scores end once they are there
+        reason = record.finish_reason or FinishReason.STOP  # a score ends with its event
         self._tally.add(metrics.SUCCESS, 1, run.mode, str(reason))
         self._tally.observe(metrics.LATENCY, self._clock() - run.opened, run.mode)
         following = record.usage.completion_tokens - run.first_tokens
@@ -93,7 +94,7 @@ class RunMetrics(Observer):
             self._tally.observe(metrics.TOKEN_TIME, (run.last - run.first) / following, run.mode)
 
     def read(self) -> None:
-        """Count what open runs have got since the last time."""
+        """Count the new tokens of open runs."""
         for run in self._open.values():
             self._count(run)
 
@@ -125,7 +126,7 @@ class RunMetrics(Observer):
 
 
 def _blocks_by_mode(usage: Usage) -> dict[Mode, int]:
-    """Of `auto`."""
+    """For `auto`."""
     ar, diffusion = usage.num_ar_blocks, usage.num_diffusion_blocks
     return {Mode.AR: ar, Mode.DIFFUSION: diffusion, Mode.VERIFIED: usage.num_blocks - ar - diffusion}
 

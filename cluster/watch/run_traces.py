@@ -4,7 +4,7 @@
              └─ attempt ── block …    its stay on one cell; links to the attempt before it
 
 A `block` ends with its event and begins with the event before it: the first one includes the reading of the prompt.
-Only `diffusion` has blocks worth a span, and `verified` rounds; of a long answer the first ones.
+Only blocks of `diffusion` and rounds of `verified` have spans; in a long answer only the first ones.
 """
 
 import time
@@ -30,7 +30,7 @@ _W3C = TraceContextTextMapPropagator()
 
 @dataclass(slots=True)
 class _Traced:
-    """The open spans of a run; `last`: when its last event came, or its cell took it."""
+    """The open spans of a run; `last`: the time of its last event, or when its cell took it."""
 
     request: Span
     queue: Span | None
@@ -59,7 +59,7 @@ class RunTraces(Observer):
     def placed(self, record: Record) -> None:
         run, now = self._open[record.request.id], self._clock()
         _end(run.queue, now)
-        if run.attempt is not None:  # it leaves a cell that has not failed
+        if run.attempt is not None:  # the cell it leaves has not failed
             self._leave(run, now, "another cell goes on")
         links = [Link(run.before, {"twotower.why": run.why})] if run.before is not None else []
         attributes: Attributes = {
@@ -117,14 +117,14 @@ def _cost(event: BlockEvent) -> Attributes:
 
 
 def _drafts(told: BlockEvent | Usage) -> Attributes:
-    """Of `verified`, where anything was drafted."""
+    """The counts of drafts in `verified`, if there were any."""
     if not told.num_drafted:
         return {}
     return {"twotower.drafted": told.num_drafted, "twotower.accepted": told.num_accepted}
 
 
 def _told(record: Record) -> Attributes:
-    """What a request has cost, in the words of OpenTelemetry where it has some."""
+    """A request's cost, under OpenTelemetry's names where they exist."""
     request, usage = record.request, record.usage
     told: Attributes = {"twotower.steps": usage.num_steps, "twotower.blocks": usage.num_blocks}
     told |= _drafts(usage)

@@ -1,6 +1,6 @@
-"""Counts in plain Python, so that an event costs a dictionary's entry; once a second all goes to the exporter.
+"""Counts in plain Python, so that an event costs one dictionary entry; once a second all counts go to the exporter.
 
-Knows nothing of who exports. One thread calls it: the event loop's.
+Knows nothing of the exporter. One thread calls it: the event loop's.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ Series = tuple[Metric, Labels]
 
 
 class Exporter(Protocol):
-    """Where numbers go. Counters are told what has been added since the last time."""
+    """A destination of metrics. Counters get the amount added since the last call."""
 
     def add(self, metric: Metric, labels: Labels, amount: float) -> None: ...
 
@@ -29,7 +29,7 @@ class Exporter(Protocol):
 
 
 class Tally:
-    """What has come together since the last flush. Gauges are kept: an exporter may forget what is not said again."""
+    """The counts since the last flush. Gauges are kept, because an exporter may drop a gauge that is not repeated."""
 
     def __init__(self) -> None:
         self._added: Counter[Series] = Counter()
@@ -37,7 +37,7 @@ class Tally:
         self._gauges: dict[Series, float] = {}
 
     def add(self, metric: Metric, amount: float, *labels: str) -> None:
-        """An amount of 0 begins the series: a rate sees its first increase only so."""
+        """An amount of 0 begins the series; otherwise a rate would not see its first increase."""
         assert metric.kind is Kind.COUNTER and len(labels) == len(metric.labels), metric.name
         self._added[metric, labels] += amount  # type: ignore[assignment]  # a Counter of seconds, too
 
@@ -50,7 +50,7 @@ class Tally:
         self._gauges[metric, labels] = value
 
     def forget(self, metric: Metric, *labels: str) -> None:
-        """A gauge that is not known now."""
+        """Drop a gauge whose value is not known now."""
         self._gauges.pop((metric, labels), None)
 
     def flush(self, exporter: Exporter) -> None:

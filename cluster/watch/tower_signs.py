@@ -1,4 +1,4 @@
-"""What a cell says of its towers, from their counters: shares of the time between two answers."""
+"""The state of a cell's towers for its beat, from their counters: shares of the time between two answers."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from cluster.runs.signs import TowerSign
 from twotower.engine.handle import EngineStats
 
-SILENCE_S = 5.0  # then a tower is told of as one that does not answer
-_LEAST_S = 0.2  # between answers; of less time shares say little
+SILENCE_S = 5.0  # after this time a tower counts as not answering
+_LEAST_S = 0.2  # seconds between answers; shares of less time say little
 
 
 @dataclass(slots=True)
 class _Heard:
-    """The last answer of one tower, and the sign that came of it."""
+    """The last answer of one tower, and the sign made from it."""
 
     at: float
     stats: EngineStats
@@ -21,15 +21,16 @@ class _Heard:
 
 
 class TowerSigns:
-    """It `hears` what the towers say whenever somebody has asked them. `expected`: the towers of the cell's processes,
-    each a tuple of names."""
+    """Call `hears` with the towers' answers whenever they were asked. `expected`: the towers of the cell's processes, a
+    tuple of names each.
+    """
 
     def __init__(self, expected: Sequence[tuple[str, ...]], clock: Callable[[], float] = time.monotonic) -> None:
         self._expected, self._clock = expected, clock
         self._heard: dict[str, _Heard] = {}
 
     def hears(self, towers: Sequence[EngineStats], homes: Sequence[Mapping[str, str]]) -> None:
-        """`homes`: of the cell's tower processes, in the cell's order; an empty one is being replaced."""
+        """`homes`: the homes of the cell's tower processes, in the cell's order; an empty one is being replaced."""
         now, places = self._clock(), {int(home["pid"]): place for place, home in enumerate(homes) if home}
         for stats in towers:
             place = places.get(stats.process)
@@ -42,7 +43,7 @@ class TowerSigns:
             self._heard[name] = _Heard(now, stats, _sign(name, stats, homes[place], before, now))
 
     def now(self, homes: Sequence[Mapping[str, str]]) -> tuple[TowerSign, ...]:
-        """All towers that the cell should have."""
+        """The signs of all towers that the cell should have."""
         since = self._clock() - SILENCE_S
         signs = []
         for place, names in enumerate(self._expected):

@@ -1,4 +1,4 @@
-"""What metrics, log and traces call a request's mode and its end."""
+"""The names of a request's mode and end in metrics, log and traces."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from cluster.faces.error_codes import code_of
 from cluster.runs.record import Record
 from twotower.core import Request
 
-SCORE = "score"  # what stands for a mode where the context tower scores
+SCORE = "score"  # the mode's name for scores
 
 
 def mode_of(record: Record) -> str:
@@ -16,7 +16,7 @@ def mode_of(record: Record) -> str:
 
 
 def code_of_end(error: BaseException) -> grpc.StatusCode:
-    """Of what ended a run, or a call. A face cancels the run of a client that has left."""
+    """The code of the error that ended a run or a call. A face cancels the run of a client that has left."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return grpc.StatusCode.CANCELLED
     return code_of(error).grpc

@@ -84,9 +84,8 @@ class ScoreBody(Body):
 
 
 class Scored(Body):
-    """For each token of a continuation, after all tokens before it: its natural log-probability in `log_probs`, and
-    whether `ar` at temperature 0 would have chosen it. `texts`: each token on its own, for display; none without a
-    tokenizer.
+    """`log_probs`: each token's natural log-probability after all tokens before it. `is_greedy`: whether `ar` at
+    temperature 0 would have chosen it. `texts`: each token on its own, for display; none without a tokenizer.
     """
 
     token_ids: list[int]
