@@ -22,9 +22,9 @@ class CellSettings:
     """A cell. `gpus_per_tower` None: one where the towers run on CUDA, none where they run on the CPU.
 
     `device` is cpu, cuda or cuda:N, never auto, because it decides bundles and memory before any process is started.
-    cuda:N is the Nth of the GPUs that a tower process sees. Ray shows a process its own GPUs: one, or `gpus_per_tower`
-    if that is more; with 0 the process sees all GPUs of its node. `ssm_wire_dtype`: the dtype of Mamba states between
-    towers; only `split` sends any.
+    With cuda:N it is the Nth of the GPUs that a tower process sees. Ray shows a process its own GPUs: one, or
+    `gpus_per_tower` if that is more; with 0 the process sees all GPUs of its node. `ssm_wire_dtype`: the dtype of Mamba
+    states between towers; only `split` sends any.
     """
 
     checkpoint: str

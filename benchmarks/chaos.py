@@ -1,10 +1,9 @@
 """What a service under load survives: processes are killed and hung at every moment of a request's life.
 
-Starts a service of the demo on a Ray of its own with a second node (all on this machine, on loopback), keeps clients
-asking over both faces in all modes, and strikes: the context tower, the denoiser, a cell's replica, Serve's
-controller, the second node's raylet. Every answer is compared with the library's own, given in this process before.
-After each fault the service must become whole, and once idle nothing may be left over. Exit status 1 where anything is
-wrong.
+Starts a service of the demo on its own Ray with a second node (all on this machine, on loopback). Clients ask over both
+faces in all modes. Faults hit the context tower, the denoiser, a cell's replica, Serve's controller, and the second
+node's raylet. Every answer is compared with the library's own, computed before in this process. After each fault the
+service must become whole, and once idle nothing may be left over. Exit status 1 if anything is wrong.
 
 examples:
   python -m benchmarks.chaos --output benchmarks/results/chaos_<hardware>_<date>.md      every kind in every phase

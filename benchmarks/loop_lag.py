@@ -97,8 +97,8 @@ class OneToken:
 
 @dataclass(frozen=True, slots=True)
 class Lag:
-    """What a beat beside one request saw: how late it was, and the processor time between two beats, of this process
-    (`lag_s`) and of the loop's own thread (`work_s`). Also how long the request took, and its status.
+    """The findings of a beat beside one request: its delay, and the processor time between two beats. `lag_s` is this
+    process's time, `work_s` the loop's own thread's. Also how long the request took, and its status.
     """
 
     p99_s: float

@@ -1,6 +1,6 @@
-"""The HTTP face and a router's code over a pair of the demo's towers, all in one process, without Ray: a service on
-which a client can be tried where Ray has no room. `python -m benchmarks.one_process [PORT]`. It lacks cells that come
-and go, Serve's proxy, and gRPC.
+"""The HTTP face and a router's code over a pair of the demo's towers, in one process without Ray. A client can be tried
+on it where Ray has no room. `python -m benchmarks.one_process [PORT]`. It lacks cells that come and go, Serve's proxy,
+and gRPC.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""What experts in 8 and 4 bits cost: quality, tokens a step, and agreement with the checkpoint as it is, in fp32.
+"""What experts in 8 and 4 bits cost: quality, tokens a step, and agreement with the unchanged checkpoint in fp32.
 
-Answers the demo's held-out prompts in this process, greedily, in `ar`, `verified` and `diffusion`, once with experts as
-they are stored and once in each format. Writes PREFIX.md and PREFIX.json, named by the sha256 of the weights.
+Answers the demo's held-out prompts greedily in this process, in `ar`, `verified` and `diffusion`: once with experts as
+stored, and once in each format. Writes PREFIX.md and PREFIX.json, named by the sha256 of the weights.
 
 examples:
   python -m benchmarks.quantised                        16 prompts a family; some minutes on a quiet core
@@ -59,8 +59,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a format holds: bytes of a tower's experts, how far its weights are off (root of the mean square, as a share
-    of theirs), and by how many nats a token known texts are likelier or unlikelier than in fp32, on average."""
+    """The figures of a format: bytes of a tower's experts, and the error of its weights (root mean square, as a share
+    of theirs). Also the mean change of known texts' log-probability from fp32, in nats a token.
+    """
 
     experts: str
     nbytes: int

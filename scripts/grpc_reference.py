@@ -1,4 +1,4 @@
-"""Writes docs/grpc.md: every method, message and field of the gRPC API with its comment in protos/; with --check, only
+"""Writes docs/grpc.md: every method, message and field of the gRPC API with its comment in protos/. With --check, only
 says whether the file is up to date.
 """
 

@@ -1,7 +1,7 @@
-"""Makes .venv-kernels for this checkout: what the tests of the real kernels need, without a GPU and without CUDA.
+"""Makes .venv-kernels for this checkout: the packages for tests of the real kernels, without a GPU and without CUDA.
 
-mamba-ssm's Triton kernels run on a CPU, under Triton's interpreter. causal-conv1d and flash-attn come without their
-compiled parts: enough to run their Python over stand-ins for these.
+With them mamba-ssm's Triton kernels run on a CPU, under Triton's interpreter. The packages causal-conv1d and flash-attn
+come without their compiled parts: enough to run their Python over stand-ins.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writes deploy/locks: every package of the images, with the digest of the one file that is installed.
 
-For Python 3.12 on Linux, x86-64. Asks the package index, so it is run by hand; tests compare what it wrote with
-pyproject.toml. torch's CPU build lies on an index of its own: the CPU image pins it by its version alone.
+For Python 3.12 on Linux, x86-64. Asks the package index, so it is run by hand. Tests compare its output with
+pyproject.toml. The CPU build of torch is on a separate index: the CPU image pins it by its version alone.
 """
 
 from __future__ import annotations

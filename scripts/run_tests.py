@@ -18,7 +18,7 @@ _SOME_FAILED = 1  # pytest's status; others say that it was stopped or could not
 _TREE = Path(__file__).resolve().parent.parent
 _CACHE = _TREE / ".pytest_cache"
 # Which tests, and how the two workers share them. On a local Ray the tests of a file stay together, because they share
-# what they started; tests/conftest.py puts the files in an order that keeps both workers busy to the end. (`--dist
+# what they started. The file tests/conftest.py orders the files so that both workers are busy to the end. (`--dist
 # loadgroup` does nothing: xdist 3.8 cannot rename this pytest's tests.)
 PARTS = {
     "alone": ("not ray and not slow and not long and not kernels", ("--dist", "worksteal")),

@@ -1,4 +1,4 @@
-"""GPUs that are none: tensors that say they are on `cuda:N` and compute on the CPU; a `torch.cuda` with CUDA's rules.
+"""Stand-in GPUs: tensors that say they are on `cuda:N` and compute on the CPU; a `torch.cuda` with CUDA's rules.
 
 Faults that show late on a real GPU, or only sometimes, are an AssertionError here:
 - a device without an index, or operands on two devices;

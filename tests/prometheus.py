@@ -60,8 +60,9 @@ class Prometheus:
 def running_prometheus(
     directory: Path, address: str, targets: Sequence[str], groups: dict[str, Any]
 ) -> Iterator[Prometheus]:
-    """Scrapes our metrics of these targets, and evaluates these groups of rules, every few seconds: a scrape that takes
-    longer is one that failed, and then there is nothing to see."""
+    """Scrapes our metrics of these targets, and evaluates these groups of rules, every few seconds. A scrape that takes
+    longer counts as failed, and gives no samples.
+    """
     (directory / "rules.yaml").write_text(yaml.safe_dump(groups))
     ours = {"source_labels": ["__name__"], "regex": "ray_twotower_.*", "action": "keep"}
     job = {"job_name": "ray", "static_configs": [{"targets": [*targets]}], "metric_relabel_configs": [ours]}

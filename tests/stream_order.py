@@ -5,8 +5,8 @@ once, so its numbers are right in any order. Here a touch is a fault when nothin
 of the same bytes. The allocator's rules count too: memory belongs to the stream that was current when it was made. So
 another stream's first touch comes after that, and its last one has ended when the memory is let go.
 
-Each thread knows for itself what has ended. Knowledge passes with a thread's start and end, and with whatever our links
-hand over: through their queues, in the frames they send, and by a flag of the mirror's.
+Each thread has its own knowledge of what has ended. Knowledge passes with a thread's start and end, and with our links'
+transfers: queues, frames, and a flag of the mirror.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""What a service tells: answers, events of a stream, scores, what it serves. Plain data, the same over both faces."""
+"""A service's answers: whole answers, events of a stream, scores, the model. Plain data, the same over both faces."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -10,12 +10,12 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What an answer, or a block of it, has cost.
+    """The cost of an answer, or of a block of it.
 
     `num_steps` counts denoiser forwards, `num_blocks` commits, in `verified` rounds. `num_drafted` counts the tokens
-    that the denoiser proposed in rounds, `num_accepted` those among them that stand. In `auto`, of its blocks
-    `num_ar_blocks` were written by the context tower alone and `num_diffusion_blocks` by the denoiser. `cached_tokens`:
-    of the prompt's tokens, those that the service had read for another request.
+    that the denoiser proposed in rounds, `num_accepted` the accepted ones. In `auto` the context tower wrote
+    `num_ar_blocks` of the blocks alone, and the denoiser `num_diffusion_blocks`. `cached_tokens`: tokens of the prompt
+    that the service had read for another request.
     """
 
     prompt_tokens: int = 0
@@ -34,11 +34,11 @@ class Usage:
 
     @property
     def tokens_per_step(self) -> float | None:
-        """None where there was no step, as in `ar`."""
+        """None without steps, as in `ar`."""
         return self.completion_tokens / self.num_steps if self.num_steps else None
 
     def less(self, before: "Usage") -> "Usage":
-        """What came on top."""
+        """The difference from an earlier usage."""
         return Usage(*(getattr(self, one.name) - getattr(before, one.name) for one in fields(self)))
 
     def plus(self, more: "Usage") -> "Usage":
@@ -47,8 +47,9 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A likely token at some place. `text`: the token on its own, for showing. `token_id` is None over HTTP, where only
-    the text is told."""
+    """A likely token at some place. `text`: the token on its own, for display. `token_id` is None over HTTP, which
+    sends only the text.
+    """
 
     text: str
     log_prob: float
@@ -57,10 +58,10 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """How likely the context tower finds a token after all tokens before it; None for the first token of a prompt.
+    """A token's log-probability under the context tower, after all tokens before it; None for a prompt's first token.
 
-    `confidence`: in `diffusion`, the denoiser's probability of the token when it was fixed. `text`: of the token on its
-    own, for showing. Over HTTP the token itself is among the `top` ones.
+    `confidence`: in `diffusion`, the denoiser's probability of the token when it was fixed. `text`: the token on its
+    own, for display. Over HTTP the token itself is among the `top` ones.
     """
 
     log_prob: float | None
@@ -71,8 +72,9 @@ class Likelihood:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Committed tokens, which never change, and the text that became certain with them. `usage`: what they cost.
-    `choice`, as of all events: which of `n` answers it is of."""
+    """Committed tokens, which never change, and the text that became certain with them. `usage`: their cost. `choice`,
+    as in all events: the answer's number among the `n`.
+    """
 
     start: int
     token_ids: tuple[int, ...]
@@ -84,7 +86,9 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one denoiser step fixed of a block; told where `trace` asks. In `verified` the tokens are a draft."""
+    """The positions of a block that one denoiser step fixed; sent with `trace`. In `verified` the tokens
+    are a draft.
+    """
 
     start: int
     size: int
@@ -98,7 +102,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What the context tower made of a draft; told where `trace` asks."""
+    """The context tower's verdict on a draft; sent with `trace`."""
 
     start: int
     draft: tuple[int, ...]
@@ -111,9 +115,9 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of an answer, of which a stream has `n`. `usage`: that answer's own.
+    """The last event of an answer; a stream has `n` of them. `usage`: that answer's own.
 
-    `mode` is None over HTTP where the request named none.
+    `mode` is None over HTTP if the request named none.
     """
 
     finish_reason: FinishReason
@@ -130,9 +134,9 @@ Event = Block | Step | Round | Finished
 class Answer:
     """A whole answer.
 
-    `text` is empty where the service has no tokenizer. `request_id`: the caller's label. `service_id`: under which the
-    service's log has the request, where it was told. `attempts`: how often the request was sent. `others`: the answers
-    after the first, where `n` asks for several. `usage`: of all answers that were decoded, a prompt counted once.
+    `text` is empty if the service has no tokenizer. `request_id`: the caller's label. `service_id`: the request's id in
+    the service's log, if known. `attempts`: how often the request was sent. `others`: the answers after the first, if
+    `n` asks for several. `usage`: of all decoded answers, with the prompt counted once.
     """
 
     text: str
@@ -148,15 +152,16 @@ class Answer:
     others: tuple["Answer", ...] = ()
 
     def after(self, attempts: int) -> "Answer":
-        """The same of a request that was sent so often."""
+        """The same, for a request that was sent so often."""
         return replace(self, attempts=attempts, others=tuple(one.after(attempts) for one in self.others))
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely the context tower finds each token of a continuation (natural logarithms). `is_greedy`: whether `ar`
-    at temperature 0 would have chosen the token. `cached_tokens` as in a Usage; of several continuations that of the
-    first."""
+    """The natural log-probability of each token of a continuation under the context tower. `is_greedy`: whether `ar` at
+    temperature 0 would have chosen the token. `cached_tokens` as in a Usage; for several continuations, the first
+    one's.
+    """
 
     prompt_tokens: int
     token_ids: tuple[int, ...]
@@ -169,7 +174,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model that is served. What only gRPC tells is None over HTTP."""
+    """The served model. Fields that only gRPC has are None over HTTP."""
 
     name: str
     modes: tuple[str, ...]
@@ -184,7 +189,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether the service is ready, and of each mode whether it is served now. `reason`: why it is not ready."""
+    """Whether the service is ready, and for each mode whether it is served now. `reason`: why it is not ready."""
 
     ready: bool
     modes: Mapping[str, bool] = field(default_factory=dict)
@@ -208,7 +213,7 @@ class Gathering:
 
     @property
     def finished(self) -> Finished | None:
-        """How the first answer ended, once it has."""
+        """The end of the first answer, once it has ended."""
         return self._ends.get(0)
 
     @property

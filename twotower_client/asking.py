@@ -1,7 +1,7 @@
-"""What is asked of a service: a prompt or a chat with its options, or a continuation to score. Knows no face.
+"""Requests to a service: a prompt or a chat with its options, or a continuation to score. Knows no face.
 
-`Params` names each parameter as docs/parameters.md does; tests hold it to the service's own declarations. What a value
-must be, the service says: here only what cannot be sent is refused.
+`Params` names each parameter as docs/parameters.md does; tests compare it with the service's declarations. The service
+checks values; the client refuses only what cannot be sent.
 """
 
 import uuid
@@ -14,11 +14,11 @@ from twotower_client.errors import InvalidRequest
 Mode = Literal["diffusion", "mock_ar", "ar", "verified", "auto"]
 Floor = Literal["lossless", "confidence"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-MAX_TIMEOUT_S = 1_000_000.0  # what is much longer, gRPC takes for no time at all
+MAX_TIMEOUT_S = 1_000_000.0  # gRPC takes a much longer time for none
 
 
 class Message(TypedDict, total=False):
-    """Of a chat. `role`: system, developer, user or assistant."""
+    """A message of a chat. `role`: system, developer, user or assistant."""
 
     role: Required[str]
     content: Required[str]
@@ -30,13 +30,13 @@ Prompt = str | Sequence[int] | Sequence[Message]  # the last is a chat
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages, of which the service's template makes the prompt."""
+    """Messages that the service's template turns into the prompt."""
 
     messages: tuple[Mapping[str, str], ...]
 
 
 class Params(TypedDict, total=False):
-    """How to decode; what is left out, or None, takes the service's default."""
+    """How to decode. A parameter that is left out or None takes the service's default."""
 
     mode: Mode | None
     max_new_tokens: int | None
@@ -62,8 +62,9 @@ class Params(TypedDict, total=False):
 
 
 class Common(TypedDict, total=False):
-    """Beside the parameters of any call. `timeout_s`: for the whole call with all its attempts; None: the client's own.
-    `request_id`: a label for logs; where none is given, one is drawn."""
+    """Options of every call. `timeout_s`: for the whole call with all its attempts; None: the client's own.
+    `request_id`: a label for logs; drawn if not given.
+    """
 
     priority: int
     request_id: str
@@ -71,9 +72,10 @@ class Common(TypedDict, total=False):
 
 
 class Answering(Params, Common, total=False):
-    """Of an answer, whole or as a stream. `logprobs`: tell how likely each token is, with so many alternatives. `n`: so
-    many answers, each with a seed of its own. `include_stop_str_in_output`: the text ends behind a stop string.
-    `add_special_tokens`: those that the tokenizer puts around text; None: around a prompt, not around a chat."""
+    """Options of an answer, whole or as a stream. `logprobs`: each token's log-probability, with so many alternatives.
+    `n`: so many answers, each with its own seed. `include_stop_str_in_output`: the text ends after a stop string.
+    `add_special_tokens`: whether the tokenizer adds special tokens; None: for a prompt, not for a chat.
+    """
 
     stop: str | Sequence[str]
     logprobs: int | None
@@ -83,22 +85,23 @@ class Answering(Params, Common, total=False):
 
 
 class Options(Answering, total=False):
-    """Of a whole answer. `best_of`: decode so many and tell the likeliest `n`. `echo`: begin with the prompt again;
-    with max_new_tokens=0 nothing is decoded."""
+    """Options of a whole answer. `best_of`: decode so many answers and return the likeliest `n`. `echo`: begin with the
+    prompt; with max_new_tokens=0 nothing is decoded.
+    """
 
     best_of: int | None
     echo: bool
 
 
 class StreamOptions(Answering, total=False):
-    """Of a stream. `trace`: tell what each denoiser step fixes, as Step and Round events."""
+    """Options of a stream. `trace`: show what each denoiser step fixes, as Step and Round events."""
 
     trace: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request for an answer, the same in all attempts. `params`: only what was given."""
+    """A request for an answer, the same in all attempts. `params`: only given values."""
 
     prompt: str | tuple[int, ...] | Chat
     request_id: str
@@ -114,12 +117,12 @@ class Ask:
     trace: bool = False
 
     def check_whole(self) -> None:
-        """Raises InvalidRequest for what only a stream tells."""
+        """Raises InvalidRequest for options that only a stream has."""
         if self.trace:
             raise InvalidRequest.of("trace", "got true, wanted it only of a stream", self.request_id)
 
     def check_streams(self) -> None:
-        """Raises InvalidRequest for what no stream tells."""
+        """Raises InvalidRequest for options that no stream has."""
         if self.echo:
             raise InvalidRequest.of("echo", "got true, wanted it only without a stream", self.request_id)
         if self.best_of is not None:
@@ -131,7 +134,9 @@ _BESIDE = {one.name for one in fields(Ask)} - {"prompt", "request_id", "params",
 
 @dataclass(frozen=True, slots=True)
 class ScoreAsk:
-    """A request for scores of one prompt's continuations, one at least, all of which are text or all token ids."""
+    """A request for scores of at least one continuation of one prompt. All continuations are text, or all are token
+    ids.
+    """
 
     prompt: str | tuple[int, ...]
     continuations: tuple[str | tuple[int, ...], ...]
@@ -140,8 +145,9 @@ class ScoreAsk:
 
 
 def ask_of(prompt: Prompt, options: Mapping[str, Any]) -> tuple[Ask, float | None]:
-    """The request, and its timeout. Raises TypeError for an option that there is not, InvalidRequest for a prompt that
-    is none."""
+    """The request, and its timeout. Raises TypeError for an unknown option, and InvalidRequest for an
+    invalid prompt.
+    """
     given = dict(options)
     timeout_s = checked_timeout(given.pop("timeout_s", None))
     request_id = given.pop("request_id", "") or drawn_id()
@@ -170,7 +176,7 @@ def scores_ask_of(
     prompt: Prompt, continuations: Sequence[Prompt], options: Mapping[str, Any]
 ) -> tuple[ScoreAsk, float | None]:
     """As `ask_of`."""
-    given: object = continuations  # whatever the caller made of the annotation
+    given: object = continuations  # because callers may ignore the annotation
     if isinstance(given, str) or not isinstance(given, Sequence):
         got = f"a {type(given).__name__}"
         raise InvalidRequest.of("continuations", f"got {got}, wanted a list of texts or of lists of token ids")
@@ -227,7 +233,7 @@ def checked_prompt(name: str, prompt: object, request_id: str) -> str | tuple[in
 
 
 def text_or_chat(given: object) -> str | Chat:
-    """Raises InvalidRequest for token ids, and for what is no prompt."""
+    """Raises InvalidRequest for token ids, and for anything that is not a prompt."""
     prompt = chat_or_prompt("text", given)
     if isinstance(prompt, tuple):
         raise InvalidRequest.of("text", "got token ids, wanted text or a chat's messages")

@@ -90,15 +90,16 @@ class AsyncClient:
         return AsyncStream(self, ask, timeout_s or self.timeout_s)
 
     async def score(self, prompt: Prompt, continuation: Prompt, **options: Unpack[Common]) -> Score:
-        """How likely the context tower finds the continuation. Raises a ServiceError."""
+        """The continuation's log-probabilities under the context tower. Raises a ServiceError."""
         ask, timeout_s = score_ask_of(prompt, continuation, options)
         return (await self._retried(lambda left_s: self._face.score(ask, left_s), timeout_s))[0][0]
 
     async def scores(
         self, prompt: Prompt, continuations: Sequence[Prompt], **options: Unpack[Common]
     ) -> tuple[Score, ...]:
-        """The same of several continuations of one prompt, in their order: all text, or all token ids. Each counts as a
-        request. Raises a ServiceError."""
+        """The scores of several continuations of one prompt, in order: all text, or all token ids. Each counts as a
+        request. Raises a ServiceError.
+        """
         ask, timeout_s = scores_ask_of(prompt, continuations, options)
         return (await self._retried(lambda left_s: self._face.score(ask, left_s), timeout_s))[0]
 
@@ -119,7 +120,7 @@ class AsyncClient:
         return (await self._retried(lambda left_s: self._face.detokenize(ids, left_s), timeout_s))[0]
 
     async def model(self, timeout_s: float | None = None) -> ModelInfo:
-        """What is served. Raises a ServiceError."""
+        """The served model. Raises a ServiceError."""
         return (await self._retried(self._face.model_info, timeout_s))[0]
 
     async def is_alive(self, timeout_s: float = _READY_S) -> bool:
@@ -130,7 +131,7 @@ class AsyncClient:
             return False
 
     async def ready(self, timeout_s: float = _READY_S) -> Readiness:
-        """Whether the service serves, and which modes. Asked once; where nobody answers, it is not ready."""
+        """Whether the service is ready, and which modes it serves. Asked once; without an answer it is not ready."""
         try:
             return await self._face.readiness(checked_timeout(timeout_s))
         except ServiceError as error:
@@ -151,7 +152,7 @@ class AsyncClient:
     async def _retried(
         self, call: Callable[[float | None], Awaitable[Told]], timeout_s: float | None
     ) -> tuple[Told, int]:
-        """What the call gives at last, and how often it was made."""
+        """The call's final result, and how often it was made."""
         tries = self._tries(checked_timeout(timeout_s))
         while True:
             try:
@@ -164,7 +165,8 @@ class AsyncClient:
 class AsyncStream(AsyncIterator[Event]):
     """The events of an answer. Leaving the block, or `close`, gives the request up.
 
-    `text` and `token_ids`: so far. `finished`: how it ended, once it has. `request_id`: the label in the service's log.
+    `text` and `token_ids`: so far. `finished`: the end event, once it has arrived. `request_id`: the label in the
+    service's log.
     """
 
     def __init__(self, client: AsyncClient, ask: Ask, timeout_s: float | None) -> None:

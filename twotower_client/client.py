@@ -1,4 +1,4 @@
-"""A service's blocking client: calls, retries, streams. What goes over which wire the faces know."""
+"""A service's blocking client: calls, retries, streams. The faces handle the wire formats."""
 
 import random
 import time
@@ -60,10 +60,10 @@ def face_of(target: Target) -> Face:
 class Client:
     """Asks the service at `url`: grpc://HOST:PORT, grpcs://, http:// or https://. Calls may come from several threads.
 
-    `api_key`: None takes the environment's TWOTOWER_API_KEY. `tls`: files for grpcs and https. `retry`: when a call
-    that failed is sent again. `timeout_s`: for a call with all its attempts; None leaves the limit to the service.
-    `use_proxies`: whether the environment's proxies have a say. `face`: another way to the service, as tests have.
-    Raises ValueError for a setting that cannot be.
+    `api_key`: None takes the environment's TWOTOWER_API_KEY. `tls`: files for grpcs and https. `retry`: when a failed
+    call is sent again. `timeout_s`: for a call with all its attempts; None leaves the limit to the service.
+    `use_proxies`: whether to use the environment's proxies. `face`: another way to the service, for tests. Raises
+    ValueError for an invalid setting.
     """
 
     def __init__(
@@ -96,13 +96,14 @@ class Client:
         return Stream(self, ask, timeout_s or self.timeout_s)
 
     def score(self, prompt: Prompt, continuation: Prompt, **options: Unpack[Common]) -> Score:
-        """How likely the context tower finds the continuation. Raises a ServiceError."""
+        """The continuation's log-probabilities under the context tower. Raises a ServiceError."""
         ask, timeout_s = score_ask_of(prompt, continuation, options)
         return self._retried(lambda left_s: self._face.score(ask, left_s), timeout_s)[0][0]
 
     def scores(self, prompt: Prompt, continuations: Sequence[Prompt], **options: Unpack[Common]) -> tuple[Score, ...]:
-        """The same of several continuations of one prompt, in their order: all text, or all token ids. Each counts as a
-        request. Raises a ServiceError."""
+        """The scores of several continuations of one prompt, in order: all text, or all token ids. Each counts as a
+        request. Raises a ServiceError.
+        """
         ask, timeout_s = scores_ask_of(prompt, continuations, options)
         return self._retried(lambda left_s: self._face.score(ask, left_s), timeout_s)[0]
 
@@ -112,8 +113,9 @@ class Client:
         add_special_tokens: bool | None = None,
         timeout_s: float | None = None,
     ) -> tuple[int, ...]:
-        """The token ids of a text or a chat, as a prompt's. `add_special_tokens` None: around a text alone.
-        Raises a ServiceError."""
+        """The token ids of a text or a chat as a prompt. `add_special_tokens` None: for a text only. Raises a
+        ServiceError.
+        """
         given = text_or_chat(text)
         return self._retried(lambda left_s: self._face.tokenize(given, add_special_tokens, left_s), timeout_s)[0]
 
@@ -123,7 +125,7 @@ class Client:
         return self._retried(lambda left_s: self._face.detokenize(ids, left_s), timeout_s)[0]
 
     def model(self, timeout_s: float | None = None) -> ModelInfo:
-        """What is served. Raises a ServiceError."""
+        """The served model. Raises a ServiceError."""
         return self._retried(self._face.model_info, timeout_s)[0]
 
     def is_alive(self, timeout_s: float = _READY_S) -> bool:
@@ -134,7 +136,7 @@ class Client:
             return False
 
     def ready(self, timeout_s: float = _READY_S) -> Readiness:
-        """Whether the service serves, and which modes. Asked once; where nobody answers, it is not ready."""
+        """Whether the service is ready, and which modes it serves. Asked once; without an answer it is not ready."""
         try:
             return self._face.readiness(checked_timeout(timeout_s))
         except ServiceError as error:
@@ -153,7 +155,7 @@ class Client:
         return Tries(self.retry, timeout_s or self.timeout_s, self._draw)
 
     def _retried(self, call: Callable[[float | None], Told], timeout_s: float | None) -> tuple[Told, int]:
-        """What the call gives at last, and how often it was made."""
+        """The call's final result, and how often it was made."""
         tries = self._tries(checked_timeout(timeout_s))
         while True:
             try:
@@ -166,7 +168,8 @@ class Client:
 class Stream(Iterator[Event]):
     """The events of an answer. Leaving the block, or `close`, gives the request up.
 
-    `text` and `token_ids`: so far. `finished`: how it ended, once it has. `request_id`: the label in the service's log.
+    `text` and `token_ids`: so far. `finished`: the end event, once it has arrived. `request_id`: the label in the
+    service's log.
     """
 
     def __init__(self, client: Client, ask: Ask, timeout_s: float | None) -> None:

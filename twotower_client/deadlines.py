@@ -1,6 +1,7 @@
 """A deadline that holds for a whole blocking HTTP call, however many waits it has. Sends nothing of its own.
 
-An HTTP client bounds each wait alone: one for a connection, one for each read. Here each gets what is left of the call.
+An HTTP client bounds each wait separately: one for a connection, one for each read. Here each wait gets the rest of the
+call's time.
 """
 
 import ssl
@@ -20,7 +21,7 @@ clock: Callable[[], float] = time.monotonic
 
 @contextmanager
 def until(ends_at: float | None) -> Iterator[None]:
-    """What this thread waits for on a connection within ends then, by `clock`."""
+    """This thread's waits on a connection inside the block end then, by `clock`."""
     before = _ENDS_AT.set(ends_at)
     try:
         yield
@@ -29,7 +30,7 @@ def until(ends_at: float | None) -> Iterator[None]:
 
 
 def left_s(timeout_s: float | None) -> float | None:
-    """Of the call, and no more than this wait's own. Raises httpcore2.ReadTimeout once nothing is left."""
+    """The rest of the call's time, at most this wait's own limit. Raises httpcore2.ReadTimeout once nothing is left."""
     ends_at = _ENDS_AT.get()
     if ends_at is None:
         return timeout_s
@@ -91,8 +92,9 @@ class _Body(httpx2.SyncByteStream):
 
 
 class Transport(httpx2.BaseTransport):
-    """httpx2's way to a service, straight or through a proxy, over a pool of such connections. Raises httpcore2's
-    errors."""
+    """httpx2's transport to a service, direct or through a proxy, over a pool of such connections. Raises httpcore2's
+    errors.
+    """
 
     def __init__(
         self,

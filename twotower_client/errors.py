@@ -30,11 +30,11 @@ class FieldViolation:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What is known of a failure beside its kind and message.
+    """The known facts about a failure beside its kind and message.
 
-    `status`: of HTTP. `request_id`: the caller's label, the same in all attempts. `service_id`: under which the
-    service's log has the last attempt. `retry_after_s`: when the service asks to come again. `attempts`: how often the
-    request was sent. `keys_limit`: whether a key's limit is reached.
+    `status`: of HTTP. `request_id`: the caller's label, the same in all attempts. `service_id`: the last attempt's id
+    in the service's log. `retry_after_s`: the service's hint for a retry. `attempts`: how often the request was sent.
+    `keys_limit`: whether a key's limit is reached.
     """
 
     code: str
@@ -87,12 +87,13 @@ class ServiceError(Exception):
 
     @property
     def can_retry(self) -> bool:
-        """Whether the same request may go better later. What is full says when; what does not say it (a message above
-        gRPC's limit) never has room."""
+        """Whether the same request may succeed later. A full service gives a hint; an error without a hint (a message
+        above gRPC's limit) never gets room.
+        """
         return isinstance(self, Unavailable) or (isinstance(self, Overloaded) and self.retry_after_s is not None)
 
     def after(self, attempts: int) -> "ServiceError":
-        """The same error of a request that was sent so often."""
+        """The same error, for a request that was sent so often."""
         return type(self)(self.message, replace(self.details, attempts=attempts))
 
 
@@ -101,7 +102,7 @@ class InvalidRequest(ServiceError):
 
     @classmethod
     def of(cls, field: str, description: str, request_id: str = "") -> "InvalidRequest":
-        """Found before anything was sent."""
+        """An error found before anything was sent."""
         violation = FieldViolation(field, description)
         about = Details("INVALID_ARGUMENT", request_id=request_id, violations=(violation,), attempts=0)
         return cls(f"{field}: {description}", about)
@@ -128,7 +129,7 @@ class Unavailable(ServiceError):
 
 
 class TlsMistake(ServiceError):
-    """Certificate, name or scheme are wrong: what was got and wanted. Asking again does not help."""
+    """Certificate, name or scheme are wrong; the message says what was got and wanted. A retry does not help."""
 
 
 class DeadlineExceeded(ServiceError):
@@ -167,6 +168,6 @@ KINDS: dict[str, type[ServiceError]] = {
 
 
 def error_of(message: str, details: Details) -> ServiceError:
-    """The error of this code; InternalError for one that has no kind of its own."""
+    """The error of this code; InternalError for an unknown code."""
     kind = RateLimited if details.keys_limit else KINDS.get(details.code, InternalError)
     return kind(message, details)

@@ -31,7 +31,7 @@ _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVICE_ID = "x-twotower-id"
 _STATUS = "grpc-status-details-bin"
 _ENUMS: dict[str, Any] = {"mode": pb.Mode, "floor": pb.Floor}
-# What a GenerateRequest has beside prompt and parameters, under the names that an Ask has.
+# A GenerateRequest's fields beside prompt and parameters, under an Ask's names.
 _BESIDE = tuple(one.name for one in fields(Ask) if one.name not in ("prompt", "params"))
 _SERVING = b"\x08\x01"
 
@@ -40,8 +40,9 @@ Told = TypeVar("Told")
 
 @dataclass(frozen=True, slots=True)
 class Rpc(Generic[Told]):
-    """A call to make: its method, its message as bytes, how the answer's bytes are read, given the service's id of the
-    request."""
+    """A call to make: its method, its message as bytes, and the reader of the answer's bytes, which gets the service's
+    id of the request.
+    """
 
     path: str
     message: bytes

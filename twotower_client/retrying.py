@@ -12,9 +12,9 @@ MAX_ATTEMPTS, MAX_PAUSE_S = 100, 3600.0
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Up to `attempts` in all. Before the next one a random time, up to `first_s` after the first failure and
-    `factor` times as long after each further one, `longest_s` at most. Where the service says when to come again, this
-    comes on top of what it says. Where it says a time beyond `longest_hint_s`, the error is raised at once.
+    """Up to `attempts` in all. Before the next one the client waits for a random time. It is up to `first_s` after the
+    first failure, `factor` times as long after each further one, and `longest_s` at most. The service's own hint is
+    added to this time. If the hint is beyond `longest_hint_s`, the error is raised at once.
 
     `RetryPolicy(attempts=1)` never sends again.
     """
@@ -36,7 +36,7 @@ class RetryPolicy:
                 raise ValueError(f"{name}: got {value}, wanted seconds, from 0 to {MAX_PAUSE_S:g}")
 
     def longest_pause_s(self, failures: int) -> float:
-        """After so many failures, where the service says nothing."""
+        """The longest pause after so many failures, without a hint of the service."""
         return min(self.longest_s, self.first_s * self.factor ** (failures - 1))
 
 
@@ -55,13 +55,14 @@ class Tries:
         self._ends_at = None if self.timeout_s is None else self.clock() + self.timeout_s
 
     def begin(self) -> float | None:
-        """One more attempt; seconds that are left for it, None without a deadline."""
+        """Begin one more attempt. Returns the seconds left for it; None without a deadline."""
         self.made += 1
         return None if self._ends_at is None else max(0.001, self._ends_at - self.clock())
 
     def pause_s(self, error: ServiceError, streamed: bool = False) -> float:
-        """How long to wait before the next attempt. Raises the error where there is to be none: it would not go better,
-        something has been `streamed` already, or the attempts or the deadline are used up."""
+        """How long to wait before the next attempt. Raises the error if there is no further attempt. This is so if a
+        retry cannot help, if something has been `streamed` already, or if attempts or time are used up.
+        """
         error = error.after(self.made)
         hint_s = error.retry_after_s
         if streamed or not error.can_retry or self.made >= self.policy.attempts:

@@ -74,8 +74,9 @@ class Load:
         return asked
 
     async def clients(self, number: int, seconds: float, more: Callable[[], bool] = lambda: False) -> None:
-        """So many, each asking again once it is answered, for so long, and longer while there is `more` to see; those
-        refused come again in half a second."""
+        """So many clients, each asking again once it is answered, for so long, and longer while there is `more` to see.
+        A refused client asks again after half a second.
+        """
         until, last = self.now() + seconds, self.now() + _LONGEST_S
 
         async def client() -> None:

@@ -1,5 +1,6 @@
-"""What is asked of a service under faults, what the library answers to it in this process, and clients that ask over
-both faces and compare."""
+"""The requests to a service under faults, the library's answers to them in this process, and clients that ask over both
+faces and compare.
+"""
 
 import asyncio
 import itertools

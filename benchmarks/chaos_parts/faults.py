@@ -170,8 +170,9 @@ async def _inject(service: Service, load: Load, done: Round, trigger: list[Calla
 
 
 def _first_of_two(service: Service, role: str, victim: psutil.Process) -> psutil.Process:
-    """Kills another process first, so that requests are resuming when the victim is struck: with two cells the
-    other cell, else another tower or the replica of the same."""
+    """Kills another process first, so that requests are being resumed when the victim is struck. With two cells this is
+    the other cell, else another tower or the same cell's replica.
+    """
     processes = service.processes()
     split = service.shape.placement == "split"
     if service.shape.cells > 1:

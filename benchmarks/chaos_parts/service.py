@@ -1,5 +1,6 @@
-"""A service of the demo on a Ray of its own with a second node, what its processes are, and whether all is as it should
-be. Everything is on this machine and on loopback."""
+"""A service of the demo on its own Ray with a second node: its processes, and checks that everything is in order.
+Everything is on this machine and on loopback.
+"""
 
 import asyncio
 import os

@@ -1,13 +1,13 @@
-"""How many tokens per second bare passes allow, worked out before any engine runs.
+"""How many tokens per second bare passes allow, computed before any engine runs.
 
 Costs by rows per pass: `D(r)` a denoiser step `[r,16]`, `C(r)` a commit `[r,16]`, `A(r)` an AR step `[r,1]`, `P(r)` a
-prompt pass over r prompts. A request brings N tokens, S denoiser steps, K commits (one less than its blocks: the last
-is not read by anybody) and one prompt. `R` requests are always under way, each with one row in at most one pass at a
+prompt pass over r prompts. A request brings N tokens, S denoiser steps, K commits (one less than its blocks, because
+the last one is not read) and one prompt. `R` requests are always under way, each with one row in at most one pass at a
 time.
 
 `ar`, one tower: all rows step together, so R requests take `P(R) + (N-1)·A(R)`: the prompt pass gives the first token.
 
-`diffusion`, two towers on two cores: with `d` rows in every denoiser pass and `k` rows in every commit, requests per
+`diffusion`, two towers on two cores: let every denoiser pass have `d` rows and every commit `k` rows. Then requests per
 second are at most the least of
 
     d / (S·D(d))                                 the denoiser computes all the time

@@ -1,11 +1,11 @@
-"""Clients in a namespace of their own: a process that asks the hosts it is told of, and says what came of each request.
+"""Clients in a namespace of their own: a process that asks the given hosts and reports the result of each request.
 
-`python -m benchmarks.pods_parts.load CLIENTS [CHECKPOINT]` hears on its standard input, a JSON line each time, which
-hosts may get requests, how many at once at most, how long a client rests after each, whether they shall be long
-streams, and whether what fails is asked again. It writes a JSON line for each request that is sent, has its first
-tokens, fails and is asked again, or ends; times are this machine's monotonic clock. Each request goes to the next of
-these hosts, as a Kubernetes Service chooses among the pods that are ready. Answers are compared with the library's,
-computed in this process before; with those of the other checkpoint too, where one is given.
+`python -m benchmarks.pods_parts.load CLIENTS [CHECKPOINT]` reads JSON lines from its standard input. A line names the
+hosts, the maximum of requests at a time, and a client's rest after each request. It also says whether requests are long
+streams, and whether failed ones are repeated. The process writes a JSON line for each request that is sent, has its
+first tokens, fails and is repeated, or ends. Times are this machine's monotonic clock. Each request goes to the next of
+these hosts, as a Kubernetes Service chooses among ready pods. Answers are compared with the library's, computed before
+in this process; with CHECKPOINT also with that checkpoint's.
 """
 
 import asyncio

@@ -86,9 +86,10 @@ class RayService:
         pod.start(f"{command} --node-ip-address={pod.address}")
 
     def _start_what_failed(self) -> None:
-        """As Kubernetes does. A raylet gives up where its agents take 15 s to start, as on a busy machine they may, and
-        the head where its server for Ray's clients takes 30 s. Once the service is up, what had come up ends on
-        purpose."""
+        """As Kubernetes does. A raylet gives up if its agents take 15 s to start, as they may on a busy machine. The
+        head gives up if its server for Ray's clients takes 30 s. Once the service is up, what had come up ends on
+        purpose.
+        """
         ended = {name: pod for name, pod in self.pods.items() if pod.has_ended}
         failed = [n for n, pod in ended.items() if not self._is_up or _CAME_UP not in pod.said(_WHOLE_LOG)]
         for name in failed:

@@ -17,8 +17,9 @@ _SHADES = ("#1f6f8b", "#63a6b8", "#a9d0da", "#dcecf0")
 
 
 def trade(findings: Findings, path: Path) -> None:
-    """Quality kept, with its interval, over throughput relative to `ar` at concurrency 1: a line of thresholds and a
-    point for `verified`, for short answers and for long ones."""
+    """Quality kept, with its interval, over throughput ÷ `ar`'s at concurrency 1. Short and long answers each have a
+    line of thresholds and a point for `verified`.
+    """
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for long, color in zip(findings.plan.lengths, (_ACCENT, _OTHER), strict=False):
         ways = [(way, f"γ {way.confidence_threshold:g}") for way in findings.swept]

@@ -1,9 +1,9 @@
 """The released script's loop: one request, one tower at a time, caches that grow by concatenation.
 
-FROZEN. This is the fixed baseline that later results are divided by; change it only where it is wrong, and say so in
-the result that follows. It shares the towers with the library, so it gains whatever a tower's forward gains, and
-nothing of what engines, scheduling, paging and exchange bring. It keeps the released structure (docs/semantics.md):
-two-pass prefill, snapshot of the Mamba states, extension after the last block, whole blocks, no cut at EOS.
+FROZEN. This is the fixed baseline of later results. Change it only if it is wrong, and say so in the next result. It
+shares the towers with the library, so it gains from a faster forward, but not from engines, scheduling, paging and
+exchange. It keeps the released structure (docs/semantics.md): two-pass prefill, snapshot of the Mamba states, extension
+after the last block, whole blocks, no cut at EOS.
 
 Shape suffixes as in `twotower.model.states`; R is always 1.
 """

@@ -1,7 +1,7 @@
-"""An event loop whose clock jumps to the next timer: what would take hours passes as fast as it can be computed.
+"""An event loop whose clock jumps to the next timer: hours pass as fast as they can be computed.
 
-The product's routers are coroutines. On this loop they run as they are, which is what makes a simulation of their
-policies one of the policies, and not of a copy.
+The product's routers are coroutines. They run unchanged on this loop. So a simulation runs the policies themselves and
+not a copy.
 """
 
 import asyncio

@@ -14,8 +14,9 @@ class Work(NamedTuple):
 
 
 class Device:
-    """Asks `pick` what to do next whenever it is free, and sleeps while that says None. `poke` it when there may be
-    work: passes in a row end after the one that runs, so that who has come takes part in the next."""
+    """Asks `pick` what to do next whenever it is free, and sleeps while that says None. Call `poke` when there may be
+    work. A series of passes ends after the running one, so that a new request takes part in the next.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pick: Callable[[], Work | None]) -> None:
         self._loop, self._pick = loop, pick

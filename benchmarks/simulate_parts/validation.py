@@ -1,9 +1,9 @@
 """The model beside a service of the demo on this machine: `twotower bench`'s load, and the same requests in the model.
 
-What is measured, and nothing else is fitted:
-- by one client: what a request takes beside its passes, a step, a commit (least squares over its answers);
+The model's inputs are measured in three places; nothing else is fitted:
+- with one client: the times of a request beside its passes, of a step, of a commit (least squares over its answers);
 - in this process, without a service: how much longer a pass takes with more rows than with one;
-- while each load runs: the CPU time of router, cell and client a request. They share the core that the towers leave.
+- under each load: the CPU time of router, cell and client a request. They share the core that the towers leave.
 """
 
 import argparse

@@ -173,9 +173,10 @@ async def _leave_streams(running: RunningPair, modes: tuple[Mode, ...]) -> None:
 
 @pytest.mark.parametrize("placement", ["split", "colocated"])
 async def test_the_demo_in_processes_of_its_own_gives_the_tokens_of_this_one(placement: str) -> None:
-    """And each stays below half a gigabyte: some 300 MB are torch, Ray and Python, the rest recorded passes, the cache
-    and weights of 15 MB for both towers. One process of both records twice as many passes as one of one. Without
-    kept prefixes: their states have a bound of their own."""
+    """And each stays below half a gigabyte. Some 300 MB are torch, Ray and Python; the rest is recorded passes, the
+    cache, and 15 MB of weights for both towers. One process of both records twice as many passes as one of one. Without
+    kept prefixes: their states have a bound of their own.
+    """
     requests = [_demo_request(text, mode) for text in DEMO_PROMPTS for mode in Mode]
     async with open_pair(DEMO, ENGINE, "cpu") as pair:
         wanted = [(await collect(pair, request)).token_ids for request in requests]

@@ -98,8 +98,8 @@ class ScriptedAttempt:
 class ScriptedCells:
     """Cells that answer every request with the same text, in blocks of 4 tokens, until its max_new_tokens.
 
-    A trace has two steps a block, each fixing every other token with a confidence of a half; in `verified` the context
-    tower rejects the last one, and writes it itself.
+    A trace has two steps a block, each fixing every other token with a confidence of a half. In `verified` the context
+    tower rejects the last token, and writes it itself.
 
     Their score of a token is minus a hundredth of its id, and so is its log-probability. The token is greedy where the
     id is even. The likeliest tokens are those of the bytes 0, 1, 2 and so on.

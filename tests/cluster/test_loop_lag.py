@@ -1,9 +1,9 @@
-"""No request holds up a router's loop for long: the worst of each kind, as `benchmarks.loop_lag` asks them.
+"""No request blocks a router's loop for long: the worst request of each kind, as in `benchmarks.loop_lag`.
 
-The measure is the processor time of this process between two beats: of the loop's own thread, and of other threads of
-ours that keep the interpreter's lock from the loop. Waiting for a core does not lengthen this time. But on a slow core,
-or one whose caches others use, the same work takes longer, so the measure is a ratio: to 100,000 additions just after.
-Code that holds the lock does so at each repeat, so the least of three is taken.
+The measure is the processor time of this process between two beats. It covers the loop's thread, and our other threads
+that keep the interpreter's lock from the loop. Waiting for a core does not lengthen this time. But the same work takes
+longer on a slow core, or on one with shared caches. So the measure is divided by the time of 100,000 additions just
+after. Code that holds the lock does so at each repeat, so the least of three is taken.
 """
 
 import time

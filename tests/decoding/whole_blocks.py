@@ -1,5 +1,6 @@
-"""A step's decision as it was first written, over the logits of whole blocks: what the one over masked positions is
-held to, bit for bit. Knows no restricted positions."""
+"""A step's decision as it was first written, over the logits of whole blocks. The decision over masked positions is
+compared with it bit for bit. Knows no restricted positions.
+"""
 
 import torch
 from torch import Tensor

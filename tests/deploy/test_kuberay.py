@@ -1,5 +1,6 @@
-"""What the chart makes, committed in deploy/kuberay and rendered for each of its values files: valid for the operator,
-for Serve and for our configuration, and one with itself: every size, port, name and time."""
+"""The chart's output, committed in deploy/kuberay and rendered for each of its values files. It must be valid for the
+operator, for Serve and for our configuration. Every size, port, name and time must agree.
+"""
 
 from collections.abc import Callable
 from copy import deepcopy

@@ -30,8 +30,9 @@ def h200() -> Planner:
 
 
 def test_published_sizes_of_the_released_model(h200: Planner) -> None:
-    """NVIDIA: 59 GB a tower (GiB, in fact), 31.6 B parameters, 6 of 128 experts; 47 MiB and 6 KiB a token, 49.5 MB a
-    block on the wire."""
+    """NVIDIA: 59 GB a tower (GiB, in fact), 31.6 B parameters, 6 of 128 experts. States take 47 MiB and 6 KiB a token,
+    49.5 MB a block on the wire.
+    """
     assert h200.context.total / (1 << 30) == pytest.approx(58.8, abs=0.1)
     assert h200.context.total / 2 == pytest.approx(31.6e9, rel=0.005)
     experts = h200.context.bytes["experts"] + h200.context.bytes["shared experts"]

@@ -1,7 +1,7 @@
 """Finished checkpoints as the start of another run: the mean of their weights as they were before they were shipped.
 
-Towers that were trained on from one another keep what both know when their weights are averaged (Wortsman et al.,
-"Robust fine-tuning of zero-shot models", 2022). Shipping rounds the large weights to bf16, which stays, and divides the
+If one tower was trained further from another, the mean of their weights keeps what both know (Wortsman et al., "Robust
+fine-tuning of zero-shot models", 2022). Shipping rounds the large weights to bf16, which stays, and divides the
 denoiser's logits, which is undone here.
 """
 

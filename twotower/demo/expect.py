@@ -16,12 +16,12 @@ from twotower.engine.in_process import open_pair
 from twotower.engine.self_test import decode_sample, score_sample
 from twotower.engine.settings import EngineSettings
 
-_AFTER = 300  # other instances than those that scores and speeds are of
+_AFTER = 300  # other instances than those of scores and speeds
 _SETTINGS = EngineSettings(max_sequences=16, max_sequence_length=256, capture="off")
 _TIMEOUT_S = 120.0
-_SAMPLE = 28  # prompts in all, at least: a second or so at start-up
-_LONGEST = 128  # tokens of a prompt and its answer: the sample fits into a small cache and is soon decoded
-_SEARCHED = 50  # instances of a family among which there are enough as short as that
+_SAMPLE = 28  # least number of prompts: about a second at start-up
+_LONGEST = 128  # tokens of a prompt and its answer, so that the sample needs a small cache and little time.
+_SEARCHED = 50  # instances of a family to search for such short ones
 
 
 def write_expectation(directory: Path) -> Expectation:

@@ -170,9 +170,9 @@ class Link(Protocol):
         """Send commands, in order. Never blocks. `Prefill` takes its mirror slot here (Overloaded).
 
         `reading`: the caller still reads these sequences in `cache` until it polls, so their deltas must not be written
-        before. (Mock-AR steps on a token while the context tower reads it.) Other deltas may be written at any time,
-        because the caller no longer reads these sequences. Called in every tick, also without commands: the link's own
-        messages since `poll` are sent, too.
+        before. For example, mock-AR steps on a token while the context tower reads it. Other deltas may be written at
+        any time, because the caller no longer reads these sequences. Called in every tick, also without commands: the
+        link's own messages since `poll` are sent, too.
         """
         ...
 

@@ -20,8 +20,8 @@ MOST_NUMBERS = 1 << 24  # states that are advanced together: 64 MiB
 
 
 class KeptScan(NamedTuple):
-    """The scan inputs of one Mamba layer in a pass: the conv's window and new vectors [R,K+L,C], and for each position
-    the state's decay [R,L,H], gain [R,L,H,P] and b [R,L,G,N] in fp32. Gain times b is added to the state.
+    """The scan inputs of one Mamba layer in a pass: the conv's window and new vectors [R,K+L,C]. Also, for each
+    position in fp32, the state's decay [R,L,H], gain [R,L,H,P] and b [R,L,G,N]; gain times b is added to the state.
     """
 
     stream: Tensor

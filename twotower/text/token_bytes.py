@@ -6,8 +6,8 @@ for at most n times the longest token's bytes. Steps that shorten the text loose
 
 - Unicode's normal forms and lower case leave a quarter at least. None of their characters comes from more than four
   times its bytes ("𝐀" to "A").
-- For all else there is no bound: runs of spaces that become one, unknown words that become one token. Sixteen times
-  the longest token is taken there, and a prompt that shrinks by more is refused.
+- For all else there is no bound: runs of spaces that become one, unknown words that become one token. There, sixteen
+  times the longest token is taken, and a prompt that shrinks by more is refused.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The message classes of twotower.v1, made at import from the descriptor that `make proto` writes beside this file.
 
-They are in a pool of their own. Generated code would be in everybody's: there the messages of another version, as the
-service's own stubs in one process with this client, are an error. It would also refuse older releases of protobuf.
+They are in a separate pool. Generated code uses the common pool, where another version's messages are an error, such as
+the service's own stubs in one process with this client. It would also refuse older releases of protobuf.
 """
 
 from pathlib import Path

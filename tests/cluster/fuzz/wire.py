@@ -1,7 +1,7 @@
-"""Messages as bytes, made from their descriptors: right ones, and whatever else may come over a wire.
+"""Messages as bytes, made from their descriptors: valid ones and malformed ones.
 
-Made field by field instead of by protobuf, which would write nothing that is wrong: a oneof twice, a number as a
-string, a field of nobody's, half a message.
+They are made field by field, because protobuf writes no wrong message. Examples are a oneof twice, a number as a
+string, an unknown field, half a message.
 """
 
 import struct

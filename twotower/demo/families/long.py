@@ -1,8 +1,8 @@
 """Tasks whose answers run to many blocks: tables, prose about several people, working in steps, several functions.
 
-Each line of an answer has a key, and the keys come in an order that never changes: names by the alphabet, calculations
-and functions by their letter. What a line says stands right behind its key in the prompt. Lines of one answer have one
-shape, so that a block of 16 can be filled in any order.
+Each line of an answer has a key, and the order of keys never changes: names by the alphabet, calculations and functions
+by their letter. In the prompt a line's content follows its key. Lines of one answer have one shape, so that a block of
+16 can be filled in any order.
 """
 
 from __future__ import annotations
