@@ -4,12 +4,20 @@ import argparse
 import json
 from typing import Any, NoReturn
 
+_VERBOSE = "show the traceback of an error that nobody expected"
+
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and which takes no abbreviated flags. Its subparsers are alike."""
+    """An argument parser whose errors are one line, and which takes no abbreviated flags. Its subparsers are alike.
+    Each takes `--verbose`; `verbose_too` says what else the flag shows."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, verbose_too: str = "", **options: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        # A subparser's default would replace what was given before the command's name.
+        self.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=_VERBOSE + verbose_too)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_args(args, namespace or argparse.Namespace(verbose=False))
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
