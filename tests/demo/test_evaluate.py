@@ -20,7 +20,7 @@ def test_a_shipped_run_is_a_whole_checkpoint(
 ) -> None:
     trainer = Trainer(tiny_recipe, tokenizer, output)
     trainer.run()
-    ship(trainer, output / "checkpoint", num_instances=2)
+    ship(trainer, output / "checkpoint", num_instances=1)
     names = {path.name for path in (output / "checkpoint").iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert names >= {"README.md", "training_log.jsonl", "expectation.json"}
