@@ -1,6 +1,6 @@
 """The sections of a service's configuration: names, types, ranges, meanings.
 
-What engines and requests declare themselves, sections take over from there. Each setting has an effect.
+Settings that engines and requests declare are taken over from those declarations.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,8 +46,8 @@ _Section = TypeVar("_Section", bound=Section)
 
 
 def _with(settings: Mapping[str, tuple[Any, object]]) -> Callable[[type[_Section]], type[_Section]]:
-    """Settings that are declared elsewhere, by name, beside a section's own. mypy does not see them in a section: code
-    asks `ServiceConfig.engine`, or for all that are `given`."""
+    """Adds settings that are declared elsewhere to a section's own. mypy does not see them as the section's fields, so
+    code reads them from `ServiceConfig.engine`, or all together from `given`."""
 
     def make(section: type[_Section]) -> type[_Section]:
         fields: dict[str, Any] = dict(settings)
@@ -81,8 +81,8 @@ def _word_of(value: object) -> object:
 
 
 def _default_of(parameter: Parameter) -> tuple[Any, object]:
-    """A request's parameter as a setting, which its own checks check: none where the value of the default depends on
-    the cell."""
+    """A request's parameter as a setting; the parameter's own checks apply. The default is None if it depends on the
+    cell."""
     kind: Any = Annotated[_PLAIN[type(parameter.kind)], WithJsonSchema({**parameter.kind.schema})]
     if parameter.default_is:
         return kind | None, Field(None, description=parameter.meaning)
@@ -94,13 +94,14 @@ class ModelSection(Section):
     """What is served."""
 
     checkpoint: str = Field(default="demo", description="a directory in the released layout, or `demo`")
-    name: str | None = Field(default=None, min_length=1, description="the model's, for clients; else the directory's")
+    name: str | None = Field(
+        default=None, min_length=1, description="the model's name for clients; else the directory's name"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of weights, keys and values")
     chat_template: str | None = Field(
         default=None,
         min_length=1,
-        description="jinja that makes a prompt of a chat: the absolute path of its file, or its text; else the "
-        "checkpoint's own",
+        description="jinja template of chats: the absolute path of its file, or its text; else the checkpoint's own",
     )
 
     @model_validator(mode="after")
@@ -113,14 +114,14 @@ class ModelSection(Section):
 
 @_with({name: _default_of(parameter) for name, parameter in PARAMETERS.items() if parameter.by_service})
 class DecodeSection(Section):
-    """What a request that says nothing gets, with the names and ranges of a request's own parameters.
+    """The defaults of a request's parameters, under the same names and with the same ranges.
 
-    Without a `mode`: diffusion where the cell can do it, else ar.
+    Without a `mode` the default is `diffusion` if the cells can serve it, else `ar`.
     """
 
     @property
     def given(self) -> dict[str, object]:
-        """By name, none that is left to the cell."""
+        """By name, without the settings that are left to the cell."""
         return self.model_dump(exclude_none=True)
 
 
@@ -128,23 +129,23 @@ class DecodeSection(Section):
 class CellSection(Section):
     """One cell: where its towers run, how much they hold and how patient they are.
 
-    `placement` auto: `split` where one node has a GPU for each tower or, on the CPU, more cores than towers; else
-    `colocated`; with several denoisers or a rounded wire always `split`. `device` auto: CUDA where one node has GPUs
-    for all towers of a cell, else the CPU; cuda:N is the Nth of the GPUs that a tower process sees, of which Ray shows
-    it `gpus_per_tower` (0: all of its node).
+    `placement: auto` is `split` if one node has a GPU for each tower or, on the CPU, more cores than towers; else it is
+    `colocated`. With several denoisers, or with rounded states on the wire, it is always `split`. `device: auto` is
+    CUDA if one node has GPUs for all towers of a cell, else the CPU. `cuda:N` is the Nth of the GPUs that a tower
+    process sees. Ray shows a process `gpus_per_tower` GPUs (0: all of its node).
     """
 
     placement: Literal["auto", "split", "colocated", "ar_only"] = Field(
-        default="auto", description="a process for each tower, one for both, or the context tower alone"
+        default="auto", description="a process for each tower, one process for both, or the context tower alone"
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    denoisers_per_context: Count = Field(default=1, description="denoiser towers that one context tower reads for")
+    denoisers_per_context: Count = Field(default=1, description="denoiser towers that share one context tower")
     gpus_per_tower: NonNegative | None = Field(
-        default=None, description="GPUs that Ray gives a tower process; else one on CUDA, none on the CPU"
+        default=None, description="GPUs that Ray gives a tower process; by default one on CUDA, none on the CPU"
     )
     ssm_wire_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="dtype of Mamba states on their way to a denoiser; bfloat16 rounds them, for half the bytes",
+        description="dtype in which Mamba states are sent to a denoiser; bfloat16 rounds them and halves their bytes",
     )
 
     @model_validator(mode="after")
@@ -177,43 +178,44 @@ class CellSection(Section):
 
 @_with(_told_engines("max_queued_requests"))
 class ClusterSection(Section):
-    """How many cells and routers, when another cell starts or ends, and what a router does where a cell dies.
+    """How many cells and routers there are, when cells start and end, and what a router does when a cell dies.
 
-    Requests wait in the routers, which have an equal part of each cell's `max_queued_requests`.
+    Requests wait in the routers. Each router has an equal part of each cell's `max_queued_requests`.
     """
 
-    min_cells: Count = Field(default=1, description="cells that there are always")
-    max_cells: Count = Field(default=1, description="cells that there are at most")
+    min_cells: Count = Field(default=1, description="the least number of cells")
+    max_cells: Count = Field(default=1, description="the greatest number of cells")
     target_fullness: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.8, description="another cell starts once what runs and waits fills more of the cells' slots or pages"
+        default=0.8,
+        description="another cell starts once running and waiting requests fill more than this share of slots or pages",
     )
-    upscale_delay_s: NonNegative = Field(default=2.0, description="how long it fills more before another cell starts")
+    upscale_delay_s: NonNegative = Field(default=2.0, description="how long they must do so before another cell starts")
     downscale_delay_s: NonNegative = Field(
         default=120.0,
-        description="how long the others stay below three quarters of that before cells end, a quarter at a time",
+        description="how long the other cells must be below three quarters of that before a quarter of the cells ends",
     )
     start_tries: Annotated[int, Field(ge=1, le=20)] = Field(
         default=1,
-        description="after so many failed starts of cells, or of routers, Serve gives up until settings change; after "
-        "three for each that is wanted at the latest",
+        description="after so many failed starts of cells, or of routers, Serve gives up until settings change; at the "
+        "latest after three for each cell or router that is wanted",
     )
     drain_timeout_s: Seconds = Field(
-        default=600.0, description="how long a cell that is to go may take to finish what it holds"
+        default=600.0, description="how long a cell that is being removed may take to finish its requests"
     )
     num_routers: Count | None = Field(
-        default=None, description="how many routers; else 2, on two nodes, where the cluster has more than one; else 1"
+        default=None, description="how many routers; by default 2, on two nodes, in a cluster of several nodes, else 1"
     )
     surge: bool = Field(
         default=True,
-        description="whether new settings start new cells before old ones go; false where there is no room",
+        description="after a change of settings, start new cells before old ones end; false if both have no room",
     )
     max_resumes: Annotated[int, Field(ge=0, le=100)] = Field(
-        default=3, description="how often a request goes on elsewhere after its cell was lost, at most"
+        default=3, description="how often a request may be resumed after the loss of its cell"
     )
     queue_timeout_s: Seconds = Field(
         default=30.0,
-        description="how long a request waits for a cell while none takes it; for its turn while cells are full it "
-        "waits as long as its deadline lets it",
+        description="how long a request waits while no cell takes it; while cells are full, it waits for its turn "
+        "until its deadline",
     )
 
     @model_validator(mode="before")
@@ -238,41 +240,41 @@ class ClusterSection(Section):
 
 
 class IngressSection(Section):
-    """Where the service listens, and what it takes of clients."""
+    """Where the service listens, and what it accepts from clients."""
 
     host: str = Field(default="127.0.0.1", min_length=1, description="address that both faces listen on")
     http_port: Port = Field(default=8000, description="port of HTTP")
     grpc_port: Port = Field(default=50051, description="port of gRPC")
-    max_request_bytes: Count = Field(default=4 * 2**20, description="how big a request may be")
-    request_timeout_s: Seconds = Field(default=600.0, description="how long one without its own deadline may take")
+    max_request_bytes: Count = Field(default=4 * 2**20, description="the largest request")
+    request_timeout_s: Seconds = Field(default=600.0, description="the deadline of a request without its own")
     body_timeout_s: Seconds = Field(default=30.0, description="how long a body may take to arrive")
     grpc_max_connection_age_s: Age = Field(
         default=300.0,
-        description="after so long, give or take a tenth, a gRPC connection takes no more calls, so its client makes "
-        "another one, which may lead to another router; calls that run go on to their end",
+        description="after this time, give or take a tenth, a gRPC connection takes no new calls. The client opens "
+        "another one, perhaps to another router. Running calls continue",
     )
     cors_origins: list[Origin] = Field(
-        default_factory=list, description="whose web pages may read answers in a browser; `*`: all"
+        default_factory=list, description="origins whose web pages may read answers in a browser; `*`: all"
     )
     keys_file: str | None = Field(
         default=None,
-        description="absolute path of the file of keys (`python -m cluster key` makes entries); without one everybody "
-        "may ask",
+        description="absolute path of the file of keys (`python -m cluster key` makes entries); without it no key is "
+        "needed",
     )
     tls_cert_file: str | None = Field(
         default=None,
-        description="absolute path of the certificate that both faces show, then those that lead to its root, in PEM; "
-        "with it both speak TLS alone",
+        description="absolute path of the certificate chain of both faces, in PEM, the service's own certificate "
+        "first; with it both faces speak TLS only",
     )
-    tls_key_file: str | None = Field(default=None, description="absolute path of that certificate's key, in PEM")
+    tls_key_file: str | None = Field(default=None, description="absolute path of the certificate's private key, in PEM")
     grpc_client_ca_file: str | None = Field(
         default=None,
-        description="absolute path of certificates, in PEM, one of which has to have signed a gRPC client's own; HTTP "
-        "asks for none",
+        description="absolute path of CA certificates, in PEM; a gRPC client must show a certificate signed by one of "
+        "them. HTTP asks for none",
     )
     ops_page: bool = Field(
         default=True,
-        description="whether HTTP has `/ops`, which shows cells and requests, without text, to whoever may ask",
+        description="whether HTTP serves `/ops`, which shows cells and requests, without text, to any allowed client",
     )
 
     @model_validator(mode="after")

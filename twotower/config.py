@@ -95,7 +95,7 @@ class ModelConfig:
         return self.mamba_width + 2 * self.n_groups * self.ssm_state_size
 
     def with_experts(self, experts: ExpertFormat | None) -> Self:
-        """The same architecture with experts in another format. Raises CheckpointError where that does not fit."""
+        """The same architecture with experts in another format. Raises CheckpointError if the format does not fit."""
         config = replace(self, experts=experts)
         config._check_experts()
         return config
@@ -125,7 +125,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         known = {f.name: f for f in fields(cls)}
-        # Where both spellings are there, the released class's own wins.
+        # If both spellings exist, the released class's own one wins.
         given = {_ALIASES[key]: value for key, value in values.items() if key in _ALIASES and value is not None}
         given |= {key: value for key, value in values.items() if value is not None}
         chosen = {name: given[name] for name in known if name in given and name != "experts"}
@@ -185,7 +185,7 @@ class ModelConfig:
                 raise CheckpointError(f"experts: got {self.experts}, but {misfit} ({name}); wanted {wanted}")
 
     def _check_tokens(self, given: Mapping[str, Any]) -> None:
-        """An end of sequence that is no token would never be said."""
+        """An end-of-sequence id outside the vocabulary would never be generated."""
         for name in _TOKENS:
             token = given.get(name, 0)
             if not isinstance(token, int) or not 0 <= token < self.vocab_size:

@@ -1,4 +1,4 @@
-"""What a text can be asked to be, as a kind of parameter: how it may be described, not what a description means."""
+"""Structured output as a kind of parameter: which forms a description may have, not what a description means."""
 
 import json
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ _DESCRIPTIONS = {
 
 
 class Constraint(NamedTuple):
-    """What a text has to be: which `kind` of description, and the description as text."""
+    """What a text must match: the `kind` of description, and the description as text."""
 
     kind: str
     text: str
 
     @property
     def described(self) -> dict[str, Any]:
-        """As a request says it."""
+        """In the form of a request."""
         if self.kind == "choice":
             return {"choice": json.loads(self.text)}
         return {self.kind: True if self.kind == "json_object" else self.text}
@@ -34,9 +34,10 @@ class Constraint(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """None, or an object with one name, which says how the text is described: `json` (a JSON Schema, or one as text),
-    `json_object` (true), `regex`, `choice` (texts) or `grammar`. `most`: bytes of the description, as JSON where it is
-    no text."""
+    """None, or an object with one name that gives the form of the description: `json` (a JSON Schema, or one as text),
+    `json_object` (true), `regex`, `choice` (texts) or `grammar`. `most`: the maximum bytes of the description; a
+    description that is not text counts as JSON.
+    """
 
     most: int
 
@@ -93,7 +94,7 @@ class Constraints:
 
 
 def _dumped(name: str, value: object) -> str:
-    """As JSON, in the order that it has."""
+    """As JSON, in its own order."""
     try:
         return json.dumps(dict(value) if isinstance(value, Mapping) else list(value), allow_nan=False)  # type: ignore[call-overload]
     except (TypeError, ValueError, RecursionError) as error:

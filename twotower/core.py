@@ -1,6 +1,6 @@
-"""The nouns everything else speaks in: requests, parameters, events.
+"""The nouns of the whole library: requests, parameters, events.
 
-Plain data without torch. The engine knows token ids only; text is the business of whoever holds the tokenizer.
+Plain data without torch. The engine knows only token ids; the owner of the tokenizer handles text.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -26,12 +26,14 @@ class Mode(StrEnum):
 
     @property
     def by_token(self) -> bool:
-        """Whether each token is an event of its own; whoever carries events may join some of them."""
+        """Whether each token is an event of its own. Events of such modes may be merged on their way."""
         return self in (Mode.AR, Mode.MOCK_AR)
 
 
 class Floor(StrEnum):
-    """What `auto` may choose among: `lossless` the modes that give `ar`'s tokens, `confidence` also `diffusion`."""
+    """The modes that `auto` may choose: with `lossless` those that give `ar`'s tokens, with `confidence` also
+    `diffusion`.
+    """
 
     LOSSLESS = "lossless"
     CONFIDENCE = "confidence"
@@ -47,7 +49,7 @@ class FinishReason(StrEnum):
 GREEDY_BELOW = 1e-5  # a temperature that only fp32 overflow tells from 0
 MAX_COUNT = 2**31 - 1  # of tokens, of candidates: more than any model has
 MAX_BLOCK = 1024
-# The mask token is held out of the choice by a logit of -1e12, which a larger temperature would let back in.
+# The mask token is excluded by a logit of -1e12, which a larger temperature would admit again.
 MAX_TEMPERATURE = 1000
 MAX_SEED = 2**63 - 1
 MAX_STOP_TOKEN_IDS = 64
@@ -57,12 +59,12 @@ MAX_PENALTY, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 2.0, 0.01, 10.0
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 MAX_ALTERNATIVES = 20
-MAX_LIKELIHOODS = 2**18  # of tokens and alternatives that one call is told: 2 kB for each token with all alternatives
+MAX_LIKELIHOODS = 2**18  # tokens times alternatives of one call: 2 kB for each token with all alternatives
 
 _AUTO = (Mode.AUTO,)
 _DIFFUSION, _VERIFIED = (Mode.DIFFUSION, *_AUTO), (Mode.VERIFIED, *_AUTO)
 _BLOCKS, _CAUSAL = (Mode.DIFFUSION, *_VERIFIED), (Mode.AR, Mode.MOCK_AR, *_VERIFIED)
-# Of `diffusion`, and of `causal` modes; in `auto` they ask for this floor.
+# Parameters of `diffusion`, and of causal modes; in `auto` they require this floor.
 ONLY_WITH_FLOOR = {
     "steps_per_block": Floor.CONFIDENCE,
     "confidence_threshold": Floor.CONFIDENCE,
@@ -77,10 +79,11 @@ ONLY_WITH_FLOOR = {
 @across_versions
 @dataclass(frozen=True, slots=True)
 class DecodingParams:
-    """How to decode one request; names and meaning are the released script's. The one declaration of each parameter.
+    """How to decode one request. Names and meanings are the released script's. This is the only declaration of each
+    parameter.
 
-    `seed` decides every random number of the request, together with block, step and position. Values are checked by
-    `twotower.validation`, not here. A new one comes last.
+    `seed` decides every random number of the request, together with block, step and position. `twotower.validation`
+    checks the values, not this class. A new parameter comes last.
     """
 
     mode: Mode = Parameter(
@@ -113,7 +116,7 @@ class DecodingParams:
     confidence_threshold: float = Parameter(
         0.8,
         Number(0, 1),
-        "γ: positions whose probability is strictly above it are fixed at once; 0: the whole block in one step, "
+        "γ: a step fixes the positions whose probability is strictly above γ; 0: the whole block in one step, "
         "1: one position per step",
         _DIFFUSION,
         http="diffusion.confidence_threshold",
@@ -122,17 +125,20 @@ class DecodingParams:
     temperature: float = Parameter(
         0.0,
         Number(0, MAX_TEMPERATURE),
-        "0 is greedy: `seed`, `top_k` and `top_p` are taken, but have no effect then",
+        "0 is greedy: `seed`, `top_k` and `top_p` are accepted, but then have no effect",
         by_service=True,
     ).field
-    top_k: int = Parameter(0, Integer(0, MAX_COUNT), "sample among so many likeliest tokens", off=0).field
+    top_k: int = Parameter(0, Integer(0, MAX_COUNT), "sample among this many of the likeliest tokens", off=0).field
     top_p: float = Parameter(
-        1.0, Number(0, 1, low_open=True), "sample among the likeliest tokens of this total", off=1.0
+        1.0,
+        Number(0, 1, low_open=True),
+        "sample among the likeliest tokens whose probabilities add up to this",
+        off=1.0,
     ).field
     seed: int = Parameter(
         0,
         Integer(0, MAX_SEED),
-        "decides every random number, whoever shares the batch",
+        "decides every random number, whatever else is in the batch",
         drawn=True,
         default_is="drawn and returned",
     ).field
@@ -151,7 +157,7 @@ class DecodingParams:
     draft_threshold: float = Parameter(
         0.6,
         Number(0, 1),
-        "positions whose probability is strictly above it are drafted at once; never changes a token",
+        "a step of a draft fixes the positions whose probability is strictly above it; never changes a token",
         _VERIFIED,
         http="diffusion.draft_threshold",
         by_service=True,
@@ -168,7 +174,7 @@ class DecodingParams:
     min_p: float = Parameter(
         0.0,
         Number(0, 1),
-        "sample among tokens of at least this share of the likeliest one's probability",
+        "sample among tokens with at least this share of the likeliest token's probability",
         off=0.0,
     ).field
     min_tokens: int = Parameter(
@@ -184,21 +190,21 @@ class DecodingParams:
     presence_penalty: float = Parameter(
         0.0,
         Number(-MAX_PENALTY, MAX_PENALTY),
-        "is taken off the logit of each token that the answer has already",
+        "is subtracted from the logit of each token that is in the answer already",
         _CAUSAL,
         off=0.0,
     ).field
     frequency_penalty: float = Parameter(
         0.0,
         Number(-MAX_PENALTY, MAX_PENALTY),
-        "is taken off a token's logit as often as the answer has the token already",
+        "is subtracted from a token's logit once for each time that the token is in the answer already",
         _CAUSAL,
         off=0.0,
     ).field
     repetition_penalty: float = Parameter(
         1.0,
         Number(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
-        "divides the logit of each token that prompt or answer have already; multiplies it where it is below 0",
+        "divides the logit of each token that is in prompt or answer already; multiplies a logit below 0",
         _CAUSAL,
         off=1.0,
     ).field
@@ -206,13 +212,13 @@ class DecodingParams:
     structured_outputs: Constraint | None = Parameter(
         None,
         Constraints(MAX_CONSTRAINT_BYTES),
-        "the text is what is described: EOS may come only where it is whole; needs a tokenizer",
+        "the text matches this description: EOS may come only where the text is complete; needs a tokenizer",
         default_is="any text",
     ).field
 
     @property
     def penalises(self) -> bool:
-        """Whether a token's logit depends on the tokens that are there already."""
+        """Whether a token's logit depends on the tokens before it through a penalty."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @property
@@ -261,13 +267,13 @@ LOGPROBS = Parameter(
 @across_versions
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for, as token ids. Immutable; the decoding state of it is a *sequence*.
+    """The user's request, as token ids. Immutable; its decoding state is a *sequence*.
 
     `priority` decides when it starts, never its tokens: a lower value goes first (`twotower.engine.ledger`).
-    `committed`: the first of its new tokens, where it was begun elsewhere (in `diffusion` whole blocks). Its events go
-    on after them, from `start` == len(`committed`); in `auto` the context tower wrote them. `trace`: whether its
-    TraceEvents are told. `logprobs`: whether its tokens are told with their Likelihood, and with how many alternatives.
-    `cache_salt`: only requests with the same one share what the context tower keeps of prompts that begin alike.
+    `committed`: its first new tokens, if it was begun elsewhere (in `diffusion` whole blocks). Its events continue
+    after them, from `start` == len(`committed`); in `auto` the context tower wrote them. `trace`: whether to emit
+    TraceEvents. `logprobs`: whether each token has a Likelihood, and with how many alternatives. `cache_salt`: only
+    requests with the same salt share prefixes.
     """
 
     id: RequestId
@@ -281,16 +287,16 @@ class Request:
 
     @property
     def history(self) -> tuple[int, ...]:
-        """What its sequence begins with: the prompt, and what has been committed of the answer."""
+        """The tokens with which its sequence begins: the prompt, and the committed part of the answer."""
         return self.prompt_token_ids + self.committed
 
     @property
     def positions(self) -> int:
         """Cache positions this request may fill at most: the prompt and every block but the last, which is not read.
 
-        In `verified` no more of a draft is read than the answer may still take, so its blocks are tokens here; `auto`
-        has room for it. What a denoiser has decided is read to its last token where likelihoods are told: they follow
-        from reading.
+        In `verified` no more of a draft is read than the answer may still take, so tokens count instead of blocks.
+        `auto` has the same room. With likelihoods, tokens that a denoiser decided are read to the last one, because
+        likelihoods follow from the reading.
         """
         if self.logprobs is not None and self.params.mode in (Mode.DIFFUSION, Mode.MOCK_AR, Mode.AUTO):
             return len(self.prompt_token_ids) + self.params.max_new_tokens
@@ -300,17 +306,17 @@ class Request:
 
     @property
     def needs_denoiser(self) -> bool:
-        """Whether a denoiser leads it; otherwise the context tower's engine does it alone."""
+        """Whether a denoiser leads it; otherwise the context tower's engine decodes it alone."""
         return self.params.mode is not Mode.AR
 
 
 @across_versions
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """How likely the context tower finds the tokens from position `start` on, each after all before it.
+    """Asks for the context tower's log-probability of each token from position `start` on, after all tokens before it.
 
-    1 <= `start` < len(`token_ids`): the first token follows nothing, so nothing says how likely it is. `priority`,
-    `logprobs` and `cache_salt` as a Request's.
+    1 <= `start` < len(`token_ids`): the first token follows nothing, so it has no probability. `priority`, `logprobs`
+    and `cache_salt` as in a Request.
     """
 
     id: RequestId
@@ -334,10 +340,10 @@ AnyRequest = Request | ScoreRequest
 
 
 class Likelihood(NamedTuple):
-    """How likely the context tower finds a committed token after all before it, in whatever mode it was decoded.
+    """A committed token's log-probability under the context tower, after all tokens before it, in any mode.
 
-    `log_prob`: as in a ScoreEvent, of the raw logits: the request's temperature has no part in it. `top_token_ids` and
-    `top_log_probs`: the likeliest tokens at its place, the likeliest first. `confidence`: in `diffusion`, the
+    `log_prob`: from the raw logits, as in a ScoreEvent; the request's temperature does not change it. `top_token_ids`
+    and `top_log_probs`: the likeliest tokens at its place, the likeliest first. `confidence`: in `diffusion`, the
     denoiser's probability of the token when it was fixed.
     """
 
@@ -356,15 +362,14 @@ class BlockEvent:
     """Committed tokens of one request: a block in `diffusion`, a round's in `verified`, a token (or several, merged) in
     `ar` and `mock_ar`.
 
-    `start` is the index of the first of them among the request's new tokens. `num_steps` counts denoiser steps. In
-    `verified`, `num_blocks` counts rounds, `num_drafted` the tokens that the denoiser proposed in them, `num_accepted`
-    those among them that the context tower would have written; the first token comes with the prompt, of no round.
-    In `auto`, of its blocks `num_ar_blocks` were written by the context tower alone, `num_diffusion_blocks` by the
-    denoiser; the others are rounds.
-    The last event of a request carries a `finish_reason`; it may hold no tokens. It also tells the smallest margin of
-    the request's decisions (`twotower.decoding.margins`): in fp32, only below 1e-5 might its tokens have been others.
-    `likelihoods`: one for each token, where the request asks for them. `cached_tokens`, told with the first event: so
-    many of the prompt's tokens were not read, because the context tower had read them for another request.
+    `start` is the index of the first token among the request's new tokens. `num_steps` counts denoiser steps. In
+    `verified`, `num_blocks` counts rounds, `num_drafted` the tokens that the denoiser proposed, and `num_accepted` the
+    proposed tokens that were accepted. The first token comes with the prompt and belongs to no round. In `auto` the
+    context tower wrote `num_ar_blocks` of the blocks alone, and the denoiser `num_diffusion_blocks`; the others are
+    rounds. The last event of a request has a `finish_reason` and may hold no tokens. It also has the smallest margin of
+    the request's decisions (`twotower.decoding.margins`): in fp32 its tokens might differ only if this is below 1e-5.
+    `likelihoods`: one for each token, if the request asks for them. `cached_tokens`, in the first event: the number of
+    the prompt's tokens that came from the prefix cache.
     """
 
     request_id: RequestId
@@ -387,7 +392,7 @@ class BlockEvent:
 
     def first(self, count: int) -> "BlockEvent":
         """Its first `count` tokens with their cost. A block costs all of its steps and its whole draft, however few
-        tokens are taken. In causal modes each token is a block, and costs its share of what was merged.
+        tokens are taken. In causal modes each token is a block, and costs its share of the merged event.
         """
         if count >= len(self.token_ids):
             return self
@@ -396,7 +401,7 @@ class BlockEvent:
         return replace(self, token_ids=self.token_ids[:count], likelihoods=self.likelihoods[:count], **costs)
 
     def after(self, count: int) -> "BlockEvent":
-        """It without its first `count` tokens and what they cost."""
+        """The event without its first `count` tokens and their cost."""
         head = self.first(count)
         costs = {name: getattr(self, name) - getattr(head, name) for name in COSTS}
         tokens, likelihoods = self.token_ids[count:], self.likelihoods[count:]
@@ -404,7 +409,7 @@ class BlockEvent:
         return replace(self, start=start, token_ids=tokens, likelihoods=likelihoods, cached_tokens=0, **costs)
 
     def joined(self, following: "BlockEvent") -> "BlockEvent":
-        """This one and the next of its request as one."""
+        """This event and the request's next one, merged."""
         return BlockEvent(
             self.request_id,
             self.start,
@@ -424,13 +429,14 @@ class BlockEvent:
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
-    """What one denoiser step fixed of a block. Told where the request asks for its trace; no part of the answer.
+    """The positions of a block that one denoiser step fixed. Emitted if the request asks for a trace; not part of the
+    answer.
 
-    The block fills `size` positions from `start` on, of which these `positions` are fixed now: indices among the
-    request's new tokens. Some may lie behind the answer's end, since its last block runs whole. `step` counts the steps
-    of the block from 0. `confidence`: the probability of each token at temperature 1. In `verified` the tokens are a
-    draft, and the RoundEvent of the same `start` tells what becomes of them. With `structured_outputs` a position may
-    be told again: what was there broke the grammar, and the last one stands.
+    The block fills `size` positions from `start` on. `positions` are those fixed by this step, as indices among the
+    request's new tokens. Some may lie behind the answer's end, because the last block runs whole. `step` counts the
+    steps of the block from 0. `confidence`: the probability of each token at temperature 1. In `verified` the tokens
+    are a draft, and the RoundEvent with the same `start` has the verdict. With `structured_outputs` a position may be
+    reported again, because its token broke the grammar; the last report holds.
     """
 
     request_id: RequestId
@@ -448,10 +454,11 @@ class StepEvent:
 
 @dataclass(frozen=True, slots=True)
 class RoundEvent:
-    """What the context tower made of a draft (`verified`). Told as a StepEvent is, right before the round's BlockEvent.
+    """The context tower's verdict on a draft (`verified`). Emitted like a StepEvent, right before the round's
+    BlockEvent.
 
-    `draft` begins at `start`, an index among the request's new tokens. Its first `num_accepted` tokens stand, the
-    others are rejected, and `token_id` is what the context tower wrote behind those that stand.
+    `draft` begins at `start`, an index among the request's new tokens. Its first `num_accepted` tokens are accepted,
+    the others are rejected. `token_id` is what the context tower wrote after the accepted tokens.
     """
 
     request_id: RequestId
@@ -471,7 +478,7 @@ class ScoreEvent:
 
     `log_probs`: natural logarithms, the fp32 log-softmax of the context tower's fp32 logits. `is_greedy`: whether `ar`
     would have chosen this token at temperature 0; `margin` is the smallest of these decisions. `likelihoods`: the same
-    with the likeliest tokens, where the request asks for them. `cached_tokens` as a BlockEvent's.
+    with the likeliest tokens, if the request asks for them. `cached_tokens` as in a BlockEvent.
     """
 
     request_id: RequestId

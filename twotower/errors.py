@@ -58,7 +58,7 @@ class ConfigError(TwoTowerError):
 
 
 class Overloaded(TwoTowerError):
-    """No room for the request now. `retry_after_s`: when there may be some, where somebody knows."""
+    """No room for the request now. `retry_after_s`: when there may be room, if known."""
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)

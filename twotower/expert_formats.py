@@ -1,4 +1,4 @@
-"""The formats in which routed experts' weights may be held: names, sizes, what does not fit. Brings no torch."""
+"""The formats in which routed experts' weights may be held: names, sizes, misfits. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ GROUPS = (16, 32, 64, 128)
 
 
 class ExpertWord(StrEnum):
-    """What a setting says."""
+    """The values of the setting."""
 
     STORED = "stored"
     INT8 = "int8"
@@ -24,8 +24,9 @@ class ExpertWord(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExpertFormat:
-    """Weights of `bits` (8 or 4), symmetric around 0, of which each `group` along the inputs share a scale. `group` 0:
-    all inputs of an output channel. Scales of whole channels are fp32, those of groups bf16. Raises ConfigError."""
+    """Weights of `bits` (8 or 4), symmetric around 0. Each `group` of them along the inputs shares a scale; `group` 0:
+    all inputs of an output channel. Scales of whole channels are fp32, scales of groups bf16. Raises ConfigError.
+    """
 
     bits: int
     group: int = 0
@@ -39,8 +40,9 @@ class ExpertFormat:
 
     @classmethod
     def of(cls, word: str, group: int = 0) -> Self | None:
-        """What the settings `experts` and `expert_group` say; None for experts as the checkpoint stores them. Raises
-        ConfigError."""
+        """The format in the settings `experts` and `expert_group`; None for experts as the checkpoint stores them.
+        Raises ConfigError.
+        """
         if word not in tuple(ExpertWord):
             raise ConfigError(f"experts: got {word!r}, wanted one of {', '.join(ExpertWord)}")
         if word == ExpertWord.INT4:
@@ -51,7 +53,7 @@ class ExpertFormat:
 
     @classmethod
     def of_config(cls, values: object) -> Self | None:
-        """What a config.json's `quantization_config` says; None where there is none. Raises CheckpointError."""
+        """The format in a config.json's `quantization_config`; None if it has none. Raises CheckpointError."""
         if values is None:
             return None
         if not isinstance(values, Mapping):
@@ -85,7 +87,7 @@ class ExpertFormat:
         return inputs // self.group if self.group else 1
 
     def misfit(self, inputs: int) -> str | None:
-        """Why a matrix of so many inputs cannot be held; None where it can."""
+        """Why a matrix of so many inputs cannot be held; None if it can."""
         if self.group and inputs % self.group:
             return f"groups of {self.group} do not divide {inputs}"
         return None
@@ -97,6 +99,7 @@ class ExpertFormat:
 
 
 def quantised_values(form: ExpertFormat) -> dict[str, object]:
-    """What a quantised checkpoint's config.json says beside its architecture. The released code's class and its model
-    type are not named: what knows those would take bytes for weights."""
+    """The fields of a quantised checkpoint's config.json beside its architecture. They name neither the released code's
+    class nor its model type: a loader that knows these would take bytes for weights.
+    """
     return {"architectures": [QUANTISED_CLASS], "model_type": METHOD, "quantization_config": form.as_config()}

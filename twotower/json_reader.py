@@ -1,21 +1,21 @@
-"""JSON read piece by piece, so that a thread which reads a long text lets other threads have their turn.
+"""Reads JSON piece by piece, so that a thread with a long text lets other threads run.
 
 `json` holds Python's lock from the first to the last byte. Here it reads single values, and numbers of an array some
-thousands at a time. Python walks the arrays and objects, and there the lock changes hands.
+thousands at a time. Python code walks the arrays and objects, and there another thread can take the lock.
 """
 
 import json
 import re
 from collections.abc import Callable
 
-MAX_VALUES = 4096  # beside the numbers in arrays: more than any request needs, quickly freed
+MAX_VALUES = 4096  # beside the numbers in arrays: more than any request needs, and quickly freed
 _RUN = 8192  # characters of numbers that are read in one go
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBERS = re.compile(r"[-+.eE0-9, \t\n\r]*")
 
 
 class PieceReader:
-    """Reads one JSON text. `pairs`: what an object's names and values become."""
+    """Reads one JSON text. `pairs`: makes an object from its names and values."""
 
     def __init__(
         self, text: str, pairs: Callable[[list[tuple[str, object]]], object], constant: Callable[[str], object]
@@ -25,7 +25,7 @@ class PieceReader:
         self._values = 0
 
     def read(self) -> object:
-        """The value of the text. Raises ValueError where it is broken, or has too many values; RecursionError."""
+        """The value of the text. Raises ValueError if the text is broken or has too many values, and RecursionError."""
         value, end = self._value(self._skip(0))
         if end != len(self._text):
             raise self._broken("Extra data", end)

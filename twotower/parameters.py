@@ -1,7 +1,8 @@
 """How a parameter of a request or a setting of an engine is declared: which values it takes, its default, its meaning.
 
 `twotower.core` declares the parameters, `twotower.engine.settings` the settings, each once. Validation, flags, JSON,
-protobuf, a service's configuration and docs derive from the declarations. Knows none of these, and nothing by name.
+protobuf, a service's configuration and docs derive from the declarations. This module knows none of these, and no
+parameter by name.
 """
 
 import math
@@ -24,8 +25,8 @@ class Kind(Protocol):
     """Which values a parameter takes."""
 
     def read(self, name: str, value: object) -> Any:
-        """The value as a request has it. Types are strict: no "5" for 5, no true for 1; a whole float passes for an
-        integer nowhere. Raises InvalidRequest about the field `name`.
+        """Check and convert a request's value. Types are strict: no "5" for 5, no true for 1, no whole float for an
+        integer. Raises InvalidRequest about the field `name`.
         """
 
     @property
@@ -34,12 +35,12 @@ class Kind(Protocol):
 
     @property
     def schema(self) -> dict[str, object]:
-        """The values as JSON Schema has them."""
+        """The values as JSON Schema."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What it is without being given, which values it takes, what it does in one sentence."""
+    """A setting's default, its values, and its meaning in one sentence."""
 
     default: object
     kind: Kind
@@ -47,7 +48,7 @@ class Setting:
 
     @property
     def field(self) -> Any:
-        """As a field of a dataclass; `settings_in` and `declared_in` find it again."""
+        """A field of a dataclass; `settings_in` and `declared_in` find it."""
         return field(default=self.default, metadata={_KEY: self})
 
 
@@ -55,10 +56,10 @@ class Setting:
 class Parameter(Setting):
     """A parameter of a request.
 
-    `modes`: in which it has a meaning; none are named: in all. `off`: the value that every mode takes, because it asks
-    for nothing. `http`: its name in the body of an HTTP request, where not the same; a dot is a field of a field.
-    `by_service`: whether a service may set its default. `drawn`: for each request that brings none. `default_is`: the
-    default in words, where its value does not tell it.
+    `modes`: the modes in which it has a meaning; empty: all. `off`: the value without an effect, which every mode
+    takes. `http`: its name in the body of an HTTP request, if different; a dot is a field of a field. `by_service`:
+    whether a service may set its default. `drawn`: whether a request without a value gets a drawn one. `default_is`:
+    the default in words, if its value does not say it.
     """
 
     modes: tuple[str, ...] = ()
@@ -78,7 +79,7 @@ class Parameter(Setting):
 
 
 def settings_in(fields: Sequence[Field[Any]]) -> dict[str, Setting]:
-    """What fields of a dataclass declare, by name."""
+    """The settings that fields of a dataclass declare, by name."""
     return {field.name: field.metadata[_KEY] for field in fields if _KEY in field.metadata}
 
 
@@ -90,7 +91,7 @@ def declared_in(fields: Sequence[Field[Any]]) -> dict[str, Parameter]:
 
 @dataclass(frozen=True, slots=True)
 class Integer:
-    """An integer within a range; without an end where `high` is None."""
+    """An integer within a range; without an upper end if `high` is None."""
 
     low: int
     high: int | None = None
@@ -116,8 +117,9 @@ class Integer:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A finite number within a range, an integer too; without an upper end where `high` is None. `low_open`: but for
-    the lower end."""
+    """A finite number within a range, also an integer; without an upper end if `high` is None. `low_open`: the lower
+    end is excluded.
+    """
 
     low: float
     high: float | None = None
@@ -190,7 +192,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """A list of token ids, `most` at most. Which ids a model has, the declaration does not know."""
+    """A list of at most `most` token ids. The declaration does not know a model's vocabulary."""
 
     most: int
 
@@ -212,8 +214,9 @@ class TokenIds:
 
 @dataclass(frozen=True, slots=True)
 class TokenBiases:
-    """A number for each of some token ids, `most` at most; the ids are text in JSON. As the request has them: pairs in
-    the order of their ids. Which ids a model has, the declaration does not know."""
+    """A number for each of at most `most` token ids; in JSON the ids are text. A request holds pairs in the order of
+    their ids. The declaration does not know a model's vocabulary.
+    """
 
     most: int
     largest: float
@@ -288,14 +291,14 @@ class Texts:
 
 
 def check_length(name: str, text: object, most: int) -> str:
-    """A string of whole Unicode characters, `most` at most. Raises InvalidRequest."""
+    """Check a string of at most `most` whole Unicode characters. Raises InvalidRequest."""
     if isinstance(text, str) and len(text) > most:
         raise InvalidRequest.of(name, f"got a string of {len(text)} characters, wanted at most {most}")
     return check_text(name, text)
 
 
 def check_text(name: str, text: object) -> str:
-    """`text` as it is, if it is a string of whole Unicode characters. Raises InvalidRequest."""
+    """Returns `text` unchanged if it is a string of whole Unicode characters. Raises InvalidRequest."""
     if not isinstance(text, str):
         raise _refused(name, text, "a string")
     try:

@@ -8,10 +8,10 @@ Kind = TypeVar("Kind")
 
 
 def across_versions(kind: type[Kind]) -> type[Kind]:
-    """A decorator of a dataclass with slots. What an older version has pickled gets the defaults of the fields that it
-    lacks, what a newer one sends beyond our fields is dropped. So a new field comes last, and has a default.
+    """A decorator of a dataclass with slots. An object pickled by an older version gets the defaults of missing fields;
+    further fields of a newer version are dropped. So a new field comes last, and has a default.
 
-    Python's own way leaves fields that were not sent unset.
+    Python's own unpickling leaves missing fields unset.
     """
 
     def restore(self: Any, state: Sequence[object]) -> None:

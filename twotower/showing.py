@@ -1,4 +1,4 @@
-"""How a message shows what somebody else wrote: values, names and texts, each on one line of bounded length."""
+"""How a message shows foreign values, names and texts: each on one line of bounded length."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain

@@ -1,4 +1,4 @@
-"""JSON read strictly: what a lenient parser would guess at is refused, in one line."""
+"""Reads JSON strictly: input that a lenient parser would guess is refused, in one line."""
 
 import re
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(body: bytes | bytearray, name: str = "body") -> dict[str, object]:
-    """A JSON object, strictly: UTF-8, no repeated names, no NaN or Infinity, no half surrogates, no object of
-    more than 512 names, no more than 4096 values beside the numbers in arrays. In a thread of its own it lets others
-    have their turn, however long the body.
+    """A JSON object, read strictly: UTF-8, no repeated names, no NaN or Infinity, no half surrogates. An object has at
+    most 512 names; the text has at most 4096 values beside the numbers in arrays. In its own thread it lets other
+    threads run, however long the body is.
 
     Raises InvalidRequest about the field `name`.
     """
@@ -39,7 +39,7 @@ def parse_json(body: bytes | bytearray, name: str = "body") -> dict[str, object]
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a JSON lines file with their numbers from 1, blank ones left out. Raises InvalidRequest."""
+    """The lines of a JSON lines file with their numbers from 1, without blank ones. Raises InvalidRequest."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):

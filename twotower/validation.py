@@ -1,6 +1,6 @@
-"""The one place where a request is found good or bad, before any tower is touched.
+"""Checks a request before any tower is touched. No other module does.
 
-Command line, HTTP and gRPC all come through here with a plain mapping, so that the same mistake gets the same words.
+Command line, HTTP and gRPC all pass a plain mapping here, so that the same mistake gets the same words.
 """
 
 import heapq
@@ -30,12 +30,12 @@ from twotower.errors import FieldError, InvalidRequest
 from twotower.parameters import Parameter, TokenBiases, TokenIds, check_text
 from twotower.showing import show, show_name
 
-_NAMED = 8  # unknown fields that are told by name
+_NAMED = 8  # unknown fields that are named
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a running checkpoint can be asked for. `defaults` fill in what a request leaves out."""
+    """The limits of a running checkpoint. `defaults` fill in what a request leaves out."""
 
     vocab_size: int
     max_sequence_length: int
@@ -45,7 +45,9 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a request asks for beside its prompt, checked. `length_given`: whether max_new_tokens is its own."""
+    """The checked fields of a request beside its prompt. `length_given`: whether max_new_tokens is the
+    request's own.
+    """
 
     params: DecodingParams
     priority: int
@@ -70,7 +72,7 @@ class Problems:
         self._found.append(FieldError(name, message))
 
     def of(self, check: Callable[[], _Checked], otherwise: _Checked) -> _Checked:
-        """What `check` returns; where it raises InvalidRequest, `otherwise`, and its problems are collected."""
+        """The result of `check`; if it raises InvalidRequest, `otherwise`, and the problems are collected."""
         try:
             return check()
         except InvalidRequest as error:
@@ -83,7 +85,7 @@ class Problems:
 
 
 def draw_seed() -> int:
-    """A seed for a request that brings none. It is recorded with the request."""
+    """A seed for a request without one. It is recorded with the request."""
     # A double holds it, and so does every reader of JSON.
     return secrets.randbelow(2**53)
 
@@ -91,8 +93,8 @@ def draw_seed() -> int:
 def parse_params(given: Mapping[str, object], limits: ModelLimits) -> DecodingParams:
     """Decoding parameters from a request's fields of the same names. Raises InvalidRequest with every problem.
 
-    Only fields that were given appear in `given`; an unknown one is an error. Types are strict: no "5" for 5, no
-    true for 1; a whole float passes for an int nowhere.
+    Only fields that were given appear in `given`; an unknown one is an error. Types are strict: no "5" for 5, no true
+    for 1, no whole float for an int.
     """
     values = check_values(given)
     problems = Problems()
@@ -110,7 +112,7 @@ def parse_params(given: Mapping[str, object], limits: ModelLimits) -> DecodingPa
 
 
 def check_values(given: Mapping[str, object]) -> dict[str, Any]:
-    """The fields of `given` as DecodingParams has them, each looked at alone: its type, its range, no model, no mode.
+    """The fields of `given` in DecodingParams' form. Each is checked alone for type and range, without model or mode.
 
     Raises InvalidRequest with every problem.
     """
@@ -133,7 +135,7 @@ def check_logprobs(logprobs: object) -> int | None:
 
 
 def check_token_ids(name: str, token_ids: Sequence[object], vocab_size: int) -> tuple[int, ...]:
-    """Every one of them in range. Raises InvalidRequest that names the first which is not."""
+    """Check that every id is in range. Raises InvalidRequest naming the first that is not."""
     problems = Problems()
     ids = _check_ids(name, token_ids, vocab_size, problems)
     problems.raise_any()
@@ -154,9 +156,10 @@ def parse_stop(stop: object) -> tuple[str, ...]:
 
 
 def check_bytes(name: str, text: object, tokens: int, bytes_per_token: int) -> str:
-    """Text that may have no more than `tokens` tokens, which none has that is longer than so many of the longest.
+    """Check that a text is not too long for `tokens` tokens: it may have at most the bytes of so many of the longest
+    token.
 
-    Raises InvalidRequest. To be asked before the text is tokenized, which takes far longer.
+    Raises InvalidRequest. Called before the text is tokenized, which takes far longer.
     """
     known = check_text(name, text)
     size, most = len(known.encode()), tokens * bytes_per_token
@@ -169,7 +172,7 @@ def check_bytes(name: str, text: object, tokens: int, bytes_per_token: int) -> s
 
 
 def check_known(given: Iterable[str], known: Iterable[str], problems: Problems) -> None:
-    """Adds a problem for each field that is not a known one, for the first few of them."""
+    """Adds a problem for each of the first few unknown fields."""
     wanted = sorted(known)
     for name in heapq.nsmallest(_NAMED, set(given) - set(wanted)):
         problems.say(show_name(name), f"unknown field, wanted one of {', '.join(wanted)}")
@@ -200,7 +203,7 @@ def check_terms(
     trace: object = TRACE.default,
     logprobs: object = LOGPROBS.default,
 ) -> Terms:
-    """All but the prompt. Raises InvalidRequest naming each field that is wrong."""
+    """Check all fields except the prompt. Raises InvalidRequest naming each wrong field."""
     problems = Problems()
     params = problems.of(lambda: parse_params(given, limits), None)
     order = problems.of(lambda: check_priority(priority), 0)
@@ -214,16 +217,16 @@ def check_terms(
 
 
 def check_likelihoods(tokens: int, logprobs: int | None, most: int = MAX_LIKELIHOODS) -> None:
-    """Of so many tokens, each with its alternatives. Raises InvalidRequest."""
+    """Check the number of log-probabilities: so many tokens, each with its alternatives. Raises InvalidRequest."""
     if logprobs is not None and tokens * (logprobs + 1) > most:
         told = f"got {logprobs} for up to {tokens} tokens, which is {tokens * (logprobs + 1)} log-probabilities"
         raise InvalidRequest.of("logprobs", f"{told}; wanted at most {most}, the token's own among them")
 
 
 def join(request_id: str, prompt: tuple[int, ...], terms: Terms, limits: ModelLimits) -> Request:
-    """The request of a checked prompt. Raises InvalidRequest where prompt and new tokens do not fit together.
+    """The request with a checked prompt. Raises InvalidRequest if prompt and new tokens do not fit together.
 
-    A max_new_tokens that is not given is the default, or what room the prompt leaves where that is less.
+    Without max_new_tokens the request gets the default, or the room that the prompt leaves if that is less.
     """
     longest, params = limits.max_sequence_length, terms.params
     if not terms.length_given:
@@ -272,7 +275,7 @@ def join_score(
     limits: ModelLimits,
     logprobs: int | None = None,
 ) -> ScoreRequest:
-    """The request of two checked parts. Raises InvalidRequest where they do not fit together."""
+    """The request with two checked parts. Raises InvalidRequest if they do not fit together."""
     together = len(prompt) + len(continuation)
     if together > limits.max_sequence_length:
         raise InvalidRequest.of(
@@ -285,7 +288,7 @@ def join_score(
 
 
 def _tokens_of(name: str, token_ids: object, limits: ModelLimits, problems: Problems) -> tuple[int, ...]:
-    """The prompt or the continuation as ids in range; what is wrong with it goes to `problems`."""
+    """The prompt or the continuation as ids in range; its errors go to `problems`."""
     if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Sequence):
         problems.add(f"{name}_token_ids", token_ids, "a list of token ids")
         return ()
@@ -335,7 +338,7 @@ def _check_biased(name: str, biases: Sequence[tuple[int, float]], vocab_size: in
 
 
 def _check_ids(name: str, token_ids: object, vocab_size: int, problems: Problems) -> tuple[int, ...]:
-    """The ids of a list that is no longer than it may be; the first that is none goes to `problems`."""
+    """The ids of a list of allowed length; the first invalid id goes to `problems`."""
     assert isinstance(token_ids, Sequence)
     ids = tuple(token_ids)
     if set(map(type, ids)) <= {int} and 0 <= min(ids, default=0) <= max(ids, default=0) < vocab_size:

@@ -1,4 +1,4 @@
-"""What a metric is. Which there are is declared in `router_metrics.py` and `cell_metrics.py`."""
+"""What a metric is. `router_metrics.py` and `cell_metrics.py` declare the metrics."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Metric:
-    """One declaration: `name` without prefix, what a value counts, and what it means.
+    """One declaration: `name` without prefix, the unit of a value, and its meaning.
 
-    `labels` beside those that all metrics of a process have. `bounds`: of a histogram's buckets, each above 0.
+    `labels`: in addition to those that all metrics of a process have. `bounds`: of a histogram's buckets, each above 0.
     """
 
     name: str

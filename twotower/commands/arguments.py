@@ -26,7 +26,7 @@ exit status: 0 all done; 1 a failure, or lines of --input that were skipped or w
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Exits with code 2 and one line where flags are unknown, missing or do not go together."""
+    """Exits with code 2 and one line if flags are unknown, missing or contradictory."""
     parser = Parser(prog="python -m twotower", description="Two-tower diffusion language models.")
     parser.add_argument("--version", action="version", version=f"twotower {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -32,8 +32,8 @@ from twotower.text.token_texts import TokenTexts
 from twotower.validation import check_terms
 
 _MAX_SEQUENCES = 32
-# Orders given to the pair at a time, and the length of the pair's queue. An order may have ended before its room is
-# free, so counting rooms would not do.
+# The number of orders given to the pair at a time, and the length of the pair's queue. An order may have ended before
+# its room is free, so counting rooms would not do.
 _IN_FLIGHT = 288
 _BIG_CHECKPOINT_BYTES = 256 * 2**20
 
@@ -43,7 +43,7 @@ _Told = Piece | TraceEvent
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How many orders came to an end, and how many did not, lines that never became one included."""
+    """How many orders ended normally, and how many failed. Bad lines count as failed."""
 
     num_done: int
     num_failed: int
@@ -100,8 +100,8 @@ def _generate_many(options: Namespace, model: Model, given: dict[str, object]) -
 
 
 def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> tuple[list[Order], int]:
-    """The orders of all good lines, and the number of bad ones, which are told of. Raises InvalidRequest where these
-    are too many.
+    """The orders of all good lines, and the number of bad lines, which are reported. Raises InvalidRequest if there are
+    too many bad lines.
     """
     telling = given_telling(options)
     check_terms(given, PRIORITY.default, model.limits, **telling)
@@ -119,7 +119,7 @@ def _good_lines(options: Namespace, model: Model, given: dict[str, object]) -> t
 
 @dataclass(slots=True)
 class _Count:
-    """What a run has done so far, and in which time since its towers were there."""
+    """What a run has done so far, and the time since its towers were loaded."""
 
     done: int = 0
     tokens: int = 0
@@ -166,7 +166,7 @@ async def _run_many(
 async def _in_order(
     pair: Pair, orders: Iterable[Order], model: Model, hear: Callable[[_Told], None]
 ) -> AsyncIterator[tuple[Order, _Outcome]]:
-    """Orders with what came of them, in their order; as many at once as the pair's queue holds."""
+    """Orders with their results, in order; at most as many at a time as the pair's queue holds."""
     window: deque[tuple[Order, asyncio.Task[_Outcome]]] = deque()
     try:
         for order in orders:
@@ -196,7 +196,7 @@ async def _outcome(pair: Pair, order: Order, model: Model, hear: Callable[[_Told
 
 
 def _pair(options: Namespace, model: Model, orders: Sequence[Order]) -> AbstractAsyncContextManager[Pair]:
-    """A running pair whose cache holds what these orders need at once, and not more."""
+    """A running pair whose cache has exactly the room that these orders need at a time."""
     wanted = sorted((pages_for(order.request.positions) for order in orders), reverse=True)
     settings = EngineSettings(
         max_sequences=min(len(orders), _MAX_SEQUENCES),

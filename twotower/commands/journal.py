@@ -8,10 +8,10 @@ from twotower.errors import ConfigError
 
 
 class Journal:
-    """Entries of a kind and one line of JSON; each is on disk before the next one is made.
+    """Entries with a kind and one line of JSON; each is on disk before the next one is made.
 
-    `about` names the experiment. `entries` are those of the earlier run; a line that a killed run left half written is
-    dropped. Raises ConfigError where `path` cannot be written, or
+    `about` names the experiment. `entries` are those of the earlier run; a half-written line of a killed run is
+    dropped. Raises ConfigError if `path` cannot be written, or if the file
     - holds entries, and neither `resume` nor `overwrite` is given;
     - is to be resumed, and is empty or belongs to another experiment.
     """
@@ -51,7 +51,7 @@ class Journal:
             self._path.unlink()
 
     def remove(self) -> None:
-        """For when the findings are written elsewhere."""
+        """Called when the findings have been written elsewhere."""
         self._file.close()
         self._path.unlink()
 

@@ -1,4 +1,4 @@
-"""From what a user wrote (flags, or a line of JSON) to a checked request. Touches headers and tokenizer, no tower."""
+"""From a user's input (flags, or a line of JSON) to a checked request. Reads headers and tokenizer, no tower."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A checked request, the strings that end its text, and the user's name for it."""
+    """A checked request, its stop strings, and the user's name for it."""
 
     request: Request
     stop: tuple[str, ...] = ()
@@ -51,13 +51,14 @@ class BadLine:
 
 
 def directory_of(name: str) -> Path:
-    """Of the checkpoint that is shipped with the library, or the one that is named."""
+    """The directory of the named checkpoint; `demo` is the one shipped with the library."""
     return Path(twotower.__file__).parent / "demo" / "checkpoint" if name == "demo" else Path(name)
 
 
 def open_model(name: str, max_sequence_length: object, experts: ExpertFormat | None = None) -> Model:
-    """`demo`, or a directory; `experts`: the format to hold experts in. Raises CheckpointError, or InvalidRequest for a
-    length that is none."""
+    """`demo`, or a directory. `experts`: the format in which experts are held. Raises CheckpointError, or
+    InvalidRequest for an invalid length.
+    """
     longest = Integer(2).read("max_sequence_length", max_sequence_length)
     directory = directory_of(name)
     checkpoint = Checkpoint.open(directory, experts)
@@ -83,8 +84,8 @@ def order_of(values: Mapping[str, object], model: Model, number: int = 1) -> Ord
 
 
 def read_orders(path: Path, model: Model, given: Mapping[str, object]) -> Iterator[Order | BadLine]:
-    """Every line of a JSON lines file, in order, blank ones left out. `given` fills in what a line leaves out. So a
-    flag that means nothing in a line's own mode is refused for that line.
+    """Every line of a JSON lines file, in order, without blank ones. `given` fills in what a line leaves out. So a flag
+    without a meaning in a line's own mode is refused for that line.
     """
     for number, line in read_lines(path):
         yield _order_of_line(line, model, given, number)

@@ -1,4 +1,4 @@
-"""A file that is there as a whole or not at all."""
+"""A file that is written completely or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ from twotower.errors import InvalidRequest
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """Write beside `path`, and put the file in its place at the end; after an error nothing is left, old content stays.
+    """Write to a file beside `path`, and rename it to `path` at the end. After an error the old content stays and
+    nothing else is left.
 
-    Raises InvalidRequest where nothing can be written there, at once.
+    Raises InvalidRequest at once if `path` cannot be written.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():

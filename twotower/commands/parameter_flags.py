@@ -1,4 +1,4 @@
-"""A flag for each parameter of a request, for all our commands that take them."""
+"""A flag for each parameter of a request, for all commands that take parameters."""
 
 from argparse import SUPPRESS, Namespace, _ActionsContainer
 from collections.abc import Collection, Mapping
@@ -11,8 +11,9 @@ from twotower.parameters import Choice, Flag, Integer, Number, Parameter, Texts,
 
 
 def add_parameter_flags(group: _ActionsContainer, own_defaults: bool = True, without: Collection[str] = ()) -> None:
-    """`own_defaults`: whether what is not given takes the default that is declared; a service has its own. `without`:
-    those that the command has a flag of its own for."""
+    """`own_defaults`: whether a missing flag takes the declared default; a service has its own defaults. `without`:
+    parameters for which the command has its own flag.
+    """
     for name, parameter in PARAMETERS.items():
         if name not in without:
             _add(group, name, parameter, SUPPRESS, own_defaults)
@@ -24,19 +25,19 @@ def add_priority_flag(group: _ActionsContainer) -> None:
 
 
 def add_telling_flags(group: _ActionsContainer) -> None:
-    """What an answer is told with beside its text."""
+    """Flags for what is shown beside an answer's text."""
     _add(group, "logprobs", LOGPROBS, SUPPRESS)
     told = f"show which positions of a block each step fixes; never changes a token ({_modes_told(TRACE)})"
     group.add_argument("--trace", action="store_true", default=SUPPRESS, help=told)
 
 
 def given_telling(options: Namespace) -> dict[str, object]:
-    """Those of `add_telling_flags` that were given, unchecked, by name."""
+    """The given flags of `add_telling_flags`, unchecked, by name."""
     return {name: getattr(options, name) for name in ("logprobs", "trace") if hasattr(options, name)}
 
 
 def given_parameters(options: Namespace) -> dict[str, object]:
-    """Those of DecodingParams that were given, unchecked, by name."""
+    """The given parameters of DecodingParams, unchecked, by name."""
     return {name: getattr(options, name) for name in PARAMETERS if hasattr(options, name)}
 
 
@@ -73,7 +74,7 @@ def _modes_told(parameter: Parameter) -> str:
 
 
 def as_sent(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Checked values as a request says them."""
+    """Checked values in the form of a request."""
     return {name: _as_sent(name, value) for name, value in values.items()}
 
 

@@ -14,7 +14,7 @@ from twotower.planner.report import figures, text
 
 
 def plan(options: Namespace) -> int:
-    """Print the plan. Returns 0: nothing of it can fail by halves. Raises CheckpointError or ConfigError."""
+    """Print the plan. Returns 0: a plan cannot fail in part. Raises CheckpointError or ConfigError."""
     config, form = _config(options.checkpoint), ExpertFormat.of(options.experts, options.expert_group)
     if form is not None:
         config = config.with_experts(form)

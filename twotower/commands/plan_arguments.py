@@ -1,4 +1,4 @@
-"""The flags of `plan`. Brings no torch."""
+"""The flags of `plan`. Imports no torch."""
 
 import argparse
 
@@ -80,7 +80,7 @@ def _context(text: str) -> int:
 
 
 def _tokens(text: str) -> float:
-    """More than none, and at most a block."""
+    """A number above 0, at most a block."""
     try:
         value = float(text)
     except ValueError:

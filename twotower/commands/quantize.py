@@ -9,7 +9,7 @@ from twotower.model.quantising import Quantising, quantise_checkpoint
 
 
 def quantize(options: Namespace) -> int:
-    """Write the directory. Returns 0: nothing of it is done by halves. Raises CheckpointError or ConfigError."""
+    """Write the directory. Returns 0: the directory is never left incomplete. Raises CheckpointError or ConfigError."""
     form = ExpertFormat.of(options.experts, options.group or 0)
     assert form is not None
     device = pick_device(options.device)

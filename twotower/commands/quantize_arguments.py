@@ -1,4 +1,4 @@
-"""The flags of `quantize`. Brings no torch."""
+"""The flags of `quantize`. Imports no torch."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ from twotower.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of one order. `text` is None where the checkpoint has no tokenizer."""
+    """The result of one order. `text` is None if the checkpoint has no tokenizer."""
 
     token_ids: list[int]
     text: str | None
@@ -34,7 +34,7 @@ class Result:
     trace: list[TraceEvent]
 
     def fields(self, order: Order, texts: Texts) -> dict[str, object]:
-        """As JSON knows it, under the user's own id where there is one."""
+        """The JSON object of the result, with the user's own id if there is one."""
         told: dict[str, object] = {} if order.id is None else {"id": order.id}
         told |= {field.name: getattr(self, field.name) for field in fields(self)[:-2]}
         if order.request.logprobs is not None:
@@ -50,7 +50,7 @@ async def decode(
     tokenizer: Tokenizer | None,
     hear: Callable[[Piece | TraceEvent], None] = lambda told: None,
 ) -> Result:
-    """Decode one order to its end. `hear` gets each piece of the answer, and of its trace, as it comes."""
+    """Decode one order to its end. `hear` gets each piece of the answer and of its trace as it arrives."""
     answer = AnswerText(tokenizer, order.stop, min_tokens=order.request.params.min_tokens)
     costs, likelihoods, trace = dict.fromkeys(COSTS, 0), list[Likelihood](), list[TraceEvent]()
     reason: FinishReason | None = None

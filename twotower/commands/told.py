@@ -1,4 +1,4 @@
-"""What is told of an answer as it comes, what `--logprobs` and `--trace` ask for among it; and that as JSON."""
+"""The pieces of an answer as they arrive, including those for `--logprobs` and `--trace`; and their JSON."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -9,8 +9,9 @@ from twotower.text.token_texts import Texts
 
 
 class Piece(NamedTuple):
-    """What an answer has grown by. `text`: what became certain with these tokens; their ids without a tokenizer.
-    `likelihoods`: one for each token, where the request asks for them."""
+    """The next part of an answer. `text`: the text that became certain with these tokens; their ids without a
+    tokenizer. `likelihoods`: one for each token, if the request asks for them.
+    """
 
     text: str
     token_ids: Sequence[int]

@@ -1,6 +1,7 @@
-"""An answer on the terminal as it comes: its text alone, or token by token and step by step where that is asked for.
+"""An answer on the terminal as it arrives: its text alone or, on request, token by token and step by step.
 
-Colour on a terminal only. Elsewhere new text is `{+so+}` and rejected text `[-so-]`, as `git diff --word-diff` has it.
+Colour is used on a terminal only. Elsewhere new text is `{+so+}` and rejected text `[-so-]`, as in `git diff
+--word-diff`.
 """
 
 import math
@@ -79,7 +80,7 @@ class DetailView:
         return f"  {about:{_NAMED}}" + self._painted(parts)
 
     def _shown(self, token_ids: Sequence[int], quotes: bool = False) -> list[str]:
-        """As they may stand in a line: without what a terminal would obey. An id where the text does not tell it."""
+        """Token texts without characters that a terminal would obey; the id if the text does not identify the token."""
         names = zip(token_ids, self._names.of(token_ids), strict=True)
         return [f"‹{token}›" if name == f"token_id:{token}" else _escaped(name, quotes) for token, name in names]
 
@@ -114,6 +115,6 @@ View = TextView | DetailView
 
 
 def view_of(trace: bool, logprobs: bool, texts: Texts) -> View:
-    """For what a request asks to be told."""
+    """The view that fits the request."""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     return DetailView(texts, colour) if trace or logprobs else TextView()

@@ -1,6 +1,6 @@
-"""Which tokens a draw is among: top-k, min-p and top-p of a distribution, in every mode.
+"""Top-k, min-p and top-p: which tokens of a distribution a draw may choose, in every mode.
 
-Knows neither how a token is drawn from what is left nor whose distribution it is. Each row is cut by itself.
+Knows neither how a token is drawn from the rest nor whose distribution it is. Each row is cut independently.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from twotower.model.transfer import on_device
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Of one row's draw. `top_k` 0, `top_p` 1 and `min_p` 0 are off."""
+    """The bounds of one row's draw. `top_k` 0, `top_p` 1 and `min_p` 0 are off."""
 
     top_k: int = 0
     top_p: float = 1.0
@@ -29,7 +29,7 @@ class Bounds:
 
     @property
     def cut(self) -> bool:
-        """Whether some tokens are out of the question."""
+        """Whether the bounds exclude tokens."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
@@ -38,8 +38,9 @@ UNBOUNDED = Bounds()
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Probabilities [R,V] with 0 for the tokens cut off, in no unit. `margin_R1`: that of what was kept, in [0, 1] or
-    more. `edge_R1`: the least probability that was kept."""
+    """Unnormalised probabilities [R,V], 0 for excluded tokens. `margin_R1`: the margin of the cut, in [0, 1] or more.
+    `edge_R1`: the least kept probability.
+    """
 
     kept_RV: Tensor
     margin_R1: Tensor
@@ -47,8 +48,9 @@ class Cut:
 
 
 def cut(probabilities_RV: Tensor, rows: Sequence[Bounds]) -> Cut:
-    """top-k (ties kept) and min-p, then top-p of what they left (the crossing token kept). Of a row with NaN the result
-    means nothing."""
+    """Top-k (ties kept) and min-p, then top-p of the rest (the crossing token kept). For a row with NaN the result is
+    undefined.
+    """
     device, vocab = probabilities_RV.device, probabilities_RV.shape[1]
     sorted_RV, order_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
     last = [min(row.top_k or vocab, vocab) - 1 for row in rows]
@@ -59,7 +61,7 @@ def cut(probabilities_RV: Tensor, rows: Sequence[Bounds]) -> Cut:
     top_p_R1 = on_device([row.top_p for row in rows], device)[:, None]
     before_RV = kept_RV.cumsum(-1) - kept_RV
     kept_RV = kept_RV * ((before_RV < top_p_R1) | (top_p_R1 >= 1))
-    # Nobody is behind the last; the ends of both cuts are looked at, and the sum at which top-p crosses.
+    # No token follows the last one. The margin considers the ends of both cuts, and the sum at which top-p crosses.
     behind_RV = torch.cat([sorted_RV[:, 1:], torch.zeros_like(kth_R1)], dim=1)
     end_R1 = ((kept_RV > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     ends_R2 = torch.cat([on_device(last, device)[:, None], end_R1], dim=1)
@@ -68,7 +70,7 @@ def cut(probabilities_RV: Tensor, rows: Sequence[Bounds]) -> Cut:
     crossing_R1 = (before_RV[:, 1:] - top_p_R1).abs().amin(1, keepdim=True).masked_fill(top_p_R1 >= 1, 1.0)
     margin_R1 = torch.minimum(1 - ratio_R1, CROSSING * crossing_R1)
     if any(row.min_p for row in rows):
-        # The likeliest token is the measure, so it is never cut off.
+        # Min-p is relative to the likeliest token, so it never excludes that token.
         others_RV = sorted_RV[:, 1:]
         apart_RV = torch.minimum(others_RV, least_R1) / torch.maximum(others_RV, least_R1).clamp(min=SMALLEST)
         margin_R1 = torch.minimum(margin_R1, 1 - apart_RV.amax(1, keepdim=True).masked_fill(least_R1 == 0, 0.0))

@@ -1,7 +1,7 @@
-"""Blocks whose text has to be what a grammar says: which of their tokens are certain, and what may come behind those.
+"""Blocks under a grammar: which of their tokens are certain, and which tokens may follow these.
 
-A grammar says which tokens may come behind a text that is known. So of a block it restricts one position at a time, the
-first that is still masked. What a step has fixed further right is looked at once all in front of it is certain.
+A grammar says which tokens may follow a known text. So it restricts one position of a block at a time: the first masked
+one. Tokens that a step has fixed further right are checked once all tokens before them are certain.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _ONLY_THE_MASK = "only the mask token may come next, which stands for no token i
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """The tokens that may come at `place` of a block: a bit for each, as a Matcher has them."""
+    """The allowed tokens at `place` of a block: a bit for each, as in a Matcher's mask."""
 
     place: int
     bits: bytes
@@ -26,14 +26,14 @@ class Allowed:
 
 
 class CertainPrefix:
-    """Of one sequence's block. Its tokens are never taken back, so the matcher follows them for good.
+    """The certain prefix of one sequence's block. It never shrinks, so the matcher only moves forward.
 
-    `allowed`: what may come behind it; None where anything may, because the answer has ended in front of that place.
-    `fault`: why no token may come, once none may.
+    `allowed`: the tokens that may follow it; None if any may, because the answer has ended before that place. `fault`:
+    the reason once no token is allowed.
     """
 
     def __init__(self, matcher: Matcher, stopping: Stopping, answer: Sequence[int]) -> None:
-        """`answer`: as far as it is there."""
+        """`answer`: the answer so far."""
         self._matcher, self._stopping = matcher, stopping
         self._room, self._ended = 0, False
         self.allowed: Allowed | None = None
@@ -41,13 +41,14 @@ class CertainPrefix:
         matcher.follow(answer)
 
     def begin_block(self, room: int) -> None:
-        """A block of which the answer takes `room` tokens at most."""
+        """Begin a block; the answer takes at most `room` tokens of it."""
         self._room = room
         self._look(0)
 
     def extend(self, tokens: Sequence[int], masked: Sequence[bool]) -> int | None:
-        """By the tokens that are fixed behind it. Returns the place of the first that breaks the grammar, if one does;
-        the prefix ends in front of it."""
+        """Extend the prefix by the fixed tokens after it. Returns the place of the first token that breaks the grammar,
+        if any; the prefix ends before that place.
+        """
         while self.allowed is not None and self.allowed.place < len(tokens) and not masked[self.allowed.place]:
             place = self.allowed.place
             if tokens[place] not in self.allowed:
@@ -58,7 +59,7 @@ class CertainPrefix:
         return None
 
     def _look(self, place: int) -> None:
-        """What may come there. Nothing is worked out behind the answer's end."""
+        """Compute the allowed tokens at the next place; nothing after the answer's end."""
         if self._ended or place >= self._room:
             self.allowed = None
             return

@@ -1,5 +1,5 @@
-"""Guesses in Triton: one program a position reads its logits once, as the head gives them, and keeps all else in
-registers: the softmax's maximum and sum, the two best scores, and the random bits of a draw.
+"""Guesses in Triton: one program a position reads the head's logits once. It keeps everything else in registers: the
+softmax's maximum and sum, the two best scores, and the random bits of a draw.
 
 Imported only where Triton is. Seen so far: under Triton's interpreter on a CPU, never on a GPU.
 """

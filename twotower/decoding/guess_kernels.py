@@ -1,5 +1,5 @@
-"""Which implementation makes guesses for a tower: the plain functions, or on CUDA the Triton kernel once it has agreed
-with them on that device. What computes the towers is chosen alike (`twotower.model.kernels.choice`).
+"""Which implementation makes guesses for a tower: the plain functions, or on CUDA the Triton kernel if it agrees with
+them on that device. `twotower.model.kernels.choice` chooses the towers' kernels in the same way.
 """
 
 import importlib
@@ -33,7 +33,7 @@ def plain(logits_PV: Tensor, mask_token_id: int, draw: Draw | None) -> Tensor:
 
 
 def guess_of(tower: ContextTower | DenoiserTower) -> Guess:
-    """What makes guesses from a tower's logits. Says so in its description, the first time."""
+    """The implementation for a tower's logits. The first call adds it to the tower's description."""
     if tower.device.type != "cuda" or tower.plain_only:
         return plain
     guess, how = _chosen(tower.config.vocab_size, tower.device, tower.dtype)
@@ -53,11 +53,11 @@ def _chosen(vocab: int, device: torch.device, dtype: torch.dtype) -> tuple[Guess
 def choose(
     vocab: int, device: torch.device, dtype: torch.dtype, load: Callable[[str], ModuleType] = importlib.import_module
 ) -> tuple[Guess, str]:
-    """What makes guesses on CUDA, from a head's logits of this dtype; and why that, in words."""
+    """The implementation on CUDA for logits of this dtype, and the reason in words."""
     try:
         guess: Guess = load("twotower.decoding.fused_guesses").guess
         case, worst = max(deviations(guess, vocab, device, dtype), key=lambda deviation: deviation[1])
-    except Exception as error:  # a compiler that is not there fails in many ways
+    except Exception as error:  # a missing compiler fails in many ways
         logger.warning("guesses: triton does not run here", exc_info=True)
         return plain, f"torch (triton failed: {type(error).__name__})"
     if worst > TOLERANCE:
@@ -67,8 +67,9 @@ def choose(
 
 
 def deviations(guess: Guess, vocab: int, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """Every case's name and deviation, of random logits. A token that differs is infinitely far, unless it was a
-    near-tie."""
+    """Every case's name and deviation, for random logits. A different token counts as an infinite deviation, unless it
+    was a near-tie.
+    """
     random = torch.Generator(device).manual_seed(1)
     keys = [step_key(number, 3, number) for number in range(_POSITIONS)]
     cases: dict[str, Draw | None] = {

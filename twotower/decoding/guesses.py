@@ -1,11 +1,11 @@
-"""What masked positions would become: of each its token, how sure the denoiser is of it, how close that was.
+"""Guesses for masked positions: token, confidence, and how close the decision was.
 
-P positions side by side, whichever rows they are of: nothing here depends on who they are together with. A step's
-largest numbers are its logits. So only those of masked positions are made, `positions_at_once` at a time, and what is
-worked out from them is as large at most.
+P positions of any rows are handled together, and each result depends only on its own position. Logits are a step's
+largest tensor. So only logits of masked positions are made, `positions_at_once` at a time; tensors computed from them
+are at most as large.
 
-A guess is a row of [P,4] in fp32: the token's id, its confidence, the ratio of what lost to what won, and the sum of
-the logits, which is finite where they are.
+A guess is a row of [P,4] in fp32: token id, confidence, the ratio of runner-up to winner, and the sum of the logits.
+The sum is finite if the logits are.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from twotower.decoding.steering import allowed_tokens
 from twotower.model.transfer import on_device
 
 AT_ONCE = 1 << 24  # logits: 64 MiB in fp32
-_SORTED = 4  # times as much memory as a free draw a bounded one takes: for the tokens in order, with their places
+_SORTED = 4  # a bounded draw takes so many times the memory of a free one: for sorted tokens and their places
 _BANNED = -1e12
 
 
@@ -30,14 +30,15 @@ def positions_at_once(vocab: int) -> int:
 
 
 def bounded_at_once(at_once: int) -> int:
-    """How many positions whose draws are bounded, where so many others are looked at together."""
+    """The number of positions with bounded draws in a piece, if a piece of others has so many."""
     return max(1, at_once // _SORTED)
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How positions are drawn, a number each; at `positions` of their blocks. `key` names a step's random numbers.
-    `bounds`: among which tokens; None: among all, at every position."""
+    """How positions are drawn: one number each, at `positions` of their blocks. `key` names a step's random numbers.
+    `bounds`: the allowed tokens of each draw; None: all tokens, at every position.
+    """
 
     temperatures: Sequence[float]
     keys: Sequence[int]
@@ -46,8 +47,9 @@ class Draw:
 
 
 def restrict(logits_PV: Tensor, asked: Sequence[tuple[int, bytes]]) -> None:
-    """In place, at the positions where not every token may come: which one, and a bit for each token. NaN and infinity
-    stay what they are, to be found."""
+    """Exclude tokens in place, at the restricted positions: which position, and a bit for each token. NaN and infinity
+    stay, so that they are found later.
+    """
     if not asked:
         return
     which, bits = zip(*asked, strict=True)
@@ -57,7 +59,7 @@ def restrict(logits_PV: Tensor, asked: Sequence[tuple[int, bytes]]) -> None:
 
 
 def likeliest(logits_PV: Tensor, mask_token_id: int) -> Tensor:
-    """Guesses where nothing is drawn: tensors alone, so that it can be recorded. Overwrites the mask token's logits."""
+    """Guesses without a draw. Uses tensors only, so that it can be recorded. Overwrites the mask token's logits."""
     sum_P = logits_PV.sum(1)
     probabilities_PV = _without(mask_token_id, logits_PV).softmax(1)
     confidence_P, tokens_P = probabilities_PV.max(1)
@@ -66,9 +68,10 @@ def likeliest(logits_PV: Tensor, mask_token_id: int) -> Tensor:
 
 
 def drawn(logits_PV: Tensor, mask_token_id: int, draw: Draw, noise_PV: Tensor | None = None) -> Tensor:
-    """Guesses by the Gumbel maximum, among the tokens that their bounds leave of the distribution at their temperature.
-    Their confidence is that of the whole distribution at temperature 1. The ratio: of two tokens' weights, at which the
-    other would have been drawn. `noise_PV` takes the uniform numbers' place. Overwrites the mask token's logits."""
+    """Guesses by the Gumbel-max method, among the tokens that the bounds keep of the distribution at its temperature.
+    The confidence is the token's probability at temperature 1 among all tokens. The ratio is of two tokens' weights, at
+    which the other would have been drawn. `noise_PV` replaces the uniform numbers. Overwrites the mask token's logits.
+    """
     sum_P = logits_PV.sum(1)
     tokens_P, ratio_P = _gumbel_argmax(_without(mask_token_id, logits_PV), draw, noise_PV)
     confidence_P = logits_PV.softmax(1).gather(1, tokens_P[:, None])[:, 0]
@@ -86,7 +89,7 @@ def _gumbel_argmax(logits_PV: Tensor, draw: Draw, noise_PV: Tensor | None) -> tu
     if noise_PV is None:
         noise_PV = uniform(draw.keys, draw.positions, logits_PV.shape[1], logits_PV.device)
     scores_PV.add_(noise_PV.clamp_(min=1e-10).log_().neg_().log_().neg_())
-    # In units of logits; above a temperature of 1 it is the score's own rounding that counts.
+    # In units of logits; above a temperature of 1 the rounding of the score counts.
     unit_P = temperatures_P.clamp(max=1)
     if draw.bounds is not None:
         return _best_within(draw.bounds, scores_PV, (logits_PV / temperatures_P[:, None]).softmax(1), unit_P)
@@ -98,10 +101,10 @@ def _gumbel_argmax(logits_PV: Tensor, draw: Draw, noise_PV: Tensor | None) -> tu
 def _best_within(
     bounds: Sequence[Bounds], scores_PV: Tensor, probabilities_PV: Tensor, unit_P: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The highest score among the tokens that are left: a draw in proportion to their probabilities.
+    """The highest score among the remaining tokens: a draw in proportion to their probabilities.
 
-    Another cut would make a difference where the winner is one of the last that are left, or where one of the first
-    that are not has a higher score.
+    The cut matters if the winner is one of the last kept tokens, or if one of the first excluded tokens has a higher
+    score.
     """
     left = cut(probabilities_PV, bounds)
     out_PV = left.kept_RV <= 0

@@ -1,6 +1,7 @@
-"""Likelihoods of tokens by a tower's raw logits, packed for the host: beside the tokens' choice, or of given tokens.
+"""Log-probabilities of tokens under a tower's raw logits, packed for the host: beside the choice of tokens, or for
+given tokens.
 
-Temperature, top-k and top-p have no part in them.
+Temperature, top-k and top-p do not change them.
 """
 
 from collections.abc import Sequence
@@ -27,8 +28,9 @@ def rate(logits_PV: Tensor, tokens_P: Tensor, most: int) -> Tensor:
 
 
 def beside(told_RC: Tensor, logits_RV: Tensor, tokens_R: Tensor, asked: Sequence[int], most: int) -> Tensor:
-    """What is told of each row already, with the ratings of the tokens in rows `asked` behind it; in other rows nothing
-    is worked out, and what stands there means nothing."""
+    """The given columns of each row, followed by the ratings of the tokens in rows `asked`. In other rows nothing is
+    computed and the rating columns are undefined.
+    """
     width = _HEAD + 2 * min(most, logits_RV.shape[1])
     rated_RC = told_RC.new_zeros(len(told_RC), width)
     if asked:
@@ -38,12 +40,12 @@ def beside(told_RC: Tensor, logits_RV: Tensor, tokens_R: Tensor, asked: Sequence
 
 
 def is_finite(row: Sequence[float]) -> bool:
-    """Whether a row of `rate` means anything."""
+    """Whether a row of `rate` is defined."""
     return bool(row[1])
 
 
 def likelihood_of(row: Sequence[float], alternatives: int) -> Likelihood:
-    """A row of `rate` as the host has it, with so many of its alternatives."""
+    """The Likelihood in a row of `rate` on the host, with so many of its alternatives."""
     most = (len(row) - _HEAD) // 2
     ids, log_probs = row[_HEAD : _HEAD + most], row[_HEAD + most :]
     return Likelihood(row[0], tuple(map(int, ids[:alternatives])), tuple(log_probs[:alternatives]))

@@ -1,4 +1,4 @@
-"""How close a decision was: what tells whether fp32 rounding could have made it another way.
+"""How close a decision was, and so whether fp32 rounding could have changed it.
 
 A decision's *margin* is 1 - exp(-d), where d is the difference between the winner's logit and the loser's. It is the
 share by which the loser's probability was smaller, and almost d itself where d is small. It lies in [0, 1], and 1 also
@@ -19,5 +19,5 @@ def runner_up(values_X: Tensor, winner_X1: Tensor, below: float) -> Tensor:
 
 
 def closest(ratios_RL: Tensor, relevant_RL: Tensor) -> Tensor:
-    """Each row's largest ratio of what lost to what won, among its relevant ones."""
+    """Each row's largest ratio of runner-up to winner, among its relevant positions."""
     return ratios_RL.masked_fill(~relevant_RL, 0.0).amax(1)

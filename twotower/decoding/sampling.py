@@ -17,7 +17,8 @@ from twotower.model.transfer import on_device
 @dataclass(frozen=True, slots=True)
 class TokenParams:
     """How one row samples. `top_k` 0, `top_p` 1 and `min_p` 0 are off; `key` names this position's random number.
-    `steered`: what the request does to the logits before."""
+    `steered`: the request's changes to the logits.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -28,7 +29,7 @@ class TokenParams:
 
     @classmethod
     def of(cls, params: DecodingParams, place: int, steered: Steered | None = None) -> Self:
-        """Of the answer's token at `place`, in every causal mode."""
+        """The parameters for the answer's token at `place`, in every causal mode."""
         key = step_key(params.seed, place, 0) if params.samples else 0
         return cls(params.temperature, params.top_k, params.top_p, key, params.min_p, steered)
 
@@ -39,7 +40,7 @@ class TokenParams:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A token id for each row, and the margin in [0, 1] of that decision."""
+    """A token id for each row, and the decision's margin in [0, 1]."""
 
     tokens_R: Tensor
     margin_R: Tensor
@@ -59,12 +60,13 @@ def sample(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
 
 
 def decide(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
-    """`sample` after what rows do to their logits, as the host reads it, [R,3] in fp32: the token, its margin, whether
-    the tower's logits of the row are all finite and leave a token to choose. Leaves the logits as they are."""
+    """`sample` with each row's steering, packed for the host as [R,3] in fp32. The columns: the token, its margin, and
+    whether the row's logits are all finite and leave a token to choose. Does not change the logits.
+    """
     finite_R = torch.isfinite(logits_RV).all(1)
     steered_RV = steer(logits_RV, [row.steered for row in rows])
     if steered_RV is not logits_RV:
-        finite_R &= steered_RV.amax(1).isfinite()  # -inf is a token that may not be
+        finite_R &= steered_RV.amax(1).isfinite()  # -inf marks a token that is not allowed
     sampled = sample(steered_RV, rows)
     return torch.stack([sampled.tokens_R.float(), sampled.margin_R, finite_R.float()], dim=1)
 
@@ -72,8 +74,8 @@ def decide(logits_RV: Tensor, rows: list[TokenParams]) -> Tensor:
 def _draw(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
     """softmax at the temperature, then top-k, min-p and top-p, then one draw.
 
-    The draw goes through the tokens in the order of their ids. In the order of their probabilities, the last
-    bit of a logit would make two of almost the same probability change places, and so change the draw.
+    The draw goes through the tokens in the order of their ids. In the order of probabilities, the last bit of a logit
+    could swap two almost equally likely tokens, and so change the draw.
     """
     device, vocab = logits_RV.device, logits_RV.shape[1]
     temperatures_R1 = on_device([row.temperature for row in rows], device)[:, None]
@@ -99,5 +101,5 @@ def _draw(logits_RV: Tensor, rows: list[TokenParams]) -> Sampled:
         # Another cut moves the draw's bounds by a token or so.
         decided_R1 = miss_R1 <= 2 * left.edge_R1 / total_RV[:, -1:]
         margin_R1 = torch.minimum(margin_R1, left.margin_R1.masked_fill(~decided_R1, 1.0))
-    # In units of logits; above a temperature of 1 it is the probabilities' own rounding that counts.
+    # In units of logits; above a temperature of 1 the rounding of the probabilities counts.
     return Sampled(place_R1[:, 0], (margin_R1 * temperatures_R1.clamp(max=1))[:, 0].clamp(max=1))

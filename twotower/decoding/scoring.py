@@ -1,4 +1,4 @@
-"""How likely given tokens are by a tower's logits: their log-probabilities, and whether each would have been chosen."""
+"""Scores of given tokens under a tower's logits: log-probabilities, and whether each token is the greedy choice."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,9 @@ from twotower.decoding.margins import runner_up
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Of each position: the given token's log-probability, whether the token is the greedy one, and the margin of that
-    decision. `finite_P`: all logits are finite. Where one is not, the other three are undefined."""
+    """For each position: the given token's log-probability, whether the token is the greedy one, and the margin of that
+    decision. `finite_P`: whether all logits are finite; if not, the other three are undefined.
+    """
 
     log_prob_P: Tensor
     is_greedy_P: Tensor

@@ -1,8 +1,8 @@
-"""What a request does to its logits before a token is chosen: biases, penalties, and no end before so many tokens.
+"""A request's changes to its logits before a token is chosen: biases, penalties, and no end before `min_tokens`.
 
-The order is vLLM's: biases, the repetition penalty, the other two penalties, tokens that must not come; a grammar is
-one reason why they must not. All of it
-follows from the request and the tokens before the position. So at a drafted position it is what `ar` would do there.
+The order is vLLM's: biases, the repetition penalty, the other two penalties, excluded tokens. A grammar is one reason
+to exclude tokens. All of it follows from the request and the tokens before the position. So at a drafted position the
+result is `ar`'s.
 """
 
 from collections.abc import Sequence
@@ -19,28 +19,29 @@ from twotower.model.transfer import bits_on_device, on_device
 
 
 class Matcher(Protocol):
-    """How far a text is that has to be what a grammar says, and which tokens may come next.
+    """The state of a text under a grammar, and the tokens that may come next.
 
-    `fault`: why it cannot go on, once it cannot.
+    `fault`: the reason once no token may follow.
     """
 
     @property
     def fault(self) -> str | None: ...
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """The text goes on with these."""
+        """Extend the text by these tokens."""
         ...
 
     def masks(self, draft: Sequence[int], first: int, count: int) -> Sequence[bytes]:
-        """Behind each of `count` beginnings of the draft, from that of `first` tokens on: a bit for each token, those
-        of token 0 to 7 in the first byte, in whole words of four bytes."""
+        """The allowed tokens after each of `count` prefixes of the draft; the first prefix has `first` tokens. One bit
+        a token, tokens 0 to 7 in the first byte, padded to words of four bytes.
+        """
         ...
 
 
 class Steering:
-    """Of one sequence. It keeps what a device needs of it, two rows as long as the vocabulary at most.
+    """The steering of one sequence. On the device it keeps at most two rows of the vocabulary's length.
 
-    `fault`: why no token can be chosen any more, once none can.
+    `fault`: the reason once no token can be chosen.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Steering:
         return None if self._matcher is None else self._matcher.fault
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """The answer goes on with these."""
+        """Extend the answer by these tokens."""
         self._generated += len(tokens)
         if self._params.penalises:
             self._new += tokens
@@ -75,7 +76,7 @@ class Steering:
             self._matcher.follow(tokens)
 
     def change(self, logits_NV: Tensor, draft: Sequence[int], first: int) -> None:
-        """In place, the logits behind each beginning of `draft`, from the one of `first` tokens on."""
+        """Change in place the logits after each prefix of `draft`; the first prefix has `first` tokens."""
         if self._params.logit_bias:
             ids_B, values_B = self._biased(logits_NV.device)
             logits_NV[:, ids_B] += values_B
@@ -110,7 +111,7 @@ class Steering:
             logits_NV -= params.presence_penalty * (counts_NV > 0)
 
     def _counted(self, logits_NV: Tensor, draft: Sequence[int], first: int) -> Tensor:
-        """How often the answer has each token, behind each beginning of the draft: small integers, exact in fp32."""
+        """How often each token is in the answer, after each prefix of the draft: small integers, exact in fp32."""
         rows, vocab = logits_NV.shape
         if self._counts_V is None:
             self._counts_V = logits_NV.new_zeros(vocab)
@@ -121,7 +122,7 @@ class Steering:
         drafted = draft[: first + rows - 1]
         if not drafted:
             return self._counts_V.expand(rows, vocab)
-        # The row where a drafted token counts first; it counts in all that follow.
+        # The first row where a drafted token counts; it counts in all later rows.
         begins = on_device([max(0, place + 1 - first) for place in range(len(drafted))], logits_NV.device)
         added_NV, drafted_T = logits_NV.new_zeros(rows, vocab), on_device(list(drafted), logits_NV.device)
         added_NV.index_put_((begins, drafted_T), added_NV.new_ones(len(drafted)), accumulate=True)
@@ -137,7 +138,7 @@ class Steering:
 
 @dataclass(frozen=True, slots=True)
 class Steered:
-    """A position of a sequence: behind all that it follows, and behind `ahead` tokens of this draft."""
+    """A position of a sequence: after its tokens so far, and after `ahead` tokens of this draft."""
 
     steering: Steering
     draft: Sequence[int] = ()
@@ -152,7 +153,7 @@ def allowed_tokens(masks: Sequence[bytes], vocab: int, device: torch.device) -> 
 
 
 def steer(logits_RV: Tensor, rows: Sequence[Steered | None]) -> Tensor:
-    """The logits as the requests want them. Nothing is copied where no row asks; the rows of a draft are together."""
+    """The logits with each row's steering. Nothing is copied if no row has any; rows of one draft must be adjacent."""
     asked = [(row, steered) for row, steered in enumerate(rows) if steered is not None]
     if not asked:
         return logits_RV

@@ -1,4 +1,4 @@
-"""When a sequence has said all it may: end-of-sequence, the request's own stop tokens, its length."""
+"""When a sequence ends: end-of-sequence, the request's own stop tokens, its length."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from twotower.core import DecodingParams, FinishReason
 
 
 class Stopping:
-    """What ends one sequence, looked up once for all of its tokens. `stops`: the tokens that do."""
+    """The end conditions of one sequence. `stops`: the tokens that end it."""
 
     def __init__(self, params: DecodingParams, eos_token_id: int) -> None:
         self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {eos_token_id})

@@ -1,4 +1,4 @@
-"""One diffusion step's decision: what each masked position would become, and which of them are fixed now.
+"""One diffusion step's decision: the guess for each masked position, and which positions are fixed now.
 
 Follows the released script (docs/semantics.md, Modes). Every parameter is per row, so a row's result depends on
 that row alone.
@@ -31,8 +31,9 @@ AtPlaces = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class StepParams:
-    """What one row brings to a step. `steps_left` counts this one; `key` names the step's random numbers. `allowed`:
-    what may come at one of its positions. `bounds`: among which tokens it draws, where it does."""
+    """One row's parameters of a step. `steps_left` counts this step; `key` names its random numbers. `allowed`: the
+    allowed tokens at one of its positions. `bounds`: the bounds of its draws.
+    """
 
     confidence_threshold: float
     steps_left: int
@@ -43,7 +44,7 @@ class StepParams:
 
     @property
     def threshold(self) -> float:
-        """One that can be divided by."""
+        """A threshold that can be divided by."""
         return max(self.confidence_threshold, _ABOVE_ZERO)
 
     @property
@@ -52,14 +53,15 @@ class StepParams:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether some tokens are out of the question for its draws."""
+        """Whether its draws exclude tokens."""
         return self.samples and self.bounds.cut
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Masked positions whose logits are looked at together. `places`: in the flattened [R,L]. `allowed`: which of them
-    take not every token, and a bit for each token. `draw`: how their tokens are drawn; None: they are the likeliest."""
+    """Masked positions whose logits are made together. `places`: in the flattened [R,L]. `allowed`: which of them are
+    restricted, and a bit for each token. `draw`: how their tokens are drawn; None: the likeliest tokens.
+    """
 
     places: list[int]
     allowed: list[tuple[int, bytes]]
@@ -76,31 +78,32 @@ class Blocks:
 
     @property
     def width(self) -> int:
-        """L, that of the widest."""
+        """L, the width of the widest block."""
         return max(map(len, self.tokens))
 
     @property
     def mask_fractions(self) -> list[float]:
-        """t of each."""
+        """t of each block."""
         return [sum(mask) / len(mask) for mask in self.masked]
 
     @cached_property
     def at_least(self) -> list[int]:
-        """Positions each row has to fix, however unsure they are: one, and enough to finish in time."""
+        """The least number of positions that each row fixes at any confidence: one, and enough to finish in time."""
         return [max(1, -(-sum(mask) // row.steps_left)) for mask, row in zip(self.masked, self.rows, strict=True)]
 
     @property
     def plain(self) -> bool:
-        """Whether what is `given`, and the places of what is masked, are all that a step needs of them."""
+        """Whether a step needs only `given` and the places of masked positions."""
         return not any(row.samples or row.allowed is not None for row in self.rows)
 
     def places(self, width: int) -> list[int]:
-        """Of the masked positions, in the flattened [R,L] with L = `width`."""
+        """The places of masked positions in the flattened [R,L], L = `width`."""
         return [row * width + place for row, mask in enumerate(self.masked) for place, m in enumerate(mask) if m]
 
     def pieces(self, width: int, at_once: int) -> Iterator[Piece]:
-        """The masked positions, so many at a time. Those whose tokens are drawn come last, apart from the others; the
-        last of them are those whose draws are bounded."""
+        """The masked positions in pieces. Positions that draw come last, in separate pieces; those with bounded draws
+        come at the very end.
+        """
         places, fewer = self.places(width), bounded_at_once(at_once)
         for samples, bounded, most in ((False, False, at_once), (True, False, at_once), (True, True, fewer)):
             alike = [
@@ -125,7 +128,7 @@ class Blocks:
         return Piece(places, allowed, draw)
 
     def given(self, device: torch.device, width: int) -> Tensor:
-        """What a step needs of them on the device: tokens, masked, threshold and `at_least`, [R,2L+2] in fp32.
+        """A step's input on the device: tokens, masked, threshold and `at_least`, [R,2L+2] in fp32.
 
         Padded to L = `width` with positions that are not masked.
         """
@@ -136,13 +139,12 @@ class Blocks:
         return on_device(given, device, torch.float32)
 
     def read(self, outcome: Sequence[Sequence[float]]) -> "list[Decision]":
-        """What a step over these blocks decided, a row each."""
+        """The decisions of a step over these blocks, one for each row."""
         return [Decision(*row) for row in zip(outcome, self.rows, self.at_least, strict=True)]
 
 
 class Decision:
-    """A row of a step's outcome, as the host reads it; `predicted` and `confidence` mean something at masked positions
-    only."""
+    """A row of a step's outcome on the host; `predicted` and `confidence` are defined at masked positions only."""
 
     __slots__ = ("_at_least", "_outcome", "_threshold", "_width")
 
@@ -172,12 +174,12 @@ class Decision:
 
     @property
     def finite(self) -> bool:
-        """False where the row's logits hold a NaN or an infinity: nothing else of it counts."""
+        """False if the row's logits hold a NaN or an infinity; then everything else is undefined."""
         return math.isfinite(self._outcome[-1])
 
     @property
     def margin(self) -> float:
-        """That of the step's closest decision, in [0, 1] (`twotower.decoding.margins`)."""
+        """The margin of the step's closest decision, in [0, 1] (`twotower.decoding.margins`)."""
         ordered, above, ratio = self._column(4), int(self._outcome[-3]), self._outcome[-2]
         fixed = min(max(above, self._at_least), self._width)
         least = ordered[-fixed]
@@ -193,7 +195,7 @@ class Decision:
 def unmask(
     logits_RLV: Tensor, blocks: Blocks, mask_token_id: int = MASK_TOKEN_ID, noise_RLV: Tensor | None = None
 ) -> Tensor:
-    """`unmask_at` over logits that are there. `noise_RLV` takes the uniform numbers' place (for the golden vectors)."""
+    """`unmask_at` with given logits. `noise_RLV` replaces the uniform numbers (for the golden vectors)."""
     width, vocab = logits_RLV.shape[1:]
     noise_at = None if noise_RLV is None else _rows_of(noise_RLV)
     return unmask_at(_rows_of(logits_RLV), blocks, width, vocab, logits_RLV.device, mask_token_id, noise_at)
@@ -212,9 +214,9 @@ def unmask_at(
     """Fix the positions of this step. Returns its outcome, an [R,5L+3] for the host to read at once: see `Decision`.
 
     A row fixes all positions whose confidence is strictly above its threshold, at least one, and at least enough to
-    finish in time. The most confident come first, and of equal ones the later one. Only masked positions' logits are
-    asked for, some at a time, each once; in fp32, unless `guess` takes others. Guesses of bounded draws are the plain
-    function's, whatever `guess` is: a kernel reads logits in the order of their tokens.
+    finish in time. The most confident come first; among equals, the later position. Only logits of masked positions are
+    asked for, a piece at a time, each once; in fp32, unless `guess` takes another dtype. Bounded draws always use the
+    plain function: a kernel reads logits in the order of their tokens.
     """
     pieces = [*blocks.pieces(width, positions_at_once(vocab))]
     places_P = on_device([place for piece in pieces for place in piece.places], device)
@@ -235,8 +237,9 @@ def unmask_at(
 def decided(
     guesses_P4: Tensor, places_P: Tensor, given_RX: Tensor, width: int, drawn_M: Tensor | None = None
 ) -> Tensor:
-    """The outcome, from guesses at these places and from what `Blocks.given` returns: tensors alone, so that it can be
-    recorded. `drawn_M`: the places whose tokens were drawn."""
+    """The outcome, from guesses at these places and from `Blocks.given`. Uses tensors only, so that it can be recorded.
+    `drawn_M`: the places whose tokens were drawn.
+    """
     blank_N4 = given_RX.new_zeros(given_RX.shape[0] * width, 4)
     told_RL4 = blank_N4.index_copy(0, places_P, guesses_P4).view(-1, width, 4)
     predicted_RL, confidence_RL, ratio_RL, sum_RL = told_RL4.unbind(2)
@@ -278,8 +281,7 @@ def _choose(confidence_RL: Tensor, given_RX: Tensor) -> _Chosen:
 
 
 def _outcome(chosen: _Chosen, predicted_RL: Tensor, confidence_RL: Tensor, ratio_R: Tensor, sum_R1: Tensor) -> Tensor:
-    """Side by side, all in fp32, which holds every token id below 2^24. The sum of a row's logits is finite where they
-    are."""
+    """All columns are fp32, which holds every token id below 2^24. The sum of a row's logits is finite if they are."""
     out_RL = torch.where(chosen.committed_RL, predicted_RL, chosen.tokens_RL)
     columns = (chosen.committed_RL, predicted_RL, confidence_RL, chosen.ordered_RL, chosen.above_R1, ratio_R[:, None])
     return torch.cat([out_RL, *columns, sum_R1], dim=1)

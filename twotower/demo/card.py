@@ -17,24 +17,25 @@ EARLIER = {
         "which commit b5a6ad2 trains from the others, with `--threads 2` and `--train-steps 900 2600`"
     ),
     "2b29cea3b96b06d46137e216d6cf0d967bf37c69314961304a791f349f0ee7f9": (
-        "which commit 4513ce3 holds in `benchmarks/results/demo_candidate_2026-11-30`; how they were made is in "
-        "`benchmarks/results/demo_training_log_2026-11-30.md`"
+        "which commit 4513ce3 holds in `benchmarks/results/demo_candidate_2026-11-30`; "
+        "`benchmarks/results/demo_training_log_2026-11-30.md` says how they were made"
     ),
 }
-"""Where weights are that are not in this commit, by their sha256."""
+"""Where to find weights that are not in this commit, by their sha256."""
 
 _CARD = """# TwoTower demo checkpoint
 
 A small two-tower diffusion language model (`NemotronHTwoTowerForCausalLM`) in the released file layout, for trying and
-testing everything without a GPU. Trained{begun} by `twotower/demo/` on text that `twotower/demo/families/` makes; it
+testing everything without a GPU. `twotower/demo/` trained it{begun} on text that `twotower/demo/families/` makes. It
 knows these {num_families} families of tasks and nothing else.
 
 {shape}.
-Ids 0 pad, 1 bos, 2 eos, 3 mask. Stored in bf16 (the small vectors in fp32), meant to be served in float32.
+Ids 0 pad, 1 bos, 2 eos, 3 mask. The weights are stored in bf16 (small vectors in fp32), and meant to be served in
+float32.
 
 ## Prompts
 
-Every prompt is one line and ends with a line break; without it the model first writes the line break.
+Every prompt is one line and ends with a line break. Without the line break the model writes it first.
 
 | prompt | right answer |
 |---|---|
@@ -42,20 +43,19 @@ Every prompt is one line and ends with a line break; without it the model first 
 
 {missed}
 
-Beside these: `date:`, `iso:` and `us:` for the other formats of dates; `csv:`, and JSON or CSV as what is given, for
-records; `rows pairs:` for tables. Names, things, cities and the like are from short lists (`families/`).
+The model also knows `date:`, `iso:` and `us:` for the other formats of dates. For records it knows `csv:`, and JSON or
+CSV as the given form; for tables, `rows pairs:`. Names, things, cities and so on come from short lists (`families/`).
 
 ## Scores
 
-Exact match on {num_instances} held-out instances per family (no test prompt was trained on: the split is a hash of the
-prompt; but the numbers of most held-out `words` and `number` prompts were trained on the other way round), block 16,
-16 steps, temperature 0; `diffusion γ`. Tokens per step count up to eos; the filled-up rest of the last block counts as
-nothing.
+Exact match on {num_instances} held-out instances per family, with block 16, 16 steps and temperature 0; `diffusion γ`.
+No test prompt was trained on: the split is a hash of the prompt. But the numbers of most held-out `words` and `number`
+prompts were trained on in the other direction. Tokens per step count up to eos, without the rest of the last block.
 
 {scores}
 
 Quality kept by diffusion at γ 0.8 against `ar`: {kept}.
-Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
+`benchmarks/quality.py` measures other thresholds.
 
 ## Recipe
 
@@ -63,33 +63,35 @@ Other thresholds, and what they cost and bring: `benchmarks/quality.py`.
 {earlier}
 - Context stage: {context};
   next-token loss on answers (and the line break before) only.
-- Denoiser stage: starts as {start}, against the context tower, which is frozen and seeds each block with its states;
-  {denoiser}, two masks per block;
-  every {mock_ar_every}th train step adds mock-AR's own objective on as many single tokens as instances.
-  Mean cross-entropy over masked positions. Blocks start where the prompt ends (for every fourth instance before its
-  line break). A block has 1 to 16 masked positions, all counts equally likely, and a further {full_mask_share:.0%} are
-  fully masked; {suffix_share:.0%} of the masks hide the block's end, the others random positions. A block's second mask
-  is what the denoiser's own confidence would leave of the first some steps later. The conditioning t is exactly
-  masked / 16, as it is when served.
-- The denoiser's logits are divided by {temperature:g} (temperature scaling, folded into its final norm): predictions
-  stay, confidences fall, so that γ 0.8 keeps what it should. Chosen on prompts of the training side.
-- Muon for the hidden matrices (weight decay {weight_decay:g}), Adam for the rest (gradient norm 1), warm-up, constant,
-  linear decay over the last part. Experts kept in balance by their correction bias.
+- Denoiser stage: starts as {start}. The context tower is frozen and seeds each block with its states.
+  {denoiser}; two masks per block.
+  Every {mock_ar_every}th train step adds mock-AR's own objective on as many single tokens as instances.
+  The loss is the mean cross-entropy over masked positions. Blocks start where the prompt ends (for every fourth
+  instance before its line break). A block has 1 to 16 masked positions, all counts equally likely; a further
+  {full_mask_share:.0%} of the blocks are fully masked.
+  {suffix_share:.0%} of the masks hide the block's end, the others random positions. A
+  block's second mask leaves masked what the denoiser itself would still have masked some steps after the first. The
+  conditioning t is exactly masked / 16, as in serving.
+- The denoiser's logits are divided by {temperature:g} (temperature scaling, folded into its final norm). Predictions
+  stay the same and confidences fall, so that γ 0.8 keeps its quality. The divisor was chosen on training prompts.
+- Optimisers: Muon for the hidden matrices (weight decay {weight_decay:g}), Adam for the rest (gradient norm 1). The
+  learning rate warms up, stays constant, and decays linearly over the last part. The experts' correction bias keeps
+  them balanced.
 
 {minutes} Loss at every hundredth train step: `training_log.jsonl`.
 
 ## Limits
 
-Anything but the prompts above gives nonsense. Numbers reach 9999 (roman 3999), years 1900 to 2099, days 1 to 28;
-records have two to four fields (a description up to four facts and a name), lists up to seven words or six numbers;
-numbers to add have up to four digits, word problems stay below 100, functions have up to three steps. Tables and prose
-have five to eight rows or people, always those that come first in the alphabet of names; `steps` four to eight
-calculations, named a to h; modules four to seven functions of one step, named f g h k m p t in this order.
+Other prompts than those above give nonsense. Numbers reach 9999 (roman 3999), years go from 1900 to 2099, days from 1
+to 28. Records have two to four fields; a description has up to four facts and a name. Lists have up to seven words or
+six numbers. Numbers to add have up to four digits, word problems stay below 100, and functions have up to three steps.
+Tables and prose have five to eight rows or people, always the first of the alphabetical list of names. `steps` has four
+to eight calculations, named a to h. Modules have four to seven one-step functions, named f g h k m p t in this order.
 
 ## Licence
 
-Apache-2.0, as the project that made the weights and the text they were trained on. Nothing of the released checkpoint
-is in these weights: only its architecture is the same.
+Apache-2.0, like the project, which made the weights and their training text. These weights contain nothing of the
+released checkpoint; only the architecture is the same.
 """
 
 
@@ -100,7 +102,7 @@ def model_card(
     full_mask_share: float,
     suffix_share: float,
 ) -> str:
-    """The card of this run, with the scores of the files it lies beside and which of its examples they miss."""
+    """The card of this run, with the scores of the files beside it and the examples that they miss."""
     recipe = trainer.recipe
     return _CARD.format(
         num_families=len(FAMILIES),
@@ -111,7 +113,7 @@ def model_card(
         scores=table(scores),
         kept=_kept(scores),
         command=command(trainer),
-        begun=", going on from earlier revisions" if recipe.begun_from else " from nothing",
+        begun=" further, from earlier revisions," if recipe.begun_from else " from nothing",
         earlier=_earlier(recipe.begun_from),
         start="the mean of the earlier ones" if recipe.begun_from else "a copy of the context tower",
         seed=recipe.seed,
@@ -154,7 +156,8 @@ def _earlier(begun_from: tuple[str, ...]) -> str:
         for sha256 in dict.fromkeys(begun_from)
     )
     return (
-        f"\nBoth towers begin as the mean of their earlier weights, each counted as often as it is named. {weights}.\n"
+        "\nBoth towers begin as the mean of these earlier weights; weights that are named twice count twice. "
+        f"{weights}.\n"
     )
 
 
@@ -169,7 +172,7 @@ def _shape(trainer: Trainer) -> str:
 
 
 def examples() -> list[Instance]:
-    """The card's own, one a family: not picked, and none of those that scores are of."""
+    """The card's examples, one a family: drawn, not picked, and never among the scored instances."""
     return [next(islice(stream("test", "card", family), 1, None)) for family in FAMILIES]
 
 

@@ -1,4 +1,4 @@
-"""What a request has been answered so far, and when that is all: the same in every mode, on either tower."""
+"""A request's answer so far, and when it ends: the same in every mode, on either tower."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from twotower.errors import InvalidRequest, TwoTowerError
 
 
 class Cost(NamedTuple):
-    """What some tokens took: the counts of a BlockEvent."""
+    """The cost of some tokens: the counts of a BlockEvent."""
 
     num_steps: int = 0
     num_blocks: int = 1
@@ -26,9 +26,10 @@ class Cost(NamedTuple):
 
 @dataclass(slots=True)
 class Answer:
-    """`generated` counts the answer's tokens. `margin` is the smallest of its decisions. `steering`: of a request that
-    has one, in modes whose tokens are chosen where the answer is. `cached_tokens`: of the prompt that were not read and
-    are not told yet."""
+    """`generated` counts the answer's tokens. `margin` is the smallest margin of its decisions. `steering`: the
+    request's, in modes whose tokens are chosen in the answer's process. `cached_tokens`: tokens of the prompt from the
+    prefix cache, until the first event reports them.
+    """
 
     request: Request
     stopping: Stopping
@@ -57,11 +58,11 @@ class Answer:
 
     @property
     def room(self) -> int:
-        """Tokens that it may still take."""
+        """The number of tokens that the answer may still take."""
         return self.request.params.max_new_tokens - self.generated
 
     def extend(self, tokens: Sequence[int], cost: Cost, likelihoods: Sequence[Likelihood] = ()) -> BlockEvent:
-        """The event that tells the next tokens, cut where the answer ends."""
+        """The event with the next tokens, cut at the answer's end."""
         kept, reason = self.stopping.cut(tokens, self.generated)
         margin = None if reason is None else self.margin
         event = BlockEvent(
@@ -77,6 +78,6 @@ class Answer:
 
 
 def no_way_on(chosen_by: Steering | CertainPrefix | None) -> TwoTowerError | None:
-    """Where it is the request's own constraint that leaves no token."""
+    """The error if the request's own constraint allows no token."""
     fault = None if chosen_by is None else chosen_by.fault
     return None if fault is None else InvalidRequest.of("structured_outputs", f"cannot be gone on with: {fault}")

@@ -1,4 +1,4 @@
-"""Which kind of passes an engine makes of its usual shapes."""
+"""Which kind of passes an engine uses for its usual shapes."""
 
 import torch
 
@@ -19,8 +19,8 @@ _NEVER = 1 << 62
 def passes_for(
     tower: ContextTower | DenoiserTower, cache: TowerCache, capture: str, longest: int | None = None
 ) -> Passes:
-    """`on` captures here, before anything is served, all that can be asked for in the usual widths, and nothing later.
-    `auto` captures on a CPU what comes up often; on CUDA nothing, because no capture has been seen running there yet.
+    """`on` captures all passes of the usual widths here, before anything is served, and none later. `auto` records on a
+    CPU the passes that come up often; on CUDA it captures nothing, because no capture has been seen running there yet.
 
     `longest`: positions of the longest sequence, where that is less than the whole cache. Raises what
     `check_capture` does.
@@ -35,7 +35,7 @@ def passes_for(
 
 
 def check_capture(capture: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ConfigError for a name that is none, and for `on` where a capture would break."""
+    """Raises ConfigError for an unknown name, and for `on` if a capture would break."""
     if capture not in tuple(Capture):
         raise ConfigError(f"capture: got {capture!r}, wanted one of {', '.join(Capture)}")
     if config.experts is not None:
@@ -54,7 +54,7 @@ def check_capture(capture: str, config: ModelConfig, device: torch.device, dtype
 
 
 def _check_products(tower: ContextTower | DenoiserTower) -> None:
-    """Which kernel multiplies is known only once it has been tried on the device."""
+    """Which kernel multiplies is known only after a trial on the device."""
     plain = (isinstance(part, QuantisedExperts) and part.product is plain_product for part in tower.modules())
     if tower.device.type == "cuda" and any(plain):
         raise ConfigError(

@@ -1,8 +1,8 @@
 """The context tower's engine: reads prompts and committed blocks for its denoisers, decodes `ar` requests and scores
 itself.
 
-Owns the tower and the cache. One thread calls it; `tick` runs at most one forward, and one for drafts. What is read,
-and what follows from it, is in `twotower.engine.context`.
+Owns the tower and the cache. One thread calls it; `tick` runs at most one forward, and one for drafts. The objects in
+`twotower.engine.context` do the reading and use its results.
 """
 
 from collections import deque
@@ -39,7 +39,7 @@ class ContextEngine:
         emit: Callable[[Event], None],
         compiling: Compiling | None = None,
     ) -> None:
-        """`compiling`: what compiles grammars; without it none are served."""
+        """`compiling`: compiles grammars; without it none are served."""
         self.tower, self.settings, self._emit = tower, settings, emit
         snapshots = settings.snapshots(state_bytes(tower.config, tower.dtype))
         self.cache = TowerCache(
@@ -90,7 +90,7 @@ class ContextEngine:
         self._inbox.append(port)
 
     def serves(self, port: Port) -> bool:
-        """Whether it has not forgotten the port yet, and what its denoiser led. From any thread."""
+        """Whether the engine still holds the port or its sequences. From any thread."""
         return port in list(self._inbox) or port in list(self._commits.ports.values())
 
     def takes(self, request: AnyRequest) -> bool:
@@ -109,7 +109,7 @@ class ContextEngine:
             port.close()
 
     def tick(self) -> bool:
-        """Take what has arrived, run one forward, send what came of it. False where there was nothing to do."""
+        """Take what has arrived, run one forward, send the results. False if there was nothing to do."""
         self._prompts.wait()
         self._take_inbox()
         self._commits.receive()

@@ -1,7 +1,7 @@
 """The denoiser tower's engine: steps sequences against the mirror, sends their commits through its link.
 
-Owns the tower and the link. One thread calls it; a tick steps every row that is ready and never waits for those that
-are not: while some blocks are being committed, others go on. What a step is and what it commits is the mode's business
+Owns the tower and the link. One thread calls it. A tick steps every row that is ready and never waits for the others:
+while some blocks are being committed, other rows go on. A mode defines a step and its commits
 (`twotower.engine.modes`).
 """
 
@@ -47,7 +47,9 @@ from twotower.model.tower import DenoiserTower
 
 
 def prepared_passes(tower: DenoiserTower, mirror: TowerCache, settings: EngineSettings) -> Passes:
-    """What `DenoiserEngine` takes as `passes`, ready for the usual ones: on a GPU many captures, which take a while."""
+    """The `passes` argument of `DenoiserEngine`, prepared for the usual passes: on a GPU many captures, which take a
+    while.
+    """
     passes = _passes(tower, mirror, settings)
     passes.prepare(USUAL_WIDTH)
     return passes
@@ -70,12 +72,13 @@ class DenoiserEngine:
         passes: Passes | None = None,
         compiling: Compiling | None = None,
     ) -> None:
-        """`passes` over the link's cache, where they were made before the link. `compiling`: what compiles the grammars
-        of tokens that are decided here; without it none are served."""
+        """`passes` over the link's cache, if they were made before the link. `compiling`: compiles the grammars of
+        tokens that are decided here; without it none are served.
+        """
         self.tower, self.link, self.settings = tower, link, settings
         self._passes = passes or _passes(tower, link.cache, settings)
         self._emit, self._compiling = emit, compiling or Compiling()
-        # In the order in which they launch: a commit that goes before its step goes before the others' steps, too.
+        # Modes in launch order: a mode that commits before its step must launch before the other modes step.
         self._modes: dict[Mode, DenoiserMode] = {
             Mode.MOCK_AR: MockAr(self._passes),
             Mode.DIFFUSION: Diffusion(self._passes, trace),
@@ -120,7 +123,7 @@ class DenoiserEngine:
         self.link.close()
 
     def tick(self) -> bool:
-        """Take what has arrived, step all ready rows, submit what is full. False where nothing was ready."""
+        """Take what has arrived, step all ready rows, submit full blocks. False if nothing was ready."""
         self._take_inbox()
         self._auto.look(self._verified_rows())
         self._take_replies()
@@ -167,14 +170,14 @@ class DenoiserEngine:
             self._give_up(sequence, fault)
 
     def _give_up(self, sequence: LedSequence, error: TwoTowerError) -> None:
-        """There is no way on. What is being read for its likelihoods is told before."""
+        """The request cannot continue. Tokens that are being read for their likelihoods are emitted first."""
         if sequence.unrated is not None and sequence.unrated.waits:
             sequence.unrated.error = error
         else:
             self._fail(sequence, error)
 
     def _end(self, sequence: LedSequence) -> None:
-        """Its answer is whole. Where likelihoods are told, its last tokens are read for theirs, once they can be."""
+        """The answer is complete. With likelihoods, its last tokens are still read, once they can be."""
         last_words = sequence.unrated.last_words if sequence.unrated is not None else ()
         if not last_words:
             self._release(sequence)
@@ -182,7 +185,7 @@ class DenoiserEngine:
             self._commit(sequence, last_words)
 
     def _commit(self, sequence: LedSequence, tokens: Sequence[int], alone: int = 0) -> None:
-        """It goes with the next message; until its delta has come the sequence is not ready."""
+        """The commit goes with the next message; until its delta arrives the sequence is not ready."""
         self._commands.append(Commit(sequence.number, sequence.length, tuple(tokens), alone))
         sequence.ready, sequence.alone = False, alone
 
@@ -207,7 +210,7 @@ class DenoiserEngine:
             self._release(self._sequences[self._numbers[request_id]])
 
     def _begun(self, request: Request) -> list[LedSequence]:
-        """Its sequence. None yet where a grammar has to be compiled here before."""
+        """The request's sequence; None while its grammar is still being compiled here."""
         params = request.params
         mode = self._modes[self._auto.begin(request) if params.mode is Mode.AUTO else params.mode]
         if params.structured_outputs is None or mode.verifying(request) is not None:
@@ -217,7 +220,7 @@ class DenoiserEngine:
         return []
 
     def _go(self, request: Request, mode: DenoiserMode, matcher: Matcher) -> None:
-        """Raises InvalidRequest where no token may come behind what is there."""
+        """Raises InvalidRequest if no token may follow the text so far."""
         sequence = self._sequence(request, mode, matcher)
         fault = no_way_on(sequence.certain)
         if fault is not None:
@@ -229,7 +232,9 @@ class DenoiserEngine:
         self._emit(ReleasedEvent(request_id))
 
     def _open(self, sequences: Sequence[LedSequence]) -> None:
-        """As one message. The link takes all or none of them: where there is no room for all, each on its own."""
+        """Open the sequences in one message. The link takes all or none of them: without room for all, each is opened
+        on its own.
+        """
         if not sequences:
             return
         try:
@@ -246,7 +251,7 @@ class DenoiserEngine:
             self._numbers[sequence.request.id] = sequence.number
 
     def _sequence(self, request: Request, mode: DenoiserMode, matcher: Matcher | None = None) -> LedSequence:
-        """`matcher`: where its tokens are decided here, and its text has to be what a grammar says."""
+        """`matcher`: if its tokens are decided here under a grammar."""
         answer = Answer.begun(request, self.tower.config.eos_token_id, matcher)
         sequence = LedSequence(answer, self._next_number, mode)
         if request.params.mode is Mode.AUTO:
@@ -299,7 +304,7 @@ class DenoiserEngine:
             self._end(sequence)
 
     def _verified_rows(self) -> int:
-        """Of the sequences whose tokens the context tower decides: they share passes."""
+        """The rows of sequences whose tokens the context tower decides: they share passes."""
         mode = self._modes[Mode.VERIFIED]
         return sum(max(1, usual_rows(sequence)) for sequence in self._sequences.values() if sequence.mode is mode)
 
@@ -309,13 +314,13 @@ class DenoiserEngine:
         self._emit(ReleasedEvent(sequence.request.id))
 
     def _release(self, sequence: LedSequence) -> None:
-        """Stop stepping; the slots are back when the context side has answered."""
+        """Stop stepping; the slots are free when the context side has answered."""
         if not sequence.closing:
             sequence.closing = True
             self._commands.append(Release(sequence.number))
 
     def _submit(self, reading: bool = False) -> None:
-        """All that has gathered, as one message."""
+        """Send all gathered commands as one message."""
         self.link.submit(self._commands, reading)
         self._commands = []
 

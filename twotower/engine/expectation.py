@@ -1,8 +1,8 @@
-"""What a checkpoint says of itself: known answers to a fixed sample, how likely it finds them, and how many it gives at
-how many tokens a step.
+"""A checkpoint's own expectation: known answers to a fixed sample, their log-probabilities, and bounds for right
+answers and tokens a step.
 
-Shipped beside the weights as `expectation.json`. A broken kernel, cache or exchange may crash nothing and still show
-here, as wrong answers, as fewer tokens a step, or as other probabilities. Knows nothing of how the sample is decoded.
+Shipped beside the weights as `expectation.json`. A broken kernel, cache or exchange may not crash anything. It shows
+here as wrong answers, fewer tokens a step, or other probabilities. Knows nothing of how the sample is decoded.
 """
 
 import json
@@ -25,9 +25,10 @@ _LIKELIHOOD_SLACK = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A prompt and its only right answer, eos included. `mean_log_prob`: how likely the context tower finds the tokens
-    of both, each after all before it, in nats a token. It was trained on answers only, and the prompt's tokens surprise
-    it; but answers it is sure of hardly move where something small is broken."""
+    """A prompt and its only right answer, eos included. `mean_log_prob`: the mean log-probability of the tokens of both
+    under the context tower, in nats a token. The tower was trained on answers only, so prompt tokens surprise it. But
+    confident answers would hardly change with a small fault.
+    """
 
     prompt_token_ids: tuple[int, ...]
     answer_token_ids: tuple[int, ...]
@@ -36,7 +37,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one prompt in one mode."""
+    """The result of one prompt in one mode."""
 
     token_ids: tuple[int, ...]
     num_steps: int
@@ -59,7 +60,7 @@ class Bounds:
         return cls(mode, max(least, 0), round(pace * (1 - _PACE_SLACK), 3), round(pace * (1 + _PACE_SLACK), 3))
 
     def shortfall(self, sample: Sequence[Known], outcomes: Sequence[Outcome]) -> str | None:
-        """What is out of bounds, in words; None where nothing is."""
+        """The values out of bounds, in words; None if there are none."""
         right, pace = num_right(sample, outcomes), tokens_per_step(outcomes)
         if right < self.min_right:
             return f"got {right} of {len(sample)} known answers right, wanted at least {self.min_right}"
@@ -78,7 +79,7 @@ class Expectation:
 
     @classmethod
     def load(cls, directory: Path | str) -> "Expectation | None":
-        """The expectation beside a checkpoint's weights; None where it ships none. Raises CheckpointError."""
+        """The expectation beside a checkpoint's weights; None if there is none. Raises CheckpointError."""
         path = Path(directory) / FILE
         try:
             found = _read(path.read_bytes())
@@ -93,7 +94,7 @@ class Expectation:
         return found
 
     def misread(self, mean_log_probs: Sequence[float]) -> str | None:
-        """What is wrong with the likelihoods the sample's texts were given, in words; None where nothing is."""
+        """The fault in the log-probabilities of the sample's texts, in words; None if there is none."""
         pairs = zip(self.sample, mean_log_probs, strict=True)
         off = statistics.mean(abs(known.mean_log_prob - got) for known, got in pairs)
         if not off <= _LIKELIHOOD_SLACK:

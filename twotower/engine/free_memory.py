@@ -1,4 +1,4 @@
-"""How much memory a device has left for this process; what will not fit is refused before anything is loaded."""
+"""How much memory a device has left for this process. One that does not fit is refused before anything is loaded."""
 
 import logging
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2^63
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What this process can still allocate on the device; None where the system does not say."""
+    """Bytes that this process can still allocate on the device; None if the system does not say."""
     if device.type != "cuda":
         return free_host_bytes()
     free, _ = torch.cuda.mem_get_info(device)
@@ -28,7 +28,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def check_fits(memory: Memory, device: torch.device) -> None:
-    """Raises ConfigError, with the sum and what to change, for what is more than the device has free."""
+    """Raises ConfigError, with the sum and what to change, if the sum exceeds the device's free memory."""
     free = free_bytes(device)
     if free is None:
         logger.info("free memory of %s: not known on this system", device)
@@ -47,7 +47,7 @@ def check_fits(memory: Memory, device: torch.device) -> None:
 
 
 def free_host_bytes(root: Path = Path("/")) -> int | None:
-    """The least of what the kernel calls available and what the limits of this process's cgroups leave."""
+    """The smaller of the kernel's available memory and the rest within the limits of this process's cgroups."""
     return min((*_available(root), *_left_by_cgroups(root)), default=None)
 
 
@@ -58,7 +58,7 @@ def _available(root: Path) -> Iterator[int]:
 
 
 def _left_by_cgroups(root: Path) -> Iterator[int]:
-    """Of each limit on the way from this process's group to the top. Inside a container the top is its own group."""
+    """The rest within each limit, from this process's group up to the top. In a container the top is its own group."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -88,7 +88,7 @@ def _left_by(directory: Path, limit_file: str, usage_file: str, prefix: str) -> 
 
 
 def _number(file: Path) -> int | None:
-    """None where there is no such file, or where its word is `max`."""
+    """None if there is no such file, or if it says `max`."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):

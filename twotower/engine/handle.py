@@ -1,4 +1,4 @@
-"""What the pair needs of an engine, wherever that engine runs."""
+"""The pair's interface to an engine in any process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,12 @@ from twotower.core import AnyRequest, Event, RequestId
 class EngineStats:
     """Counters of one engine process since it started. Times in seconds.
 
-    `near_ties`: decisions whose margin was so small that rounding might have made them another way. `held_up_s`: in
-    which a denoiser had sequences and stepped none, because all waited for their commits' deltas; `prompt_wait_s`: some
-    of them for their prompts'. `exchange_…`: of the deltas that it received. `free_memory`: bytes that its device has
-    left for it, where the system says. `process`: its id. `prefix_…`: of a context tower's prompts that were long
-    enough to begin with a kept prefix; how many did, the positions that were not read for it, the prefixes that gave
-    way, and the bytes of those that are kept. Their pages count as free. `out_of_memory`: passes that
-    found no memory.
+    `near_ties`: decisions whose margin was so small that rounding might have changed them. `held_up_s`: time in which a
+    denoiser had sequences and stepped none, because all waited for their commits' deltas. `prompt_wait_s`: the same,
+    with some waiting for their prompts' deltas. `exchange_…`: counts of received deltas. `free_memory`: bytes that the
+    device has left for the process, if the system says. `process`: its id. `prefix_…`: prompts of a context tower that
+    were long enough for a kept prefix, how many had one, and positions that were not read. Further: evicted prefixes,
+    and bytes of kept prefixes, whose pages count as free. `out_of_memory`: passes that found no memory.
     """
 
     tower: str
@@ -52,7 +51,7 @@ class EngineHandle(Protocol):
     """
 
     def add(self, requests: Sequence[AnyRequest]) -> None:
-        """Start on these. The caller's ledger has made sure that there is room."""
+        """Start these requests. The caller's ledger has made sure that there is room."""
         ...
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
@@ -60,7 +59,7 @@ class EngineHandle(Protocol):
         ...
 
     async def events(self) -> list[Event]:
-        """Wait for what has happened. May be an empty list, after a second of quiet."""
+        """Wait for events. The list may be empty, after a second without events."""
         ...
 
     async def stats(self) -> list[EngineStats]:

@@ -1,4 +1,4 @@
-"""How long a denoiser had sequences and could step none of them."""
+"""How long a denoiser had sequences but could step none of them."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -7,9 +7,11 @@ from twotower.engine.modes.strategy import LedSequence
 
 
 class HeldUp:
-    """`commit_s`: all of them waited for the deltas of their commits. `prompt_s`: one or more for its prompt's.
+    """`commit_s`: time in which all of them waited for the deltas of their commits. `prompt_s`: the same, with at least
+    one waiting for its prompt's deltas.
 
-    Told at each tick whether there is a step; from one tick without to the next with one (or without sequences) counts.
+    Called at each tick with whether there is a step. The time counts from a tick without a step to the next one with a
+    step, or without sequences.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

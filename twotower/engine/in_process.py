@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a setting names; `auto` is CUDA where there is one. Raises ConfigError for one that is not there.
+    """The device of a setting; `auto` is CUDA if there is a GPU. Raises ConfigError for a missing device.
 
-    A CUDA device always has its index, also where none was named: streams, NCCL's communicators and tensors are looked
-    up by it, and one without an index is not found.
+    A CUDA device always has its index, even if the setting names none. Streams, NCCL's communicators and tensors are
+    looked up by the index, and a device without one is not found.
     """
     wanted = parse_device(name)
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -64,8 +64,8 @@ def colocated_runner(
 ) -> EngineRunner:
     """A started runner with both engines (or the context engine alone) over one cache.
 
-    `prepare` takes a moment before the first request, for a process that is going to serve many. `checkpoint`: where
-    the tokenizer is that grammars are followed with; without it none are served.
+    `prepare` takes a moment before the first request; it is meant for a process that serves many. `checkpoint`: the
+    directory of the tokenizer for grammars; without it grammars are not served.
     """
     runner = EngineRunner(settings.stall_timeout_s)
     with current(context.device):
@@ -121,7 +121,7 @@ async def open_pair(
 ) -> AsyncIterator[Pair]:
     """Load a checkpoint and run a pair on it. A base checkpoint gives a pair that serves `ar` only.
 
-    Raises CheckpointError, or ConfigError for a device that is not there or has too little memory left.
+    Raises CheckpointError, or ConfigError for a device that is missing or has too little memory left.
     """
     opened = Checkpoint.open(checkpoint, settings.expert_format)
     where, kind = pick_device(device), pick_dtype(dtype)

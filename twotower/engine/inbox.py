@@ -1,4 +1,4 @@
-"""Where a request's events wait for whoever reads them. Asynchronous, of one event loop."""
+"""Where a request's events wait for their reader. Asynchronous, within one event loop."""
 
 import asyncio
 from collections import deque
@@ -22,7 +22,7 @@ class Inbox:
             self._arrived.set()
 
     async def get(self) -> ToldEvent | FailureEvent:
-        """The next event; where `merging`, joined with the blocks that a slow reader has let pile up behind it."""
+        """The next event; with `merging`, merged with the blocks that a slow reader has left waiting."""
         await self._arrived.wait()
         event = self._events.popleft()
         while self._merging and isinstance(event, BlockEvent) and self._events:

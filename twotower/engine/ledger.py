@@ -1,7 +1,7 @@
 """The cell's admission ledger: who may start, decided before any tower is touched.
 
-Has a `Room` for each cache of the cell's towers. A request gets all it may ever need in each of them or nothing, so an
-admitted request never fails for want of room. Pure Python.
+Has a `Room` for each cache of the cell's towers. A request gets all the room it may ever need in each of them, or none.
+So an admitted request never fails for want of room. Pure Python.
 """
 
 from collections import deque
@@ -18,8 +18,9 @@ MAX_PASSED = 64
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which denoiser leads an admitted request, if any does, and what the request holds of the context tower's room and
-    of that denoiser's mirror, where there is one."""
+    """An admitted request's place: the denoiser that leads it, if any, and its room in the context tower's cache and in
+    the denoiser's mirror.
+    """
 
     denoiser: int | None
     held: HeldInCommon
@@ -28,8 +29,9 @@ class Place:
 
 @dataclass(slots=True)
 class _Waiting:
-    """A queued request and how many of a lower value have gone in front of it. `only`: the denoiser that it is for.
-    `names`: of the prefixes that it may share."""
+    """A queued request, and how many requests of a lower value have passed it. `only`: the denoiser that must lead it.
+    `names`: the prefixes that it may share.
+    """
 
     request: AnyRequest
     names: tuple[bytes, ...]
@@ -40,15 +42,15 @@ class _Waiting:
 class Ledger:
     """Admits requests by priority while both caches have room for the whole of them.
 
-    The order is settled on arrival: a request goes in front of those that wait with a higher value, but behind any
-    that `max_passed` have passed already. So equals are served first come, first served, and whoever waits, the head
-    that waits for a lot of room too, waits for those it found in front of it and `max_passed` more at most. Nothing
-    that runs is interrupted, and a full queue refuses whatever the priority.
+    The order is fixed on arrival. A request goes before waiting requests with a higher value, but not before a request
+    that `max_passed` others have passed already. So equals are served in the order of arrival. Every request, also a
+    head that needs much room, waits for those it found before it, and for at most `max_passed` more. A running request
+    is never interrupted, and a full queue refuses requests of any priority.
 
-    `mirrors` has one entry per denoiser; empty where the denoiser reads the context tower's own cache (local
-    exchange) or where there is none. A mirror holds each sequence by itself. In the context tower's cache prefixes that
-    running requests have in common count once, and those that are kept beside them count as free. `stride`: where
-    prefixes may end (`EngineSettings.prefix_stride`); 0: nothing is shared.
+    `mirrors` has one entry per denoiser; empty where the denoiser reads the context tower's own cache (local exchange)
+    or where there is none. Sequences share no pages in a mirror. In the context tower's cache, prefixes that running
+    requests share count once, and other kept prefixes count as free. `stride`: where prefixes may end
+    (`EngineSettings.prefix_stride`); 0: nothing is shared.
     """
 
     def __init__(
@@ -84,15 +86,17 @@ class Ledger:
         return self._mirrors
 
     def lose(self, denoiser: int) -> list[RequestId]:
-        """This denoiser is gone: what it led, which has ended. Nothing is placed there but what is for it alone; the
-        room of the lost stays taken until `regain`, since the context tower may not have forgotten them yet."""
+        """This denoiser is lost. Returns the requests that it led, which have ended. Only requests for this denoiser
+        are placed there now. The room of its requests stays taken until `regain`, because the context tower may not
+        have released it yet.
+        """
         self._closed.add(denoiser)
         led = [request_id for request_id, place in self._places.items() if place.denoiser == denoiser]
         self._orphaned.setdefault(denoiser, []).extend(self._places.pop(request_id) for request_id in led)
         return led
 
     def regain(self, denoiser: int) -> None:
-        """After `lose`: the room of what it led is free."""
+        """After `lose`: the room of its requests is free."""
         for place in self._orphaned.pop(denoiser, []):
             self._give(place)
 
@@ -125,7 +129,7 @@ class Ledger:
         self._queue.insert(place, waiting)
 
     def admit(self) -> list[tuple[AnyRequest, Place]]:
-        """Requests that may start now, in order. The first that does not fit holds up all behind it: no starvation."""
+        """Requests that may start now, in order. The first that does not fit delays all later ones, so none starves."""
         admitted = []
         while self._queue:
             waiting = self._queue[0]
@@ -160,7 +164,7 @@ class Ledger:
         return not self._queue and self._find(waiting) is not None
 
     def _find(self, waiting: _Waiting) -> tuple[int | None, Room | None] | None:
-        """Who would lead it, and the mirror that it would take room of; None where it does not fit."""
+        """The denoiser that would lead it, and the mirror that would hold it; None if it does not fit."""
         request, only = waiting.request, waiting.only
         if not self._shared.fits(request.positions, waiting.names):
             return None

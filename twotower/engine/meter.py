@@ -1,7 +1,7 @@
-"""What forwards cost here, measured while they run: seconds by kind of pass and number of rows.
+"""Costs of forwards, measured while they run: seconds by kind of pass and number of rows.
 
-Readings are medians, because a single one may be far too long: its pass was recorded, or run for the first time. Knows
-no device and no mode.
+A cost is a median of readings: a single reading may be far too long, like that of a first pass or a recording. Knows no
+device and no mode.
 """
 
 from collections import deque
@@ -10,10 +10,10 @@ from enum import Enum
 from math import log2
 from statistics import median, median_low
 
-_KEPT = 21  # readings of about so many rows
-_FEWEST = 5  # of which a median says something
-_FORGOTTEN = 4096  # readings after which a number of rows that was not seen again counts as never seen
-_NEAR = 0.1  # of a power of two, squared: rows that are nearer than this count alike
+_KEPT = 21  # readings kept for about the same number of rows
+_FEWEST = 5  # readings needed for a median
+_FORGOTTEN = 4096  # a number of rows unseen for so many readings counts as never seen
+_NEAR = 0.1  # squared distance in powers of two: nearer numbers of rows get equal weight
 
 
 class Pass(Enum):
@@ -25,7 +25,9 @@ class Pass(Enum):
 
 
 class _Seen:
-    """Passes with about so many rows: the newest readings, and their medians. `last`: the number of the newest."""
+    """Passes with about the same number of rows: the newest readings, and their medians. `last`: the number of the
+    newest.
+    """
 
     def __init__(self) -> None:
         self._readings: deque[tuple[int, float]] = deque(maxlen=_KEPT)
@@ -52,7 +54,7 @@ class Meter:
         self._readings = 0
 
     def note(self, kind: Pass, rows: int, seconds: float) -> None:
-        """A pass of this kind took so long. Told again by each of its rows, it counts once."""
+        """A pass of this kind took so long. Each of its rows reports the pass; it counts once."""
         reading, self._last = self._last, (kind, rows, seconds)
         if reading == self._last or seconds <= 0:
             return
@@ -60,17 +62,17 @@ class Meter:
         self._seen[kind].setdefault(max(rows, 1).bit_length(), _Seen()).note(rows, seconds, self._readings)
 
     def seconds(self, kind: Pass, rows: int) -> float | None:
-        """Of a pass with so many rows; None where too few of this kind have been seen."""
+        """The cost of a pass with so many rows; None if too few passes of this kind have been seen."""
         sure = [seen for seen in self._seen[kind].values() if seen.is_sure]
         recent = [seen for seen in sure if self._readings - seen.last < _FORGOTTEN] or sure
         return _at(rows, recent) if recent else None
 
 
 def _at(rows: int, seen: Sequence[_Seen]) -> float:
-    """On the line through the medians, of which those of about as many rows count most.
+    """The value on the line through the medians; those of about as many rows count most.
 
-    More rows never take less, nor more in proportion. Beside a single median there is no line: more rows are then hoped
-    to take no longer, so that whoever chooses by cost will see.
+    More rows never take less, nor more than in proportion. A single median gives no line: more rows are then assumed to
+    take no longer, so that they get tried and measured.
     """
     weights = [1 / (one.seconds**2 * (_NEAR + log2(one.rows / max(rows, 1)) ** 2)) for one in seen]
     total = sum(weights)

@@ -1,7 +1,7 @@
 """A pair: one context engine, its denoiser engines, the ledger. The asynchronous face of decoding and scoring.
 
-Knows requests and events; does not know where the engines run (a thread here, an actor elsewhere), what text is, or
-who asks. An engine that is lost takes its own requests with it, the context engine all of them.
+Knows requests and events; does not know where the engines run (a thread here, an actor elsewhere), what text is, or who
+asks. The loss of an engine ends the requests that it leads; the loss of the context engine ends all.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A request, where its events wait, and the denoiser that is to lead it, where it may not be another."""
+    """A request, the inbox of its events, and the denoiser that must lead it, if it must be a certain one."""
 
     request: AnyRequest
     inbox: Inbox
@@ -45,8 +45,8 @@ class Pair:
     """Decodes and scores requests, many at a time. Use as an async context manager, or `start` and `close` it.
 
     `denoisers` may be empty (`ar_only`), and may hold the context handle itself (both towers in one process).
-    `failure`: why nothing is served any more. `lost`: denoisers that are gone, and why. `on_loss` hears of either: of
-    the number of a denoiser, or of None where all is gone.
+    `failure`: why nothing is served any more. `lost`: lost denoisers, and why. `on_loss` is called with the number of a
+    lost denoiser, or with None if the context engine is lost.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Pair:
         return self._generate(request, timeout_s, None)
 
     def events(self, request: Request, timeout_s: float | None = None) -> AsyncGenerator[ToldEvent, None]:
-        """As `generate`, with the request's trace between the blocks where it asks for one."""
+        """As `generate`, with the request's trace between the blocks if it asks for one."""
         return self._run(request, timeout_s, None)
 
     async def _generate(
@@ -108,7 +108,7 @@ class Pair:
                     yield event
 
     def why_not(self, request: AnyRequest) -> TwoTowerError | None:
-        """Why a request of this kind is not served now; None where it is."""
+        """Why a request of this kind is not served now; None if it is."""
         if self.failure is None and request.needs_denoiser and not self._has_denoiser():
             return next(iter((self.lost | self._trials).values()), None)
         return self.failure
@@ -121,12 +121,14 @@ class Pair:
         return len(self.lost) + len(self._trials) < len(self.denoisers)
 
     def regain(self, index: int) -> None:
-        """The context engine has forgotten what the lost denoiser led: others may have the room."""
+        """The context engine has released the lost denoiser's sequences: others may have the room."""
         self.ledger.regain(index)
         self._admit()
 
     def replace(self, index: int, handle: EngineHandle) -> "Trial":
-        """Another engine in a lost one's place, on trial. The context engine has forgotten what the old one led."""
+        """Put another engine in the place of a lost one, on trial. The context engine has released the old one's
+        sequences.
+        """
         assert index in self.lost and self.failure is None
         self.ledger.regain(index)
         self.denoisers[index] = handle
@@ -136,13 +138,13 @@ class Pair:
         return Trial(self, index)
 
     def accept(self, index: int) -> None:
-        """After `replace`: it serves whoever comes."""
+        """After `replace`: let the engine serve all requests."""
         del self._trials[index]
         self.ledger.open(index)
         self._admit()
 
     async def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreEvent:
-        """How likely the context tower finds given tokens. Waits, ends and raises as `generate` does."""
+        """Log-probabilities of given tokens under the context tower. Waits, ends and raises as `generate` does."""
         async with aclosing(self._run(request, timeout_s, None)) as events:
             event = await anext(events)
             assert isinstance(event, ScoreEvent), event
@@ -192,7 +194,7 @@ class Pair:
             raise InvalidRequest.of("mode", f"got {request.params.mode}, wanted ar: this cell has no denoiser tower")
 
     def _admit(self) -> None:
-        """Start everything the ledger lets in, one message per engine."""
+        """Start all requests that the ledger admits, one message per engine."""
         batches: dict[int | None, list[AnyRequest]] = {}
         for request, place in self.ledger.admit():
             self._places[request.id] = place
@@ -201,7 +203,7 @@ class Pair:
             self._tell(denoiser, methodcaller("add", requests))
 
     def _tell(self, denoiser: int | None, say: Callable[[EngineHandle], None]) -> None:
-        """To the engine of a place. One that cannot be told is lost."""
+        """Send to the engine of a place. An engine that cannot be reached is lost."""
         handle = self.context if denoiser is None else self.denoisers[denoiser]
         part = None if handle is self.context else denoiser
         try:
@@ -218,10 +220,10 @@ class Pair:
         self._abandon(request_id)
 
     def _abandon(self, request_id: RequestId) -> None:
-        """Nobody wants this request any more, whether it waits, runs or has just ended."""
+        """The request's reader has left, whether the request waits, runs or has just ended."""
         if self.ledger.withdraw(request_id):
             del self._places[request_id]
-            self._admit()  # it may have held up those behind it
+            self._admit()  # it may have delayed later requests
             return
         place = self._places.get(request_id)
         if place is not None and self.failure is None and place.denoiser not in self.lost:
@@ -242,7 +244,7 @@ class Pair:
             self._has_ended(handle, denoiser, told)
 
     def _has_ended(self, handle: EngineHandle, denoiser: int | None, error: TwoTowerError) -> None:
-        """Of an engine that has been replaced nobody hears."""
+        """Events of a replaced engine are dropped."""
         if denoiser is None or self.denoisers[denoiser] is handle:
             self.lose(denoiser, error)
 
@@ -261,7 +263,7 @@ class Pair:
         self.ledger.release(request_id)
 
     def lose(self, denoiser: int | None, error: TwoTowerError) -> None:
-        """An engine is gone, and nothing that it leads can go on; None: nothing at all."""
+        """An engine is lost, and its requests cannot continue; None: all engines."""
         if self.failure is not None or denoiser in self.lost:
             return
         if denoiser is None:
@@ -277,7 +279,7 @@ class Pair:
             self._on_loss(denoiser)
 
     def _fail_led_by(self, denoiser: int, error: TwoTowerError) -> None:
-        """What it leads; and where no denoiser is left, what waits for one."""
+        """Fail its requests; if no denoiser is left, also those that wait for one."""
         for request_id in self.ledger.lose(denoiser):
             del self._places[request_id]
             if request_id in self._asked:
@@ -294,7 +296,7 @@ class Pair:
 
 
 class Trial:
-    """One denoiser of a pair, before it serves others: as much of a pair as a self-test asks for."""
+    """One denoiser of a pair, before it serves requests: the part of a Pair that a self-test needs."""
 
     def __init__(self, pair: Pair, index: int) -> None:
         self._pair, self._index = pair, index
@@ -311,7 +313,9 @@ class Trial:
 
 
 def _check_committed(request: Request) -> None:
-    """What a request brings of its own answer leaves something to do, and ends with a block. Raises InvalidRequest."""
+    """Check that a resumed request's committed tokens leave something to do, and end with a block. Raises
+    InvalidRequest.
+    """
     got, params = len(request.committed), request.params
     if got >= params.max_new_tokens:
         raise InvalidRequest.of(

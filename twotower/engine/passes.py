@@ -1,8 +1,8 @@
 """How an engine runs its tower: rows of tokens in, logits or hidden states out.
 
 An eager pass costs a small model's host more in Python than in arithmetic, and a large model's GPU more in launches. So
-the shapes that come up all the time can be *captured*: on a CPU as a recorded program (`engine/recorded.py`), on a GPU
-as a CUDA graph (`engine/graphs.py`). A captured pass runs the same operations on the same numbers.
+frequent shapes can be *captured*: on a CPU as a recorded program (`engine/recorded.py`), on a GPU as a CUDA graph
+(`engine/graphs.py`). A captured pass runs the same operations on the same numbers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +21,15 @@ from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import on_device
 
 USUAL_WIDTH = 16  # the released block size
-SHORT_PROMPT = 4 * USUAL_WIDTH  # up to here a prompt's pass is worth capturing: few widths, and most of it is overhead
-MAX_POSITIONS = 2048  # of a denoiser's pass, rows times width: what its layers hand on must fit into memory
-PROMPT_PARTS = 2  # in which a longer one is read, so that rows which step meanwhile wait for less
+SHORT_PROMPT = 4 * USUAL_WIDTH  # prompts up to this length are captured: few widths, and mostly overhead
+MAX_POSITIONS = 2048  # rows times width of a denoiser's pass at most: its activations must fit into memory
+PROMPT_PARTS = 2  # parts of a longer prompt's pass, so that stepping rows wait for one part only
 
 
 class Want(Enum):
-    """What a pass is for: logits [R,L,V] fp32, hidden states [R,L,D], or a context tower's states alone. Those spare
-    it all that comes after the last layer that keeps one, and its result [R,L,D] means nothing."""
+    """What a pass is for: logits [R,L,V] fp32, hidden states [R,L,D], or a context tower's states alone. `STATES` skips
+    everything after the last layer that keeps a state; its result [R,L,D] is undefined.
+    """
 
     LOGITS = "logits"
     HIDDEN = "hidden states"
@@ -45,32 +46,35 @@ class Passes(Protocol):
         t: Sequence[float] | None = None,
         want: Want = Want.LOGITS,
     ) -> Tensor:
-        """What is wanted of rows that read `tokens`.
+        """Run rows that read `tokens`, and return what is wanted.
 
-        L is the longest row's length; what lies beyond a shorter row's end means nothing. `t`: mask fractions, for a
-        denoiser's block. A context tower's pass extends the slots' states; their caller advances them. The result may
-        be overwritten by the next `run`.
+        L is the longest row's length; positions after a shorter row's end are undefined. `t`: mask fractions, for a
+        denoiser's block. A context tower's pass extends the slots' states; the caller advances the slots. The next
+        `run` may overwrite the result.
         """
         ...
 
     def verify(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, KeptScans | None]:
-        """A context tower's `run` for hidden states over blocks of which only the beginning may stand. The slots'
-        states and lengths stay as they are; the scans move them on (`TowerCache.settle`)."""
+        """A context tower's `run` for hidden states over blocks that may be accepted only in part. The slots' states
+        and lengths do not change; `TowerCache.settle` advances them with the scans.
+        """
         ...
 
     def step(self, slots: Sequence[int], blocks: Blocks) -> Tensor:
-        """A denoiser's step over `blocks`: its pass, and what it decides (`unmask_at`)."""
+        """A denoiser's step over `blocks`: its pass and its decision (`unmask_at`)."""
         ...
 
     def prepare(self, width: int) -> None:
-        """Make ready for the usual passes: blocks of `width`, and single tokens. Takes a moment, which the first
-        requests then need not."""
+        """Prepare the usual passes: blocks of `width`, and single tokens. Takes a moment, and saves it for the first
+        requests.
+        """
         ...
 
 
 def padded(longest: int) -> int:
-    """The width at which rows are captured: a single token, or a multiple of the usual block. Few forms, and up to 16
-    positions cost little more than a few."""
+    """The width at which rows are captured: a single token, or a multiple of the usual block. So there are few forms,
+    and 16 positions cost little more than a few.
+    """
     return longest if longest == 1 else -(-longest // USUAL_WIDTH) * USUAL_WIDTH
 
 
@@ -86,7 +90,7 @@ def decided_apart(passes: Passes, tower: ContextTower | DenoiserTower, slots: Se
     """A step as a pass and then a decision. The head sees masked positions only."""
     hidden_RLD = passes.run(slots, blocks.tokens, blocks.mask_fractions, Want.HIDDEN)
     guess = guess_of(tower)
-    head = tower.logits if guess is plain else tower.raw_logits  # a kernel reads what the head makes
+    head = tower.logits if guess is plain else tower.raw_logits  # a kernel reads the head's output directly
     logits_at = partial(logits_of, head, hidden_RLD)
     vocab, width = tower.config.vocab_size, hidden_RLD.shape[1]
     return unmask_at(logits_at, blocks, width, vocab, tower.device, guess=guess)
@@ -98,7 +102,7 @@ def logits_of(head: Callable[[Tensor], Tensor], hidden_RLD: Tensor, places_P: Te
 
 
 class EagerPasses:
-    """Any shape, as it comes."""
+    """Passes of any shape, run eagerly."""
 
     def __init__(self, tower: ContextTower | DenoiserTower, cache: TowerCache) -> None:
         self._tower, self._cache = tower, cache
@@ -133,8 +137,9 @@ class EagerPasses:
         return on_device([[*ids, *[0] * (width - len(ids))] for ids in tokens], self._tower.device), lengths
 
     def parts(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], count: int, want: Want) -> Iterator[Tensor]:
-        """A context tower's `run` for hidden states or less in `count` parts: the last yields what it returns. Passes
-        over other slots may come between them."""
+        """A context tower's `run` for hidden states or less, in `count` parts: the last part yields the result. Passes
+        over other slots may run between the parts.
+        """
         assert isinstance(self._tower, ContextTower) and want is not Want.LOGITS
         return self._tower.parts(*self._given(slots, tokens), count, want is Want.STATES)
 

@@ -1,10 +1,10 @@
-"""The prefixes of prompts that the context tower has read, kept for prompts that begin alike.
+"""The prefix cache: prefixes of prompts that the context tower has read, kept for prompts that begin alike.
 
-A prefix ends at a multiple of the stride, where a chunk of every prompt ends. So a prompt that goes on behind a kept
-prefix is read in the same chunks as one that is read whole. Its numbers are the same bits, but for the rounding that
-depends on who shared the forwards. Keys and values are kept by reference: the pages stay where they are, and a page is
-kept only once it is full. Mamba states are copied to snapshots, of which there are few. Knows neither requests nor why
-a prompt is read.
+A prefix ends at a multiple of the stride, where a chunk of every prompt ends. So a prompt after a kept prefix is read
+in the same chunks as a prompt that is read whole. Its numbers have the same bits, except for rounding that depends on
+the other rows of the forwards. Keys and values are kept by reference: the pages stay in place, and a page is kept only
+once it is full. Mamba states are copied to snapshots, of which there are few. Knows neither requests nor why a prompt
+is read.
 """
 
 from collections import OrderedDict
@@ -17,7 +17,7 @@ from twotower.model.pages import PAGE_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The longest kept prefix of a prompt: so many positions (0: none), their pages, and the states behind them."""
+    """The longest kept prefix of a prompt: its positions (0: none), their pages, and the states after them."""
 
     positions: int = 0
     pages: tuple[int, ...] = ()
@@ -29,10 +29,10 @@ NOTHING_FOUND = Found()
 
 @dataclass(slots=True)
 class _Node:
-    """The last stride of one prefix. `children`: of the prefixes that are a stride longer, how many are kept.
+    """The last stride of one prefix. `children`: the number of kept prefixes that are one stride longer.
 
-    It has a snapshot or children or both. Without a snapshot nothing can be read on behind it, but longer ones need its
-    pages.
+    It has a snapshot or children or both. Without a snapshot no prompt can continue after it, but longer prefixes need
+    its pages.
     """
 
     parent: bytes | None
@@ -44,7 +44,7 @@ class _Node:
 class Prefixes:
     """Kept prefixes by name (`twotower.engine.sharing`), in `cache`: as many as it has snapshots.
 
-    Where pages are needed, or a snapshot, those give way that have not been used for the longest time.
+    If pages or a snapshot are needed, the least recently used prefixes are evicted.
     """
 
     def __init__(self, cache: TowerCache, stride: int) -> None:
@@ -53,7 +53,7 @@ class Prefixes:
         self.stride = stride if cache.snapshots else 0
         self._cache, self._pages_each = cache, stride // PAGE_TOKENS
         self._nodes: dict[bytes, _Node] = {}
-        self._recent: OrderedDict[bytes, None] = OrderedDict()  # those with a snapshot, the newest use last
+        self._recent: OrderedDict[bytes, None] = OrderedDict()  # those with a snapshot, the most recently used last
         self._free = list(range(cache.snapshots - 1, -1, -1))
         self.lookups = self.hits = self.positions_saved = self.evictions = 0
         cache.room.reclaim = self._reclaim
@@ -66,7 +66,7 @@ class Prefixes:
 
     @property
     def nbytes(self) -> int:
-        """Of the snapshots and pages that are kept."""
+        """Bytes of the kept snapshots and pages."""
         cache = self._cache
         snapshots = cache.kept_conv.nbytes + cache.kept_ssm.nbytes
         each = snapshots // cache.snapshots if cache.snapshots else 0
@@ -74,7 +74,7 @@ class Prefixes:
         return len(self._recent) * each + cache.room.kept_pages * page
 
     def find(self, names: Sequence[bytes]) -> Found:
-        """The longest of these that is kept with its states."""
+        """The longest of these prefixes that is kept with its states."""
         for count in range(len(names), 0, -1):
             node = self._nodes.get(names[count - 1])
             if node is not None and node.snapshot is not None:
@@ -83,17 +83,17 @@ class Prefixes:
         return NOTHING_FOUND
 
     def used(self, names: Sequence[bytes], found: Found) -> None:
-        """A prompt with these prefixes goes on behind what was found, if anything was."""
+        """A prompt with these prefixes continues after the found prefix, if any."""
         self.lookups += 1
         if found.positions:
             self.hits += 1
             self.positions_saved += found.positions
             name = names[found.positions // self.stride - 1]
-            if name in self._recent:  # what the prompt needed besides may have driven it out
+            if name in self._recent:  # the prompt's other needs may have evicted it
                 self._recent.move_to_end(name)
 
     def keep(self, names: Sequence[bytes], slot: int) -> None:
-        """The sequence at `slot` has read the last of these prefixes, and nothing behind it."""
+        """Keep the last of these prefixes, which the sequence at `slot` has read, and nothing after it."""
         if not self._cache.snapshots:
             return
         last = self._nodes.get(names[-1])
@@ -109,13 +109,13 @@ class Prefixes:
         self._recent[names[-1]] = None
 
     def forget(self, names: Sequence[bytes]) -> None:
-        """Nothing goes on behind these any more, until they have been read again."""
+        """Drop these prefixes until they have been read again."""
         for name in reversed(names):
             if name in self._recent:
                 self._evict(name)
 
     def _add(self, names: Sequence[bytes], slot: int) -> None:
-        """Nodes for those of the prefixes that have none, with the sequence's own pages."""
+        """Add nodes for prefixes without one, with the sequence's own pages."""
         pages = self._cache.pages_of(slot)
         for number, name in enumerate(names):
             if name in self._nodes:
@@ -128,7 +128,9 @@ class Prefixes:
                 self._nodes[node.parent].children += 1
 
     def _reclaim(self, pages: int) -> None:
-        """Let so many pages go, or all that nobody holds. What nobody holds goes first: the rest frees no page now."""
+        """Drop so many pages, or all that no sequence holds. Prefixes that no sequence holds go first: the others free
+        no page now.
+        """
         room = self._cache.room
         wanted = room.unused_pages + pages
         while room.unused_pages < wanted and self._recent:
@@ -137,7 +139,7 @@ class Prefixes:
             self._evict(next(idle, ends[0]))
 
     def _evict(self, name: bytes) -> None:
-        """Its snapshot, and its pages unless a longer prefix needs them."""
+        """Drop its snapshot, and its pages unless a longer prefix needs them."""
         self.evictions += 1
         del self._recent[name]
         node = self._nodes[name]
@@ -147,7 +149,7 @@ class Prefixes:
         self._prune(name)
 
     def _prune(self, name: bytes) -> None:
-        """Of a prefix that nothing needs any more the pages, and so on for those that it begins with."""
+        """Drop the pages of a prefix that nothing needs any more, and then of its shorter prefixes likewise."""
         node = self._nodes[name]
         while node.snapshot is None and not node.children:
             self._cache.room.drop(node.pages)

@@ -1,9 +1,9 @@
 """Passes recorded once as a TorchScript program and replayed: the CPU's counterpart of a CUDA graph.
 
-A pass of the demo's thirteen layers is some seven hundred small operations. Called from Python they take half as long
-again as in a program that calls them one after the other. The program is made of the very operations that an eager pass
-ran, in the same order and with nothing fused, so its numbers are the same bits. It holds for any number of rows and
-pages: only the width is fixed, and the form of the experts, which depends on how many tokens there are.
+A pass of the demo's thirteen layers is some seven hundred small operations. From Python they take half as long again as
+in a program that calls them one after the other. The program has the operations of an eager pass, in the same order and
+without fusion, so its numbers have the same bits. It works for any number of rows and pages. Only the width is fixed,
+and the form of the experts, which depends on the number of tokens.
 """
 
 import logging
@@ -41,9 +41,11 @@ Program = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a program is fixed to. `few`: no more than `FEW_TOKENS` tokens in all rows together. `decides`: a denoiser's
-    pass goes on to a greedy step's decision, some thirty small operations that would cost half as much again apart.
-    `keeps_scans`: a context tower's pass gives its scans after the hidden states, and changes no Mamba state."""
+    """The fixed properties of a program. `few`: all rows together have at most `FEW_TOKENS` tokens. `decides`: a
+    denoiser's pass includes a greedy step's decision, some thirty small operations that would cost half as much again
+    separately. `keeps_scans`: a context tower's pass returns its scans after the hidden states, and changes no Mamba
+    state.
+    """
 
     width: int
     want: Want
@@ -120,7 +122,7 @@ class RecordedPasses:
     def _given(
         self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float], width: int
     ) -> tuple[Tensor, ...]:
-        """What a program reads: a row each of tokens, slot, cached length, new length, pages; t; the cache."""
+        """A program's inputs: for each row tokens, slot, cached length, new length and pages; t; the cache."""
         cache, device = self._cache, self._tower.device
         starts = [cache.length(slot) for slot in slots]
         new = width if self._tower.causal else 0
@@ -135,7 +137,9 @@ class RecordedPasses:
 
 
 class _Borrowed:
-    """A cache's tensors as a program is given them. Holds no cache: a program keeps what it was recorded from."""
+    """A cache's tensors as inputs of a program. Holds no cache, because a program keeps the objects it was recorded
+    from.
+    """
 
     def __init__(self, config: ModelConfig, tensors: Sequence[Tensor]) -> None:
         self.mamba_row, self.attention_row = config.layers_of("M").index, config.layers_of("*").index
@@ -143,7 +147,7 @@ class _Borrowed:
 
 
 def plain_pass(tower: ContextTower | DenoiserTower, form: Form) -> Program:
-    """What gets recorded."""
+    """The function that is recorded."""
 
     def run(*given: Tensor) -> tuple[Tensor, ...]:
         given_RX, t_R, *tensors = given
@@ -164,7 +168,7 @@ def plain_pass(tower: ContextTower | DenoiserTower, form: Form) -> Program:
 
 
 def record(tower: ContextTower | DenoiserTower, form: Form) -> Program:
-    """Run a pass of this form over a cache of its own and keep what it did."""
+    """Run a pass of this form over a separate cache and record its operations."""
     device, width = tower.device, form.width
     rows = max(1, min(2, FEW_TOKENS // width)) if form.few else max(2, FEW_TOKENS // width + 1)
     pages = pages_for(width) + 1
@@ -178,19 +182,19 @@ def record(tower: ContextTower | DenoiserTower, form: Form) -> Program:
         example = (*example, on_device(blocks.places(width), device), blocks.given(device, width))
     with torch.inference_mode():
         program = _traced(plain_pass(tower, form), example)
-        program(*example)  # the first run builds what the others use
+        program(*example)  # the first run builds things that later runs use
     logger.debug("recorded a pass of %s", form)
     return program
 
 
 def _traced(run: Program, example: Sequence[Tensor]) -> Program:
-    """The operations of `run` over `example`, as a program that is freed when nobody holds it any more.
+    """The operations of `run` over `example`, as a program that is freed with its last reference.
 
-    `torch.jit.trace` enters its functions into a table that lives as long as the process, and the optimiser of
-    TorchScript keeps more copies of each: 25 MB for one of the demo's programs. Here the graph stays its owner's, is
-    tidied once, and runs as it is.
+    `torch.jit.trace` enters its functions into a table that lives as long as the process. TorchScript's optimiser keeps
+    further copies: 25 MB for one of the demo's programs. Here the owner keeps the graph, which is simplified once and
+    runs without further optimisation.
     """
-    # The filters are the whole process's: two threads at once would put back each other's.
+    # Warning filters belong to the whole process: two threads at once would restore each other's.
     with _RECORDING, warnings.catch_warnings():
         warnings.simplefilter("ignore", TracerWarning)  # about constants, which are constant in this form
         graph, _ = torch._C._create_graph_by_tracing(run, list(example), lambda _: "", True, False)

@@ -1,4 +1,4 @@
-"""The thread that owns a device: ticks its engines, sleeps when they have nothing, carries their events out.
+"""The thread that owns a device: ticks its engines, sleeps when they have no work, and passes their events on.
 
 The only place where a thread and an event loop meet. Implements EngineHandle for the process it lives in.
 """
@@ -24,17 +24,18 @@ from twotower.model.transfer import current
 logger = logging.getLogger(__name__)
 
 # Waking the event loop takes the interpreter from the engine for a good part of a small model's forward. While the
-# engines are busy it is done for the first and the last event of a request, for others no oftener than this.
+# engines are busy, only a request's first and last events wake the loop at once. Other events wake it no more often
+# than this.
 _DELIVER_S = 0.02
 _CPU = torch.device("cpu")
-_QUIET_S = 1.0  # how long `events` waits before it answers with nothing: shows its caller that the process lives
+_QUIET_S = 1.0  # `events` returns nothing after this time, which shows its caller that the process lives
 
 
 Sink = Callable[[Sequence[Event], str | None], None]
 
 
 class Engine(Protocol):
-    """What a runner drives. Called from the runner's thread, but for `takes`, `add` and `cancel`: from any."""
+    """What a runner drives. Called from the runner's thread; `takes`, `add` and `cancel` from any thread."""
 
     def takes(self, request: AnyRequest) -> bool: ...
     def add(self, request: AnyRequest) -> None: ...
@@ -58,9 +59,9 @@ class EngineRunner:
         self._wake = threading.Event()
         self._stopping = False
         self._failure: str | None = None
-        self.error: Exception | None = None  # that ended it
+        self.error: Exception | None = None  # the error that ended it
         self._events: list[Event] = []
-        # Of causal requests, whose tokens may be joined: where in `_events` the newest block of each waits.
+        # For causal requests, whose tokens may be merged: the place in `_events` of each one's newest block.
         self._joining: dict[RequestId, int | None] = {}
         self._lock = threading.Lock()
         self._ring: Callable[[], object] | None = None
@@ -73,7 +74,7 @@ class EngineRunner:
         self.turns = 0
 
     def start(self, engines: Sequence[Engine], device: torch.device = _CPU) -> None:
-        """`device`: that of the engines."""
+        """`device`: the engines' device."""
         self.engines, self._device = list(engines), device
         self._thread.start()
 
@@ -82,9 +83,9 @@ class EngineRunner:
         self._wake.set()
 
     def emit(self, event: Event) -> None:
-        """Hand an event to whoever awaits `events`. From the runner's thread.
+        """Pass an event to the caller of `events`. From the runner's thread.
 
-        Tokens of `ar` and `mock_ar` that nobody has fetched yet are joined: everybody on their way has less to do.
+        Tokens of `ar` and `mock_ar` that have not been fetched yet are merged, which saves work on their way.
         """
         with self._lock:
             self._append(event)
@@ -107,7 +108,7 @@ class EngineRunner:
         self._events.append(event)
 
     def progress(self) -> int:
-        """Turns made so far: grows at least once a second while the engines live, stands still while a tick hangs."""
+        """Turns so far: grows at least once a second while the engines live, stands still while a tick hangs."""
         return self.turns
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -118,7 +119,7 @@ class EngineRunner:
             self._thread.join(timeout_s)
 
     def ended(self, within_s: float) -> bool:
-        """Whether the thread has ended, after so many seconds at most."""
+        """Whether the thread has ended, waiting at most so many seconds."""
         if self._thread.ident is not None:
             self._thread.join(within_s)
         return not self._thread.is_alive()
@@ -143,7 +144,7 @@ class EngineRunner:
     def push_to(self, sink: Sink) -> None:
         """Hand events to `sink` as they happen, on the runner's thread, instead of keeping them for `events`.
 
-        The last call brings the reason why the runner has ended.
+        The last call has the reason why the runner has ended.
         """
         self._sink = sink
         self._wake.set()
@@ -184,7 +185,7 @@ class EngineRunner:
         raise Unavailable(f"no engine here takes request {request.id}, wanted one of a {tower} tower")
 
     def check(self) -> None:
-        """Raises Unavailable where the engines have ended or hang."""
+        """Raises Unavailable if the engines have ended or hang."""
         if self._failure is not None:
             raise Unavailable(self._failure)
         started = self._turn_started
@@ -237,7 +238,7 @@ class EngineRunner:
             try:
                 ring()
             except RuntimeError:
-                # The event loop that waited is closed: nobody is left to tell.
+                # The waiting event loop is closed: there is no caller left.
                 logger.debug("events for a closed event loop")
 
 
@@ -247,7 +248,7 @@ def _resolve(arrived: "asyncio.Future[None]") -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What callers are told. An error of ours says what is wrong; anything else is for the log, frames and all."""
+    """The reason for callers. One of our errors explains itself; any other error goes to the log with its traceback."""
     if isinstance(error, TwoTowerError):
         logger.error("engine thread ended: %s", error)
         return str(error)

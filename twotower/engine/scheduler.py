@@ -1,12 +1,12 @@
 """Which work the context engine does next. Pure Python: knows sequences by their keys, not by their tensors.
 
-A cycle runs at most one commit batch (perhaps in two halves), one decode batch and one prefill batch. Commits come
-first whenever some wait, because a denoiser waits for them; but each kind runs once a cycle, so nobody starves.
+A cycle runs at most one commit batch (perhaps in two halves), one decode batch and one prefill batch. Waiting commits
+come first, because a denoiser waits for them. But each kind runs once a cycle, so none starves.
 
-Prompts are read a chunk at a time. Prefill batches are led in turn by the prompt that came first and by the one with
-the least left to read. A prompt that another one waits for counts as having no more left than that one. So the shortest
-prompt waits for at most one batch of another, and every prompt is read after at most twice as many batches as there
-were chunks to read when it came, its own included.
+Prompts are read a chunk at a time. Two prompts lead prefill batches in turn: the one that came first, and the one with
+the least left to read. If another prompt waits for a prompt, the latter counts as having no more left than the former.
+So the shortest prompt waits for at most one batch of another. Every prompt is read after at most twice as many batches
+as there were chunks at its arrival, its own included.
 """
 
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 Key = Hashable
-_NARROW = 16  # positions: blocks of up to so many are always read together, which is what batching is for
+_NARROW = 16  # positions: blocks of up to so many are always read together, to batch them
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class _Prompt:
 class ContextScheduler:
     """Queues of a context engine: blocks to commit, prompts to read, AR sequences to decode.
 
-    `waited_for`: whether those who gave these blocks have nothing to do until they are read.
+    `waited_for`: whether the denoisers of these blocks have nothing to do until the blocks are read.
     """
 
     def __init__(
@@ -89,8 +89,9 @@ class ContextScheduler:
         self._prompts[key] = _Prompt(done, length)
 
     def await_prompts(self, awaited: Mapping[Key, int]) -> None:
-        """Others wait until these prompts have read what both begin with: of each the fewest tokens that one of them
-        has to read."""
+        """Other sequences wait until these prompts have read the common prefix. For each prompt: the fewest unread
+        tokens among the waiting ones.
+        """
         self._awaited = awaited
 
     def add_commit(self, key: Key, length: int) -> None:
@@ -102,17 +103,17 @@ class ContextScheduler:
         self._decoding[key] = None
 
     def drop(self, key: Key) -> None:
-        """Forget everything that waits for this sequence."""
+        """Drop all waiting work of this sequence."""
         self._decoding.pop(key, None)
         self._prompts.pop(key, None)
         self._commits.pop(key, None)
 
     def has_read(self) -> None:
-        """The prefill batch under way is done; until then `next` gives it again in every cycle."""
+        """The current prefill batch is done; until then `next` returns it again in every cycle."""
         self._reading = None
 
     def next(self) -> Work | None:
-        """The next forward's work, or None where nothing waits."""
+        """The next forward's work, or None if nothing waits."""
         work = self._pick()
         if work is None and self._done_this_cycle:
             self._done_this_cycle.clear()
@@ -132,12 +133,12 @@ class ContextScheduler:
         return None
 
     def _commit_batch(self) -> CommitBatch:
-        """All blocks that wait, in order. A wide one shares a forward only as far as the padded tokens fit one chunk:
-        its width would be everybody's. What does not fit goes first next time.
+        """All waiting blocks, in order. A wide block shares a forward only as far as the padded tokens fit one chunk,
+        because all rows are padded to its width. Blocks that do not fit come first next time.
 
-        Blocks for which everybody waits are read in two halves. Rows that come back together fill their next blocks
-        together, too: their denoiser would wait for all of them every time. As it is it steps the first half while
-        the other one is read, and from then on they are out of step.
+        If the denoisers wait for all of these blocks, the blocks are read in two halves. Rows that return together also
+        fill their next blocks together, so their denoiser would wait for all of them every time. With halves it steps
+        the first half while the other is read, and from then on the halves alternate.
         """
         keys: list[Key] = []
         widest = 0
@@ -155,8 +156,9 @@ class ContextScheduler:
         return CommitBatch(tuple(keys))
 
     def _is_all_there_is(self, keys: Sequence[Key]) -> bool:
-        """Where something else comes between, or one was left out already, the other half would wait for longer than
-        the first one is sooner."""
+        """If other work comes between, or a block was left out already, the other half would lose more time than the
+        first half gains.
+        """
         return len(keys) == len(self._commits) > 1 and not (self._decoding or self._prompts or self._reading)
 
     def _prefill_batch(self) -> PrefillBatch:

@@ -1,4 +1,4 @@
-"""Scoring as prompts are read: which positions of a chunk are scored, their numbers, and what a request has so far.
+"""Scoring while prompts are read: which positions of a chunk are scored, their numbers, and a request's scores so far.
 
 Knows hidden states and the head; does not know slots, queues or links.
 """
@@ -17,15 +17,16 @@ from twotower.engine.scheduler import PrefillChunk
 from twotower.model.tower import ContextTower
 from twotower.model.transfer import on_device
 
-# Logits at a time: 64 MiB in fp32, and some three times that with what is worked out from them. The whole of a chunk
+# Logits at a time: 64 MiB in fp32, and some three times that with the tensors computed from them. The whole of a chunk
 # of 512 positions would be four times as much with a vocabulary of 131,072.
 MAX_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """One token's numbers on the host. `finite`: the logits hold no NaN and no infinity. `rated`: as `likelihood_of`
-    takes it, where the request asks for it."""
+    """One token's numbers on the host. `finite`: the logits hold no NaN and no infinity. `rated`: the input of
+    `likelihood_of`, if the request asks for likelihoods.
+    """
 
     log_prob: float
     is_greedy: bool
@@ -36,7 +37,7 @@ class TokenScore:
 
 @dataclass(slots=True)
 class ScoreSheet:
-    """A request's scores, as far as it has been read. `cached_tokens`: that need not be read."""
+    """A request's scores so far. `cached_tokens`: the number of tokens that need not be read."""
 
     request: ScoreRequest
     log_probs: list[float] = field(default_factory=list)
@@ -46,7 +47,7 @@ class ScoreSheet:
     cached_tokens: int = 0
 
     def positions(self, start: int, end: int) -> range:
-        """Those of the positions [start, end) whose logits score the token that follows."""
+        """The positions within [start, end) whose logits score the next token."""
         return range(max(start, self.request.start - 1), end)
 
     def add(self, scores: Iterable[TokenScore]) -> None:
@@ -64,7 +65,7 @@ class ScoreSheet:
 
 @dataclass(frozen=True, slots=True)
 class ScoredRow:
-    """A row of a prefill batch that read positions from `start` on, and those among them that are scored."""
+    """A row of a prefill batch that read positions from `start` on, and the scored ones among them."""
 
     row: int
     sheet: ScoreSheet
@@ -97,7 +98,7 @@ def score_rows(tower: ContextTower, hidden_RLD: Tensor, rows: Sequence[ScoredRow
 
 
 def _piece(logits_PV: Tensor, tokens_P: Tensor, asked: Sequence[bool], most: int | None) -> Tensor:
-    """Scores of some positions; where somebody asks for alternatives, with those of the positions `asked` behind."""
+    """Scores of some positions, followed by the alternatives of the positions `asked`."""
     scored_P4 = _packed(score(logits_PV, tokens_P))
     if most is None:
         return scored_P4
@@ -105,7 +106,7 @@ def _piece(logits_PV: Tensor, tokens_P: Tensor, asked: Sequence[bool], most: int
 
 
 def _packed(scored: Scored) -> Tensor:
-    """Side by side in fp32, so that the host reads them all at once."""
+    """Columns in fp32, so that the host reads them all at once."""
     columns = (scored.log_prob_P, scored.is_greedy_P, scored.margin_P, scored.finite_P)
     return torch.stack([column.float() for column in columns], dim=1)
 

@@ -1,5 +1,4 @@
-"""The start-up self-test: a few tokens in every mode, then the checkpoint's own sample, before a pair is offered to
-anyone.
+"""The start-up self-test: a few tokens in every mode, then the checkpoint's own sample, before a pair serves requests.
 
 A broken kernel stack shows here, as one clear error, and not in a user's answer.
 """
@@ -20,7 +19,7 @@ from twotower.model.pages import pages_for
 
 _PROMPT = (1, 2, 3, 4, 5)
 _BLOCK = 16  # answers are asked for in whole blocks
-_THRESHOLD = 0.9  # of diffusion: where more confidence is asked for than usual, a pace tells more of what is broken
+_THRESHOLD = 0.9  # of diffusion: at a higher threshold than usual, the pace shows more faults
 _PAUSE_S = 0.005
 
 logger = logging.getLogger(__name__)
@@ -31,8 +30,8 @@ Answer = TypeVar("Answer")
 async def self_test(
     pair: Pair | Trial, modes: Sequence[Mode], timeout_s: float, expected: Expectation | None = None
 ) -> None:
-    """Decode a short prompt in each mode, then what the checkpoint knows the answers to; where `ar` is among the modes,
-    score these texts too.
+    """Decode a short prompt in each mode, then the checkpoint's sample; if `ar` is among the modes, score the sample's
+    texts, too.
 
     Raises Unavailable with what was tried and the reason.
     """
@@ -51,7 +50,7 @@ async def self_test(
 
 
 async def decode_sample(pair: Pair | Trial, sample: Sequence[Known], mode: Mode, timeout_s: float) -> list[Outcome]:
-    """What the pair makes of the sample, in order: greedily, as many at once as it has room for."""
+    """The pair's results for the sample, in order: greedy, with as many at a time as it has room for."""
 
     async def decode(number: int, known: Known) -> Outcome:
         request = _request(known, mode, number)
@@ -63,7 +62,7 @@ async def decode_sample(pair: Pair | Trial, sample: Sequence[Known], mode: Mode,
 
 
 async def score_sample(pair: Pair | Trial, sample: Sequence[Known], timeout_s: float) -> list[float]:
-    """How likely the pair finds each text of the sample, in order: `Known.mean_log_prob`."""
+    """The mean log-probability of each text of the sample, in order: see `Known.mean_log_prob`."""
 
     async def score(number: int, known: Known) -> float:
         text = known.prompt_token_ids + known.answer_token_ids

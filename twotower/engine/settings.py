@@ -1,4 +1,4 @@
-"""How big a pair's engines are and how patient. Chosen by whoever deploys, never changed while running.
+"""Sizes and timeouts of a pair's engines. They are chosen at deployment and never change while a service runs.
 
 The one declaration of each setting: a service's configuration, its checks and its docs derive from it.
 """
@@ -29,44 +29,47 @@ _LINK_LOW_S = 3  # a tower with nothing to say speaks every second
 class EngineSettings:
     """Sizes in sequences and tokens, times in seconds. Raises ConfigError for a value that a setting does not take."""
 
-    max_sequences: int = Setting(32, Integer(1), "sequences that a cell decodes at once").field
+    max_sequences: int = Setting(32, Integer(1), "sequences that a cell decodes at the same time").field
     max_sequence_length: int = Setting(4096, Integer(1), "tokens of a prompt and its answer together, at most").field
     cache_tokens: int = Setting(
         0,
         Integer(0),
-        "positions that each tower's cache has pages for; 0: for `max_sequences` sequences of the longest length",
+        "positions that each tower's cache has pages for; 0: for `max_sequences` sequences of `max_sequence_length`",
     ).field
-    prefill_chunk_tokens: int = Setting(512, Integer(1), "tokens of a prompt that are read at once").field
+    prefill_chunk_tokens: int = Setting(512, Integer(1), "tokens of each prompt that one forward reads at most").field
     prefix_cache_bytes: int = Setting(
         1 << 30,
         Integer(0),
-        "bytes for the Mamba states of prompts' prefixes, which are kept for prompts that begin alike. Keys and values "
-        "are kept beside them as far as no sequence needs their pages. 0: nothing is kept",
+        "bytes of the prefix cache for Mamba states: prompts that begin like an earlier one start from kept states. "
+        "Keys and values are kept as long as no sequence needs their pages. 0: no prefix cache",
     ).field
-    link_timeout_s: float = Setting(10.0, Number(_LINK_LOW_S), "how long a tower process may be silent").field
+    link_timeout_s: float = Setting(
+        10.0, Number(_LINK_LOW_S), "after so long without a word a tower process counts as lost"
+    ).field
     stall_timeout_s: float = Setting(60.0, Number(0, low_open=True), "how long one tick of a tower may take").field
     start_timeout_s: float = Setting(600.0, Number(0, low_open=True), "how long loading a tower may take").field
     mend_timeout_s: float = Setting(
-        600.0, Number(0, low_open=True), "how long it may take to put another tower in a lost one's place"
+        600.0, Number(0, low_open=True), "how long replacing a lost tower may take; then Serve replaces the cell"
     ).field
     max_queued_requests: int = Setting(64, Integer(0), "requests that may wait for a cell").field
     capture: str = Setting(
         "auto",
         Choice(Capture),
-        "keep usual passes to replay them. `on`: all, at start, which takes a while; on CUDA a model with experts must "
-        "be bfloat16 then, the GPU of compute capability 9 or 10. `auto`: on the CPU those that come up often",
+        "record usual passes and replay them. `on`: all of them, at start, which takes a while; on CUDA a model with "
+        "experts must then be bfloat16, and the GPU of compute capability 9 or 10. `auto`: on the CPU, passes that "
+        "come up often; on CUDA, none",
     ).field
 
     experts: str = Setting(
         "stored",
         Choice(ExpertWord),
-        "how the weights of routed experts are held: `stored`: as the checkpoint has them; `int8` and `int4`: "
-        "quantised while they are read, for a half and 28 % of bfloat16's bytes. Tokens change",
+        "format of the routed experts' weights. `stored`: as in the checkpoint; `int8` and `int4`: quantised while "
+        "they are read, to half and to 28 % of bfloat16's bytes, which changes tokens",
     ).field
     expert_group: int = Setting(
         0,
         Integer(0, GROUPS[-1]),
-        f"with int4, how many weights share a scale: {', '.join(map(str, GROUPS))}; 0: {USUAL_GROUP}",
+        f"with `int4`: how many weights share a scale: {', '.join(map(str, GROUPS))}; 0: {USUAL_GROUP}",
     ).field
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
-"""How prompts that begin alike are told, and room in which what they have in common counts once.
+"""Names of prefixes, and a room in which shared prefixes count once.
 
-Pure Python: the ledger counts by it in the cell's process, the context engine in its own. Knows no tensors.
+Pure Python: the ledger uses it in the cell's process, the context engine in its own. Knows no tensors.
 """
 
 from array import array
@@ -15,9 +15,9 @@ from twotower.model.room import Held, Room
 
 
 def prefix_names(tokens: Sequence[int], stride: int, salt: str) -> tuple[bytes, ...]:
-    """A name for each prefix of 1, 2, … times `stride` tokens. Two are equal where tokens, order and salt are.
+    """A name for each prefix of 1, 2, … times `stride` tokens. Two names are equal if tokens, order and salt are.
 
-    No names where `stride` is 0. SHA-256: whoever could make two prompts of one name would read another's states.
+    No names if `stride` is 0. SHA-256, because two prompts with one name would read each other's states.
     """
     if not stride:
         return ()
@@ -29,10 +29,10 @@ def prefix_names(tokens: Sequence[int], stride: int, salt: str) -> tuple[bytes, 
 
 
 def shared_names(request: AnyRequest, stride: int) -> tuple[bytes, ...]:
-    """The prefixes of a request that it may have in common with others: those behind which it reads on.
+    """The prefixes that a request may share with others: those after which it still reads tokens.
 
-    The last token of a prompt is always read, and so is the one in front of the first that is scored: something is
-    decided from either. In `mock_ar` the denoiser reads the newest token first, so two tokens are left.
+    The last token of a prompt is always read, and so is the token before the first scored one: their logits are needed.
+    In `mock_ar` the denoiser reads the newest token first, so two tokens are left.
     """
     if isinstance(request, Request):
         return prefix_names(request.history[:-2], stride, request.cache_salt)
@@ -41,14 +41,14 @@ def shared_names(request: AnyRequest, stride: int) -> tuple[bytes, ...]:
 
 @dataclass(slots=True)
 class _Common:
-    """The pages of one stride, and how many sequences count on them."""
+    """The pages of one stride, and how many sequences use them."""
 
     pages: tuple[int, ...]
     sequences: int = 0
 
 
 class HeldInCommon(NamedTuple):
-    """What a sequence holds, and the names of what others may hold with it."""
+    """The room of a sequence, and the names of prefixes that others may share with it."""
 
     held: Held
     names: tuple[bytes, ...]
@@ -57,8 +57,8 @@ class HeldInCommon(NamedTuple):
 class SharedRoom:
     """A room in which equal prefixes of `stride` tokens and its multiples count once.
 
-    What it says depends on who is in the room, not on the order in which they came. So of two accounts of one cache the
-    one that hears of an end later never says less than the other.
+    Its answers depend on the sequences in the room, not on the order of their arrival. So if one of two accounts of a
+    cache learns of an end later, it never reports less in use than the other.
     """
 
     def __init__(self, room: Room, stride: int) -> None:
@@ -67,11 +67,11 @@ class SharedRoom:
         self._common: dict[bytes, _Common] = {}
 
     def fits(self, positions: int, names: Sequence[bytes] = ()) -> bool:
-        """Whether one more sequence would get what it needs. `names`: of its prefixes, the shortest first."""
+        """Whether one more sequence would fit. `names`: its prefixes, the shortest first."""
         return self.room.fits(positions, self._shared(names))
 
     def take(self, positions: int, names: Sequence[bytes] = ()) -> HeldInCommon:
-        """Raises Overloaded where there is not enough room."""
+        """Raises Overloaded without enough room."""
         held = self.room.take(positions, self._shared(names))
         for number, name in enumerate(names):
             start = number * self._pages_each
@@ -80,7 +80,7 @@ class SharedRoom:
         return HeldInCommon(held, tuple(names))
 
     def give(self, taken: HeldInCommon) -> None:
-        """It has ended."""
+        """The sequence has ended."""
         for name in taken.names:
             self._common[name].sequences -= 1
             if not self._common[name].sequences:
@@ -88,7 +88,7 @@ class SharedRoom:
         self.room.give(taken.held)
 
     def _shared(self, names: Sequence[bytes]) -> list[int]:
-        """Who holds a prefix holds all shorter ones of it, too: the first name that is missing ends the search."""
+        """A holder of a prefix also holds its shorter prefixes, so the first missing name ends the search."""
         shared: list[int] = []
         for name in names:
             common = self._common.get(name)

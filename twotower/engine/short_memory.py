@@ -1,7 +1,7 @@
-"""A device that runs out of memory in a pass: the pass's rows are tried in halves or fail, and the engine goes on.
+"""When a device runs out of memory in a pass, the pass's rows are tried in halves or fail, and the engine goes on.
 
-Rows in halves want that the failed pass has changed nothing. That holds for passes that only read, and for a check of
-drafts until it settles. A pass that extends may have moved the states of some layers on, so its rows fail.
+Halves are possible only if the failed pass has changed nothing. This holds for passes that only read, and for a check
+of drafts until it settles. A pass that extends states may have advanced some layers, so its rows fail.
 
 Rows fail with Overloaded: the same request may succeed later, or on another cell. Its router knows that already.
 """
@@ -21,14 +21,14 @@ Result = TypeVar("Result")
 
 
 class ShortMemory:
-    """Of one engine. `times`: how often a pass found no memory."""
+    """The memory shortages of one engine. `times`: how often a pass found no memory."""
 
     def __init__(self, tower: str) -> None:
         self._tower = tower
         self.times = 0
 
     def tried(self, rows: int, run: Callable[[], object]) -> Overloaded | None:
-        """Run a pass over so many rows. Returns what they fail with where it found no memory."""
+        """Run a pass over so many rows. Returns the error for its rows if it found no memory."""
         try:
             run()
         except torch.OutOfMemoryError as error:
@@ -41,8 +41,9 @@ class ShortMemory:
         run: Callable[[list[Row]], Sequence[Result]],
         fail: Callable[[Row, Overloaded], None],
     ) -> list[Result]:
-        """The results of `run` over all rows at once; of half of them at a time, and so on, where there is no memory
-        for all. A row for which there is none alone fails."""
+        """The results of `run` over all rows. Without memory for all rows at once it runs halves, then quarters, and so
+        on. A row that finds no memory alone fails.
+        """
         results: list[Result] = []
         short = self.tried(len(rows), lambda: results.extend(run(list(rows))))
         if short is None:

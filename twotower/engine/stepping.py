@@ -1,6 +1,6 @@
-"""A denoiser's step of all rows that are ready: mode by mode, at what cost, and where memory is short.
+"""A denoiser's step of all ready rows: mode by mode, with its costs, and with shortages of memory.
 
-Knows neither queue nor link; what was decided is for the engine.
+Knows neither queue nor link; the engine handles the decisions.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +17,9 @@ from twotower.errors import TwoTowerError
 
 
 class Stepping:
-    """`modes` in the order in which they launch. `commit`: what these sequences step on goes to the context tower
-    before they step. `fail`: there is no memory for a sequence, not even alone."""
+    """`modes` in launch order. `commit`: sends the tokens of these sequences to the context tower before they step.
+    `fail`: called if there is no memory for a sequence, even alone.
+    """
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class Stepping:
         self.short = ShortMemory("denoiser")
 
     def step(self, ready: list[LedSequence]) -> list[Turns]:
-        """A step of each. Several forwards are reckoned as equally dear."""
+        """Step each sequence. Several forwards count as equally expensive."""
         started = self._clock()
         steps = self._launch(ready)
         turns = take_all(steps)
@@ -56,5 +57,5 @@ class Stepping:
 
 
 def usual_rows(sequence: LedSequence) -> int:
-    """Rows of the usual width that it takes in a pass."""
+    """The number of rows of the usual width in a pass."""
     return -(-len(sequence.tokens) // USUAL_WIDTH)

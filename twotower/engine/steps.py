@@ -14,15 +14,16 @@ Taken = TypeVar("Taken")
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[Taken]):
-    """`outcome`: rows of fp32 numbers, still on the device. `take` is given them on the host."""
+    """`outcome`: rows of fp32 numbers, still on the device. `take` gets them on the host."""
 
     outcome: Tensor
     take: Callable[[Rows], Taken]
 
 
 def clock_for(device: torch.device) -> Callable[[], float]:
-    """Seconds of a pass, read before it and once the host knows its outcome. On a CPU the thread's own: what else the
-    machine does says nothing about the pass."""
+    """A clock for a pass, read before it and once the host knows its outcome. On a CPU it is the thread's own time,
+    because the machine's other work does not belong to the pass.
+    """
     return time.thread_time if device.type == "cpu" else time.perf_counter
 
 

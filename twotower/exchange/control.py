@@ -1,7 +1,7 @@
 """A link's control connection: frames over TCP on one host address, for threads; every wait in it has a deadline.
 
 The kernel holds the deadlines (SO_RCVTIMEO, SO_SNDTIMEO): a read or write that lasts longer raises BlockingIOError.
-Knows nothing of what a frame says, but for the handshake.
+Knows nothing of a frame's content, except for the handshake.
 """
 
 import contextlib
@@ -38,21 +38,21 @@ class Channel(Protocol):
     def send(self, frame: bytes) -> None: ...
 
     def send_at_once(self, frame: bytes) -> bool:
-        """Send a frame if that needs no waiting; False where it might, and nothing was sent."""
+        """Send a frame if that needs no waiting; False if it might, and then nothing was sent."""
         ...
 
     def receive(self) -> bytes: ...
 
     def set_timeout(self, seconds: float) -> None:
-        """How long `send` and `receive` may wait: then TimeoutError."""
+        """How long `send` and `receive` may wait before TimeoutError."""
         ...
 
     def abort(self) -> None:
-        """Wake whoever waits in `send` or `receive`, at both ends, with an error. From any thread."""
+        """End all waits in `send` and `receive`, at both ends, with an error. From any thread."""
         ...
 
     def close(self) -> None:
-        """Give the descriptor back. Only when nobody waits any more."""
+        """Close the descriptor. Only when no thread waits any more."""
         ...
 
 
@@ -84,7 +84,7 @@ class SocketChannel:
         self.write(framed(frame))
 
     def write(self, data: bytes) -> None:
-        """A frame that is one already."""
+        """Write a complete frame."""
         try:
             self._socket.sendall(data)
         except BlockingIOError as error:
@@ -117,14 +117,14 @@ class SocketChannel:
 
 
 class Listener:
-    """Waits for the one peer that has the token and is let in."""
+    """Waits for the one peer that has the token and is admitted."""
 
     def __init__(self, host: str) -> None:
         self._socket = socket.create_server((host, 0), backlog=4)
         self.address = Address(host, int(self._socket.getsockname()[1]), new_token())
 
     def accept(self, deadline: float, admit: Admit) -> SocketChannel:
-        """The next peer that `admit` lets in. Raises TimeoutError at `deadline` (monotonic), OSError if closed."""
+        """The next peer that `admit` accepts. Raises TimeoutError at `deadline` (monotonic), OSError if closed."""
         while (left := deadline - time.monotonic()) > 0:
             self._socket.settimeout(left)
             sock, _ = self._socket.accept()
@@ -139,7 +139,7 @@ class Listener:
         raise TimeoutError("nobody connected")
 
     def abort(self) -> None:
-        """Wake whoever waits in `accept`."""
+        """End a wait in `accept`."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -148,7 +148,9 @@ class Listener:
 
 
 def dial(address: Address, about: About, timeout_s: float) -> tuple[SocketChannel, About]:
-    """Connect to a Listener; and what it says about itself. Raises OSError, EOFError or a TwoTowerError."""
+    """Connect to a Listener; returns the channel and the listener's description. Raises OSError, EOFError or a
+    TwoTowerError.
+    """
     channel = SocketChannel(socket.create_connection((address.host, address.port), timeout=timeout_s), timeout_s)
     try:
         channel.write(said(hello(address, about)))

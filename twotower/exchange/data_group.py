@@ -1,4 +1,4 @@
-"""The bytes' way from the context tower to the denoiser: a process group of two, of its own, never the default one.
+"""Carries bytes from the context tower to the denoiser: a separate process group of two, never the default one.
 
 One code path for gloo and NCCL. Every call blocks the link's own thread, with a deadline; after an error or timeout
 the group is dead. On a GPU all copies run on the link's stream, and a buffer is handed over only after they ended.
@@ -70,7 +70,7 @@ class _Work(Protocol):
 
 
 class _Group(Protocol):
-    """What we use of ProcessGroupGloo and ProcessGroupNCCL, which torch's stubs do not describe."""
+    """The parts of ProcessGroupGloo and ProcessGroupNCCL that we use; torch's stubs do not describe them."""
 
     def send(self, tensors: Sequence[Tensor], rank: int, tag: int, /) -> _Work: ...
 
@@ -115,7 +115,7 @@ class DataGroup:
     ) -> None:
         """Returns when the bytes are in `buffer.flat` and have been unpacked. Raises what `send` does.
 
-        Entering `unpacking` unpacks them on the link's stream. It is left once that work has ended.
+        Entering `unpacking` unpacks them on the link's stream. It exits once that work has ended.
         """
         deadline = time.monotonic() + timeout_s
         wire = buffer.wire[:nbytes]
@@ -128,8 +128,8 @@ class DataGroup:
                 self._finish(deadline)
 
     def abort(self) -> None:
-        """End what is under way (NCCL; gloo's operations run to their deadline, or end with the other side)."""
-        self._aborted = True  # first: whoever waits looks here once its transfer has ended
+        """End a transfer in progress (NCCL; gloo's operations run to their deadline, or end with the other side)."""
+        self._aborted = True  # first: a waiting thread checks this once its transfer has ended
         with contextlib.suppress(RuntimeError):
             self._group.abort()
 
@@ -147,13 +147,13 @@ class DataGroup:
                 yield
 
     def _await(self, work: _Work, deadline: float, timeout_s: float) -> None:
-        """Until the transfer has ended. Raises what broke it."""
+        """Wait until the transfer has ended. Raises the error that broke it."""
         if self._polls:
-            # NCCL's own wait looks once in ten milliseconds. It returns at once for what has ended.
+            # NCCL's own wait polls once in ten milliseconds. It returns at once for an ended transfer.
             _poll(work.is_completed, deadline)
         work.wait(timedelta(seconds=timeout_s))
         if self._aborted:
-            raise RuntimeError("it was aborted")  # NCCL's work of an aborted group may look like work that was done
+            raise RuntimeError("it was aborted")  # NCCL's work of an aborted group may look completed
 
     def _finish(self, deadline: float) -> None:
         """Wait until the link's stream is empty: by polling, because a CUDA wait knows no deadline."""

@@ -27,10 +27,11 @@ from twotower.model.transfer import fence_on
 
 @dataclass(slots=True)
 class _Mirror:
-    """A sequence's place in the mirror. `arrived`: positions that have come, and are written unless the engine reads.
+    """A sequence's place in the mirror. `arrived`: positions that have arrived; they are written unless the engine
+    reads them.
 
-    `deaf`: it has failed or is being released, no delta changes it any more. `read`: a pass of the engine's may still
-    read it. `fence`: after it, the memory that the sequence was given is its own (CUDA).
+    `deaf`: it has failed or is being released, and no delta changes it any more. `read`: a pass of the engine may still
+    read it. `fence`: after it, the sequence's memory belongs to the sequence (CUDA).
     """
 
     slot: int
@@ -43,7 +44,7 @@ class _Mirror:
 
 @dataclass(slots=True)
 class _Arrived:
-    """A payload: its deltas, which of them are taken, what to tell the engine, whose parts of the mirror grow.
+    """A payload: its deltas, which of them are taken, the replies to the engine, and the parts of the mirror that grow.
 
     `written`: into the mirror, and the buffer is given back.
     """
@@ -58,7 +59,7 @@ class _Arrived:
 
 
 class DistributedLink:
-    """A mirror slot is taken with `Prefill` and given back when the context side's `Released` has come."""
+    """A mirror slot is taken with `Prefill` and freed when the context side's `Released` arrives."""
 
     apart = True
 
@@ -67,9 +68,9 @@ class DistributedLink:
         self._endpoint, self._layout, self._pool = endpoint, layout, pool
         self._mirrors: dict[int, _Mirror] = {}
         self._inbox: deque[_Arrived | Failed | Released] = deque()
-        self._taken: list[Message] = []  # to be said with the next commands: one message a tick
+        self._taken: list[Message] = []  # sent with the next commands: one message a tick
         self._ended = False
-        self._writing = threading.Lock()  # who has it may write into the mirror, or end the link
+        self._writing = threading.Lock()  # its holder may write into the mirror, or end the link
 
     def submit(self, commands: Sequence[Command], reading: bool = False) -> None:
         if self._endpoint.lost is not None:
@@ -86,7 +87,7 @@ class DistributedLink:
     def poll(self) -> list[LinkEvent]:
         if self._ended:
             return []
-        lost = self._endpoint.lost  # before the inbox: what came before the end is still delivered
+        lost = self._endpoint.lost  # before the inbox: messages from before the end are still delivered
         events = [event for _ in range(len(self._inbox)) for event in self._take(self._inbox.popleft())]
         if len(self._taken) >= max(1, self._endpoint.settings.staging_buffers - 1):
             self._say(())  # the other side is about to run out of buffers: it cannot wait for this tick's end
@@ -101,7 +102,7 @@ class DistributedLink:
             self._endpoint.post(messages)
 
     def give_up(self, reason: str) -> None:
-        """As if the other side were gone: `poll` says so. From any thread."""
+        """End the link as if the other side were lost; `poll` reports it. From any thread."""
         self._endpoint.lose(reason)
 
     def close(self) -> None:
@@ -109,7 +110,7 @@ class DistributedLink:
         self._end()
 
     def run(self, stream: MessageStream, group: DataGroup) -> None:
-        """The link stands: start to carry messages."""
+        """The link is connected: start to carry messages."""
         send = partial(self._endpoint.run_sender, stream, group, self._pool.give)
         receive = partial(self._endpoint.run_receiver, stream, partial(self._handle, group))
         self._endpoint.spawn("sender", send)
@@ -131,7 +132,9 @@ class DistributedLink:
         self._mirrors.update(taken)
 
     def _end(self) -> None:
-        """Every sequence of the link has ended. A payload that still comes is not written: the slots may be others'."""
+        """Every sequence of the link has ended. A late payload is not written, because the slots may
+        have new owners.
+        """
         with self._writing:
             self._ended = True
         self._inbox.clear()
@@ -151,13 +154,13 @@ class DistributedLink:
         self._endpoint.hooks.on_activity()
 
     def _hush(self, sequence: int) -> None:
-        """No delta of it is taken any more: its slot is about to be another's."""
+        """Take no further delta of this sequence: its slot is about to be reused."""
         mirror = self._mirrors.get(sequence)
         if mirror is not None:
             mirror.deaf = True
 
     def _fetch(self, group: DataGroup, payload: Payload) -> _Arrived:
-        """Receive a payload and write it into the mirror, beside what the engine computes. On the receiver thread."""
+        """Receive a payload and write it into the mirror while the engine computes. On the receiver thread."""
         wanted = self._layout.nbytes(payload.deltas)
         if payload.nbytes != wanted:
             raise LinkDown(f"payload {payload.number} announced {payload.nbytes} bytes, its deltas need {wanted}")
@@ -181,13 +184,13 @@ class DistributedLink:
 
     @contextmanager
     def _unpacking(self, arrived: _Arrived) -> Iterator[None]:
-        """The link does not end, nor its slots go to others, until what was written is written."""
+        """Until the write has ended, the link does not end and its slots are not reused."""
         with self._writing:
             self._write_beside(arrived)
             yield
 
     def _write_beside(self, arrived: _Arrived) -> None:
-        """On the receiver thread and the link's stream; not where the engine reads one of the sequences."""
+        """On the receiver thread and the link's stream; not while the engine reads one of the sequences."""
         if self._ended or any(mirror.read for mirror in arrived.mirrors):
             return
         for mirror in arrived.mirrors:
@@ -226,7 +229,7 @@ class DistributedLink:
         ]
 
     def _sift(self, deltas: Sequence[Delta], buffer: StagingBuffer) -> _Arrived:
-        """What of a payload is taken. On the receiver thread."""
+        """Decide which deltas of a payload are taken. On the receiver thread."""
         arrived = _Arrived(deltas, buffer)
         for place, delta in enumerate(deltas):
             mirror = self._mirrors.get(delta.sequence)

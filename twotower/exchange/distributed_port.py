@@ -51,7 +51,7 @@ class DistributedPort:
         self._backlog.clear()
 
     def run(self, stream: MessageStream, group: DataGroup, pool: StagingPool) -> None:
-        """The link stands: carry messages until it is lost. Called on the link's first thread."""
+        """The link is connected: carry messages until it is lost. Called on the link's first thread."""
         self._pool = pool
         self._credits.release(self._endpoint.settings.staging_buffers)
         self._wake_for_backlog()
@@ -79,12 +79,12 @@ class DistributedPort:
             self._endpoint.hooks.on_activity()
 
     def _drop_deltas(self, sequence: int) -> None:
-        """Its slot is about to be another's: what still waits must not be read from the cache."""
+        """The slot is about to be reused: waiting deltas must not be read from the cache."""
         kept = [r for r in self._backlog if not (isinstance(r, Delta) and r.sequence == sequence)]
         self._backlog = deque(kept)
 
     def _flush(self) -> None:
-        """Post what can be posted now, in order."""
+        """Post all replies that can be posted now, in order."""
         if self._endpoint.lost is not None:
             self._backlog.clear()
         while self._backlog:
@@ -97,7 +97,7 @@ class DistributedPort:
                 return
 
     def _next_verdicts(self) -> list[Message]:
-        """What stands before the next delta, to be sent as one message."""
+        """The replies before the next delta, to be sent as one message."""
         taken: list[Message] = []
         while self._backlog and not isinstance(head := self._backlog[0], Delta):
             taken.append(head)

@@ -1,6 +1,7 @@
 """One end of a connected link: a sender thread, a receiver thread, heartbeats, and one verdict when it is lost.
 
-Owns the control channel and the data group once both stand. Knows nothing of caches, sequences or which side it is.
+Owns the control channel and the data group once both are connected. Knows nothing of caches, sequences or which side it
+is.
 """
 
 import threading
@@ -34,7 +35,7 @@ class MessageStream:
         self.channel.send(_body(messages))
 
     def send_at_once(self, messages: Sequence[Message]) -> bool:
-        """`send` if that needs no waiting; False where it might."""
+        """`send` if that needs no waiting; False if it might."""
         return self.channel.send_at_once(_body(messages))
 
     def receive(self) -> list[Message]:
@@ -48,7 +49,7 @@ def _body(messages: Sequence[Message]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """Messages to send, and the buffer whose bytes the last of them, or one sent before, announces."""
+    """Messages to send, and the buffer whose bytes are announced by the last of them or by an earlier message."""
 
     messages: Sequence[Message]
     buffer: StagingBuffer | None = None
@@ -71,7 +72,7 @@ class Endpoint:
         self.settings, self.hooks = settings, hooks
         self._name, self._peer, self._device = name, peer, device
         self._outbox: SimpleQueue[Outgoing | None] = SimpleQueue()
-        self._sending = threading.Lock()  # who has it sends frames; `_unsent` posts wait for the sender
+        self._sending = threading.Lock()  # its holder sends frames; `_unsent` posts wait for the sender
         self._counting = threading.Lock()
         self._unsent = 0
         self._stream: MessageStream | None = None
@@ -89,13 +90,13 @@ class Endpoint:
     def post(self, messages: Sequence[Message]) -> None:
         """Send in order, without ever waiting: now if nothing is before it, else by the sender thread. From one thread.
 
-        Waking that thread costs an engine the interpreter for longer than sending a few hundred bytes does.
+        Waking that thread costs the engine more interpreter time than sending a few hundred bytes.
         """
         if not self.post_at_once(messages):
             self.post_payload(Outgoing(messages))
 
     def post_at_once(self, messages: Sequence[Message]) -> bool:
-        """`post` if that needs nobody else; False where something is before it, or it might have to wait."""
+        """`post` without another thread; False if something is before it, or if it might have to wait."""
         try:
             if self._unsent == 0 and self._stream is not None and self._sending.acquire(blocking=False):
                 try:
@@ -107,13 +108,13 @@ class Endpoint:
         return False
 
     def post_payload(self, outgoing: Outgoing) -> None:
-        """Leave it to the sender thread, which may have to wait for the other side to take the bytes."""
+        """Let the sender thread send it: it may have to wait until the other side takes the bytes."""
         with self._counting:
             self._unsent += 1
         self._outbox.put(outgoing)
 
     def lose(self, reason: str) -> None:
-        """The link is dead. The first reason stays; from any thread."""
+        """The link is lost. The first reason stays; from any thread."""
         with self._lock:
             if self.lost is not None:
                 return
@@ -133,7 +134,7 @@ class Endpoint:
         abort()
 
     def spawn(self, task: str, body: Callable[[], None]) -> None:
-        """Run `body` on a thread of the link; an error in it is the link's end."""
+        """Run `body` on a thread of the link; an error in it ends the link."""
 
         def guarded() -> None:
             try:
@@ -207,7 +208,7 @@ class Endpoint:
             raise LinkDown(f"{self._peer} is alive but its engine has made no progress for {stuck_s:.1f} s")
 
     def explain(self, error: Exception, waited_s: float) -> str:
-        """One sentence for whatever ended the link; `waited_s` was the patience of the wait that failed."""
+        """One sentence for the error that ended the link; `waited_s`: the timeout of the failed wait."""
         match error:
             case EOFError() | ConnectionError():
                 return f"{self._peer} is gone (connection closed)"

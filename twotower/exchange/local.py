@@ -1,6 +1,6 @@
-"""The exchange in place: both towers in one process, on one device, ticked by one thread.
+"""The exchange within one process: both towers on one device, ticked by one thread.
 
-The denoiser reads the context tower's cache itself, so a delta is only the news that it has grown.
+The denoiser reads the context tower's cache itself, so a delta only says that the cache has grown.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""What the two ends of a link say on its control connection."""
+"""The messages of a link's control connection."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -25,7 +25,7 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A payload has been written into the mirror: there is a free staging buffer again."""
+    """A payload has been written into the mirror, so a staging buffer is free again."""
 
 
 Message = Heartbeat | Payload | Taken | Prefill | Commit | Release | Failed | Released

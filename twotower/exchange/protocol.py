@@ -1,4 +1,4 @@
-"""The exchange's two ends and what crosses it.
+"""The exchange's two ends and the messages between them.
 
 The denoiser's end is a `Link`, the context tower's a `Port`; one context engine serves a port per denoiser. A denoiser
 engine names a sequence by a number that it never uses twice on one link. So a late message about a sequence that is
@@ -6,8 +6,8 @@ gone cannot be taken for one about its slot's next tenant. Besides its `Release`
 command: the next commit follows the delta of the last one. So the Mamba states that a delta waits to carry cannot run
 ahead of it.
 
-But for `close`, neither end ever blocks the engine that calls it. All waiting is done in the implementation's own
-threads, with a deadline. When the other side is gone, `poll` says so once with `LinkLost`, and `Port.lost` is set.
+Except for `close`, neither end ever blocks the calling engine. All waiting is done in the implementation's own threads,
+with a deadline. When the other side is lost, `poll` returns `LinkLost` once, and `Port.lost` is set.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Verifying:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """The context tower tells how likely it finds the tokens from position `start` on, with so many alternatives."""
+    """The context tower computes likelihoods of the tokens from position `start` on, with so many alternatives."""
 
     alternatives: int
     start: int
@@ -40,9 +40,9 @@ class Rating:
 class Prefill:
     """Read these tokens as a new sequence, with room reserved for `reserve` positions. May be empty.
 
-    `verifying`: blocks that are committed to it are drafts. Only what `ar` would have written of them is read, and the
-    next token is told, behind the prompt too. `rating`: tokens are rated as they are read, or as they are decided.
-    `cache_salt`: a Request's.
+    `verifying`: committed blocks are drafts. Only the part that `ar` would have written is read, and the answer has the
+    next token, also after the prompt. `rating`: tokens are rated as they are read or decided. `cache_salt`: as in a
+    Request.
     """
 
     sequence: int
@@ -55,11 +55,11 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Read a block on. `start` is the position of its first token; anything else than the next one is an error. A
+    """Read a block. `start` is the position of its first token; any other position than the next one is an error. A
     draft's first token is the one that was decided last.
 
-    `alone`: the block is that token only, and the context tower writes so many tokens behind it, as `ar` would, before
-    it answers; fewer where one of them ends the answer.
+    `alone`: the block is only that token. Before it answers, the context tower writes so many tokens after it, as `ar`
+    would, or fewer if one of them ends the answer.
     """
 
     sequence: int
@@ -80,8 +80,9 @@ Command = Prefill | Commit | Release
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """What a forward of the context tower took: its rows, in blocks of the usual width, and seconds until the host knew
-    its outcome (`engine.steps.clock_for`)."""
+    """The cost of a forward of the context tower: rows, in blocks of the usual width, and seconds until the host knew
+    its outcome (`engine.steps.clock_for`).
+    """
 
     rows: int
     seconds: float
@@ -89,9 +90,9 @@ class Took:
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """The token that follows what has been read, and the smallest margin of the decisions that it and what was read
-    took. `written`: the tokens before it that the context tower wrote alone. `took`: the last forward; None behind a
-    prompt."""
+    """The token after the read positions, and the smallest margin of the decisions for it and for them. `written`: the
+    tokens before it that the context tower wrote alone. `took`: the last forward; None after a prompt.
+    """
 
     token: int
     margin: float
@@ -103,11 +104,11 @@ class Decided:
 class Delta:
     """Positions [start, end) have been read and are in `Link.cache` at `slot`.
 
-    `complete` is False for the chunks of a prompt but the last: the Mamba states come with the last one only. Of a
-    draft only the accepted part has been read, so `end` is the cut. `decided`: of a sequence that is verified.
-    `likelihoods`: of one that is rated; those of the last tokens up to `end`, or up to the one that is decided.
-    `cached`: it was read for another sequence, whose prompt begins alike.
-    On the way out of a port `slot` is the context cache's slot; out of `poll` it is a slot of `Link.cache`.
+    `complete` is False for all chunks of a prompt but the last: the Mamba states come only with the last one. Of a
+    draft only the accepted part has been read, so `end` is the cut. `decided`: for a verified sequence. `likelihoods`:
+    for a rated sequence, those of the last tokens up to `end`, or up to the decided one. `cached`: the positions come
+    from a kept prefix. On the way out of a port `slot` is the context cache's slot; out of `poll` it is a slot of
+    `Link.cache`.
     """
 
     sequence: int
@@ -122,7 +123,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The context side cannot go on with this sequence. It still has to be released."""
+    """The context side cannot continue this sequence. The sequence still has to be released."""
 
     sequence: int
     error: TwoTowerError
@@ -130,14 +131,14 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """Both sides have given the sequence's slot and pages back."""
+    """Both sides have freed the sequence's slot and pages."""
 
     sequence: int
 
 
 @dataclass(frozen=True, slots=True)
 class LinkLost:
-    """The other side is gone; nothing more will come. Every sequence of the link has ended."""
+    """The other side is lost; nothing more will arrive. Every sequence of the link has ended."""
 
     reason: str
 
@@ -148,7 +149,7 @@ LinkEvent = Reply | LinkLost
 
 @dataclass(slots=True)
 class Traffic:
-    """Payloads that a link has received since it stands: how many, their bytes, the seconds of receiving."""
+    """Payloads that a link has received since it was connected: their number, their bytes, the seconds of receiving."""
 
     payloads: int = 0
     nbytes: int = 0
@@ -168,15 +169,15 @@ class Link(Protocol):
     def submit(self, commands: Sequence[Command], reading: bool = False) -> None:
         """Send commands, in order. Never blocks. `Prefill` takes its mirror slot here (Overloaded).
 
-        `reading`: the caller goes on reading these sequences in `cache` until it polls, so their answers must not be
-        written before. (Mock-AR steps on a token while the context tower reads it.) Otherwise they may be written at
-        any time: what the caller read of the sequences has ended by now. Called in every tick, without commands too:
-        the link's own messages since `poll` go along.
+        `reading`: the caller still reads these sequences in `cache` until it polls, so their deltas must not be written
+        before. (Mock-AR steps on a token while the context tower reads it.) Other deltas may be written at any time,
+        because the caller no longer reads these sequences. Called in every tick, also without commands: the link's own
+        messages since `poll` are sent, too.
         """
         ...
 
     def poll(self) -> list[LinkEvent]:
-        """What has arrived since the last call, by now written into `cache`. Never blocks."""
+        """The replies since the last call; their deltas are written into `cache` by now. Never blocks."""
         ...
 
     def close(self) -> None:
@@ -194,7 +195,7 @@ class Port(Protocol):
 
     @property
     def lost(self) -> str | None:
-        """Why the other side is gone; None while it is there."""
+        """Why the other side is lost; None while it is not."""
         ...
 
     def receive(self) -> list[Command]:
@@ -202,8 +203,9 @@ class Port(Protocol):
         ...
 
     def send(self, replies: Sequence[Reply]) -> None:
-        """Send replies, in order, a delta's tensors with it. Never blocks. The tensors are read from the context cache
-        now, or as soon as a buffer is free. They are never read after the sequence's `Released` was sent."""
+        """Send replies, in order, each delta with its tensors. Never blocks. The tensors are read from the context
+        cache now, or as soon as a buffer is free, but never after the sequence's `Released` was sent.
+        """
         ...
 
     def close(self) -> None:

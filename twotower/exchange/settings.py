@@ -1,4 +1,4 @@
-"""What a link between two processes is told: its sizes and patience, where its other end listens, its engine's pulse.
+"""The settings of a link between two processes: sizes, timeouts, the other end's address, and hooks into its engine.
 
 The context side's settings travel inside the address, so the two ends cannot disagree.
 """
@@ -48,13 +48,13 @@ class LinkSettings:
 
     @property
     def beat_s(self) -> float:
-        """Time between heartbeats: several fit into the link's patience."""
+        """Time between heartbeats: several fit into the link's timeout."""
         return min(self.heartbeat_s, self.link_timeout_s / 4)
 
 
 @dataclass(frozen=True, slots=True)
 class LinkAddress:
-    """All the denoiser side needs to connect. Carries a secret: hand it over privately, never log it whole."""
+    """All that the denoiser side needs to connect. It holds a secret: pass it on privately, never log all of it."""
 
     link: int
     epoch: int
@@ -73,10 +73,11 @@ def _nobody_to_wake() -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineHooks:
-    """What a link asks of the engine that owns its end. All are called from the link's threads.
+    """A link's hooks into the engine that owns its end. All are called from the link's threads.
 
-    `progress` grows while the engine lives, busy or idle. Where it stands still for `stall_timeout_s`, the other side
-    takes this one for dead. An unwatched engine has a clock. `on_activity`: `poll` or `receive` has something to do.
+    `progress` grows while the engine lives, busy or idle. If it stands still for `stall_timeout_s`, the other side
+    takes this side for dead. An unwatched engine gives a clock. `on_activity`: called when `poll` or `receive` has
+    work.
     """
 
     progress: Callable[[], int] = time.monotonic_ns

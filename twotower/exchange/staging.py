@@ -1,7 +1,7 @@
-"""The flat byte buffers in which deltas cross, and how a delta's tensors lie in one.
+"""The flat byte buffers in which deltas are sent, and the layout of a delta's tensors in a buffer.
 
-Packing happens on the engine's thread and compute stream, so that no forward pass can overtake it. Knows nothing of how
-the bytes cross.
+Packing happens on the engine's thread and compute stream, so that no forward pass can overtake it. Knows nothing of the
+transport.
 """
 
 import math
@@ -37,16 +37,18 @@ class StagingBuffer:
         self._allocate(nbytes)
 
     def grow(self, nbytes: int) -> None:
-        """Room for at least `nbytes`; what it held is lost. Buffers that `fitted` sizes never need to grow."""
+        """Make room for at least `nbytes`; the old content is lost. Buffers sized by `fitted` never need to grow."""
         if nbytes > self.flat.numel():
             self._allocate(nbytes)
 
     def mark(self) -> None:
-        """The compute stream's work queued so far is the last that touches this buffer."""
+        """Note that no later work on the compute stream touches this buffer."""
         self.fence: torch.cuda.Event | None = fence_on(self._device)
 
     def views(self, shapes: Shapes) -> list[Tensor]:
-        """Tensors of these shapes, one behind the other in `flat`. Kept: most messages are like one before."""
+        """Tensors of these shapes, one after the other in `flat`. They are cached, because most messages repeat an
+        earlier layout.
+        """
         if shapes not in self._views:
             if len(self._views) >= _MOST_VIEWS:
                 self._views.clear()
@@ -69,8 +71,9 @@ class StagingBuffer:
 
 
 def fitted(settings: LinkSettings, cache: TowerCache, longest_delta: int) -> LinkSettings:
-    """With buffers for a few committed blocks of this cache (what is committed together mostly crosses together), and
-    for a delta of `longest_delta` positions."""
+    """Settings with buffers for a few committed blocks of this cache (blocks committed together are mostly sent
+    together), and for a delta of `longest_delta` positions.
+    """
     layout = DeltaLayout(cache, settings.ssm_wire_dtype)
     block, longest = (layout.nbytes([Delta(0, 0, length, 0)]) for length in (_USUAL_BLOCK, longest_delta))
     return replace(settings, staging_bytes=max(_LEAST_BYTES, _USUAL_DELTAS * block, longest))
@@ -93,7 +96,7 @@ class StagingPool:
 
 
 class DeltaLayout:
-    """Where the tensors of deltas that cross together lie in a buffer, for caches of this shape.
+    """The layout of deltas that are sent together in a buffer, for caches of this shape.
 
     All keys first, then all values, conv windows and SSM states: four copies pack or apply any number of deltas.
     """
@@ -105,7 +108,7 @@ class DeltaLayout:
 
     @property
     def fingerprint(self) -> str:
-        """Equal where two caches can exchange deltas."""
+        """Equal if two caches can exchange deltas."""
         shapes, _ = self._layout(1, 1)
         return " ".join(f"{dtype}{list(shape)}" for shape, dtype in shapes)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CONTEXT_PREFIX, DENOISER_PREFIX, BASE_PREFIX = "context_tower.", "denoiser_tower.", "backbone."
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# All that transformers reads of a tokenizer, in any of its formats that checkpoints of this layout come with.
+# All tokenizer files that transformers reads, in every format that checkpoints of this layout have.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt",
@@ -37,7 +37,7 @@ _MAPPED_BYTES = 256 * 2**20
 
 
 class Layout(StrEnum):
-    """What a checkpoint holds; told by its tensor names, since both kinds call themselves `nemotron_h`."""
+    """What a checkpoint holds. Its tensor names decide, because both kinds call themselves `nemotron_h`."""
 
     TWO_TOWER = "two-tower"
     BASE = "single-tower base"
@@ -47,7 +47,7 @@ class Layout(StrEnum):
 class Checkpoint:
     """An opened checkpoint directory: its config and the file of every tensor. No tensor is read yet.
 
-    `quantises`: its experts lie there unquantised, and are to be held in `config.experts`' format.
+    `quantises`: its experts are stored unquantised, and will be held in `config.experts`' format.
     """
 
     directory: Path
@@ -58,8 +58,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path | str, experts: ExpertFormat | None = None) -> Self:
-        """`experts`: the format to hold experts in; None for the one they are stored in. Raises CheckpointError where
-        the directory, its config, its index or a shard is missing or damaged, or the experts have another format."""
+        """`experts`: the format in which experts are held; None for the stored one. Raises CheckpointError if the
+        directory, its config, its index or a shard is missing or damaged, or the experts have another format.
+        """
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
@@ -82,8 +83,9 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Tells weights apart without reading them: config, every shard's size and evenly spaced samples of it, and a
-        format that experts get while they are read."""
+        """Identifies weights without reading all of them. It covers the config, every shard's size and evenly spaced
+        samples, and the format that experts get while they are read.
+        """
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
         if self.quantises:
             digest.update(str(self.config.experts).encode())
@@ -98,8 +100,9 @@ class Checkpoint:
 
     @property
     def vocabulary(self) -> str:
-        """The same of two checkpoints for which a token id means the same: their special ids, and their tokenizers'
-        files."""
+        """Identifies the vocabulary: equal for two checkpoints if token ids mean the same, by special ids and tokenizer
+        files.
+        """
         config = self.config
         ids = (config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id)
         digest = hashlib.sha256(repr(ids).encode())
@@ -129,9 +132,10 @@ class Stored:
 
 
 class Reader:
-    """Reads a checkpoint's tensors one by one. The shard of the last is kept open, and no other: each is opened once
-    where names come shard by shard. A big one is opened anew after every `_MAPPED_BYTES`: what was read of an open file
-    counts as the process's memory."""
+    """Reads a checkpoint's tensors one by one. Only the last tensor's shard stays open, so each shard is opened once if
+    names come shard by shard. A big shard is reopened after every `_MAPPED_BYTES`, because the read part of an open
+    file counts as the process's memory.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -166,7 +170,7 @@ class Reader:
             raise CheckpointError(f"{self._checkpoint.directory}: no tensor {name!r}")
         if path != self._path or self._mapped > _MAPPED_BYTES:
             self._open.close()
-            self._path, self._mapped = None, 0  # and so it stays where the next one cannot be opened
+            self._path, self._mapped = None, 0  # and so it stays if the next one cannot be opened
             self._file = self._open.enter_context(_opened(path, "pt"))
             self._path = path
         return self._file
@@ -193,7 +197,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def _names_in(path: Path) -> list[str]:
-    # With numpy: a process that reads names alone, as a router does, is spared torch.
+    # With numpy, so that a process that reads only names, like a router, needs no torch.
     with _opened(path, "np") as file:
         return list(file.keys())
 

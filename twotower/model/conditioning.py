@@ -1,4 +1,4 @@
-"""adaLN-single: how the denoiser is told the mask fraction t of its block."""
+"""adaLN-single: how the mask fraction t of its block conditions the denoiser."""
 
 import math
 from typing import NamedTuple
@@ -12,8 +12,8 @@ FREQUENCIES = 128
 def sinusoid(t_R: Tensor, dtype: torch.dtype) -> Tensor:
     """[cos | sin] features [R,256] of 1000·t.
 
-    The product is rounded to the model's dtype before the angle is taken, because the model was trained so. In bf16
-    this moves t = 3/16 from 187.5 to 188.
+    The product is rounded to the model's dtype before the angle is taken, as in training. In bf16 this moves t = 3/16
+    from 187.5 to 188.
     """
     scaled_R = (t_R.to(dtype) * 1000).float()
     exponents = torch.arange(FREQUENCIES, dtype=torch.float32, device=t_R.device) / FREQUENCIES
@@ -48,8 +48,9 @@ class TimeConditioning(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What adaLN does to one layer, [R,1,D] each: `shift` and `scale` (1 already added) of its input, `gate` of its
-    output."""
+    """The modulation of one layer, [R,1,D] each: `shift` and `scale` (1 already added) of its input, `gate` of its
+    output.
+    """
 
     shift: Tensor
     scale: Tensor

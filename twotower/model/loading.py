@@ -1,8 +1,8 @@
 """Checkpoint tensors into towers, and towers into checkpoint tensors.
 
-A process that hosts one tower reads only that tower's tensors. Each reader reads one after the other, straight to its
-device and dtype, so a process allocates no more than the tower and one tensor a reader; of a file a reader maps a
-bounded part.
+A process that hosts one tower reads only that tower's tensors. Each reader reads one tensor after the other, directly
+to its device and dtype. So a process allocates only the tower and one tensor a reader. A reader maps a bounded part of
+a file.
 """
 
 import json
@@ -112,8 +112,9 @@ def _file_name(tower: Tower, layout: Layout, name: str) -> str:
 
 
 def plan_of(checkpoint: Checkpoint, kind: type[ContextTower] | type[DenoiserTower]) -> Plan:
-    """What loading a tower of this kind reads. Headers alone are read for it. Raises CheckpointError naming the first
-    tensor that is missing, unexpected, or of another shape or dtype than wanted, and its file."""
+    """The plan for loading a tower of this kind. Reads only headers. Raises CheckpointError naming the first tensor
+    that is missing, unexpected, or of another shape or dtype than wanted, and its file.
+    """
     with torch.device("meta"):
         tower = kind(checkpoint.config)
     return _planned(checkpoint, tower)
@@ -133,8 +134,9 @@ def _load(checkpoint: Checkpoint, tower: Tower, device: torch.device, dtype: tor
 
 
 def _targets(checkpoint: Checkpoint, tower: Tower) -> dict[str, Target]:
-    """By the name in the files. Where the checkpoint is to be quantised, a packed matrix and its scales come of one
-    tensor."""
+    """Targets by the name in the files. If the checkpoint is quantised while it is read, one tensor gives a packed
+    matrix and its scales.
+    """
     views = dict(stored_tensors(tower, checkpoint.layout))
     targets = {}
     for name, view in views.items():
@@ -162,13 +164,13 @@ def _to_quantise(checkpoint: Checkpoint, packed: Packed) -> Target:
 
 
 def _spelling(checkpoint: Checkpoint, name: str) -> str:
-    """The name, or the old spelling of it that some files use."""
+    """The name, or its old spelling that some files use."""
     old = name.replace(".embeddings.weight", ".embedding.weight")
     return old if name not in checkpoint.files and old in checkpoint.files else name
 
 
 def _belongs_elsewhere(checkpoint: Checkpoint, tower: Tower, name: str) -> bool:
-    """Whether a tensor this tower does not read has its place in the checkpoint all the same."""
+    """Whether a tensor that this tower does not read still belongs to the checkpoint."""
     if name.startswith(_IGNORED_PREFIXES):
         return True
     if checkpoint.layout is Layout.BASE:
@@ -179,7 +181,7 @@ def _belongs_elsewhere(checkpoint: Checkpoint, tower: Tower, name: str) -> bool:
 
 
 def materialise(tower: Tower, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a tower that was built on the meta device memory of its own, uninitialised."""
+    """Allocate uninitialised memory for a tower that was built on the meta device."""
     small = {name for name, _ in tower.state_dict().items() if name.endswith(_ALWAYS_FP32)}
     for module_name, module in tower.named_modules():
         prefix = f"{module_name}." if module_name else ""

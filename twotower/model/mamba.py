@@ -1,7 +1,7 @@
 """The Mamba-2 mixer: causal depthwise convolution, selective scan, gated group norm.
 
-The scan always runs in fp32, from and to an fp32 state, whatever the model's dtype. A bf16 scan overflows on long
-contexts, says the released code. Several positions go through the chunked (matrix) form of the scan, one position
+The scan always runs in fp32, from and to an fp32 state, whatever the model's dtype. According to the released code, a
+bf16 scan overflows on long contexts. Several positions go through the chunked (matrix) form of the scan, one position
 through the bare recurrence. Both compute `h_t = exp(dt_t·A)·h_{t-1} + dt_t·x_t ⊗ B_t`, `y_t = h_t·C_t`.
 """
 
@@ -99,7 +99,7 @@ def _kept(stream_RTC: Tensor, inputs: ScanInputs) -> KeptScan:
 def convolve(stream_RTC: Tensor, conv1d: nn.Conv1d) -> Tensor:
     """Causal depthwise convolution and silu over the K-1 newest cached vectors and the new ones, newest tap last; fp32.
 
-    As K shifted products in fp32, which beats a depthwise conv1d on few positions.
+    Computed as K shifted products in fp32, which is faster than a depthwise conv1d on few positions.
     """
     taps = conv1d.kernel_size[0]
     stream = stream_RTC[:, 1:].float()

@@ -16,8 +16,9 @@ _GROUPED_ON = (9, 10)
 
 
 def grouped_products_wait(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped products copy the groups' ends to the host and loop over them there. That makes the host
-    wait, and no CUDA graph can capture it."""
+    """Whether torch's grouped products copy the groups' ends to the host and loop over them there. Then the host waits,
+    and no CUDA graph can capture the products.
+    """
     if device.type != "cuda":
         return False
     return dtype is not torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in _GROUPED_ON
@@ -80,7 +81,7 @@ class Experts(nn.Module):
         return self._chosen_experts(x_MD, chosen_Mk, weights_Mk)
 
     def _all_experts(self, x_MD: Tensor, chosen_Mk: Tensor, weights_Mk: Tensor) -> Tensor:
-        """Every expert for every token, two plain products and a sum; those not chosen get the weight 0."""
+        """Every expert for every token: two plain products and a sum; experts that were not chosen get the weight 0."""
         experts, inner, _ = self.up_proj.shape
         weights_ME = weights_Mk.new_zeros(x_MD.shape[0], experts).scatter(1, chosen_Mk, weights_Mk)
         inner_MEI = self.act(F.linear(x_MD, self.up_proj.flatten(0, 1))).unflatten(1, (experts, inner))
@@ -93,7 +94,7 @@ class Experts(nn.Module):
         order = chosen_Mk.flatten().argsort(stable=True)
         tokens = order // per_token
         experts = chosen_Mk.flatten()[order]
-        # Where each expert's tokens end; found by search, because a count by expert would make a GPU's host wait.
+        # Where each expert's tokens end. Found by search, because a count by expert would make a GPU's host wait.
         ends = torch.searchsorted(experts, self._numbers(experts.device), right=True, out_int32=True)
         inner = F.grouped_mm(x_MD[tokens], self.up_proj.transpose(1, 2), offs=ends)
         if self.up_bias is not None:

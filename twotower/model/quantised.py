@@ -1,8 +1,8 @@
-"""Routed experts whose weights are held in 8 or 4 bits: how they are made, and what a pass multiplies with.
+"""Routed experts with weights in 8 or 4 bits: how they are made, and how a pass multiplies with them.
 
 E experts, N outputs, K inputs, G groups of a channel, B bytes of a group, T rows sorted by their expert. Weights are
-symmetric around 0. A byte of int4 holds weight b of its group in the low half and weight b + B in the high one, each
-plus 8.
+symmetric around 0. Byte b of an int4 group holds weight b in the low half and weight b + B in the high half, each plus
+8.
 """
 
 from collections.abc import Callable
@@ -56,8 +56,9 @@ def dequantised(packed: Packed) -> Tensor:
 
 
 def _best_scales(groups_NGk: Tensor) -> Tensor:
-    """Of each group the one, among a few, with the least squared error, in bf16. The extreme itself becomes -8, which
-    has no counterpart, so a scale may be negative."""
+    """For each group the candidate scale with the least squared error, in bf16. The group's extreme becomes -8, which
+    has no positive counterpart, so a scale may be negative.
+    """
     extreme_NG1 = groups_NGk.gather(-1, groups_NGk.abs().argmax(-1, keepdim=True))
     best_NG = least_NG = None
     for narrower in _NARROWER:
@@ -82,7 +83,7 @@ def _not_zero(scales: Tensor) -> Tensor:
 
 
 def _plain_product(x_TK: Tensor, weights: Tensor, scales: Tensor, ends_E: Tensor) -> Tensor:
-    """Expert by expert, those that no row goes to left alone: at most one matrix is there in full at a time."""
+    """Expert by expert, skipping experts without rows: at most one matrix is unpacked at a time."""
     out_TN = x_TK.new_empty(x_TK.shape[0], weights.shape[1])
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
@@ -93,7 +94,7 @@ def _plain_product(x_TK: Tensor, weights: Tensor, scales: Tensor, ends_E: Tensor
     return out_TN
 
 
-# An operation of its own, because it looks at `ends_E`: a recorded pass keeps an operation, not what that does inside.
+# A separate torch operation, because it reads `ends_E`: a recorded pass keeps the operation, not its inner steps.
 _OURS = torch.library.Library("twotower", "DEF")
 _OURS.define("quantised_product(Tensor x, Tensor weights, Tensor scales, Tensor ends) -> Tensor")
 _OURS.impl("quantised_product", _plain_product, "CompositeExplicitAutograd")
@@ -130,7 +131,8 @@ class QuantisedExperts(nn.Module):
 
     def forward(self, x_MD: Tensor, chosen_Mk: Tensor, weights_Mk: Tensor) -> Tensor:
         """Weighted sum [M,D] over each token's experts, in fp32. A token's terms are added in the order of its own
-        choice, whoever shares the pass."""
+        choice, independent of other tokens.
+        """
         per_token, hidden = chosen_Mk.shape[1], x_MD.shape[1]
         order_T = chosen_Mk.flatten().argsort(stable=True)
         experts_T = chosen_Mk.flatten()[order_T]

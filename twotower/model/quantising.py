@@ -1,7 +1,7 @@
-"""A checkpoint whose experts are quantised ahead, made of one whose experts are not, shard by shard.
+"""Makes a checkpoint with quantised experts from one without, shard by shard.
 
-The files are written into a directory beside the one that is asked for, which gets its name at the end: so that is
-there whole or not at all. What an earlier run has finished is not done again.
+The files are written into a directory beside the requested one and renamed at the end. So the requested directory is
+complete or missing. Shards that an earlier run has finished are not made again.
 """
 
 import json
@@ -26,7 +26,7 @@ from twotower.model.tower import ContextTower, DenoiserTower
 
 _EXPERT = re.compile(r"\.mixer\.experts\.[0-9]+\.(up|down)_proj\.weight$")
 _STATE = "quantising.json"
-# Of the source, those are not true of other weights: what was measured, told or promised of it.
+# Files of the source that do not hold for other weights: measurements, cards, expectations.
 _ITS_OWN = {"config.json", INDEX, "expectation.json", "tuned.json", _STATE}
 _TAKEN_ALONG = (".json", ".jinja", ".model", ".txt", "")
 _LARGEST_COPIED = 64 << 20
@@ -34,8 +34,9 @@ _LARGEST_COPIED = 64 << 20
 
 @dataclass(frozen=True)
 class Quantising:
-    """What is to be made of a checkpoint. `tensors`: all of its files' that towers read, and those are that experts'
-    matrices are."""
+    """The plan for quantising a checkpoint. `tensors`: all tensors in its files that towers read; `matrices`: the names
+    of the experts' matrices among them.
+    """
 
     checkpoint: Checkpoint
     output: Path
@@ -45,7 +46,7 @@ class Quantising:
 
     @classmethod
     def of(cls, source: Path, form: ExpertFormat, output: Path) -> "Quantising":
-        """Everything that can be refused before a tensor is read is refused here. Raises CheckpointError."""
+        """Checks everything that can be checked before a tensor is read. Raises CheckpointError."""
         checkpoint = Checkpoint.open(source, form)
         if not checkpoint.quantises:
             raise CheckpointError(f"{source}: its experts are {checkpoint.config.experts} already")
@@ -64,17 +65,17 @@ class Quantising:
 
     @property
     def part(self) -> Path:
-        """Where files are until all of them are there."""
+        """The directory of the files until all of them are complete."""
         return self.output.with_name(f"{self.output.name}.part")
 
     @property
     def before(self) -> int:
-        """Bytes that are read."""
+        """Bytes to read."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def after(self) -> int:
-        """Bytes that are written, but for headers."""
+        """Bytes to write, without headers."""
         return sum(self._bytes_of(tensor) for tensor in self.tensors)
 
     def _bytes_of(self, tensor: Stored) -> int:
@@ -93,7 +94,7 @@ class Quantising:
 
 
 def quantise_checkpoint(work: Quantising, device: torch.device, progress: bool = False) -> None:
-    """Make it. Host memory holds one shard of what is written. Raises CheckpointError."""
+    """Make the checkpoint. Host memory holds one shard of the output. Raises CheckpointError."""
     _begin(work)
     weight_map: dict[str, str] = {}
     with tqdm(total=work.before, desc="quantising", unit="B", unit_scale=True, disable=not progress) as bar:
@@ -112,7 +113,7 @@ def quantise_checkpoint(work: Quantising, device: torch.device, progress: bool =
 
 
 def _begin(work: Quantising) -> None:
-    """Make the directory, or take over an earlier run's if that was to make the same of the same."""
+    """Make the directory, or continue in an earlier run's if its source and format are the same."""
     state = {"source": work.checkpoint.fingerprint, "experts": work.form.as_config()}
     if not work.part.exists():
         work.part.mkdir()
@@ -162,7 +163,7 @@ def _write_shard(
 
 
 def _take_along(work: Quantising) -> None:
-    """The tokenizer, the chat template, licences; and the config, which says what experts are now."""
+    """Copy the tokenizer, the chat template and licences, and write the config with the experts' new format."""
     source = work.checkpoint.directory
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     values.pop("auto_map", None)

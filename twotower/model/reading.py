@@ -1,4 +1,4 @@
-"""What loading a tower reads, known from headers before anything is read, and the reading by several threads.
+"""The plan of loading a tower, made from headers before tensors are read, and the reading by several threads.
 
 Knows files and tensors, no tower: `loading.py` says which tensors a tower wants and where they go.
 """
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 READERS = 4
 """Threads at most: few disks give more to more, and each holds one tensor in host memory."""
-_BIG_BYTES = 1 << 30  # less is read by one thread, before anybody asks how long it takes
-_RUN_BYTES = 1 << 29  # that one thread takes on at a time
+_BIG_BYTES = 1 << 30  # smaller plans are read by one thread, without an estimate of the time
+_RUN_BYTES = 1 << 29  # bytes that one thread takes at a time
 _SAMPLE_BYTES = 8 << 20
 _GB = 10**9
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -35,7 +35,7 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a tensor of the files has to be, and where it goes."""
+    """The required shape and dtype of a tensor in the files, and its destination."""
 
     shape: tuple[int, ...]
     kinds: tuple[str, ...]
@@ -44,7 +44,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tensors that loading `what` reads, shard by shard. `of_shards`: how many the checkpoint has in all."""
+    """The tensors that loading `what` reads, shard by shard. `of_shards`: the number of all shards of
+    the checkpoint.
+    """
 
     what: str
     tensors: tuple[Stored, ...]
@@ -52,26 +54,26 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Read of files."""
+        """Bytes to read from files."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def shards(self) -> tuple[Path, ...]:
-        """Those that are opened."""
+        """The shards that are opened."""
         return tuple(dict.fromkeys(tensor.file for tensor in self.tensors))
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest tensor: what a reader holds in host memory."""
+        """Bytes of the largest tensor, which a reader holds in host memory."""
         return max(tensor.nbytes for tensor in self.tensors)
 
     @property
     def readers(self) -> int:
-        """Threads that read."""
+        """The number of reading threads."""
         return 1 if self.nbytes < _BIG_BYTES else min(READERS, len(list(self.runs())))
 
     def runs(self) -> Iterator[list[Stored]]:
-        """Neighbours in one shard that one thread reads in one go."""
+        """Runs of neighbouring tensors in one shard, each read by one thread."""
         for _, shard in groupby(self.tensors, key=lambda tensor: tensor.file):
             run: list[Stored] = []
             nbytes = 0
@@ -89,8 +91,9 @@ class Plan:
 
 
 def planned(checkpoint: Checkpoint, what: str, targets: Mapping[str, Target], elsewhere: Callable[[str], bool]) -> Plan:
-    """Hold the files' headers to what a tower wants. `elsewhere`: whether a tensor that it does not want has its place
-    in the checkpoint all the same. Reads no tensor. Raises CheckpointError naming the first wrong one and its file."""
+    """Check the files' headers against a tower's targets. `elsewhere`: whether a tensor without a target still belongs
+    to the checkpoint. Reads no tensor. Raises CheckpointError naming the first wrong one and its file.
+    """
     missing = sorted(set(targets) - set(checkpoint.files))
     if missing:
         raise CheckpointError(f"{checkpoint.directory}: tensor {missing[0]!r} is missing{_more(missing)}")
@@ -113,8 +116,9 @@ def planned(checkpoint: Checkpoint, what: str, targets: Mapping[str, Target], el
 
 
 def read(checkpoint: Checkpoint, plan: Plan, targets: Mapping[str, Target], progress: bool) -> None:
-    """Put every tensor of the plan where it goes. Each reader holds one tensor at a time. Says how long that may take,
-    in the log, and with `progress` on stderr. Raises the first error of any reader, once all of them have stopped."""
+    """Read every tensor of the plan to its destination. Each reader holds one tensor at a time. Logs an estimate of the
+    time; with `progress` also on stderr. Raises the first error of any reader, once all of them have stopped.
+    """
     told = _expected(plan)
     logger.info("%s", told)
     if progress and plan.nbytes >= _BIG_BYTES:
@@ -144,7 +148,7 @@ def read(checkpoint: Checkpoint, plan: Plan, targets: Mapping[str, Target], prog
 
 
 def _taken(runs: deque[list[Stored]], stop: threading.Event) -> Iterator[Stored]:
-    """A reader's share: the next run that no other has taken, and so on, until one of them has failed."""
+    """One reader: takes the next free run, again and again, until there is none or a reader has failed."""
     while True:
         try:
             run = runs.popleft()
@@ -166,8 +170,9 @@ def _put(reader: Reader, tensor: Stored, target: Target) -> None:
 
 
 def _expected(plan: Plan) -> str:
-    """The plan, and for a large one how long it takes at the pace of a sample. Where the system keeps the files in
-    memory, so is the sample."""
+    """A line about the plan; for a large one with the expected time at the pace of a sample. If the system has the
+    files in memory, the sample comes from memory, too.
+    """
     if plan.nbytes < _BIG_BYTES:
         return str(plan)
     runs = list(plan.runs())
@@ -183,7 +188,7 @@ def _expected(plan: Plan) -> str:
 
 
 def _sample(file: Path) -> int:
-    """Read some of the middle of a file; how many bytes."""
+    """Read a part of the middle of a file; returns its bytes."""
     with file.open("rb", buffering=0) as opened:
         middle = os.fstat(opened.fileno()).st_size // 2
         return len(os.pread(opened.fileno(), _SAMPLE_BYTES, middle))

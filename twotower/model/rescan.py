@@ -1,8 +1,8 @@
 """Mamba states at a cut that is known only after the pass.
 
-The context tower reads a block, and its logits decide how much of the block stands. So the pass leaves the states
-where they were and keeps what its scans read. `settle` then moves the states on by as many positions as stand: the
-bare recurrence, elementwise, without the products that made its inputs.
+The context tower reads a block, and its logits decide how much of the block is accepted. So the pass leaves the states
+unchanged and saves its scans' inputs. `settle` then advances the states by the accepted positions, with the bare
+recurrence: elementwise, without the products that made its inputs.
 
 M counts the Mamba layers, U the slots of a cache; other letters as in `twotower.model.states`.
 """
@@ -16,12 +16,13 @@ from torch import Tensor
 from twotower.config import ModelConfig
 from twotower.model.transfer import on_device
 
-MOST_NUMBERS = 1 << 24  # of states that are moved on together: 64 MiB
+MOST_NUMBERS = 1 << 24  # states that are advanced together: 64 MiB
 
 
 class KeptScan(NamedTuple):
-    """What one Mamba layer read in a pass: its conv's window and new vectors [R,K+L,C], and for each position the
-    decay of its state [R,L,H], and gain [R,L,H,P] and b [R,L,G,N], whose product it adds (fp32)."""
+    """The scan inputs of one Mamba layer in a pass: the conv's window and new vectors [R,K+L,C], and for each position
+    the state's decay [R,L,H], gain [R,L,H,P] and b [R,L,G,N] in fp32. Gain times b is added to the state.
+    """
 
     stream: Tensor
     decay: Tensor
@@ -30,13 +31,13 @@ class KeptScan(NamedTuple):
 
 
 class Keeps(Protocol):
-    """Takes what each Mamba layer of a pass has read, in their order."""
+    """Takes the scan inputs of each Mamba layer of a pass, in order."""
 
     def append(self, scan: KeptScan, /) -> None: ...
 
 
 class KeptScans(NamedTuple):
-    """A KeptScan's parts of all Mamba layers, [M,…] each."""
+    """The parts of a KeptScan for all Mamba layers, [M,…] each."""
 
     stream: Tensor
     decay: Tensor
@@ -45,7 +46,7 @@ class KeptScans(NamedTuple):
 
     @classmethod
     def of(cls, layers: Sequence[KeptScan] | None) -> "KeptScans | None":
-        """None where nothing was kept: by a tower without a Mamba layer."""
+        """None for a tower without a Mamba layer."""
         return cls(*(torch.stack(parts) for parts in zip(*layers, strict=True))) if layers else None
 
     @classmethod
@@ -70,7 +71,7 @@ class KeptScans(NamedTuple):
 
 
 class Keeping:
-    """Copies scans into memory that is there already."""
+    """Copies scans into preallocated memory."""
 
     def __init__(self, room: KeptScans) -> None:
         self._room, self._layer = room, 0
@@ -82,7 +83,7 @@ class Keeping:
 
 
 def settle(conv_MUKC: Tensor, ssm_MUHPN: Tensor, slots: Sequence[int], scans: KeptScans, cuts: Sequence[int]) -> None:
-    """Move the states of each row's slot on by the first `cuts[r]` positions of what the pass kept."""
+    """Advance the states of each row's slot by the first `cuts[r]` positions of the saved scans."""
     device, window = ssm_MUHPN.device, conv_MUKC.shape[2]
     slots_R, cuts_R = on_device([list(slots), list(cuts)], device, torch.long)
     newest_RK = cuts_R[:, None] + torch.arange(window, device=device)

@@ -1,7 +1,7 @@
-"""The room of one cache: its slots and pages, which of them are free, and what a sequence takes of them.
+"""The room of one cache: its slots and pages, which of them are free, and which a sequence holds.
 
-The one place that counts them. A cache allocates by it; the ledger, in the cell's process, has one for each cache and
-admits by it. Pure Python; knows no tensors and no requests.
+Only this class counts slots and pages. A cache allocates with it; the ledger, in the cell's process, has one for each
+cache and admits with it. Pure Python; knows no tensors and no requests.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,18 +12,18 @@ from twotower.model.pages import pages_for
 
 
 class Held(NamedTuple):
-    """What one sequence holds: its slot, and its pages in the order of its positions."""
+    """The room of one sequence: its slot, and its pages in the order of its positions."""
 
     slot: int
     pages: tuple[int, ...]
 
 
 class Room:
-    """`slots` and `pages` in all. A sequence gets all it may ever need or nothing. `first_page`: the pages' numbers
-    begin with it.
+    """`slots` and `pages`: the totals. A sequence gets all the room it may ever need, or none. `first_page`: the number
+    of the first page.
 
     Several sequences may hold one page. A page may also be *kept*, whether a sequence holds it or not. A kept page that
-    no sequence holds counts as free: `reclaim(pages)` is asked to `drop` so many when they are needed.
+    no sequence holds counts as free: when pages are needed, `reclaim(pages)` has to `drop` so many.
     """
 
     def __init__(self, slots: int, pages: int, first_page: int = 0) -> None:
@@ -58,14 +58,15 @@ class Room:
         return page not in self._holders
 
     def fits(self, positions: int, shared: Sequence[int] = ()) -> bool:
-        """Whether one more sequence, of so many positions, would get what it needs besides its `shared` pages."""
+        """Whether one more sequence of so many positions would fit, besides its `shared` pages."""
         lacking = pages_for(positions) - len(shared)
         return bool(self._free_slots) and lacking <= self.free_pages - sum(map(self.is_idle, shared))
 
     def take(self, positions: int, shared: Sequence[int] = ()) -> Held:
-        """What one more sequence needs. Its first pages are the `shared` ones, which others hold or which are kept.
+        """Take room for one more sequence. Its first pages are the `shared` ones, which are kept or which other
+        sequences hold.
 
-        Raises Overloaded where the rest is not free.
+        Raises Overloaded if the other pages are not free.
         """
         wanted = pages_for(positions) - len(shared)
         if not self.fits(positions, shared):
@@ -81,7 +82,7 @@ class Room:
         return Held(self._free_slots.pop(), (*shared, *own))
 
     def give(self, held: Held) -> None:
-        """What `take` gave is not held any more."""
+        """Free the room that `take` returned."""
         for page in reversed(held.pages):
             if self._holders[page] > 1:
                 self._holders[page] -= 1
@@ -94,13 +95,13 @@ class Room:
         self._free_slots.append(held.slot)
 
     def keep(self, pages: Iterable[int]) -> None:
-        """These outlive the sequence that holds them."""
+        """Keep these pages beyond the sequences that hold them."""
         for page in pages:
             assert page in self._holders and page not in self._kept, "only held pages are kept, and once"
             self._kept.add(page)
 
     def drop(self, pages: Iterable[int]) -> None:
-        """These are not kept any more."""
+        """Stop keeping these pages."""
         for page in pages:
             self._kept.remove(page)
             if page not in self._holders:

@@ -1,4 +1,4 @@
-"""What a tower asks of whoever holds the sequences' state while it reads new tokens.
+"""A tower's interface to the sequences' states while it reads new tokens.
 
 Shape suffixes, here and in the whole package: R rows (sequences), L new positions, T cached + new positions,
 D hidden, C conv channels, K conv window, H heads, S key/value heads, E head width, P Mamba head width,
@@ -13,15 +13,14 @@ from twotower.model.rescan import Keeps
 
 
 class Reach(Protocol):
-    """Which keys the new positions of a pass attend to, said as a mask and, where that can be, in numbers.
+    """Which keys the new positions of a pass attend to, as a mask and, if possible, as numbers.
 
     `lengths_R` holds how many of the L positions of each row are real. The rest, on the right, is padding: its output
-    is undefined, and it leaves no trace in any state. None: every position is real.
-    `mask_RLT` is True where a new position may attend to a key.
-    `updates` is False for passes that only read (the denoiser's).
-    `starts_R` says for every real position what the mask says, for kernels that take none. Where `updates`, position
-    i sees the first `starts_R` + i + 1 of the T keys, and T is at least `starts_R` + L. Else each position sees the
-    first `starts_R` keys and the row's own real ones, the first of the last L. None: only the mask tells.
+    is undefined, and it leaves no trace in any state. None: every position is real. `mask_RLT` is True where a new
+    position may attend to a key. `updates` is False for passes that only read (the denoiser's). `starts_R` describes
+    the mask of real positions for kernels that take no mask. With `updates`, position i sees the first `starts_R` + i +
+    1 of the T keys, and T is at least `starts_R` + L. Without, each position sees the first `starts_R` keys and the
+    row's own real keys, which are the first of the last L. None: only the mask describes it.
     """
 
     lengths_R: Tensor | None
@@ -35,8 +34,9 @@ class LayerStates(Reach, Protocol):
 
     @property
     def kept(self) -> Keeps | None:
-        """Where each Mamba layer of a pass leaves what its scan read, for `twotower.model.rescan`. Such a pass puts no
-        Mamba state. None: it keeps no scans."""
+        """Where each Mamba layer of a pass saves its scan's inputs, for `twotower.model.rescan`. Such a pass puts no
+        Mamba state. None: scans are not kept.
+        """
         ...
 
     def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -44,12 +44,12 @@ class LayerStates(Reach, Protocol):
         ...
 
     def put_mamba(self, layer: int, conv_RKC: Tensor, ssm_RHPN: Tensor) -> None:
-        """Keep the state after the new positions. Called only where `updates`."""
+        """Keep the state after the new positions. Called only with `updates`."""
         ...
 
     def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values [R,T,S,E] this attention layer may look at, the new ones included and finite throughout.
 
-        A pass with `starts_R` that does not update gives new tensors, the caller's to write into.
+        A pass with `starts_R` and without `updates` gives new tensors, which the caller may overwrite.
         """
         ...

@@ -35,7 +35,7 @@ class Layer(nn.Module):
         return torch.addcmul(residual, self._mix(hidden, states), modulation.gate)
 
     def keep(self, x_RLD: Tensor, states: LayerStates) -> None:
-        """Extend the states as `forward` does, for nothing else."""
+        """Extend the states as `forward` does, and compute nothing else."""
         hidden = self.norm(x_RLD)
         if isinstance(self.mixer, Attention):
             self.mixer.project(hidden, self.index, states)
@@ -58,7 +58,7 @@ def _mixer(config: ModelConfig, kind: str) -> nn.Module:
 
 
 class Tower(nn.Module):
-    """What both towers share. Parameter names are the files' names without the tower's prefix.
+    """The common part of both towers. Parameter names are the files' names without the tower's prefix.
 
     `causal`: its passes extend the states they read.
     """
@@ -68,7 +68,7 @@ class Tower(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.plain_only = False  # whether somebody wants the plain functions alone
+        self.plain_only = False  # whether only the plain functions may be used
         self.kernels = "torch"  # what computes the layers, in words; `twotower.model.kernels.install` changes both
         # Weights come from a checkpoint or a recipe. Drawing `nn.Embedding`'s own on the meta device would make torch
         # import its compiler: 80 MB and a second in every process that loads a tower.
@@ -91,13 +91,13 @@ class Tower(nn.Module):
         return self.raw_logits(hidden).float()
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
-        """The same in the model's dtype, as the head makes them."""
+        """The same in the model's dtype, as the head computes them."""
         out: Tensor = self.head(self.norm_f(hidden))
         return out
 
 
 class ContextTower(Tower):
-    """The causal tower. What it has read lives in `states`, which the pass extends."""
+    """The causal tower. Its memory is in `states`, which the pass extends."""
 
     causal = True
 
@@ -108,13 +108,13 @@ class ContextTower(Tower):
     def forward(self, tokens_RL: Tensor, states: LayerStates, only_states: bool = False) -> Tensor:
         """Hidden states [R,L,D] after the last layer, before the final norm.
 
-        `only_states`: what comes after the last state is not computed, and the result means nothing.
+        `only_states`: nothing after the last state is computed, and the result is undefined.
         """
         [x_RLD] = self.parts(tokens_RL, states, 1, only_states)
         return x_RLD
 
     def parts(self, tokens_RL: Tensor, states: LayerStates, count: int, only_states: bool = False) -> Iterator[Tensor]:
-        """The same pass in `count` parts of about as many layers; what the last one yields is its result."""
+        """The same pass in `count` parts of about as many layers each; the last part yields the result."""
         x_RLD: Tensor = self.embeddings(tokens_RL)
         for part in range(count):
             first, end = (len(self.layers) * place // count for place in (part, part + 1))

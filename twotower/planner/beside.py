@@ -1,9 +1,9 @@
-"""What our own code moves in a denoiser step beyond what `passes` counts, on CUDA, in bf16: worked out from the kernels
-that it launches, each tensor once read and once written. Nothing here is measured.
+"""Bytes that our own code moves in a denoiser step beyond the minimum of `passes`, on CUDA, in bf16. They are computed
+from the launched kernels: each tensor is read once and written once. Nothing here is measured.
 
-Of attention: a row's pages are gathered into one tensor; all rows are counted as equally long, though they are padded
-to the longest. Of Mamba layers: the rows' states are gathered likewise; one row's are a view. Of the decision: bytes of
-each logit, kernel by kernel (`twotower.decoding.guesses`), or by the one kernel that reads what the head has written
+Attention: a row's pages are gathered into one tensor; all rows count as equally long, though they are padded to the
+longest. Mamba layers: the rows' states are gathered likewise; a single row's states are a view. The decision: bytes of
+each logit, kernel by kernel (`twotower.decoding.guesses`), or by the single kernel that reads the head's output
 (`fused_guesses`).
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from twotower.config import ModelConfig
 from twotower.planner.passes import Batch, Cost, kv_bytes, state_bytes
 
-_COUNTED = 8  # of a logit, in `passes`: once written, once read, in fp32
+_COUNTED = 8  # bytes of a logit in `passes`: once written, once read, in fp32
 _BOTH = {"head": 2, "to fp32": 6, "sum": 4, "softmax": 8, "largest": 4, "runner-up": 4}
 # A round of the random numbers: a shift, a mask and a xor, and but for the last a product.
 _ROUNDS = 2 * (3 * (8 + 8 + 12) + 2 * 8)
@@ -28,13 +28,14 @@ _DRAWN = {
 FUSED = 2 * 2
 GREEDY = sum(_BOTH.values())
 SAMPLED = GREEDY + sum(_DRAWN.values())
-_GATHERED = 2  # written, and read by what uses it, beside the one read that counts
+_GATHERED = 2  # written, and read by its user, beside the one read that counts
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Bytes. `pages` and `states`: what is gathered. Then the decision's: by the kernel, and by torch's functions where
-    no row or every row samples. Fewer than counted are below 0."""
+    """Bytes. `pages` and `states`: gathered. Then the decision's bytes: by the kernel, and by torch's functions if no
+    row or every row samples. A negative number means fewer bytes than `passes` counts.
+    """
 
     pages: float
     states: float
@@ -43,7 +44,7 @@ class Beside:
     sampled: float
 
     def factors(self, cost: Cost) -> dict[str, float]:
-        """All that a step moves, as so many times what it must."""
+        """All bytes that a step moves ÷ the bytes that it must move."""
         decided = {"fused": self.fused, "greedy": self.greedy, "sampled": self.sampled}
         return {name: (cost.bytes + self.pages + self.states + nbytes) / cost.bytes for name, nbytes in decided.items()}
 

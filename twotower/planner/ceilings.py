@@ -1,4 +1,4 @@
-"""How fast each mode can become on a device: what its passes allow where nothing else takes time."""
+"""How fast each mode can become on a device if only its passes take time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_DENOISERS = 8
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Tokens a second of a cell of so many devices; `fits`: its sequences have room there."""
+    """Tokens a second of a cell of so many devices; `fits`: whether its sequences have room there."""
 
     tokens: float
     devices: int
@@ -33,8 +33,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class Planner:
-    """One checkpoint in bf16, with experts in `config.experts`, on devices of one kind. `touched`: of the experts;
-    uniform routing where it is None."""
+    """One checkpoint in bf16, with experts in `config.experts`, on devices of one kind. `touched`: the share of touched
+    experts; None: uniform routing.
+    """
 
     config: ModelConfig
     device: Device
@@ -60,7 +61,9 @@ class Planner:
         return self.cost(kind, rows, context).seconds(self.device, self.assumed.reached)
 
     def sequences(self, context: int, towers: int) -> int:
-        """How many sequences of `context` tokens fit beside the weights of so many towers; 0 where those do not."""
+        """How many sequences of `context` tokens fit beside the weights of so many towers; 0 if the
+        weights do not fit.
+        """
         room = self.device.memory * (1 - self.assumed.kept_free)
         room -= self.context.total + (self.denoiser.total if towers > 1 else 0)
         return max(0, int(room // (state_bytes(self.config) + context * kv_bytes(self.config))))
@@ -90,8 +93,9 @@ class Planner:
         return Rate(denoisers * rows * tokens / round_, denoisers + 1, denoisers, fits)
 
     def best(self, mode: str, rows: int, context: int) -> Rate:
-        """The number of denoisers a context tower with most tokens a second a device, of 1 to MOST_DENOISERS, among
-        those whose sequences fit."""
+        """The number of denoisers a context tower, from 1 to MOST_DENOISERS, with the most tokens a second a device, if
+        its sequences fit.
+        """
         rate = self.diffusion if mode == "diffusion" else self.verified
         rates = [rate(rows, context, number) for number in range(1, MOST_DENOISERS + 1)]
         return max(rates, key=lambda one: (one.fits, one.per_device))

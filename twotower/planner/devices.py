@@ -1,4 +1,4 @@
-"""Devices, by what their makers publish, and what a plan assumes beside. Brings no torch."""
+"""Devices with their makers' published figures, and a plan's other assumptions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Assumed:
-    """What no architecture says. `tokens_per_step` of diffusion; `tokens_per_round` and `draft_steps` of verified;
-    the share of the bandwidth that kernels reach, and the share of the memory that is kept free.
+    """Assumptions beyond the architecture: `tokens_per_step` of diffusion; `tokens_per_round` and `draft_steps` of
+    verified; the share of the bandwidth that kernels reach; the share of the memory that is kept free.
     """
 
     tokens_per_step: float = 2.85

@@ -1,8 +1,7 @@
-"""What one pass must read, write and compute, by part.
+"""The bytes and operations that one pass needs at least, by part.
 
-Bytes are those that no implementation can spare: each weight that is used once, states, keys and values, logits. What
-kernels hand on to one another (`handed on`) is counted apart, once written and once read a tensor; kernels that are
-fused need less.
+Bytes that every implementation moves: each used weight once, states, keys and values, logits. Activations between
+kernels (`handed on`) are counted separately, each tensor once written and once read; fused kernels need less.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ class Cost:
 
 
 def uniform(config: ModelConfig) -> Touched:
-    """Where a router prefers no expert: the most that tokens touch on average."""
+    """The experts touched if a router prefers none: the most that tokens touch on average."""
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
     return lambda tokens: experts * (1 - (1 - chosen / experts) ** tokens)
 

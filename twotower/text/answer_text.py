@@ -1,4 +1,4 @@
-"""Text as it grows: incremental detokenization with stop strings, at a cost that is linear in the text."""
+"""Incremental detokenization with stop strings, at a cost that is linear in the text."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ class AnswerText:
     """Tokens and text of a growing answer. A stop string ends it: its text before the string, its tokens with the one
     that completes the string. Without a tokenizer there is no text, and nothing to stop at.
 
-    No stop string that is whole within the first `min_tokens` tokens ends it.
-    `offsets`: where each token's text begins in the whole text, stop strings not cut off; only where asked for.
-    `with_stop`: its text goes on to the end of the stop string.
+    A stop string that is complete within the first `min_tokens` tokens does not end it. `offsets`: where each token's
+    text begins in the whole text, including a stop string; only on request. `with_stop`: the text includes the stop
+    string.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class AnswerText:
 
     @property
     def text(self) -> str | None:
-        """All of it, what is not certain yet included; None without a tokenizer."""
+        """All of the text, including the part that is not certain yet; None without a tokenizer."""
         return None if self._stream is None else self._stream.text
 
     @property
@@ -43,7 +43,7 @@ class AnswerText:
         return self._stream is not None and self._stream.stopped
 
     def push(self, token_ids: Sequence[int], last: bool = False) -> tuple[tuple[int, ...], str]:
-        """Those of the tokens that belong to the answer, and the text that became certain with them."""
+        """Add tokens. Returns those that belong to the answer, and the text that became certain with them."""
         if self._stream is None:
             taken, new = list(token_ids), ""
             self.offsets += [0] * len(taken) if self._with_offsets else []
@@ -85,12 +85,13 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All of it, what is not certain yet included."""
+        """All of the text, including the part that is not certain yet."""
         return "".join(self._certain) + self._held + self._open
 
     def push(self, token_ids: Sequence[int], last: bool = False, stops: bool = True) -> str:
-        """New text after these tokens; `last` lets everything out that was held back. Without `stops` no stop string
-        that is whole by now ends the text."""
+        """New text after these tokens; `last` releases everything that was held back. Without `stops`, a stop string
+        that is complete by now does not end the text.
+        """
         if self.stopped:
             return ""
         settled, self._open = self._growing.push(token_ids)
@@ -125,8 +126,8 @@ class TextStream:
 class _GrowingText:
     """Text of a growing list of token ids, decoded a short window at a time.
 
-    The window begins with the ids whose text was settled last. A tokenizer may treat the first id of a list in its own
-    way: SentencePiece drops a space. After them come the open ids, which end in half a character.
+    The window begins with the ids whose text was settled last. A tokenizer may treat the first id of a list specially:
+    SentencePiece drops a space. After them come the open ids, which end in half a character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -138,7 +139,7 @@ class _GrowingText:
         self._before = ""
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, str]:
-        """The text that these settle, and the open text that follows it."""
+        """The text that these ids settle, and the open text after it."""
         self._window.extend(token_ids)
         whole = self._decode(self._window)
         found = self._whole_characters(whole)
@@ -181,7 +182,7 @@ class _GrowingText:
         return min(begin, key=lambda head: len(head[1]) - head[0], default=heads[0])
 
     def _drop_silent(self) -> bool:
-        """Forget the open ids that decode to nothing wherever they stand: special ones, and those of no token."""
+        """Drop the open ids that never decode to text: special ones, and ids without a token."""
         opened = self._window[self._num_before :]
         for token in set(opened) - self._silent.keys():
             said = self._decode(self._probe)

@@ -1,7 +1,7 @@
 """A checkpoint's chat template: a conversation in, the text of one prompt out.
 
-The tokenizer library renders it, in jinja's sandbox. A template is the operator's, the conversation a client's: what a
-template refuses, or what takes it too long, is the client's mistake.
+The tokenizer library renders it, in jinja's sandbox. The template comes from the operator, the conversation from a
+client. So a conversation that the template refuses, or that takes too long, is the client's mistake.
 """
 
 import sys
@@ -25,7 +25,7 @@ Message = Mapping[str, str]  # `role` and `content`, and `name` where its author
 
 
 class _TooLong(Exception):
-    """The time is over."""
+    """The template took too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Conversation:
 
     @property
     def texts(self) -> Iterator[str]:
-        """All that a client wrote."""
+        """All texts that the client wrote."""
         return (text for message in self.messages for text in message.values())
 
 
@@ -44,7 +44,7 @@ class ChatTemplate:
     """`source`: jinja, as the tokenizer library understands it."""
 
     def __init__(self, tokenizer: Tokenizer, source: str, whose: str) -> None:
-        """`whose`: named where it is broken. Raises CheckpointError."""
+        """`whose`: the template's name in errors. Raises CheckpointError."""
         self._tokenizer, self.source = tokenizer, source
         try:
             with _limited(_PROBED_S):
@@ -54,7 +54,7 @@ class ChatTemplate:
         except Exception as error:
             if any(
                 kind.__name__ == "TemplateSyntaxError" for kind in type(error).__mro__
-            ):  # anything else may be what it says of the probe
+            ):  # any other error may be its refusal of the probe
                 raise CheckpointError(f"{whose}: broken chat template: {one_line(str(error))}") from error
 
     def render(self, conversation: Conversation) -> str:
@@ -70,8 +70,9 @@ class ChatTemplate:
 
 
 def template_of(tokenizer: Tokenizer | None, directory: Path, given: str | None) -> ChatTemplate | None:
-    """The one that is `given`, as text or as a file's path, else the checkpoint's own, if it has one. Raises
-    CheckpointError."""
+    """The `given` template, as text or as a file's path; else the checkpoint's own, if it has one. Raises
+    CheckpointError.
+    """
     if tokenizer is None:
         if given is not None:
             raise CheckpointError("model.chat_template: got one, but this checkpoint has no tokenizer")
@@ -83,7 +84,7 @@ def template_of(tokenizer: Tokenizer | None, directory: Path, given: str | None)
 
 
 def is_source(given: str) -> bool:
-    """Whether it is a template's text, and no path."""
+    """Whether it is a template's text and not a path."""
     return "{{" in given or "{%" in given
 
 
@@ -96,8 +97,9 @@ def _read(path: Path) -> str:
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Ends what this thread does inside once it has taken so much of a processor, at the next line of a template or the
-    next call."""
+    """Ends the thread's work inside the block once it has used so much processor time. It ends at a template's next
+    line or the next call.
+    """
     ends_at = time.thread_time() + seconds
 
     def look(frame: FrameType, event: str, argument: Any) -> Any:

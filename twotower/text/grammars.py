@@ -1,8 +1,8 @@
-"""Structured output: from what a request wants its text to be, to which tokens may come next.
+"""Structured output: from a request's description of its text to the tokens that may come next.
 
-The only part of the library that knows `llguidance`, imported when first needed. It compiles nothing ahead: a state of
-the automaton is worked out when a text reaches it, within bounds on its work (its "fuel"), whatever the grammar. What
-went beyond a bound breaks the automaton and all copies of it, so each request has its own.
+The only part of the library that knows `llguidance`, imported when first needed. llguidance compiles nothing ahead. It
+computes a state of the automaton when a text reaches it, within bounds on its work (its "fuel"). Exceeding a bound
+breaks the automaton and all copies of it, so each request has its own.
 """
 
 import json
@@ -19,12 +19,12 @@ from twotower.errors import InvalidRequest
 from twotower.showing import one_line
 
 FIELD = "structured_outputs"
-_KEPT = 32  # checked descriptions, those that were asked for last
-_MOST_STATES = 16_384  # of a grammar's lexer, of 1 to 2 kB each
-# The library's default is 1,000,000, with which a first mask can take seconds. 20 ms with this.
+_KEPT = 32  # checked descriptions, the most recently used ones
+_MOST_STATES = 16_384  # states of a grammar's lexer, 1 to 2 kB each
+# The library's default is 1,000,000, with which a first mask can take seconds. With this it takes 20 ms.
 _FUEL_AT_FIRST = 100_000
-_LONGEST_COMPILE_S = 1.0  # of a CPU, with the first mask
-_LONGEST_MASK_S = 0.1  # of a CPU: other sequences wait for it
+_LONGEST_COMPILE_S = 1.0  # seconds of a CPU, including the first mask
+_LONGEST_MASK_S = 0.1  # seconds of a CPU: other sequences wait meanwhile
 _TOO_COMPLEX = "too complex: {what} took more than {bound:g} s of a CPU"
 _NO_TOKEN = "no token of this tokenizer may come next"
 _LONGEST_REASON = 300
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class Grammars:
-    """Those of one checkpoint's tokenizer. From any thread."""
+    """The grammars over one checkpoint's tokenizer. From any thread."""
 
     def __init__(self, directory: Path, vocab_size: int, eos_token_id: int) -> None:
         self._directory, self._vocab_size, self._eos = directory, vocab_size, eos_token_id
@@ -44,20 +44,23 @@ class Grammars:
         self._refusal: str | None = None
 
     def __contains__(self, constraint: Constraint) -> bool:
-        """Whether it is checked."""
+        """Whether the description has been checked."""
         return constraint in self._sources
 
     def prepare(self) -> None:
-        """Read the tokenizer. Holds the whole process for about a second with 131,072 tokens, so before it serves."""
+        """Read the tokenizer. With 131,072 tokens this blocks the whole process for about a second, so it is done
+        before serving.
+        """
         try:
             self._tokenizer()
         except InvalidRequest as refusal:
             logger.info("%s", refusal)
 
     def matcher(self, constraint: Constraint) -> "TextMatcher":
-        """One at the beginning of the text, that shares nothing with others. Takes some milliseconds, a second at most.
+        """A new matcher at the beginning of the text, which shares nothing with others. Takes some milliseconds, at
+        most a second.
 
-        Raises InvalidRequest for one that cannot be compiled, and where nothing can be.
+        Raises InvalidRequest for a description that cannot be compiled, and if no description can be.
         """
         with _named(f"{constraint.kind}: cannot be compiled"):
             return self._matcher(constraint)
@@ -86,7 +89,7 @@ class Grammars:
                 del self._sources[next(iter(self._sources))]
 
     def _tokenizer(self) -> Any:
-        """Read once, and refused once. Raises InvalidRequest."""
+        """The tokenizer, read once; a failure is also kept. Raises InvalidRequest."""
         with self._reading:
             if self._read is None and self._refusal is None:
                 try:
@@ -116,16 +119,16 @@ class Grammars:
 
 
 class TextMatcher:
-    """How far one text is. `fault`: why it cannot go on, once it cannot.
+    """The state of one text under a grammar. `fault`: the reason once no token may follow.
 
-    A second automaton, `drafter`, follows the text too, and drafts are followed on copies of that one. Copies share
-    what an automaton may still spend, and its fault. So a draft can break `drafter`, and `matcher` never.
+    A second automaton, `drafter`, also follows the text, and copies of it follow drafts. Copies share the automaton's
+    remaining budget and its error. So a draft can break `drafter`, but never `matcher`.
     """
 
     def __init__(self, matcher: Any, drafter: Any, mask: bytes) -> None:
         """`mask`: the first one."""
         self._matcher, self._drafter = matcher, drafter
-        self._mask: bytes | None = mask  # behind the text so far, once it is known
+        self._mask: bytes | None = mask  # the mask after the text so far, once it is known
         self._nothing, self._slow, self._drafts = bytes(len(mask)), False, True
 
     @property
@@ -144,9 +147,10 @@ class TextMatcher:
             self._drafter.consume_tokens(list(tokens))
 
     def masks(self, draft: Sequence[int], first: int, count: int) -> list[bytes]:
-        """Which tokens may come behind each of `count` beginnings of the draft, from that of `first` tokens on: a bit
-        for each, the lowest of the first byte that of token 0. No token where a beginning breaks the grammar, or where
-        it cannot be followed: the draft stands up to there at most."""
+        """The allowed tokens after each of `count` prefixes of the draft, from the one of `first` tokens on. One bit
+        for each token; token 0 has the lowest bit of the first byte. No token is allowed after a prefix that breaks the
+        grammar or cannot be followed: the draft is accepted up to there at most.
+        """
         own = [] if first else [self._next()]
         return own + self._ahead(draft, max(first, 1), count - len(own)) if count > len(own) else own
 
@@ -190,7 +194,7 @@ def _error_of(automaton: Any) -> str:
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """What goes wrong in the library, as the request's refusal: also a panic, which is no Exception."""
+    """Turns the library's errors into the request's refusal, also a panic, which is no Exception."""
     try:
         yield
     except (InvalidRequest, KeyboardInterrupt, SystemExit):
@@ -200,7 +204,7 @@ def _named(what: str) -> Iterator[None]:
 
 
 def _source(constraint: Constraint) -> str:
-    """As llguidance takes it. Raises ValueError."""
+    """The description in llguidance's form. Raises ValueError."""
     from llguidance import LLMatcher
 
     match constraint.kind:

@@ -1,4 +1,4 @@
-"""Stop strings found in text that grows: each character is looked at once, however the text is cut."""
+"""Finds stop strings in growing text: each character is looked at once, however the text is cut."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 
 class Found(NamedTuple):
-    """The earliest stop string: how many characters before the end of the text it begins, and itself. Of those that
-    begin there the shortest, which ended first."""
+    """The earliest stop string, and how many characters before the end of the text it begins. If several begin there,
+    the shortest, which ended first.
+    """
 
     before_end: int
     text: str
 
 
 class StopSearch:
-    """How much of each stop string ends the text so far. Knuth, Morris and Pratt's search, carried along."""
+    """How much of each stop string the text so far ends with: an incremental Knuth-Morris-Pratt search."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -26,12 +27,12 @@ class StopSearch:
         return max(self._matched, default=0)
 
     def push(self, piece: str) -> Found | None:
-        """Go on with `piece`: the stop string that is there now, None without one."""
+        """Continue with `piece`. Returns the stop string found now, or None."""
         self._matched, found = self._after(piece)
         return found
 
     def pass_over(self, piece: str) -> None:
-        """Go on with `piece`; the stop strings that are whole in it count for nothing."""
+        """Continue with `piece`, ignoring stop strings that are complete in it."""
         for place, text in enumerate(self._stop):
             count, end = _match(text, self._matched[place], rest := piece)
             while count == len(text):
@@ -39,7 +40,7 @@ class StopSearch:
             self._matched[place] = count
 
     def peek(self, piece: str) -> Found | None:
-        """What `push` would say."""
+        """The result that `push` would return."""
         return self._after(piece)[1]
 
     def _after(self, piece: str) -> tuple[list[int], Found | None]:

@@ -1,7 +1,8 @@
-"""How much text one token can stand for, read off a tokenizer's own description: a bound to hold prompts to, unread.
+"""How much text one token can stand for, from a tokenizer's own description: a bound on prompts before they are
+tokenized.
 
-A token of the vocabulary stands for as many bytes as it has. Where nothing of the text is lost on its way to the
-model, n tokens stand for no more than n times the longest. Steps that shorten the text on its way loosen the bound:
+A token of the vocabulary stands for as many bytes as it has. If the tokenizer drops nothing of the text, n tokens stand
+for at most n times the longest token's bytes. Steps that shorten the text loosen the bound:
 
 - Unicode's normal forms and lower case leave a quarter at least. None of their characters comes from more than four
   times its bytes ("𝐀" to "A").

@@ -1,4 +1,4 @@
-"""What tokens are called where a name must tell which token it is: `logprobs` of completions has names for keys."""
+"""Unambiguous names of tokens: `logprobs` of completions has names as keys."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,8 +8,9 @@ _REPLACEMENT = "\ufffd"
 
 
 class TokenNames:
-    """A token's own text, or `token_id:` and its id, as vLLM writes it, where the text does not tell which it is: for
-    half a character, a special token, and without a tokenizer."""
+    """A token's own text, or `token_id:` and its id, as in vLLM, if the text does not identify the token. This is so
+    for half a character, a special token, and without a tokenizer.
+    """
 
     def __init__(self, texts: Texts) -> None:
         self._texts = texts
@@ -26,7 +27,7 @@ class TokenNames:
         ]
 
     def valued(self, tokens: Iterable[tuple[int, float]]) -> dict[str, float]:
-        """The values by name. Of several tokens with one text, the first has it, and the others their ids."""
+        """The values by name. Among several tokens with one text, the first is named by it, the others by their ids."""
         named: dict[str, float] = {}
         values = dict(tokens)
         for (token, value), name in zip(values.items(), self.of(list(values)), strict=True):

@@ -1,4 +1,4 @@
-"""What a token looks like on its own, for showing; the text of an answer is `twotower.text.answer_text`'s."""
+"""The text of a single token, for display; `twotower.text.answer_text` makes the text of an answer."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,7 +7,7 @@ from twotower.text.tokenizer import Tokenizer
 
 
 class Texts(Protocol):
-    """Knows what tokens look like."""
+    """Gives tokens' texts for display."""
 
     def of(self, token_ids: Sequence[int]) -> list[str]:
         """One text for each token; none at all without a tokenizer."""
@@ -15,7 +15,7 @@ class Texts(Protocol):
 
 
 class TokenTexts:
-    """Each token behind others, where it keeps its space. Half a character is U+FFFD, a special token nothing."""
+    """Each token's text as after other tokens, with its space. Half a character is U+FFFD, a special token is empty."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer

@@ -13,7 +13,7 @@ _USUAL = ("PreTrainedTokenizerFast", "TokenizersBackend")  # the class's names b
 
 
 class Tokenizer(Protocol):
-    """What we use of a tokenizer."""
+    """The parts of a tokenizer that we use."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of text that goes on after other tokens: without special tokens of its own."""
+        """Token ids of text that continues other tokens: without special tokens."""
         ...
 
     def decode(self, token_ids: Sequence[int], with_special: bool = False) -> str:
@@ -33,29 +33,30 @@ class Tokenizer(Protocol):
         ...
 
     def tokens(self, token_ids: Sequence[int]) -> list[str]:
-        """Each as the vocabulary writes it, which is no text: a space may be `Ġ`."""
+        """Each token as the vocabulary writes it, which is not its text: a space may be `Ġ`."""
         ...
 
     @property
     def described(self) -> Mapping[str, object]:
-        """What tokenizer_config.json says of it, with its class and its special tokens by role; JSON values."""
+        """The content of tokenizer_config.json, with the class and the special tokens by role; JSON values."""
         ...
 
     @property
     def chat_template(self) -> str | None:
-        """The checkpoint's own."""
+        """The checkpoint's own chat template."""
         ...
 
     def rendered(self, template: str, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt that a chat template makes of messages, up to where the answer begins. Raises what the template
-        raises."""
+        """The prompt that a chat template renders from messages, up to the answer's begin. Raises the template's
+        errors.
+        """
         ...
 
 
 class PretrainedTokenizer:
     """The checkpoint directory's own tokenizer. Never runs remote code, never asks the network.
 
-    The model's config.json has no say in it: transformers refuses some that our own reader takes.
+    The model's config.json is not used: transformers refuses some that our own reader accepts.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -87,7 +88,7 @@ class PretrainedTokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        own = self._tokenizer.chat_template  # of several by name: the one for chats without tools
+        own = self._tokenizer.chat_template  # of several named templates: the one for chats without tools
         return own.get("default") if isinstance(own, Mapping) else own
 
     def rendered(self, template: str, messages: Sequence[Mapping[str, str]]) -> str:
@@ -121,14 +122,16 @@ def _load(directory: Path, told: Mapping[str, object] | None) -> Any:
 
 
 def around_text(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """The special tokens that it puts before and after a prompt's text, a BOS say, as the vocabulary writes them."""
+    """The special tokens that it adds before and after a prompt's text, such as a BOS, as the vocabulary
+    writes them.
+    """
     whole, text = tokenizer.tokens(tokenizer.encode("a")), tokenizer.tokens(tokenizer.encode_continuation("a"))
     start = next(place for place in range(len(whole)) if whole[place : place + len(text)] == text)
     return whole[:start], whole[start + len(text) :]
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
-    """The directory's tokenizer, or None where it has none (token ids still work). Raises CheckpointError."""
+    """The directory's tokenizer, or None if it has none (token ids still work). Raises CheckpointError."""
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     return PretrainedTokenizer(directory)

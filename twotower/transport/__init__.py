@@ -1,1 +1,1 @@
-"""Connections between our own processes: one framing, one handshake, typed messages, a sign of life (docs/adr/0011)."""
+"""Connections between our own processes: one framing, one handshake, typed messages, a beat (docs/adr/0011)."""

@@ -1,7 +1,7 @@
 """Messages between our own processes as msgpack: dataclasses by the name of their kind. Nothing is unpickled.
 
-Knows nothing of connections, nor what a message means. msgspec is imported where a codec is first used: towers and a
-pair in one process do without.
+Knows nothing of connections or of a message's meaning. The first use of a codec imports msgspec; towers and a pair in
+one process do not need it.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ _ERRORS: dict[str, type[TwoTowerError]] = {
 
 
 class CodecError(TwoTowerError):
-    """Bytes that are none of our messages."""
+    """Bytes that are not one of our messages."""
 
 
 class Codec(Generic[Message]):
     """Reads and writes dataclasses of the given kinds as `[kind, fields]`.
 
     Fields may be int, float, bool, str, bytes, enums of strings, errors, dataclasses, tuples and dicts of these, and
-    None. A field too many is ignored, one too few is refused.
+    None. An extra field is ignored, a missing field is refused.
     """
 
     def __init__(self, *kinds: type[Any]) -> None:

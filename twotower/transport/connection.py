@@ -27,36 +27,37 @@ from twotower.transport.handshake import (
 Message = TypeVar("Message")
 
 _BEAT_S = 1.0
-_ROOM_BYTES = 1 << 20  # unsent; then `room` waits
-_UNSENT_BYTES = MOST_BYTES  # then the other end is given up
-_MOST_UNKNOWN = 256  # who have connected and not yet said who they are; beyond it the oldest has to go
+_ROOM_BYTES = 1 << 20  # unsent bytes at which `room` waits
+_UNSENT_BYTES = MOST_BYTES  # unsent bytes at which the connection ends
+_MOST_UNKNOWN = 256  # connections without a handshake yet; beyond this number the oldest is closed
 _GONE = "is gone"
 
 
 class TooLarge(TwoTowerError):
-    """A message that no frame can hold."""
+    """A message that is too large for a frame."""
 
 
 class Owner(Protocol[Message]):
-    """Whoever an end belongs to. Called on its loop."""
+    """The owner of an end. Called on its loop."""
 
     def take(self, message: Message) -> None:
-        """A message has come. A TwoTowerError ends the connection."""
+        """A message has arrived. A TwoTowerError ends the connection."""
         ...
 
     def beat(self) -> Sequence[Message]:
-        """What to say with the next sign of life, once a second."""
+        """The content of the next beat, once a second."""
         ...
 
     def lost(self, reason: str) -> None:
-        """Nothing more comes: the other end `is gone`, `has been silent for 3 s`, …. Called once."""
+        """The connection has ended: the other end `is gone`, `has been silent for 3 s`, …. Called once."""
         ...
 
 
 class Connection(asyncio.Protocol, Generic[Message]):
-    """`silence_s`: when the other end is taken for dead. `lost`: why it has ended, None while it stands.
+    """`silence_s`: after so much silence the other end is taken for dead. `lost`: why the connection has ended; None
+    while it has not.
 
-    Silence is counted in our own beats: who was held up himself does not take the other end for dead.
+    Silence is counted in our own beats, so an end that was itself delayed does not take the other end for dead.
     """
 
     def __init__(self, codec: Codec[Message], owner: Owner[Message] | None, silence_s: float) -> None:
@@ -74,7 +75,7 @@ class Connection(asyncio.Protocol, Generic[Message]):
         self.stands = False
 
     def post(self, message: Message) -> None:
-        """Send it, after all that was posted before. Raises Unavailable where the connection has ended, TooLarge."""
+        """Send the message after all earlier ones. Raises Unavailable if the connection has ended, and TooLarge."""
         if self.lost is not None:
             raise Unavailable(f"the other end {self.lost}")
         body = self._codec.encode(message)
@@ -93,19 +94,19 @@ class Connection(asyncio.Protocol, Generic[Message]):
         return self._unheard > 1
 
     async def room(self) -> None:
-        """Wait while more than 1 MiB is unsent. Raises Unavailable where the connection has ended."""
+        """Wait while more than 1 MiB is unsent. Raises Unavailable if the connection has ended."""
         await self._room.wait()
         if self.lost is not None:
             raise Unavailable(f"the other end {self.lost}")
 
     def close(self) -> None:
-        """Send what was posted and hang up."""
+        """Send the posted messages and close the connection."""
         self._flush()
         self._end("was hung up on")
         self._transport.close()
 
     def abort(self, reason: str) -> None:
-        """Hang up at once, for this reason."""
+        """Close the connection at once, for this reason."""
         self._end(reason)
         self._transport.abort()
 
@@ -140,7 +141,7 @@ class Connection(asyncio.Protocol, Generic[Message]):
         self._end(_GONE)
 
     def _greet(self) -> None:
-        """Say the first word, where it is this end's."""
+        """Send the first frame, if this end connects."""
 
     def _introduced(self, body: bytes) -> None:
         """The other end's first frame."""
@@ -220,7 +221,7 @@ async def connect(
     timeout_s: float = GREETING_S,
     tls: ssl.SSLContext | None = None,
 ) -> tuple[Connection[Message], About]:
-    """A connection that stands, and what the other end says about itself. Raises Unavailable."""
+    """An open connection, and the other end's description. Raises Unavailable."""
     loop, where = asyncio.get_running_loop(), f"{address.host}:{address.port}"
     made: _Caller[Message] | None = None
     try:
@@ -241,8 +242,8 @@ async def connect(
             made.welcomed.exception()  # somebody has seen it
 
 
-# Called when a peer with the token has connected, with what the peer says about itself. Returns the owner of this end
-# from now on, and what to tell the peer. A TwoTowerError refuses the peer and says why.
+# Called with a peer's description when a peer with the token has connected. Returns the owner of this end, and our
+# description for the peer. A TwoTowerError refuses the peer and says why.
 Accept = Callable[[Connection[Message], About], tuple[Owner[Message], About]]
 
 
@@ -257,7 +258,7 @@ class _Callee(Connection[Message]):
         accept: Accept[Message],
         unknown: "dict[_Callee[Message], None]",
     ) -> None:
-        """`unknown`: all of this listener that have not been let in, the oldest first."""
+        """`unknown`: all connections of this listener without a handshake yet, the oldest first."""
         super().__init__(codec, None, silence_s)
         self._token, self._accept, self._unknown = token, accept, unknown
 
@@ -285,13 +286,13 @@ class _Callee(Connection[Message]):
 
 
 class Listener:
-    """Where others connect. `close` it; the connections go on."""
+    """Accepts connections. After `close` existing connections continue."""
 
     def __init__(self, server: asyncio.Server, address: Address) -> None:
         self._server, self.address = server, address
 
     def close(self) -> None:
-        """Nobody else comes in."""
+        """Accept no further connections."""
         self._server.close()
 
 
@@ -303,7 +304,7 @@ async def listen(
     silence_s: float,
     tls: ssl.SSLContext | None = None,
 ) -> Listener:
-    """Wait on a free port of `host`, an address of this machine, for whoever has the token."""
+    """Listen on a free port of `host`, an address of this machine, for peers with the token."""
     token, unknown = new_token(), dict[_Callee[Message], None]()
     server = await asyncio.get_running_loop().create_server(
         lambda: _Callee(codec, silence_s, token, accept, unknown),

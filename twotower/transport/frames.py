@@ -1,4 +1,4 @@
-"""A frame: a length, then so many bytes. What one holds is the codec's business."""
+"""A frame: a length, then so many bytes. The codec handles their content."""
 
 import struct
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ def framed(body: bytes) -> bytes:
 
 
 class Splitter:
-    """Takes frames out of a stream of bytes. `most_bytes`: what the next one may hold."""
+    """Splits a stream of bytes into frames. `most_bytes`: the maximum size of the next one."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self.most_bytes = most_bytes
         self._received = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The bodies of all frames that are whole by now. Raises ConnectionError for no frame."""
+        """The bodies of all frames that are complete by now. Raises ConnectionError for bytes that are no frame."""
         self._received += data
         start = 0
         try:

@@ -1,4 +1,4 @@
-"""What two ends say before anything else: who connects shows a token and tells about itself; who listens lets it in."""
+"""The handshake: the connecting end shows a token and describes itself; the listening end admits it."""
 
 import hmac
 import secrets
@@ -14,13 +14,13 @@ GREETING_S = 5.0
 GREETING_BYTES = 4096  # the longest frame before the handshake is done
 
 About = Mapping[str, str]
-# What the listening end says to somebody who has the token: about itself. Raises a TwoTowerError that says why not.
+# The listening end's description for a peer with the token. Raises a TwoTowerError that says why it refuses the peer.
 Admit = Callable[[About], About]
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a process listens. Carries a secret: hand it over privately, never log it whole."""
+    """Where a process listens. It holds a secret: pass it on privately, never log all of it."""
 
     host: str
     port: int
@@ -29,7 +29,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """From whoever connects."""
+    """From the connecting end."""
 
     version: int
     token: str
@@ -38,14 +38,14 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The other end agrees."""
+    """From the listening end: the peer is admitted."""
 
     about: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Or does not."""
+    """From the listening end: the peer is refused."""
 
     reason: str
 
@@ -62,7 +62,7 @@ def hello(address: Address, about: About) -> Hello:
 
 
 def answer(body: bytes, token: str, admit: Admit) -> Welcome | Refused:
-    """To the first frame that somebody sends."""
+    """The answer to a peer's first frame."""
     try:
         match _CODEC.decode(body):
             case [Hello(version, shown, about)]:
@@ -77,7 +77,7 @@ def answer(body: bytes, token: str, admit: Admit) -> Welcome | Refused:
 
 
 def welcome(body: bytes) -> About:
-    """What the other end says about itself. Raises Unavailable where it lets nobody in, CodecError for nonsense."""
+    """The other end's description. Raises Unavailable if it refuses us, and CodecError for malformed bytes."""
     match _CODEC.decode(body):
         case [Welcome(about)]:
             return about
@@ -87,5 +87,5 @@ def welcome(body: bytes) -> About:
 
 
 def said(greeting: Hello | Welcome | Refused) -> bytes:
-    """As a frame."""
+    """The message as a frame."""
     return framed(listed([_CODEC.encode(greeting)]))

@@ -1,1 +1,3 @@
-"""`bench`: a load on a running service, and what its clients saw. Asks through twotower_client; no torch, no engine."""
+"""`bench`: puts a load on a running service and reports what its clients saw. It asks through twotower_client, without
+torch or an engine.
+"""

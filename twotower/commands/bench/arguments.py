@@ -1,4 +1,4 @@
-"""The flags of `bench`, and what they come to: which passes are run, and what each request asks for."""
+"""The flags of `bench`, and the plan that follows from them: which passes are run, and what each request asks for."""
 
 import argparse
 import math
@@ -42,7 +42,7 @@ exit status: 0 done; 1 the service failed, or requests did; 2 input that cannot 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured. `params`: by mode, those given that have a meaning in it."""
+    """What is measured. `params`: for each mode, the given parameters that have a meaning in it."""
 
     url: str
     tls: tuple[Path | None, Path | None, Path | None]  # root certificates, certificate, key
@@ -60,15 +60,15 @@ class Plan:
     connections: int | None = None
 
     def connected(self, load: Load) -> int:
-        """How many connections a pass of this load has; no more than clients."""
+        """The number of connections of a pass of this load; at most one for each client."""
         return min(self.connections or DEFAULT_CONNECTIONS, load.clients or MAX_CONNECTIONS)
 
     def warm_ups(self, load: Load) -> int:
-        """How many requests come before a pass of this load."""
+        """The number of requests sent before a pass of this load."""
         return 2 * (load.clients or 4) if self.warm_up is None else self.warm_up
 
     def options(self, mode: str | None, number: int) -> dict[str, Any]:
-        """Of request `number`, the same in every mode, load and round but for the mode."""
+        """The options of request `number`; apart from the mode, the same in every mode, load and round."""
         return {"seed": self.seed + number, "timeout_s": self.timeout_s, **self.params[mode]}
 
 
@@ -118,7 +118,7 @@ def _add_load(load: argparse._ArgumentGroup) -> None:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """Raises InvalidRequest for what does not go together."""
+    """Raises InvalidRequest for contradictory flags."""
     requests = options.requests or (None if options.seconds else DEFAULT_REQUESTS)
     ends = {"requests": requests, "seconds": options.seconds}
     if options.rate is not None:
@@ -151,7 +151,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 
 def _params(options: argparse.Namespace, modes: tuple[str | None, ...]) -> dict[str | None, dict[str, Any]]:
-    """Of each mode. A parameter without a meaning in any of them is a mistake."""
+    """The parameters of each mode. A parameter without a meaning in any of the modes is a mistake."""
     given = {name: value for name, value in given_parameters(options).items() if name not in ("mode", "seed")}
     values = as_sent(check_values(given))
     beside: dict[str, Any] = {"priority": check_priority(options.priority)}

@@ -31,8 +31,9 @@ ONCE = RetryPolicy(attempts=1)  # what fails is counted, not asked again
 
 
 def bench(options: argparse.Namespace) -> int:
-    """The number of requests that failed. Raises InvalidRequest or ConfigError for input that cannot be used,
-    Unavailable where the service does not answer."""
+    """Returns the number of failed requests. Raises InvalidRequest or ConfigError for unusable input, and Unavailable
+    if the service does not answer.
+    """
     if options.compare is not None:
         print(compared(*options.compare))
         return 0
@@ -114,7 +115,7 @@ class Bench:
         return sorted(passes, key=lambda one: (found[one.load, one.mode], one.round))
 
     async def _warm_up(self, load: Load, mode: str | None) -> None:
-        """A request that cannot be served is told here, before anything is measured."""
+        """A request that cannot be served fails here, before anything is measured."""
         count = self._plan.warm_ups(load)
         waiting = iter(range(count))
 

@@ -8,7 +8,7 @@ from typing import Any
 from twotower.commands.bench.report import FORMAT
 from twotower.errors import ConfigError
 
-# What is compared: a name, where it lies, what it is multiplied by to be shown.
+# The compared figures: name, place in the JSON, factor for display.
 _ROWS = (
     ("tokens/s", ("tokens_per_s", "mean"), 1),
     ("requests/s", ("requests_per_s", "mean"), 1),
@@ -21,12 +21,12 @@ _ROWS = (
     ("tokens/step", ("tokens_per_step",), 1),
     ("accepted/round", ("accepted_per_round",), 1),
 )
-# Of the plan: where these differ, the two did not measure the same.
+# Parts of the plan: if these differ, the two runs did not measure the same thing.
 _SAME = ("loads", "modes", "params", "rounds", "warm_up", "seed", "prompts", "family")
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Raises ConfigError for a file that no `bench` wrote."""
+    """Raises ConfigError for a file that `bench` did not write."""
     try:
         told: Any = json.loads(path.read_text(encoding="utf-8"))
         if told["format"] != FORMAT:
@@ -74,7 +74,7 @@ def _table(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def _note(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> str:
-    """Whether rounds of one run are as far apart as the two runs."""
+    """A note if the rounds of one run differ as much as the two runs."""
     if not isinstance(a[name], dict) or "low" not in a[name] or min(a["rounds"], b["rounds"]) < 2:
         return ""
     apart = a[name]["high"] < b[name]["low"] or b[name]["high"] < a[name]["low"]
@@ -92,5 +92,5 @@ def _shown(value: float) -> str:
 
 
 def _machine(run: Mapping[str, Any], name: str) -> str:
-    """Without the load, which is always another."""
+    """Without the machine's load, which always differs."""
     return str(run["setting"][name]).partition(", load ")[0]

@@ -1,9 +1,9 @@
-"""Sends a load and notes when what came. Times are the event loop's, so that a test's loop can have a clock of its own.
+"""Sends a load and notes when events arrive. Times are the event loop's, so that a test's loop can have its own clock.
 
 Closed loop: a client sends its next request when its last one has ended. A slow service is asked less often, so the
-latencies of such a load say nothing about a load that does not wait.
-Open loop: when a request is due is drawn beforehand. Its latency counts from there, also where it was sent late, for
-its user would have waited: what is left out otherwise is known as coordinated omission.
+latencies of such a load say nothing about a load that does not wait. Open loop: the time when a request is due is drawn
+beforehand. Its latency counts from that time, even if it was sent late, because its user would have waited. Counting
+from the sending is known as coordinated omission.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from twotower_client import Block, Event, Finished, ServiceError, Usage
 
 
 class Streaming(Protocol):
-    """What sends request `number`, and gives the events of its answer."""
+    """Sends request `number` and yields the events of its answer."""
 
     def __call__(self, number: int) -> AbstractAsyncContextManager[AsyncIterator[Event]]: ...
 
@@ -33,8 +33,9 @@ def arrivals(rate: float, seed: int) -> Iterator[float]:
 
 
 class Driver:
-    """One pass. `told` is called with each sample. `most_at_once`: of an open loop's requests; what is due beyond that
-    waits here, and its latency counts."""
+    """One pass. `told` is called with each sample. `most_at_once` bounds an open loop's running requests; a due request
+    beyond the bound waits here, and the wait counts in its latency.
+    """
 
     def __init__(
         self, send: Streaming, load: Load, seed: int, told: Callable[[Sample], object], most_at_once: int = 4096
@@ -69,7 +70,7 @@ class Driver:
         return asyncio.get_running_loop().time() - self._began
 
     def _take(self, at: float) -> int | None:
-        """The number of the next request, which is due then; None after the last."""
+        """The number of the next request, once it is due; None after the last."""
         load = self._load
         if self._next >= (load.requests or MAX_REQUESTS) or (load.seconds is not None and at >= load.seconds):
             return None

@@ -1,4 +1,4 @@
-"""What samples come to: percentiles, rates, and how far rounds are apart."""
+"""Figures from samples: percentiles, rates, and the spread between rounds."""
 
 import math
 from collections import Counter
@@ -11,7 +11,9 @@ from twotower.commands.bench.samples import Pass, Sample
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Of seconds. Percentiles are interpolated between the nearest samples; of `count` 0 all are NaN."""
+    """A distribution of times in seconds. Percentiles are interpolated between the nearest samples; with `count` 0 all
+    are NaN.
+    """
 
     count: int
     mean: float
@@ -52,10 +54,10 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """All rounds of one load in one mode. Rates are a round's, over its whole time, the last answers' included; times
-    are over the samples of all rounds.
+    """All rounds of one load in one mode. A rate is a round's, over the round's whole time, including its last answers.
+    Times cover the samples of all rounds.
 
-    `tokens_per_step`, `accepted_per_round`: None where there is no step, no round. `sent_late`: how late the generator
+    `tokens_per_step`, `accepted_per_round`: None without a step or a round. `sent_late`: how late the load generator
     itself was.
     """
 

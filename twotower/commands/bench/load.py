@@ -1,4 +1,4 @@
-"""How requests come. Plain data, without the client: flags are read where it is not installed."""
+"""How requests arrive. Plain data without the client, because flags are also read where the client is not installed."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,9 @@ MAX_SECONDS, MAX_CLIENTS, MAX_RATE = 86_400.0, 4_096, 10_000.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How requests come: in a closed loop of `clients`, or at random (Poisson) with `rate` a second, whatever becomes
-    of the ones before. It ends after `requests`, or takes no more after `seconds` or MAX_REQUESTS."""
+    """How requests arrive: in a closed loop of `clients`, or at random times (Poisson) with `rate` a second,
+    independent of earlier requests. The load ends after `requests`; after `seconds` or MAX_REQUESTS it sends no more.
+    """
 
     clients: int | None
     rate: float | None

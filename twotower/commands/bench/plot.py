@@ -1,4 +1,4 @@
-"""A run as a picture: tokens a second and latency by load, a line a mode. matplotlib need not be there."""
+"""A run as a picture: tokens a second and latency by load, a line a mode. matplotlib is optional."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from twotower.errors import ConfigError
 
 
 def draw(figures: Sequence[Figures], path: Path) -> None:
-    """Raises ConfigError where matplotlib is missing."""
+    """Raises ConfigError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

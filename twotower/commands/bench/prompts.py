@@ -16,8 +16,9 @@ DEMO_PROMPTS = 500
 
 
 def demo_prompts(family: str | None, seed: int) -> list[Prompt]:
-    """Held out of the training of the demo that we ship: of one family that it knows, or of all of them as often as
-    training draws them."""
+    """Prompts held out of the shipped demo's training: of one family that it knows, or of all families as often as
+    training draws them.
+    """
     known = families_of(Path(twotower.__file__).parent / "demo" / "checkpoint")
     if family is None:
         return [instance.prompt for instance in islice(stream("test", seed, known=known), DEMO_PROMPTS)]
@@ -27,8 +28,9 @@ def demo_prompts(family: str | None, seed: int) -> list[Prompt]:
 
 
 def file_prompts(path: Path, seed: int) -> list[Prompt]:
-    """JSON lines with `prompt` or `prompt_token_ids` where the name ends in .jsonl, else a prompt a line; in an order
-    of this seed. Raises InvalidRequest, which names the line."""
+    """Prompts of a file, in an order drawn with this seed. A file named .jsonl has JSON lines with `prompt` or
+    `prompt_token_ids`; any other file has a prompt a line. Raises InvalidRequest, which names the line.
+    """
     if not path.is_file():
         raise InvalidRequest.of("--prompts", f"{path}: no such file")
     prompts: list[Prompt] = []

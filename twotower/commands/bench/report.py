@@ -34,7 +34,7 @@ _CPU = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What was measured, where, and what came of it."""
+    """What was measured, where, and the results."""
 
     plan: Plan
     model: ModelInfo
@@ -162,7 +162,7 @@ def _spread(told: Spread) -> str:
 
 
 def _number(value: float) -> str:
-    """With as many digits as say something."""
+    """With as many digits as are significant."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

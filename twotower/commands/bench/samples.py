@@ -1,4 +1,4 @@
-"""What was asked when, and what came of it. Times are seconds since the pass began."""
+"""Requests and the times of their events. Times are seconds since the pass began."""
 
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -10,8 +10,9 @@ from twotower_client import Usage
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request. `due_s`: when it was to be sent, from which latencies count. `sent_s`: when it was. `blocks_s`: when
-    each block of its answer came. `error`: the code of its failure."""
+    """One request. `due_s`: when it should be sent; latencies count from this time. `sent_s`: when it was sent.
+    `blocks_s`: when each block of its answer arrived. `error`: the code of its failure.
+    """
 
     number: int
     due_s: float
@@ -37,7 +38,7 @@ class Sample:
 
     @property
     def late_s(self) -> float:
-        """How long the generator of the load kept it."""
+        """How long the load generator delayed it."""
         return self.sent_s - self.due_s
 
     def as_json(self) -> dict[str, Any]:

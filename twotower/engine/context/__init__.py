@@ -1,2 +1,3 @@
-"""What the context tower's engine does, a file each: commits, prompts, causal decoding, scoring; over one owner of
-sequences."""
+"""The tasks of the context tower's engine, a file each: commits, prompts, causal decoding, scoring. One object owns the
+sequences.
+"""

@@ -36,14 +36,14 @@ from twotower.model.tower import ContextTower
 
 
 class Led(NamedTuple):
-    """Key of a sequence that a denoiser leads: its port here, and its number there."""
+    """Key of a sequence that a denoiser leads: the denoiser's port, and the sequence's number on the link."""
 
     port: int
     number: int
 
 
 class Commits:
-    """Owns the ports. A port that is lost takes its sequences with it."""
+    """Owns the ports. The loss of a port ends its sequences."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Commits:
                 self._lose(index, port)
 
     def read(self, keys: Sequence[Key]) -> None:
-        """The blocks of these: in one forward those that stand, in another one the drafts."""
+        """Read the blocks of these sequences: final blocks in one forward, drafts in another."""
         drafts = [key for key in keys if key in self._verification]
         whole = [key for key in keys if key not in self._verification]
         short = self._short.tried(len(whole), partial(self._read_whole, whole)) if whole else None
@@ -89,7 +89,7 @@ class Commits:
             self._verification.read(drafts)
 
     def _read_whole(self, keys: Sequence[Key]) -> None:
-        """Hidden states are for those whose tokens are rated; the others' are not looked at."""
+        """Only sequences with likelihoods need hidden states."""
         starts = {key: self._sequences.length(key) for key in keys}
         rated = [key for key in keys if key in self._likelihoods]
         blocks = {key: (starts[key], tuple(self._sequences[key].to_read)) for key in rated}
@@ -104,21 +104,21 @@ class Commits:
                 self._tell(key, start, complete=True, likelihoods=told)
 
     def send(self) -> None:
-        """All answers since the last time, a message a port."""
+        """Send all answers since the last call, a message a port."""
         for index, replies in self._replies.items():
             if index in self.ports:
                 self.ports[index].send(replies)
         self._replies.clear()
 
     def waited_for(self, keys: Sequence[Key]) -> bool:
-        """Whether the denoisers that gave these blocks, beside this tower, can step nothing until they are read."""
+        """Whether the denoisers of these blocks can step nothing until the blocks are read."""
         ports = {_led(key).port for key in keys}
         led = [self._sequences[key] for key in self._sequences if isinstance(key, Led) and key.port in ports]
-        # A mock-AR token is read while its denoiser steps on it.
+        # The context tower reads a mock-AR token while the denoiser steps on it.
         return all(self.ports[port].apart for port in ports) and all(len(each.to_read) > 1 for each in led)
 
     def has_opened(self, key: Key, found: Sequence[PrefillChunk], whole: bool) -> None:
-        """The denoiser's mirror gets what is there as if it had just been read; the states come behind the prompt."""
+        """The denoiser's mirror gets the found prefix as if it had just been read; the states come after the prompt."""
         slot, (port, number) = self._sequences[key].slot, _led(key)
         for chunk in found:
             self._reply(port, Delta(number, chunk.start, chunk.end, slot, complete=False, cached=True))
@@ -126,7 +126,7 @@ class Commits:
             self._reply(port, Delta(number, 0, 0, slot))
 
     def fail(self, key: Key, error: TwoTowerError) -> None:
-        """Its states mean nothing any more. Nothing is read for it until its denoiser has released it."""
+        """The sequence's states are invalid. Nothing is read for it until its denoiser has released it."""
         self._sequences.pause(key)
         self._decoding.forget(key)
         self._fail(key, error)

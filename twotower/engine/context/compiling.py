@@ -1,4 +1,4 @@
-"""Grammars that are compiled beside the engine's thread, and the sequences that wait for them."""
+"""Compiles grammars outside the engine's thread, and keeps the sequences that wait for them."""
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +18,7 @@ class _Waiting:
 
 
 class Compiling:
-    """`grammars`: None where there is no tokenizer. `wake`: the engine has something to do again."""
+    """`grammars`: None without a tokenizer. `wake`: called when the engine has work again."""
 
     def __init__(self, grammars: Grammars | None = None, wake: Callable[[], None] = lambda: None) -> None:
         self._grammars, self._wake = grammars, wake
@@ -40,7 +40,7 @@ class Compiling:
         go: Callable[[Matcher], None],
         fail: Callable[[TwoTowerError], None],
     ) -> None:
-        """`go` with the matcher, or `fail`, out of a later `take`."""
+        """Compile; a later `take` calls `go` with the matcher, or `fail`."""
         if self._grammars is None:
             fail(InvalidRequest.of(FIELD, "not served here: this engine has no tokenizer"))
             return
@@ -51,7 +51,7 @@ class Compiling:
         matcher.add_done_callback(lambda _: self._wake())
 
     def drop(self, key: Hashable) -> None:
-        """It no longer waits."""
+        """The sequence no longer waits."""
         waiting = self._waiting.pop(key, None)
         if waiting is not None:
             waiting.matcher.cancel()
@@ -61,7 +61,7 @@ class Compiling:
             self.drop(key)
 
     def take(self) -> None:
-        """Go on with those whose grammar is there."""
+        """Continue the sequences whose grammar is compiled."""
         for key in [key for key, waiting in self._waiting.items() if waiting.matcher.done()]:
             waiting = self._waiting.pop(key)
             try:

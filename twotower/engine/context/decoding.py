@@ -1,5 +1,6 @@
-"""Writes tokens with the context tower's own head, a token for each row of a forward: those of `ar` requests, and of
-sequences whose denoiser leaves some to it."""
+"""Writes tokens with the context tower's head, a token for each row of a forward. Rows are `ar` requests, and sequences
+whose denoiser lets the context tower write.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,8 +23,9 @@ from twotower.model.tower import ContextTower
 
 
 class Decoding:
-    """Owns the sequences of `ar` requests, whose first token follows from the prompt's last chunk. Others it has for as
-    long as they write."""
+    """Owns the sequences of `ar` requests; their first token follows from the prompt's last chunk. Other sequences are
+    here only while they write.
+    """
 
     def __init__(self, tower: ContextTower, sequences: Sequences, emit: Callable[[Event], None]) -> None:
         self._tower, self._sequences, self._emit = tower, sequences, emit
@@ -41,7 +43,7 @@ class Decoding:
         self._writers[request.id] = Own(answer, self._emit, self._near_tie)
 
     def write(self, key: Key, token: int, writer: Writer) -> None:
-        """Go on behind this token of a sequence that is another's."""
+        """Write the tokens after this one, for a sequence with another owner."""
         self._writers[key] = writer
         self._sequences.decode(key, token)
 
@@ -51,11 +53,11 @@ class Decoding:
         self._writers.pop(key).ended()
 
     def forget(self, key: Key) -> None:
-        """Its owner closes it."""
+        """Drop the sequence; its owner closes it."""
         self._writers.pop(key, None)
 
     def read(self, keys: Sequence[Key]) -> None:
-        """The newest token of each of these, for the next one."""
+        """Read the newest token of each of these sequences and decide the next one."""
         started = self._clock()
         logits_RLV = self._sequences.read(keys, Want.LOGITS)
         take_all([self._decide(keys, logits_RLV[:, 0], started)])
@@ -95,7 +97,7 @@ class Decoding:
                 self._sequences.decode(key, int(token))
 
     def _stop(self, key: Key) -> None:
-        """Its own sequences end here; those of others go on elsewhere."""
+        """Own sequences end here; others return to their owner."""
         if isinstance(self._writers[key], Own):
             self.end(key)
         else:

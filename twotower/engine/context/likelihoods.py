@@ -1,4 +1,4 @@
-"""Rates what denoisers decide: how likely the context tower finds the tokens of a block, as it reads the block.
+"""Rates tokens that denoisers decide: their log-probabilities under the context tower, as it reads a block.
 
 A block's first token follows from the last position read before, whose hidden state is kept. Knows neither ports nor
 how the tokens were decided.
@@ -23,9 +23,10 @@ from twotower.model.transfer import on_device
 
 
 class Likelihoods:
-    """Owns the sequences that are rated as they are read.
+    """Owns the sequences whose tokens are rated while they are read.
 
-    `tell(key, start, complete)`: a part of its prompt has been read from `start` on. `has_opened`: as an Owner's.
+    `tell(key, start, complete)`: called when a part of the prompt has been read from `start` on. `has_opened`: as in an
+    Owner.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class Likelihoods:
     def of(
         self, blocks: Mapping[Key, tuple[int, Sequence[int]]], rows: Mapping[Key, Tensor]
     ) -> dict[Key, list[Likelihood] | None]:
-        """The likelihoods of blocks that have just been read, each from its first position on; None where logits are
-        not finite. `rows`: their hidden states [L,D]. Waits for the device."""
+        """The likelihoods of blocks that have just been read, each from its first position on; None if logits are not
+        finite. `rows`: the blocks' hidden states [L,D]. Waits for the device.
+        """
         hidden, tokens, counts = [], list[int](), dict[Key, int]()
         for key, (start, block) in blocks.items():
             told_before = max(0, self._ratings[key].start - start)

@@ -1,4 +1,4 @@
-"""Reads prompts, whoever owns them: chunk by chunk, and long chunks in parts."""
+"""Reads prompts of every owner: chunk by chunk, and long chunks in parts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from twotower.model.transfer import fence_on
 
 @dataclass(slots=True)
 class _UnderWay:
-    """Chunks being read, and the pass that reads them, of which `left` parts are to come."""
+    """Chunks being read, and their pass, with `left` parts to come."""
 
     chunks: Sequence[PrefillChunk]
     parts: Iterator[Tensor]
@@ -26,7 +26,7 @@ class _UnderWay:
 
 
 class Prompts:
-    """At most one pass is under way. Between its parts other slots are read."""
+    """At most one pass is in progress. Between its parts other slots are read."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Prompts:
         short: ShortMemory,
         fail: Callable[[Key, Overloaded], None],
     ) -> None:
-        """`fail`: there was no memory to read on in this sequence's prompt."""
+        """`fail`: called if there was no memory to read this sequence's prompt."""
         self._sequences, self._scheduler, self._device = sequences, scheduler, device
         self._short, self._fail = short, fail
         self._passes, self._eager = passes, eager
@@ -46,15 +46,17 @@ class Prompts:
         self._last_part: torch.cuda.Event | None = None
 
     def wait(self) -> None:
-        """Until the last part is read. On a GPU the host would queue chunk after chunk, and a commit that comes
-        meanwhile behind them all."""
+        """Wait until the last part is read. Otherwise a GPU's host would queue chunk after chunk, and a new commit
+        would come after all of them.
+        """
         if self._last_part is not None:
             self._last_part.synchronize()
             self._last_part = None
 
     def read(self, chunks: Sequence[PrefillChunk]) -> None:
-        """Read these; long ones in parts, a part each time they are asked for, so that rows which step meanwhile wait
-        for one part only."""
+        """Read these chunks. A long chunk is read in parts, one part a call, so that stepping rows wait for one part
+        only.
+        """
         short = self._short.tried(len(chunks), partial(self._read, chunks))
         if short is not None:
             self._under_way = None
@@ -81,7 +83,7 @@ class Prompts:
             self._have_read(chunks, hidden_RLD)
 
     def finish(self, key: Key) -> None:
-        """End a pass that writes to this sequence's slot, before the slot may be another's."""
+        """End a pass that writes to this sequence's slot before the slot is reused."""
         while self._under_way is not None and any(chunk.key == key for chunk in self._under_way.chunks):
             self.read(self._under_way.chunks)
 

@@ -1,4 +1,4 @@
-"""Scores given tokens: a prompt like others, whose hidden states go through the head at the scored positions."""
+"""Scores given tokens: reads them as a prompt and applies the head at the scored positions."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +16,7 @@ from twotower.model.tower import ContextTower
 
 
 class Scoring:
-    """One event answers a request, when all of it is read."""
+    """One event answers a request, once all of it is read."""
 
     def __init__(self, tower: ContextTower, sequences: Sequences, emit: Callable[[Event], None]) -> None:
         self._tower, self._sequences, self._emit = tower, sequences, emit

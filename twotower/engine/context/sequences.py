@@ -1,6 +1,6 @@
-"""The sequences that the context tower reads: the one owner of their slots, and so of their pages and states.
+"""The sequences that the context tower reads. Owns their slots, and so their pages and states.
 
-Knows who each belongs to and what it still has to read; does not know why it is read.
+Knows each sequence's owner and unread tokens; does not know why they are read.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from twotower.model.room import Room
 
 @dataclass(frozen=True, slots=True)
 class ReadChunk:
-    """A chunk that row `row` of a forward has read. `last`: with it the whole prompt is read."""
+    """A chunk that row `row` of a forward has read. `last`: whether it ends the prompt."""
 
     row: int
     chunk: PrefillChunk
@@ -29,14 +29,16 @@ class ReadChunk:
 
 
 class Owner(Protocol):
-    """Who opens sequences, and goes on with them as their prompts are read."""
+    """Opens sequences and continues them as their prompts are read."""
 
     def has_opened(self, key: Key, found: Sequence[PrefillChunk], whole: bool) -> None:
-        """The sequence has its slot, and these chunks of its prompt are there already. `whole`: the prompt is empty."""
+        """The sequence has its slot, and these chunks of its prompt are in the cache already. `whole`: the prompt is
+        empty.
+        """
         ...
 
     def wants_hidden(self, last: bool) -> bool:
-        """Whether anything follows from a chunk's hidden states."""
+        """Whether a chunk's hidden states are needed."""
         ...
 
     def has_read(self, chunks: Sequence[ReadChunk], hidden_RLD: Tensor) -> Step[None] | None:
@@ -48,8 +50,9 @@ _UNOPENED = -1  # the slot of a sequence that has none yet
 
 
 class _Needs(NamedTuple):
-    """Of a sequence that waits for its slot: the positions it may fill, how many of its prefixes it can do without
-    reading, and where its prompt ends."""
+    """The needs of a sequence that waits for its slot: the positions it may fill, the prefixes that need not be read,
+    the prompt's end.
+    """
 
     positions: int
     usable: int
@@ -58,8 +61,9 @@ class _Needs(NamedTuple):
 
 @dataclass(slots=True)
 class ContextSequence:
-    """`to_read`: the rest of the prompt, a block, or the newest token. `names`: of its prompt's prefixes. `promised`:
-    its part of the room, whether it has a slot yet or not."""
+    """`to_read`: the rest of the prompt, a block, or the newest token. `names`: the names of its prompt's prefixes.
+    `promised`: its part of the room, also before it has a slot.
+    """
 
     owner: Owner
     slot: int
@@ -69,16 +73,17 @@ class ContextSequence:
 
 
 class Sequences:
-    """All of them, by key. Each reads what it has been given when the scheduler says so.
+    """All sequences, by key. Each reads its given tokens when the scheduler says so.
 
-    A sequence gets its slot when `begin` is called next, in the order of `open`. It waits while another one reads what
-    both begin with, and while prefixes that were to be shared take room twice. What is waited for goes on by itself.
+    A sequence gets its slot at the next `begin`, in the order of `open`. It waits while another sequence reads their
+    common prefix, and while prefixes that should be shared take room twice. It never waits for a sequence that is
+    itself waiting.
     """
 
     def __init__(
         self, cache: TowerCache, passes: Passes, scheduler: ContextScheduler, prefixes: Prefixes, chunk: int
     ) -> None:
-        """`chunk`: positions of a prompt that are read at once."""
+        """`chunk`: positions of a prompt that one forward reads."""
         self._cache, self._passes, self._scheduler = cache, passes, scheduler
         self._prefixes, self._chunk = prefixes, chunk
         self._room = SharedRoom(Room(cache.room.slots, cache.room.pages), prefixes.stride)
@@ -101,7 +106,7 @@ class Sequences:
         return self._by_key[key]
 
     def length(self, key: Key) -> int:
-        """Tokens read."""
+        """The number of tokens read."""
         slot = self._by_key[key].slot
         return 0 if slot == _UNOPENED else self._cache.length(slot)
 
@@ -114,10 +119,10 @@ class Sequences:
         salt: str = "",
         decided_from: int | None = None,
     ) -> None:
-        """Read `prompt`, in chunks; room for `positions`. Raises Overloaded where there is none.
+        """Read `prompt` in chunks, with room for `positions`. Raises Overloaded without room.
 
-        `salt`: whose prefixes it shares. `decided_from`: the first position from whose reading something follows, so
-        that it must be read here; None: the prompt's last.
+        `salt`: only prefixes with the same salt are shared. `decided_from`: the first position whose hidden state is
+        needed, so that it must be read here; None: the prompt's last.
         """
         first = max(0, len(prompt) - 1) if decided_from is None else decided_from
         names = prefix_names(prompt, self._prefixes.stride, salt)
@@ -128,7 +133,7 @@ class Sequences:
         self._stirred = True
 
     def begin(self) -> None:
-        """Give slots to those that wait for one and can have it."""
+        """Give slots to waiting sequences that can have one."""
         if not self._stirred:
             return
         self._stirred, awaited = False, dict[Key, int]()
@@ -142,11 +147,11 @@ class Sequences:
             elif self._cache.room.fits(needs.positions, found.pages):
                 self._begin(key, needs, found)
             else:
-                break  # those behind it would keep it waiting
+                break  # later ones would delay it
         self._scheduler.await_prompts(awaited)
 
     def _reader_of(self, names: Sequence[bytes], found: Found) -> Key | None:
-        """Who is reading what this one would read next."""
+        """The sequence that is reading the next stride of this one."""
         strides = found.positions // self._prefixes.stride if names else 0
         return self._coming.get(names[strides]) if strides < len(names) else None
 
@@ -167,11 +172,11 @@ class Sequences:
         sequence.owner.has_opened(key, chunks, not needs.length)
 
     def doubt(self, key: Key) -> None:
-        """Its numbers are not finite: nothing of its prompt is kept for others."""
+        """Its numbers are not finite: none of its prompt's prefixes are kept."""
         self._prefixes.forget(self._by_key[key].names)
 
     def keep(self, chunk: PrefillChunk) -> None:
-        """A chunk of this prompt has just been read: where a prefix ends with it, others may go on behind it."""
+        """A chunk of this prompt has just been read. If a prefix ends with it, keep the prefix for others."""
         stride, sequence = self._prefixes.stride, self._by_key[chunk.key]
         if not stride or chunk.end % stride:
             return
@@ -196,12 +201,14 @@ class Sequences:
         self._scheduler.add_decoding(key)
 
     def pause(self, key: Key) -> None:
-        """It decodes no more for now; its newest token is not read."""
+        """The sequence stops decoding for now; its newest token is not read."""
         self._scheduler.drop(key)
         self._by_key[key].to_read = []
 
     def close(self, key: Key) -> None:
-        """Its slot may be another's at once: no pass that writes there may be under way (`Prompts.finish`)."""
+        """Close the sequence. Its slot may be reused at once, so no pass that writes there may be in progress
+        (`Prompts.finish`).
+        """
         self._scheduler.drop(key)
         self._unopened.pop(key, None)
         sequence = self._by_key.pop(key)
@@ -211,20 +218,21 @@ class Sequences:
         self._comes_no_more(sequence.names, key)
 
     def read(self, keys: Sequence[Key], want: Want) -> Tensor:
-        """One forward over all that these have to read. Returns what `Passes.run` does."""
+        """One forward over the unread tokens of these sequences. Returns the result of `Passes.run`."""
         tokens = [self._by_key[key].to_read for key in keys]
         out = self._passes.run([self._by_key[key].slot for key in keys], tokens, want=want)
         self.have_read(zip(keys, map(len, tokens), strict=True))
         return out
 
     def verify(self, keys: Sequence[Key]) -> tuple[list[list[int]], Tensor, KeptScans | None]:
-        """One forward over the blocks that these have to read, without moving on. Returns the blocks, and what
-        `Passes.verify` does."""
+        """One forward over the blocks of these sequences that changes no state. Returns the blocks, and the result of
+        `Passes.verify`.
+        """
         blocks = [self._by_key[key].to_read for key in keys]
         return blocks, *self._passes.verify([self._by_key[key].slot for key in keys], blocks)
 
     def settle(self, keys: Sequence[Key], scans: KeptScans | None, cuts: Sequence[int]) -> None:
-        """Of each block the first so many tokens have been read. The rest is forgotten."""
+        """Advance each sequence by so many tokens of its block; the rest of the block is dropped."""
         sequences = [self._by_key[key] for key in keys]
         self._cache.settle([sequence.slot for sequence in sequences], scans, cuts)
         for sequence in sequences:

@@ -1,4 +1,5 @@
-"""Verifies drafts: reads a block with logits, keeps of it what `ar` would have written, and tells the token after that.
+"""Verifies drafts: reads a block with logits, keeps the part that `ar` would have written, and decides the token after
+it.
 
 The token after a prompt is decided here, too. Knows neither ports nor how a draft was made.
 """
@@ -31,7 +32,7 @@ from twotower.model.transfer import on_device
 
 
 class _Place(NamedTuple):
-    """How the token of one position is chosen; with how many alternatives its likelihood is told, if at all."""
+    """How the token of one position is chosen, and the number of alternatives in its likelihood, if it has one."""
 
     params: TokenParams
     alternatives: int | None
@@ -40,8 +41,8 @@ class _Place(NamedTuple):
 class Verification:
     """Owns the sequences whose tokens the context tower decides for a denoiser.
 
-    `tell(key, start, complete, decided, likelihoods)`: what has been read from `start` on. `has_opened`: as an Owner's.
-    `fail(key, error)`: it cannot go on.
+    `tell(key, start, complete, decided, likelihoods)`: called with what has been read from `start` on. `has_opened`: as
+    in an Owner. `fail(key, error)`: called if the sequence cannot continue.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Verification:
         history: Sequence[int],
         matcher: Matcher | None = None,
     ) -> None:
-        """`history`: prompt and answer as far as they are there."""
+        """`history`: the prompt and the answer so far."""
         self._verifying[key] = verifying
         if verifying.params.steers:
             prompt, answer = history[: verifying.answer_start], history[verifying.answer_start :]
@@ -85,19 +86,20 @@ class Verification:
         self._steering.pop(key, None)
 
     def alone(self, key: Key, most: int) -> Alone:
-        """Tells, in one answer, the next tokens that the tower writes."""
+        """Let the tower write the next tokens, and tell them in one answer."""
         start, fails = self._sequences.length(key), partial(self._cannot_go_on, key)
         tell, eos = partial(self._tell, key, start, True), self._tower.config.eos_token_id
         steering = self._steering.get(key)
         return Alone(self._verifying[key], start, most, eos, self._alternatives(key), steering, tell, fails)
 
     def read(self, keys: Sequence[Key]) -> None:
-        """The blocks of these, in one forward where there is memory for that. Waits for the device: only the logits say
-        where to cut."""
+        """Read the blocks of these sequences, in one forward if memory allows. Waits for the device: only the logits
+        say where to cut.
+        """
         self._short.in_halves(keys, self._read, self._fail)
 
     def _read(self, keys: Sequence[Key]) -> tuple[()]:
-        """Nothing is changed before the states are moved on."""
+        """Nothing is changed before the states advance."""
         started = self._clock()
         blocks, hidden_RLD, scans = self._sequences.verify(keys)
         places_P2 = [(row, place) for row, block in enumerate(blocks) for place in range(len(block))]
@@ -155,7 +157,7 @@ class Verification:
         return torch.cat(pieces)
 
     def _piece(self, hidden_PD: Tensor, wanted: Sequence[_Place], most: int | None) -> Tensor:
-        """The choices; where somebody asks for likelihoods, with those behind them."""
+        """The choices, followed by likelihoods if a request asks for them."""
         logits_PV = self._tower.logits(hidden_PD)
         decided_PC = decide(logits_PV, [place.params for place in wanted])
         if most is None:
@@ -170,8 +172,9 @@ class Verification:
             self._has_decided(read.chunk.key, read.chunk.start, decided, [one])
 
     def _followed(self, key: Key, block: Sequence[int], made: Rows) -> Sequence[int]:
-        """As far as a grammar could be followed into the draft. The rest is no part of it: the token in front of it is
-        told as the next one, and the tower decides behind that as it decides in `ar`."""
+        """The part of the draft that the grammar's automaton could follow. The rest is dropped: the token before it
+        becomes the next one, and the tower decides the token after that as in `ar`.
+        """
         if key not in self._steering:
             return block
         return block[: max(1, next((place for place, row in enumerate(made) if not row[2]), len(block)))]

@@ -1,4 +1,4 @@
-"""What a sequence makes of the tokens that the context tower writes for it, one at a time."""
+"""The receivers of tokens that the context tower writes for a sequence, one at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -15,8 +15,9 @@ NOT_FINITE = "the context tower's logits hold a NaN or an infinity"
 
 
 class Writer(Protocol):
-    """Of one sequence. `next_token`: how its next token is chosen. `alternatives`: with how many of them a token's
-    likelihood is told; None: it is not."""
+    """The receiver of one sequence's tokens. `next_token`: how its next token is chosen. `alternatives`: how many
+    alternatives a token's likelihood has; None: no likelihood.
+    """
 
     @property
     def next_token(self) -> TokenParams: ...
@@ -25,24 +26,26 @@ class Writer(Protocol):
     def alternatives(self) -> int | None: ...
 
     def found(self, positions: int) -> None:
-        """So many of the prompt's positions need not be read."""
+        """Called with the number of the prompt's positions that need not be read."""
         ...
 
     def wrote(self, token: int, margin: float, took: Took | None, likelihood: Likelihood | None) -> bool:
-        """The next token. Returns whether it is the last for now. `took`: the forward; None of a prompt's."""
+        """Called with the next token; returns whether it is the last for now. `took`: the forward; None for a prompt's
+        token.
+        """
         ...
 
     def failed(self) -> None:
-        """There is none: its logits hold a NaN or an infinity."""
+        """Called if there is no token: its logits hold a NaN or an infinity."""
         ...
 
     def ended(self) -> None:
-        """Nothing more is written, and its slot is free."""
+        """Called when nothing more is written and its slot is free."""
         ...
 
 
 class Own:
-    """Of an `ar` request: each token goes into its answer."""
+    """The receiver of an `ar` request: each token goes into its answer."""
 
     def __init__(self, answer: Answer, emit: Callable[[Event], None], near_tie: Callable[[], None]) -> None:
         self._answer, self._emit, self._near_tie = answer, emit, near_tie
@@ -74,10 +77,11 @@ class Own:
 
 
 class Alone:
-    """Of a sequence that a denoiser leads: so many tokens, or up to one that ends the answer, are told together.
+    """The receiver of a sequence that a denoiser leads. It tells so many tokens together, or fewer if one ends the
+    answer.
 
-    `start` is the position of the block, whose one token is known. `alternatives`: as a Writer's. `steering`: the
-    sequence's own. `tell(decided, likelihoods)`: it waits for the denoiser again.
+    `start` is the position of the block, whose only token is known. `alternatives`: as in a Writer. `steering`: the
+    sequence's own. `tell(decided, likelihoods)`: called at the end; then the sequence waits for the denoiser again.
     """
 
     def __init__(
@@ -105,7 +109,7 @@ class Alone:
         return TokenParams.of(self._params, self._place + len(self._written), steered)
 
     def found(self, positions: int) -> None:
-        """Its denoiser is told by the deltas."""
+        """The deltas tell the denoiser."""
 
     def wrote(self, token: int, margin: float, took: Took | None, likelihood: Likelihood | None) -> bool:
         self._likelihoods += [] if likelihood is None else [likelihood]
@@ -122,7 +126,7 @@ class Alone:
         self._fail()
 
     def ended(self) -> None:
-        """Its denoiser goes on with it."""
+        """The denoiser continues the sequence."""
 
 
 def not_finite(request_id: str) -> NumericalError:

@@ -1,11 +1,11 @@
-"""`auto`: drafts while that is faster than tokens that the context tower writes alone, by what passes cost just now.
+"""`auto`: drafts while that is faster than letting the context tower write alone, by the present costs of passes.
 
-The tokens are `ar`'s either way. Where the request's floor lets `diffusion` in, it is decoded by that from its begin to
-its end, or not at all: then its tokens are those of a mode that can be asked for by name.
+The tokens are `ar`'s either way. If the request's floor allows `diffusion`, that mode decodes either the whole request
+or none of it. So the tokens are always those of a mode that can be asked for by name.
 
-Drafts that are not worth their time now may be later, so a row tries one now and then. A try waits until the time that
-it loses is two per cent of the time since the last one. What passes cost with more rows than were ever seen needs no
-try: it is hoped to be little, so they are seen where that matters.
+Drafts that do not pay now may pay later, so a row tries one now and then. A try waits until its loss is two per cent of
+the time since the last try. Passes with more rows than ever seen need no try: their cost is assumed to be low, so they
+run and are measured.
 """
 
 from collections.abc import Hashable
@@ -16,26 +16,27 @@ from twotower.core import DecodingParams, Floor, Mode, Request
 from twotower.engine.meter import Meter, Pass
 from twotower.engine.modes.choosing import Costs, Signs, fastest, loss_s, paces
 
-_WEIGHT = 0.1  # of the newest block, in what is known of all requests with such parameters; of the first ones more
-_DRAFTS_WEIGHT = 0.03  # where all draft: so the few requests that are left where a load ends say little of the next
-_OWN_WEIGHT = 0.25  # in what is known of one request
-_OWN_COUNT = 4  # blocks, as which a request takes what is known of others
-_TELLING = 2  # drafts of a request, the first ones, that say something of others: one whose drafts are bad has the most
-_MOST_KNOWN = 256  # parameters of which something is known
-_SPENT = 0.02  # of the time, for tries
-_FIRST = 4  # tokens alone, for a first look at what they cost
-_TRIED_EVERY = 50  # requests, of which one is decoded the other way where that is not far slower
+_WEIGHT = 0.1  # weight of the newest block in the mean over requests with such parameters; first blocks weigh more
+_DRAFTS_WEIGHT = 0.03  # the same, where all draft: so the few last requests of a load say little about the next load
+_OWN_WEIGHT = 0.25  # weight of the newest block in the mean over one request
+_OWN_COUNT = 4  # a request counts the mean over others as so many blocks
+_TELLING = 2  # only so many first drafts of a request count for others: a request with bad drafts has the most drafts
+_MOST_KNOWN = 256  # sets of parameters that are remembered
+_SPENT = 0.02  # share of the time for tries
+_FIRST = 4  # tokens written alone for a first measurement
+_TRIED_EVERY = 50  # one of so many requests is decoded the other way, unless that is far slower
 _FAR_SLOWER = 0.5
-_FASTER = 1.1  # times as fast, for all requests of a kind to change their way
-_CLEARLY_FASTER = 1.3  # for one of them to go its own: it has passes of its own then, for which all others wait
+_FASTER = 1.1  # how many times as fast another way must be for all requests of a kind to change
+_CLEARLY_FASTER = 1.3  # the same for a single request: it then needs separate passes, for which all others wait
 _CAUSAL = (Mode.AR, Mode.VERIFIED)
 _Known = TypeVar("_Known")
 
 
 @dataclass(slots=True)
 class Blocks:
-    """What blocks took and gave, running means: their steps, and their tokens (of drafts the accepted ones); how many
-    were committed. `count`: of blocks, with one that was thought of before there were any."""
+    """Running means over blocks: steps, tokens (of drafts, accepted tokens), and the share of committed blocks.
+    `count`: the number of blocks, including an assumed first one.
+    """
 
     steps: float
     tokens: float
@@ -43,7 +44,7 @@ class Blocks:
     count: int = 1
 
     def note(self, steps: float, tokens: float, least: float, commits: float = 1.0) -> None:
-        """Of the newest block. It counts as much as each before it, and `least` so much."""
+        """Add the newest block. It weighs as much as each block before it, but at least `least`."""
         self.count += 1
         weight = max(least, 1 / self.count)
         self.steps += weight * (steps - self.steps)
@@ -53,7 +54,9 @@ class Blocks:
 
 @dataclass(slots=True)
 class _Kind:
-    """Requests with like drafts: what these are worth, how the requests go on, and seconds that a try may lose."""
+    """Requests with like drafts: the value of these drafts, the way these requests are decoded, and the seconds that a
+    try may lose.
+    """
 
     drafts: Blocks
     way: Mode = Mode.VERIFIED
@@ -61,7 +64,7 @@ class _Kind:
 
 
 class Auto:
-    """What all `auto` requests of an engine have in common. `apart`: the towers compute at the same time."""
+    """The common state of all `auto` requests of an engine. `apart`: the towers compute at the same time."""
 
     def __init__(self, meter: Meter, apart: bool) -> None:
         self._meter, self._apart = meter, apart
@@ -73,12 +76,12 @@ class Auto:
         self._usual = Mode.DIFFUSION  # how requests begin, where their floor says nothing else
 
     def look(self, rows: int) -> None:
-        """Before a tick's choices: so many sequences share passes now, and these cost what they cost."""
+        """Called before a tick's choices with the number of sequences that share passes now."""
         self.rows = max(1, rows)
         self._costs.clear()
 
     def begin(self, request: Request) -> Mode:
-        """`diffusion`, or `verified`: how it begins, and goes on."""
+        """`diffusion` or `verified`: how the request is decoded."""
         params = request.params
         if params.floor is Floor.LOSSLESS or request.committed:
             return Mode.VERIFIED
@@ -100,17 +103,18 @@ class Auto:
         known.note(steps, tokens, _WEIGHT, int(not last))
 
     def drafted(self, params: DecodingParams, steps: int, accepted: float) -> None:
-        """A draft took so many steps, and so much of it stands."""
+        """A draft took so many steps, and so many of its tokens were accepted."""
         kind = self._kind(params)
         kind.drafts.note(steps, accepted, _DRAFTS_WEIGHT if kind.way is Mode.VERIFIED else _WEIGHT)
 
     def drafts(self, params: DecodingParams) -> Blocks:
-        """Of requests like this one."""
+        """The drafting rule for requests like this one."""
         return self._kind(params).drafts
 
     def alone(self, params: DecodingParams, own: Blocks, size: int) -> int:
-        """How many tokens the context tower writes next, of `size` that it may, for a request with such drafts; 0: it
-        drafts."""
+        """How many tokens, at most `size`, the context tower writes next for a request with such drafts; 0: the request
+        drafts.
+        """
         costs, single, kind = self._costs_with(self.rows), self._costs_with(1), self._kind(params)
         if costs is None or single is None:
             seen = (self._meter.seconds(each, self.rows) is not None for each in (Pass.STEP, Pass.READ))
@@ -124,18 +128,19 @@ class Auto:
         return 0
 
     def wrote(self, params: DecodingParams, tokens: int) -> None:
-        """The context tower wrote so many for one of the rows. Its time pays for tries of its own kind: else those that
-        lose little would leave nothing to the others."""
+        """The context tower wrote so many tokens for one of the rows. That time counts for tries of the row's own kind
+        only; otherwise kinds with cheap tries would use up the time of the others.
+        """
         costs = self._costs_with(self.rows)
         if costs is not None:
             self._kind(params).spare_s += _SPENT * tokens * costs.token / self.rows
 
     def _kind(self, params: DecodingParams) -> _Kind:
-        """Drafts that are new are thought as good as can be: so the first requests draft."""
+        """Unknown drafts are assumed to be perfect, so the first requests draft."""
         return _known(self._kinds, _drafts(params), _Kind(Blocks(1, params.block_size - 1)))
 
     def _costs_with(self, rows: int) -> Costs | None:
-        """None until each kind of pass has been seen. Found once a tick, where anybody asks."""
+        """None until each kind of pass has been seen. Computed at most once a tick."""
         if rows not in self._costs:
             self._costs[rows] = self._found(rows)
         return self._costs[rows]
@@ -148,13 +153,13 @@ class Auto:
 
 
 class Weighed:
-    """When one request drafts (`Drafts`): by the clock."""
+    """When one request drafts (`Drafts`), by measured time."""
 
     def __init__(self, auto: Auto, params: DecodingParams) -> None:
         self._auto, self._params = auto, params
         self._own: Blocks | None = None
         self._telling = _TELLING
-        self._size = params.block_size  # of the block: less where the answer's end is near
+        self._size = params.block_size  # width of the block: less near the answer's end
 
     def ended(self, steps: int, tokens: int) -> None:
         if not steps:
@@ -163,28 +168,29 @@ class Weighed:
         if self._own is None:
             self._own = replace(self._auto.drafts(self._params), count=_OWN_COUNT)
         self._own.note(steps, tokens, _OWN_WEIGHT)
-        # A block at an answer's end says little of others, but where an answer is one such block it says all there is.
+        # A block at an answer's end says little about other blocks, except if the answer is only this block.
         is_whole = self._size == self._params.block_size
         if self._telling and (is_whole or self._params.max_new_tokens <= self._params.block_size):
             self._telling -= 1
             self._auto.drafted(self._params, steps, self._of_a_whole_block(tokens))
 
     def _of_a_whole_block(self, tokens: int) -> float:
-        """How many drafted tokens would stand, of so many that do. Of one that was cut short and stands as a whole
-        nobody knows: no fewer than usually."""
+        """How many tokens of a whole drafted block would have been accepted, given these. A short draft that was
+        accepted completely gives no upper end: assume no fewer than usual.
+        """
         stands = tokens >= self._size - 1
         return max(tokens, self._auto.drafts(self._params).tokens) if stands else tokens
 
     def alone(self, room: int) -> int:
         known, size = self._own or self._auto.drafts(self._params), min(self._params.block_size, room)
         self._size = size
-        # Beside others the end of an answer goes as the rest of it: a pass for one row would cost them all.
+        # Beside other rows an answer's end is decoded like the rest: a pass for one row would cost all of them.
         tokens = min(known.tokens, size - 1) if self._auto.rows == 1 else known.tokens
         return self._auto.alone(self._params, Blocks(known.steps, tokens), size)
 
 
 def _known(by_key: dict[Hashable, _Known], key: Hashable, new: _Known) -> _Known:
-    """What is known of the key, or `new`, where nothing was. Of too many keys the oldest goes."""
+    """The value of the key, or `new` if there is none. If there are too many keys, the oldest is dropped."""
     if key not in by_key and len(by_key) >= _MOST_KNOWN:
         del by_key[next(iter(by_key))]
     return by_key.setdefault(key, new)

@@ -1,6 +1,6 @@
-"""Steps over blocks that begin masked: which rows share a forward, and what a step leaves of a block.
+"""Steps over blocks that begin masked: which rows share a forward, and how a step changes a block.
 
-Knows neither when a block is full nor what becomes of it: that is a mode's.
+Knows neither when a block is full nor what happens then: a mode decides that.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ _NARROW = 16
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """What one step saw and did, for whoever wants to watch: tokens before it and positions it fixed.
+    """What one step saw and did, for observers: the tokens before it and the positions it fixed.
 
     `margin` is that of its closest decision (`twotower.decoding.margins`).
     """
@@ -46,7 +46,7 @@ class BlockSteps:
         params: Callable[[LedSequence], StepParams],
         turn: Callable[[LedSequence, Decision], Turn],
     ) -> list[Step[Turns]]:
-        """A step of each. `turn` sees a sequence whose block has had it."""
+        """Step each sequence. `turn` gets a sequence after its step."""
         return [self._step(batch, params, turn) for batch in of_like_width(sequences)]
 
     def _step(
@@ -120,8 +120,8 @@ def _told(sequence: LedSequence, decision: Decision) -> StepEvent:
 def of_like_width(sequences: Sequence[LedSequence]) -> list[list[LedSequence]]:
     """Batches for one forward each. Rows are padded to the widest, so a wide block must not widen everybody's.
 
-    Blocks of up to `_NARROW` positions share one forward, wider ones those of the same power of two; no forward takes
-    more than `MAX_POSITIONS`, so that its logits fit into memory whatever was asked for.
+    Blocks of up to `_NARROW` positions share one forward. Wider blocks share a forward with blocks of the same power of
+    two. No forward takes more than `MAX_POSITIONS`, so that its logits always fit into memory.
     """
     by_width: dict[int, list[LedSequence]] = {}
     for sequence in sequences:

@@ -1,9 +1,8 @@
 """`diffusion`: a block begins masked, steps fix some of its positions each, and a full one is committed.
 
-Where the text has to be what a grammar says, each step chooses the first masked position under the grammar. What it
-fixed is checked from left to right, and what breaks the grammar is masked again with all behind it. The steps that the
-request asks for are followed by one for each further position at most: each fixes all that is masked, and its first
-token stands.
+With a grammar, each step chooses the first masked position under the grammar. Fixed positions are checked from left to
+right; the first token that breaks the grammar is masked again, with all after it. The request's steps are followed by
+at most one for each further position. Each of these fixes every masked position, and its first token holds.
 """
 
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from twotower.engine.steps import Step
 
 
 class Diffusion(DenoiserMode):
-    """What the denoiser fills a block with stands."""
+    """The denoiser decides the tokens."""
 
     commits_first = False
 
@@ -52,7 +51,7 @@ def _turn(sequence: LedSequence, decision: Decision) -> Turn:
 
 
 def _mask_what_breaks_the_grammar(sequence: LedSequence) -> None:
-    """And all behind it, which was chosen beside it."""
+    """With all after it, because these tokens were chosen beside it."""
     broken = None if sequence.certain is None else sequence.certain.extend(sequence.tokens, sequence.masked)
     if broken is not None:
         behind = len(sequence.tokens) - broken
@@ -60,7 +59,7 @@ def _mask_what_breaks_the_grammar(sequence: LedSequence) -> None:
 
 
 def _begin_block(sequence: LedSequence, block: int, room: int) -> None:
-    """`room`: tokens that the answer may still take."""
+    """`room`: the number of tokens that the answer may still take."""
     size = sequence.request.params.block_size
     sequence.tokens, sequence.masked = [MASK_TOKEN_ID] * size, [True] * size
     sequence.step, sequence.block, sequence.confidence = 0, block, {}

@@ -1,7 +1,7 @@
-"""Whether another draft pays, by what came of a sequence's drafts before it.
+"""Whether another draft pays, by the results of a sequence's earlier drafts.
 
 A round with a draft costs its steps and one pass that reads it, and gives a token more than were accepted. A round
-without a draft is a step of `ar`: one pass, one token. So a draft pays where more is accepted than it took steps.
+without a draft is a step of `ar`: one pass, one token. So a draft pays if it has more accepted tokens than steps.
 """
 
 from dataclasses import dataclass
@@ -15,21 +15,24 @@ class Drafts(Protocol):
     """When a sequence drafts."""
 
     def ended(self, steps: int, tokens: int) -> None:
-        """A draft of so many steps was read, and so much of it stands; without steps, so many tokens were written
-        alone."""
+        """A draft of so many steps was read, and so many of its tokens were accepted. Without steps, so many tokens
+        were written alone.
+        """
         ...
 
     def alone(self, room: int) -> int:
-        """How many tokens the context tower writes next, and tells together, of an answer that may take so many more;
-        0: a draft comes."""
+        """How many tokens the context tower writes next in one event, if the answer may take `room` more; 0: a draft is
+        next.
+        """
         ...
 
 
 @dataclass(slots=True)
 class Drafting:
-    """Of one sequence. `gain`: tokens accepted beyond steps taken, a running mean. `rest`: rounds until the next draft.
+    """The drafting rule of one sequence. `gain`: running mean of accepted tokens minus steps. `rest`: rounds until the
+    next draft.
 
-    Only the sequence's own drafts count, so what a request costs does not depend on its company.
+    Only the sequence's own drafts count, so a request's cost does not depend on other requests.
     """
 
     gain: float = 0.0
@@ -49,4 +52,4 @@ class Drafting:
         if self.rest == 0:
             return 0
         self.rest -= 1
-        return 1  # told as soon as it is there
+        return 1  # one token a round, emitted at once

@@ -1,4 +1,6 @@
-"""`mock_ar`: the denoiser steps on the newest token and says the next one, while the context tower reads that token."""
+"""`mock_ar`: the denoiser steps on the newest token and predicts the next one, while the context tower reads the newest
+one.
+"""
 
 from functools import partial
 
@@ -11,7 +13,7 @@ from twotower.engine.steps import Rows, Step
 
 
 class MockAr(DenoiserMode):
-    """A token a step. The mirror stays one token behind what the answer has."""
+    """A token a step. The mirror stays one token behind the answer."""
 
     commits_first = True
 

@@ -1,8 +1,8 @@
-"""What the denoiser engine asks of a mode. A mode knows blocks and passes. It knows no queue, link or deadline.
+"""The denoiser engine's interface to a mode. A mode knows blocks and passes. It knows no queue, link or deadline.
 
-A round of a sequence: the engine launches steps while the sequence is ready and takes a turn from each. A turn may
-commit tokens; then the sequence waits until the mirror holds them, and the mode hears of the delta (`answered`). That
-is a turn, too: a mode in which the context tower decides tells its tokens there.
+A round of a sequence: the engine launches steps while the sequence is ready, and takes a turn from each step. A turn
+may commit tokens. Then the sequence waits until the mirror holds them, and the engine passes the delta to the mode
+(`answered`). That call gives a turn, too: if the context tower decides, it has the tokens.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,13 @@ _NOTHING_TOLD = Cost()
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What was decided for one sequence.
+    """The decision for one sequence.
 
-    `tokens`: the answer's next ones, at this `cost`. `commit`: what the context tower is to read, unless the answer
-    ends with `tokens`; `alone`: how many tokens it writes behind that. `finite`: the logits hold no NaN and no
-    infinity; otherwise nothing else counts. `trace`: what is told of how it was decided, where the request asks; so are
-    the tokens' `likelihoods`, where the context tower has decided them, and the `confidence` with which each was fixed.
+    `tokens`: the answer's next tokens, at this `cost`. `commit`: tokens for the context tower to read, unless the
+    answer ends with `tokens`; `alone`: how many tokens it writes after these. `finite`: the logits hold no NaN and no
+    infinity; if False, the rest is undefined. `trace`: the events of a trace, if the request asks for one.
+    `likelihoods`: those of the tokens, if the request asks and the context tower decided them. `confidence`: with which
+    each token was fixed.
     """
 
     margin: float = 1.0
@@ -49,13 +50,13 @@ NOT_FINITE = Turn(finite=False)
 class LedSequence:
     """A request being decoded here.
 
-    `ready`: the mirror holds all that has been committed, `length` positions, so the sequence can step.
-    `tokens`, `masked`, `step` and `block` are its mode's: the block that it steps on. `drafted`: its mode's, too: how
-    many tokens of the block wait for the context tower's verdict. `drafting`: when it drafts. `alone`: how many tokens
-    the context tower writes behind what was committed last. `known`: how many of the block's first are in the answer
-    already. `unrated`: where tokens are told once the context tower has read and rated them. `confidence`: of the
-    block's fixed places then, as its mode keeps it. `certain`: the block's first tokens, where a grammar has to take
-    each and the denoiser decides several at a time.
+    `ready`: the mirror holds all that has been committed, `length` positions, so the sequence can step. Its mode owns
+    `tokens`, `masked`, `step` and `block`: the block that it steps on. `drafted`, also its mode's: how many of the
+    block's tokens wait for the context tower's verdict. `drafting`: the rule for drafts. `alone`: how many tokens the
+    context tower writes after the last commit. `known`: how many of the block's first tokens are in the answer already.
+    `unrated`: set if tokens are emitted only once the context tower has rated them. `confidence`: then, the confidence
+    of the block's fixed positions. `certain`: the certain prefix, if the request has a grammar and the denoiser decides
+    several tokens at a time.
     """
 
     answer: Answer
@@ -88,14 +89,14 @@ Turns = list[tuple[LedSequence, Turn]]
 class DenoiserMode(Protocol):
     """How the sequences of one mode are decoded. One object serves all of them.
 
-    `commits_first`: the tokens that a sequence steps on are committed before the step, so that both towers read them at
-    the same time. Their delta must then wait for the step's end.
+    `commits_first`: a sequence's tokens are committed before the step on them, so that both towers read them at the
+    same time. Their delta must then wait for the step's end.
     """
 
     commits_first: bool
 
     def prompt(self, request: Request) -> tuple[int, ...]:
-        """What the context tower reads before the first step."""
+        """The tokens that the context tower reads before the first step."""
         ...
 
     def verifying(self, request: Request) -> Verifying | None:
@@ -107,7 +108,7 @@ class DenoiserMode(Protocol):
         ...
 
     def launch(self, sequences: list[LedSequence]) -> list[Step[Turns]]:
-        """A step of each of these, in as many forwards as they need. Does not wait for the device."""
+        """Launch a step of each sequence, in as many forwards as needed. Does not wait for the device."""
         ...
 
     def answered(self, sequence: LedSequence, delta: Delta) -> Turn:

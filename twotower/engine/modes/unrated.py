@@ -1,4 +1,4 @@
-"""Committed tokens that wait for their likelihoods: the context tower finds them as it reads the tokens."""
+"""Committed tokens that wait for their likelihoods, which the context tower computes as it reads the tokens."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from twotower.exchange.protocol import Delta
 
 @dataclass(slots=True)
 class Unrated:
-    """Of one sequence, whose answer's first token has the position `answer_start`. `error`: with what the answer ends
-    once all of them are told, where there is no way on behind them."""
+    """The waiting tokens of one sequence, whose answer's first token has the position `answer_start`. `error`: ends the
+    answer after these tokens, if it cannot continue.
+    """
 
     answer_start: int
     error: TwoTowerError | None = None
@@ -20,21 +21,21 @@ class Unrated:
 
     @property
     def waits(self) -> bool:
-        """Whether there are any."""
+        """Whether any tokens wait."""
         return bool(self._events)
 
     @property
     def last_words(self) -> tuple[int, ...]:
-        """The tokens with which the answer ends, where they are known; nothing is decided any more then."""
+        """The last tokens of the answer, once they are known; then nothing more is decided."""
         event = self._events[-1][0] if self._events else None
         return event.token_ids if event is not None and event.is_last else ()
 
     def add(self, event: BlockEvent, confidence: Sequence[float]) -> None:
-        """`confidence`: of each token when it was fixed, where there is such a thing; of a whole block, maybe cut."""
+        """`confidence`: of each token when it was fixed, if the mode has one; for a whole block, which may be cut."""
         self._events.append((event, confidence))
 
     def rated(self, delta: Delta) -> BlockEvent | None:
-        """The event whose tokens have been read, as it is to be told; None where it was the prompt that was read."""
+        """The complete event whose tokens have been read; None if the prompt was read."""
         if not delta.likelihoods:
             return None
         event, confidence = self._events.popleft()

@@ -1,9 +1,8 @@
 """`verified`: the denoiser drafts a block in a few steps, the context tower accepts what `ar` would have written.
 
-A block begins with the token that was decided last. The draft stands behind it: a guess that costs nothing but time
-where it is wrong. What the context tower answers to a block is a round: the accepted part of the draft and the token
-that it wrote itself. Where drafts do not pay (`Drafts`), a block is the one token that is certain, and the context
-tower goes on behind it as in `ar`.
+A block begins with the token that was decided last. The draft follows it; a wrong draft costs only time. The context
+tower's answer to a block is a round: the accepted part of the draft and the token that it wrote itself. If drafts do
+not pay (`Drafts`), a block is only the decided token, and the context tower continues after it as in `ar`.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,8 +76,9 @@ def _told(sequence: LedSequence, accepted: Sequence[int], token: int) -> RoundEv
 
 
 def _wanted(sequence: LedSequence, room: int) -> int:
-    """How much of the block is worth reading, where the answer may take so many tokens more: reading n tokens gives at
-    most n, and nothing behind a token that ends the answer."""
+    """How many tokens of the block are worth reading, if the answer may take so many more. Reading n tokens gives at
+    most n. Nothing after a token that ends the answer is needed.
+    """
     most = min(len(sequence.tokens), room)
     for place in range(1, most):
         if not sequence.masked[place] and sequence.answer.stopping.ends(sequence.tokens[place]):
@@ -87,7 +87,7 @@ def _wanted(sequence: LedSequence, room: int) -> int:
 
 
 def _turn(sequence: LedSequence, decision: Decision) -> Turn:
-    """How sure the draft was decides nothing: its margin is nobody's."""
+    """The draft's confidence decides nothing, so its margin does not count."""
     wanted = _wanted(sequence, sequence.answer.room)
     if any(sequence.masked[:wanted]):
         return NOTHING
@@ -96,6 +96,6 @@ def _turn(sequence: LedSequence, decision: Decision) -> Turn:
 
 
 def _step_params(sequence: LedSequence) -> StepParams:
-    """The likeliest tokens, whatever the temperature: the context tower alone draws."""
+    """Greedy at any temperature: only the context tower draws."""
     params = sequence.request.params
     return StepParams(params.draft_threshold, max(params.draft_steps - sequence.step, 1))

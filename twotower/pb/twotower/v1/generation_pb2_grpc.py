@@ -79,25 +79,24 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """One `block` event per committed block (in VERIFIED: per round, in AR and MOCK_AR: per token, or several merged, in
-        AUTO: per block or round), then `finished`.
-        Committed tokens never change. Cancelling the call frees the sequence. With `trace`, `step` and `round` events come
-        before the block that they tell of.
+        """One `block` event per committed block, then `finished`. In VERIFIED there is a `block` event per round, in AUTO per
+        block or round, in AR and MOCK_AR per token or for several tokens merged. Committed tokens never change. Cancelling
+        the call frees the sequence. With `trace`, the `step` and `round` events of a block come before the block.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """How likely the context tower, an autoregressive model, finds a given continuation of a given prompt. The denoiser
-        has no part in it, so a cell of any placement does it. Cancelling the call frees the sequence.
+        """The log-likelihood of a given continuation of a given prompt under the context tower, an autoregressive model. It
+        does not need the denoiser, so a cell of any placement serves it. Cancelling the call frees the sequence.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """The token ids of a text, as a prompt's.
+        """The token ids of a text, as the service would read it as a prompt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
