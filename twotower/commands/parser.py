@@ -8,8 +8,8 @@ _VERBOSE = "show the traceback of an error that nobody expected"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and which takes no abbreviated flags. Its subparsers are of the same
-    class. Each takes `--verbose`; `verbose_too` says what else the flag shows."""
+    """An argument parser whose errors are one line, and which takes no abbreviated flags. Its subparsers are of this
+    class, too. Each takes `--verbose`; `verbose_too` says what else the flag shows."""
 
     def __init__(self, *arguments: Any, verbose_too: str = "", **options: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
