@@ -5,7 +5,7 @@ KERNELS_PY := .venv-kernels/bin/python
 SITE_PY := .venv-site/bin/python
 export PYTHON
 
-.PHONY: help env kernels-env deploy-env clients-env serve test test-alone test-cluster test-kernels test-long check check-format check-lint check-types check-imports check-proto check-docs check-chart format proto proto-baseline docs site-env site
+.PHONY: help bench env kernels-env deploy-env clients-env serve test test-alone test-cluster test-kernels test-long check check-format check-lint check-types check-imports check-proto check-docs check-chart format proto proto-baseline docs site-env site
 
 help:
 	@echo "make serve         start the service on this machine; Ctrl-C stops it"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-cluster  those on a local Ray, and slow ones"
 	@echo "make test-kernels  those of the real kernel packages, which need no GPU but .venv-kernels"
 	@echo "make test-long     further cases of some of them, half an hour; in no other target, nor in CI"
+	@echo "make bench         measure README's table anew, some two hours on two idle cores; into build/bench"
 	@echo "make check         formatting, lint, types, import contracts, drift of stubs and of docs, broken protos"
 	@echo "make format        format the code and mend what lint can mend"
 	@echo "make proto         regenerate twotower/pb from protos/"
@@ -59,6 +60,9 @@ test-kernels: kernels-env
 
 test-long: env
 	@$(PY) -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "long and not kernels"
+
+bench: env
+	@$(PY) -m benchmarks
 
 # Without a cluster. Tests that need it are skipped where it is not there.
 deploy-env:

@@ -1,5 +1,5 @@
-"""`python -m twotower`: generate text from a checkpoint in this process, measure a service, plan for a device, or
-quantise a checkpoint's experts."""
+"""`python -m twotower`, and `twotower` where the wheel is installed: generate text from a checkpoint in this process,
+measure a service, plan for a device, or quantise a checkpoint's experts."""
 
 import logging
 import sys
@@ -7,11 +7,17 @@ from io import TextIOWrapper
 
 from twotower.commands import main
 
-if __name__ == "__main__":
-    # The command itself reports an error, once and in one line.
+
+def run() -> int:
+    """The command of this process."""
+    # What goes wrong is said once, in one line, by the command itself.
     logging.getLogger("twotower").addHandler(logging.NullHandler())
     logging.getLogger("twotower").propagate = False
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.exit(main(sys.argv[1:]))
+    return main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,4 +1,4 @@
-"""The command line, a function a command. Exit code 2: a mistake in the input; 1: a failure."""
+"""The command line, a function a command. `twotower.commands.ending` has its exit codes."""
 
 import argparse
 import os
@@ -14,9 +14,9 @@ from cluster.cli.tune import command as tune_command
 from cluster.config import load_config
 from cluster.ops import run_state
 from cluster.ops.run_state import RunState
+from twotower.commands.ending import BAD_INPUT, FAILED, OK, ended, fail
 from twotower.commands.parser import Parser
-from twotower.errors import ConfigError, InvalidRequest, TwoTowerError
-from twotower.showing import one_line
+from twotower.errors import ConfigError, TwoTowerError
 
 _DESCRIPTION = "Serve a two-tower diffusion language model on this machine, and talk to it."
 _EXAMPLES = """examples:
@@ -43,35 +43,24 @@ _DOWN = "let the running requests finish, and stop the service"
 _GENERATE = "Parameters that are not given take the service's defaults. Meanings and limits: docs/parameters.md"
 _END_S = 60.0  # seconds that `up` may take to end once no request runs
 _AT_ONCE_S = 2.0
-_LONGEST = 2000  # characters of an error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Errors are one line on stderr."""
-    options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except (ConfigError, InvalidRequest) as error:
-        print(f"error: {one_line(str(error), _LONGEST)}", file=sys.stderr)
-        return 2
-    except TwoTowerError as error:
-        print(f"error: {one_line(str(error), _LONGEST)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of the output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        print(f"error: unexpected {type(error).__name__}: {one_line(str(error))}", file=sys.stderr)
-        return 1
+    """Runs one command."""
+    return ended(lambda options: int(options.run(options)), _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("python -m cluster", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    up = commands.add_parser("up", help="start the service and stay", epilog=_UP_EXAMPLES, formatter_class=raw)
+    up = commands.add_parser(
+        "up",
+        help="start the service and stay",
+        epilog=_UP_EXAMPLES,
+        formatter_class=raw,
+        verbose_too=", and the log lines of every process",
+    )
     up.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML, such as deploy/serve/local.yaml")
     up.add_argument(
         "--set",
@@ -85,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--replace", action="store_true", help="with --address: end the application there, and take its place"
     )
-    up.add_argument("--verbose", action="store_true", help="show the log lines of every process")
     up.set_defaults(run=_up)
     for name, run, text in (("status", _status, _STATUS), ("down", _down, _DOWN)):
         command = commands.add_parser(name, help=text, description=text)
@@ -177,6 +165,5 @@ def _generate(options: argparse.Namespace) -> int:
     try:
         asking.generate(address, prompt, {**asked, "timeout_s": options.timeout}, options.json)
     except asking.Refused as refused:
-        print(f"error: {refused}", file=sys.stderr)
-        return 2 if refused.mistake else 1
-    return 0
+        return fail(BAD_INPUT if refused.mistake else FAILED, "", str(refused))
+    return OK

@@ -184,6 +184,7 @@ async def test_a_capture_after_the_link_has_joined_is_seen(machine: Gpus, monkey
 
 
 @pytest.mark.parametrize(("placement", "full"), [("split", 0), ("split", 1), ("colocated", 1)])
+@pytest.mark.slow
 async def test_a_tower_that_does_not_fit_its_own_gpu(
     placement: str, full: int, machine: Gpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:

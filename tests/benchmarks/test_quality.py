@@ -82,6 +82,7 @@ async def _findings(tokenizer: BpeTokenizer, path: Path, resume: bool = False) -
     return Findings(PLAN, record, COSTS), oracle
 
 
+@pytest.mark.slow
 async def test_what_is_found_is_what_was_answered(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
     findings, oracle = await _findings(tokenizer, tmp_path / "q.jsonl")
     assert findings.kept(USUAL) == 1.0
@@ -147,6 +148,7 @@ async def test_whose_time_it_is(tokenizer: BpeTokenizer, tmp_path: Path) -> None
     assert "Where an answer's time goes" not in render(without, "an oracle", 0.0, "the command")
 
 
+@pytest.mark.slow
 async def test_a_run_that_was_cut_short_goes_on(tokenizer: BpeTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     whole, _ = await _findings(tokenizer, path)
@@ -210,6 +212,7 @@ def test_targets() -> None:
         (["--num-instances", "600"], 2, "test instances, found only"),
     ],
 )
+@pytest.mark.slow
 def test_what_goes_wrong_is_one_line(
     arguments: list[str], status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,6 +137,7 @@ async def test_a_score_is_retried_too(asking: Asking, cells: ScriptedCells) -> N
     assert (await asking.score("Hi", "a")).token_ids and asking.pauses == [1.25]
 
 
+@pytest.mark.slow
 async def test_nobody_answers() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

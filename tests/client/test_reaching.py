@@ -272,6 +272,7 @@ async def test_the_key_is_sent_and_a_missing_one_is_told(kind: type, cells: Scri
             await asking.close()
 
 
+@pytest.mark.slow
 def test_each_client_has_a_connection_of_its_own() -> None:
     """So several clients of one process come to several routers."""
     with socket.create_server(("127.0.0.1", 0)) as server:

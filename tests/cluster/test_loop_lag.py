@@ -37,6 +37,7 @@ def additions_s() -> float:
 @pytest.mark.parametrize(
     "kind", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in KINDS]
 )
+@pytest.mark.slow
 async def test_the_worst_of_each_kind(kind: str) -> None:
     http, _, model = _open()
     status, lag = await least(http, KINDS[kind](model))

@@ -11,6 +11,7 @@ from twotower.core import Request
 from twotower.errors import NumericalError, TwoTowerError, Unavailable
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts(with_text: str, tmp_path: Path, run: Callable[..., Run]) -> None:
     lines = [
         {"id": "first", "prompt": "the quick", "max_new_tokens": 40, "seed": 1},

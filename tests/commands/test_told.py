@@ -27,6 +27,7 @@ ONE = [
 
 
 @pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.VERIFIED, Mode.AR])
+@pytest.mark.slow
 def test_the_numbers_as_json(mode: Mode, run: Callable[..., Run]) -> None:
     common = [*ONE, "--mode", mode, "--json"]
     plain, told = run(*common).result, run(*common, "--logprobs", "2").result

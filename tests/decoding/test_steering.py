@@ -54,6 +54,7 @@ def _any_params(draw: random.Random) -> DecodingParams:
 
 
 @pytest.mark.parametrize("number", range(20))
+@pytest.mark.slow
 def test_each_position_of_a_draft_has_what_the_rule_gives_behind_the_drafts_beginning(number: int) -> None:
     """Several sequences a pass, some of which ask for nothing; drafts cut where a pass is; the answers go on."""
     draw = random.Random(number)

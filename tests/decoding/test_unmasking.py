@@ -49,6 +49,7 @@ def steps(draw: st.DrawFn, bounded: bool = False) -> tuple[Tensor, Blocks]:
 
 @settings(deadline=None, derandomize=True, max_examples=80)
 @given(st.one_of(steps(), steps(bounded=True)))
+@pytest.mark.slow
 def test_every_step(step: tuple[Tensor, Blocks]) -> None:
     logits, blocks = step
     for r, result in enumerate(decide(logits, blocks)):

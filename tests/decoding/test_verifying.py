@@ -55,6 +55,7 @@ def grid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "uniform", numbers)
 
 
+@pytest.mark.slow
 def test_every_answer_is_as_likely_as_it_is_in_ar(grid: None) -> None:
     """Exhaustively: every draft, with every combination of random numbers, over three tokens and three places."""
     expected = {}

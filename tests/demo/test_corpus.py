@@ -38,6 +38,7 @@ def test_no_prompt_is_on_both_sides_of_the_split() -> None:
     assert not train & test
 
 
+@pytest.mark.slow
 def test_neither_training_nor_the_tokenizer_reads_a_held_out_prompt() -> None:
     held = {instance.prompt for family in FAMILIES for instance in held_out(family, 200)}
     trained = [i for stage in STAGES for step in range(100) for i in training_instances(0, stage, step, 48)]
@@ -69,6 +70,7 @@ def test_every_family_appears_as_often_as_its_share_says() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_two_hundred_different_instances_are_held_out(family: str) -> None:
     instances = held_out(family, 200)
     assert len({instance.prompt for instance in instances}) == 200

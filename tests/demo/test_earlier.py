@@ -57,6 +57,7 @@ def _assert_near(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
         torch.testing.assert_close(got[name], weight, rtol=2**-7, atol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_both_towers_start_as_the_earlier_ones_before_they_were_shipped(
     towers: Towers, shipped: Path, tiny_config: dict[str, Any], tokenizer: BpeTokenizer, output: Path
 ) -> None:

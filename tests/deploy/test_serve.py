@@ -61,6 +61,7 @@ def test_the_planner_finds_room_for_what_is_asked_and_told(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEVICE_OF)
+@pytest.mark.slow
 def test_every_process_fits_its_gpu(name: str, released: Path) -> None:
     """The sum that a tower process makes, with what a pass needs for a moment and the margin."""
     config = load_config(SERVE / name)

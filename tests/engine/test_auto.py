@@ -357,6 +357,7 @@ def test_with_a_floor_of_confidence_it_takes_diffusion_where_that_is_faster() ->
 
 @NAMES
 @pytest.mark.parametrize("chosen", [Mode.DIFFUSION, Mode.VERIFIED])
+@pytest.mark.slow
 def test_the_tokens_are_those_of_what_was_chosen(name: str, chosen: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     towers = towers_of(name)
     request = _auto([5, 6, 7], 40, temperature=0.7, seed=11, ignore_eos=True, **FLOOR)

@@ -41,6 +41,7 @@ def _request(name: str, **params: Any) -> Request:
     return Request(RequestId(name), (5, 90, 33, 200, 11), replace(HOT, ignore_eos=True, **params))
 
 
+@pytest.mark.slow
 def test_the_demos_engines_take_them() -> None:
     """In `diffusion`, and in `auto` with the floor `confidence`; whoever is beside."""
     auto = _request("auto", mode=Mode.AUTO, floor=Floor.CONFIDENCE, top_k=2)

@@ -56,6 +56,7 @@ def _run(context: ContextTower, denoiser: DenoiserTower, kind: Kind) -> tuple[li
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS.keys())
+@pytest.mark.slow
 def test_both_towers_give_what_the_plain_path_gives(name: str, kind: Kind, adapter: Callable[[Load], ByNumber]) -> None:
     model, stand_ins = golden(name), FlashStandIns(any_dtype=True)
     kernel = adapter(stand_ins.load)

@@ -50,6 +50,7 @@ def _read(model: Golden, cache: TowerCache, slots: list[int], tokens: list[list[
 @NAMES
 @kinds
 @pytest.mark.parametrize("lengths", [(16, 16, 16), (1, 1, 1), (5, 16, 3)])
+@pytest.mark.slow
 def test_extending(name: str, kind: Kind, lengths: tuple[int, ...]) -> None:
     model = golden(name)
     (ours, slots, scratch), (plain, _, _) = _filled(model), _filled(model)
@@ -110,6 +111,7 @@ def test_wide_rows_are_not_captured_and_all_outputs_share_their_memory() -> None
 @NAMES
 @kinds
 @pytest.mark.parametrize("lengths", [(16, 16, 16), (5, 16, 3), (1, 1, 1)])
+@pytest.mark.slow
 def test_verifying(name: str, kind: Kind, lengths: tuple[int, ...]) -> None:
     """Hidden states, scans that move the states on as an eager pass's do, and no state changed before that."""
     model = golden(name)

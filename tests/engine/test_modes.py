@@ -55,6 +55,7 @@ def test_on_the_golden_weights_mock_ar_is_not_ar() -> None:
 
 @NAMES
 @MODES
+@pytest.mark.slow
 def test_a_prompt_of_one_token(name: str, mode: Mode) -> None:
     whole = _decode(name, [9], DecodingParams(mode=mode, max_new_tokens=20, ignore_eos=True))
     assert len(whole.token_ids) == 20 and whole.finish_reason is FinishReason.LENGTH

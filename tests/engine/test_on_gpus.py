@@ -173,6 +173,7 @@ def test_experts_in_bf16_are_captured(machine: Gpus) -> None:
 
 
 @NAMES
+@pytest.mark.slow
 def test_drafts_are_captured(name: str, machine: Gpus, captured_in_fp32: None) -> None:
     """A replay changes no state, and leaves scans that move the states on as an eager pass's do."""
     tower = load_context_tower(Checkpoint.open(GOLDEN_DIR / name), SECOND, torch.float32, kernels="torch")

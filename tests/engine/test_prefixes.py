@@ -65,6 +65,7 @@ _SOME = [pytest.param(p, 4, id=f"{p.mode} some") for p in MODES if p.mode in (Mo
 
 
 @pytest.mark.parametrize(("params", "every"), _SOME + _ALL)
+@pytest.mark.slow
 def test_the_same_tokens_in_every_mode_at_every_edge(params: DecodingParams, every: int) -> None:
     model, requests = vendored("tt_moe"), _prompts(params)[::every]
     wanted = decode_all(model.context, model.denoiser, requests, together=False, settings=OFF)

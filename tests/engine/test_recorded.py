@@ -129,6 +129,7 @@ def test_a_pass_for_states_alone_runs_nothing_behind_the_last(name: str) -> None
 
 @pytest.mark.parametrize("name", ["tt_dense", pytest.param("tt_moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 9])
+@pytest.mark.slow
 def test_a_recorded_step_decides_as_an_eager_one(name: str, rows: int) -> None:
     """Tokens, positions, margins: to the last bit where rows are of the recorded width; with a sampled row, too."""
     tower, draw = golden(name).denoiser, random.Random(rows)
@@ -166,6 +167,7 @@ def test_golden_tokens(name: str) -> None:
     assert [result.token_ids for result in results] == [tokens for _, tokens in wanted]
 
 
+@pytest.mark.slow
 def test_what_comes_up_often_or_is_prepared_is_recorded() -> None:
     model = golden(MODELS[0])
     with torch.inference_mode():

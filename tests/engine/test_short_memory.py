@@ -81,6 +81,7 @@ def _counted(pair: Pair) -> int:
 
 
 @pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.VERIFIED, Mode.MOCK_AR])
+@pytest.mark.slow
 async def test_a_denoiser_steps_in_halves_what_it_cannot_step_at_once(mode: Mode) -> None:
     model = vendored("tt_moe")
     wanted = await asyncio.to_thread(_undisturbed, _requests(mode))
@@ -104,6 +105,7 @@ async def test_a_row_for_which_there_is_no_memory_alone_fails_alone() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("what", ["prompts", "blocks"])
+@pytest.mark.slow
 async def test_rows_of_a_pass_that_breaks_off_fail_and_their_slots_serve_others(mode: Mode, what: str) -> None:
     """The first such pass leaves half of its layers' states moved on. Whoever has the slots next sees none of that."""
     model = vendored("tt_moe")

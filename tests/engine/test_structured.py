@@ -163,6 +163,7 @@ def test_over_a_link() -> None:
         (Constraint("grammar", "start: start"), (), "structured_outputs: grammar: no token"),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_followed_fails_alone_and_leaves_no_room_taken(
     mode: Mode, constraint: Constraint, committed: tuple[int, ...], words: str
 ) -> None:

@@ -268,6 +268,7 @@ def _tokens_of(events: list[BlockEvent]) -> list[int]:
 
 @pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.MOCK_AR])
 @pytest.mark.parametrize("masks", [4, 5, 6])
+@pytest.mark.slow
 def test_before_a_dead_end_likelihoods_are_told_of_all_that_was_whole(
     mode: Mode, masks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,6 +163,7 @@ def test_whatever_was_drafted_the_tokens_are_ars(name: str, right: float) -> Non
 
 
 @pytest.mark.parametrize(("right", "passes"), [(0.0, 1.25), (1.0, 0.2)])
+@pytest.mark.slow
 def test_drafts_that_do_not_pay_are_left_out(right: float, passes: float) -> None:
     """Then a token costs about a pass, as in `ar`, and it is the same token."""
     towers, draw = towers_of("tt_dense"), random.Random("drafts")

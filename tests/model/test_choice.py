@@ -124,6 +124,7 @@ def test_all_that_is_importable_and_agrees_is_taken(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("spoil", WAYS, ids=lambda way: way.__name__[1:])
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.slow
 def test_a_declined_kernel_takes_no_other_with_it(
     part: str, spoil: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -119,6 +119,7 @@ def test_what_is_not_of_experts_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("form", [pytest.param(INT8, marks=pytest.mark.slow), INT4], ids=str)
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_company_nor_on_recording(form: ExpertFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone and eager, together and recorded: a recorded pass must look anew which experts are touched."""
     monkeypatch.setattr("twotower.engine.capture.OFTEN", 1)

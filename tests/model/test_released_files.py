@@ -137,6 +137,7 @@ def _elsewhere(directory: Path, shards: dict[str, Header]) -> str:
 
 
 @pytest.mark.parametrize("change", [_missing, _unexpected, _shape, _dtype, _cut, _gone, _elsewhere])
+@pytest.mark.slow
 def test_refusals(change: Change, released: Path, shards: dict[str, Header], tmp_path: Path) -> None:
     wanted = change(linked(tmp_path, released), shards)
     with pytest.raises(CheckpointError) as caught:

@@ -341,6 +341,7 @@ def test_stop_strings_need_a_tokenizer() -> None:
 @pytest.mark.parametrize("name", TOKENIZERS)
 @FAST
 @given(ANY_TEXT, CUTS)
+@pytest.mark.slow
 def test_offsets_are_where_tokens_begin(name: str, text: str, cuts: list[int]) -> None:
     """Text and tokens are the same as without; a character of several tokens begins where the first of them does."""
     tokenizer = _plain(name)

@@ -61,6 +61,7 @@ def test_what_leaves_text_out_loosens_it() -> None:
 @pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(st.text(st.sampled_from("abcdefox Ü日🦊.\n"), max_size=200))
+@pytest.mark.slow
 def test_no_text_has_fewer_tokens(name: str, text: str) -> None:
     made = {"byte_level": byte_level, "sentencepiece": sentencepiece}[name]
     tokenizer = cache(made)()

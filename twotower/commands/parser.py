@@ -1,30 +1,36 @@
-"""How all our commands read their flags: errors of one line, no abbreviations, values as in JSON."""
+"""How all our commands read their flags: errors of one line, no abbreviations, values as JSON would have them."""
 
 import argparse
 import json
 from typing import Any, NoReturn
 
+_VERBOSE = "show the traceback of an error that nobody expected"
+
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and which takes no abbreviated flags. Its subparsers are of the
-    same class.
-    """
+    """An argument parser whose errors are one line, and which takes no abbreviated flags. Its subparsers are of this
+    class, too. Each takes `--verbose`; `verbose_too` says what else the flag shows."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, verbose_too: str = "", **options: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        # A subparser's default would replace what was given before the command's name.
+        self.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=_VERBOSE + verbose_too)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_args(args, namespace or argparse.Namespace(verbose=False))
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
-            # argparse takes a value that begins with a dash for a flag.
+            # argparse takes what begins with a dash for a flag.
             message += " (a value that begins with - is written --flag=VALUE)"
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def number(text: str) -> object:
-    """The number in a flag's text, or the text itself: validation then gives the same error as for a JSON value."""
+    """The number a flag spells, or its text, so that validation says the same of it as of a JSON value."""
     for kind in (int, float):
         try:
-            # Only Python reads 1_0 as a number.
+            # Python alone knows 1_0.
             return text if "_" in text else kind(text)
         except ValueError:
             continue
@@ -47,18 +53,18 @@ def share(text: str) -> float:
 
 
 def ids(text: str) -> list[object]:
-    """Token ids separated by commas; an entry that is no number stays text, and validation refuses it by its place."""
+    """Token ids with commas between them; what is no number stays text, for validation to refuse by its place."""
     return [number(part) for part in text.split(",")] if text.strip() else []
 
 
 def biases(text: str) -> dict[str, object]:
-    """Pairs of token id and number; as in `ids`, other entries stay text."""
+    """Token ids and numbers, as `ids` has a list: what is none stays text."""
     pairs = (part.partition(":") for part in text.split(",")) if text.strip() else ()
     return {token.strip(): number(bias) for token, _, bias in pairs}
 
 
 def json_value(text: str) -> object:
-    """The value of a JSON text; other text stays text."""
+    """What JSON text says; what is no JSON stays text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from twotower.commands.parser import count, share
+from twotower.commands.ending import OK, ended
+from twotower.commands.parser import Parser, count, share
 from twotower.config import ModelConfig
 from twotower.core import Mode
 from twotower.demo.corpus import families_of, stream
@@ -28,26 +29,26 @@ from twotower.demo.ship import ship
 from twotower.demo.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from twotower.demo.trainer import STATE_FILE, Trainer, saved_recipe
 from twotower.engine.in_process import pick_device
-from twotower.errors import ConfigError, TwoTowerError
+from twotower.errors import ConfigError
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit status: 2 for a mistake in the arguments or in what they name."""
+    """Entry point. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    try:
-        options.run(options)
-    except TwoTowerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(_run, options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    options.run(options)
+    return OK
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m twotower.demo", description=__doc__)
+    parser = Parser(prog="python -m twotower.demo", description=__doc__)
     parser.add_argument(
         "--threads", type=count, default=torch.get_num_threads(), help="CPU threads; 1 where others use the cores"
     )

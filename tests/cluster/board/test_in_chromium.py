@@ -64,7 +64,8 @@ async def the_trade(page: Tab, record: Path) -> None:
     assert "the checkpoint brings no tuned.json" in await text(page, "#trade")
     assert "cluster tune --input prompts.jsonl --output CHECKPOINT/tuned" in await text(page, "#trade pre")
     shipped = json.loads((checkpoint_directory("demo") / RECORD).read_text(encoding="utf-8"))
-    verified = shipped["ways"][0] | {"times_ar": 2.25, "tokens_per_step": 7.0, "same_as_ar": True, "recommended": True}
+    best = 1.1 * max(way["times_ar"] for way in shipped["ways"])
+    verified = shipped["ways"][0] | {"times_ar": best, "tokens_per_step": 7.0, "same_as_ar": True, "recommended": True}
     told = shipped | {"checkpoint": FINGERPRINT, "verified": verified}
     record.write_text(json.dumps(told), encoding="utf-8")
     await page.value("document.querySelector('#trade .none button').click()")
@@ -85,7 +86,7 @@ async def the_trade(page: Tab, record: Path) -> None:
     said = (await text(page, "#trade-said")).replace("\u00a0", " ")
     assert f"verified instead of γ 0.8: {_points_more(verified, now)} of ar's quality" in said
     assert "decode.mode=verified" in said
-    assert f"{100 * (2.25 / now['times_ar'] - 1):.0f} % more throughput" in said
+    assert f"{100 * (best / now['times_ar'] - 1):.0f} % more throughput" in said
     assert "instead of γ 0.8" in await page.value("document.getElementById('trade-way').getAttribute('aria-valuetext')")
     await page.value("document.getElementById('trade-x-1').click()")
     assert "tokens per denoiser step" in await page.value("document.querySelector('#trade svg').textContent")

@@ -173,6 +173,7 @@ async def test_what_cannot_be_served_is_told_before_anything_is_measured(
         (["--compare", "/no/a.json", "/no/b.json"], 2, "/no/a.json: No such file"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_are_one_line(
     arguments: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +241,7 @@ sys.exit(main(["bench", "--url", "grpc://127.0.0.1:1"]))
         (("twotower_client",), 2, "the package twotower-client, which is not installed"),
     ],
 )
+@pytest.mark.slow
 def test_what_it_can_do_without(blocked: tuple[str, ...], code: int, words: str) -> None:
     program = BLOCKED.format(blocked=blocked)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
