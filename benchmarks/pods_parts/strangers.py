@@ -129,7 +129,7 @@ def _grpc(host: str, access: Access, credentials: grpc.ChannelCredentials) -> st
         try:
             pb_grpc.GenerationServiceStub(channel).GetModelInfo(pb.GetModelInfoRequest(), timeout=_WITHIN_S)
         except grpc.RpcError as error:
-            code: grpc.StatusCode = error.code()  # type: ignore[attr-defined]
+            code: grpc.StatusCode = error.code()
             return NOTHING if code is grpc.StatusCode.UNAVAILABLE else code.name
     return "an answer"
 

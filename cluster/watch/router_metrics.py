@@ -71,8 +71,8 @@ CERTIFICATE_LEFT = Metric(
     "certificate_left_seconds",
     Kind.GAUGE,
     "seconds",
-    "until the first certificate of a face's chain ends; below 0 it has. `grpc`: what the router shows now; `http`: "
-    "what its files said when it started, as Serve's proxies read theirs then",
+    "until the certificate that a face shows now ends; below 0 it has. `grpc`: the first end in the router's chain; "
+    "`http`: that of the certificate which its node's HTTP proxy showed in a handshake, within the last half minute",
     ("face",),
 )
 QUEUE_TIME = Metric(
