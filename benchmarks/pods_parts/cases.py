@@ -1,39 +1,37 @@
 """The cases: what Kubernetes, KubeRay or an accident does to our RayService under load, one service for each."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.pods_parts.clients import Clients, Request
-from benchmarks.pods_parts.gateway import Gateway
+from benchmarks.pods_parts.gateway_case import behind_a_gateway
 from benchmarks.pods_parts.manifest import Manifest
 from benchmarks.pods_parts.rayservice import WORKERS, RayService, running
 from benchmarks.pods_parts.report import Result
-from benchmarks.pods_parts.secrets import GATEWAY
-from benchmarks.pods_parts.site import Site, site
+from benchmarks.pods_parts.site import site
 from benchmarks.pods_parts.under_watch import (
     PATIENCE_S,
+    ROUTER,
     SOME,
-    STREAMS,
     counted,
     is_mended,
-    refuse_strangers,
     replicas,
     settle,
     warm,
     watched,
+    with_one_router_a_host,
 )
 from benchmarks.pods_parts.weights import write_other_weights
 
 A, B = WORKERS
-_BEGUN, _SILENT = 2, 2  # streams that have begun, and requests that have not
 _AWAY_S = 5.0  # between the end of the head and its next start
 _UPGRADE_DRAIN_S = 30  # of a cell, in the upgrade: the head takes as long and 15 s more, whatever runs
 _TOLD_S = 1.0
 _RENEWALS = 2
-_ROUTER, _CELL = "ray::ServeReplica:twotower:Router", "ray::ServeReplica:twotower:Cell"
+_CELL = "ray::ServeReplica:twotower:Cell"
 
 
 @dataclass(frozen=True)
@@ -142,14 +140,14 @@ def ended_cluster(directory: Path, result: Result) -> None:
 def lost_router(directory: Path, result: Result) -> None:
     with (
         site(directory) as where,
-        running(_with_one_router_a_host(where), where) as service,
+        running(with_one_router_a_host(where), where) as service,
         watched(result, where.load, service),
     ):
         warm(service, result, again=True)
         hosts, old = service.hosts, replicas(service)
         under_way = [request for request in service.load.requests(hosts[A]) if not request.outcome]
         result.struck = time.monotonic()
-        service.kill(A, _ROUTER)
+        service.kill(A, ROUTER)
         asked: list[list[str]] = []
 
         def is_back() -> bool:
@@ -164,10 +162,6 @@ def lost_router(directory: Path, result: Result) -> None:
         service.load.wait_for_more(SOME, PATIENCE_S, list(hosts.values()))
         settle(service.load)
         _check_told(result, service.load, under_way, hosts)
-
-
-def _with_one_router_a_host(where: Site) -> Manifest:
-    return Manifest.for_two_small_hosts(where.secrets.directory, routers_on_a_host=1)
 
 
 def _check_told(result: Result, load: Clients, under_way: list[Request], hosts: dict[str, str]) -> None:
@@ -189,84 +183,6 @@ def _check_told(result: Result, load: Clients, under_way: list[Request], hosts: 
     others = [r for r in load.requests() if any(host != hosts[A] for _, host, _ in r.errors)]
     if others:
         result.wrong.append(f"{len(others)} requests of the other router had an error: {others[0].errors[0][2]}")
-
-
-def behind_a_gateway(directory: Path, result: Result) -> None:
-    """A router is killed, then its node is drained."""
-    with (
-        site(directory) as where,
-        running(_with_one_router_a_host(where), where) as service,
-        watched(result, where.load, service),
-    ):
-        gateway = Gateway(where, list(service.hosts.values()))
-        service.until(lambda: gateway.is_ready(*service.hosts.values()), "the gateway takes both hosts for healthy")
-        refuse_strangers(result, where, gateway.address, GATEWAY)
-        service.load.ask(gateway.address)
-        service.load.wait_for_more(SOME, PATIENCE_S)
-        with _sent_again(result, gateway, "while a router was gone"):
-            _lose_a_router(service, gateway, result)
-        with _sent_again(result, gateway, "during the drain"):
-            _drain(service, gateway)
-        for face, requests in gateway.requests().items():
-            if not all(requests.get(host) for host in service.hosts.values()):
-                result.wrong.append(f"{face}: got {requests} requests on the hosts, wanted some on each")
-        settle(service.load)
-        _check_cut(result, service.load)
-
-
-@contextmanager
-def _sent_again(result: Result, gateway: Gateway, when: str) -> Iterator[None]:
-    before = gateway.sent_again()
-    yield
-    numbers = " and ".join(f"{now - before[face]} {face}" for face, now in gateway.sent_again().items())
-    result.notes.append(f"the gateway sent {numbers} requests to another host {when}")
-
-
-def _lose_a_router(service: RayService, gateway: Gateway, result: Result) -> None:
-    """What the gateway cannot save is asked again."""
-    load, hosts, old = service.load, list(service.hosts.values()), replicas(service)
-    load.ask(gateway.address, long=True, again=True)
-    load.wait_for_long_streams(STREAMS, PATIENCE_S)
-    load.ask(gateway.address, again=True)
-    load.wait_for_a_mixture(_BEGUN, _SILENT, PATIENCE_S)
-    begun = [request.streams for request in load.requests() if not request.outcome]
-    result.notes.append(
-        f"{begun.count(True)} streams that had begun and {begun.count(False)} requests that had no answer yet were "
-        "under way when a router was killed"
-    )
-    result.struck = time.monotonic()
-    service.kill(A, _ROUTER)
-    service.until(lambda: is_mended(service, old), "another router is there")
-    service.until(lambda: gateway.is_ready(*hosts), "the gateway takes both hosts for healthy again")
-    load.wait_for_more(SOME, PATIENCE_S)
-
-
-def _check_cut(result: Result, load: Clients) -> None:
-    """Only a stream that had begun may have an error: of nothing else has a client heard anything."""
-    cut = [request for request in load.requests() if request.errors]
-    result.notes.append(f"{len(cut)} requests were cut, and asked again by their clients")
-    result.notes += [f"told: {text}" for text in sorted({error[:120] for r in cut for _, _, error in r.errors})]
-    if silent := [request for request in cut if not request.events or request.events[0] > request.errors[0][0]]:
-        result.wrong.append(f"{len(silent)} requests that had no answer yet had an error: {silent[0].errors[0][2]}")
-
-
-def _drain(service: RayService, gateway: Gateway) -> None:
-    """As by `kubectl drain`: SIGTERM, a little later the endpoint is gone, and another pod comes up meanwhile."""
-    load, old = service.load, service.pods[A]
-    load.ask(gateway.address, long=True)
-    load.wait_for_long_streams(STREAMS, PATIENCE_S)
-    load.ask(gateway.address)
-    old.terminate()
-    load.wait_for_more(2, PATIENCE_S)
-    gateway.route(service.hosts[B])
-    load.ask(gateway.address, easy=True)
-    service.start_worker(A)
-    service.until(lambda: old.has_ended, "the drained pod has ended by itself", service.manifest.worker.grace_s)
-    service.until(lambda: service.is_whole() and service.is_ready(A), "a cell and a router on the pod in its place")
-    gateway.route(*service.hosts.values())
-    service.until(lambda: gateway.is_ready(*service.hosts.values()), "the gateway takes the new pod for healthy")
-    load.ask(gateway.address)
-    load.wait_for_more(2 * SOME, PATIENCE_S)
 
 
 def renewed_certificates(directory: Path, result: Result) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pods_parts.clients import Stuck
-from benchmarks.pods_parts.load import GRPC_PORT, HTTP_PORT
+from benchmarks.pods_parts.faces import GRPC_PORT, HTTP_PORT
 from benchmarks.pods_parts.network import inside
 from benchmarks.pods_parts.secrets import GATEWAY
 from benchmarks.pods_parts.site import Site

@@ -34,10 +34,9 @@ from benchmarks.chaos_parts.client import (
     client_of,
     questions,
 )
+from benchmarks.pods_parts.faces import ACCESS, GRPC_PORT, HTTP_PORT
 from twotower.core import Mode
 
-HTTP_PORT, GRPC_PORT = 8000, 50051
-ACCESS = "ACCESS"
 QUESTIONS, _TOKENS = 16, 48
 # Streams to their last token. Those of diffusion take the library too long.
 _LONG = tuple(kind for kind in KINDS if kind[1] in (Mode.AR, Mode.MOCK_AR) and kind[2:] == (True, False))

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.pods_parts.clients import Clients
-from benchmarks.pods_parts.load import ACCESS
+from benchmarks.pods_parts.faces import ACCESS
 from benchmarks.pods_parts.manifest import CHECKOUT
 from benchmarks.pods_parts.network import Network, Pod
 from benchmarks.pods_parts.secrets import Secrets

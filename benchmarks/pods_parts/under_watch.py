@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from benchmarks.pods_parts.clients import Clients
+from benchmarks.pods_parts.manifest import Manifest
 from benchmarks.pods_parts.rayservice import WORKERS, RayService
 from benchmarks.pods_parts.report import Result
 from benchmarks.pods_parts.secrets import SERVICE
@@ -12,6 +13,11 @@ from benchmarks.pods_parts.strangers import WANTED, told
 
 PATIENCE_S = 180.0
 SOME, STREAMS = 12, 4  # requests that end; streams that are under way when the fault comes
+ROUTER = "ray::ServeReplica:twotower:Router"
+
+
+def with_one_router_a_host(where: Site) -> Manifest:
+    return Manifest.for_two_small_hosts(where.secrets.directory, routers_on_a_host=1)
 
 
 def warm(service: RayService, result: Result, again: bool = False) -> None:
