@@ -267,7 +267,8 @@ class Request:
     `committed`: the first of its new tokens, where it was begun elsewhere (in `diffusion` whole blocks). Its events go
     on after them, from `start` == len(`committed`); in `auto` the context tower wrote them. `trace`: whether its
     TraceEvents are told. `logprobs`: whether its tokens are told with their Likelihood, and with how many alternatives.
-    `cache_salt`: only requests with the same one share what the context tower keeps of prompts that begin alike.
+    `cache_salt`: only requests with the same one share what the context tower keeps of prompts that begin alike; with
+    None nothing of its prompt is kept, and all of the prompt is read.
     """
 
     id: RequestId
@@ -277,7 +278,7 @@ class Request:
     committed: tuple[int, ...] = ()
     trace: bool = False
     logprobs: int | None = None
-    cache_salt: str = ""
+    cache_salt: str | None = ""
 
     @property
     def history(self) -> tuple[int, ...]:
@@ -318,7 +319,7 @@ class ScoreRequest:
     start: int
     priority: int = 0
     logprobs: int | None = None
-    cache_salt: str = ""
+    cache_salt: str | None = ""
 
     @property
     def positions(self) -> int:

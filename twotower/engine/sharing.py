@@ -14,12 +14,13 @@ from twotower.model.pages import PAGE_TOKENS
 from twotower.model.room import Held, Room
 
 
-def prefix_names(tokens: Sequence[int], stride: int, salt: str) -> tuple[bytes, ...]:
+def prefix_names(tokens: Sequence[int], stride: int, salt: str | None) -> tuple[bytes, ...]:
     """A name for each prefix of 1, 2, … times `stride` tokens. Two are equal where tokens, order and salt are.
 
-    No names where `stride` is 0. SHA-256: whoever could make two prompts of one name would read another's states.
+    No names where `stride` is 0 or `salt` is None. SHA-256: whoever could make two prompts of one name would read
+    another's states.
     """
-    if not stride:
+    if not stride or salt is None:
         return ()
     names, name = [], sha256(salt.encode()).digest()
     for end in range(stride, len(tokens) + 1, stride):

@@ -111,13 +111,13 @@ class Sequences:
         owner: Owner,
         prompt: Sequence[int],
         positions: int,
-        salt: str = "",
+        salt: str | None = "",
         decided_from: int | None = None,
     ) -> None:
         """Read `prompt`, in chunks; room for `positions`. Raises Overloaded where there is none.
 
-        `salt`: whose prefixes it shares. `decided_from`: the first position from whose reading something follows, so
-        that it must be read here; None: the prompt's last.
+        `salt`: whose prefixes it shares; None: nobody's, and none of its own is kept. `decided_from`: the first
+        position from whose reading something follows, so that it must be read here; None: the prompt's last.
         """
         first = max(0, len(prompt) - 1) if decided_from is None else decided_from
         names = prefix_names(prompt, self._prefixes.stride, salt)
@@ -173,7 +173,7 @@ class Sequences:
     def keep(self, chunk: PrefillChunk) -> None:
         """A chunk of this prompt has just been read: where a prefix ends with it, others may go on behind it."""
         stride, sequence = self._prefixes.stride, self._by_key[chunk.key]
-        if not stride or chunk.end % stride:
+        if not sequence.names or chunk.end % stride:
             return
         names = sequence.names[: chunk.end // stride]
         self._prefixes.keep(names, sequence.slot)
