@@ -117,6 +117,8 @@ class Sums:
     this router's.
 
     Kept up to date by differences. A router asks with every request and every beat, and there may be a thousand cells.
+    A cell whose beat is late counts until it is lost, within three seconds: its requests keep their turns until then.
+    Without its slots they would take up those of the others, which would stand idle.
     """
 
     cells: int = 0
