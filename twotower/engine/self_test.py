@@ -1,6 +1,7 @@
 """The start-up self-test: a few tokens in every mode, then the checkpoint's own sample, before a pair serves requests.
 
-A broken kernel stack shows here, as one clear error, and not in a user's answer.
+A broken kernel stack shows here, as one clear error, and not in a user's answer. The context tower keeps nothing of the
+test's prompts: nobody will ask for them again.
 """
 
 import asyncio
@@ -66,7 +67,8 @@ async def score_sample(pair: Pair | Trial, sample: Sequence[Known], timeout_s: f
 
     async def score(number: int, known: Known) -> float:
         text = known.prompt_token_ids + known.answer_token_ids
-        event = await pair.score(ScoreRequest(RequestId(f"self-test-score-{number}"), text, 1), timeout_s)
+        request = ScoreRequest(RequestId(f"self-test-score-{number}"), text, 1, cache_salt=None)
+        event = await pair.score(request, timeout_s)
         return statistics.mean(event.log_probs)
 
     return await _of_all(pair, sample, score, timeout_s)
@@ -83,7 +85,7 @@ def _named(what: str) -> Iterator[None]:
 async def _count_tokens(pair: Pair | Trial, mode: Mode, timeout_s: float) -> None:
     wanted = 3 if mode.by_token else 17
     params = DecodingParams(mode=mode, max_new_tokens=wanted, ignore_eos=True)
-    request = Request(RequestId(f"self-test-{mode}"), _PROMPT, params)
+    request = Request(RequestId(f"self-test-{mode}"), _PROMPT, params, cache_salt=None)
     got = sum([len(event.token_ids) async for event in pair.generate(request, timeout_s)])
     if got != wanted:
         raise Unavailable(f"got {got} tokens, wanted {wanted}")
@@ -135,4 +137,5 @@ def _pages(known: Known) -> int:
 
 
 def _request(known: Known, mode: Mode, number: int) -> Request:
-    return Request(RequestId(f"self-test-{mode}-{number}"), known.prompt_token_ids, _params(known, mode))
+    name = RequestId(f"self-test-{mode}-{number}")
+    return Request(name, known.prompt_token_ids, _params(known, mode), cache_salt=None)

@@ -14,12 +14,12 @@ from twotower.model.pages import PAGE_TOKENS
 from twotower.model.room import Held, Room
 
 
-def prefix_names(tokens: Sequence[int], stride: int, salt: str) -> tuple[bytes, ...]:
+def prefix_names(tokens: Sequence[int], stride: int, salt: str | None) -> tuple[bytes, ...]:
     """A name for each prefix of 1, 2, … times `stride` tokens. Two names are equal if tokens, order and salt are.
 
-    No names if `stride` is 0. SHA-256, because two prompts with one name would read each other's states.
+    No names if `stride` is 0 or `salt` is None. SHA-256, because two prompts with one name would read each other's states.
     """
-    if not stride:
+    if not stride or salt is None:
         return ()
     names, name = [], sha256(salt.encode()).digest()
     for end in range(stride, len(tokens) + 1, stride):
