@@ -10,7 +10,6 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from twotower.core import AnyRequest, Request
-from twotower.model.pages import PAGE_TOKENS
 from twotower.model.room import Held, Room
 
 
@@ -63,7 +62,7 @@ class SharedRoom:
 
     def __init__(self, room: Room, stride: int) -> None:
         self.room = room
-        self._pages_each = stride // PAGE_TOKENS
+        self._pages_each = stride // room.page_tokens
         self._common: dict[bytes, _Common] = {}
 
     def fits(self, positions: int, names: Sequence[bytes] = ()) -> bool:

@@ -1,4 +1,4 @@
-"""The state of many sequences, preallocated: a slot each for the Mamba layers, pages of 16 tokens for attention.
+"""The state of many sequences, preallocated: a slot each for the Mamba layers, pages of tokens for attention.
 
 The context tower extends it; the denoiser's mirror is the same thing, written by cache deltas only.
 """
@@ -6,6 +6,7 @@ The context tower extends it; the denoiser's mirror is the same thing, written b
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.config import ModelConfig
-from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.model.in_pages import InPages, Own, readable_in_place
+from twotower.model.pages import page_tokens_on, pages_for
 from twotower.model.rescan import KeptScan, KeptScans, settle
 from twotower.model.room import Held, Room
 from twotower.model.transfer import on_device
@@ -43,6 +45,7 @@ class TowerCache:
     """Conv windows, SSM states (fp32) and key/value pages of up to `slots` sequences with `pages` pages together.
 
     `room` says which of them are free. `snapshots`: how many copies of a sequence's Mamba states can be kept besides.
+    `page_tokens`: positions that a page holds; None: what is usual on the device (`twotower.model.pages`).
     """
 
     def __init__(
@@ -53,14 +56,16 @@ class TowerCache:
         device: torch.device,
         dtype: torch.dtype,
         snapshots: int = 0,
+        page_tokens: int | None = None,
     ) -> None:
         self.config = config
+        self.page_tokens = page_tokens or page_tokens_on(device.type)
         mamba, attention = config.layers_of("M"), config.layers_of("*")
         self._mamba_row = {layer: i for i, layer in enumerate(mamba)}
         self._attention_row = {layer: i for i, layer in enumerate(attention)}
         window, channels = config.conv_kernel, config.conv_channels
         state = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-        page = (PAGE_TOKENS, config.num_key_value_heads, config.head_dim)
+        page = (self.page_tokens, config.num_key_value_heads, config.head_dim)
         all_pages = _RESERVED_PAGES + pages
         # One slot more than sequences can take, for rows of a pass that nobody asked for.
         self.scratch_slot = slots
@@ -71,7 +76,7 @@ class TowerCache:
         self.kept_ssm = _untouched_zeros((len(mamba), snapshots, *state), device, torch.float32)
         self.keys = _untouched_zeros((len(attention), all_pages, *page), device, dtype)
         self.values = _untouched_zeros(self.keys.shape, device, dtype)
-        self.room = Room(slots, pages, first_page=_RESERVED_PAGES)
+        self.room = Room(slots, pages, _RESERVED_PAGES, self.page_tokens)
         self._sequences: dict[int, _Sequence] = {}
         self._counting = on_device(range(1024), device)  # on meta, `arange` would make torch import sympy
 
@@ -94,7 +99,7 @@ class TowerCache:
         its Mamba states are those of `snapshot`.
         """
         held = self.room.take(tokens, prefix)
-        self._sequences[held.slot] = _Sequence(held, len(prefix) * PAGE_TOKENS)
+        self._sequences[held.slot] = _Sequence(held, len(prefix) * self.page_tokens)
         if snapshot is None:
             self.conv[:, held.slot] = 0
             self.ssm[:, held.slot] = 0
@@ -118,7 +123,7 @@ class TowerCache:
         """Count `tokens` positions as read. Room for them was reserved by `allocate`."""
         sequence = self._sequences[slot]
         sequence.length += tokens
-        assert sequence.length <= len(sequence.held.pages) * PAGE_TOKENS, "a sequence outgrew its reservation"
+        assert sequence.length <= len(sequence.held.pages) * self.page_tokens, "a sequence outgrew its reservation"
 
     def extending(
         self, slots: Sequence[int], lengths: Sequence[int], width: int, keeps_scans: bool = False
@@ -196,8 +201,8 @@ class TowerCache:
 
     def flat_positions(self, slot: int, start: int, end: int) -> list[int]:
         """Indices of positions [start, end) of a sequence in the flattened page memory."""
-        pages = self.pages_of(slot)
-        return [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in range(start, end)]
+        pages, size = self.pages_of(slot), self.page_tokens
+        return [pages[p // size] * size + p % size for p in range(start, end)]
 
     def positions(self, count: int) -> Tensor:
         """0, 1, … count-1 on the cache's device, not to be written to."""
@@ -207,7 +212,7 @@ class TowerCache:
 
     def page_table(self, slots: Sequence[int], tokens: int) -> Tensor:
         """Pages [R, pages] of each row's first `tokens` positions; the zero page where a row has fewer."""
-        wide = pages_for(tokens)
+        wide = self.room.pages_for(tokens)
         rows = [list(self.pages_of(slot)[:wide]) for slot in slots]
         rows = [pages + [ZERO_PAGE] * (wide - len(pages)) for pages in rows]
         return on_device(rows, self.device, torch.long).view(len(slots), wide)
@@ -278,25 +283,45 @@ class ExtendStates(_RowStates):
         super().__init__(cache, slots, lengths, width)
         self.kept = [] if keeps_scans else None
         ends = [start + length for start, length in zip(self.starts, lengths, strict=True)]
-        self._table_RZ = cache.page_table(slots, max(ends))
+        self._table_RZ, self._reach = cache.page_table(slots, max(ends)), max(self.starts) + width
+        waste = WASTE_PAGE * cache.page_tokens
         write_RL, seen_RL = [], []
         for slot, start, end in zip(slots, self.starts, ends, strict=True):
             padding = width - (end - start)
-            write_RL.append(cache.flat_positions(slot, start, end) + [WASTE_PAGE * PAGE_TOKENS] * padding)
+            write_RL.append(cache.flat_positions(slot, start, end) + [waste] * padding)
             seen_RL.append([*range(start, end), *[end - 1] * padding])
         self._write_M = on_device(write_RL, cache.device).flatten()
-        keys_T = cache.positions(self._table_RZ.shape[1] * PAGE_TOKENS)
-        last_RL = on_device(seen_RL, cache.device)
-        self.mask_RLT = keys_T <= last_RL[..., None]
+        self._last_RL = on_device(seen_RL, cache.device)
         # A short row far ahead of the others may have padding beyond the last page gathered.
-        self.starts_R = last_RL[:, 0] if max(self.starts) + width <= len(keys_T) else None
+        gathered = self._table_RZ.shape[1] * cache.page_tokens
+        self.starts_R = self._last_RL[:, 0] if self._reach <= gathered else None
+
+    @cached_property
+    def mask_RLT(self) -> Tensor:
+        keys_T = self.cache.positions(self._table_RZ.shape[1] * self.cache.page_tokens)
+        return keys_T <= self._last_RL[..., None]
 
     def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._written(layer, keys_RLSE, values_RLSE)
+        return keys[self._table_RZ].flatten(1, 2), values[self._table_RZ].flatten(1, 2)
+
+    def in_pages(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> InPages | None:
+        if not readable_in_place(self.cache.page_tokens):
+            return None
+        return InPages(*self._written(layer, keys_RLSE, values_RLSE), *self._counted)
+
+    def _written(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
         row = self.cache.attention_row(layer)
         keys, values = self.cache.keys[row], self.cache.values[row]
         keys.flatten(0, 1).index_copy_(0, self._write_M, keys_RLSE.flatten(0, 1))
         values.flatten(0, 1).index_copy_(0, self._write_M, values_RLSE.flatten(0, 1))
-        return keys[self._table_RZ].flatten(1, 2), values[self._table_RZ].flatten(1, 2)
+        return keys, values
+
+    @cached_property
+    def _counted(self) -> tuple[Tensor, Tensor]:
+        """The table, wide enough for padding too, and how many keys the last position of each row sees."""
+        table_RZ = at_least(self._table_RZ, pages_for(self._reach, self.cache.page_tokens))
+        return table_RZ.int(), (self._last_RL[:, 0] + self._last_RL.shape[1]).int()
 
 
 class ReadStates(_RowStates):
@@ -306,30 +331,55 @@ class ReadStates(_RowStates):
 
     def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
         super().__init__(cache, slots, lengths, width)
-        cached = cache.page_table(slots, max(self.starts))
-        self._table_RZ = with_own_pages(cached, width)
-        limits = on_device([self.starts, list(lengths)], cache.device)[..., None]
-        self.starts_R: Tensor | None = limits[0, :, 0]
-        cached_RT = cache.positions(cached.shape[1] * PAGE_TOKENS) < limits[0]
-        own_RT = cache.positions(width) < limits[1]
-        self.mask_RLT = torch.cat([cached_RT, own_RT], dim=1)[:, None].expand(-1, width, -1)
+        self._width, self._cached_RZ = width, cache.page_table(slots, max(self.starts))
+        self._limits = on_device([self.starts, list(lengths)], cache.device)
+        self.starts_R: Tensor | None = self._limits[0]
+
+    @cached_property
+    def mask_RLT(self) -> Tensor:
+        starts_R1, lengths_R1 = self._limits[..., None]
+        cached_RT = self.cache.positions(self._cached_RZ.shape[1] * self.cache.page_tokens) < starts_R1
+        own_RT = self.cache.positions(self._width) < lengths_R1
+        return torch.cat([cached_RT, own_RT], dim=1)[:, None].expand(-1, self._width, -1)
 
     def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
-        row = self.cache.attention_row(layer)
+        row, size = self.cache.attention_row(layer), self.cache.page_tokens
         keys, values = self.cache.keys[row], self.cache.values[row]
-        return gathered(keys, self._table_RZ, keys_RLSE), gathered(values, self._table_RZ, values_RLSE)
+        table_RZ = self._table_RZ
+        return gathered(keys, table_RZ, keys_RLSE, size), gathered(values, table_RZ, values_RLSE, size)
+
+    def in_pages(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> InPages | None:
+        if not readable_in_place(self.cache.page_tokens):
+            return None
+        row, (table_RZ, starts_R, lengths_R) = self.cache.attention_row(layer), self._counted
+        own = Own(keys_RLSE, values_RLSE, lengths_R)
+        return InPages(self.cache.keys[row], self.cache.values[row], table_RZ, starts_R, own)
+
+    @cached_property
+    def _table_RZ(self) -> Tensor:
+        return with_own_pages(self._cached_RZ, self._width, self.cache.page_tokens)
+
+    @cached_property
+    def _counted(self) -> tuple[Tensor, Tensor, Tensor]:
+        starts_R, lengths_R = self._limits.int()
+        return at_least(self._cached_RZ, 1).int(), starts_R, lengths_R
 
 
-def with_own_pages(table_RZ: Tensor, width: int) -> Tensor:
+def at_least(table_RZ: Tensor, pages: int) -> Tensor:
+    """A page table of so many columns or more: of zero pages, where nothing is seen."""
+    return F.pad(table_RZ, (0, max(0, pages - table_RZ.shape[1])), value=ZERO_PAGE)
+
+
+def with_own_pages(table_RZ: Tensor, width: int, page_tokens: int) -> Tensor:
     """A page table with room for a block's own positions behind the cached ones: zero pages, which `gathered` fills."""
-    return F.pad(table_RZ, (0, pages_for(width)), value=ZERO_PAGE)
+    return F.pad(table_RZ, (0, pages_for(width, page_tokens)), value=ZERO_PAGE)
 
 
-def gathered(pages_ZKSE: Tensor, table_RZ: Tensor, own_RLSE: Tensor) -> Tensor:
+def gathered(pages_ZKSE: Tensor, table_RZ: Tensor, own_RLSE: Tensor, page_tokens: int) -> Tensor:
     """All that each row's pages hold, then the block's own [R,T,S,E]: a new tensor, copied once. The table is one
-    `with_own_pages`."""
+    `with_own_pages`. `page_tokens` is K, as a number that a recorded program need not ask for."""
     length = own_RLSE.shape[1]
     whole_RTSE = pages_ZKSE[table_RZ].flatten(1, 2)
-    cached = whole_RTSE.shape[1] - pages_for(length) * PAGE_TOKENS
+    cached = whole_RTSE.shape[1] - pages_for(length, page_tokens) * page_tokens
     whole_RTSE[:, cached : cached + length] = own_RLSE
     return whole_RTSE[:, : cached + length]
