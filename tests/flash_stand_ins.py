@@ -8,13 +8,13 @@ flash-attn's in `tests/kernels`, torch's in `tests/model/test_flash_attention.py
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tests.mamba_stand_ins import aligned, refuse_unless
-from twotower.model.attention import attend
+from twotower.model.attention import AttendInPages, attend
 from twotower.model.kernels import choose, install
 from twotower.model.kernels.flash_attention import ByNumber, attention, flash_attn, varlen_attn
 from twotower.model.tower import ContextTower, DenoiserTower
@@ -43,13 +43,24 @@ class FlashStandIns:
         return SimpleNamespace(**{functions[name].__name__: functions[name]})  # type: ignore[return-value]
 
     def flash_attn_with_kvcache(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, causal: bool = False
-    ) -> Tensor:
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        cache_seqlens: Tensor,
+        block_table: Tensor | None = None,
+        causal: bool = False,
+        return_softmax_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         assert k_cache.stride(-1) == 1, "k_cache must have contiguous last dimension"
         assert v_cache.stride(-1) == 1, "v_cache must have contiguous last dimension"
-        unused, scale = (None,) * 6, q.shape[-1] ** -0.5
-        filled = (None, None, cache_seqlens, *unused, None, scale, causal, -1, -1, 0.0, True, 0)
-        return self.fwd_kvcache(q.contiguous() if q.stride(-1) != 1 else q, k_cache, v_cache, *filled)[0]
+        if block_table is not None and block_table.stride(-1) != 1:
+            block_table = block_table.contiguous()
+        unused, scale = (None,) * 4, q.shape[-1] ** -0.5
+        filled = (None, None, cache_seqlens, *unused, block_table, None, None, scale, causal, -1, -1, 0.0, True, 0)
+        out, sums = self.fwd_kvcache(q.contiguous() if q.stride(-1) != 1 else q, k_cache, v_cache, *filled)
+        return (out, sums) if return_softmax_lse else out
 
     def fwd_kvcache(
         self,
@@ -63,7 +74,7 @@ class FlashStandIns:
         rotary_sin: None,
         cache_batch_idx: None,
         leftpad_k: None,
-        block_table: None,
+        block_table: Tensor | None,
         alibi_slopes: None,
         out: None,
         softmax_scale: float,
@@ -74,20 +85,26 @@ class FlashStandIns:
         rotary_interleaved: bool,
         num_splits: int,
     ) -> tuple[Tensor, Tensor]:
-        never = (k, v, rotary_cos, rotary_sin, cache_batch_idx, leftpad_k, block_table, alibi_slopes, out)
+        never = (k, v, rotary_cos, rotary_sin, cache_batch_idx, leftpad_k, alibi_slopes, out)
         assert never == (None,) * len(never), "what ours never passes"
         assert (window_left, window_right, softcap, num_splits) == (-1, -1, 0.0, 0), "what ours never passes"
-        rows, length, heads, width = q.shape
-        room, kv_heads = k_cache.shape[1:3]
+        rows, length, _, width = q.shape
+        size, kv_heads = k_cache.shape[1:3]
         self._refuse_misfits(q, k_cache, v_cache)
         refuse_unless(rows > 0, "batch size must be positive")
+        holders = rows if block_table is None else k_cache.shape[0]
         for part in (k_cache, v_cache):
-            refuse_unless(part.shape == (rows, room, kv_heads, width), "the caches must have shape")
+            refuse_unless(part.shape == (holders, size, kv_heads, width), "the caches must have shape")
         _refuse_numbers(seqlens_k, rows)
+        if block_table is not None:
+            _refuse_tables(block_table, rows, size)
+            if type(seqlens_k) is Tensor:  # on a stand-in GPU the host would wait for the number
+                assert int(seqlens_k.max()) <= block_table.shape[1] * size, "keys beyond the table: any memory is read"
+            k_cache, v_cache = (self._paged(part, block_table) for part in (k_cache, v_cache))
+        room = k_cache.shape[1]
         at_L, keys_T = (torch.arange(count, device=q.device) for count in (length, room))
         seen_RLT = self._seen(at_L[None, :, None], keys_T, length, seqlens_k[:, None, None], causal)
-        found = self._weighed(q, k_cache, v_cache, seen_RLT.expand(rows, length, room), softmax_scale)
-        return found, found.new_empty((rows, heads, length), dtype=torch.float32)
+        return self._weighed(q, k_cache, v_cache, seen_RLT.expand(rows, length, room), softmax_scale)
 
     def varlen_attn(
         self,
@@ -156,7 +173,7 @@ class FlashStandIns:
         lengths_q = cum_seq_q.diff()[row_q, None]
         seen = self._seen(at_q[:, None], at_k, lengths_q, seqused_k[row_q, None], is_causal)
         seen = seen & (row_q[:, None] == row_k)
-        out = self._weighed(query[None], key[None], value[None], seen[None], query.shape[-1] ** -0.5)[0]
+        out = self._weighed(query[None], key[None], value[None], seen[None], query.shape[-1] ** -0.5)[0][0]
         unread = torch.empty(0, device=query.device)
         return out, unread, unread, unread, unread
 
@@ -176,24 +193,53 @@ class FlashStandIns:
         """Which keys a query sees. Causal is aligned to the bottom right."""
         return (at_k < used_k) & ((at_k <= at_q + used_k - num_q) if causal else True)
 
+    def _paged(self, part_ZKSE: Tensor, table_RZ: Tensor) -> Tensor:
+        """Each row's pages, one behind the other [R,T,S,E]."""
+        return part_ZKSE[table_RZ.long()].flatten(1, 2)
+
     def _grouped(self, part_RTSE: Tensor, heads: int) -> Tensor:
         return part_RTSE.unsqueeze(3).expand(-1, -1, -1, heads // part_RTSE.shape[2], -1).flatten(2, 3)
 
-    def _weighed(self, q: Tensor, k: Tensor, v: Tensor, seen_RLT: Tensor, scale: float) -> Tensor:
-        """A query that sees nothing comes out as zero."""
+    def _weighed(self, q: Tensor, k: Tensor, v: Tensor, seen_RLT: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """With the logarithm of the weights' sum [R,H,L]. A query that sees nothing comes out as zero, and the sum as
+        infinity."""
         self.calls += 1
         k, v = (self._grouped(part, q.shape[2]) for part in (k, v))
         scores_RHLT = torch.einsum("rlhe,rthe->rhlt", q.float(), k.float()) * scale
-        weights_RHLT = scores_RHLT.masked_fill(~seen_RLT[:, None], -torch.inf).softmax(-1).nan_to_num(0)
-        return torch.einsum("rhlt,rthe->rlhe", weights_RHLT, v.float()).to(q.dtype)
+        scores_RHLT = scores_RHLT.masked_fill(~seen_RLT[:, None], -torch.inf)
+        sums_RHL = scores_RHLT.logsumexp(-1)
+        weights_RHLT, v = scores_RHLT.softmax(-1).nan_to_num(0), v.float().nan_to_num(0)
+        out = torch.einsum("rhlt,rthe->rlhe", weights_RHLT, v).to(q.dtype)
+        return out, sums_RHL.where(sums_RHL > -torch.inf, torch.inf)
 
 
 def through(kernel: ByNumber, tower: AnyTower) -> AnyTower:
     """The same tower with its attention through the kernel."""
+    return _with(tower, attend=attention(kernel, attend))
+
+
+def in_pages(kernel: AttendInPages, tower: AnyTower) -> AnyTower:
+    """The same tower with its attention through a kernel that reads pages in place, and through no other."""
+
+    def unused(*_: object) -> Tensor:
+        raise AssertionError("pages were gathered")
+
+    return _with(tower, attend=unused, attend_in_pages=kernel)
+
+
+def _with(tower: AnyTower, **changed: Any) -> AnyTower:
     ours = type(tower)(tower.config).to(tower.device, tower.dtype).requires_grad_(False).eval()
     ours.load_state_dict(tower.state_dict())
-    install(ours, replace(choose(tower.config, tower.device, tower.dtype, "torch"), attend=attention(kernel, attend)))
+    install(ours, replace(choose(tower.config, tower.device, tower.dtype, "torch"), **changed))
     return ours
+
+
+def _refuse_tables(block_table: Tensor, rows: int, page_size: int) -> None:
+    """What the kernel of paged memory refuses besides."""
+    refuse_unless(block_table.dtype is torch.int32, "block_table must have dtype torch.int32")
+    refuse_unless(block_table.stride(-1) == 1, "block_table must have contiguous last dimension")
+    refuse_unless(page_size % 256 == 0, "Paged KV cache block size must be divisible by 256")
+    refuse_unless(block_table.dim() == 2 and block_table.shape[0] == rows, "block_table must have shape")
 
 
 def _refuse_numbers(numbers: Tensor, count: int) -> None:

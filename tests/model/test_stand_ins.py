@@ -19,6 +19,8 @@ from tests.refusals import (
     convolution_refusals,
     flash_call,
     flash_refusals,
+    paged_call,
+    paged_refusals,
     scan_call,
     scan_refusals,
     step_call,
@@ -34,6 +36,7 @@ CALLS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]], Callable[[],
     (MambaStandIns().selective_state_update, step_call, step_refusals),
     (MambaStandIns().mamba_chunk_scan_combined, scan_call, scan_refusals),
     (FlashStandIns().flash_attn_with_kvcache, flash_call, flash_refusals),
+    (FlashStandIns().flash_attn_with_kvcache, paged_call, paged_refusals),
     (FlashStandIns().varlen_attn, varlen_call, varlen_refusals),
 ]
 REFUSED = [
