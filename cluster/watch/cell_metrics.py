@@ -18,7 +18,9 @@ CACHE_USED = Metric(
     "of a tower's pages that are taken; vLLM's name, and like vLLM's no percentage",
     ("cell", "tower"),
 )
-PAGES = Metric("cache_pages", Kind.GAUGE, "pages", "that a tower has, 16 positions each", ("cell", "tower"))
+PAGES = Metric(
+    "cache_pages", Kind.GAUGE, "pages", "that a tower has, of 16 positions each, on CUDA of 256", ("cell", "tower")
+)
 SLOTS_USED = Metric("slots_used", Kind.GAUGE, "slots", "that hold a sequence", ("cell", "tower"))
 SLOTS = Metric("slots", Kind.GAUGE, "slots", "that a tower has", ("cell", "tower"))
 FREE_MEMORY = Metric(
