@@ -13,9 +13,10 @@ from torch import Tensor
 from tests.flash_stand_ins import FlashStandIns
 from tests.goldens import CPU, MODELS, golden
 from twotower.config import ModelConfig
-from twotower.model.cache import ZERO_PAGE, TowerCache
+from twotower.model.cache import TowerCache
 from twotower.model.kernels import Kernels, choice, choose, describe, install, paged_attention
 from twotower.model.kernels.parity import TOLERANCE, paged_deviations
+from twotower.model.pages import ZERO_PAGE
 from twotower.model.tower import DenoiserTower
 
 CONFIG = ModelConfig(

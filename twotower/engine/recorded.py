@@ -21,11 +21,11 @@ from torch.jit._fuser import optimized_execution
 from twotower.config import MASK_TOKEN_ID, ModelConfig
 from twotower.decoding.guesses import likeliest, positions_at_once
 from twotower.decoding.unmasking import Blocks, StepParams, decided
-from twotower.engine.graphs import FixedStates
+from twotower.engine.fixed_states import FixedStates
 from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want, decided_apart, forward, logits_of, padded
-from twotower.model.cache import WASTE_PAGE, TowerCache
+from twotower.model.cache import TowerCache
 from twotower.model.moe import FEW_TOKENS
-from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.model.pages import PAGE_TOKENS, WASTE_PAGE, pages_for
 from twotower.model.rescan import KeptScan, KeptScans
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import on_device

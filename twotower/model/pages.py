@@ -9,6 +9,10 @@ PAGE_TOKENS = 16
 # values, beside 47 MiB of Mamba states of each sequence.
 CUDA_PAGE_TOKENS = 256
 
+ZERO_PAGE = 0  # read where a row has no page. Always zero: a masked weight of 0 must never meet a NaN.
+WASTE_PAGE = 1  # written where a row has padding, never seen
+RESERVED_PAGES = 2
+
 
 def page_tokens_on(device_kind: str) -> int:
     """Positions that a page holds on `cpu` or `cuda`. The cell's ledger and its towers both go by it."""

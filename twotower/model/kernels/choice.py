@@ -81,7 +81,7 @@ def choose(
     attention, how_attention = _choose_attention(candidates)
     in_pages, how_in_pages = _choose_in_pages(candidates)
     product, how_experts = _choose_product(candidates)
-    how = (*how_mixer, how_in_pages, *how_attention, how_experts)
+    how = (*how_mixer, *how_attention, how_in_pages, how_experts)
     return Kernels(mixer, attention, how, product, wanted, in_pages)
 
 
