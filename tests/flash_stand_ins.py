@@ -8,15 +8,16 @@ flash-attn's in `tests/kernels`, torch's in `tests/model/test_flash_attention.py
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from tests.mamba_stand_ins import aligned, refuse_unless
-from twotower.model.attention import AttendInPages, attend
-from twotower.model.kernels import choose, install
+from twotower.model.attention import attend
+from twotower.model.kernels import choose, install, paged_attention
 from twotower.model.kernels.flash_attention import ByNumber, attention, flash_attn, varlen_attn
+from twotower.model.kernels.paged_attention import ByTable
 from twotower.model.tower import ContextTower, DenoiserTower
 
 AnyTower = TypeVar("AnyTower", ContextTower, DenoiserTower)
@@ -25,6 +26,16 @@ ADAPTERS: dict[str, Callable[[Load], ByNumber]] = {
     "flash_attn": lambda load: flash_attn(load("flash_attn")),
     "torch varlen_attn": lambda load: varlen_attn(load("torch.nn.attention.varlen")),
 }
+
+
+PAGED: dict[str, Callable[[Load], ByTable]] = {
+    "flash_attn": lambda load: paged_attention.flash_attn(load("flash_attn")),
+    "torch varlen_attn": lambda load: paged_attention.varlen_attn(load("torch.nn.attention.varlen")),
+}
+
+
+class _AuxRequest(NamedTuple):
+    lse: bool = False
 
 
 class FlashStandIns:
@@ -40,7 +51,8 @@ class FlashStandIns:
         functions = {"flash_attn": self.flash_attn_with_kvcache, "torch.nn.attention.varlen": self.varlen_attn}
         if name not in functions:
             raise ModuleNotFoundError(f"No module named {name!r}")
-        return SimpleNamespace(**{functions[name].__name__: functions[name]})  # type: ignore[return-value]
+        module = SimpleNamespace(**{functions[name].__name__: functions[name]}, AuxRequest=_AuxRequest)
+        return module  # type: ignore[return-value]
 
     def flash_attn_with_kvcache(
         self,
@@ -116,15 +128,18 @@ class FlashStandIns:
         max_q: int,
         max_k: int,
         *,
+        return_aux: "_AuxRequest | None" = None,
         window_size: tuple[int, int] = (-1, -1),
         enable_gqa: bool = False,
         seqused_k: Tensor | None = None,
-    ) -> Tensor:
-        if not enable_gqa and query.shape[1] != key.shape[1]:
+        block_table: Tensor | None = None,
+        num_splits: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if not enable_gqa and query.shape[1] != key.shape[-2]:
             raise ValueError("Expect query and key/value to have the same number of heads")
         left, right = window_size
         lengths = (cu_seq_q, cu_seq_k, max_q, max_k)
-        return self.flash_attention_forward(
+        out, sums, *_ = self.flash_attention_forward(
             query,
             key,
             value,
@@ -135,7 +150,10 @@ class FlashStandIns:
             window_size_left=left,
             window_size_right=right,
             seqused_k=seqused_k,
-        )[0]
+            block_table=block_table,
+            num_splits=num_splits,
+        )
+        return (out, sums) if return_aux is not None and return_aux.lse else out
 
     def flash_attention_forward(
         self,
@@ -158,13 +176,17 @@ class FlashStandIns:
         block_table: Tensor | None = None,
         num_splits: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        assert (scale, alibi_slopes, block_table, num_splits) == (None,) * 4, "what ours never passes"
+        assert (scale, alibi_slopes) == (None,) * 2, "what ours never passes"
         assert seqused_k is not None, "what ours always passes"
+        assert num_splits == 1 or block_table is None, "split keys of paged memory may come out as NaN"
         assert (window_size_left, window_size_right) == (-1, 0 if is_causal else -1)
         rows = cum_seq_q.shape[0] - 1
         self._refuse_misfits(query, key, value)
         refuse_unless(query.shape[-1] % 8 == 0, "head_size must be a multiple of 8, this is ensured by padding!")
         refuse_unless(key.shape == value.shape, "v must have shape (total_k, num_heads_k, head_size)")
+        if block_table is not None:
+            _refuse_tables(block_table, rows, key.shape[1])
+            key, value = (self._paged(part, block_table).flatten(0, 1) for part in (key, value))
         refuse_unless(query.shape[0] == rows * max_q and key.shape[0] == rows * max_k, "rows as ours packs them")
         for offsets in (cum_seq_q, cum_seq_k):
             _refuse_numbers(offsets, rows + 1)
@@ -173,9 +195,9 @@ class FlashStandIns:
         lengths_q = cum_seq_q.diff()[row_q, None]
         seen = self._seen(at_q[:, None], at_k, lengths_q, seqused_k[row_q, None], is_causal)
         seen = seen & (row_q[:, None] == row_k)
-        out = self._weighed(query[None], key[None], value[None], seen[None], query.shape[-1] ** -0.5)[0][0]
+        out, sums = self._weighed(query[None], key[None], value[None], seen[None], query.shape[-1] ** -0.5)
         unread = torch.empty(0, device=query.device)
-        return out, unread, unread, unread, unread
+        return out[0], sums[0], unread, unread, unread
 
     def _refuse_misfits(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """What both kernels refuse, where heads and their width come last."""
@@ -218,13 +240,13 @@ def through(kernel: ByNumber, tower: AnyTower) -> AnyTower:
     return _with(tower, attend=attention(kernel, attend))
 
 
-def in_pages(kernel: AttendInPages, tower: AnyTower) -> AnyTower:
+def in_pages(kernel: ByTable, tower: AnyTower) -> AnyTower:
     """The same tower with its attention through a kernel that reads pages in place, and through no other."""
 
     def unused(*_: object) -> Tensor:
         raise AssertionError("pages were gathered")
 
-    return _with(tower, attend=unused, attend_in_pages=kernel)
+    return _with(tower, attend=unused, attend_in_pages=paged_attention.attention(kernel))
 
 
 def _with(tower: AnyTower, **changed: Any) -> AnyTower:

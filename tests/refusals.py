@@ -132,6 +132,23 @@ def varlen_call(dtype: torch.dtype = BF16, width: int = 16, kv_heads: int = 2) -
     return {**given, **lengths, **more}
 
 
+def paged_varlen_call(dtype: torch.dtype = BF16, width: int = 16, kv_heads: int = 2, page: int = 256) -> dict[str, Any]:
+    """As `paged_call`, rows packed."""
+    given, row = paged_call(dtype, width, kv_heads, page), torch.arange(4, dtype=torch.int32)
+    packed = {"query": given["q"].flatten(0, 1), "key": given["k_cache"], "value": given["v_cache"]}
+    lengths = {"cu_seq_q": row * 5, "cu_seq_k": row * 2 * page, "max_q": 5, "max_k": 2 * page}
+    seen = {"seqused_k": given["cache_seqlens"], "block_table": given["block_table"], "num_splits": 1}
+    return {**packed, **lengths, **seen, "window_size": (-1, 0), "enable_gqa": True}
+
+
+def paged_varlen_refusals() -> Iterator[Refusal]:
+    for refusal in _both_flash_refusals(paged_varlen_call, "query", "key", "seqused_k"):
+        yield refusal._replace(name=f"pages, {refusal.name}")
+    for size in (16, 128, 384):
+        yield Refusal(f"pages of {size}", paged_varlen_call(page=size))
+    yield Refusal("a table in 64 bits", {**paged_varlen_call(), "block_table": paged_call()["block_table"].long()})
+
+
 def varlen_refusals() -> Iterator[Refusal]:
     yield from _both_flash_refusals(varlen_call, "query", "key", "seqused_k")
     yield Refusal("heads that are no multiple of 8", varlen_call(width=12))

@@ -54,7 +54,7 @@ def test_pages_in_place_are_held_to_gathered_ones(
     monkeypatch.setattr(pages, "page_tokens_on", lambda kind: 256)
     monkeypatch.setattr("twotower.model.cache.page_tokens_on", lambda kind: 256)
     arguments = ["--tiny", "--sections", "pages", "--batches", "3", "--output", str(tmp_path / "report.md")]
-    attend = paged_attention.flash_attn(FlashStandIns(any_dtype=True).load("flash_attn"))
+    attend = paged_attention.attention(paged_attention.flash_attn(FlashStandIns(any_dtype=True).load("flash_attn")))
     for by, status in ((1.0, 0), (1.1, 1)):
         kernel = lambda q, seen, by=by: by * attend(q, seen)  # noqa: E731
         monkeypatch.setattr(

@@ -246,7 +246,8 @@ def _reading_in_place(tower: AnyTower) -> AnyTower:
     """Through flash-attn's stand-in, and through nothing else."""
     for module in tower.modules():
         if isinstance(module, Attention):
-            module.attend_in_pages = paged_attention.flash_attn(FlashStandIns(any_dtype=True).load("flash_attn"))
+            kernel = paged_attention.flash_attn(FlashStandIns(any_dtype=True).load("flash_attn"))
+            module.attend_in_pages = paged_attention.attention(kernel)
             module.attend = _gathered
     return tower
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from tests.engine.decode import SETTINGS, decode_all
-from tests.flash_stand_ins import FlashStandIns, in_pages
+from tests.flash_stand_ins import PAGED, FlashStandIns, Load, in_pages
 from tests.goldens import CPU, MODELS, causal_request, diffusion_request, golden
 from twotower.core import Mode
 from twotower.engine import context_engine, in_process
 from twotower.engine.graphs import FixedPasses
 from twotower.engine.passes import EagerPasses, Passes, Want
 from twotower.model.cache import TowerCache
-from twotower.model.kernels.paged_attention import flash_attn
+from twotower.model.kernels.paged_attention import ByTable
 from twotower.model.tower import ContextTower, DenoiserTower
 
 Kind = Callable[[ContextTower | DenoiserTower, TowerCache], Passes]
@@ -86,8 +86,9 @@ def _run(
 
 @NAMES
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-def test_both_towers_give_what_the_plain_path_gives(name: str, kind: Kind) -> None:
-    model, kernel = golden(name), flash_attn(FlashStandIns(any_dtype=True).load("flash_attn"))
+@pytest.mark.parametrize("paged", PAGED.values(), ids=PAGED.keys())
+def test_both_towers_give_what_the_plain_path_gives(name: str, kind: Kind, paged: Callable[[Load], ByTable]) -> None:
+    model, kernel = golden(name), paged(FlashStandIns(any_dtype=True).load)
     found = _run(in_pages(kernel, model.context), in_pages(kernel, model.denoiser), kind, page_tokens=256)
     wanted = _run(model.context, model.denoiser, EagerPasses, page_tokens=16)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
@@ -96,7 +97,7 @@ def test_both_towers_give_what_the_plain_path_gives(name: str, kind: Kind) -> No
 def test_a_prefix_that_two_sequences_share_is_read_from_the_same_pages() -> None:
     """Both write behind it, each on a page of its own, and a denoiser looks at both: the shared page stays."""
     model = golden(MODELS[0])
-    kernel = flash_attn(FlashStandIns(any_dtype=True).load("flash_attn"))
+    kernel = PAGED["flash_attn"](FlashStandIns(any_dtype=True).load)
     context, denoiser = in_pages(kernel, model.context), in_pages(kernel, model.denoiser)
     cache = TowerCache(context.config, 2, 8, CPU, torch.float32, snapshots=1, page_tokens=256)
     reading, denoising = EagerPasses(context, cache), EagerPasses(denoiser, cache)
@@ -131,7 +132,7 @@ def test_whole_requests_give_the_released_codes_tokens(name: str, monkeypatch: p
     for module in (context_engine, in_process):
         monkeypatch.setattr(module, "page_tokens_on", lambda kind: 256)
     model = golden(name)
-    through = partial(in_pages, flash_attn(FlashStandIns(any_dtype=True).load("flash_attn")))
+    through = partial(in_pages, PAGED["flash_attn"](FlashStandIns(any_dtype=True).load))
     prompt = model.prompts[0]
     cases = [case for case in prompt["cases"] if case["eos_token_id"] is None][:2]
     causal = (Mode.AR, Mode.MOCK_AR, Mode.VERIFIED)

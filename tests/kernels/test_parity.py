@@ -73,8 +73,8 @@ def test_attention(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None
 def test_attention_in_pages(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "_CACHED", (37,))
     monkeypatch.setattr(parity, "_ROWS", 3)
-    assert paged_attention.misfit(real.load("flash_attn")) is None
-    attend = paged_attention.flash_attn(real.load("flash_attn"))
+    assert paged_attention.flash_misfit(real.load("flash_attn")) is None
+    attend = paged_attention.attention(paged_attention.flash_attn(real.load("flash_attn")))
     calls = real.ATTENTION.stand_ins.calls
     for case, deviation in parity.paged_deviations(attend, config, CPU, torch.bfloat16):
         assert deviation <= parity.TOLERANCE, case

@@ -1,5 +1,5 @@
-"""Attention over pages in place against the plain path, over a stand-in for flash-attn; when it is picked; what states
-hand over."""
+"""Attention over pages in place against the plain path, over stand-ins for the two kernels; when it is picked; what
+states hand over."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.flash_stand_ins import FlashStandIns
+from tests.flash_stand_ins import PAGED, FlashStandIns, Load
 from tests.goldens import CPU, MODELS, golden
 from twotower.config import ModelConfig
 from twotower.model.cache import TowerCache
 from twotower.model.kernels import Kernels, choice, choose, describe, install, paged_attention
+from twotower.model.kernels.paged_attention import ByTable
 from twotower.model.kernels.parity import TOLERANCE, paged_deviations
 from twotower.model.pages import ZERO_PAGE
 from twotower.model.tower import DenoiserTower
@@ -61,7 +62,7 @@ class Writes(FlashStandIns):
         return found
 
 
-WRONG = [OtherLogarithm]
+WRONG: list[Any] = [OtherLogarithm]
 WRONG += [pytest.param(w, marks=pytest.mark.slow) for w in (OneKeyMore, OtherOrder, AnotherRows, TopLeft, Writes)]
 
 
@@ -71,10 +72,15 @@ def no_grad() -> Iterator[None]:
         yield
 
 
+# torch's own imports torch's compiler, which takes seconds; over the stand-in it does not.
+adapters = pytest.mark.parametrize("adapter", PAGED.values(), ids=PAGED.keys())
+
+
+@adapters
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_agrees_with_the_plain_path(dtype: torch.dtype) -> None:
+def test_agrees_with_the_plain_path(adapter: Callable[[Load], ByTable], dtype: torch.dtype) -> None:
     stand_ins = FlashStandIns(any_dtype=dtype is torch.float32)
-    attend = paged_attention.flash_attn(stand_ins.load("flash_attn"))
+    attend = paged_attention.attention(adapter(stand_ins.load))
     deviations = list(paged_deviations(attend, CONFIG, CPU, dtype))
     for case, deviation in deviations:
         assert deviation <= (1e-5 if dtype is torch.float32 else TOLERANCE), case
@@ -85,10 +91,16 @@ def test_agrees_with_the_plain_path(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_the_real_one_agrees_on_cuda() -> None:
+@adapters
+def test_the_real_ones_agree_on_cuda(adapter: Callable[[Load], ByTable]) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    attend = paged_attention.flash_attn(pytest.importorskip("flash_attn"))
+    load = pytest.importorskip
+    if adapter is PAGED["torch varlen_attn"] and (
+        why := paged_attention.varlen_misfit(load("torch.nn.attention.varlen"))
+    ):
+        pytest.skip(why)
+    attend = paged_attention.attention(adapter(load))
     wide = replace(CONFIG, num_attention_heads=32, head_dim=128)
     for case, deviation in paged_deviations(attend, wide, torch.device("cuda"), torch.bfloat16):
         assert deviation <= TOLERANCE, case
@@ -109,6 +121,13 @@ def test_flash_attn_is_picked_where_it_is_importable(monkeypatch: pytest.MonkeyP
     assert "attention in pages: flash_attn" in describe(tower)
 
 
+@pytest.mark.slow
+def test_torchs_own_is_picked_without_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = _choose_as_on_cuda(monkeypatch, lambda name: FlashStandIns().load(name.replace("flash_", "absent_")))
+    chosen = "; attention in pages: torch varlen_attn (agrees with torch here, No module named 'absent_attn'); "
+    assert chosen in str(kernels) and kernels.attend_in_pages is not None
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_kernel_is_declined(
     wrong: type[FlashStandIns], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -116,29 +135,42 @@ def test_a_wrong_kernel_is_declined(
     kernels = _choose_as_on_cuda(monkeypatch, wrong().load)
     assert kernels.attend_in_pages is None
     assert "attention in pages: none, pages are gathered (flash_attn differs from torch by " in str(kernels)
-    assert "attention in pages: flash_attn differs from torch by " in caplog.text
+    for name in ("flash_attn", "torch varlen_attn"):
+        assert f"attention in pages: {name} differs from torch by " in caplog.text
 
 
 def test_what_is_missing_or_too_old_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     def old(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, causal: bool = False) -> Tensor:
         return q
 
+    def varlen_attn(query: Tensor, *, seqused_k: Tensor) -> Tensor:
+        return query
+
     def load(name: str) -> Any:
-        if name == "flash_attn":
-            return SimpleNamespace(flash_attn_with_kvcache=old)
-        raise ModuleNotFoundError(f"No module named {name!r}")
+        old.__name__ = "flash_attn_with_kvcache"
+        modules = {
+            "flash_attn": SimpleNamespace(flash_attn_with_kvcache=old),
+            "torch.nn.attention.varlen": SimpleNamespace(varlen_attn=varlen_attn),
+        }
+        if name not in modules:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return modules[name]
 
     chosen = choose(CONFIG, CPU, torch.bfloat16)
     assert "; attention in pages: none, pages are gathered (no CUDA); " in str(chosen)
-    too_old = "flash_attn has a flash_attn_with_kvcache without block_table and return_softmax_lse"
+    too_old = (
+        "flash_attn_with_kvcache has no block_table and no return_softmax_lse, "
+        "varlen_attn has no block_table and no num_splits"
+    )
     chosen = _choose_as_on_cuda(monkeypatch, load)
     assert f"; attention in pages: none, pages are gathered ({too_old}); " in str(chosen)
 
 
 def test_fp32_is_left_to_torch() -> None:
     candidates = choice._Candidates(CONFIG, torch.device("cuda"), torch.float32, "auto", FlashStandIns().load)
-    with pytest.raises(choice._Declined, match="a model that is not bfloat16"):
-        candidates.paged_flash_attn()
+    for candidate in (candidates.paged_flash_attn, candidates.paged_varlen_attn):
+        with pytest.raises(choice._Declined, match="a model that is not bfloat16"):
+            candidate()
 
 
 def test_states_hand_over_large_pages_only() -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# flash-attn's kernels of paged memory walk it in tiles that divide this, and refuse other pages.
+# flash-attn's kernels of paged memory, which torch has too, walk it in tiles that divide this, and refuse other pages.
 PLACES_OF_A_TABLE = 256
 
 

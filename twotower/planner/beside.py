@@ -1,7 +1,7 @@
 """What our own code moves in a denoiser step beyond what `passes` counts, on CUDA, in bf16: worked out from the kernels
 that it launches, each tensor once read and once written. Nothing here is measured.
 
-Of attention: flash-attn reads pages where they lie, in two calls whose results are mixed. Without it a row's pages are
+Of attention: a kernel reads pages where they lie, in two calls whose results are mixed. Without one a row's pages are
 gathered into one tensor; all rows are counted as equally long, though they are padded to the longest. Of Mamba layers:
 the rows' states are gathered likewise; one row's are a view. Of the decision: bytes of each logit, kernel by kernel
 (`twotower.decoding.guesses`), or by the one kernel that reads what the head has written (`fused_guesses`).
@@ -49,7 +49,7 @@ class Beside:
     sampled: float
 
     def factors(self, cost: Cost) -> dict[str, float]:
-        """All that a step moves, as so many times what it must: by the kernels, and by torch's functions alone."""
+        """All that a step moves, as so many times what it must: by the kernels, and by plain functions alone."""
         own = {
             "kernels": self.in_place + self.fused,
             "greedy": self.pages + self.greedy,

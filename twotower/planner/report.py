@@ -127,10 +127,8 @@ def _lines(plan: Figures, source: str) -> Iterator[str]:
     )
     yield from (
         "",
-        "A denoiser step by our own code, GB: what it must move, what it moves beside that, all of it ÷ must: "
-        "by flash-attn",
-        "and our kernel (pages in place), by torch's functions where no row and where every row samples "
-        "(pages gathered)",
+        "A denoiser step by our own code, GB: what it must move, what it moves beside that, all of it ÷ must:",
+        "by kernels (pages in place), by plain functions where no row and where every row samples (pages gathered)",
     )
     yield from _table(
         ["rows", *(name.replace("_", " ") for name in list(plan["our_code"][0])[1:8]), *_OURS],

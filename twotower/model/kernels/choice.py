@@ -130,8 +130,14 @@ class _Candidates:
     def paged_flash_attn(self) -> AttendInPages:
         self._allowed(bfloat16_only=True)
         module = self._module("flash_attn")
-        _fits(paged_attention.misfit(module) or flash_attention.heads_misfit(self.config.head_dim))
-        return paged_attention.flash_attn(module)
+        _fits(paged_attention.flash_misfit(module) or flash_attention.heads_misfit(self.config.head_dim))
+        return paged_attention.attention(paged_attention.flash_attn(module))
+
+    def paged_varlen_attn(self) -> AttendInPages:
+        self._allowed(bfloat16_only=True)
+        module = self._module("torch.nn.attention.varlen")
+        _fits(paged_attention.varlen_misfit(module) or flash_attention.heads_misfit(self.config.head_dim))
+        return paged_attention.attention(paged_attention.varlen_attn(module))
 
     def flash_attn(self, masked: Attend) -> Attend:
         self._allowed(bfloat16_only=True)
@@ -209,14 +215,17 @@ def _choose_attention(candidates: _Candidates) -> tuple[Attend, tuple[Choice, ..
 
 
 def _choose_in_pages(candidates: _Candidates) -> tuple[AttendInPages | None, Choice]:
-    """Of kernels that read pages in place. torch's functions read none: what they attend to is gathered."""
+    """Of kernels that read pages in place. Without one they are gathered."""
 
     def deviations(kernel: AttendInPages | None) -> Iterable[tuple[str, float]]:
         assert kernel is not None
         return parity.paged_deviations(kernel, candidates.config, candidates.device, candidates.dtype)
 
-    by_number: dict[str, _Build[AttendInPages | None]] = {"flash_attn": candidates.paged_flash_attn}
-    return _first("attention in pages", by_number, deviations, None, "none, pages are gathered")
+    by_table: dict[str, _Build[AttendInPages | None]] = {
+        "flash_attn": candidates.paged_flash_attn,
+        "torch varlen_attn": candidates.paged_varlen_attn,
+    }
+    return _first("attention in pages", by_table, deviations, None, "none, pages are gathered")
 
 
 def _choose_product(candidates: _Candidates) -> tuple[GroupedProduct, Choice]:
