@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.decode import SETTINGS, decode_all
+from tests.engine.decode import SETTINGS, decode_all, plain_request
 from tests.flash_stand_ins import PAGED, FlashStandIns, Load, in_pages
 from tests.goldens import CPU, MODELS, causal_request, diffusion_request, golden
 from twotower.core import Mode
@@ -141,3 +141,19 @@ def test_whole_requests_give_the_released_codes_tokens(name: str, monkeypatch: p
     settings = replace(SETTINGS, capture="off")  # a CPU's programs are made of the plain functions
     results = decode_all(through(model.context), through(model.denoiser), requests, settings=settings)
     assert [result.token_ids for result in results] == wanted
+
+
+def test_a_kept_prefix_is_read_on_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind one page of a prompt that another request has read, in the same chunks: the same tokens."""
+    for module in (context_engine, in_process):
+        monkeypatch.setattr(module, "page_tokens_on", lambda kind: 256)
+    model, kernel = golden(MODELS[0]), PAGED["flash_attn"](FlashStandIns(any_dtype=True).load)
+    towers = in_pages(kernel, model.context), in_pages(kernel, model.denoiser)
+    settings = replace(SETTINGS, capture="off", max_sequence_length=512)
+    prompts = [[4 + place % 19 for place in range(280)] + [5 + number] * 9 for number in range(3)]
+    modes = (Mode.AR, Mode.DIFFUSION, Mode.VERIFIED)
+    requests = [plain_request(f"{mode}", mode, prompt=ids) for mode, ids in zip(modes, prompts, strict=True)]
+    kept = decode_all(*towers, requests, together=False, settings=settings)
+    alone = decode_all(model.context, model.denoiser, requests, settings=replace(settings, prefix_cache_bytes=0))
+    assert [result.cached_tokens for result in kept] == [0, 256, 256]
+    assert [result.token_ids for result in kept] == [result.token_ids for result in alone]
