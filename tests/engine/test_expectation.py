@@ -25,10 +25,11 @@ from twotower.engine.settings import EngineSettings
 from twotower.errors import CheckpointError, Unavailable
 from twotower.model import mamba
 from twotower.model.attention import attend
-from twotower.model.cache import ReadStates, Span, TowerCache
+from twotower.model.cache import Span, TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.pages import PAGE_TOKENS
+from twotower.model.row_states import ReadStates
 from twotower.model.states import Reach
 from twotower.model.tower import ContextTower, DenoiserTower
 

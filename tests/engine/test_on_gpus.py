@@ -16,6 +16,7 @@ from tests.cuda_stand_in import Gpus, gpus
 from tests.engine.arrangements import Towers, split_pair
 from tests.engine.decode import collect
 from tests.exchange.rig import QUICK
+from tests.flash_stand_ins import AnyTower, FlashStandIns
 from tests.goldens import CPU, GOLDEN_DIR, MODELS, VENDORED
 from tests.nccl_stand_in import ProcessGroupNCCL, stand_in
 from twotower.core import DecodingParams, Mode, Request, RequestId
@@ -28,8 +29,10 @@ from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 from twotower.expert_formats import ExpertFormat
+from twotower.model.attention import Attention
 from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
+from twotower.model.kernels import paged_attention
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.moe import FEW_TOKENS
 
@@ -88,13 +91,26 @@ async def test_captured_at_start_and_never_while_serving(
     wanted = await _in_process(name, "cpu")
     with gpus(2, monkeypatch) as machine:
         assert await _in_process(name, "cuda:1", replace(SETTINGS, capture="on")) == wanted
-    # Rows 1 and 2, each with 4 or 8 pages where blocks are read and 4 where tokens are. A context tower has 3 forms of
-    # blocks, drafts among them, and 3 of tokens, a denoiser 1 and 2.
-    assert machine.captures == 2 * (2 * (3 + 1) + (3 + 2))
+    # Rows 1 and 2, each with one page. A context tower has 3 forms of blocks, drafts among them, and 3 of tokens, a
+    # denoiser 1 and 2.
+    assert machine.captures == 2 * ((3 + 1) + (3 + 2))
     assert len(machine.pools) == 2, "one a tower"
     assert machine.replays > 10
     assert machine.device_waits == 0
     assert machine.uploads and not machine.foreign_uploads
+
+
+@NAMES
+@pytest.mark.slow
+async def test_pages_are_read_in_place_in_captures(
+    name: str, captured_in_fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = await _in_process(name, "cpu")
+    for load in (load_context_tower, load_denoiser_tower):
+        monkeypatch.setattr(in_process, load.__name__, lambda *given, load=load: _reading_in_place(load(*given)))
+    with gpus(2, monkeypatch) as machine:
+        assert await _in_process(name, "cuda:1", replace(SETTINGS, capture="on")) == wanted
+    assert machine.replays > 10 and machine.device_waits == 0
 
 
 @pytest.mark.parametrize(
@@ -199,6 +215,46 @@ def test_drafts_are_captured(name: str, machine: Gpus, captured_in_fp32: None) -
     assert machine.replays == replays
     for ours, plain in ((cache.ssm, plain_cache.ssm), (cache.conv, plain_cache.conv)):
         torch.testing.assert_close(ours[:, slots].inner, plain[:, slots].inner)  # type: ignore[attr-defined]
+
+
+@NAMES
+def test_passes_that_read_pages_in_place_are_captured(name: str, machine: Gpus, captured_in_fp32: None) -> None:
+    """A GPU's cache has pages of 256 positions. A replay asks the host for nothing, gathers nothing, and gives what an
+    eager pass gives that gathers."""
+    checkpoint = Checkpoint.open(GOLDEN_DIR / name)
+    context = load_context_tower(checkpoint, SECOND, torch.float32, kernels="torch")
+    denoiser = load_denoiser_tower(checkpoint, SECOND, torch.float32, kernels="torch")
+    cache = TowerCache(context.config, 2, 8, SECOND, torch.float32)
+    assert cache.page_tokens == 256
+    slots, prompts, given = [cache.allocate(300) for _ in range(2)], [[6, 5] * 125, [8] * 30], [[5, 3] * 8, [9, 2, 4]]
+    with torch.inference_mode():
+        EagerPasses(context, cache).run(slots, prompts, want=Want.STATES)
+        for slot, ids in zip(slots, prompts, strict=True):
+            cache.advance(slot, len(ids))
+        plain = EagerPasses(denoiser, cache).run(slots, given, [0.5, 0.25], Want.HIDDEN)
+        drafted, _ = EagerPasses(context, cache).verify(slots, given)
+        for tower, wanted in ((_reading_in_place(denoiser), plain), (_reading_in_place(context), drafted)):
+            t = None if tower is context else [0.5, 0.25]
+            passes = FixedPasses(tower, cache, cache.scratch_slot, longest=300)
+            passes.capture(slots, 16, t is not None, Want.HIDDEN, keeps_scans=t is None)
+            replayed = passes.verify(slots, given)[0] if t is None else passes.run(slots, given, t, Want.HIDDEN)
+            for row, ids in enumerate(given):
+                torch.testing.assert_close(replayed[row, : len(ids)].inner, wanted[row, : len(ids)].inner)
+    assert (machine.captures, machine.replays) == (2, 2)
+
+
+def _reading_in_place(tower: AnyTower) -> AnyTower:
+    """Through flash-attn's stand-in, and through nothing else."""
+    for module in tower.modules():
+        if isinstance(module, Attention):
+            kernel = paged_attention.flash_attn(FlashStandIns(any_dtype=True).load("flash_attn"))
+            module.attend_in_pages = paged_attention.attention(kernel)
+            module.attend = _gathered
+    return tower
+
+
+def _gathered(*_: object) -> torch.Tensor:
+    raise AssertionError("pages were gathered")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from twotower.exchange.settings import LinkSettings
 from twotower.exchange.staging import DeltaLayout, fitted
 from twotower.model.cache import TowerCache, state_bytes
 from twotower.model.loading import materialise
-from twotower.model.pages import PAGE_TOKENS
+from twotower.model.pages import page_tokens_on
 from twotower.model.tower import ContextTower, DenoiserTower
 
 _META = torch.device("meta")
@@ -73,12 +73,14 @@ def memory_of(
 ) -> Memory:
     """The memory of a process that hosts these towers over one cache (or mirror) and `num_links` ends of links."""
     captured = captured_bytes(config, settings, dtype, towers) if on_gpu and settings.capture == "on" else 0
-    snapshots = settings.snapshots(state_bytes(config, dtype)) if ContextTower in towers else 0
-    cache = TowerCache(config, settings.max_sequences, settings.pages, _META, dtype, snapshots)
+    page_tokens = page_tokens_on("cuda" if on_gpu else "cpu")
+    pages = settings.pages_of(page_tokens)
+    snapshots = settings.snapshots(state_bytes(config, dtype), page_tokens) if ContextTower in towers else 0
+    cache = TowerCache(config, settings.max_sequences, pages, _META, dtype, snapshots, page_tokens)
     link = link or fitted(LinkSettings(), cache, settings.longest_delta)
     return Memory(
         sequences=settings.max_sequences,
-        tokens=settings.pages * PAGE_TOKENS,
+        tokens=pages * page_tokens,
         weights=sum(_weights(tower, config, dtype) for tower in towers),
         slots=_bytes([cache.conv, cache.ssm]),
         pages=_bytes([cache.keys, cache.values]),

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twotower.model.cache import TowerCache
-from twotower.model.pages import PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +48,9 @@ class Prefixes:
 
     def __init__(self, cache: TowerCache, stride: int) -> None:
         """`stride`: a whole number of pages; 0: nothing is kept."""
-        assert stride % PAGE_TOKENS == 0, "a prefix ends with a page"
+        assert stride % cache.page_tokens == 0, "a prefix ends with a page"
         self.stride = stride if cache.snapshots else 0
-        self._cache, self._pages_each = cache, stride // PAGE_TOKENS
+        self._cache, self._pages_each = cache, stride // cache.page_tokens
         self._nodes: dict[bytes, _Node] = {}
         self._recent: OrderedDict[bytes, None] = OrderedDict()  # those with a snapshot, the most recently used last
         self._free = list(range(cache.snapshots - 1, -1, -1))

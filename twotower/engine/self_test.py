@@ -16,7 +16,7 @@ from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreRequest
 from twotower.engine.expectation import Expectation, Known, Outcome
 from twotower.engine.pair import Pair, Trial
 from twotower.errors import Overloaded, TwoTowerError, Unavailable
-from twotower.model.pages import pages_for
+from twotower.model.room import Room
 
 _PROMPT = (1, 2, 3, 4, 5)
 _BLOCK = 16  # answers are asked for in whole blocks
@@ -36,7 +36,7 @@ async def self_test(
 
     Raises Unavailable with what was tried and the reason.
     """
-    if expected is not None and max(map(_pages, expected.sample)) > pair.ledger.context.pages:
+    if expected is not None and _most_pages(pair.ledger.context, expected.sample) > pair.ledger.context.pages:
         logger.warning("self-test: the cache is too small for the checkpoint's own sample; left out")
         expected = None
     for mode in modes:
@@ -110,7 +110,7 @@ async def _of_all(
     pair: Pair | Trial, sample: Sequence[Known], ask: Callable[[int, Known], Awaitable[Answer]], timeout_s: float
 ) -> list[Answer]:
     room = pair.ledger.context
-    limit = asyncio.Semaphore(max(1, min(room.free_slots, room.free_pages // max(map(_pages, sample)))))
+    limit = asyncio.Semaphore(max(1, min(room.free_slots, room.free_pages // _most_pages(room, sample))))
 
     async def patiently(number: int, known: Known) -> Answer:
         async with limit:
@@ -132,8 +132,8 @@ def _params(known: Known, mode: Mode) -> DecodingParams:
     return DecodingParams(mode=mode, max_new_tokens=longest, confidence_threshold=_THRESHOLD)
 
 
-def _pages(known: Known) -> int:
-    return max(pages_for(_request(known, mode, 0).positions) for mode in Mode)
+def _most_pages(room: Room, sample: Sequence[Known]) -> int:
+    return max(room.pages_for(_request(known, mode, 0).positions) for known in sample for mode in Mode)
 
 
 def _request(known: Known, mode: Mode, number: int) -> Request:

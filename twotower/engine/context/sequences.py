@@ -86,7 +86,8 @@ class Sequences:
         """`chunk`: positions of a prompt that one forward reads."""
         self._cache, self._passes, self._scheduler = cache, passes, scheduler
         self._prefixes, self._chunk = prefixes, chunk
-        self._room = SharedRoom(Room(cache.room.slots, cache.room.pages), prefixes.stride)
+        room = Room(cache.room.slots, cache.room.pages, page_tokens=cache.page_tokens)
+        self._room = SharedRoom(room, prefixes.stride)
         self._by_key: dict[Key, ContextSequence] = {}
         self._unopened: dict[Key, _Needs] = {}
         self._coming: dict[bytes, Key] = {}  # prefixes that are being read, and by which sequence
