@@ -22,6 +22,13 @@ class Capture(StrEnum):
     OFF = "off"
 
 
+class PrefixMemory(StrEnum):
+    """Whose memory the states of kept prefixes are in."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
 _LINK_LOW_S = 3  # a tower with nothing to say speaks every second
 
 
@@ -42,6 +49,12 @@ class EngineSettings:
         Integer(0),
         "bytes for the Mamba states of prompts' prefixes, which are kept for prompts that begin alike. Keys and values "
         "are kept beside them as far as no sequence needs their pages. 0: nothing is kept",
+    ).field
+    prefix_cache_in: str = Setting(
+        "device",
+        Choice(PrefixMemory),
+        "whose memory these states are in. `host`: a GPU's own is left to sequences, and a prompt that begins alike "
+        "gets its states copied back. On a CPU both are the same",
     ).field
     link_timeout_s: float = Setting(10.0, Number(_LINK_LOW_S), "how long a tower process may be silent").field
     stall_timeout_s: float = Setting(60.0, Number(0, low_open=True), "how long one tick of a tower may take").field
