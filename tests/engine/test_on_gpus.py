@@ -4,7 +4,7 @@ The stand-in refuses every tensor, stream, event and group of a device without a
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -26,7 +26,7 @@ from twotower.engine.graphs import FixedPasses, PassShape
 from twotower.engine.in_process import open_pair, pick_device
 from twotower.engine.pair import Pair
 from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want
-from twotower.engine.settings import EngineSettings
+from twotower.engine.settings import EngineSettings, PrefixMemory
 from twotower.errors import ConfigError
 from twotower.expert_formats import ExpertFormat
 from twotower.model.attention import Attention
@@ -35,6 +35,8 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.model.kernels import paged_attention
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.moe import FEW_TOKENS
+from twotower.model.pages import page_tokens_on
+from twotower.model.snapshots import Snapshots
 
 SETTINGS = EngineSettings(max_sequences=2, max_sequence_length=60, prefill_chunk_tokens=32, capture="off")
 SECOND = torch.device("cuda", 1)
@@ -111,6 +113,47 @@ async def test_pages_are_read_in_place_in_captures(
     with gpus(2, monkeypatch) as machine:
         assert await _in_process(name, "cuda:1", replace(SETTINGS, capture="on")) == wanted
     assert machine.replays > 10 and machine.device_waits == 0
+
+
+@pytest.mark.parametrize("memory", list(PrefixMemory))
+async def test_kept_prefixes(memory: PrefixMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device, or on the host and copied back: the tokens are the same, and nobody waits for a copy."""
+    stride = page_tokens_on("cuda")
+    settings = replace(
+        SETTINGS, max_sequence_length=2 * stride, prefill_chunk_tokens=stride, prefix_cache_bytes=2**20,
+        prefix_cache_in=memory,
+    )  # fmt: skip
+    begun = tuple(4 + place % 40 for place in range(stride))
+    requests = [
+        Request(RequestId(f"{number}"), (*begun, *behind), DecodingParams(mode=Mode.AR, max_new_tokens=6))
+        for number, behind in enumerate([(5, 6), (7,), (5, 6)])
+    ]
+
+    async def answers(device: str) -> list[tuple[int, list[int]]]:
+        found = []
+        async with open_pair(GOLDEN_DIR / MODELS[0], settings, device) as pair:
+            cuda_stand_in.GPUS.serving = device != "cpu"
+            for request in requests:
+                events = [event async for event in pair.generate(request, 30)]
+                found.append((events[0].cached_tokens, [token for event in events for token in event.token_ids]))
+        return found
+
+    wanted = await answers("cpu")
+    homes: list[torch.device] = []
+    monkeypatch.setattr(Snapshots, "save", _noting(Snapshots.save, homes))
+    with gpus(2, monkeypatch) as machine:
+        assert await answers("cuda:1") == wanted
+    assert [cached for cached, _ in wanted] == [0, stride, stride]
+    assert set(homes) == {torch.device("cpu") if memory is PrefixMemory.HOST else SECOND}
+    assert machine.device_waits == 0
+
+
+def _noting(save: Callable[[Snapshots, int, int], None], homes: list[torch.device]) -> Callable[..., None]:
+    def noting(self: Snapshots, slot: int, snapshot: int) -> None:
+        homes.append(self.ssm.device)
+        save(self, slot, snapshot)
+
+    return noting
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_prefix_that_two_sequences_share_is_read_from_the_same_pages() -> None
     first = cache.allocate(300)
     reading.run([first], _tokens([256]), want=Want.STATES)
     cache.advance(first, 256)
-    cache.snap(first, 0)
+    cache.snapshots.save(first, 0)
     prefix = cache.pages_of(first)[:1]
     second = cache.allocate(300, prefix, snapshot=0)
     shared = cache.keys[:, prefix[0]].clone()

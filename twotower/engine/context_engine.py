@@ -21,7 +21,7 @@ from twotower.engine.handle import EngineStats
 from twotower.engine.passes import USUAL_WIDTH, EagerPasses
 from twotower.engine.prefixes import Prefixes
 from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, Key, PrefillBatch
-from twotower.engine.settings import EngineSettings
+from twotower.engine.settings import EngineSettings, PrefixMemory
 from twotower.engine.short_memory import ShortMemory
 from twotower.errors import TwoTowerError
 from twotower.exchange.protocol import Port
@@ -46,8 +46,9 @@ class ContextEngine:
         snapshots = settings.snapshots(state_bytes(tower.config, tower.dtype), page_tokens)
         pages, stride = settings.pages_of(page_tokens), settings.prefix_stride_of(page_tokens)
         self.cache = TowerCache(
-            tower.config, settings.max_sequences, pages, tower.device, tower.dtype, snapshots, page_tokens
-        )
+            tower.config, settings.max_sequences, pages, tower.device, tower.dtype, snapshots, page_tokens,
+            settings.prefix_cache_in == PrefixMemory.HOST,
+        )  # fmt: skip
         self._passes = passes_for(tower, self.cache, settings.capture, settings.max_sequence_length)
         self._eager = EagerPasses(tower, self.cache)
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens, lambda keys: self._commits.waited_for(keys))

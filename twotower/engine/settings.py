@@ -22,6 +22,13 @@ class Capture(StrEnum):
     OFF = "off"
 
 
+class PrefixMemory(StrEnum):
+    """Whose memory the states of kept prefixes are in."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
 _LINK_LOW_S = 3  # a tower with nothing to say speaks every second
 
 
@@ -42,6 +49,12 @@ class EngineSettings:
         Integer(0),
         "bytes of the prefix cache for Mamba states: prompts that begin like an earlier one start from kept states. "
         "Keys and values are kept as long as no sequence needs their pages. 0: no prefix cache",
+    ).field
+    prefix_cache_in: str = Setting(
+        "device",
+        Choice(PrefixMemory),
+        "whose memory these states are in. `host`: a GPU's own is left to sequences, and a prompt that begins alike "
+        "gets its states copied back. On a CPU both are the same",
     ).field
     link_timeout_s: float = Setting(
         10.0, Number(_LINK_LOW_S), "after so long without a word a tower process counts as lost"

@@ -3,20 +3,20 @@
 The context tower extends it; the denoiser's mirror is the same thing, written by cache deltas only.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
 from twotower.config import ModelConfig
+from twotower.model.memory import untouched_zeros
 from twotower.model.pages import RESERVED_PAGES, ZERO_PAGE, page_tokens_on
 from twotower.model.rescan import KeptScans, settle
 from twotower.model.room import Held, Room
 from twotower.model.row_states import ExtendStates, ReadStates
+from twotower.model.snapshots import Snapshots
 from twotower.model.transfer import on_device
 
 
@@ -38,7 +38,8 @@ class _Sequence:
 class TowerCache:
     """Conv windows, SSM states (fp32) and key/value pages of up to `slots` sequences with `pages` pages together.
 
-    `room` says which of them are free. `snapshots`: how many copies of a sequence's Mamba states can be kept besides.
+    `room` says which of them are free. `snapshots`: how many copies of a sequence's Mamba states can be kept besides,
+    `snapshots_on_host` in the host's memory.
     `page_tokens`: positions that a page holds; None: what is usual on the device (`twotower.model.pages`).
     """
 
@@ -51,6 +52,7 @@ class TowerCache:
         dtype: torch.dtype,
         snapshots: int = 0,
         page_tokens: int | None = None,
+        snapshots_on_host: bool = False,
     ) -> None:
         self.config = config
         self.page_tokens = page_tokens or page_tokens_on(device.type)
@@ -66,10 +68,9 @@ class TowerCache:
         self.conv = torch.zeros(len(mamba), slots + 1, window, channels, device=device, dtype=dtype)
         self.ssm = torch.zeros(len(mamba), slots + 1, *state, device=device)
         self.device = self.ssm.device  # with its index, whatever it was called
-        self.kept_conv = _untouched_zeros((len(mamba), snapshots, window, channels), device, dtype)
-        self.kept_ssm = _untouched_zeros((len(mamba), snapshots, *state), device, torch.float32)
-        self.keys = _untouched_zeros((len(attention), all_pages, *page), device, dtype)
-        self.values = _untouched_zeros(self.keys.shape, device, dtype)
+        self.snapshots = Snapshots(snapshots, self.conv, self.ssm, snapshots_on_host)
+        self.keys = untouched_zeros((len(attention), all_pages, *page), device, dtype)
+        self.values = untouched_zeros(self.keys.shape, device, dtype)
         self.room = Room(slots, pages, RESERVED_PAGES, self.page_tokens)
         self._sequences: dict[int, _Sequence] = {}
         self._counting = on_device(range(1024), device)  # on meta, `arange` would make torch import sympy
@@ -81,10 +82,6 @@ class TowerCache:
     def length(self, slot: int) -> int:
         """Tokens this sequence's state has read."""
         return self._sequences[slot].length
-
-    @property
-    def snapshots(self) -> int:
-        return self.kept_ssm.shape[1]
 
     def allocate(self, tokens: int, prefix: Sequence[int] = (), snapshot: int | None = None) -> int:
         """A slot with room for `tokens` positions. Raises Overloaded where there is none.
@@ -98,17 +95,11 @@ class TowerCache:
             self.conv[:, held.slot] = 0
             self.ssm[:, held.slot] = 0
         else:
-            self.conv[:, held.slot] = self.kept_conv[:, snapshot]
-            self.ssm[:, held.slot] = self.kept_ssm[:, snapshot]
+            self.snapshots.load(snapshot, held.slot)
         pages_Z = on_device(held.pages[len(prefix) :], self.device, torch.long)
         self.keys.index_fill_(1, pages_Z, 0)
         self.values.index_fill_(1, pages_Z, 0)
         return held.slot
-
-    def snap(self, slot: int, snapshot: int) -> None:
-        """Keep a copy of this sequence's Mamba states."""
-        self.kept_conv[:, snapshot] = self.conv[:, slot]
-        self.kept_ssm[:, snapshot] = self.ssm[:, slot]
 
     def free(self, slot: int) -> None:
         self.room.give(self._sequences.pop(slot).held)
@@ -222,11 +213,3 @@ def state_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one sequence's Mamba states, and so of one snapshot."""
     ssm = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * torch.float32.itemsize
     return len(config.layers_of("M")) * (ssm + config.conv_kernel * config.conv_channels * dtype.itemsize)
-
-
-def _untouched_zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros. On a CPU a part of them takes memory only once it is written: `torch.zeros` writes them all."""
-    if device.type != "cpu" or not math.prod(shape):
-        return torch.zeros(shape, device=device, dtype=dtype)
-    memory = numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)
-    return torch.from_numpy(memory).view(dtype).view(shape)
