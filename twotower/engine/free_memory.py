@@ -28,7 +28,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def check_fits(memory: Memory, device: torch.device) -> None:
-    """Raises ConfigError, with the sum and what to change, if the sum exceeds the free memory of the device or its host."""
+    """Raises ConfigError, with the sum and what to change, if the device has less free memory, or its host too little."""
     if memory.host:
         _check_host(memory.host)
     free = free_bytes(device)
