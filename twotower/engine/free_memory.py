@@ -28,7 +28,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def check_fits(memory: Memory, device: torch.device) -> None:
-    """Raises ConfigError, with the sum and what to change, if the device has less free memory, or its host too little."""
+    """Raises ConfigError, with the sum and what to change, if the device or its host has less free memory."""
     if memory.host:
         _check_host(memory.host)
     free = free_bytes(device)
