@@ -10,6 +10,7 @@ from ray.util.placement_group import PlacementGroup
 from actors.cell_towers import CellTowers
 from actors.settings import CellSettings, check_settings
 from twotower.core import AnyRequest, Mode
+from twotower.device_names import parse_device
 from twotower.engine.expectation import Expectation
 from twotower.engine.handle import EngineStats
 from twotower.engine.ledger import Ledger
@@ -17,6 +18,7 @@ from twotower.engine.pair import Pair
 from twotower.engine.self_test import self_test
 from twotower.errors import TwoTowerError, Unavailable
 from twotower.model.checkpoint import Checkpoint
+from twotower.model.pages import page_tokens_on
 from twotower.model.room import Room
 
 logger = logging.getLogger(__name__)
@@ -181,5 +183,7 @@ async def start_pair(settings: CellSettings, group: PlacementGroup) -> RunningPa
 def _ledger(settings: CellSettings) -> Ledger:
     engine = settings.engine
     mirrors = settings.denoisers_per_context if settings.placement == "split" else 0
-    rooms = [Room(engine.max_sequences, engine.pages) for _ in range(1 + mirrors)]
-    return Ledger(rooms[0], rooms[1:], engine.max_queued_requests, stride=engine.prefix_stride)
+    page_tokens = page_tokens_on(parse_device(settings.device).kind)
+    pages, stride = engine.pages_of(page_tokens), engine.prefix_stride_of(page_tokens)
+    rooms = [Room(engine.max_sequences, pages, page_tokens=page_tokens) for _ in range(1 + mirrors)]
+    return Ledger(rooms[0], rooms[1:], engine.max_queued_requests, stride=stride)

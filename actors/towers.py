@@ -36,6 +36,7 @@ from twotower.exchange.staging import fitted
 from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
+from twotower.model.pages import page_tokens_on
 from twotower.model.threads import threads_for
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import current
@@ -173,7 +174,8 @@ class DenoiserProcess(TowerProcess):
         progress.
         """
         engine, tower = self.settings.engine, self._denoiser_tower()
-        self._mirror = TowerCache(tower.config, engine.max_sequences, engine.pages, self.device, self.dtype)
+        pages = engine.pages_of(page_tokens_on(self.device.type))
+        self._mirror = TowerCache(tower.config, engine.max_sequences, pages, self.device, self.dtype)
         self._tower, self._passes = tower, prepared_passes(tower, self._mirror, engine)
         self._grammars = grammars_of(self.checkpoint.directory, tower.config)
         if self._grammars is not None:

@@ -9,6 +9,8 @@ parity    The golden checkpoints in fp32 and bf16, with the chosen kernels and w
 passes    Two towers of the 30B-A3B's shapes side by side (random weights, made on the device: 2 × 59 GiB of bf16).
           Denoiser step, commit and AR step at each batch size, eagerly and as a CUDA graph, compared. The report has
           experts and bytes of a pass, the time for these bytes alone, peak memory, and where the host waits.
+pages     One attention layer over a cache with 1k, 8k and 32k positions a row: pages read in place against pages that
+          are gathered. Times, and the largest difference.
 exchange  Two processes on the one device over the `distributed` exchange, gloo staged through pinned memory. Times,
           every byte checked, either process killed, a replacement under the next epoch.
 
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_parts import exchange, parity, passes
+from benchmarks.gpu_parts import exchange, pages, parity, passes
 from benchmarks.gpu_parts.report import Report
 from benchmarks.gpu_parts.site import Site
 from twotower.model.transfer import current
@@ -31,6 +33,7 @@ from twotower.model.transfer import current
 SECTIONS: dict[str, Callable[[Site, Report], None]] = {
     "parity": parity.run,
     "passes": passes.run,
+    "pages": pages.run,
     "exchange": exchange.run,
 }
 

@@ -1,8 +1,9 @@
 """What Kubernetes and accidents do to our RayService, and what clients notice: the cases that tests/pods leaves out.
 
 Starts Ray as KubeRay does, on hosts that are network namespaces without a way out, with the demo on CPUs. Clients ask
-over both faces in all modes. Every answer is compared with the library's own, given before. Exit status 1 where a
-request fails, an answer is another one, or something does not come about. Wants Linux and root.
+over both faces in all modes, with a key and over TLS. Every answer is compared with the library's own, given before.
+Exit status 1 where a request fails, an answer is another one, a stranger gets one, or something does not come about.
+Wants Linux and root.
 
 examples:
   python -m benchmarks.pods --output benchmarks/results/pods_<hardware>_<date>.md
@@ -81,10 +82,13 @@ def _require(cases: Sequence[Case]) -> None:
 
 def _what(seconds: float) -> dict[str, str]:
     return {
-        "service": "demo, colocated, a cell and a router on each of two hosts, by `deploy/kuberay/rayservice.yaml` "
+        "service": "demo, colocated, a cell and a router on each of two hosts, by "
+        "`deploy/kuberay/rayservice-protected.yaml` "
         "with what `benchmarks/pods_parts/manifest.py` changes",
         "load": f"{CLIENTS} clients in closed loops beside the service, on the same cores: diffusion, mock_ar, ar, "
         "scores; gRPC and HTTP; streams and whole answers; 2 of them with rests while processes start",
+        "protection": "keys, TLS and, on gRPC, clients' certificates: every request has its key and is said over TLS; "
+        "clients check the certificate's issuer and name",
         "took": f"{seconds / 60:.1f} minutes",
     }
 

@@ -3,6 +3,7 @@
 `cryptography` is imported when a file is read, so a service without TLS does not import it.
 """
 
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,6 +64,22 @@ def rereading(files: Files) -> Rereading[Credentials]:
     return Rereading("certificates", files.all, lambda: read(files))
 
 
+def contexts(files: Files) -> Rereading[ssl.SSLContext]:
+    """What a server shows in a handshake, by Python's own TLS. Raises ConfigError."""
+    return Rereading("certificates of HTTP", files.all, lambda: _context(files))
+
+
+def _context(files: Files) -> ssl.SSLContext:
+    """Reads the files twice. Where they change in between, the first look after it reads them again."""
+    read(files)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(files.certificate, files.key)
+    except OSError as error:
+        raise ConfigError(f"ingress.tls_cert_file: {files.certificate}: {error.strerror or error}") from None
+    return context
+
+
 def read(files: Files, now: datetime | None = None) -> Credentials:
     """Raises ConfigError for a file that cannot be read, or that no client would accept."""
     now = now or datetime.now(UTC)
@@ -82,6 +99,13 @@ def read(files: Files, now: datetime | None = None) -> Credentials:
             ca_pem = _content(files.client_ca)
             _check_authorities(_certificates(ca_pem), now)
     return Credentials(chain_pem, key_pem, ca_pem, min(each.not_valid_after_utc for each in chain))
+
+
+def end_of(der: bytes) -> datetime:
+    """Of one certificate, as a handshake tells it."""
+    from cryptography.x509 import load_der_x509_certificate
+
+    return load_der_x509_certificate(der).not_valid_after_utc
 
 
 def leaf(path: Path) -> tuple[bytes, str]:

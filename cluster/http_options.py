@@ -10,7 +10,8 @@ TLS = ("ssl_certfile", "ssl_keyfile")
 
 
 def http_options(ingress: IngressSection) -> dict[str, Any]:
-    """For `serve.start`, or `http_options` of a Serve YAML. A proxy reads the files when it starts, and never again."""
+    """For `serve.start`, or `http_options` of a Serve YAML. A proxy reads the files when it
+    starts; `cluster.faces.http.proxy_certificates` reads them again."""
     return {
         "host": ingress.host,
         "port": ingress.http_port,

@@ -40,6 +40,7 @@ from cluster.runs.turns import Turns
 from cluster.served_paths import checkpoint_directory
 from cluster.watch.files import Files as FilesSeen
 from cluster.watch.router import RouterWatch
+from cluster.watch.shown import ShownOverHttp
 from twotower.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -138,9 +139,11 @@ class Router:
         )  # fmt: skip
         await self._grpc.start()
         self._readiness = Readiness(self._cells, self._grpc.set_served)
-        watches = [self._readiness.watch(), who_may_ask.watch(), *([certificates.watch()] if certificates else [])]
+        shown = ShownOverHttp(ingress.host, ingress.http_port)
+        watches = [self._readiness.watch(), who_may_ask.watch()]
+        watches += [certificates.watch(), shown.watch()] if certificates else []
         self._watching = [asyncio.create_task(one) for one in watches]
-        files_seen = FilesSeen(who_may_ask, certificates, None if certificates is None else certificates.now)
+        files_seen = FilesSeen(who_may_ask, certificates, shown)
         self._watch.start(self._admission, self._turns, self._lines, self._readiness, files_seen)
         self._board.hold(self._admission, self._turns, self._lines, self._readiness, files_seen.told)
         if ingress.ops_page:

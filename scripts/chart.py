@@ -22,7 +22,11 @@ CHART = ROOT / "deploy" / "helm" / "twotower"
 SCHEMA = CHART / "values.schema.json"
 # By `make deploy-env`; else the PATH's.
 TOOLS = ROOT / ".venv-deploy" / "bin"
-RENDERED = {"rayservice.yaml": "two-gpus", "rayservice-cpu.yaml": "cpu-demo"}
+RENDERED = {
+    "rayservice.yaml": "two-gpus",
+    "rayservice-cpu.yaml": "cpu-demo",
+    "rayservice-protected.yaml": "protected",
+}
 RELEASE = "twotower"
 _OF_PYDANTIC = "title"  # a field's name again, with spaces
 

@@ -132,15 +132,24 @@ def _compute(operation: Any, args: Any, kwargs: Any) -> Any:
         target = CPU
     if moves and target.type == "cuda" and CPU in devices:
         GPUS.has_uploaded(target)
+    if name == "_pin_memory":
+        return GPUS.pin(args[0])
+    at_once = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+    if name == "copy_" and at_once and len(devices) > 1:
+        [on_host] = [tensor for tensor in args[:2] if not isinstance(tensor, GpuTensor)]
+        assert GPUS.is_pinned(on_host), "a copy that nobody waits for, and memory that is not pinned"
+        assert on_host.is_contiguous(), "such a copy of memory in pieces goes by way of another"
     recording = GPUS.recording()
     waits = name in _WAITS or (name == "_grouped_mm" and not _has_kernel(args[0]))
     assert recording is None or not waits, f"{name}: a capture that lets the host wait"
     assert recording is None or not (moves and len(devices | {target}) > 1), f"{name}: a capture that reads the host"
-    given = (args, kwargs)
+    given, pinned = (args, kwargs), kwargs.get("pin_memory")
     args, kwargs = _inner(args), _inner(kwargs) | {key: None for key in ("pin_memory",) if key in kwargs}
     if named is not None:
         kwargs["device"] = CPU
     out = operation(*args, **kwargs)
+    if pinned:
+        GPUS.pinned.append(out)
     known = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, GpuTensor)}
     memories = {tensor.inner.untyped_storage().data_ptr(): tensor.memory for tensor in known.values()}
 
@@ -153,7 +162,6 @@ def _compute(operation: Any, args: Any, kwargs: Any) -> Any:
     GPUS.touch_all(name, touched(operation, given, shown))
     if recording is not None:
         recording.append(((operation, args, kwargs, out), touched(operation, given, shown), shown))
-    at_once = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
     if gpus and (name in _WAITS or (moves and not at_once and CPU in devices | {target})):
         GPUS.host_waits(gpus[0])
     if target.type == "cuda" and moves and not at_once and CPU in devices:
@@ -244,6 +252,7 @@ class Gpus:
         self._default: dict[torch.device, Stream] = {}
         self.free = {index: 80 << 30 for index in range(count)}
         self.streams: list[torch.device] = []
+        self.pinned: list[torch.Tensor] = []
         self._own = threading.local()
         self._lock = threading.RLock()
 
@@ -264,6 +273,15 @@ class Gpus:
     def has_uploaded(self, target: torch.device) -> None:
         self.uploads += 1
         self.foreign_uploads += target.index != self.device
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in memory that counts as pinned to the end, so that its address is nobody else's."""
+        self.pinned.append(tensor.clone())
+        return self.pinned[-1]
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        storage = tensor.untyped_storage().data_ptr()
+        return any(storage == one.untyped_storage().data_ptr() for one in self.pinned)
 
     @contextmanager
     def on(self, device: Any) -> Iterator[None]:

@@ -98,6 +98,31 @@ def flash_refusals() -> Iterator[Refusal]:
     yield Refusal("another number of rows", {**flash_call(), "k_cache": torch.zeros(2, 40, 2, 16, dtype=BF16)})
 
 
+def paged_call(dtype: torch.dtype = BF16, width: int = 16, kv_heads: int = 2, page: int = 256) -> dict[str, Any]:
+    """As `flash_call`, over 7 pages of which each row has 2."""
+    pages = torch.zeros(7, page, kv_heads, width, dtype=dtype)
+    given = {"q": torch.zeros(3, 5, 4, width, dtype=dtype), "k_cache": pages, "v_cache": pages.clone()}
+    table = torch.tensor([[6, 0], [2, 1], [5, 4]], dtype=torch.int32)
+    numbers = {"cache_seqlens": torch.tensor([5, 17, 300], dtype=torch.int32), "block_table": table}
+    return {**given, **numbers, "causal": True, "return_softmax_lse": True}
+
+
+def paged_refusals() -> Iterator[Refusal]:
+    for refusal in _both_flash_refusals(paged_call, "q", "k_cache", "cache_seqlens"):
+        yield refusal._replace(name=f"pages, {refusal.name}")
+    given = paged_call()
+    table = given["block_table"]
+    for size in (16, 128, 257, 384):
+        yield Refusal(f"pages of {size}", paged_call(page=size))
+    for name, changed in {
+        "a table in 64 bits": table.long(),
+        "a table of fewer rows": table[:2],
+        "a flat table": table.flatten(),
+    }.items():
+        yield Refusal(name, {**given, "block_table": changed}, (RuntimeError, IndexError))
+    yield Refusal("fewer pages of values", {**given, "v_cache": given["v_cache"][:6]})
+
+
 def varlen_call(dtype: torch.dtype = BF16, width: int = 16, kv_heads: int = 2) -> dict[str, Any]:
     """As `flash_call`, rows packed."""
     keys, row = torch.zeros(120, kv_heads, width, dtype=dtype), torch.arange(4, dtype=torch.int32)
@@ -105,6 +130,23 @@ def varlen_call(dtype: torch.dtype = BF16, width: int = 16, kv_heads: int = 2) -
     lengths = {"cu_seq_q": row * 5, "cu_seq_k": row * 40, "max_q": 5, "max_k": 40}
     more = {"window_size": (-1, 0), "enable_gqa": True, "seqused_k": torch.tensor([5, 17, 40], dtype=torch.int32)}
     return {**given, **lengths, **more}
+
+
+def paged_varlen_call(dtype: torch.dtype = BF16, width: int = 16, kv_heads: int = 2, page: int = 256) -> dict[str, Any]:
+    """As `paged_call`, rows packed."""
+    given, row = paged_call(dtype, width, kv_heads, page), torch.arange(4, dtype=torch.int32)
+    packed = {"query": given["q"].flatten(0, 1), "key": given["k_cache"], "value": given["v_cache"]}
+    lengths = {"cu_seq_q": row * 5, "cu_seq_k": row * 2 * page, "max_q": 5, "max_k": 2 * page}
+    seen = {"seqused_k": given["cache_seqlens"], "block_table": given["block_table"], "num_splits": 1}
+    return {**packed, **lengths, **seen, "window_size": (-1, 0), "enable_gqa": True}
+
+
+def paged_varlen_refusals() -> Iterator[Refusal]:
+    for refusal in _both_flash_refusals(paged_varlen_call, "query", "key", "seqused_k"):
+        yield refusal._replace(name=f"pages, {refusal.name}")
+    for size in (16, 128, 384):
+        yield Refusal(f"pages of {size}", paged_varlen_call(page=size))
+    yield Refusal("a table in 64 bits", {**paged_varlen_call(), "block_table": paged_call()["block_table"].long()})
 
 
 def varlen_refusals() -> Iterator[Refusal]:

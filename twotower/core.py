@@ -273,7 +273,7 @@ class Request:
     `committed`: its first new tokens, if it was begun elsewhere (in `diffusion` whole blocks). Its events continue
     after them, from `start` == len(`committed`); in `auto` the context tower wrote them. `trace`: whether to emit
     TraceEvents. `logprobs`: whether each token has a Likelihood, and with how many alternatives. `cache_salt`: only
-    requests with the same salt share prefixes.
+    requests with the same salt share prefixes; None: the whole prompt is read, and none of it is kept.
     """
 
     id: RequestId
@@ -283,7 +283,7 @@ class Request:
     committed: tuple[int, ...] = ()
     trace: bool = False
     logprobs: int | None = None
-    cache_salt: str = ""
+    cache_salt: str | None = ""
 
     @property
     def history(self) -> tuple[int, ...]:
@@ -324,7 +324,7 @@ class ScoreRequest:
     start: int
     priority: int = 0
     logprobs: int | None = None
-    cache_salt: str = ""
+    cache_salt: str | None = ""
 
     @property
     def positions(self) -> int:

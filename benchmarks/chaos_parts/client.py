@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import httpx
 
+from benchmarks.chaos_parts.access import Access
 from benchmarks.reference.workload import DEMO, Workload
 from cluster.runs.answer import Usage
 from twotower.core import BlockEvent, DecodingParams, Mode, Request, RequestId, ScoreRequest
@@ -266,12 +267,16 @@ class Unanswered(Exception):
 
 
 @asynccontextmanager
-async def client_of(http: str, address: str) -> AsyncGenerator[Client, None]:
-    limits = httpx.Limits(max_connections=128)
-    async with (
-        grpc.aio.insecure_channel(address, options=_CHANNEL) as channel,
-        httpx.AsyncClient(base_url=f"http://{http}", timeout=_LIMIT_S, limits=limits, trust_env=False) as client,
-    ):
+async def client_of(http: str, address: str, access: Access | None = None) -> AsyncGenerator[Client, None]:
+    """`access`: of a service that wants keys and speaks TLS."""
+    given: dict[str, Any] = {"timeout": _LIMIT_S, "limits": httpx.Limits(max_connections=128), "trust_env": False}
+    if access is None:
+        opened, url = grpc.aio.insecure_channel(address, options=_CHANNEL), f"http://{http}"
+    else:
+        opened = grpc.aio.secure_channel(address, access.channel, options=[*_CHANNEL, *access.options])
+        given |= {"verify": access.tls.context(), "headers": access.headers, "event_hooks": access.hooks}
+        url = f"https://{http}"
+    async with opened as channel, httpx.AsyncClient(base_url=url, **given) as client:
         yield Client(pb_grpc.GenerationServiceStub(channel), client)
 
 

@@ -28,7 +28,7 @@ from twotower.exchange.protocol import Command, Commit, Delta, Link, LinkLost, P
 from twotower.exchange.settings import EngineHooks, LinkAddress, LinkSettings
 from twotower.exchange.staging import DeltaLayout, span_of
 from twotower.model.cache import TowerCache
-from twotower.model.pages import pages_for
+from twotower.model.pages import page_tokens_on, pages_for
 from twotower.model.transfer import on_device
 
 _BLOCK = 16
@@ -39,7 +39,8 @@ _SETTINGS = LinkSettings(link_timeout_s=_PATIENCE_S, data_backend="gloo", stagin
 def _cache(site: Site) -> TowerCache:
     rows = max(site.exchange_rows)
     dtype = torch.float32 if site.tiny else torch.bfloat16
-    return TowerCache(site.config, rows, rows * pages_for(_reserve(site)), site.device, dtype)
+    pages = rows * pages_for(_reserve(site), page_tokens_on(site.device.type))
+    return TowerCache(site.config, rows, pages, site.device, dtype)
 
 
 def _reserve(site: Site) -> int:

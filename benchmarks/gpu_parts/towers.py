@@ -10,7 +10,7 @@ from benchmarks.gpu_parts.site import Site
 from twotower.model.cache import TowerCache
 from twotower.model.kernels import choose, install
 from twotower.model.loading import materialise
-from twotower.model.pages import pages_for
+from twotower.model.pages import page_tokens_on, pages_for
 from twotower.model.tower import ContextTower, DenoiserTower
 
 AnyTower = TypeVar("AnyTower", ContextTower, DenoiserTower)
@@ -50,7 +50,8 @@ def _fill(name: str, tensor: Tensor, layers: int, random: torch.Generator) -> No
 def filled_cache(site: Site, dtype: torch.dtype, rows: int, room: int) -> tuple[TowerCache, list[int], int]:
     """A cache in which `rows` sequences have `site.cached` tokens and room for more; their slots; a scratch slot."""
     tokens = site.cached + room
-    cache = TowerCache(site.config, rows + 1, rows * pages_for(tokens), site.device, dtype)
+    pages = rows * pages_for(tokens, page_tokens_on(site.device.type))
+    cache = TowerCache(site.config, rows + 1, pages, site.device, dtype)
     scratch = cache.allocate(0)
     slots = [cache.allocate(tokens) for _ in range(rows)]
     random = torch.Generator(site.device).manual_seed(2)

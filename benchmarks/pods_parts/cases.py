@@ -1,27 +1,37 @@
 """The cases: what Kubernetes, KubeRay or an accident does to our RayService under load, one service for each."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.pods_parts.clients import Clients, Request
-from benchmarks.pods_parts.gateway import Gateway
+from benchmarks.pods_parts.gateway_case import behind_a_gateway
 from benchmarks.pods_parts.manifest import Manifest
 from benchmarks.pods_parts.rayservice import WORKERS, RayService, running
 from benchmarks.pods_parts.report import Result
 from benchmarks.pods_parts.site import site
+from benchmarks.pods_parts.under_watch import (
+    PATIENCE_S,
+    ROUTER,
+    SOME,
+    counted,
+    is_mended,
+    replicas,
+    settle,
+    warm,
+    watched,
+    with_one_router_a_host,
+)
 from benchmarks.pods_parts.weights import write_other_weights
 
 A, B = WORKERS
-_PATIENCE_S = 180.0
-_SOME, _STREAMS = 12, 4  # requests that end; streams that are under way when the fault comes
-_BEGUN, _SILENT = 2, 2  # streams that have begun, and requests that have not
 _AWAY_S = 5.0  # between the end of the head and its next start
 _UPGRADE_DRAIN_S = 30  # of a cell, in the upgrade: the head takes as long and 15 s more, whatever runs
 _TOLD_S = 1.0
-_ROUTER, _CELL = "ray::ServeReplica:twotower:Router", "ray::ServeReplica:twotower:Cell"
+_RENEWALS = 2
+_CELL = "ray::ServeReplica:twotower:Cell"
 
 
 @dataclass(frozen=True)
@@ -36,26 +46,26 @@ class Case:
 
 def lost_head(directory: Path, result: Result) -> None:
     with site(directory) as where:
-        manifest = Manifest.for_two_small_hosts(redis=where.start_redis())
-        with running(manifest, where) as service, _watched(result, where.load, service):
-            _warm(service, result)
-            before, head = _replicas(service), service.pods["head"]
+        manifest = Manifest.for_two_small_hosts(where.secrets.directory, redis=where.start_redis())
+        with running(manifest, where) as service, watched(result, where.load, service):
+            warm(service, result)
+            before, head = replicas(service), service.pods["head"]
             result.struck = time.monotonic()
             head.kill()
             service.load.ask(*service.hosts.values())
             answered = service.load.answered()
-            service.load.wait_for_more(_SOME, _PATIENCE_S)
+            service.load.wait_for_more(SOME, PATIENCE_S)
             time.sleep(max(0.0, result.struck + _AWAY_S - time.monotonic()))
             result.notes.append(f"{service.load.answered() - answered} requests ended while there was no head")
             head.start_again()
             service.load.ask(*service.hosts.values(), easy=True)
             service.until(lambda: service.living() == {"head", *WORKERS}, "the head is back, and has all nodes")
             service.until(service.is_whole, "Serve says that all runs")
-            if _replicas(service) != before:
-                result.wrong.append(f"got cells and routers {_replicas(service)}, wanted those of before: {before}")
+            if replicas(service) != before:
+                result.wrong.append(f"got cells and routers {replicas(service)}, wanted those of before: {before}")
             _lose_a_cell(service, result)
             service.load.ask(*service.hosts.values())
-            service.load.wait_for_more(_SOME, _PATIENCE_S, list(service.hosts.values()))
+            service.load.wait_for_more(SOME, PATIENCE_S, list(service.hosts.values()))
 
 
 def _lose_a_cell(service: RayService, result: Result) -> None:
@@ -73,19 +83,19 @@ def _lose_a_cell(service: RayService, result: Result) -> None:
 def changed_weights(directory: Path, result: Result) -> None:
     other = write_other_weights(directory / "weights")
     with site(directory, other) as where:
-        manifest = Manifest.for_two_small_hosts(spare=True)
-        with running(manifest, where) as service, _watched(result, where.load, service):
-            _warm(service, result)
-            before = _replicas(service)
+        manifest = Manifest.for_two_small_hosts(where.secrets.directory, spare=True)
+        with running(manifest, where) as service, watched(result, where.load, service):
+            warm(service, result)
+            before = replicas(service)
             result.struck = time.monotonic()
             service.put({"model": {"checkpoint": str(other)}})
             service.load.ask(*service.hosts.values())
-            service.until(lambda: bool(_replicas(service) - before), "the first new one starts")
+            service.until(lambda: bool(replicas(service) - before), "the first new one starts")
             service.load.ask(*service.hosts.values(), easy=True)
-            service.until(lambda: not before & _replicas(service) and service.is_whole(), "all are replaced")
+            service.until(lambda: not before & replicas(service) and service.is_whole(), "all are replaced")
             since = time.monotonic()
             service.load.ask(*service.hosts.values())
-            service.load.wait_for_more(2 * _SOME, _PATIENCE_S, list(service.hosts.values()))
+            service.load.wait_for_more(2 * SOME, PATIENCE_S, list(service.hosts.values()))
         result.notes.append(
             f"the other weights answer {where.load.differ} of {where.load.questions} questions otherwise"
         )
@@ -101,18 +111,21 @@ def _check_weights(result: Result, since: float) -> None:
 
 
 def ended_cluster(directory: Path, result: Result) -> None:
-    manifest = Manifest.for_two_small_hosts(cell_drain_s=_UPGRADE_DRAIN_S)
-    with site(directory) as where, running(manifest, where) as old, _watched(result, where.load, old):
+    with ExitStack() as stack:
+        where = stack.enter_context(site(directory))
+        manifest = Manifest.for_two_small_hosts(where.secrets.directory, cell_drain_s=_UPGRADE_DRAIN_S)
+        old = stack.enter_context(running(manifest, where))
+        stack.enter_context(watched(result, where.load, old))
         old.load.ask(*old.hosts.values(), easy=True)
-        with running(manifest, where, "new") as new, _counted(result, new):
-            _warm(old, result)
+        with running(manifest, where, "new") as new, counted(result, new):
+            warm(old, result)
             old_hosts = list(old.hosts.values())
             new.load.ask(*new.hosts.values())
             result.struck = time.monotonic()
             under_way = sum(new.load.under_way(host) for host in old_hosts)
             result.notes.append(f"{under_way} requests were under way in the old cluster when all its pods got SIGTERM")
             ending = old.terminate()
-            new.load.wait_for_more(_SOME, _PATIENCE_S, list(new.hosts.values()))
+            new.load.wait_for_more(SOME, PATIENCE_S, list(new.hosts.values()))
             new.load.ask(*new.hosts.values(), easy=True)
             new.until(
                 lambda: all(pod.has_ended for pod in ending[1:]), "the old workers have ended by themselves",
@@ -120,21 +133,21 @@ def ended_cluster(directory: Path, result: Result) -> None:
             )  # fmt: skip
             new.until(lambda: ending[0].has_ended, "the old head has, too", manifest.head.grace_s)
             new.load.ask(*new.hosts.values())
-            new.load.wait_for_more(_SOME, _PATIENCE_S, list(new.hosts.values()))
-            _settle(new.load)  # before it ends
+            new.load.wait_for_more(SOME, PATIENCE_S, list(new.hosts.values()))
+            settle(new.load)  # before it ends
 
 
 def lost_router(directory: Path, result: Result) -> None:
     with (
         site(directory) as where,
-        running(Manifest.for_two_small_hosts(routers_on_a_host=1), where) as service,
-        _watched(result, where.load, service),
+        running(with_one_router_a_host(where), where) as service,
+        watched(result, where.load, service),
     ):
-        _warm(service, result, again=True)
-        hosts, old = service.hosts, _replicas(service)
+        warm(service, result, again=True)
+        hosts, old = service.hosts, replicas(service)
         under_way = [request for request in service.load.requests(hosts[A]) if not request.outcome]
         result.struck = time.monotonic()
-        service.kill(A, _ROUTER)
+        service.kill(A, ROUTER)
         asked: list[list[str]] = []
 
         def is_back() -> bool:
@@ -143,11 +156,11 @@ def lost_router(directory: Path, result: Result) -> None:
             if ready and [ready] != asked[-1:]:
                 asked.append(ready)
                 service.load.ask(*ready, again=True)
-            return len(ready) == len(WORKERS) and _is_mended(service, old)
+            return len(ready) == len(WORKERS) and is_mended(service, old)
 
         service.until(is_back, "another router is there")
-        service.load.wait_for_more(_SOME, _PATIENCE_S, list(hosts.values()))
-        _settle(service.load)
+        service.load.wait_for_more(SOME, PATIENCE_S, list(hosts.values()))
+        settle(service.load)
         _check_told(result, service.load, under_way, hosts)
 
 
@@ -172,81 +185,29 @@ def _check_told(result: Result, load: Clients, under_way: list[Request], hosts: 
         result.wrong.append(f"{len(others)} requests of the other router had an error: {others[0].errors[0][2]}")
 
 
-def behind_a_gateway(directory: Path, result: Result) -> None:
-    """A router is killed, then its node is drained."""
-    manifest = Manifest.for_two_small_hosts(routers_on_a_host=1)
-    with site(directory) as where, running(manifest, where) as service, _watched(result, where.load, service):
-        gateway = Gateway(where, list(service.hosts.values()))
-        service.until(lambda: gateway.is_ready(*service.hosts.values()), "the gateway takes both hosts for healthy")
-        service.load.ask(gateway.address)
-        service.load.wait_for_more(_SOME, _PATIENCE_S)
-        with _sent_again(result, gateway, "while a router was gone"):
-            _lose_a_router(service, gateway, result)
-        with _sent_again(result, gateway, "during the drain"):
-            _drain(service, gateway)
-        for face, requests in gateway.requests().items():
-            if not all(requests.get(host) for host in service.hosts.values()):
-                result.wrong.append(f"{face}: got {requests} requests on the hosts, wanted some on each")
-        _settle(service.load)
-        _check_cut(result, service.load)
-
-
-@contextmanager
-def _sent_again(result: Result, gateway: Gateway, when: str) -> Iterator[None]:
-    before = gateway.sent_again()
-    yield
-    numbers = " and ".join(f"{now - before[face]} {face}" for face, now in gateway.sent_again().items())
-    result.notes.append(f"the gateway sent {numbers} requests to another host {when}")
-
-
-def _lose_a_router(service: RayService, gateway: Gateway, result: Result) -> None:
-    """What the gateway cannot save is asked again."""
-    load, hosts, old = service.load, list(service.hosts.values()), _replicas(service)
-    load.ask(gateway.address, long=True, again=True)
-    load.wait_for_long_streams(_STREAMS, _PATIENCE_S)
-    load.ask(gateway.address, again=True)
-    load.wait_for_a_mixture(_BEGUN, _SILENT, _PATIENCE_S)
-    begun = [request.streams for request in load.requests() if not request.outcome]
-    result.notes.append(
-        f"{begun.count(True)} streams that had begun and {begun.count(False)} requests that had no answer yet were "
-        "under way when a router was killed"
-    )
-    result.struck = time.monotonic()
-    service.kill(A, _ROUTER)
-    service.until(lambda: _is_mended(service, old), "another router is there")
-    service.until(lambda: gateway.is_ready(*hosts), "the gateway takes both hosts for healthy again")
-    load.wait_for_more(_SOME, _PATIENCE_S)
-
-
-def _check_cut(result: Result, load: Clients) -> None:
-    """Only a stream that had begun may have an error: of nothing else has a client heard anything."""
-    cut = [request for request in load.requests() if request.errors]
-    result.notes.append(f"{len(cut)} requests were cut, and asked again by their clients")
-    result.notes += [f"told: {text}" for text in sorted({error[:120] for r in cut for _, _, error in r.errors})]
-    if silent := [request for request in cut if not request.events or request.events[0] > request.errors[0][0]]:
-        result.wrong.append(f"{len(silent)} requests that had no answer yet had an error: {silent[0].errors[0][2]}")
-
-
-def _drain(service: RayService, gateway: Gateway) -> None:
-    """As by `kubectl drain`: SIGTERM, a little later the endpoint is gone, and another pod comes up meanwhile."""
-    load, old = service.load, service.pods[A]
-    load.ask(gateway.address, long=True)
-    load.wait_for_long_streams(_STREAMS, _PATIENCE_S)
-    load.ask(gateway.address)
-    old.terminate()
-    load.wait_for_more(2, _PATIENCE_S)
-    gateway.route(service.hosts[B])
-    load.ask(gateway.address, easy=True)
-    service.start_worker(A)
-    service.until(lambda: old.has_ended, "the drained pod has ended by itself", service.manifest.worker.grace_s)
-    service.until(lambda: service.is_whole() and service.is_ready(A), "a cell and a router on the pod in its place")
-    gateway.route(*service.hosts.values())
-    service.until(lambda: gateway.is_ready(*service.hosts.values()), "the gateway takes the new pod for healthy")
-    load.ask(gateway.address)
-    load.wait_for_more(2 * _SOME, _PATIENCE_S)
+def renewed_certificates(directory: Path, result: Result) -> None:
+    with (
+        site(directory) as where,
+        running(Manifest.for_two_small_hosts(where.secrets.directory), where) as service,
+        watched(result, where.load, service),
+    ):
+        secrets, hosts = where.secrets, list(service.hosts.values())
+        for number in range(1, _RENEWALS + 1):
+            warm(service, result)
+            result.struck = result.struck or time.monotonic()
+            secrets.renew()
+            service.until(lambda: service.shows(secrets.shown), f"new connections see certificate {number + 1}")
+            service.load.ask(*hosts, anew=True)
+            service.load.wait_for_more(SOME, PATIENCE_S, hosts)
 
 
 CASES = (
+    Case(
+        "renewal",
+        "The Secret of the service gets another certificate, twice, under load: the kubelet exchanges the files. Then "
+        "clients connect anew. What runs goes on over connections that stood.",
+        renewed_certificates,
+    ),
     Case(
         "head",
         "All processes of the head are killed; with GCS fault tolerance on a Redis. It comes back after some seconds.",
@@ -273,48 +234,3 @@ CASES = (
         ("envoy",),
     ),
 )
-
-
-def _warm(service: RayService, result: Result, again: bool = False) -> None:
-    """Load over both faces, then streams to be met by the fault."""
-    hosts = list(service.hosts.values())
-    service.load.ask(*hosts)
-    service.load.wait_for_more(_SOME, _PATIENCE_S, hosts)
-    service.load.ask(*hosts, long=True, again=again)
-    service.load.wait_for_long_streams(_STREAMS, _PATIENCE_S)
-
-
-@contextmanager
-def _watched(result: Result, load: Clients, service: RayService) -> Iterator[None]:
-    """Whatever happens, the result has all requests of the case. They end, or have failed."""
-    try:
-        with _counted(result, service):
-            yield
-            _settle(load)
-    finally:
-        result.requests = load.requests()
-
-
-@contextmanager
-def _counted(result: Result, service: RayService) -> Iterator[None]:
-    begun = len(service.waited)
-    try:
-        yield
-    finally:
-        result.waited += service.waited[begun:]
-        result.resumed += service.resumed()
-        result.handed_over += service.handed_over()
-
-
-def _settle(load: Clients) -> None:
-    load.ask()
-    load.wait_until_idle(_PATIENCE_S)
-
-
-def _is_mended(service: RayService, old: set[str]) -> bool:
-    """In this order: Serve takes a dead one for running for a while."""
-    return _replicas(service) != old and service.is_whole()
-
-
-def _replicas(service: RayService) -> set[str]:
-    return {replica["replica_id"] for name in ("Cell", "Router") for replica in service.replicas(name)}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.chaos_parts.client import BY_OTHER
 from benchmarks.pods_parts.network import inside
+from benchmarks.pods_parts.secrets import SERVICE
 
 _END_S = 60.0
 _FEW, _REST_S = 2, 0.5  # clients that ask while the cores have other work, and their rest after each answer
@@ -79,6 +80,7 @@ class Clients:
             )
         self._requests: dict[str, Request] = {}
         self._changed = threading.Condition()
+        self.names: dict[str, str] = {}  # of hosts whose certificates are not the service's
         self.questions = self.differ = 0  # once they are known; how many the other checkpoint answers otherwise
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -114,13 +116,14 @@ class Clients:
             case _:
                 raise ValueError(f"got {told} from the clients")
 
-    def ask(self, *hosts: str, easy: bool = False, long: bool = False, again: bool = False) -> None:
+    def ask(self, *hosts: str, easy: bool = False, long: bool = False, again: bool = False, anew: bool = False) -> None:
         """From now on each new request goes to one of these; without hosts nobody asks. `easy`: a few, for processes
         start that need the cores too. `long`: only streams, each of which takes seconds. `again`: what fails is asked
-        again under its name, of the next host."""
+        again under its name, of the next host. `anew`: over other connections than before."""
         assert self._process.stdin is not None
         most, pause_s = (_FEW, _REST_S) if easy else (self._number, 0.0)
-        told = {"hosts": hosts, "most": most, "pause_s": pause_s, "long": long, "again": again}
+        named = {host: self.names.get(host, SERVICE) for host in hosts}
+        told = {"hosts": named, "most": most, "pause_s": pause_s, "long": long, "again": again, "anew": anew}
         self._process.stdin.write(json.dumps(told) + "\n")
         self._process.stdin.flush()
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pods_parts.clients import Stuck
-from benchmarks.pods_parts.load import GRPC_PORT, HTTP_PORT
+from benchmarks.pods_parts.faces import GRPC_PORT, HTTP_PORT
 from benchmarks.pods_parts.network import inside
+from benchmarks.pods_parts.secrets import GATEWAY
 from benchmarks.pods_parts.site import Site
 
 CONFIG = Path(__file__).with_name("envoy.yaml")
@@ -28,6 +29,8 @@ class Gateway:
     def __init__(self, where: Site, hosts: Sequence[str]) -> None:
         self._pod, self._client = where.pod("gateway"), where.client
         self.address = self._pod.address
+        where.secrets.write_gateways(self._pod.ray)
+        where.load.names[self.address] = GATEWAY
         self.route(*hosts)
         self._pod.start(f"exec envoy --config-path {CONFIG} --concurrency 1 --disable-hot-restart")
 

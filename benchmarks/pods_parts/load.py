@@ -1,11 +1,14 @@
 """Clients in a namespace of their own: a process that asks the given hosts and reports the result of each request.
 
-`python -m benchmarks.pods_parts.load CLIENTS [CHECKPOINT]` reads JSON lines from its standard input. A line names the
-hosts, the maximum of requests at a time, and a client's rest after each request. It also says whether requests are long
-streams, and whether failed ones are repeated. The process writes a JSON line for each request that is sent, has its
-first tokens, fails and is repeated, or ends. Times are this machine's monotonic clock. Each request goes to the next of
-these hosts, as a Kubernetes Service chooses among ready pods. Answers are compared with the library's, computed before
-in this process; with CHECKPOINT also with that checkpoint's.
+`python -m benchmarks.pods_parts.load CLIENTS [CHECKPOINT]` hears on its standard input, a JSON line each time, which
+hosts may get requests, and by what name their certificates know them; how many requests at once at most, and how long a
+client rests after each; whether they shall be long streams, whether what fails is asked again, and whether clients
+connect anew. What they show and believe is in the environment (`ACCESS`).
+
+It writes a JSON line for each request that is sent, has its first tokens, fails and is asked again, or ends; times are
+this machine's monotonic clock. Each request goes to the next of these hosts, as a Kubernetes Service chooses among the
+pods that are ready. Answers are compared with the library's, computed in this process before; with those of the other
+checkpoint too, where one is given.
 """
 
 import asyncio
@@ -20,6 +23,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks.chaos_parts.access import Access
 from benchmarks.chaos_parts.client import (
     KINDS,
     Asked,
@@ -30,9 +34,9 @@ from benchmarks.chaos_parts.client import (
     client_of,
     questions,
 )
+from benchmarks.pods_parts.faces import ACCESS, GRPC_PORT, HTTP_PORT
 from twotower.core import Mode
 
-HTTP_PORT, GRPC_PORT = 8000, 50051
 QUESTIONS, _TOKENS = 16, 48
 # Streams to their last token. Those of diffusion take the library too long.
 _LONG = tuple(kind for kind in KINDS if kind[1] in (Mode.AR, Mode.MOCK_AR) and kind[2:] == (True, False))
@@ -43,8 +47,8 @@ _AGAIN_S, _AGAIN_PAUSE_S = 90.0, 0.2
 class Chooser:
     """Sends each request to one of the hosts that may get one now. While requests shall be `long`, it asks these."""
 
-    def __init__(self, stack: AsyncExitStack, long: list[Question]) -> None:
-        self._stack, self._long_ones = stack, itertools.cycle(long)
+    def __init__(self, stack: AsyncExitStack, long: list[Question], access: Access) -> None:
+        self._stack, self._long_ones, self._access = stack, itertools.cycle(long), access
         self._clients: dict[str, Client] = {}
         self._hosts: list[str] = []
         self._last_hosts: list[str] = []  # for what is asked again, though nothing new is asked
@@ -53,14 +57,15 @@ class Chooser:
         self._turn = itertools.count()
         self._changed = asyncio.Condition()
 
-    async def take(self, hosts: list[str], most: int, pause_s: float, long: bool, again: bool) -> None:
-        for host in hosts:
-            if host not in self._clients:
-                reached = client_of(f"{host}:{HTTP_PORT}", f"{host}:{GRPC_PORT}")
+    async def take(self, hosts: dict[str, str], most: int, pause_s: float, long: bool, again: bool, anew: bool) -> None:
+        """`hosts`: names by address. What is under way ends on the connections that it has."""
+        for host, name in hosts.items():
+            if anew or host not in self._clients:
+                reached = client_of(f"{host}:{HTTP_PORT}", f"{host}:{GRPC_PORT}", self._access.to(name))
                 self._clients[host] = await self._stack.enter_async_context(reached)
         async with self._changed:
-            self._hosts, self._most, self._pause_s = hosts, most, pause_s
-            self._last_hosts = hosts or self._last_hosts
+            self._hosts, self._most, self._pause_s = list(hosts), most, pause_s
+            self._last_hosts = self._hosts or self._last_hosts
             self._long, self._again = long, again
             self._changed.notify_all()
 
@@ -117,7 +122,7 @@ async def main(clients: int, other: Path | None = None) -> None:
         asked, long = await also_answered(asked, other), await also_answered(long, other)
     _say(questions=len(asked) + len(long), differ=sum(map(_differs, [*asked, *long])))
     async with AsyncExitStack() as stack:
-        chooser = Chooser(stack, long)
+        chooser = Chooser(stack, long, Access.read(os.environ[ACCESS]))
         load = Load(chooser.ask, asked, "pods")
         load.start(clients)
         await _hear(chooser)

@@ -1,7 +1,7 @@
 """What KubeRay makes of our RayService manifest: each pod's environment, command and probe, and what Serve is sent.
 
-The manifest for GPUs, since it is the one for several hosts; `for_two_small_hosts` says all that is changed in it. A
-host there is a routers' pod and a cells' pod in one.
+The manifest for GPUs, since it is the one for several hosts, with keys and TLS; `for_two_small_hosts` says all that is
+changed in it. A host there is a routers' pod and a cells' pod in one.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-_FILE = CHECKOUT / "deploy" / "kuberay" / "rayservice.yaml"
+_FILE = CHECKOUT / "deploy" / "kuberay" / "rayservice-protected.yaml"
 _GPU = "nvidia.com/gpu"
 _OBJECT_STORE_BYTES = 128 * 2**20
 # A node's drain takes 5 s more than a cell's: what a cell that is drained without room for another has left.
@@ -58,6 +58,7 @@ class Manifest:
     @classmethod
     def for_two_small_hosts(
         cls,
+        secrets: Path,
         redis: str = "",
         spare: bool = False,
         cell_drain_s: int = _CELL_DRAIN_S,
@@ -65,9 +66,10 @@ class Manifest:
     ) -> "Manifest":
         """Ours, for a cell of the demo on each of two hosts without GPUs, with less patience.
 
-        `redis`: the address of one, as `redis.address` of the chart. `spare`: each host has room for another cell, and
-        new ones start before old ones go, as in the chart's own values. `routers_on_a_host`: 1, as a routers' pod of
-        the chart, where no settings change.
+        `secrets`: where a directory lies for each of its Secrets. Settings name it in place of the mount: the hosts of
+        the bench have one disk. `redis`: the address of one, as `redis.address` of the chart. `spare`: each host has
+        room for another cell, and new ones start before old ones go, as in the chart's own values.
+        `routers_on_a_host`: 1, as a routers' pod of the chart, where no settings change.
         """
         documents = yaml.safe_load_all(_FILE.read_text(encoding="utf-8"))
         [spec] = [document["spec"] for document in documents if document["kind"] == "RayService"]
@@ -76,6 +78,7 @@ class Manifest:
         head, worker = cluster["headGroupSpec"], groups["cells"]
         cluster["workerGroupSpecs"] = [worker]
         _take_routers(worker, groups["routers"], routers_on_a_host)
+        spec["serveConfigV2"] = _unmounted(spec["serveConfigV2"], worker, secrets)
         node_drain_s = cell_drain_s + _NODE_DRAIN_S
         for group, drain_s in ((head, node_drain_s + _HEAD_LONGER_S), (worker, node_drain_s)):
             group["rayStartParams"] |= {"object-store-memory": str(_OBJECT_STORE_BYTES)}
@@ -121,11 +124,25 @@ class Manifest:
 
 
 def _take_routers(worker: dict[str, Any], routers: dict[str, Any], most: int) -> None:
-    """Its probe is theirs, and it has room for so many."""
+    """Its probe and its files are theirs, and it has room for so many."""
     assert _container(worker)["env"] == _container(routers)["env"]
     _container(worker)["readinessProbe"] = _container(routers)["readinessProbe"]
+    shared = _container(worker)["volumeMounts"]
+    _container(worker)["volumeMounts"] = [*shared, *(m for m in _container(routers)["volumeMounts"] if m not in shared)]
+    pod, theirs = worker["template"]["spec"], routers["template"]["spec"]
+    pod["volumes"] = [*pod["volumes"], *(volume for volume in theirs["volumes"] if volume not in pod["volumes"])]
     room = {name: most for name in routers["resources"] if name != "CPU"}
     worker["rayStartParams"] |= {"resources": f"'{json.dumps(room)}'"}
+
+
+def _unmounted(config: str, group: dict[str, Any], secrets: Path) -> str:
+    """The same, with each file of a Secret where it lies, not where this group's pods mount it."""
+    volumes = group["template"]["spec"]["volumes"]
+    names = {volume["name"]: volume["secret"]["secretName"] for volume in volumes if "secret" in volume}
+    for mount in _container(group)["volumeMounts"]:
+        if mount["name"] in names:
+            config = config.replace(f"{mount['mountPath']}/", f"{secrets / names[mount['name']]}/")
+    return config
 
 
 def _group(group: dict[str, Any], kind: str) -> Group:

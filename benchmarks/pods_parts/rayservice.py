@@ -4,7 +4,7 @@ import json
 import secrets
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from benchmarks.pods_parts.clients import Clients, Stuck
 from benchmarks.pods_parts.manifest import Manifest, Settings
 from benchmarks.pods_parts.network import Pod, inside
 from benchmarks.pods_parts.site import Site, environment, site
+from benchmarks.pods_parts.strangers import shown
 
 WORKERS = ("worker-a", "worker-b")
 _DASHBOARD, _APPLICATIONS = 8265, "/api/serve/applications/"
@@ -32,7 +33,7 @@ class RayService:
 
     def __init__(self, manifest: Manifest, where: Site, name: str = "") -> None:
         """`name`: of the Ray cluster, where there is another beside it."""
-        self.manifest, self._site, self._name = manifest, where, name
+        self.manifest, self.where, self._name = manifest, where, name
         self._directory = where.directory / (name or "cluster")
         self._directory.mkdir()
         self._token = secrets.token_hex(16)
@@ -48,7 +49,7 @@ class RayService:
 
     @property
     def load(self) -> Clients:
-        return self._site.load
+        return self.where.load
 
     # What the operator does.
 
@@ -82,7 +83,7 @@ class RayService:
         given = group.environment | environment(directory)
         given |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
         host = f"{self._name}{directory.name}"
-        pod = self.pods[name] = Pod(self._site.network, host, directory, group.shared_memory, given)
+        pod = self.pods[name] = Pod(self.where.network, host, directory, group.shared_memory, given)
         pod.start(f"{command} --node-ip-address={pod.address}")
 
     def _start_what_failed(self) -> None:
@@ -112,10 +113,10 @@ class RayService:
     # What happens to it.
 
     def cut(self, name: str) -> None:
-        self._site.network.cut(self.pods[name].space)
+        self.where.network.cut(self.pods[name].space)
 
     def heal(self, name: str) -> None:
-        self._site.network.heal(self.pods[name].space)
+        self.where.network.heal(self.pods[name].space)
 
     # What one sees of it.
 
@@ -158,6 +159,10 @@ class RayService:
         """By the manifest's readiness probe."""
         group = self.manifest.worker
         return self.pods[name].run(group.probe, group.probe_s)
+
+    def shows(self, fingerprint: str, faces: Sequence[str] = ("http", "grpc")) -> bool:
+        """Whether new connections to each host see this certificate, on these faces."""
+        return all(shown(self.where, host)[face] == fingerprint for host in self.hosts.values() for face in faces)
 
     def resumed(self) -> int:
         """How often a run has gone on elsewhere because its cell was gone."""
@@ -204,7 +209,7 @@ class RayService:
         command += ["-H", f"Authorization: Bearer {self._token}"]
         if body is not None:
             command += ["-X", "PUT", "-H", "Content-Type: application/json", "-d", body]
-        asked = subprocess.run(inside(self._site.client, command), capture_output=True, text=True)
+        asked = subprocess.run(inside(self.where.client, command), capture_output=True, text=True)
         text, _, code = asked.stdout.rpartition("\n")
         if code != "200":
             raise Silent(f"{path}: {code}: {text[:500]}")
@@ -237,7 +242,7 @@ def running(manifest: Manifest, where: Site, name: str = "") -> Iterator[RayServ
 
 @contextmanager
 def running_rayservice(directory: Path) -> Iterator[RayService]:
-    with site(directory) as where, running(Manifest.for_two_small_hosts(), where) as service:
+    with site(directory) as where, running(Manifest.for_two_small_hosts(where.secrets.directory), where) as service:
         yield service
 
 

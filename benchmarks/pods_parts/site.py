@@ -7,8 +7,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.pods_parts.clients import Clients
+from benchmarks.pods_parts.faces import ACCESS
 from benchmarks.pods_parts.manifest import CHECKOUT
 from benchmarks.pods_parts.network import Network, Pod
+from benchmarks.pods_parts.secrets import Secrets
 
 CLIENTS = 6
 _REDIS = "exec redis-server --bind 0.0.0.0 --protected-mode no --save '' --appendonly no --dir /tmp/ray"
@@ -23,14 +25,16 @@ PATH = os.pathsep.join(
 
 
 class Site:
-    """`client`: the namespace of the clients, from which one also looks at the clusters."""
+    """`client`: the namespace of the clients, from which one also looks at the clusters. `secrets`: of all clusters."""
 
     def __init__(self, directory: Path, other: Path | None = None) -> None:
         """`other`: a second checkpoint that may answer the clients."""
         self.directory, self.network = directory, Network()
         try:
+            self.secrets = Secrets(directory / "secrets")
             self.client, _ = self.network.join("client")
-            self.load = Clients(self.client, CLIENTS, directory, environment(directory), other)
+            given = environment(directory) | {ACCESS: self.secrets.access().written()}
+            self.load = Clients(self.client, CLIENTS, directory, given, other)
         except BaseException:
             self.network.close()
             raise

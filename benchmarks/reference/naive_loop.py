@@ -17,6 +17,7 @@ from torch import Tensor
 from twotower.config import ModelConfig
 from twotower.core import Mode, Request
 from twotower.decoding.unmasking import MASK_TOKEN_ID
+from twotower.model.states import WithoutPages
 from twotower.model.tower import ContextTower, DenoiserTower
 
 _BANNED = -1e12
@@ -61,7 +62,7 @@ class NaiveCache:
         )
 
 
-class ExtendPass:
+class ExtendPass(WithoutPages):
     """LayerStates of a causal pass of the context tower. `cache` is the old cache until each layer has run."""
 
     updates = True
@@ -86,7 +87,7 @@ class ExtendPass:
         return keys, values
 
 
-class ReadPass:
+class ReadPass(WithoutPages):
     """LayerStates of a denoiser pass: every position of the block sees the cache and the whole block."""
 
     updates = False

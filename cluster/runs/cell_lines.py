@@ -118,6 +118,8 @@ class Sums:
 
     They are updated by differences, because a router needs them with every request and beat, and there may be a
     thousand cells.
+    A cell whose beat is late counts until it is lost, within three seconds: its requests keep their turns until then.
+    Without its slots they would take up those of the others, which would stand idle.
     """
 
     cells: int = 0

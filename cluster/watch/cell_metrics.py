@@ -18,7 +18,9 @@ CACHE_USED = Metric(
     "share of a tower's pages that are taken; named as in vLLM, and like vLLM's from 0 to 1",
     ("cell", "tower"),
 )
-PAGES = Metric("cache_pages", Kind.GAUGE, "pages", "pages of a tower, 16 positions each", ("cell", "tower"))
+PAGES = Metric(
+    "cache_pages", Kind.GAUGE, "pages", "pages of a tower, of 16 positions each, on CUDA of 256", ("cell", "tower")
+)
 SLOTS_USED = Metric("slots_used", Kind.GAUGE, "slots", "slots that hold a sequence", ("cell", "tower"))
 SLOTS = Metric("slots", Kind.GAUGE, "slots", "slots of a tower", ("cell", "tower"))
 FREE_MEMORY = Metric(

@@ -7,17 +7,17 @@ from datetime import datetime
 from cluster.certificates import Credentials
 from cluster.rereading import Rereading
 from cluster.runs.callers import Door, OpenDoor
+from cluster.watch.shown import ShownOverHttp
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """`door`: reads the file of keys. `certificates`: those of TLS; `shown_over_http`: as they were when this router
-    started, because Serve's proxies read theirs only once.
-    """
+    """`door`: who knows of the file of keys. `certificates`: those of TLS, which gRPC shows; `shown_over_http`: what
+    another process shows, the HTTP proxy of this node."""
 
     door: Door
     certificates: Rereading[Credentials] | None = None
-    shown_over_http: Credentials | None = None
+    shown_over_http: ShownOverHttp | None = None
 
     def faults(self) -> Mapping[str, str]:
         """The error of each configured file; empty if there is none."""
@@ -25,9 +25,11 @@ class Files:
         return keys if self.certificates is None else {**keys, "certificates": self.certificates.fault}
 
     def ends(self) -> Mapping[str, datetime]:
-        """The earliest end of each face's certificates."""
-        over_http = {} if self.shown_over_http is None else {"http": self.shown_over_http.until}
-        return over_http if self.certificates is None else {**over_http, "grpc": self.certificates.now.until}
+        """Of each face's certificates, as far as that is known."""
+        ends = {} if self.certificates is None else {"grpc": self.certificates.now.until}
+        if self.shown_over_http is not None and self.shown_over_http.until is not None:
+            ends["http"] = self.shown_over_http.until
+        return ends
 
     def told(self) -> tuple[str, ...]:
         """The present faults."""

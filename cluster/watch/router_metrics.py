@@ -74,9 +74,8 @@ CERTIFICATE_LEFT = Metric(
     "certificate_left_seconds",
     Kind.GAUGE,
     "seconds",
-    "time until the first certificate of a face's chain ends; negative once it has ended. `grpc`: the certificate "
-    "that the router shows now; `http`: the files as they were when the router started, because Serve's proxies read "
-    "theirs then",
+    "until the certificate that a face shows now ends; below 0 it has. `grpc`: the first end in the router's chain; "
+    "`http`: that of the certificate which its node's HTTP proxy showed in a handshake, within the last half minute",
     ("face",),
 )
 QUEUE_TIME = Metric(

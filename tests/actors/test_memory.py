@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from actors import cell_towers
-from actors.cell import start_pair
+from actors.cell import _ledger, start_pair
 from actors.memory import memories
 from actors.remote import RemoteEngine
 from actors.settings import CellSettings, bundles
@@ -41,13 +41,25 @@ def test_weights_are_counted_where_they_are() -> None:
 
 @pytest.mark.parametrize("gpus_per_tower", [None, 0.0, 0.5, 1.0])
 def test_a_device_in_words_is_counted_as_what_it_is(gpus_per_tower: float | None) -> None:
-    """Whatever is asked of Ray for it. `auto` never comes here: settings refuse it (test_settings.py)."""
+    """Whatever is asked of Ray for it. `auto` never comes here: settings refuse it (test_settings.py). What differs is
+    the two pages beside those of sequences, which are larger on a GPU."""
     cpu, gpu = (
         memories(CellSettings(CHECKPOINT, device=device, placement="colocated", gpus_per_tower=gpus_per_tower))[0]
         for device in ("cpu", "cuda")
     )
-    assert cpu.total == gpu.total
+    assert cpu.total - cpu.pages == gpu.total - gpu.pages
+    assert cpu.tokens == gpu.tokens and cpu.pages < gpu.pages
+    assert gpu.pages / cpu.pages == pytest.approx((gpu.tokens + 2 * 256) / (cpu.tokens + 2 * 16))
     assert cpu.passing < gpu.passing
+
+
+@pytest.mark.parametrize(("device", "page_tokens"), [("cpu", 16), ("cuda", 256), ("cuda:0", 256)])
+def test_a_cells_ledger_counts_as_its_towers_will(device: str, page_tokens: int) -> None:
+    settings = CellSettings(CHECKPOINT, device=device, placement="split", denoisers_per_context=2)
+    ledger = _ledger(settings)
+    for room in (ledger.context, *ledger.mirrors):
+        assert (room.page_tokens, room.pages) == (page_tokens, settings.engine.pages_of(page_tokens))
+    assert len(ledger.mirrors) == 2
 
 
 @pytest.mark.parametrize(

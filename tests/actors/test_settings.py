@@ -109,7 +109,7 @@ def test_every_setting_of_a_cell_arrives_under_its_own_name() -> None:
     cell = {"device": "cpu", "placement": "split", "ssm_wire_dtype": "bfloat16", "gpus_per_tower": 0, "capture": "off"}
     cell |= {"denoisers_per_context": 3, "max_sequences": 7, "cache_tokens": 6000, "prefill_chunk_tokens": 9}
     cell |= {"link_timeout_s": 11, "stall_timeout_s": 12, "start_timeout_s": 13, "mend_timeout_s": 14}
-    cell |= {"prefix_cache_bytes": 16}
+    cell |= {"prefix_cache_bytes": 16, "prefix_cache_in": "host"}
     model = {"dtype": "bfloat16", "max_sequence_length": 5000, "experts": "int4", "expert_group": 64}
     changed = ServiceConfig.parse({"cell": cell, "model": model, "cluster": {"max_queued_requests": 15}})
     settings = cell_settings(changed)

@@ -2,15 +2,19 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.gpu import main
+from benchmarks.gpu_parts import pages
 from benchmarks.gpu_parts.passes import AR_STEP, COMMIT, DENOISE, Bench, Kind
 from benchmarks.gpu_parts.site import FULL, Site
 from tests.cuda_stand_in import gpus
+from tests.flash_stand_ins import FlashStandIns
+from twotower.model.kernels import choose, paged_attention
 from twotower.model.tower import ContextTower, DenoiserTower
 
 
@@ -20,7 +24,7 @@ def bench() -> Bench:
         return Bench(Site.of("cpu", True, None))
 
 
-@pytest.mark.parametrize("section", ["passes", pytest.param("exchange", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("section", ["passes", "pages", pytest.param("exchange", marks=pytest.mark.slow)])
 def test_a_section_alone(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
     output = tmp_path / "new" / "report.md"
@@ -33,12 +37,33 @@ def test_a_section_alone(section: str, tmp_path: Path, monkeypatch: pytest.Monke
         rows = [line for line in report.splitlines() if line.startswith(("| denoiser step", "| commit", "| AR step"))]
         assert len(rows) == 3 * 2
         assert "Error" not in report
+    elif section == "pages":
+        assert "both columns gather" in report and "attention in pages: none, pages are gathered (no CUDA)" in report
     else:
         assert "Checked on the device: every element as sent." in report
         assert "the context side is gone" in report
         assert "3 of 3 mirror slots free again" in report
         assert "first delta after" in report
         assert "the denoiser side is gone" in report
+
+
+def test_pages_in_place_are_held_to_gathered_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over flash-attn's stand-in, with a GPU's pages. A kernel that is off is a fault."""
+    monkeypatch.setattr(pages, "page_tokens_on", lambda kind: 256)
+    monkeypatch.setattr("twotower.model.cache.page_tokens_on", lambda kind: 256)
+    arguments = ["--tiny", "--sections", "pages", "--batches", "3", "--output", str(tmp_path / "report.md")]
+    attend = paged_attention.attention(paged_attention.flash_attn(FlashStandIns(any_dtype=True).load("flash_attn")))
+    for by, status in ((1.0, 0), (1.1, 1)):
+        kernel = lambda q, seen, by=by: by * attend(q, seen)  # noqa: E731
+        monkeypatch.setattr(
+            pages, "choose", lambda *given, kernel=kernel: replace(choose(*given), attend_in_pages=kernel)
+        )
+        assert main(arguments) == status
+        report = (tmp_path / "report.md").read_text()
+        assert report.count("| denoiser step | 300 | 3 |") == 1 and "both columns gather" not in report
+    assert "AR step of 3 rows behind 40: pages in place are off by 1.0e-01" in capsys.readouterr().err
 
 
 @pytest.mark.slow

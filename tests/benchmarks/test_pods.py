@@ -1,11 +1,15 @@
 """What `benchmarks.pods` makes of what its clients say. The cases themselves take minutes each and are run by hand."""
 
+import json
 import math
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from ray.serve.config import HTTPOptions
 
 from benchmarks import pods
 from benchmarks.pods_parts import gateway
@@ -13,9 +17,14 @@ from benchmarks.pods_parts.cases import CASES, Case
 from benchmarks.pods_parts.clients import Request, Stuck
 from benchmarks.pods_parts.manifest import Manifest
 from benchmarks.pods_parts.report import Result, first_tokens, pauses, render
+from benchmarks.pods_parts.secrets import Secrets
 from benchmarks.pods_parts.site import PATH
 from benchmarks.pods_parts.weights import write_other_weights
 from benchmarks.reference.workload import DEMO
+from cluster.certificates import Files, read
+from cluster.config import ServiceConfig
+from cluster.http_options import TLS, check_same
+from cluster.runs.keys import hash_of, read_keys
 from tests.deploy.chart import require
 from twotower.model.checkpoint import Checkpoint
 
@@ -86,8 +95,8 @@ def test_an_unknown_case_is_refused_by_name(capsys: pytest.CaptureFixture[str]) 
     assert f"got tail, wanted some of {known}" in capsys.readouterr().err
 
 
-def test_a_redis_is_told_to_the_head_and_patience_to_workers() -> None:
-    plain, safe = Manifest.for_two_small_hosts(), Manifest.for_two_small_hosts(redis="10.0.0.9:6379")
+def test_a_redis_is_told_to_the_head_and_patience_to_workers(tmp_path: Path) -> None:
+    plain, safe = Manifest.for_two_small_hosts(tmp_path), Manifest.for_two_small_hosts(tmp_path, redis="10.0.0.9:6379")
     assert safe.head.environment.keys() - plain.head.environment.keys() == {
         "RAY_REDIS_ADDRESS",
         "RAY_external_storage_namespace",
@@ -98,12 +107,44 @@ def test_a_redis_is_told_to_the_head_and_patience_to_workers() -> None:
     assert safe.head.grace_s > safe.worker.grace_s, "without the head workers end at once"
 
 
-def test_a_host_takes_as_many_routers_as_it_is_told() -> None:
+def test_a_host_takes_as_many_routers_as_it_is_told(tmp_path: Path) -> None:
     """Where one is lost, a host has room for no other one beside its own, as a routers' pod of the chart."""
-    one, many = Manifest.for_two_small_hosts(routers_on_a_host=1), Manifest.for_two_small_hosts()
+    one, many = (Manifest.for_two_small_hosts(tmp_path, routers_on_a_host=most) for most in (1, 8))
     assert "--resources='{\"twotower_router\": 1}'" in one.worker.command
     assert "--resources='{\"twotower_router\": 8}'" in many.worker.command
     assert "twotower_router" not in one.head.command
+
+
+def test_the_service_of_the_bench_reads_the_secrets_of_the_run(tmp_path: Path) -> None:
+    """By the settings of the manifest: nothing of keys and TLS is said a second time."""
+    secrets = Secrets(tmp_path)
+    config = json.loads(Manifest.for_two_small_hosts(tmp_path).serve_config({}))
+    [application] = config["applications"]
+    ingress = ServiceConfig.parse(application["args"]).ingress
+    check_same(HTTPOptions(**config["http_options"]), ingress, TLS)
+    files = Files.of(ingress)
+    assert files is not None and files.client_ca is not None and ingress.keys_file is not None
+    assert _fingerprint(read(files).chain) == secrets.shown
+    assert [entry.sha256 for entry in read_keys(Path(ingress.keys_file))] == [hash_of(secrets.access().key)]
+    assert secrets.access().key not in Path(ingress.keys_file).read_text()
+
+
+def test_a_renewed_secret_is_exchanged_whole(tmp_path: Path) -> None:
+    """As the kubelet does it: who has a file open reads on, and a certificate never lies beside another one's key."""
+    secrets = Secrets(tmp_path)
+    mounted = tmp_path / "twotower-tls"
+    before, key = secrets.shown, (mounted / "tls.key").read_bytes()
+    with (mounted / "tls.crt").open("rb") as open_still:
+        secrets.renew()
+        assert _fingerprint(open_still.read()) == before
+    assert secrets.shown == _fingerprint((mounted / "tls.crt").read_bytes()) != before
+    assert (mounted / "tls.key").read_bytes() != key and (mounted / "tls.key").resolve().parent == (
+        mounted / "..data"
+    ).resolve()
+
+
+def _fingerprint(pem: bytes) -> str:
+    return x509.load_pem_x509_certificate(pem).fingerprint(hashes.SHA256()).hex()
 
 
 @pytest.mark.parametrize(("old", "new", "said"), [("", "", " OK"), ("timeout: 0s", "timeuot: 0s", "timeuot")])
@@ -111,6 +152,7 @@ def test_envoy_takes_the_gateways_configuration(old: str, new: str, said: str, t
     """And names what is wrong in another one."""
     envoy = require(shutil.which("envoy", path=PATH), "envoy")
     gateway.write_hosts(tmp_path, ["10.0.0.1", "10.0.0.2"])
+    Secrets(tmp_path / "secrets").write_gateways(tmp_path)
     config = tmp_path / "envoy.yaml"
     config.write_text(gateway.CONFIG.read_text().replace("/tmp/ray/", f"{tmp_path}/").replace(old, new))
     command = [envoy, "--mode", "validate", "--config-path", str(config), "--disable-hot-restart"]

@@ -52,10 +52,11 @@ def ports_of(root: psutil.Process) -> list[Port]:
 
 
 def _title(process: psutil.Process) -> str:
-    """A command line reads empty while its process changes its title."""
+    """Without the directory of a program. A command line reads empty while its process changes its title."""
     for _ in range(100):
         if (title := " ".join(process.cmdline()).strip()) != "":
-            return title[:80]
+            program, *rest = title.split(" ")
+            return " ".join([program.rpartition("/")[2], *rest])[:80]
         time.sleep(0.02)
     return process.name()
 

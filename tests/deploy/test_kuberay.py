@@ -2,7 +2,7 @@
 operator, for Serve and for our configuration. Every size, port, name and time must agree.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache
 
@@ -12,6 +12,7 @@ from ray.serve import Application
 from actors.settings import bundles
 from cluster import app
 from cluster.app import cell_settings
+from cluster.http_options import http_options
 from cluster.message_size import largest_message
 from cluster.ops.local_ray import _SETTINGS
 from cluster.router import LAST_WORDS_S
@@ -154,13 +155,21 @@ def test_routers_are_spread(made: Rendered) -> None:
 def test_ports_agree_everywhere(made: Rendered) -> None:
     ingress = made.config.ingress
     wanted = {"serve": ingress.http_port, "serve-grpc": ingress.grpc_port}
-    assert made.serve["http_options"] == {"host": "0.0.0.0", "port": ingress.http_port}
+    told = made.serve["http_options"]
+    assert {name: value for name, value in http_options(ingress).items() if value is not None} == told
     assert ingress.host == "0.0.0.0"
     assert made.routers.ports == wanted | {"metrics": 8080}
     assert made.head.ports.items() >= made.routers.ports.items()
     for port in made.service["spec"]["serveService"]["spec"]["ports"]:
         assert (port["port"], port["targetPort"]) == (wanted.pop(port["name"]), port["name"])
     assert not wanted
+
+
+def test_the_files_of_settings_are_mounted(made: Rendered) -> None:
+    """In routers' pods all of them, for each a directory, which a changed Secret replaces whole."""
+    for name in ("keys_file", "tls_cert_file", "tls_key_file", "grpc_client_ca_file"):
+        path = getattr(made.config.ingress, name)
+        assert path is None or "secret" in made.routers.mounts[path.rpartition("/")[0]]
 
 
 def test_only_routers_get_requests(made: Rendered) -> None:
@@ -172,8 +181,9 @@ def test_only_routers_get_requests(made: Rendered) -> None:
 
 def test_a_pod_is_ready_when_a_cell_answers(made: Rendered) -> None:
     ingress = made.config.ingress
+    scheme = "http" if ingress.tls_cert_file is None else "https"
     for group in (made.routers, made.cells):
-        assert f"http://localhost:{ingress.http_port}/ready" in group.probe
+        assert f" {scheme}://localhost:{ingress.http_port}/ready" in group.probe
     assert f"/dev/tcp/127.0.0.1/{ingress.grpc_port}'" in made.routers.probe
 
 
@@ -259,15 +269,54 @@ def test_policies_select_pods_and_open_their_ports(made: Rendered) -> None:
     assert all(everybody <= group.labels.items() for group in made.groups)
     assert policies["twotower-router"]["podSelector"]["matchLabels"] == made.routers.labels
     assert policies["twotower-head"]["podSelector"]["matchLabels"] == made.head.labels
-    ingress = made.config.ingress
-    assert _opened(policies["twotower-router"]) == {ingress.http_port, ingress.grpc_port}
-    assert _opened(policies["twotower-head"]) == {made.head.ports["dashboard"]}
-    assert _opened(policies["twotower"]) == {group.ports["metrics"] for group in made.groups}
 
 
-def _opened(policy: Object) -> set[int]:
-    """To others than the service's own pods."""
-    return {port["port"] for rule in policy["ingress"] for port in rule.get("ports", [])}
+_PROMETHEUS = {"app.kubernetes.io/name": "prometheus"}
+_OPERATOR = {"app.kubernetes.io/name": "kuberay-operator"}
+
+
+def test_whom_policies_let_in(made: Rendered) -> None:
+    """Ray's exporter shows all metrics to whoever reaches it, so nobody but Prometheus and the service's pods may."""
+    policies = [policy["spec"] for policy in made.of_kind("NetworkPolicy")]
+    ingress, metrics = made.config.ingress, {group.ports["metrics"] for group in made.groups}
+    assert metrics == {8080}
+    for stranger, more in (({}, set()), (_PROMETHEUS, metrics), (_OPERATOR, set())):
+        dashboard = {made.head.ports["dashboard"]} if stranger is _OPERATOR else set()
+        assert _reached(policies, stranger, made.routers) == {ingress.http_port, ingress.grpc_port} | more
+        assert _reached(policies, stranger, made.cells) == more
+        assert _reached(policies, stranger, made.head) == dashboard | more
+    assert _reached(policies, None, made.cells) == set() == _reached(policies, None, made.head), "no pod"
+    for one in made.groups:
+        assert all(_reached(policies, one.labels, other) == {_ANY} for other in made.groups)
+
+
+def test_an_open_exporter_would_be_seen() -> None:
+    """Without peers a rule is for everybody."""
+    made = rendered("cpu-demo", "--set-json", "networkPolicy.monitoring=[]")
+    policies = [policy["spec"] for policy in made.of_kind("NetworkPolicy")]
+    assert _reached(policies, None, made.cells) == {8080}
+
+
+_ANY = 0
+
+
+def _reached(policies: list[Object], labels: Mapping[str, str] | None, group: Group) -> set[int]:
+    """The ports of the group's pods that a pod with these labels reaches, in any namespace; None: what is no pod. A pod
+    that no policy selects would be open."""
+    chosen = [policy for policy in policies if policy["podSelector"]["matchLabels"].items() <= group.labels.items()]
+    assert any("Ingress" in policy["policyTypes"] for policy in chosen)
+    reached: set[int] = set()
+    for rule in (rule for policy in chosen for rule in policy["ingress"]):
+        if "from" not in rule or any(_is_peer(peer, labels) for peer in rule["from"]):
+            reached |= {port["port"] for port in rule["ports"]} if "ports" in rule else {_ANY}
+    return {_ANY} if _ANY in reached else reached
+
+
+def _is_peer(peer: Object, labels: Mapping[str, str] | None) -> bool:
+    assert peer.keys() <= {"namespaceSelector", "podSelector"} and peer.get("namespaceSelector", {}) == {}
+    if labels is None:
+        return False
+    return bool(peer.get("podSelector", {}).get("matchLabels", {}).items() <= labels.items())
 
 
 def test_there_are_manifests() -> None:

@@ -27,6 +27,7 @@ from twotower.exchange.distributed import connect, open_port
 from twotower.exchange.local import LocalExchange
 from twotower.exchange.settings import EngineHooks, LinkSettings
 from twotower.model.cache import TowerCache
+from twotower.model.pages import page_tokens_on
 from twotower.model.room import Room
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import current
@@ -154,18 +155,20 @@ async def split_pair(
     grammars = grammars_of(checkpoint, towers.config)
     context = ContextEngine(towers.context, settings, runners[0].emit, Compiling(grammars, runners[0].wake))
     runners[0].start([context], towers.context.device)
+    page_tokens = page_tokens_on(towers.context.device.type)
+    pages, stride = settings.pages_of(page_tokens), settings.prefix_stride_of(page_tokens)
     for number, runner in enumerate(runners[1:]):
         port, address = open_port(context.cache, number, 0, told, hooks_of(runners[0]))
         context.connect(port)
         tower = towers.denoiser
         with current(tower.device):
-            mirror = TowerCache(tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype)
+            mirror = TowerCache(tower.config, settings.max_sequences, pages, tower.device, tower.dtype)
             link = await asyncio.to_thread(connect, address, mirror, hooks_of(runner))
             compiling = Compiling(grammars, runner.wake)
             runner.start([DenoiserEngine(tower, link, settings, runner.emit, compiling=compiling)], tower.device)
-    rooms = [Room(settings.max_sequences, settings.pages) for _ in runners]
+    rooms = [Room(settings.max_sequences, pages, page_tokens=page_tokens) for _ in runners]
     try:
-        ledger = Ledger(rooms[0], rooms[1:], settings.max_queued_requests, stride=settings.prefix_stride)
+        ledger = Ledger(rooms[0], rooms[1:], settings.max_queued_requests, stride=stride)
         async with Pair(runners[0], runners[1:], ledger) as pair:
             yield pair
     finally:

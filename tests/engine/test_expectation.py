@@ -16,18 +16,20 @@ from torch import Tensor
 
 import twotower
 from tests.engine.arrangements import LINK, Towers, split_pair
-from tests.engine.decode import plain_request
-from twotower.core import Mode
+from tests.engine.decode import collect, plain_request
+from tests.goldens import vendored
+from twotower.core import DecodingParams, Mode, Request, RequestId
 from twotower.engine.expectation import FILE, Bounds, Expectation, Known, Outcome
-from twotower.engine.self_test import self_test
+from twotower.engine.self_test import score_sample, self_test
 from twotower.engine.settings import EngineSettings
 from twotower.errors import CheckpointError, Unavailable
 from twotower.model import mamba
 from twotower.model.attention import attend
-from twotower.model.cache import ReadStates, Span, TowerCache
+from twotower.model.cache import Span, TowerCache
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.pages import PAGE_TOKENS
+from twotower.model.row_states import ReadStates
 from twotower.model.states import Reach
 from twotower.model.tower import ContextTower, DenoiserTower
 
@@ -255,3 +257,19 @@ async def test_a_cache_that_is_full_just_now_is_not_too_small(demo: Towers, capl
             await asyncio.sleep(0)
         await test
     assert "left out" not in caplog.text
+
+
+async def test_nothing_of_its_prompts_is_kept() -> None:
+    """Prompts of several chunks, in every mode and scored; the same prompts keep a state each when a user asks."""
+    model = vendored("tt_moe")
+    towers = Towers("tt_moe", model.context, model.denoiser)
+    sample = [Known((*range(4, 44), end), (5, 6), -1.0) for end in (50, 51)]
+    expected = Expectation(tuple(sample), tuple(Bounds(mode, 0, 0, 99) for mode in Mode))
+    async with split_pair(towers, 1, replace(SETTINGS, prefill_chunk_tokens=16)) as pair:
+        await self_test(pair, [mode for mode in Mode if mode is not Mode.AR], 60, expected)
+        await score_sample(pair, sample, 60)
+        (stats,) = await pair.context.stats()
+        assert (stats.prefix_lookups, stats.prefix_bytes) == (0, 0)
+        await collect(pair, Request(RequestId("user"), sample[0].prompt_token_ids, DecodingParams(Mode.AR, 1)))
+        (stats,) = await pair.context.stats()
+        assert stats.prefix_lookups == 1 and stats.prefix_bytes > 0

@@ -1,6 +1,7 @@
 """What is free is measured, and what will not fit is refused before anything is loaded, with the sum."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ CASES: dict[str, tuple[dict[str, str], int | None]] = {
 @pytest.mark.parametrize(("files", "free"), CASES.values(), ids=CASES.keys())
 def test_what_the_host_has(tmp_path: Path, files: dict[str, str], free: int | None) -> None:
     assert free_host_bytes(_write(tmp_path, files)) == free
+
+
+def test_what_is_pinned_has_to_fit_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_memory, "free_host_bytes", lambda: 3 * GIB)
+    with gpus(1, monkeypatch):
+        check_fits(replace(NEEDS, host=3 * GIB), torch.device("cuda", 0))
+        with pytest.raises(
+            ConfigError, match=r"prefix_cache_in: host, got 3.00 GiB free there, wanted 4.00 GiB; change"
+        ):
+            check_fits(replace(NEEDS, host=4 * GIB), torch.device("cuda", 0))
 
 
 def test_this_host_says() -> None:

@@ -19,7 +19,7 @@ from twotower.decoding.steering import Steering
 from twotower.engine.context_engine import ContextEngine
 from twotower.engine.denoiser_engine import DenoiserEngine
 from twotower.engine.ledger import Ledger
-from twotower.engine.memory import Memory, memory_of
+from twotower.engine.memory import Memory, memory_of, together
 from twotower.engine.pair import Pair
 from twotower.engine.passing import passing_bytes
 from twotower.engine.runner import EngineRunner
@@ -142,6 +142,18 @@ def test_what_penalties_keep_is_counted_where_they_are_kept(tower: type[ContextT
     counted = memory_of(config, SETTINGS, torch.float32, [tower]).passing
     assert counted - passing_bytes(config, SETTINGS, torch.float32, [tower]) == SETTINGS.max_sequences * one
     assert one or tower is DenoiserTower
+
+
+def test_prefixes_on_the_host_take_nothing_of_a_gpu() -> None:
+    config, settings = Checkpoint.open(DEMO).config, EngineSettings()
+    there = replace(settings, prefix_cache_in="host")
+    usual, moved = (memory_of(config, one, torch.bfloat16, [ContextTower], on_gpu=True) for one in (settings, there))
+    assert (usual.host, moved.prefixes) == (0, 0) and moved.host == usual.prefixes > 0
+    assert usual.total - moved.total == moved.host and "on the host prefixes" in str(moved)
+    assert memory_of(config, there, torch.bfloat16, [ContextTower]) == memory_of(
+        config, settings, torch.bfloat16, [ContextTower]
+    ), "on a CPU they are in the same memory"
+    assert together([moved, usual]).host == moved.host
 
 
 def test_the_line_in_the_log() -> None:

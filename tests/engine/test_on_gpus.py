@@ -4,7 +4,7 @@ The stand-in refuses every tensor, stream, event and group of a device without a
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,6 +16,7 @@ from tests.cuda_stand_in import Gpus, gpus
 from tests.engine.arrangements import Towers, split_pair
 from tests.engine.decode import collect
 from tests.exchange.rig import QUICK
+from tests.flash_stand_ins import AnyTower, FlashStandIns
 from tests.goldens import CPU, GOLDEN_DIR, MODELS, VENDORED
 from tests.nccl_stand_in import ProcessGroupNCCL, stand_in
 from twotower.core import DecodingParams, Mode, Request, RequestId
@@ -25,13 +26,17 @@ from twotower.engine.graphs import FixedPasses, PassShape
 from twotower.engine.in_process import open_pair, pick_device
 from twotower.engine.pair import Pair
 from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want
-from twotower.engine.settings import EngineSettings
+from twotower.engine.settings import EngineSettings, PrefixMemory
 from twotower.errors import ConfigError
 from twotower.expert_formats import ExpertFormat
+from twotower.model.attention import Attention
 from twotower.model.cache import TowerCache
 from twotower.model.checkpoint import Checkpoint
+from twotower.model.kernels import paged_attention
 from twotower.model.loading import load_context_tower, load_denoiser_tower
 from twotower.model.moe import FEW_TOKENS
+from twotower.model.pages import page_tokens_on
+from twotower.model.snapshots import Snapshots
 
 SETTINGS = EngineSettings(max_sequences=2, max_sequence_length=60, prefill_chunk_tokens=32, capture="off")
 SECOND = torch.device("cuda", 1)
@@ -88,13 +93,67 @@ async def test_captured_at_start_and_never_while_serving(
     wanted = await _in_process(name, "cpu")
     with gpus(2, monkeypatch) as machine:
         assert await _in_process(name, "cuda:1", replace(SETTINGS, capture="on")) == wanted
-    # Rows 1 and 2, each with 4 or 8 pages where blocks are read and 4 where tokens are. A context tower has 3 forms of
-    # blocks, drafts among them, and 3 of tokens, a denoiser 1 and 2.
-    assert machine.captures == 2 * (2 * (3 + 1) + (3 + 2))
+    # Rows 1 and 2, each with one page. A context tower has 3 forms of blocks, drafts among them, and 3 of tokens, a
+    # denoiser 1 and 2.
+    assert machine.captures == 2 * ((3 + 1) + (3 + 2))
     assert len(machine.pools) == 2, "one a tower"
     assert machine.replays > 10
     assert machine.device_waits == 0
     assert machine.uploads and not machine.foreign_uploads
+
+
+@NAMES
+@pytest.mark.slow
+async def test_pages_are_read_in_place_in_captures(
+    name: str, captured_in_fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = await _in_process(name, "cpu")
+    for load in (load_context_tower, load_denoiser_tower):
+        monkeypatch.setattr(in_process, load.__name__, lambda *given, load=load: _reading_in_place(load(*given)))
+    with gpus(2, monkeypatch) as machine:
+        assert await _in_process(name, "cuda:1", replace(SETTINGS, capture="on")) == wanted
+    assert machine.replays > 10 and machine.device_waits == 0
+
+
+@pytest.mark.parametrize("memory", list(PrefixMemory))
+async def test_kept_prefixes(memory: PrefixMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device, or on the host and copied back: the tokens are the same, and nobody waits for a copy."""
+    stride = page_tokens_on("cuda")
+    settings = replace(
+        SETTINGS, max_sequence_length=2 * stride, prefill_chunk_tokens=stride, prefix_cache_bytes=2**20,
+        prefix_cache_in=memory,
+    )  # fmt: skip
+    begun = tuple(4 + place % 40 for place in range(stride))
+    requests = [
+        Request(RequestId(f"{number}"), (*begun, *behind), DecodingParams(mode=Mode.AR, max_new_tokens=6))
+        for number, behind in enumerate([(5, 6), (7,), (5, 6)])
+    ]
+
+    async def answers(device: str) -> list[tuple[int, list[int]]]:
+        found = []
+        async with open_pair(GOLDEN_DIR / MODELS[0], settings, device) as pair:
+            cuda_stand_in.GPUS.serving = device != "cpu"
+            for request in requests:
+                events = [event async for event in pair.generate(request, 30)]
+                found.append((events[0].cached_tokens, [token for event in events for token in event.token_ids]))
+        return found
+
+    wanted = await answers("cpu")
+    homes: list[torch.device] = []
+    monkeypatch.setattr(Snapshots, "save", _noting(Snapshots.save, homes))
+    with gpus(2, monkeypatch) as machine:
+        assert await answers("cuda:1") == wanted
+    assert [cached for cached, _ in wanted] == [0, stride, stride]
+    assert set(homes) == {torch.device("cpu") if memory is PrefixMemory.HOST else SECOND}
+    assert machine.device_waits == 0
+
+
+def _noting(save: Callable[[Snapshots, int, int], None], homes: list[torch.device]) -> Callable[..., None]:
+    def noting(self: Snapshots, slot: int, snapshot: int) -> None:
+        homes.append(self.ssm.device)
+        save(self, slot, snapshot)
+
+    return noting
 
 
 @pytest.mark.parametrize(
@@ -199,6 +258,46 @@ def test_drafts_are_captured(name: str, machine: Gpus, captured_in_fp32: None) -
     assert machine.replays == replays
     for ours, plain in ((cache.ssm, plain_cache.ssm), (cache.conv, plain_cache.conv)):
         torch.testing.assert_close(ours[:, slots].inner, plain[:, slots].inner)  # type: ignore[attr-defined]
+
+
+@NAMES
+def test_passes_that_read_pages_in_place_are_captured(name: str, machine: Gpus, captured_in_fp32: None) -> None:
+    """A GPU's cache has pages of 256 positions. A replay asks the host for nothing, gathers nothing, and gives what an
+    eager pass gives that gathers."""
+    checkpoint = Checkpoint.open(GOLDEN_DIR / name)
+    context = load_context_tower(checkpoint, SECOND, torch.float32, kernels="torch")
+    denoiser = load_denoiser_tower(checkpoint, SECOND, torch.float32, kernels="torch")
+    cache = TowerCache(context.config, 2, 8, SECOND, torch.float32)
+    assert cache.page_tokens == 256
+    slots, prompts, given = [cache.allocate(300) for _ in range(2)], [[6, 5] * 125, [8] * 30], [[5, 3] * 8, [9, 2, 4]]
+    with torch.inference_mode():
+        EagerPasses(context, cache).run(slots, prompts, want=Want.STATES)
+        for slot, ids in zip(slots, prompts, strict=True):
+            cache.advance(slot, len(ids))
+        plain = EagerPasses(denoiser, cache).run(slots, given, [0.5, 0.25], Want.HIDDEN)
+        drafted, _ = EagerPasses(context, cache).verify(slots, given)
+        for tower, wanted in ((_reading_in_place(denoiser), plain), (_reading_in_place(context), drafted)):
+            t = None if tower is context else [0.5, 0.25]
+            passes = FixedPasses(tower, cache, cache.scratch_slot, longest=300)
+            passes.capture(slots, 16, t is not None, Want.HIDDEN, keeps_scans=t is None)
+            replayed = passes.verify(slots, given)[0] if t is None else passes.run(slots, given, t, Want.HIDDEN)
+            for row, ids in enumerate(given):
+                torch.testing.assert_close(replayed[row, : len(ids)].inner, wanted[row, : len(ids)].inner)
+    assert (machine.captures, machine.replays) == (2, 2)
+
+
+def _reading_in_place(tower: AnyTower) -> AnyTower:
+    """Through flash-attn's stand-in, and through nothing else."""
+    for module in tower.modules():
+        if isinstance(module, Attention):
+            kernel = paged_attention.flash_attn(FlashStandIns(any_dtype=True).load("flash_attn"))
+            module.attend_in_pages = paged_attention.attention(kernel)
+            module.attend = _gathered
+    return tower
+
+
+def _gathered(*_: object) -> torch.Tensor:
+    raise AssertionError("pages were gathered")
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ class ByHand:
         return [t for e in self.events if isinstance(e, BlockEvent) and e.request_id == name for t in e.token_ids]
 
 
-def _ar(name: str, prompt: Sequence[int], new: int = 8, salt: str = "") -> Request:
+def _ar(name: str, prompt: Sequence[int], new: int = 8, salt: str | None = "") -> Request:
     params = DecodingParams(Mode.AR, new, ignore_eos=True)
     return Request(RequestId(name), tuple(prompt), params, cache_salt=salt)
 
@@ -179,7 +179,7 @@ def test_what_is_kept_gives_way_to_whoever_needs_the_pages() -> None:
 def test_the_budget_is_of_states_and_the_oldest_go_first() -> None:
     tower = vendored("tt_moe").context
     hand = ByHand(replace(ON, prefix_cache_bytes=2 * state_bytes(tower.config, tower.dtype) + 1))
-    assert hand.engine.cache.snapshots == 2
+    assert len(hand.engine.cache.snapshots) == 2
     for name, prompt in (("a", _text(CHUNK + 1, 1)), ("b", _text(CHUNK + 1, 2)), ("a2", _text(CHUNK + 1, 1))):
         hand.engine.add(_ar(name, prompt))
         hand.until_quiet()
@@ -242,13 +242,15 @@ def test_a_prompt_whose_numbers_are_not_finite_is_not_kept() -> None:
     assert cached == {"a": 0, "c": 0} and hand.engine.prefixes.hits == 1 and hand.free == hand.whole
 
 
-def test_only_the_same_salt_shares() -> None:
+def test_only_the_same_salt_shares_and_without_one_nothing_is_kept() -> None:
     hand = ByHand()
-    for name, salt in (("a", "x"), ("b", "y"), ("c", "x")):
+    for name, salt in (("none", None), ("a", "x"), ("b", "y"), ("c", "x"), ("none again", None)):
         hand.engine.add(_ar(name, BASE, salt=salt))
         hand.until_quiet()
     cached = {e.request_id: e.cached_tokens for e in hand.events if isinstance(e, BlockEvent) and e.start == 0}
-    assert cached == {"a": 0, "b": 0, "c": 3 * CHUNK}
+    assert cached == {"none": 0, "a": 0, "b": 0, "c": 3 * CHUNK, "none again": 0}
+    assert len(hand.engine.prefixes) == 2 * 3, "of x and of y"
+    assert hand.tokens("none") == hand.tokens("c") and hand.free == hand.whole
 
 
 @pytest.mark.parametrize("chunk", [8, 24])

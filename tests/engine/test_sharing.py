@@ -24,6 +24,7 @@ def test_a_name_is_of_all_tokens_so_far_and_of_the_salt() -> None:
     names = prefix_names(tokens, STRIDE, "a")
     assert len(names) == 3 and prefix_names(tokens[: 2 * STRIDE], STRIDE, "a") == names[:2]
     assert prefix_names(tokens, 0, "a") == () and prefix_names(tokens[: STRIDE - 1], STRIDE, "a") == ()
+    assert prefix_names(tokens, STRIDE, None) == ()
     others = [prefix_names(tokens, STRIDE, "b"), prefix_names((1, *tokens[1:]), STRIDE, "a")]
     assert not any(set(names) & set(other) for other in others)
 

@@ -10,7 +10,7 @@ from tests.goldens import CPU, VENDORED
 from tests.kernels import real
 from twotower.config import ModelConfig
 from twotower.model.checkpoint import Checkpoint
-from twotower.model.kernels import flash_attention, fused_mamba, parity
+from twotower.model.kernels import flash_attention, fused_mamba, paged_attention, parity
 from twotower.planner.released import RELEASED
 
 pytestmark = [pytest.mark.kernels, pytest.mark.timeout(300)]
@@ -65,5 +65,17 @@ def test_attention(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None
     attend = flash_attention.attention(flash_attention.flash_attn(real.load("flash_attn")), unused)
     calls = real.ATTENTION.stand_ins.calls
     for case, deviation in parity.attention_deviations(attend, config, CPU, torch.bfloat16):
+        assert deviation <= parity.TOLERANCE, case
+    assert real.ATTENTION.stand_ins.calls > calls
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
+def test_attention_in_pages(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "_CACHED", (37,))
+    monkeypatch.setattr(parity, "_ROWS", 3)
+    assert paged_attention.flash_misfit(real.load("flash_attn")) is None
+    attend = paged_attention.attention(paged_attention.flash_attn(real.load("flash_attn")))
+    calls = real.ATTENTION.stand_ins.calls
+    for case, deviation in parity.paged_deviations(attend, config, CPU, torch.bfloat16):
         assert deviation <= parity.TOLERANCE, case
     assert real.ATTENTION.stand_ins.calls > calls

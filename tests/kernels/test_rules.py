@@ -15,6 +15,8 @@ from tests.refusals import (
     convolution_refusals,
     flash_call,
     flash_refusals,
+    paged_call,
+    paged_refusals,
     scan_call,
     scan_refusals,
     step_call,
@@ -48,7 +50,7 @@ CALLS: dict[str, tuple[str, Callable[..., Any], dict[str, Any], list[Refusal]]] 
         "flash_attn",
         FlashStandIns().flash_attn_with_kvcache,
         flash_call(),
-        list(flash_refusals()),
+        [*flash_refusals(), *paged_refusals()],
     ),
 }
 REFUSED = [
@@ -67,6 +69,12 @@ def _real(function: str) -> Callable[..., Any]:
 def test_what_ours_passes_is_taken(function: str) -> None:
     with torch.inference_mode():
         _real(function)(**CALLS[function][2])
+
+
+def test_pages_are_taken() -> None:
+    with torch.inference_mode():
+        out, sums = _real("flash_attn_with_kvcache")(**paged_call())
+    assert out.shape == (3, 5, 4, 16) and sums.shape == (3, 4, 5)
 
 
 @pytest.mark.parametrize(("function", "refusal"), REFUSED)

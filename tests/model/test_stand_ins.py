@@ -19,6 +19,10 @@ from tests.refusals import (
     convolution_refusals,
     flash_call,
     flash_refusals,
+    paged_call,
+    paged_refusals,
+    paged_varlen_call,
+    paged_varlen_refusals,
     scan_call,
     scan_refusals,
     step_call,
@@ -27,13 +31,15 @@ from tests.refusals import (
     varlen_refusals,
 )
 from twotower.config import ModelConfig
-from twotower.model.kernels import flash_attention, parity
+from twotower.model.kernels import flash_attention, paged_attention, parity
 
 CALLS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]], Callable[[], Iterator[Refusal]]]] = [
     (MambaStandIns().causal_conv1d_fn, convolution_call, convolution_refusals),
     (MambaStandIns().selective_state_update, step_call, step_refusals),
     (MambaStandIns().mamba_chunk_scan_combined, scan_call, scan_refusals),
     (FlashStandIns().flash_attn_with_kvcache, flash_call, flash_refusals),
+    (FlashStandIns().flash_attn_with_kvcache, paged_call, paged_refusals),
+    (FlashStandIns().varlen_attn, paged_varlen_call, paged_varlen_refusals),
     (FlashStandIns().varlen_attn, varlen_call, varlen_refusals),
 ]
 REFUSED = [
@@ -79,10 +85,25 @@ class TestTorchsOwn:
                 assert deviation <= parity.TOLERANCE, case
         assert stand_ins.calls
 
-    @pytest.mark.parametrize("refusal", list(varlen_refusals()), ids=lambda refusal: refusal.name)
+    def test_it_is_called_as_it_wants_over_pages(self, stand_ins: FlashStandIns) -> None:
+        config = ModelConfig(
+            hybrid_override_pattern="*", hidden_size=32, num_attention_heads=8, num_key_value_heads=2, head_dim=16
+        )
+        module = importlib.import_module("torch.nn.attention.varlen")
+        assert paged_attention.varlen_misfit(module) is None
+        attend = paged_attention.attention(paged_attention.varlen_attn(module))
+        with torch.inference_mode():
+            for case, deviation in parity.paged_deviations(attend, config, CPU, torch.bfloat16):
+                assert deviation <= parity.TOLERANCE, case
+        assert stand_ins.calls
+
+    @pytest.mark.parametrize(
+        "refusal", [*varlen_refusals(), *paged_varlen_refusals()], ids=lambda refusal: refusal.name
+    )
     def test_it_refuses_what_our_stand_in_refuses(self, refusal: Refusal, stand_ins: FlashStandIns) -> None:
         varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
         varlen_attn(**varlen_call())
+        varlen_attn(**paged_varlen_call())
         with pytest.raises(refusal.error):
             varlen_attn(**refusal.given)
 

@@ -107,12 +107,15 @@ def test_ceilings_follow_from_the_passes(h200: Planner) -> None:
 
 
 def test_our_code_moves_little_more_than_it_must(h200: Planner) -> None:
-    """64 rows with 8k tokens each. What is left where the kernel decides are the copies of pages and states."""
+    """64 rows with 8k tokens each. What is left where kernels do it are the copies of states: no more at 64k tokens."""
     moved = beside(RELEASED, Batch(64, 8192, 16))
     times = moved.factors(h200.cost(Kind.DENOISE, 64, 8192))
-    assert times["fused"] < 1.17 < times["greedy"] < 1.19 < times["sampled"] < 1.46
+    assert times["kernels"] < 1.09 < 1.15 < times["greedy"] < 1.19 < times["sampled"] < 1.46
+    longer = beside(RELEASED, Batch(64, 1 << 16, 16)).factors(h200.cost(Kind.DENOISE, 64, 1 << 16))
+    assert longer["kernels"] < times["kernels"] and longer["greedy"] > 1.5
     assert moved.states == pytest.approx(2 * 64 * 47.1 * MIB, rel=1e-3)
     assert moved.pages == pytest.approx(2 * 64 * 8208 * 6 * 1024)
+    assert moved.in_place == pytest.approx(6 * 64 * 16 * 32 * (5 * 128 * 2 + 8 * 4))
     assert (GREEDY, SAMPLED) == (28, 340)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.pods_parts.load import QUESTIONS
 from benchmarks.pods_parts.rayservice import WORKERS, RayService, running_rayservice
+from benchmarks.pods_parts.strangers import WANTED, told
 from tests.pods.namespaces import require_namespaces
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -43,6 +44,18 @@ def test_each_host_holds_a_cell_and_a_router_and_answers(service: RayService) ->
         service.load.ask(host)
         service.load.wait_for_more(QUESTIONS, PATIENCE_S, [host])
         assert {request.what.split()[0] for request in service.load.requests(host)} == {"grpc", "http"}
+
+
+def test_strangers_get_nothing_and_renewed_certificates_cost_nothing(service: RayService) -> None:
+    """No key, no certificate, no TLS. Then the service's Secret changes under load, and clients connect anew."""
+    assert told(service.where, service.hosts[A]) == WANTED
+    secrets, hosts = service.where.secrets, list(service.hosts.values())
+    service.load.ask(*hosts, long=True)
+    service.load.wait_for_long_streams(2, PATIENCE_S)
+    secrets.renew()
+    service.until(lambda: service.shows(secrets.shown), "new connections see the new certificate")
+    service.load.ask(*hosts, anew=True)
+    service.load.wait_for_more(SOME, PATIENCE_S)
 
 
 def test_the_drain_of_a_node(service: RayService) -> None:

@@ -26,7 +26,7 @@ from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 from twotower.errors import InvalidRequest, TwoTowerError, Unavailable
 from twotower.expert_formats import ExpertFormat
-from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.model.pages import page_tokens_on, pages_for
 from twotower.model.threads import threads_for
 from twotower.text.token_texts import TokenTexts
 from twotower.validation import check_terms
@@ -196,12 +196,13 @@ async def _outcome(pair: Pair, order: Order, model: Model, hear: Callable[[_Told
 
 
 def _pair(options: Namespace, model: Model, orders: Sequence[Order]) -> AbstractAsyncContextManager[Pair]:
-    """A running pair whose cache has exactly the room that these orders need at a time."""
-    wanted = sorted((pages_for(order.request.positions) for order in orders), reverse=True)
+    """A running pair whose cache holds what these orders need at once, and not more."""
+    page_tokens = page_tokens_on(pick_device(options.device).type)
+    wanted = sorted((pages_for(order.request.positions, page_tokens) for order in orders), reverse=True)
     settings = EngineSettings(
         max_sequences=min(len(orders), _MAX_SEQUENCES),
         max_sequence_length=model.limits.max_sequence_length,
-        cache_tokens=sum(wanted[:_MAX_SEQUENCES]) * PAGE_TOKENS,
+        cache_tokens=sum(wanted[:_MAX_SEQUENCES]) * page_tokens,
         max_queued_requests=_IN_FLIGHT,
         experts=options.experts,
         expert_group=options.expert_group,

@@ -17,6 +17,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=_VERBOSE + verbose_too)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, and without the flag `verbose` is False."""
         return super().parse_args(args, namespace or argparse.Namespace(verbose=False))
 
     def error(self, message: str) -> NoReturn:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from twotower.config import ModelConfig
 from twotower.model.rescan import KeptScan
+from twotower.model.states import WithoutPages
 from twotower.model.tower import ContextTower
 
 
-class FromNothing:
+class FromNothing(WithoutPages):
     """A causal pass over whole rows from empty states: the context stage."""
 
     lengths_R = None
@@ -37,7 +38,7 @@ class FromNothing:
         return keys_RLSE, values_RLSE
 
 
-class Reading:
+class Reading(WithoutPages):
     """The frozen context tower's states while it reads prompts, then answer blocks; kept at every block boundary.
 
     Boundary z lies right before block z.
@@ -126,7 +127,7 @@ class Reading:
         return keys[rows_B], values[rows_B]
 
 
-class BlockStates:
+class BlockStates(WithoutPages):
     """What the denoiser sees of a block: context before it, the block itself both ways. Read-only."""
 
     lengths_R = None

@@ -21,11 +21,12 @@ from twotower.engine.handle import EngineStats
 from twotower.engine.passes import USUAL_WIDTH, EagerPasses
 from twotower.engine.prefixes import Prefixes
 from twotower.engine.scheduler import CommitBatch, ContextScheduler, DecodeBatch, Key, PrefillBatch
-from twotower.engine.settings import EngineSettings
+from twotower.engine.settings import EngineSettings, PrefixMemory
 from twotower.engine.short_memory import ShortMemory
 from twotower.errors import TwoTowerError
 from twotower.exchange.protocol import Port
 from twotower.model.cache import TowerCache, state_bytes
+from twotower.model.pages import page_tokens_on
 from twotower.model.tower import ContextTower
 
 
@@ -41,14 +42,17 @@ class ContextEngine:
     ) -> None:
         """`compiling`: compiles grammars; without it none are served."""
         self.tower, self.settings, self._emit = tower, settings, emit
-        snapshots = settings.snapshots(state_bytes(tower.config, tower.dtype))
+        page_tokens = page_tokens_on(tower.device.type)
+        snapshots = settings.snapshots(state_bytes(tower.config, tower.dtype), page_tokens)
+        pages, stride = settings.pages_of(page_tokens), settings.prefix_stride_of(page_tokens)
         self.cache = TowerCache(
-            tower.config, settings.max_sequences, settings.pages, tower.device, tower.dtype, snapshots
-        )
+            tower.config, settings.max_sequences, pages, tower.device, tower.dtype, snapshots, page_tokens,
+            settings.prefix_cache_in == PrefixMemory.HOST,
+        )  # fmt: skip
         self._passes = passes_for(tower, self.cache, settings.capture, settings.max_sequence_length)
         self._eager = EagerPasses(tower, self.cache)
         self._scheduler = ContextScheduler(settings.prefill_chunk_tokens, lambda keys: self._commits.waited_for(keys))
-        chunk, self.prefixes = settings.prefill_chunk_tokens, Prefixes(self.cache, settings.prefix_stride)
+        chunk, self.prefixes = settings.prefill_chunk_tokens, Prefixes(self.cache, stride)
         self._sequences = Sequences(self.cache, self._passes, self._scheduler, self.prefixes, chunk)
         self._short = ShortMemory("context")
         self._prompts = Prompts(

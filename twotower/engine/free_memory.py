@@ -28,7 +28,9 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def check_fits(memory: Memory, device: torch.device) -> None:
-    """Raises ConfigError, with the sum and what to change, if the sum exceeds the device's free memory."""
+    """Raises ConfigError, with the sum and what to change, if the device or its host has less free memory."""
+    if memory.host:
+        _check_host(memory.host)
     free = free_bytes(device)
     if free is None:
         logger.info("free memory of %s: not known on this system", device)
@@ -43,6 +45,16 @@ def check_fits(memory: Memory, device: torch.device) -> None:
         raise ConfigError(
             f"memory: got {free / _GIB:.2f} GiB free on {device}, wanted {wanted / _GIB:.2f} GiB = {parts}; change "
             "max_sequences, max_sequence_length, cache_tokens, dtype (bfloat16), placement (split) or device"
+        )
+
+
+def _check_host(wanted: int) -> None:
+    """Pinned memory cannot be swapped out: what is too much of it would have the system kill processes."""
+    free = free_host_bytes()
+    if free is not None and wanted > free:
+        raise ConfigError(
+            f"prefix_cache_in: host, got {free / _GIB:.2f} GiB free there, wanted {wanted / _GIB:.2f} GiB; change "
+            "prefix_cache_bytes"
         )
 
 

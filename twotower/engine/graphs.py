@@ -12,26 +12,28 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from twotower.decoding.unmasking import Blocks
+from twotower.engine.fixed_states import FixedStates
 from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH, EagerPasses, Want, decided_apart, forward, padded
 from twotower.model import mamba
-from twotower.model.cache import WASTE_PAGE, TowerCache, gathered, with_own_pages
-from twotower.model.pages import PAGE_TOKENS, pages_for
-from twotower.model.rescan import Keeping, Keeps, KeptScans
+from twotower.model.attention import Attention
+from twotower.model.cache import TowerCache
+from twotower.model.in_pages import readable_in_place
+from twotower.model.pages import WASTE_PAGE, pages_for
+from twotower.model.rescan import Keeping, KeptScans
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import on_device
 
 logger = logging.getLogger(__name__)
 
-_FEWEST_PAGES = 4
-# Rows times pages of a captured pass: what it gathers stays in the graphs' memory, 256 MiB a layer at the 30B's shape.
-# Beyond, a pass takes long enough for its launches not to matter.
-MOST_PAGES = 1 << 14
+_FEWEST_SEEN = 64  # positions that the table of a captured pass has pages for, at least
+# Rows times positions that a captured pass gathers: they stay in the graphs' memory, 256 MiB a layer at the 30B's
+# shape. Beyond, a pass takes long enough for its launches not to matter. A pass that reads pages in place has no bound.
+MOST_SEEN = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,71 +46,6 @@ class PassShape:
     want: Want
     timed: bool = False
     keeps_scans: bool = False
-
-
-class CacheMemory(Protocol):
-    """What a pass reads and writes of a `TowerCache`."""
-
-    conv: Tensor
-    ssm: Tensor
-    keys: Tensor
-    values: Tensor
-
-    def mamba_row(self, layer: int) -> int: ...
-
-    def attention_row(self, layer: int) -> int: ...
-
-
-class FixedStates:
-    """LayerStates whose every number is computed on the device from `slots`, `starts`, `lengths` and page tables.
-
-    The tables of a pass that `updates` are wide enough for `width` positions behind each row's start.
-    """
-
-    def __init__(
-        self, cache: CacheMemory, given_RX: Tensor, width: int, updates: bool, kept: Keeps | None = None
-    ) -> None:
-        slots_R1, starts_R1, lengths_R1, table_RZ = given_RX.split([1, 1, 1, given_RX.shape[1] - 3], dim=1)
-        self.updates, self.kept, self._cache, self._table_RZ = updates, kept, cache, table_RZ
-        self._slots_R, self.lengths_R = slots_R1[:, 0], lengths_R1[:, 0]
-        self.starts_R: Tensor | None = starts_R1[:, 0]
-        new_L = torch.arange(width, device=given_RX.device)
-        keys_T = torch.arange(table_RZ.shape[1] * PAGE_TOKENS, device=given_RX.device)
-        if updates:
-            last_RL = starts_R1 + torch.minimum(new_L, lengths_R1 - 1)
-            self.mask_RLT = keys_T <= last_RL[..., None]
-            self._write_M = _places(table_RZ, starts_R1 + new_L, new_L < lengths_R1).flatten()
-        else:
-            self._table_RZ = with_own_pages(table_RZ, width)
-            seen_RT = torch.cat([keys_T < starts_R1, new_L < lengths_R1], dim=1)
-            self.mask_RLT = seen_RT[:, None].expand(-1, width, -1)
-
-    def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
-        row = self._cache.mamba_row(layer)
-        return (
-            self._cache.conv[row].index_select(0, self._slots_R),
-            self._cache.ssm[row].index_select(0, self._slots_R),
-        )
-
-    def put_mamba(self, layer: int, conv_RKC: Tensor, ssm_RHPN: Tensor) -> None:
-        row = self._cache.mamba_row(layer)
-        self._cache.conv[row].index_copy_(0, self._slots_R, conv_RKC)
-        self._cache.ssm[row].index_copy_(0, self._slots_R, ssm_RHPN)
-
-    def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
-        row = self._cache.attention_row(layer)
-        keys, values = self._cache.keys[row], self._cache.values[row]
-        if not self.updates:
-            return gathered(keys, self._table_RZ, keys_RLSE), gathered(values, self._table_RZ, values_RLSE)
-        keys.flatten(0, 1).index_copy_(0, self._write_M, keys_RLSE.flatten(0, 1))
-        values.flatten(0, 1).index_copy_(0, self._write_M, values_RLSE.flatten(0, 1))
-        return keys[self._table_RZ].flatten(1, 2), values[self._table_RZ].flatten(1, 2)
-
-
-def _places(table_RZ: Tensor, positions_RL: Tensor, real_RL: Tensor) -> Tensor:
-    """Where positions lie in the flattened page memory [R,L]; padding goes to the waste page."""
-    pages_RL = table_RZ.gather(1, (positions_RL // PAGE_TOKENS).clamp(max=table_RZ.shape[1] - 1))
-    return torch.where(real_RL, pages_RL * PAGE_TOKENS + positions_RL % PAGE_TOKENS, WASTE_PAGE * PAGE_TOKENS)
 
 
 class CaptureMemory:
@@ -253,8 +190,13 @@ class FixedPasses:
     def _shape(self, slots: Sequence[int], longest: int, timed: bool, want: Want) -> PassShape:
         width = padded(longest)
         seen = max(map(self._cache.length, slots)) + (width if self._tower.causal else 0)
-        pages = power_of_two(max(pages_for(seen), _FEWEST_PAGES))
+        pages = power_of_two(max(self._cache.room.pages_for(seen), self._fewest))
         return PassShape(power_of_two(len(slots)), width, pages, want, timed)
+
+    @property
+    def _fewest(self) -> int:
+        """Pages of the narrowest table."""
+        return pages_for(_FEWEST_SEEN, self._cache.page_tokens)
 
     def _shapes(self, width: int) -> Iterator[PassShape]:
         """All that the engines can ask for at this width. The largest first: the others fit into its memory."""
@@ -263,11 +205,14 @@ class FixedPasses:
             forms += [(Want.HIDDEN, False, True)] * (width == USUAL_WIDTH)
         else:
             forms = [(Want.HIDDEN, True, False)] + [(Want.LOGITS, False, False)] * (width == 1)
-        room = self._cache.keys.shape[1] * PAGE_TOKENS
-        most_pages = power_of_two(pages_for(min(self._longest or room, room) + width))
+        page_tokens = self._cache.page_tokens
+        room = self._cache.keys.shape[1] * page_tokens
+        most_pages = power_of_two(pages_for(min(self._longest or room, room) + width, page_tokens))
+        unbounded = reads_in_place(self._tower, page_tokens)
         for rows in _powers_down(power_of_two(self._cache.scratch_slot), 1):
-            for pages in _powers_down(max(most_pages, _FEWEST_PAGES), _FEWEST_PAGES):
-                if rows * pages <= MOST_PAGES and rows * width <= MAX_POSITIONS:
+            for pages in _powers_down(max(most_pages, self._fewest), self._fewest):
+                fits = unbounded or rows * pages * page_tokens <= MOST_SEEN
+                if fits and rows * width <= MAX_POSITIONS:
                     yield from (PassShape(rows, width, pages, *form) for form in forms)
 
     def _table(self, slot: int, pages: int) -> list[int]:
@@ -317,6 +262,12 @@ class FixedPasses:
 def _wants(width: int) -> tuple[Want, ...]:
     """What a context engine asks for: commits and prompts at any width, an `ar` token's logits at width 1."""
     return (Want.HIDDEN, Want.STATES, Want.LOGITS) if width == 1 else (Want.HIDDEN, Want.STATES)
+
+
+def reads_in_place(tower: ContextTower | DenoiserTower, page_tokens: int) -> bool:
+    """Whether no layer gathers pages of so many positions."""
+    layers = [module for module in tower.modules() if isinstance(module, Attention)]
+    return readable_in_place(page_tokens) and all(layer.attend_in_pages is not None for layer in layers)
 
 
 def power_of_two(count: int) -> int:

@@ -24,6 +24,7 @@ from twotower.errors import ConfigError
 from twotower.exchange.local import LocalExchange
 from twotower.model.checkpoint import Checkpoint, Layout
 from twotower.model.loading import load_context_tower, load_denoiser_tower
+from twotower.model.pages import page_tokens_on
 from twotower.model.room import Room
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import current
@@ -102,8 +103,9 @@ async def pair_of(
 ) -> AsyncIterator[Pair]:
     """A running pair over towers that are already loaded; `prepare` and `checkpoint` as for `colocated_runner`."""
     runner = colocated_runner(context, denoiser, settings, trace, prepare, checkpoint)
-    room = Room(settings.max_sequences, settings.pages)
-    ledger = Ledger(room, [], settings.max_queued_requests, stride=settings.prefix_stride)
+    page_tokens = page_tokens_on(context.device.type)
+    room = Room(settings.max_sequences, settings.pages_of(page_tokens), page_tokens=page_tokens)
+    ledger = Ledger(room, [], settings.max_queued_requests, stride=settings.prefix_stride_of(page_tokens))
     try:
         async with Pair(runner, [runner] if denoiser is not None else [], ledger) as pair:
             yield pair

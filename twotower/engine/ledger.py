@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from twotower.core import AnyRequest, Request, RequestId
 from twotower.engine.sharing import HeldInCommon, SharedRoom, shared_names
 from twotower.errors import InvalidRequest, Overloaded
-from twotower.model.pages import pages_for
 from twotower.model.room import Held, Room
 
 MAX_PASSED = 64
@@ -109,7 +108,7 @@ class Ledger:
 
         `only`: the denoiser that it is for, whether that is closed or not.
         """
-        wanted = pages_for(request.positions)
+        wanted = self._context.pages_for(request.positions)
         if wanted > self._context.pages:
             raise InvalidRequest.of(
                 "max_new_tokens" if isinstance(request, Request) else "token_ids",

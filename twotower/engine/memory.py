@@ -8,13 +8,13 @@ from torch import Tensor
 
 from twotower.config import ModelConfig
 from twotower.engine.passing import captured_bytes, passing_bytes
-from twotower.engine.settings import EngineSettings
+from twotower.engine.settings import EngineSettings, PrefixMemory
 from twotower.exchange.protocol import Delta
 from twotower.exchange.settings import LinkSettings
 from twotower.exchange.staging import DeltaLayout, fitted
 from twotower.model.cache import TowerCache, state_bytes
 from twotower.model.loading import materialise
-from twotower.model.pages import PAGE_TOKENS
+from twotower.model.pages import page_tokens_on
 from twotower.model.tower import ContextTower, DenoiserTower
 
 _META = torch.device("meta")
@@ -28,7 +28,8 @@ class Memory:
     `slots` are conv windows and SSM states, `pages` keys and values, `staging` the buffers of its links once they have
     grown as far as they can, `prefixes` what the context tower keeps of states; together they are `total`. `passing` is
     what a forward pass needs for a moment, at most, what captured passes keep of it on a GPU, and what penalties keep
-    where every sequence asks for them.
+    where every sequence asks for them. All of this is on the process's device; `host` is what a process of a GPU keeps
+    in the host's memory instead, pinned: its prefixes.
     """
 
     sequences: int
@@ -40,6 +41,7 @@ class Memory:
     scratch: int
     prefixes: int = 0
     passing: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -47,19 +49,20 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes by name, `passing` included."""
-        return {name: getattr(self, name) for name in self.__slots__[2:]}
+        """Bytes on the device by name, `passing` included."""
+        return {name: getattr(self, name) for name in self.__slots__[2:-1]}
 
     def __str__(self) -> str:
         *kept, passing = (f"{name} {_readable(nbytes)}" for name, nbytes in self.parts.items())
         fit = f"{self.sequences} sequences and {self.tokens} tokens fit"
-        return f"{fit}; {_readable(self.total)}: {', '.join(kept)}; beside it {passing}"
+        host = f"; on the host prefixes {_readable(self.host)}" if self.host else ""
+        return f"{fit}; {_readable(self.total)}: {', '.join(kept)}; beside it {passing}{host}"
 
 
 def together(memories: Sequence[Memory]) -> Memory:
     """Of processes that share one device."""
     sums = {name: sum(memory.parts[name] for memory in memories) for name in memories[0].parts}
-    return Memory(memories[0].sequences, memories[0].tokens, **sums)
+    return Memory(memories[0].sequences, memories[0].tokens, **sums, host=sum(memory.host for memory in memories))
 
 
 def memory_of(
@@ -73,19 +76,23 @@ def memory_of(
 ) -> Memory:
     """The memory of a process that hosts these towers over one cache (or mirror) and `num_links` ends of links."""
     captured = captured_bytes(config, settings, dtype, towers) if on_gpu and settings.capture == "on" else 0
-    snapshots = settings.snapshots(state_bytes(config, dtype)) if ContextTower in towers else 0
-    cache = TowerCache(config, settings.max_sequences, settings.pages, _META, dtype, snapshots)
+    page_tokens = page_tokens_on("cuda" if on_gpu else "cpu")
+    pages = settings.pages_of(page_tokens)
+    snapshots = settings.snapshots(state_bytes(config, dtype), page_tokens) if ContextTower in towers else 0
+    cache = TowerCache(config, settings.max_sequences, pages, _META, dtype, snapshots, page_tokens)
     link = link or fitted(LinkSettings(), cache, settings.longest_delta)
+    on_host = on_gpu and settings.prefix_cache_in == PrefixMemory.HOST
     return Memory(
         sequences=settings.max_sequences,
-        tokens=settings.pages * PAGE_TOKENS,
+        tokens=pages * page_tokens,
         weights=sum(_weights(tower, config, dtype) for tower in towers),
         slots=_bytes([cache.conv, cache.ssm]),
         pages=_bytes([cache.keys, cache.values]),
         staging=num_links * link.staging_buffers * _staging_buffer(cache, settings, link),
-        prefixes=_bytes([cache.kept_conv, cache.kept_ssm]),
+        prefixes=0 if on_host else cache.snapshots.nbytes,
         scratch=cache.positions(0).untyped_storage().nbytes(),
         passing=passing_bytes(config, settings, dtype, towers, on_gpu) + captured + _steering(config, settings, towers),
+        host=cache.snapshots.nbytes if on_host else 0,
     )
 
 

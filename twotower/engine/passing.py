@@ -13,11 +13,11 @@ import torch
 from twotower.config import ModelConfig
 from twotower.core import MAX_BLOCK
 from twotower.decoding.guesses import positions_at_once
-from twotower.engine.graphs import MOST_PAGES, power_of_two
+from twotower.engine.graphs import MOST_SEEN, power_of_two
 from twotower.engine.passes import MAX_POSITIONS, USUAL_WIDTH
 from twotower.engine.scores import MAX_LOGITS
 from twotower.engine.settings import EngineSettings
-from twotower.model.pages import PAGE_TOKENS, pages_for
+from twotower.model.pages import CUDA_PAGE_TOKENS, PAGE_TOKENS, page_tokens_on, pages_for
 from twotower.model.rescan import MOST_NUMBERS
 from twotower.model.tower import ContextTower, DenoiserTower
 
@@ -49,7 +49,8 @@ def passing_bytes(
     on_gpu: bool = False,
 ) -> int:
     """Of these towers in one process, which take turns."""
-    batches = [batch for tower in towers for batch in _batches(config, settings, tower)]
+    page_tokens = page_tokens_on("cuda" if on_gpu else "cpu")
+    batches = [batch for tower in towers for batch in _batches(config, settings, tower, page_tokens)]
     return max(_bytes(config, dtype, batch, on_gpu) for batch in batches)
 
 
@@ -62,17 +63,22 @@ def captured_bytes(
     """What these towers' captured passes keep on a GPU: each tower's the memory of its largest, in a pool of its own,
     and the context tower's the scans of one pass over drafts. A program recorded on a CPU keeps nothing."""
     rows = power_of_two(settings.max_sequences)
-    longest = pages_for(min(settings.max_sequence_length, settings.pages * PAGE_TOKENS) + USUAL_WIDTH)
-    seen = min(rows * power_of_two(longest), MOST_PAGES) * PAGE_TOKENS
+    page = CUDA_PAGE_TOKENS
+    longest = pages_for(min(settings.max_sequence_length, settings.pages_of(page) * page) + USUAL_WIDTH, page)
+    seen = min(rows * power_of_two(longest) * page, MOST_SEEN)
     batches = [_Batch(rows, USUAL_WIDTH, seen, rows) for _ in towers]  # of a block only hidden states are captured
     scans = len(config.layers_of("M")) * _scan(config, batches[0]) * _FP32 if ContextTower in towers else 0
     return sum(_bytes(config, dtype, batch, on_gpu=True) for batch in batches) + scans
 
 
 def _batches(
-    config: ModelConfig, settings: EngineSettings, tower: type[ContextTower] | type[DenoiserTower]
+    config: ModelConfig,
+    settings: EngineSettings,
+    tower: type[ContextTower] | type[DenoiserTower],
+    page_tokens: int = PAGE_TOKENS,
 ) -> list[_Batch]:
-    rows, longest, seen = settings.max_sequences, settings.max_sequence_length, settings.pages * PAGE_TOKENS
+    rows, longest = settings.max_sequences, settings.max_sequence_length
+    seen = settings.pages_of(page_tokens) * page_tokens
     if tower is DenoiserTower:
         wide = min(MAX_BLOCK, longest)
         few, at_once = min(rows, max(1, MAX_POSITIONS // wide)), positions_at_once(config.vocab_size)
@@ -133,7 +139,8 @@ def _scan(config: ModelConfig, batch: _Batch) -> int:
 
 
 def _attention(config: ModelConfig, dtype: torch.dtype, batch: _Batch, on_gpu: bool) -> int:
-    """Keys and values of all positions, gathered beside a block's own; the mask; queries and outputs.
+    """Keys and values of all positions, gathered beside a block's own; the mask; queries and outputs. Where a kernel
+    reads pages in place neither is there, which is known only once it has been tried on the device.
     torch's fused attention keeps no scores. Where heads are folded, the mask is there once more for each query head of
     a group, and again in the queries' dtype: as torch converts it, and as it pads it."""
     keys = batch.seen + batch.positions

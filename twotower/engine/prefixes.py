@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twotower.model.cache import TowerCache
-from twotower.model.pages import PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +48,12 @@ class Prefixes:
 
     def __init__(self, cache: TowerCache, stride: int) -> None:
         """`stride`: a whole number of pages; 0: nothing is kept."""
-        assert stride % PAGE_TOKENS == 0, "a prefix ends with a page"
-        self.stride = stride if cache.snapshots else 0
-        self._cache, self._pages_each = cache, stride // PAGE_TOKENS
+        assert stride % cache.page_tokens == 0, "a prefix ends with a page"
+        self.stride = stride if len(cache.snapshots) else 0
+        self._cache, self._pages_each = cache, stride // cache.page_tokens
         self._nodes: dict[bytes, _Node] = {}
         self._recent: OrderedDict[bytes, None] = OrderedDict()  # those with a snapshot, the most recently used last
-        self._free = list(range(cache.snapshots - 1, -1, -1))
+        self._free = list(range(len(cache.snapshots) - 1, -1, -1))
         self.lookups = self.hits = self.positions_saved = self.evictions = 0
         cache.room.reclaim = self._reclaim
 
@@ -68,8 +67,7 @@ class Prefixes:
     def nbytes(self) -> int:
         """Bytes of the kept snapshots and pages."""
         cache = self._cache
-        snapshots = cache.kept_conv.nbytes + cache.kept_ssm.nbytes
-        each = snapshots // cache.snapshots if cache.snapshots else 0
+        each = cache.snapshots.nbytes // max(len(cache.snapshots), 1)
         page = (cache.keys.nbytes + cache.values.nbytes) // cache.keys.shape[1]
         return len(self._recent) * each + cache.room.kept_pages * page
 
@@ -94,7 +92,7 @@ class Prefixes:
 
     def keep(self, names: Sequence[bytes], slot: int) -> None:
         """Keep the last of these prefixes, which the sequence at `slot` has read, and nothing after it."""
-        if not self._cache.snapshots:
+        if not len(self._cache.snapshots):
             return
         last = self._nodes.get(names[-1])
         if last is not None and last.snapshot is not None:
@@ -103,7 +101,7 @@ class Prefixes:
         if not self._free:
             self._evict(next(iter(self._recent)))
         snapshot = self._free.pop()
-        self._cache.snap(slot, snapshot)
+        self._cache.snapshots.save(slot, snapshot)
         self._add(names, slot)
         self._nodes[names[-1]].snapshot = snapshot
         self._recent[names[-1]] = None

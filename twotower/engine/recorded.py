@@ -21,11 +21,11 @@ from torch.jit._fuser import optimized_execution
 from twotower.config import MASK_TOKEN_ID, ModelConfig
 from twotower.decoding.guesses import likeliest, positions_at_once
 from twotower.decoding.unmasking import Blocks, StepParams, decided
-from twotower.engine.graphs import FixedStates
+from twotower.engine.fixed_states import FixedStates
 from twotower.engine.passes import USUAL_WIDTH, EagerPasses, Want, decided_apart, forward, logits_of, padded
-from twotower.model.cache import WASTE_PAGE, TowerCache
+from twotower.model.cache import TowerCache
 from twotower.model.moe import FEW_TOKENS
-from twotower.model.pages import pages_for
+from twotower.model.pages import PAGE_TOKENS, WASTE_PAGE, pages_for
 from twotower.model.rescan import KeptScan, KeptScans
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.model.transfer import on_device
@@ -111,13 +111,13 @@ class RecordedPasses:
                 usual.append(replace(kept, keeps_scans=True))  # drafts, which are no longer
             for form in (*usual, Form(1, Want.LOGITS, False, few)):
                 if form not in self._programs:
-                    self._programs[form] = record(self._tower, form)
+                    self._programs[form] = record(self._tower, form, self._cache.page_tokens)
 
     def _recorded(self, form: Form) -> Program | None:
         self._uses[form] += 1
         if self._uses[form] < self._often or len(self._programs) >= _MOST_PROGRAMS:
             return None
-        return self._programs.setdefault(form, record(self._tower, form))
+        return self._programs.setdefault(form, record(self._tower, form, self._cache.page_tokens))
 
     def _given(
         self, slots: Sequence[int], tokens: Sequence[Sequence[int]], t: Sequence[float], width: int
@@ -126,7 +126,7 @@ class RecordedPasses:
         cache, device = self._cache, self._tower.device
         starts = [cache.length(slot) for slot in slots]
         new = width if self._tower.causal else 0
-        pages = max(pages_for(max(starts) + new), 1)
+        pages = max(cache.room.pages_for(max(starts) + new), 1)
         rows = []
         for slot, start, ids in zip(slots, starts, tokens, strict=True):
             table = list(cache.pages_of(slot)[:pages])
@@ -141,18 +141,19 @@ class _Borrowed:
     from.
     """
 
-    def __init__(self, config: ModelConfig, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, config: ModelConfig, tensors: Sequence[Tensor], page_tokens: int) -> None:
+        self.page_tokens = page_tokens
         self.mamba_row, self.attention_row = config.layers_of("M").index, config.layers_of("*").index
         self.conv, self.ssm, self.keys, self.values = tensors
 
 
-def plain_pass(tower: ContextTower | DenoiserTower, form: Form) -> Program:
-    """The function that is recorded."""
+def plain_pass(tower: ContextTower | DenoiserTower, form: Form, page_tokens: int = PAGE_TOKENS) -> Program:
+    """What gets recorded: a pass over caches with pages of so many positions."""
 
     def run(*given: Tensor) -> tuple[Tensor, ...]:
         given_RX, t_R, *tensors = given
         tokens_RL, places_RX = given_RX[:, : form.width], given_RX[:, form.width :]
-        memory = _Borrowed(tower.config, tensors)
+        memory = _Borrowed(tower.config, tensors, page_tokens)
         kept: list[KeptScan] | None = [] if form.keeps_scans else None
         states = FixedStates(memory, places_RX, form.width, tower.causal, kept)
         out = forward(tower, tokens_RL, states, t_R if form.timed else None, form.want)
@@ -167,12 +168,12 @@ def plain_pass(tower: ContextTower | DenoiserTower, form: Form) -> Program:
     return step if form.decides else run
 
 
-def record(tower: ContextTower | DenoiserTower, form: Form) -> Program:
-    """Run a pass of this form over a separate cache and record its operations."""
+def record(tower: ContextTower | DenoiserTower, form: Form, page_tokens: int = PAGE_TOKENS) -> Program:
+    """Run a pass of this form over a cache of its own and keep what it did."""
     device, width = tower.device, form.width
     rows = max(1, min(2, FEW_TOKENS // width)) if form.few else max(2, FEW_TOKENS // width + 1)
-    pages = pages_for(width) + 1
-    cache = TowerCache(tower.config, rows, rows * pages, device, tower.dtype)
+    pages = pages_for(width, page_tokens) + 1
+    cache = TowerCache(tower.config, rows, rows * pages, device, tower.dtype, page_tokens=page_tokens)
     tokens = [place % tower.config.vocab_size for place in range(width)]
     given = [[*tokens, row, 1, width, *[WASTE_PAGE] * pages] for row in range(rows)]
     t_R = torch.full((rows if form.timed else 0,), 0.5, device=device)
@@ -181,8 +182,8 @@ def record(tower: ContextTower | DenoiserTower, form: Form) -> Program:
         blocks = Blocks([[0] * width] * rows, [[True] * width] * rows, [StepParams(0.5, 1)] * rows)
         example = (*example, on_device(blocks.places(width), device), blocks.given(device, width))
     with torch.inference_mode():
-        program = _traced(plain_pass(tower, form), example)
-        program(*example)  # the first run builds things that later runs use
+        program = _traced(plain_pass(tower, form, page_tokens), example)
+        program(*example)  # the first run builds what the others use
     logger.debug("recorded a pass of %s", form)
     return program
 

@@ -1,6 +1,7 @@
 """The start-up self-test: a few tokens in every mode, then the checkpoint's own sample, before a pair serves requests.
 
-A broken kernel stack shows here, as one clear error, and not in a user's answer.
+A broken kernel stack shows here, as one clear error, and not in a user's answer. The context tower keeps nothing of the
+test's prompts: nobody will ask for them again.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from twotower.core import DecodingParams, Mode, Request, RequestId, ScoreRequest
 from twotower.engine.expectation import Expectation, Known, Outcome
 from twotower.engine.pair import Pair, Trial
 from twotower.errors import Overloaded, TwoTowerError, Unavailable
-from twotower.model.pages import pages_for
+from twotower.model.room import Room
 
 _PROMPT = (1, 2, 3, 4, 5)
 _BLOCK = 16  # answers are asked for in whole blocks
@@ -35,7 +36,7 @@ async def self_test(
 
     Raises Unavailable with what was tried and the reason.
     """
-    if expected is not None and max(map(_pages, expected.sample)) > pair.ledger.context.pages:
+    if expected is not None and _most_pages(pair.ledger.context, expected.sample) > pair.ledger.context.pages:
         logger.warning("self-test: the cache is too small for the checkpoint's own sample; left out")
         expected = None
     for mode in modes:
@@ -66,7 +67,8 @@ async def score_sample(pair: Pair | Trial, sample: Sequence[Known], timeout_s: f
 
     async def score(number: int, known: Known) -> float:
         text = known.prompt_token_ids + known.answer_token_ids
-        event = await pair.score(ScoreRequest(RequestId(f"self-test-score-{number}"), text, 1), timeout_s)
+        request = ScoreRequest(RequestId(f"self-test-score-{number}"), text, 1, cache_salt=None)
+        event = await pair.score(request, timeout_s)
         return statistics.mean(event.log_probs)
 
     return await _of_all(pair, sample, score, timeout_s)
@@ -83,7 +85,7 @@ def _named(what: str) -> Iterator[None]:
 async def _count_tokens(pair: Pair | Trial, mode: Mode, timeout_s: float) -> None:
     wanted = 3 if mode.by_token else 17
     params = DecodingParams(mode=mode, max_new_tokens=wanted, ignore_eos=True)
-    request = Request(RequestId(f"self-test-{mode}"), _PROMPT, params)
+    request = Request(RequestId(f"self-test-{mode}"), _PROMPT, params, cache_salt=None)
     got = sum([len(event.token_ids) async for event in pair.generate(request, timeout_s)])
     if got != wanted:
         raise Unavailable(f"got {got} tokens, wanted {wanted}")
@@ -108,7 +110,7 @@ async def _of_all(
     pair: Pair | Trial, sample: Sequence[Known], ask: Callable[[int, Known], Awaitable[Answer]], timeout_s: float
 ) -> list[Answer]:
     room = pair.ledger.context
-    limit = asyncio.Semaphore(max(1, min(room.free_slots, room.free_pages // max(map(_pages, sample)))))
+    limit = asyncio.Semaphore(max(1, min(room.free_slots, room.free_pages // _most_pages(room, sample))))
 
     async def patiently(number: int, known: Known) -> Answer:
         async with limit:
@@ -130,9 +132,10 @@ def _params(known: Known, mode: Mode) -> DecodingParams:
     return DecodingParams(mode=mode, max_new_tokens=longest, confidence_threshold=_THRESHOLD)
 
 
-def _pages(known: Known) -> int:
-    return max(pages_for(_request(known, mode, 0).positions) for mode in Mode)
+def _most_pages(room: Room, sample: Sequence[Known]) -> int:
+    return max(room.pages_for(_request(known, mode, 0).positions) for known in sample for mode in Mode)
 
 
 def _request(known: Known, mode: Mode, number: int) -> Request:
-    return Request(RequestId(f"self-test-{mode}-{number}"), known.prompt_token_ids, _params(known, mode))
+    name = RequestId(f"self-test-{mode}-{number}")
+    return Request(name, known.prompt_token_ids, _params(known, mode), cache_salt=None)

@@ -22,6 +22,13 @@ class Capture(StrEnum):
     OFF = "off"
 
 
+class PrefixMemory(StrEnum):
+    """Whose memory the states of kept prefixes are in."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
 _LINK_LOW_S = 3  # a tower with nothing to say speaks every second
 
 
@@ -42,6 +49,12 @@ class EngineSettings:
         Integer(0),
         "bytes of the prefix cache for Mamba states: prompts that begin like an earlier one start from kept states. "
         "Keys and values are kept as long as no sequence needs their pages. 0: no prefix cache",
+    ).field
+    prefix_cache_in: str = Setting(
+        "device",
+        Choice(PrefixMemory),
+        "whose memory these states are in. `host`: a GPU's own is left to sequences, and a prompt that begins alike "
+        "gets its states copied back. On a CPU both are the same",
     ).field
     link_timeout_s: float = Setting(
         10.0, Number(_LINK_LOW_S), "a tower process without a message for this long counts as lost"
@@ -92,15 +105,25 @@ class EngineSettings:
 
     @property
     def pages(self) -> int:
-        """KV pages of each tower's cache."""
-        return pages_for(self.cache_tokens or self.max_sequences * self.max_sequence_length)
+        """KV pages of each tower's cache on a CPU."""
+        return self.pages_of(PAGE_TOKENS)
 
     @property
     def prefix_stride(self) -> int:
-        """Positions between the places where a prefix may end; 0 where none is kept. A chunk and a page end there."""
-        return math.lcm(self.prefill_chunk_tokens, PAGE_TOKENS) if self.prefix_cache_bytes else 0
+        """`prefix_stride_of` a CPU's pages."""
+        return self.prefix_stride_of(PAGE_TOKENS)
 
-    def snapshots(self, state_bytes: int) -> int:
+    def pages_of(self, page_tokens: int) -> int:
+        """KV pages of each tower's cache, of so many positions each (`model/pages.py`)."""
+        if page_tokens == PAGE_TOKENS or self.cache_tokens:
+            return pages_for(self.cache_tokens or self.max_sequences * self.max_sequence_length, page_tokens)
+        return self.max_sequences * pages_for(self.max_sequence_length, page_tokens)  # a large page is not shared
+
+    def prefix_stride_of(self, page_tokens: int) -> int:
+        """Positions between the places where a prefix may end; 0 where none is kept. A chunk and a page end there."""
+        return math.lcm(self.prefill_chunk_tokens, page_tokens) if self.prefix_cache_bytes else 0
+
+    def snapshots(self, state_bytes: int, page_tokens: int = PAGE_TOKENS) -> int:
         """Prefixes whose states are kept, at so many bytes each: no more than the pages hold.
 
         Raises ConfigError where there are bytes for less than one.
@@ -112,7 +135,7 @@ class EngineSettings:
                 f"prefix_cache_bytes: got {self.prefix_cache_bytes}, wanted 0 or at least {state_bytes}, the Mamba "
                 "states of one prefix of this model"
             )
-        most = self.pages // (self.prefix_stride // PAGE_TOKENS)
+        most = self.pages_of(page_tokens) // (self.prefix_stride_of(page_tokens) // page_tokens)
         return min(most, self.prefix_cache_bytes // state_bytes) if state_bytes else most
 
 

@@ -10,16 +10,16 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from twotower.core import AnyRequest, Request
-from twotower.model.pages import PAGE_TOKENS
 from twotower.model.room import Held, Room
 
 
-def prefix_names(tokens: Sequence[int], stride: int, salt: str) -> tuple[bytes, ...]:
+def prefix_names(tokens: Sequence[int], stride: int, salt: str | None) -> tuple[bytes, ...]:
     """A name for each prefix of 1, 2, … times `stride` tokens. Two names are equal if tokens, order and salt are.
 
-    No names if `stride` is 0. SHA-256, because two prompts with one name would read each other's states.
+    No names if `stride` is 0 or `salt` is None. SHA-256, because two prompts with one name would read each other's
+    states.
     """
-    if not stride:
+    if not stride or salt is None:
         return ()
     names, name = [], sha256(salt.encode()).digest()
     for end in range(stride, len(tokens) + 1, stride):
@@ -63,7 +63,7 @@ class SharedRoom:
 
     def __init__(self, room: Room, stride: int) -> None:
         self.room = room
-        self._pages_each = stride // PAGE_TOKENS
+        self._pages_each = stride // room.page_tokens
         self._common: dict[bytes, _Common] = {}
 
     def fits(self, positions: int, names: Sequence[bytes] = ()) -> bool:

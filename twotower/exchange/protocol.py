@@ -50,7 +50,7 @@ class Prefill:
     reserve: int
     verifying: Verifying | None = None
     rating: Rating | None = None
-    cache_salt: str = ""
+    cache_salt: str | None = ""
 
 
 @dataclass(frozen=True, slots=True)

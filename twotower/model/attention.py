@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import ModelConfig
+from twotower.model.in_pages import InPages
 from twotower.model.states import LayerStates, Reach
 
 Attend = Callable[[Tensor, Tensor, Tensor, Reach], Tensor]
+AttendInPages = Callable[[Tensor, InPages], Tensor]
 
 
 def attend(queries_RLHE: Tensor, keys_RTSE: Tensor, values_RTSE: Tensor, reach: Reach) -> Tensor:
@@ -39,16 +41,22 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=bias)
         self.attend: Attend = attend
+        self.attend_in_pages: AttendInPages | None = None  # where a kernel reads pages that hold enough
 
     def forward(self, x_RLD: Tensor, layer: int, states: LayerStates) -> Tensor:
         queries_RLHE = self.q_proj(x_RLD).unflatten(-1, (self.heads, self.head_dim))
-        keys_RTSE, values_RTSE = self.project(x_RLD, layer, states)
-        out_RLHE = self.attend(queries_RLHE, keys_RTSE, values_RTSE, states)
+        seen = self.project(x_RLD, layer, states)
+        if isinstance(seen, InPages):
+            assert self.attend_in_pages is not None
+            out_RLHE = self.attend_in_pages(queries_RLHE, seen)
+        else:
+            out_RLHE = self.attend(queries_RLHE, *seen, states)
         out: Tensor = self.o_proj(out_RLHE.flatten(2))
         return out
 
-    def project(self, x_RLD: Tensor, layer: int, states: LayerStates) -> tuple[Tensor, Tensor]:
-        """The new positions' keys and values into `states`; all that these may look at [R,T,S,E]."""
+    def project(self, x_RLD: Tensor, layer: int, states: LayerStates) -> InPages | tuple[Tensor, Tensor]:
+        """The new positions' keys and values into `states`; all that these may look at: [R,T,S,E], or in its pages."""
         keys_RLSE = self.k_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
         values_RLSE = self.v_proj(x_RLD).unflatten(-1, (self.kv_heads, self.head_dim))
-        return states.keys_values(layer, keys_RLSE, values_RLSE)
+        in_pages = None if self.attend_in_pages is None else states.in_pages(layer, keys_RLSE, values_RLSE)
+        return in_pages or states.keys_values(layer, keys_RLSE, values_RLSE)

@@ -1,27 +1,23 @@
-"""The state of many sequences, preallocated: a slot each for the Mamba layers, pages of 16 tokens for attention.
+"""The state of many sequences, preallocated: a slot each for the Mamba layers, pages of tokens for attention.
 
 The context tower extends it; the denoiser's mirror is the same thing, written by cache deltas only.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.config import ModelConfig
-from twotower.model.pages import PAGE_TOKENS, pages_for
-from twotower.model.rescan import KeptScan, KeptScans, settle
+from twotower.model.memory import untouched_zeros
+from twotower.model.pages import RESERVED_PAGES, ZERO_PAGE, page_tokens_on
+from twotower.model.rescan import KeptScans, settle
 from twotower.model.room import Held, Room
+from twotower.model.row_states import ExtendStates, ReadStates
+from twotower.model.snapshots import Snapshots
 from twotower.model.transfer import on_device
-
-ZERO_PAGE = 0  # read where a row has no page. Always zero: a masked weight of 0 must never meet a NaN.
-WASTE_PAGE = 1  # written where a row has padding, never read
-_RESERVED_PAGES = 2
 
 
 class Span(NamedTuple):
@@ -42,7 +38,9 @@ class _Sequence:
 class TowerCache:
     """Conv windows, SSM states (fp32) and key/value pages of up to `slots` sequences with `pages` pages together.
 
-    `room` says which of them are free. `snapshots`: how many copies of a sequence's Mamba states can be kept besides.
+    `room` says which of them are free. `snapshots`: how many copies of a sequence's Mamba states can be kept besides,
+    `snapshots_on_host` in the host's memory.
+    `page_tokens`: positions that a page holds; None: what is usual on the device (`twotower.model.pages`).
     """
 
     def __init__(
@@ -53,25 +51,27 @@ class TowerCache:
         device: torch.device,
         dtype: torch.dtype,
         snapshots: int = 0,
+        page_tokens: int | None = None,
+        snapshots_on_host: bool = False,
     ) -> None:
         self.config = config
+        self.page_tokens = page_tokens or page_tokens_on(device.type)
         mamba, attention = config.layers_of("M"), config.layers_of("*")
         self._mamba_row = {layer: i for i, layer in enumerate(mamba)}
         self._attention_row = {layer: i for i, layer in enumerate(attention)}
         window, channels = config.conv_kernel, config.conv_channels
         state = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-        page = (PAGE_TOKENS, config.num_key_value_heads, config.head_dim)
-        all_pages = _RESERVED_PAGES + pages
+        page = (self.page_tokens, config.num_key_value_heads, config.head_dim)
+        all_pages = RESERVED_PAGES + pages
         # One slot more than sequences can take, for rows of a pass that nobody asked for.
         self.scratch_slot = slots
         self.conv = torch.zeros(len(mamba), slots + 1, window, channels, device=device, dtype=dtype)
         self.ssm = torch.zeros(len(mamba), slots + 1, *state, device=device)
         self.device = self.ssm.device  # with its index, whatever it was called
-        self.kept_conv = _untouched_zeros((len(mamba), snapshots, window, channels), device, dtype)
-        self.kept_ssm = _untouched_zeros((len(mamba), snapshots, *state), device, torch.float32)
-        self.keys = _untouched_zeros((len(attention), all_pages, *page), device, dtype)
-        self.values = _untouched_zeros(self.keys.shape, device, dtype)
-        self.room = Room(slots, pages, first_page=_RESERVED_PAGES)
+        self.snapshots = Snapshots(snapshots, self.conv, self.ssm, snapshots_on_host)
+        self.keys = untouched_zeros((len(attention), all_pages, *page), device, dtype)
+        self.values = untouched_zeros(self.keys.shape, device, dtype)
+        self.room = Room(slots, pages, RESERVED_PAGES, self.page_tokens)
         self._sequences: dict[int, _Sequence] = {}
         self._counting = on_device(range(1024), device)  # on meta, `arange` would make torch import sympy
 
@@ -83,10 +83,6 @@ class TowerCache:
         """Tokens this sequence's state has read."""
         return self._sequences[slot].length
 
-    @property
-    def snapshots(self) -> int:
-        return self.kept_ssm.shape[1]
-
     def allocate(self, tokens: int, prefix: Sequence[int] = (), snapshot: int | None = None) -> int:
         """A slot with room for `tokens` positions. Raises Overloaded where there is none.
 
@@ -94,22 +90,16 @@ class TowerCache:
         its Mamba states are those of `snapshot`.
         """
         held = self.room.take(tokens, prefix)
-        self._sequences[held.slot] = _Sequence(held, len(prefix) * PAGE_TOKENS)
+        self._sequences[held.slot] = _Sequence(held, len(prefix) * self.page_tokens)
         if snapshot is None:
             self.conv[:, held.slot] = 0
             self.ssm[:, held.slot] = 0
         else:
-            self.conv[:, held.slot] = self.kept_conv[:, snapshot]
-            self.ssm[:, held.slot] = self.kept_ssm[:, snapshot]
+            self.snapshots.load(snapshot, held.slot)
         pages_Z = on_device(held.pages[len(prefix) :], self.device, torch.long)
         self.keys.index_fill_(1, pages_Z, 0)
         self.values.index_fill_(1, pages_Z, 0)
         return held.slot
-
-    def snap(self, slot: int, snapshot: int) -> None:
-        """Keep a copy of this sequence's Mamba states."""
-        self.kept_conv[:, snapshot] = self.conv[:, slot]
-        self.kept_ssm[:, snapshot] = self.ssm[:, slot]
 
     def free(self, slot: int) -> None:
         self.room.give(self._sequences.pop(slot).held)
@@ -118,11 +108,11 @@ class TowerCache:
         """Count `tokens` positions as read. Room for them was reserved by `allocate`."""
         sequence = self._sequences[slot]
         sequence.length += tokens
-        assert sequence.length <= len(sequence.held.pages) * PAGE_TOKENS, "a sequence outgrew its reservation"
+        assert sequence.length <= len(sequence.held.pages) * self.page_tokens, "a sequence outgrew its reservation"
 
     def extending(
         self, slots: Sequence[int], lengths: Sequence[int], width: int, keeps_scans: bool = False
-    ) -> "ExtendStates":
+    ) -> ExtendStates:
         """States for a causal pass that appends `lengths[r]` of `width` positions to each row.
 
         The caller advances the slots after the pass; or, where it `keeps_scans`, settles them.
@@ -137,7 +127,7 @@ class TowerCache:
         for slot, cut in zip(slots, cuts, strict=True):
             self.advance(slot, cut)
 
-    def reading(self, slots: Sequence[int], lengths: Sequence[int], width: int) -> "ReadStates":
+    def reading(self, slots: Sequence[int], lengths: Sequence[int], width: int) -> ReadStates:
         """States for a denoiser pass over blocks of `lengths[r]` of `width` positions; nothing is written."""
         return ReadStates(self, slots, lengths, width)
 
@@ -196,8 +186,8 @@ class TowerCache:
 
     def flat_positions(self, slot: int, start: int, end: int) -> list[int]:
         """Indices of positions [start, end) of a sequence in the flattened page memory."""
-        pages = self.pages_of(slot)
-        return [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in range(start, end)]
+        pages, size = self.pages_of(slot), self.page_tokens
+        return [pages[p // size] * size + p % size for p in range(start, end)]
 
     def positions(self, count: int) -> Tensor:
         """0, 1, … count-1 on the cache's device, not to be written to."""
@@ -207,7 +197,7 @@ class TowerCache:
 
     def page_table(self, slots: Sequence[int], tokens: int) -> Tensor:
         """Pages [R, pages] of each row's first `tokens` positions; the zero page where a row has fewer."""
-        wide = pages_for(tokens)
+        wide = self.room.pages_for(tokens)
         rows = [list(self.pages_of(slot)[:wide]) for slot in slots]
         rows = [pages + [ZERO_PAGE] * (wide - len(pages)) for pages in rows]
         return on_device(rows, self.device, torch.long).view(len(slots), wide)
@@ -223,113 +213,3 @@ def state_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one sequence's Mamba states, and so of one snapshot."""
     ssm = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * torch.float32.itemsize
     return len(config.layers_of("M")) * (ssm + config.conv_kernel * config.conv_channels * dtype.itemsize)
-
-
-def _untouched_zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros. On a CPU a part of them takes memory only once it is written: `torch.zeros` writes them all."""
-    if device.type != "cpu" or not math.prod(shape):
-        return torch.zeros(shape, device=device, dtype=dtype)
-    memory = numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)
-    return torch.from_numpy(memory).view(dtype).view(shape)
-
-
-class _RowStates:
-    """What both kinds of pass share: the rows' slots and their Mamba seeds. Its children are LayerStates."""
-
-    updates: bool
-
-    def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
-        self.cache = cache
-        self.kept: list[KeptScan] | None = None
-        self.starts = [cache.length(slot) for slot in slots]
-        self.lengths_R: Tensor | None = None
-        if any(length != width for length in lengths):
-            self.lengths_R = on_device(list(lengths), cache.device)
-        # One row is a view of the cache, several are gathered.
-        self._only = slots[0] if len(slots) == 1 else None
-        self._slots_R = on_device(list(slots), cache.device, torch.long)
-
-    def mamba(self, layer: int) -> tuple[Tensor, Tensor]:
-        row = self.cache.mamba_row(layer)
-        conv, ssm = self.cache.conv[row], self.cache.ssm[row]
-        if self._only is not None:
-            return conv[self._only, None], ssm[self._only, None]
-        return conv.index_select(0, self._slots_R), ssm.index_select(0, self._slots_R)
-
-    def put_mamba(self, layer: int, conv_RKC: Tensor, ssm_RHPN: Tensor) -> None:
-        row = self.cache.mamba_row(layer)
-        conv, ssm = self.cache.conv[row], self.cache.ssm[row]
-        if self._only is not None:
-            conv[self._only, None].copy_(conv_RKC)
-            ssm[self._only, None].copy_(ssm_RHPN)
-        else:
-            conv.index_copy_(0, self._slots_R, conv_RKC)
-            ssm.index_copy_(0, self._slots_R, ssm_RHPN)
-
-
-class ExtendStates(_RowStates):
-    """A causal pass of the context tower: new keys and values go into the pages, then all are read from there."""
-
-    updates = True
-
-    def __init__(
-        self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int, keeps_scans: bool = False
-    ) -> None:
-        super().__init__(cache, slots, lengths, width)
-        self.kept = [] if keeps_scans else None
-        ends = [start + length for start, length in zip(self.starts, lengths, strict=True)]
-        self._table_RZ = cache.page_table(slots, max(ends))
-        write_RL, seen_RL = [], []
-        for slot, start, end in zip(slots, self.starts, ends, strict=True):
-            padding = width - (end - start)
-            write_RL.append(cache.flat_positions(slot, start, end) + [WASTE_PAGE * PAGE_TOKENS] * padding)
-            seen_RL.append([*range(start, end), *[end - 1] * padding])
-        self._write_M = on_device(write_RL, cache.device).flatten()
-        keys_T = cache.positions(self._table_RZ.shape[1] * PAGE_TOKENS)
-        last_RL = on_device(seen_RL, cache.device)
-        self.mask_RLT = keys_T <= last_RL[..., None]
-        # A short row far ahead of the others may have padding beyond the last page gathered.
-        self.starts_R = last_RL[:, 0] if max(self.starts) + width <= len(keys_T) else None
-
-    def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
-        row = self.cache.attention_row(layer)
-        keys, values = self.cache.keys[row], self.cache.values[row]
-        keys.flatten(0, 1).index_copy_(0, self._write_M, keys_RLSE.flatten(0, 1))
-        values.flatten(0, 1).index_copy_(0, self._write_M, values_RLSE.flatten(0, 1))
-        return keys[self._table_RZ].flatten(1, 2), values[self._table_RZ].flatten(1, 2)
-
-
-class ReadStates(_RowStates):
-    """A denoiser pass: the mirror's keys and values, then the block's own; every block position sees them all."""
-
-    updates = False
-
-    def __init__(self, cache: TowerCache, slots: Sequence[int], lengths: Sequence[int], width: int) -> None:
-        super().__init__(cache, slots, lengths, width)
-        cached = cache.page_table(slots, max(self.starts))
-        self._table_RZ = with_own_pages(cached, width)
-        limits = on_device([self.starts, list(lengths)], cache.device)[..., None]
-        self.starts_R: Tensor | None = limits[0, :, 0]
-        cached_RT = cache.positions(cached.shape[1] * PAGE_TOKENS) < limits[0]
-        own_RT = cache.positions(width) < limits[1]
-        self.mask_RLT = torch.cat([cached_RT, own_RT], dim=1)[:, None].expand(-1, width, -1)
-
-    def keys_values(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> tuple[Tensor, Tensor]:
-        row = self.cache.attention_row(layer)
-        keys, values = self.cache.keys[row], self.cache.values[row]
-        return gathered(keys, self._table_RZ, keys_RLSE), gathered(values, self._table_RZ, values_RLSE)
-
-
-def with_own_pages(table_RZ: Tensor, width: int) -> Tensor:
-    """A page table with room for a block's own positions behind the cached ones: zero pages, which `gathered` fills."""
-    return F.pad(table_RZ, (0, pages_for(width)), value=ZERO_PAGE)
-
-
-def gathered(pages_ZKSE: Tensor, table_RZ: Tensor, own_RLSE: Tensor) -> Tensor:
-    """All that each row's pages hold, then the block's own [R,T,S,E]: a new tensor, copied once. The table is one
-    `with_own_pages`."""
-    length = own_RLSE.shape[1]
-    whole_RTSE = pages_ZKSE[table_RZ].flatten(1, 2)
-    cached = whole_RTSE.shape[1] - pages_for(length) * PAGE_TOKENS
-    whole_RTSE[:, cached : cached + length] = own_RLSE
-    return whole_RTSE[:, : cached + length]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from twotower.errors import Overloaded
-from twotower.model.pages import pages_for
+from twotower.model.pages import PAGE_TOKENS, pages_for
 
 
 class Held(NamedTuple):
@@ -19,15 +19,15 @@ class Held(NamedTuple):
 
 
 class Room:
-    """`slots` and `pages`: the totals. A sequence gets all the room it may ever need, or none. `first_page`: the number
-    of the first page.
+    """`slots` and `pages` in all. A sequence gets all it may ever need or nothing. `first_page`: the pages' numbers
+    begin with it. `page_tokens`: positions that a page holds.
 
     Several sequences may hold one page. A page may also be *kept*, whether a sequence holds it or not. A kept page that
     no sequence holds counts as free: when pages are needed, `reclaim(pages)` has to `drop` so many.
     """
 
-    def __init__(self, slots: int, pages: int, first_page: int = 0) -> None:
-        self.slots, self.pages = slots, pages
+    def __init__(self, slots: int, pages: int, first_page: int = 0, page_tokens: int = PAGE_TOKENS) -> None:
+        self.slots, self.pages, self.page_tokens = slots, pages, page_tokens
         self.reclaim: Callable[[int], None] = lambda pages: None
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free_pages = list(range(first_page + pages - 1, first_page - 1, -1))
@@ -53,13 +53,17 @@ class Room:
     def kept_pages(self) -> int:
         return len(self._kept)
 
+    def pages_for(self, positions: int) -> int:
+        """Pages that hold so many positions of one sequence."""
+        return pages_for(positions, self.page_tokens)
+
     def is_idle(self, page: int) -> bool:
         """Whether a kept page would be free if it were dropped."""
         return page not in self._holders
 
     def fits(self, positions: int, shared: Sequence[int] = ()) -> bool:
-        """Whether one more sequence of so many positions would fit, besides its `shared` pages."""
-        lacking = pages_for(positions) - len(shared)
+        """Whether one more sequence, of so many positions, would get what it needs besides its `shared` pages."""
+        lacking = self.pages_for(positions) - len(shared)
         return bool(self._free_slots) and lacking <= self.free_pages - sum(map(self.is_idle, shared))
 
     def take(self, positions: int, shared: Sequence[int] = ()) -> Held:
@@ -68,7 +72,7 @@ class Room:
 
         Raises Overloaded if the other pages are not free.
         """
-        wanted = pages_for(positions) - len(shared)
+        wanted = self.pages_for(positions) - len(shared)
         if not self.fits(positions, shared):
             raise Overloaded(
                 f"cache full: wanted 1 slot and {wanted} pages, "

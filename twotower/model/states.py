@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from twotower.model.in_pages import InPages
 from twotower.model.rescan import Keeps
 
 
@@ -24,9 +25,18 @@ class Reach(Protocol):
     """
 
     lengths_R: Tensor | None
-    mask_RLT: Tensor
     starts_R: Tensor | None
     updates: bool
+
+    @property
+    def mask_RLT(self) -> Tensor: ...
+
+
+class WithoutPages:
+    """Base of states whose keys and values lie in no pages."""
+
+    def in_pages(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> None:
+        return None
 
 
 class LayerStates(Reach, Protocol):
@@ -52,4 +62,9 @@ class LayerStates(Reach, Protocol):
 
         A pass with `starts_R` and without `updates` gives new tensors, which the caller may overwrite.
         """
+        ...
+
+    def in_pages(self, layer: int, keys_RLSE: Tensor, values_RLSE: Tensor) -> InPages | None:
+        """Instead of `keys_values`: where they lie, for kernels that read pages in place. None, and nothing is done,
+        where there are no such pages."""
         ...

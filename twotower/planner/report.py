@@ -12,6 +12,7 @@ from twotower.planner.passes import Batch, Kind, kv_bytes, state_bytes
 
 CONTEXTS = (1 << 10, 8 << 10, 32 << 10, 128 << 10)
 _GB, _MIB = 10**9, 2**20
+_OURS = ("÷ must: kernels", "greedy", "sampled")
 Figures = dict[str, Any]
 
 
@@ -54,6 +55,7 @@ def _our_code(planner: Planner, rows: int, context: int) -> Figures:
     return {
         "rows": rows,
         "must_move": cost.bytes,
+        "pages in place": moved.in_place,
         "pages gathered": moved.pages,
         "states gathered": moved.states,
         "decision by the kernel": moved.fused,
@@ -125,10 +127,11 @@ def _lines(plan: Figures, source: str) -> Iterator[str]:
     )
     yield from (
         "",
-        "A denoiser step by our own code, GB: what it must move, what it moves beside that, all of it ÷ must",
+        "A denoiser step by our own code, GB: what it must move, what it moves beside that, all of it ÷ must:",
+        "by kernels (pages in place), by plain functions where no row and where every row samples (pages gathered)",
     )
     yield from _table(
-        ["rows", *(name.replace("_", " ") for name in list(plan["our_code"][0])[1:7]), "÷ must", "greedy", "sampled"],
+        ["rows", *(name.replace("_", " ") for name in list(plan["our_code"][0])[1:8]), *_OURS],
         [_step(of) for of in plan["our_code"]],
     )
     yield from (
@@ -148,7 +151,7 @@ def _pass(told: Figures) -> str:
 
 
 def _step(told: Figures) -> list[str]:
-    rows, *moved = (told[name] for name in list(told)[:7])
+    rows, *moved = (told[name] for name in list(told)[:8])
     return [
         str(rows),
         *(f"{round(nbytes / _GB, 1) + 0.0:.1f}" for nbytes in moved),

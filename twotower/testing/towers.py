@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower.config import ModelConfig
 from twotower.core import Mode, Request, ScoreRequest
-from twotower.model.cache import ExtendStates, ReadStates
+from twotower.model.row_states import ExtendStates, ReadStates
 
 VOCAB = 32
 _FIRST, _CHOICES = 4, VOCAB - 4

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.faces.error_shape import error_shape
 from cluster.faces.http.cross_origin import CrossOrigin, Readers
+from cluster.faces.http.proxy_certificates import ProxyCertificates
 from cluster.runs.labels import REQUEST_ID, label_of
 
 _RETRY_AFTER_S = 5
@@ -22,7 +23,7 @@ _KIND = "unavailable_error"
 
 
 def middlewares() -> list[Middleware]:
-    return [Middleware(ProxyAnswers)]
+    return [Middleware(ProxyAnswers), Middleware(ProxyCertificates)]  # the last one is the outermost
 
 
 class ProxyAnswers:

@@ -5,12 +5,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from cluster import cell
 from cluster.cell import KNOWN, Cell
+from cluster.config import ServiceConfig
+from cluster.router import turns
 from cluster.runs import kept
 from cluster.runs.cell_lines import CellLine, CellLines, Sums
 from cluster.runs.cells import Unfit
@@ -280,6 +282,29 @@ async def test_sums_over_cells_are_those_of_their_beats_and_of_the_calls_since()
     one.take(Beat("one", FINGERPRINT, (Mode.AR,), 4, 0, 4))
     lines.close(calls[1])
     assert lines.sums == Sums(1, 8, 1, 0), "and one that is lost has nothing more to say"
+
+
+async def test_a_late_cell_counts_so_that_the_others_stay_busy() -> None:
+    """Its requests have turns that they keep. Without its places, those would be taken off the other cell."""
+    lines = CellLines()
+    lines.address = Address("127.0.0.1", 1, "token")
+    late, other = (CellLine(lines, cast(Any, SimpleNamespace(is_late=is_late))) for is_late in (True, False))
+    lines._lines = {late, other}
+    for line, name in ((late, "late"), (other, "other")):
+        line.take(Beat(name, FINGERPRINT, (Mode.AR,), 0, 0, 4))
+    at_once = turns(ServiceConfig.parse({"cell": {"max_sequences": 4}, "cluster": {"max_queued_requests": 0}}), lines)
+    calls = [lines.open(False) for _ in range(8)]
+    for line, call in zip([late] * 4 + [other] * 4, calls, strict=True):
+        async with asyncio.timeout(1):
+            await at_once.take()
+        line.take(Placed(call.reply_to.call, "cell", FINGERPRINT))
+    ninth = asyncio.create_task(at_once.take())
+    await asyncio.sleep(0)
+    assert not ninth.done() and lines.load() == {"other": 4}
+    lines.close(calls[-1])
+    at_once.give_back()
+    async with asyncio.timeout(1):
+        await ninth
 
 
 async def test_no_cell_is_sought_where_all_that_serve_keeps_are_met(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from cluster.runs.turns import Turns
 from cluster.watch import router_metrics as metrics
 from cluster.watch.files import NO_FILES, Files
 from cluster.watch.router import RouterWatch
+from cluster.watch.shown import ShownOverHttp
 from tests.cluster.watch.noted import Noted
 from tests.cluster.watch.test_router_watch import Lines
 from twotower.core import Mode
@@ -47,7 +48,10 @@ async def test_certificates_of_both_faces_each_with_its_end(tmp_path: Path) -> N
     path, days = tmp_path / "cert.pem", [10.0]
     path.write_text("a")
     rereading = Rereading("certificates", [path], lambda: credentials(days[0]))
-    files = Files(NO_FILES.door, rereading, rereading.now)
+    shown = ShownOverHttp("127.0.0.1", 1)
+    files = Files(NO_FILES.door, rereading, shown)
+    assert ("certificate_left_seconds", "http") not in await gauges(files), "nobody has seen it"
+    shown.until = NOW + timedelta(days=10)
     days[0] = 90.0
     rewritten(path, "b")
     rereading.look()

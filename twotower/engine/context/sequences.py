@@ -86,7 +86,8 @@ class Sequences:
         """`chunk`: positions of a prompt that one forward reads."""
         self._cache, self._passes, self._scheduler = cache, passes, scheduler
         self._prefixes, self._chunk = prefixes, chunk
-        self._room = SharedRoom(Room(cache.room.slots, cache.room.pages), prefixes.stride)
+        room = Room(cache.room.slots, cache.room.pages, page_tokens=cache.page_tokens)
+        self._room = SharedRoom(room, prefixes.stride)
         self._by_key: dict[Key, ContextSequence] = {}
         self._unopened: dict[Key, _Needs] = {}
         self._coming: dict[bytes, Key] = {}  # prefixes that are being read, and by which sequence
@@ -116,13 +117,14 @@ class Sequences:
         owner: Owner,
         prompt: Sequence[int],
         positions: int,
-        salt: str = "",
+        salt: str | None = "",
         decided_from: int | None = None,
     ) -> None:
         """Read `prompt` in chunks, with room for `positions`. Raises Overloaded without room.
 
-        `salt`: only prefixes with the same salt are shared. `decided_from`: the first position whose hidden state is
-        needed, so that it must be read here; None: the prompt's last.
+        `salt`: only prefixes with the same salt are shared; None: the prompt shares nothing, and none of it is kept.
+        `decided_from`: the first position whose hidden state is needed, so that it must be read here; None: the
+        prompt's last.
         """
         first = max(0, len(prompt) - 1) if decided_from is None else decided_from
         names = prefix_names(prompt, self._prefixes.stride, salt)
@@ -178,7 +180,7 @@ class Sequences:
     def keep(self, chunk: PrefillChunk) -> None:
         """A chunk of this prompt has just been read. If a prefix ends with it, keep the prefix for others."""
         stride, sequence = self._prefixes.stride, self._by_key[chunk.key]
-        if not stride or chunk.end % stride:
+        if not sequence.names or chunk.end % stride:
             return
         names = sequence.names[: chunk.end // stride]
         self._prefixes.keep(names, sequence.slot)

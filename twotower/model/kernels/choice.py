@@ -18,8 +18,8 @@ import torch
 from twotower.config import ModelConfig
 from twotower.errors import ConfigError
 from twotower.model import mamba
-from twotower.model.attention import Attend, Attention, attend
-from twotower.model.kernels import flash_attention, fused_mamba, parity
+from twotower.model.attention import Attend, AttendInPages, Attention, attend
+from twotower.model.kernels import flash_attention, fused_mamba, paged_attention, parity
 from twotower.model.kernels.folded_attention import attend_folded
 from twotower.model.mamba import Convolve, MambaKernels, MambaMixer, Scan, Step
 from twotower.model.moe import grouped_products_wait
@@ -55,6 +55,7 @@ class Kernels:
     choices: tuple[Choice, ...]
     product: GroupedProduct = plain_product
     wanted: str = WANTED[0]
+    attend_in_pages: AttendInPages | None = None
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.choices))
@@ -78,8 +79,10 @@ def choose(
     candidates = _Candidates(config, device, dtype, wanted, load)
     mixer, how_mixer = _choose_mixer(candidates)
     attention, how_attention = _choose_attention(candidates)
+    in_pages, how_in_pages = _choose_in_pages(candidates)
     product, how_experts = _choose_product(candidates)
-    return Kernels(mixer, attention, (*how_mixer, *how_attention, how_experts), product, wanted)
+    how = (*how_mixer, *how_attention, how_in_pages, how_experts)
+    return Kernels(mixer, attention, how, product, wanted, in_pages)
 
 
 def install(tower: Tower, kernels: Kernels) -> None:
@@ -88,7 +91,7 @@ def install(tower: Tower, kernels: Kernels) -> None:
         if isinstance(module, MambaMixer):
             module.kernels = kernels.mamba
         elif isinstance(module, Attention):
-            module.attend = kernels.attend
+            module.attend, module.attend_in_pages = kernels.attend, kernels.attend_in_pages
         elif isinstance(module, QuantisedExperts):
             module.product = kernels.product
     tower.kernels, tower.plain_only = str(kernels), kernels.wanted == "torch"
@@ -123,6 +126,18 @@ class _Candidates:
     def step(self) -> Step:
         self._allowed(bfloat16_only=True)
         return fused_mamba.step(self._module("mamba_ssm.ops.triton.selective_state_update"))
+
+    def paged_flash_attn(self) -> AttendInPages:
+        self._allowed(bfloat16_only=True)
+        module = self._module("flash_attn")
+        _fits(paged_attention.flash_misfit(module) or flash_attention.heads_misfit(self.config.head_dim))
+        return paged_attention.attention(paged_attention.flash_attn(module))
+
+    def paged_varlen_attn(self) -> AttendInPages:
+        self._allowed(bfloat16_only=True)
+        module = self._module("torch.nn.attention.varlen")
+        _fits(paged_attention.varlen_misfit(module) or flash_attention.heads_misfit(self.config.head_dim))
+        return paged_attention.attention(paged_attention.varlen_attn(module))
 
     def flash_attn(self, masked: Attend) -> Attend:
         self._allowed(bfloat16_only=True)
@@ -197,6 +212,20 @@ def _choose_attention(candidates: _Candidates) -> tuple[Attend, tuple[Choice, ..
     }
     attention, how = _first("attention", by_number, deviations, masked, how_masked.implementation)
     return attention, (how, how_masked)
+
+
+def _choose_in_pages(candidates: _Candidates) -> tuple[AttendInPages | None, Choice]:
+    """Of kernels that read pages in place. Without one they are gathered."""
+
+    def deviations(kernel: AttendInPages | None) -> Iterable[tuple[str, float]]:
+        assert kernel is not None
+        return parity.paged_deviations(kernel, candidates.config, candidates.device, candidates.dtype)
+
+    by_table: dict[str, _Build[AttendInPages | None]] = {
+        "flash_attn": candidates.paged_flash_attn,
+        "torch varlen_attn": candidates.paged_varlen_attn,
+    }
+    return _first("attention in pages", by_table, deviations, None, "none, pages are gathered")
 
 
 def _choose_product(candidates: _Candidates) -> tuple[GroupedProduct, Choice]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from twotower.config import ModelConfig
 from twotower.model import mamba
-from twotower.model.attention import Attend, attend
+from twotower.model.attention import Attend, AttendInPages, attend
+from twotower.model.in_pages import PLACES_OF_A_TABLE, InPages, Own
 from twotower.model.mamba import Convolve, Scan, ScanInputs, Step
 from twotower.model.quantised import GroupedProduct, Packed, plain_product, quantise
 
@@ -111,6 +112,48 @@ def _queries_keys_values(
         (room, config.num_key_value_heads),
     ):
         yield torch.randn(_ROWS, count, heads, config.head_dim, generator=random, device=device).to(dtype)
+
+
+def paged_deviations(
+    replacement: AttendInPages, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, float]]:
+    """As `attention_deviations`, with the keys in pages that lie in another order. What no row sees is large there, so
+    that a key too many shows; and the pages must stay as they are."""
+    for cached, length in product(_CACHED, LENGTHS):
+        q, k, v = _queries_keys_values(config, length, cached + length, device, dtype)
+        starts, short = (0, 5, cached), (length + 1) // 2
+        for lengths in dict.fromkeys([(length, length, length), (length, short, short)]):
+            for name, reach in _reaches(starts, lengths, length, device):
+                plain = attend(q.float(), k.float(), v.float(), reach)
+                seen, before = _in_pages(k, v, starts, lengths, reach)
+                ours = replacement(q, seen)
+                case = f"attention in pages, {name} [{_ROWS},{length}]"
+                yield f"{case}, finite", _off(ours.isfinite(), plain.isfinite())
+                yield f"{case}, pages left alone", _off(torch.stack([seen.keys, seen.values]), before)
+                for row, (start, real) in enumerate(zip(starts, lengths, strict=True)):
+                    yield f"{case}, {real} after {start} of {cached}", _off(ours[row, :real], plain[row, :real])
+
+
+def _in_pages(
+    keys_RTSE: Tensor, values_RTSE: Tensor, starts: tuple[int, ...], lengths: tuple[int, ...], reach: _Reach
+) -> tuple[InPages, Tensor]:
+    """What `_reaches` reaches, in pages from the last to the first; and a copy of these pages."""
+    rows, room, size = keys_RTSE.shape[0], keys_RTSE.shape[1], PLACES_OF_A_TABLE
+    device, length = keys_RTSE.device, reach.mask_RLT.shape[1]
+    columns = -(-room // size)
+    table_RZ = torch.arange(rows * columns, device=device).flip(0).view(rows, columns)
+    pages = torch.full((2, rows * columns, size, *keys_RTSE.shape[2:]), 100.0, device=device).to(keys_RTSE.dtype)
+    own = None
+    for row, start in enumerate(starts):
+        end = start + length if reach.updates else start
+        for part, of in zip(pages, (keys_RTSE, values_RTSE), strict=True):
+            places = table_RZ[row].repeat_interleave(size) * size + torch.arange(columns * size, device=device) % size
+            part.flatten(0, 1)[places[:end]] = of[row, :end]
+    ends_R = torch.tensor([start + (length if reach.updates else 0) for start in starts], device=device)
+    if not reach.updates:
+        lengths_R = torch.tensor(lengths, device=device, dtype=torch.int32)
+        own = Own(keys_RTSE[:, -length:], values_RTSE[:, -length:], lengths_R)
+    return InPages(pages[0], pages[1], table_RZ.int(), ends_R.int(), own), pages.clone()
 
 
 def product_deviations(

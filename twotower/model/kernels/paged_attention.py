@@ -1,0 +1,114 @@
+"""Attention over pages where they lie, by flash-attn or by the function that torch brings: nothing is gathered, joined
+or padded to the longest row.
+
+A pass that extends has its new keys in the pages already: one call, causal. A denoiser's pass must leave the pages as
+they are: committed positions are others' too (a prefix's pages, a mirror that a delta is just entering). So the cached
+keys and the block's own are two calls, each with the logarithm of its weights' sum, and their results are mixed by
+those: softmax over both together is exactly that mix.
+Seen so far: the Python of both packages over a stand-in for what they compile, never on a GPU.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower.model.attention import AttendInPages
+from twotower.model.in_pages import InPages
+
+# Queries [R,L,H,E] over the first `ends_R` (int32) keys and values of each row, and whether the last query sees all of
+# those, each one before it one key fewer. They lie in pages [Z,K,S,E], by a table [R,Z] (int32); or without one, row by
+# row [R,K,S,E]. Gives the result, zero where a row has no key, and the logarithm of the weights' sum [R,H,L] (fp32).
+ByTable = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
+
+
+def attention(kernel: ByTable) -> AttendInPages:
+    """What a layer attends to in pages, through the kernel."""
+
+    def attend(queries_RLHE: Tensor, seen: InPages) -> Tensor:
+        pages, own = (seen.keys, seen.values, seen.ends_R, seen.table_RZ), seen.own
+        if own is None:
+            # The only query of a pass sees all keys anyway; called causal, it would keep a kernel from folding heads.
+            return kernel(queries_RLHE, *pages, queries_RLHE.shape[1] > 1)[0]
+        cached = kernel(queries_RLHE, *pages, False)
+        return _mixed(seen.ends_R, cached, kernel(queries_RLHE, own.keys, own.values, own.lengths_R, None, False))
+
+    return attend
+
+
+def _mixed(ends_R: Tensor, cached: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> Tensor:
+    """Both results [R,L,H,E] as one, by their weights. What the sum of a row without a cached key says does not count,
+    and its result is zero."""
+    (cached_RLHE, cached_RHL), (own_RLHE, own_RHL) = cached, own
+    share_RHL = (own_RHL - cached_RHL).sigmoid().where((ends_R > 0)[:, None, None], 1.0)
+    return torch.lerp(cached_RLHE, own_RLHE, share_RHL.transpose(1, 2)[..., None].to(own_RLHE.dtype))
+
+
+def flash_attn(module: Any) -> ByTable:
+    """Over the module `flash_attn`. It refuses pages that do not hold a multiple of 256 positions."""
+    with_kvcache = module.flash_attn_with_kvcache
+
+    def kernel(
+        queries_RLHE: Tensor, keys: Tensor, values: Tensor, ends_R: Tensor, table_RZ: Tensor | None, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = with_kvcache(
+            queries_RLHE,
+            keys,
+            values,
+            cache_seqlens=ends_R,
+            block_table=table_RZ,
+            causal=causal,
+            return_softmax_lse=True,
+        )
+        return out
+
+    return kernel
+
+
+def varlen_attn(module: Any) -> ByTable:
+    """Over the module `torch.nn.attention.varlen`. Rows of one length are packed as they lie.
+
+    Keys are not split among thread blocks: split keys of paged memory have been reported to come out as NaN now and
+    then (torch 2.13, pytorch/torchtitan#3235).
+    """
+
+    def kernel(
+        queries_RLHE: Tensor, keys: Tensor, values: Tensor, ends_R: Tensor, table_RZ: Tensor | None, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        rows, length = queries_RLHE.shape[:2]
+        room = keys.shape[1] * (1 if table_RZ is None else table_RZ.shape[1])
+        row = torch.arange(rows + 1, device=ends_R.device, dtype=ends_R.dtype)
+        out, sums_HT = module.varlen_attn(
+            queries_RLHE.flatten(0, 1),
+            *((keys, values) if table_RZ is not None else (keys.flatten(0, 1), values.flatten(0, 1))),
+            row * length,
+            row * room,
+            length,
+            room,
+            return_aux=module.AuxRequest(lse=True),
+            window_size=(-1, 0 if causal else -1),
+            enable_gqa=True,
+            seqused_k=ends_R,
+            block_table=table_RZ,
+            num_splits=1,
+        )
+        return out.unflatten(0, (rows, length)), sums_HT.unflatten(1, (rows, length)).transpose(0, 1)
+
+    return kernel
+
+
+def flash_misfit(module: Any) -> str | None:
+    """Why this flash-attn reads no pages; None where it does."""
+    return _misfit(module.flash_attn_with_kvcache, "block_table", "return_softmax_lse")
+
+
+def varlen_misfit(module: Any) -> str | None:
+    """Why this torch's function reads no pages; None where its signature says that it does."""
+    return _misfit(module.varlen_attn, "seqused_k", "block_table", "num_splits")
+
+
+def _misfit(function: Callable[..., Any], *wanted: str) -> str | None:
+    missing = [name for name in wanted if name not in inspect.signature(function).parameters]
+    return f"{function.__name__} has no {' and no '.join(missing)}" if missing else None
