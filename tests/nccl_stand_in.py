@@ -1,8 +1,8 @@
 """A ProcessGroupNCCL that carries bytes between threads of this process, with the rules of torch's.
 
 The rules that matter here:
-- A communicator is stored under its device's index, -1 where the device has none. A transfer looks it up by the index
-  of its tensor's device.
+- A communicator is stored under its device's index, -1 if the device has none. A transfer finds it by its tensor's
+  device.
 - Two ranks need two GPUs.
 - `wait` with a timeout sleeps for milliseconds between looks. A caller in a hurry asks `is_completed` first.
 - The work of an aborted group has ended, and `wait` need not say how.

@@ -1,5 +1,6 @@
-"""`python -m twotower`, and `twotower` where the wheel is installed: generate text from a checkpoint in this process,
-measure a service, plan for a device, or quantise a checkpoint's experts."""
+"""`python -m twotower`, and `twotower` if the wheel is installed. It generates text from a checkpoint in this process,
+measures a service, plans for a device, or quantises a checkpoint's experts.
+"""
 
 import logging
 import sys

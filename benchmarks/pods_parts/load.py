@@ -1,14 +1,15 @@
 """Clients in a namespace of their own: a process that asks the given hosts and reports the result of each request.
 
-`python -m benchmarks.pods_parts.load CLIENTS [CHECKPOINT]` hears on its standard input, a JSON line each time, which
-hosts may get requests, and by what name their certificates know them; how many requests at once at most, and how long a
-client rests after each; whether they shall be long streams, whether what fails is asked again, and whether clients
-connect anew. What they show and believe is in the environment (`ACCESS`).
+`python -m benchmarks.pods_parts.load CLIENTS [CHECKPOINT]` reads JSON lines from its standard input. Each line says
+which hosts may get requests, and which names their certificates have. It says how many requests run at once at most,
+and how long a client rests after each. It also says whether requests are long streams, whether failed ones are
+repeated, and whether clients connect anew. The clients' credentials and trusted certificates are in the environment
+(`ACCESS`).
 
-It writes a JSON line for each request that is sent, has its first tokens, fails and is asked again, or ends; times are
-this machine's monotonic clock. Each request goes to the next of these hosts, as a Kubernetes Service chooses among the
-pods that are ready. Answers are compared with the library's, computed in this process before; with those of the other
-checkpoint too, where one is given.
+It writes a JSON line whenever a request is sent, has its first tokens, fails and is repeated, or ends. Times are this
+machine's monotonic clock. Each request goes to the next of these hosts, as a Kubernetes Service chooses among the pods
+that are ready. Answers are compared with the library's, which this process computed before. If another checkpoint is
+given, its answers count too.
 """
 
 import asyncio

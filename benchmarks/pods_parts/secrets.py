@@ -1,5 +1,6 @@
-"""What the Secrets of our manifest hold, made for one run: certificates of the service, of a gateway and of clients,
-and a client's key, of which the file of keys has the hash. Each Secret is a directory, as the kubelet mounts one."""
+"""The Secrets of our manifest, made for one run: certificates of the service, of a gateway and of clients, and a file
+of keys with the hash of a client's key. Each Secret is a directory, as the kubelet mounts it.
+"""
 
 import os
 import shutil

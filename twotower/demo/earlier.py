@@ -1,8 +1,8 @@
 """Finished checkpoints as the start of another run: the mean of their weights as they were before they were shipped.
 
-If one tower was trained further from another, the mean of their weights keeps what both know (Wortsman et al., "Robust
-fine-tuning of zero-shot models", 2022). Shipping rounds the large weights to bf16, which stays, and divides the
-denoiser's logits, which is undone here.
+If one tower was trained further from another, the mean of their weights keeps the knowledge of both. (Wortsman et al.,
+"Robust fine-tuning of zero-shot models", 2022.) Shipping rounds the large weights to bf16, which stays. Shipping also
+divides the denoiser's logits, which is undone here.
 """
 
 from __future__ import annotations

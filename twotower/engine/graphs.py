@@ -31,8 +31,8 @@ from twotower.model.transfer import on_device
 logger = logging.getLogger(__name__)
 
 _FEWEST_SEEN = 64  # positions that the table of a captured pass has pages for, at least
-# Rows times positions that a captured pass gathers: they stay in the graphs' memory, 256 MiB a layer at the 30B's
-# shape. Beyond, a pass takes long enough for its launches not to matter. A pass that reads pages in place has no bound.
+# Rows times positions that a captured pass gathers. They stay in the graphs' memory, 256 MiB a layer at the 30B's
+# shape. A larger pass takes so long that its launches do not matter. A pass that reads pages in place has no bound.
 MOST_SEEN = 1 << 18
 
 
@@ -49,8 +49,9 @@ class PassShape:
 
 
 class CaptureMemory:
-    """What a tower's captures compute in, each after the one before. On one stream: torch's allocator gives a free
-    block of a pool only to the stream that used it, so a second stream would take memory of its own."""
+    """The memory of a tower's captures, which run one after the other. They share one stream: torch's allocator gives a
+    free block of a pool only to the stream that used it. So a second stream would take memory of its own.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.pool = torch.cuda.graph_pool_handle()

@@ -1,8 +1,8 @@
-"""What a forward pass needs for a moment: an upper bound, from shapes alone.
+"""The temporary memory of a forward pass: an upper bound, from shapes alone.
 
-Layers run one after the other and leave nothing behind but the residual stream, so the bound is that of the largest
-layer. Two things a batch may need more of are not counted: rows padded to a far longer one, which read its padding too,
-and more than one wide block beside others, which share passes up to `MAX_POSITIONS` only.
+Layers run one after the other and keep nothing but the residual stream, so the bound is that of the largest layer. Two
+things that a batch may need in addition are not counted. Rows that are padded to a far longer one read its padding too.
+And two or more wide blocks beside others share passes only up to `MAX_POSITIONS`.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def passing_bytes(
     towers: Sequence[type[ContextTower] | type[DenoiserTower]],
     on_gpu: bool = False,
 ) -> int:
-    """Of these towers in one process, which take turns."""
+    """The bound for these towers in one process, where they take turns."""
     page_tokens = page_tokens_on("cuda" if on_gpu else "cpu")
     batches = [batch for tower in towers for batch in _batches(config, settings, tower, page_tokens)]
     return max(_bytes(config, dtype, batch, on_gpu) for batch in batches)
@@ -60,8 +60,10 @@ def captured_bytes(
     dtype: torch.dtype,
     towers: Sequence[type[ContextTower] | type[DenoiserTower]],
 ) -> int:
-    """What these towers' captured passes keep on a GPU: each tower's the memory of its largest, in a pool of its own,
-    and the context tower's the scans of one pass over drafts. A program recorded on a CPU keeps nothing."""
+    """The memory that these towers' captured passes keep on a GPU. Each tower keeps the memory of its largest pass, in
+    a pool of its own. The context tower also keeps the scans of one pass over drafts. A program recorded on a CPU keeps
+    nothing.
+    """
     rows = power_of_two(settings.max_sequences)
     page = CUDA_PAGE_TOKENS
     longest = pages_for(min(settings.max_sequence_length, settings.pages_of(page) * page) + USUAL_WIDTH, page)
@@ -139,10 +141,12 @@ def _scan(config: ModelConfig, batch: _Batch) -> int:
 
 
 def _attention(config: ModelConfig, dtype: torch.dtype, batch: _Batch, on_gpu: bool) -> int:
-    """Keys and values of all positions, gathered beside a block's own; the mask; queries and outputs. Where a kernel
-    reads pages in place neither is there, which is known only once it has been tried on the device.
-    torch's fused attention keeps no scores. Where heads are folded, the mask is there once more for each query head of
-    a group, and again in the queries' dtype: as torch converts it, and as it pads it."""
+    """Keys and values of all positions, gathered beside a block's own; the mask; queries and outputs. A kernel that
+    reads pages in place needs neither gathered keys nor a mask. But its use is known only once the kernel has been
+    tried on the device. torch's fused attention keeps no scores. If heads are folded, the mask exists once more for
+    each query head of a group. It exists twice again in the queries' dtype: once as torch converts the mask, and once
+    as torch pads it.
+    """
     keys = batch.seen + batch.positions
     gathered = 2 * keys * config.num_key_value_heads * config.head_dim * dtype.itemsize
     mask = keys * batch.width * _FP32

@@ -86,8 +86,8 @@ class TowerCache:
     def allocate(self, tokens: int, prefix: Sequence[int] = (), snapshot: int | None = None) -> int:
         """A slot with room for `tokens` positions. Raises Overloaded where there is none.
 
-        Its state is zero; or it has read the positions on the whole pages of `prefix`, which others may hold, too, and
-        its Mamba states are those of `snapshot`.
+        Without `prefix` and `snapshot` its state is zero. Otherwise it has read the positions on the whole pages of
+        `prefix`, which may be shared, and its Mamba states are those of `snapshot`.
         """
         held = self.room.take(tokens, prefix)
         self._sequences[held.slot] = _Sequence(held, len(prefix) * self.page_tokens)

@@ -1,4 +1,4 @@
-"""Keys and values where they lie in a cache's pages, as kernels read them that gather nothing.
+"""Keys and values in a cache's pages, as kernels take them that read pages in place.
 
 Letters as in `twotower.model.states`; besides, Z pages (of the memory, or of a row's table) and K positions of a page.
 """
@@ -25,9 +25,9 @@ class InPages(NamedTuple):
     `keys` and `values` are all pages of the layer [Z,K,S,E]; `table_RZ` (int32) names those of each row, in the order
     of its positions. `ends_R` (int32): how many of a row's positions are seen.
 
-    Without `own` they hold the pass's new positions too, and are seen causally: the last of L positions sees `ends_R`,
-    each one before it one fewer. With `own`, all of them see `ends_R`, which may be 0, and the block's real ones; the
-    pages are not written to.
+    Without `own`, the pages hold the pass's new positions too, and attention is causal. The last of L positions sees
+    `ends_R` positions, each one before it one fewer. With `own`, all new positions see `ends_R` positions, which may be
+    0, and the block's real ones. The pages are not written to.
     """
 
     keys: Tensor

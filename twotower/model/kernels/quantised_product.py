@@ -1,10 +1,9 @@
 """Products with quantised experts in Triton: weights are read as they are held, and unpacked in registers.
 
-Imported only where Triton is. One program makes a strip of one expert's outputs for all its rows, 32 at a time, and
-ends at once where no row goes to that expert. So the host waits for nothing, a CUDA graph can capture it, and a row's
-sums are added in the same order whoever shares the batch.
-Seen so far: under Triton's interpreter on a CPU, and compiled for GPUs of compute capability 8.0, 9.0 and 10.0; never
-on a GPU.
+Imported only where Triton is. One program makes a strip of one expert's outputs for all its rows, 32 at a time. It ends
+at once if no row goes to that expert. So the host need not wait, and a CUDA graph can capture the kernel. A row's sums
+are added in the same order, whatever the batch. Seen so far: under Triton's interpreter on a CPU, and compiled for GPUs
+of compute capability 8.0, 9.0 and 10.0; never on a GPU.
 """
 
 import torch
@@ -23,7 +22,7 @@ def _int8(  # type: ignore[no-untyped-def]  # Triton reads annotations, and take
     x, weights, scales, ends, out,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """A weight a byte, a scale an output channel, which the sums are multiplied with."""
+    """One weight a byte. Each output channel has a scale, by which its sums are multiplied."""
     expert = tl.program_id(0)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
@@ -51,7 +50,9 @@ def _int4(  # type: ignore[no-untyped-def]  # as above
     N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Two weights a byte, HALF bytes a group: weight b of it in the low half of byte b, weight b + HALF in the high."""
+    """Two weights a byte, HALF bytes a group. Byte b of a group has weight b in its low half, weight b + HALF in its
+    high half.
+    """
     expert = tl.program_id(0)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
