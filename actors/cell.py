@@ -139,13 +139,13 @@ class RunningPair:
                 await self._replace_denoiser(min(self.pair.lost))
                 return
             self.pair.lose(None, Unavailable("the context tower does not answer"))
-        logger.warning("the context tower is lost: another is started")
+        logger.warning("the context tower is lost: starting another")
         await self.pair.close()
         await self._towers.start_again()
         await self.open()
 
     async def _replace_denoiser(self, index: int) -> None:
-        logger.warning("denoiser %d is lost: another is started", index)
+        logger.warning("denoiser %d is lost: starting another", index)
         await self._towers.part(index)
         self.pair.regain(index)  # modes without a denoiser have the room while weights are read
         trial = self.pair.replace(index, await self._towers.renew(index))

@@ -145,7 +145,7 @@ class DecodingParams:
     stop_token_ids: tuple[int, ...] = Parameter(
         (), TokenIds(MAX_STOP_TOKEN_IDS), "end the sequence like EOS; the stopping token is kept"
     ).field
-    ignore_eos: bool = Parameter(False, Flag(), "go on past the checkpoint's EOS").field
+    ignore_eos: bool = Parameter(False, Flag(), "continue after the checkpoint's EOS").field
     draft_steps: int = Parameter(
         2,
         Integer(1, MAX_BLOCK),
@@ -237,19 +237,19 @@ PARAMETERS = declared_in(fields(DecodingParams))
 STOP = Parameter(
     (),
     Texts(MAX_STOP_STRINGS, MAX_STOP_CHARACTERS),
-    "the text ends before the first of them, `token_ids` with the token that completes it; needs a tokenizer",
+    "the text ends before the first of these strings, `token_ids` with the token that completes it; needs a tokenizer",
     http="stop",
 )
 PRIORITY = Parameter(
     0,
     Integer(MIN_PRIORITY, MAX_PRIORITY),
-    "when it starts where requests wait: lower goes first; never changes its tokens",
+    "among waiting requests, lower goes first; never changes tokens",
     http="priority",
 )
 TRACE = Parameter(
     False,
     Flag(),
-    "tell, in a stream, which positions each step fixes; never changes a token",
+    "show in a stream which positions each step fixes; never changes a token",
     _BLOCKS,
     off=False,
     http="diffusion.trace",
@@ -257,10 +257,10 @@ TRACE = Parameter(
 LOGPROBS = Parameter(
     None,
     Integer(0, MAX_ALTERNATIVES),
-    "tell of each token its log-probability under the context tower, and so many of the likeliest tokens at its place; "
+    "return each token's log-probability under the context tower, and this many of the likeliest tokens at its place; "
     "never changes a token",
     http="logprobs",
-    default_is="not told",
+    default_is="none",
 )
 
 

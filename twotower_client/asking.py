@@ -119,7 +119,7 @@ class Ask:
     def check_whole(self) -> None:
         """Raises InvalidRequest for options that only a stream has."""
         if self.trace:
-            raise InvalidRequest.of("trace", "got true, wanted it only of a stream", self.request_id)
+            raise InvalidRequest.of("trace", "got true, wanted it only with a stream", self.request_id)
 
     def check_streams(self) -> None:
         """Raises InvalidRequest for options that no stream has."""

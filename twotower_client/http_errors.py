@@ -34,7 +34,7 @@ _BY_STATUS = {
 
 def unexpected(what: str, error: object, request_id: str) -> UnexpectedAnswer:
     return UnexpectedAnswer(
-        f"{what}: the answer is none of ours: {error!r:.200}", Details("UNKNOWN", request_id=request_id)
+        f"{what}: the answer is not from this service: {error!r:.200}", Details("UNKNOWN", request_id=request_id)
     )
 
 

@@ -22,7 +22,7 @@ def proxy_to(target: Target) -> httpx2.Proxy | None:
     try:
         url = httpx2.URL(told if "://" in told else f"http://{told}")
     except httpx2.InvalidURL as error:
-        raise ValueError(f"proxy: got what is no URL: {error}") from None
+        raise ValueError(f"proxy: got an invalid URL: {error}") from None
     if url.scheme not in _SCHEMES:
         raise ValueError(f"proxy: got {url.scheme}://, wanted one of {', '.join(_SCHEMES)}")
     if url.scheme.startswith("socks") and find_spec("socksio") is None:

@@ -14,7 +14,7 @@ from twotower_client.errors import ServiceError, TlsMistake, Unavailable
 from twotower_client.target import Target
 
 LONGEST_S = 5.0  # for a look
-CUT = "the TLS handshake was cut without a word, by a service on its way down or a gateway that has none behind it"
+CUT = "the TLS handshake was cut silently, by a service that shuts down or a gateway without a service behind it"
 _ALERT_S = 0.5  # a server that wants a certificate says so once it has read that there is none
 _WRONG_NAME = (62, 64)  # OpenSSL's numbers: no such host, no such address
 

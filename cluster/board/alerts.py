@@ -65,7 +65,7 @@ def _no_cell(part: Part) -> Alert:
     if part.gone:
         return Alert(Level.ACT, "no cell lives", min(cell.ago_s for cell in part.gone), hint)
     level = Level.WATCH if part.router.up_s < _LOADS_S else Level.ACT
-    return Alert(level, "no cell has come yet", part.router.up_s, hint)
+    return Alert(level, "no cell has started yet", part.router.up_s, hint)
 
 
 def _cells_short_of_something(cells: Sequence[CellRow]) -> Iterator[Alert]:
@@ -73,7 +73,7 @@ def _cells_short_of_something(cells: Sequence[CellRow]) -> Iterator[Alert]:
         if cell.lacks:
             lost = f"no denoiser in cell {cell.name}" if Mode.AR in cell.modes else f"cell {cell.name} serves nothing"
             rest = f"it serves {', '.join(cell.modes)} meanwhile; " if cell.modes else ""
-            doing = "it mends itself" if cell.mending_s else "Serve is to replace it"
+            doing = "it mends itself" if cell.mending_s else "Serve has to replace it"
             yield Alert(Level.ACT, lost, cell.lacking_s, f"{rest}{doing}; its log says `not whole yet`, and why")
         elif cell.mending_s:
             hint = "it serves all modes meanwhile; its log says why a tower was lost"
@@ -93,7 +93,7 @@ def _too_few(parts: Sequence[Part], cells: Sequence[CellRow], gone: Sequence[Gon
         yield Alert(Level.WATCH, f"{len(stay)} of {wanted} cells live", since, hint)
     for cell in gone:
         if cell.lost and cell.ago_s <= _LATELY_S:
-            hint = "its requests go on elsewhere from their last committed block"
+            hint = "its requests are resumed elsewhere from their last committed block"
             yield Alert(Level.WATCH, f"cell {cell.name} was lost", cell.ago_s, hint)
 
 
@@ -124,12 +124,12 @@ def _keys(parts: Sequence[Part]) -> Iterator[Alert]:
         reasons[event.text.removeprefix("call refused: ")] += event.count
     if reasons:
         told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(_REASONS))
-        hint = "who asks is at fault, or the file of keys: ingress.keys_file"
+        hint = "check the clients, and the file of keys: ingress.keys_file"
         refused = _counted(reasons.total(), "call")
         yield Alert(Level.WATCH, f"{refused} refused in the last minute for their keys: {told}", None, hint)
     for part in parts:
         for fault in part.router.faults:
-            hint = "what it said before stays; the router reads it again as soon as it changes"
+            hint = "the old content stays; the router reads the file again when it changes"
             yield Alert(Level.ACT, f"router {part.router.name} cannot take a file: {fault}", None, hint)
 
 
@@ -153,7 +153,7 @@ def _routers(parts: Sequence[Part]) -> Iterator[Alert]:
     if len(parts) < wanted and parts[0].router.up_s > _STARTS_S:
         yield Alert(Level.WATCH, f"{len(parts)} of {wanted} routers answer", None, "Serve starts another")
     if len({part.router.deployed.settings for part in parts}) > 1:
-        yield Alert(Level.WATCH, "routers of two deployments are there", None, "the older ones finish what they hold")
+        yield Alert(Level.WATCH, "routers of two deployments run", None, "the older ones finish their requests")
     for part in parts:
         if part.router.drains:
             hint = "it finishes the requests that it holds and takes no more"

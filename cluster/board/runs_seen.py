@@ -107,7 +107,7 @@ class RunsSeen(Observer):
     def resumed(self, record: Record, error: TwoTowerError) -> None:
         self._open[record.request.id].moves += 1
         self._counts["resumed"] += 1
-        self._note("moved", f"request resumed: cell {record.attempts[-1]} could not go on")
+        self._note("moved", f"request resumed: cell {record.attempts[-1]} could not continue")
 
     def ended(self, record: Record, error: BaseException | None) -> None:
         run = self._open.pop(record.request.id)

@@ -45,7 +45,7 @@ class BoardText:
         if not alerts:
             modes = ", ".join(dict.fromkeys(mode for cell in told["cells"] for mode in cell["modes"]))
             cells = counted(len(told["cells"]), "cell")
-            well = f"✓ All is well: {cells} serve {modes}" if told["cells"] else "◐ Starting: no cell has been heard of"
+            well = f"✓ All is well: {cells} serve {modes}" if told["cells"] else "◐ Starting: no cell has reported yet"
             yield self.paint(well, _BOLD, _GREEN)
         for alert in alerts:
             acts = alert["level"] == "act"

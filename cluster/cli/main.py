@@ -27,7 +27,7 @@ _EXAMPLES = """examples:
   python -m cluster tune --input prompts.jsonl                    find the confidence threshold for these prompts
   python -m cluster status                                        is the service ready, and where?
   python -m cluster status --watch                                its cells and requests, once a second
-  python -m cluster key team-a                                    let a client in, where keys are wanted
+  python -m cluster key team-a                                    draw a key for a client
   python -m cluster down                                          let running requests finish, then stop
 """
 _UP_EXAMPLES = """examples:
@@ -40,7 +40,7 @@ Every setting, its default and its meaning: cluster/config.py. Ctrl-C stops the 
 """
 _STATUS = "say whether the service is ready, where it listens and what it serves"
 _DOWN = "let the running requests finish, and stop the service"
-_GENERATE = "Parameters that are not given take the service's defaults. Meanings and limits: docs/parameters.md"
+_GENERATE = "A parameter that is not given takes the service's default. Meanings and limits: docs/parameters.md"
 _END_S = 60.0  # seconds that `up` may take to end once no request runs
 _AT_ONCE_S = 2.0
 
@@ -71,9 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help="one setting; may be given again",
     )
     up.add_argument("--address", help="join a running Ray ('auto' finds it) instead of starting one on loopback")
-    up.add_argument(
-        "--replace", action="store_true", help="with --address: end the application there, and take its place"
-    )
+    up.add_argument("--replace", action="store_true", help="with --address: replace the application that runs there")
     up.set_defaults(run=_up)
     for name, run, text in (("status", _status, _STATUS), ("down", _down, _DOWN)):
         command = commands.add_parser(name, help=text, description=text)

@@ -129,7 +129,7 @@ def _snapshot(address: str, since: int) -> dict[str, Any]:
         if error.code == 404:
             raise ConfigError(f"{address}: has no ops page; wanted a service with ingress.ops_page: true") from None
         if error.code == 401:
-            raise ConfigError(f"{address}: wants a key; set the variable {KEY_VARIABLE}") from None
+            raise ConfigError(f"{address}: requires a key; set the variable {KEY_VARIABLE}") from None
         raise Unavailable(f"{address}: answers {error.code} {error.reason}") from None
     except http.client.RemoteDisconnected:
         hint = "" if url.startswith("https:") else f"; if it speaks TLS, set {tls.CA_VARIABLE}"
@@ -137,7 +137,7 @@ def _snapshot(address: str, since: int) -> dict[str, Any]:
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Unavailable(f"no service answers on {url}: {error}") from None
     if not isinstance(told, dict) or "alerts" not in told:
-        raise Unavailable(f"{address}: what it answers on /ops/snapshot is none of ours")
+        raise Unavailable(f"{address}: its answer on /ops/snapshot is not a snapshot of ours")
     return dict(told)
 
 
@@ -147,7 +147,7 @@ def _next_lines(snapshots: Snapshots, is_terminal: bool) -> list[str]:
         told = snapshots.next()
     except Unavailable as error:
         assert snapshots.told is not None
-        gone = text.paint(f"✕ no word since {seconds(snapshots.silent_s)}: {error}", 1, 31)
+        gone = text.paint(f"✕ no answer for {seconds(snapshots.silent_s)}: {error}", 1, 31)
         return [gone, *text.lines(snapshots.told, snapshots.url)]
     return text.lines(told, snapshots.url)
 

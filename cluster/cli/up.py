@@ -116,7 +116,7 @@ class Up:
         self._mark = ownership.new_mark(own_ray=self._address is None)
         deployment.take(self._mark, self._address or "this machine", self._replace)
         if self._replace:
-            self._say("ending the application that is there")
+            self._say("ending the running application")
             limit_s = self._config.cluster.drain_timeout_s
             draining.finish(self._mark, limit_s, self._say)
             deployment.clear_place(limit_s + _START_SLACK_S)
@@ -275,7 +275,7 @@ def _curled(state: RunState) -> str:
 
 def _what_next(state: RunState, prompt: str | list[int], targets: list[str], keys: bool) -> str:
     key = ' -H "authorization: Bearer $TWOTOWER_API_KEY"' if keys else ""
-    wanted = "\nIt wants a key: `generate`, `status` and `tune` have it from TWOTOWER_API_KEY." if keys else ""
+    wanted = "\n`generate`, `status` and `tune` take the service's key from TWOTOWER_API_KEY." if keys else ""
     scraped = "".join(f"\nMetrics for Prometheus: http://{target}/metrics" for target in targets)
     text = isinstance(prompt, str)
     shell = f"--prompt $'{json.dumps(prompt)[1:-1]}'" if text else f"--prompt-token-ids {','.join(map(str, prompt))}"

@@ -84,7 +84,7 @@ def clear_place(within_s: float) -> None:
     with failures_told("Serve"):
         serve.delete(APP_NAME, _blocking=False)  # Serve's own wait has a limit of its own
         if not _gone(within_s):
-            raise Unavailable(f"--replace: the application that is there has not ended within {within_s:g} s")
+            raise Unavailable(f"--replace: the running application has not ended within {within_s:g} s")
 
 
 def _gone(within_s: float) -> bool:
@@ -162,7 +162,7 @@ def _progress(mark: bytes | None) -> Progress:
 
     application = serve.status().applications.get(APP_NAME)
     if mark is not None and ownership.holder() not in (mark, None):
-        return Progress(0, 0, lost="another `up` has taken its place")
+        return Progress(0, 0, lost="another `up` has replaced it")
     if application is None or application.status == "DELETING":
         return Progress(0, 0, lost=None if mark is None else "somebody has deleted it")
     failure = None

@@ -28,7 +28,7 @@ def held(**by_setting: int) -> Iterator[None]:
                 # An abstract socket name is visible where the port is, for all users, and ends with this process.
                 lock.bind(f"\0twotower-port-{port}")
             except OSError:
-                raise _taken(setting, str(port), "another `up` has it", by_setting) from None
+                raise _taken(setting, str(port), "another `up` uses it", by_setting) from None
         yield
 
 

@@ -97,7 +97,7 @@ class Allowances(Observer):
             return
         free, wanted = account.left - account.tokens, min(wish.tokens, rate)
         if wanted > free:
-            told = f"of the {rate} tokens a minute of this key {max(0, int(free))} are left here, wanted {wish.tokens}"
+            told = f"{max(0, int(free))} of this key's {rate} tokens a minute are left here, wanted {wish.tokens}"
             raise LimitReached(caller.name, TOKENS, told, max(_SOON_S, (wanted - free) / rate * 60))
 
     def _account(self, caller: Caller) -> _Account:

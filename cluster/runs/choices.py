@@ -17,7 +17,7 @@ N = Parameter(1, Integer(1, MAX_PROMPTS), "answers to each prompt", http="n")
 BEST_OF = Parameter(
     None,
     Integer(1, MAX_PROMPTS),
-    "answers decoded for each prompt, of which the likeliest `n` under the context tower are told",
+    "answers decoded for each prompt; the likeliest `n` under the context tower are returned",
     http="best_of",
     default_is="`n`",
 )

@@ -89,7 +89,7 @@ class Keys:
 
     def caller(self, key: str | None, address: str) -> Caller:
         if key is None:
-            raise KeyRefused("this service wants a key: send the header `Authorization: Bearer KEY`", "no key")
+            raise KeyRefused("this service requires a key: send the header `Authorization: Bearer KEY`", "no key")
         caller = self._file.now.get(hash_of(key))
         if caller is None:
             raise KeyRefused("the key of this call is not known to this service", "unknown key")

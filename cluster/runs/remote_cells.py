@@ -76,7 +76,7 @@ class RemoteAttempt:
         except (Exception, asyncio.CancelledError) as failure:
             error = plain_error(failure)
             if isinstance(error, Cancelled):  # not by us: we close the call first
-                error = Unavailable("the cell has let go of this request")
+                error = Unavailable("the cell has dropped this request")
         self._over = True
         if self._lines.is_open(self._call):
             self._call.fail(FailureEvent(RequestId("*"), error))
@@ -179,7 +179,7 @@ def plain_error(error: BaseException) -> TwoTowerError:
     if isinstance(error, TwoTowerError):
         return error
     if isinstance(error, BackPressureError):
-        return Overloaded("every cell is full and the queue for them too")
+        return Overloaded("every cell is full, and so is the queue")
     if isinstance(error, RequestCancelledError | TaskCancelledError | asyncio.CancelledError):
         return Cancelled("the request was cancelled")
     if isinstance(error, RayActorError) or _is_cut(error):

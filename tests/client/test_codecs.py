@@ -72,7 +72,7 @@ def test_events_in_pieces_of_any_size() -> None:
 
 def test_a_stream_that_is_none_of_ours() -> None:
     for data in (b"data: nothing\n\n", b'data: {"choices": []}\n\n', b"data: []\n\n", b"data: 5\n\n"):
-        with pytest.raises(UnexpectedAnswer, match="none of ours"):
+        with pytest.raises(UnexpectedAnswer, match="not from this service"):
             http.StreamReader(Ask("Hi", "r")).push(data)
     reader = EventReader()
     reader.LARGEST = 10

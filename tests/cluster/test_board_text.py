@@ -97,7 +97,7 @@ async def test_a_watch_asks_for_the_news_and_says_when_there_are_none(
 
     assert status.watch(Snapshots(answering.address), pace) == 0
     out = capsys.readouterr().out
-    assert out.count("✓ All is well") == 3 and out.count("✕ no word since") == 1 and "answers 503" in out
+    assert out.count("✓ All is well") == 3 and out.count("✕ no answer for") == 1 and "answers 503" in out
     assert answering.paths[1] == f"/ops/snapshot?since={1060 - 15}"
 
 
@@ -116,7 +116,7 @@ def test_points_are_kept_once(answering: Answering) -> None:
     ("code", "body", "exit_code", "says"),
     [
         (404, b"", 2, "has no ops page; wanted a service with ingress.ops_page: true"),
-        (200, b"[]", 1, "is none of ours"),
+        (200, b"[]", 1, "is not a snapshot of ours"),
         (200, b"<html>", 1, "no service answers"),
     ],
 )

@@ -226,7 +226,7 @@ async def test_a_key_pays_for_each_answer_and_for_chats(tmp_path: Path) -> None:
     refused = await ask(n=3)  # at most 9 tokens each, as far as is known before
     assert refused.status_code == 200, "27 of 40"
     refused = await ask()
-    assert refused.status_code == 429 and "of the 120 tokens a minute of this key 0 are left here" in refused.text
+    assert refused.status_code == 429 and "0 of this key's 120 tokens a minute are left here" in refused.text
     assert guarded.service._allowances._accounts["small"].left == 120 - 8 * 16
 
 
@@ -294,7 +294,7 @@ async def test_our_commands_send_the_key_of_the_environment(
     guarded: Guarded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with grpc_server(guarded.service) as (address, _):
-        with pytest.raises(asking.Refused, match=r"wants a key.* TWOTOWER_API_KEY") as caught:
+        with pytest.raises(asking.Refused, match=r"requires a key.* TWOTOWER_API_KEY") as caught:
             await asyncio.to_thread(asking.model_info, address)
         assert caught.value.mistake
         monkeypatch.setenv("TWOTOWER_API_KEY", KEY + "\nx")
@@ -342,9 +342,9 @@ def test_status_of_ones_own_service_needs_no_key(
     """For all but what is served."""
 
     def refuse(address: str) -> None:
-        raise asking.Refused(f"{address}: this service wants a key", True)
+        raise asking.Refused(f"{address}: this service requires a key", True)
 
     monkeypatch.setattr(asking, "model_info", refuse)
     status.print_note(RunState(4711, 1, "127.0.0.1:8000", "127.0.0.1:50051", "demo"), {"ar": True})
     said = capsys.readouterr().out
-    assert "4711" in said and "not told: 127.0.0.1:50051: this service wants a key" in said
+    assert "4711" in said and "not told: 127.0.0.1:50051: this service requires a key" in said

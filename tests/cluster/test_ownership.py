@@ -137,7 +137,7 @@ def test_what_fails_halfway_gives_up_its_mark(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("cluster.cli.up._START_SLACK_S", 0.0)
     monkeypatch.setattr("cluster.ops.deployment._STOP_S", 0.1)
     up = Up(load_config(None, ["cluster.drain_timeout_s=0.1"]), "there", verbose=False, replace=True)
-    with pytest.raises(Unavailable, match=r"--replace: the application that is there has not ended within 0\.1 s"):
+    with pytest.raises(Unavailable, match=r"--replace: the running application has not ended within 0\.1 s"):
         up._take_place()
     deployment.take_down(up._mark)
     assert store.value is None and deleted == ["twotower"] * 2

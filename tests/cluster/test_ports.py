@@ -54,7 +54,7 @@ def test_of_two_that_start_together_one_is_refused(capsys: pytest.CaptureFixture
             settings = [f"ingress.http_port={second[0]}", f"ingress.grpc_port={second[1]}"]
             assert main(["up", "--set", settings[0], "--set", settings[1]]) == 1
             error = capsys.readouterr().err
-            assert "another `up` has it; choose another with --set ingress." in error and error.count("\n") == 1
+            assert "another `up` uses it; choose another with --set ingress." in error and error.count("\n") == 1
         with ports.held(http_port=other):  # what was refused has kept nothing
             pass
     with ports.held(http_port=http, grpc_port=grpc):

@@ -46,7 +46,7 @@ async def test_the_second_takes_the_place_of_the_first(ray_cluster: None) -> Non
             await asyncio.gather(*calling)
             assert all(caller.streams for caller in callers)
         assert await asyncio.to_thread(first.ended) == 1
-        assert "this `up` has lost its application: another `up` has taken its place" in first.said, first.said
+        assert "this `up` has lost its application: another `up` has replaced it" in first.said, first.said
         await asyncio.to_thread(second.wait_until_ready)
         assert len((await asyncio.to_thread(second.ask))["choices"][0]["token_ids"]) == 20
         assert await asyncio.to_thread(second.stop) == 0

@@ -106,7 +106,7 @@ async def endless(part: bytes, pause_s: float) -> AsyncIterator[bytes]:
 async def test_a_body_that_does_not_arrive_in_time_is_408(cells: ScriptedCells) -> None:
     async with client(cells, body_timeout_s=0.05) as http:
         response = await post(http, endless(b" ", 0.02))
-    assert error_of(response) == (408, "body", "body: not whole within 0.05 s of the headers")
+    assert error_of(response) == (408, "body", "body: not complete within 0.05 s of the headers")
     assert response.headers["connection"] == "close"
 
 

@@ -83,7 +83,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     running, refused = first_of(Up(http, grpc, *settings), Up(http, grpc, *settings))
     try:
         assert refused.ended() == 1
-        assert f"{http}: another `up` has it" in refused.said and "starting Ray" not in refused.said, refused.said
+        assert f"{http}: another `up` uses it" in refused.said and "starting Ray" not in refused.said, refused.said
         running.wait_until_ready()
         running.trust = ssl.create_default_context(cadata=family().root.pem.decode())
         yield running

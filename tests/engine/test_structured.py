@@ -159,7 +159,7 @@ def test_over_a_link() -> None:
     ("constraint", "committed", "words"),
     [
         (Constraint("regex", "(a|b"), (), "structured_outputs: regex: .*unclosed group"),
-        (REGEX, (300, 301, 302), "structured_outputs: cannot be gone on with: "),
+        (REGEX, (300, 301, 302), "structured_outputs: cannot be continued: "),
         (Constraint("grammar", "start: start"), (), "structured_outputs: grammar: no token"),
     ],
 )

@@ -226,7 +226,7 @@ def test_of_a_position_that_is_fixed_again_the_trace_tells_both() -> None:
     assert len(times) > len(set(times)), "γ 0 fixes the whole block at once, and the demo's answer is no match"
 
 
-DEAD_END = "structured_outputs: cannot be gone on with: no token"
+DEAD_END = "structured_outputs: cannot be continued: no token"
 
 
 def _dead_end_behind(monkeypatch: pytest.MonkeyPatch, masks: int) -> None:

@@ -127,7 +127,7 @@ async def test_closing_sends_what_was_posted_first() -> None:
         mine.connection.close()
         await until(lambda: other.lost_for)
         assert other.heard == [Word("last", 1)]
-        assert other.lost_for == ["is gone"] and mine.lost_for == ["was hung up on"]
+        assert other.lost_for == ["is gone"] and mine.lost_for == ["was disconnected"]
         for end in (mine, other):
             assert end.connection
             with pytest.raises(Unavailable, match="the other end"):
@@ -166,7 +166,7 @@ async def test_nonsense_ends_a_connection(which: str) -> None:
             frame = framed(b"nonsense") if which == "frame" else b"\xff" * 8
             other.connection._transport.write(frame)
         await until(lambda: mine.lost_for)
-        says = {"bad word": "said a bad word", "frame": "none of our messages", "length": "got a frame of 4294967295"}
+        says = {"bad word": "said a bad word", "frame": "sent an unknown message", "length": "got a frame of 4294967295"}
         assert says[which] in mine.lost_for[0]
         await until(lambda: other.lost_for)
 

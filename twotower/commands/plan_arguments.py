@@ -32,7 +32,7 @@ def add_plan_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--rows", type=_counts, default=[1, 4, 16, 64, 256], metavar="N,N", help="sequences of a pass (1,4,16,64,256)"
     )
-    parser.add_argument("--context", type=_context, default=8192, metavar="N", help="tokens behind each (8192)")
+    parser.add_argument("--context", type=_context, default=8192, metavar="N", help="cached tokens per sequence (8192)")
     parser.add_argument(
         "--experts", default="stored", help="format of experts: stored | int8 | int4 (default: stored, bf16 or its own)"
     )

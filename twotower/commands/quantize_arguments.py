@@ -38,5 +38,5 @@ def add_quantize_arguments(parser: Parser) -> None:
         metavar="N",
         help=f"of int4, weights that share a scale: {', '.join(map(str, GROUPS))} (default: {USUAL_GROUP})",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a directory that is not there yet")
-    parser.add_argument("--device", default="auto", help="what computes: auto | cpu | cuda | cuda:N (default: auto)")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a directory that does not exist yet")
+    parser.add_argument("--device", default="auto", help="computing device: auto | cpu | cuda | cuda:N (default: auto)")

@@ -50,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m twotower.demo", description=__doc__)
     parser.add_argument(
-        "--threads", type=count, default=torch.get_num_threads(), help="CPU threads; 1 where others use the cores"
+        "--threads", type=count, default=torch.get_num_threads(), help="CPU threads; 1 if other processes use the cores"
     )
     commands = parser.add_subparsers(required=True)
 

@@ -80,4 +80,4 @@ class Answer:
 def no_way_on(chosen_by: Steering | CertainPrefix | None) -> TwoTowerError | None:
     """The error if the request's own constraint allows no token."""
     fault = None if chosen_by is None else chosen_by.fault
-    return None if fault is None else InvalidRequest.of("structured_outputs", f"cannot be gone on with: {fault}")
+    return None if fault is None else InvalidRequest.of("structured_outputs", f"cannot be continued: {fault}")

@@ -57,7 +57,7 @@ class EngineSettings:
         "gets its states copied back. On a CPU both are the same",
     ).field
     link_timeout_s: float = Setting(
-        10.0, Number(_LINK_LOW_S), "after so long without a word a tower process counts as lost"
+        10.0, Number(_LINK_LOW_S), "a tower process without a message for this long counts as lost"
     ).field
     stall_timeout_s: float = Setting(60.0, Number(0, low_open=True), "how long one tick of a tower may take").field
     start_timeout_s: float = Setting(600.0, Number(0, low_open=True), "how long loading a tower may take").field

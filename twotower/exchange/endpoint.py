@@ -215,7 +215,7 @@ class Endpoint:
             case TimeoutError():
                 return f"nothing heard from {self._peer} for {waited_s:g} s"
             case CodecError():
-                return f"{self._peer} sent a message that is none of ours: {error}"
+                return f"{self._peer} sent an unknown message: {error}"
             case TwoTowerError():
                 return str(error)
         return f"{type(error).__name__}: {error}"

@@ -102,7 +102,7 @@ class Connection(asyncio.Protocol, Generic[Message]):
     def close(self) -> None:
         """Send the posted messages and close the connection."""
         self._flush()
-        self._end("was hung up on")
+        self._end("was disconnected")
         self._transport.close()
 
     def abort(self, reason: str) -> None:
@@ -129,7 +129,7 @@ class Connection(asyncio.Protocol, Generic[Message]):
                 for message in self._codec.decode(body) if body else ():
                     self._owner.take(message)
         except (ConnectionError, TwoTowerError) as error:
-            self.abort(f"sent what is none of our messages: {error}" if isinstance(error, CodecError) else str(error))
+            self.abort(f"sent an unknown message: {error}" if isinstance(error, CodecError) else str(error))
 
     def pause_writing(self) -> None:
         self._room.clear()
@@ -265,7 +265,7 @@ class _Callee(Connection[Message]):
     def _greet(self) -> None:
         self._unknown[self] = None
         if len(self._unknown) > _MOST_UNKNOWN:
-            next(iter(self._unknown)).abort("has said nothing, and others have come")
+            next(iter(self._unknown)).abort("has not sent its handshake, and newer connections replaced it")
 
     def _introduced(self, body: bytes) -> None:
         reply = answer(body, self._token, self._admit)

@@ -78,7 +78,7 @@ function verdictOf(told) {
   if (acts) return ["act", `✕ Act on ${acts === 1 ? "this" : `these ${acts}`}:`];
   if (told.alerts.length) return ["watch", `◐ Nothing to act on; to know:`];
   const modes = [...new Set(told.cells.flatMap((cell) => cell.modes))];
-  return ["well", told.cells.length ? `✓ All is well: ${count(told.cells.length, "cell")} ${told.cells.length === 1 ? "serves" : "serve"} ${modes.join(", ")}` : "◐ Starting: no cell has been heard of yet"];
+  return ["well", told.cells.length ? `✓ All is well: ${count(told.cells.length, "cell")} ${told.cells.length === 1 ? "serves" : "serve"} ${modes.join(", ")}` : "◐ Starting: no cell has reported yet"];
 }
 
 function showVerdict(told) {
@@ -171,7 +171,7 @@ function showLink() {
   const age = (performance.now() - state.heardAt) / 1000;
   const isLive = state.snapshot && age < STALE_S;
   byId("link").className = isLive ? "live" : state.snapshot ? "stale" : "";
-  say(byId("link-text"), isLive ? "live, once a second" : state.snapshot ? `no word since ${seconds(Math.floor(age))}: connecting again` : "connecting");
+  say(byId("link-text"), isLive ? "live, once a second" : state.snapshot ? `no answer for ${seconds(Math.floor(age))}: connecting again` : "connecting");
 }
 
 function connect() {

@@ -76,7 +76,7 @@ class Findings:
             head.append(f"ar answers {_percent(self.rated[0].accuracy or 0.0)} of them right")
         if self.asked_again:
             head.append(
-                f"the service was full or had no cell {self.asked_again} times, and was asked again; speeds are too low"
+                f"the service was full or had no cell {self.asked_again} times: requests were repeated, speeds are low"
             )
         if self.resumed:
             head.append("measured in several runs (--resume): the speeds may be of different days")
@@ -138,7 +138,7 @@ class Findings:
         if not self.lossless.same_as_ar:
             agrees = _percent(self.verified.agreement)
             return [
-                f"verified is to give ar's own answers, but only {agrees} of the tokens agree: near-ties, or a fault."
+                f"verified should give ar's own answers, but only {agrees} of the tokens agree: near-ties, or a fault."
             ]
         other = _name(None if self.advice.slower_than_ar else self.advice.threshold)
         pace = f"{self.lossless.against:.2f} × the tokens per second of {other}"

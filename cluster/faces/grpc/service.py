@@ -46,7 +46,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         deadline = self._generation.deadline(_timeout_of(context))
         if request.trace:
-            raise InvalidRequest.of("trace", "got true, wanted it only of GenerateStream")
+            raise InvalidRequest.of("trace", "got true, wanted it only in GenerateStream")
         asked = asked_of(request, *_names(request, context), streams=False)
         checked, generation = self._generation.check(asked.ask), self._generation
         caller, parent = caller_of(generation, context), _parent_of(context)

@@ -91,8 +91,8 @@ class AnswerRequest(_Parameters):  # type: ignore[misc]
     priority: Annotated[Any, schema_of(PRIORITY)] = PRIORITY.default
     n: Annotated[Any, schema_of(N)] = N.default
     best_of: Annotated[Any, schema_of(BEST_OF)] = BEST_OF.default
-    include_stop_str_in_output: bool = Field(False, description="the text ends behind a stop string, not before it")
-    return_token_ids: bool = Field(False, description="tell the ids of the prompt, too; of a chat also the answer's")
+    include_stop_str_in_output: bool = Field(False, description="the text ends after a stop string, not before it")
+    return_token_ids: bool = Field(False, description="return the prompt's ids, too; in a chat also the answer's")
     return_tokens_as_token_ids: bool = Field(False, description="name tokens in logprobs by their ids")
     stream: bool = Field(False, description="answer with server-sent events")
     stream_options: StreamOptions = StreamOptions()

@@ -23,7 +23,7 @@ _ABOUT = (
 )
 _ERROR = {
     "type": "object",
-    "description": "Every error. `param`: the first field at fault.",
+    "description": "Every error. `param`: the first wrong field.",
     "required": ["error"],
     "properties": {
         "error": {
@@ -93,14 +93,14 @@ OPERATIONS = (
         ChatCompletion,
         (ChatChunk, ChatChunkAndUsage),
     ),
-    Operation("post", "/v1/score", "How likely continuations are after a prompt", ScoreBody, Score, other=Scores),
+    Operation("post", "/v1/score", "Log-likelihoods of continuations after a prompt", ScoreBody, Score, other=Scores),
     Operation("post", "/tokenize", "The token ids of a text or of a chat", TokenizeBody, Tokenized),
     Operation("post", "/detokenize", "The text of token ids", DetokenizeBody, Detokenized),
-    Operation("get", "/tokenizer_info", "What the tokenizer says of itself"),
+    Operation("get", "/tokenizer_info", "The tokenizer's own description"),
     Operation("get", "/v1/models", "The one model that is served"),
     Operation("get", "/v1/models/{name}", "The same; 404 for another name"),
     Operation("get", "/health", "200 while a router lives"),
-    Operation("get", "/ready", "200 while a cell serves, else 503; `modes` says of each mode whether it is served now"),
+    Operation("get", "/ready", "200 while a cell serves, else 503; `modes`: whether each mode is served now"),
     Operation("get", "/version", "The service's version"),
 )
 _NEUTRAL: Mapping[type[BaseModel], Mapping[str, Neutral]] = {
@@ -183,4 +183,4 @@ def _add_neutral(schemas: dict[str, Any], name: str, neutral: Mapping[str, Neutr
 
 def _neutral_fields(neutral: Mapping[str, Neutral]) -> Iterator[tuple[str, dict[str, Any]]]:
     for field, taken in neutral.items():
-        yield field, {"enum": [*taken.values, None], "description": f"taken where it asks for nothing ({taken.source})"}
+        yield field, {"enum": [*taken.values, None], "description": f"accepted only without an effect ({taken.source})"}

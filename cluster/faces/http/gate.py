@@ -29,7 +29,7 @@ class Gate:
         if scope["type"] == "http" and scope["path"] not in _OPEN:
             headers = Headers(scope=scope)
             if _from_elsewhere(scope["method"], headers):
-                told = "a key that a browser keeps is taken from this service's own pages alone"
+                told = "a key that a browser keeps is accepted only from this service's own pages"
                 raise KeyRefused(told, "another page")
             key = key_of(headers.getlist("authorization"))
             scope[_CALLER] = self._generation.caller(key, scope["client"][0] if scope.get("client") else "")

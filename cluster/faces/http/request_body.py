@@ -62,9 +62,9 @@ class BodyReader:
             async with asyncio.timeout(self._timeout_s):
                 await self._fill(body, request, encoding)
         except TimeoutError:
-            raise SlowBody.of("body", f"not whole within {self._timeout_s:g} s of the headers") from None
+            raise SlowBody.of("body", f"not complete within {self._timeout_s:g} s of the headers") from None
         except ClientDisconnect:
-            raise Cancelled("the client has disconnected before its request was whole") from None
+            raise Cancelled("the client has disconnected before its request was complete") from None
 
     async def _fill(self, body: bytearray, request: Request, encoding: str) -> None:
         parts = self._bounded(request)

@@ -64,9 +64,9 @@ def test_a_service_that_starts_is_not_to_be_acted_on() -> None:
     hearing.tick(2)
     assert told(hearing) == []
     hearing.tick(2)
-    assert told(hearing) == [(Level.WATCH, "no cell has come yet", 4.0)]
+    assert told(hearing) == [(Level.WATCH, "no cell has started yet", 4.0)]
     hearing.tick(120)
-    assert told(hearing) == [(Level.ACT, "no cell has come yet", 124.0)]
+    assert told(hearing) == [(Level.ACT, "no cell has started yet", 124.0)]
 
 
 def test_a_cell_that_leaves_is_none_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_routers() -> None:
     assert told(hearing) == [(Level.WATCH, "1 of 2 routers answer", None)]
     other.admission.close()
     assert told(hearing, other) == [
-        (Level.WATCH, "routers of two deployments are there", None),
+        (Level.WATCH, "routers of two deployments run", None),
         (Level.WATCH, "router r2 is to end", None),
     ]
 
@@ -150,7 +150,7 @@ def test_calls_that_keys_have_stopped_are_told_by_reason() -> None:
     hearing = Hearing(heard=[beat("a"), beat("b")])
     hearing.tick(5)
     for _ in range(3):
-        hearing.board.observer.refused(KeyRefused("this service wants a key", "no key"))
+        hearing.board.observer.refused(KeyRefused("this service requires a key", "no key"))
     hearing.board.observer.refused(LimitReached("me", "tokens_per_minute", "none left", 1.0))
     hearing.tick()
     reasons = "no key (3), key me is at its tokens_per_minute (1)"

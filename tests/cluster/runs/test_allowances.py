@@ -85,7 +85,7 @@ def test_what_is_under_way_counts_with_the_most_that_it_may_take() -> None:
     allowed, who = allowances(), caller(tokens=60)
     with allowed.hold(Wish(1, 40), who):
         refused = refusal(allowed, Wish(1, 21), who)
-        assert "of the 60 tokens a minute of this key 20 are left here, wanted 21" in str(refused)
+        assert "20 of this key's 60 tokens a minute are left here, wanted 21" in str(refused)
         with allowed.hold(Wish(1, 20), who):
             refusal(allowed, Wish(1, 1), who)
     with allowed.hold(Wish(1, 60), who):

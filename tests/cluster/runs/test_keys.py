@@ -42,7 +42,7 @@ def test_a_key_is_its_holders_and_limits_are_shared_by_routers(tmp_path: Path) -
     assert all(key.startswith("tt-") and len(key) == len(A) for key in drawn)
 
 
-@pytest.mark.parametrize(("key", "words"), [(None, "wants a key: send the header"), ("", "not known"), (A[:-1], "not")])
+@pytest.mark.parametrize(("key", "words"), [(None, "requires a key: "), ("", "not known"), (A[:-1], "not")])
 def test_without_a_key_that_is_known_nobody_gets_in(key: str | None, words: str, tmp_path: Path) -> None:
     keys = opened(written(tmp_path / "keys", entry("a", A)))
     with pytest.raises(KeyRefused, match=words) as caught:

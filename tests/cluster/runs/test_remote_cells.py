@@ -126,7 +126,7 @@ async def test_a_call_that_the_cell_lets_go_of_is_no_client_that_has_left() -> N
         await attempt.next()
         serves: Any = attempt._response
         serves.cancel()
-        with pytest.raises(Unavailable, match="the cell has let go of this request"):
+        with pytest.raises(Unavailable, match="the cell has dropped this request"):
             await attempt.next()
         await attempt.close()
         await _all_free(cell)

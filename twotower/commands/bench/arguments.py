@@ -24,7 +24,7 @@ the first tokens, time between blocks, latency, tokens a step, accepted drafts a
 
 Closed loop (--clients): each client sends its next request when its last one has ended.
 Open loop (--rate): requests come at random times (Poisson), whether or not earlier ones have ended. Latency counts
-from the moment when a request was to be sent.
+from the moment when a request was due.
 """
 EPILOG = """examples:
   three modes, by one client and by sixteen, in turns; a table here, and run.json, run.md, run.png:
@@ -75,26 +75,26 @@ class Plan:
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--url", default=DEFAULT_URL, help="the service: grpc://HOST:PORT, grpcs://, http://, https:// (%(default)s)")
-    add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="no load: two runs side by side")
+    add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="compare two runs, without a load")
     _add_load(parser.add_argument_group("load"))
     add = parser.add_argument_group("prompts").add_argument
     text = ".jsonl: objects with prompt or prompt_token_ids; else a prompt a line"
     add("--prompts", type=Path, metavar="FILE", help=text)
-    add("--family", metavar="NAME", help="of the demo's tasks, only this one (default: all, held out)")
-    decoding = parser.add_argument_group("decoding", "What is not given takes the service's default.")
+    add("--family", metavar="NAME", help="only this one of the demo's tasks (default: all, held out)")
+    decoding = parser.add_argument_group("decoding", "A parameter that is not given takes the service's default.")
     modes = f"one pass each: {', '.join(Mode)} (the service's default)"
     decoding.add_argument("--mode", type=_list(_mode), metavar="A,B", help=modes)
-    decides = "decides prompts, times and draws (1)"
+    decides = "seed of prompts, times and draws (1)"
     decoding.add_argument("--seed", type=_whole(MAX_SEED, 0), default=1, metavar="N", help=decides)
     add_parameter_flags(decoding, own_defaults=False, without=("mode", "seed"))
     add_priority_flag(decoding)
     add = parser.add_argument_group("result").add_argument
     add("--output", type=Path, metavar="PREFIX", help="also write PREFIX.json, PREFIX.md, PREFIX.png")
-    devices = "the service's GPUs: tokens/s are told per device too"
+    devices = "the service's GPUs: also report tokens/s per device"
     add("--devices", type=_whole(10_000), metavar="N", help=devices)
     add = parser.add_argument_group("TLS", "Files in PEM, for grpcs:// and https://.").add_argument
-    add("--root-certificates", type=Path, metavar="FILE", help="whom to believe (default: the system's)")
-    add("--certificate", type=Path, metavar="FILE", help="the client's own, with --key")
+    add("--root-certificates", type=Path, metavar="FILE", help="trusted certificates (default: the system's)")
+    add("--certificate", type=Path, metavar="FILE", help="the client's own certificate, with --key")
     add("--key", type=Path, metavar="FILE", help="of --certificate")
 
 
@@ -104,12 +104,12 @@ def _add_load(load: argparse._ArgumentGroup) -> None:
     how.add_argument("--clients", type=_list(_whole(MAX_CLIENTS)), metavar="1,16", help=closed)
     opened = f"open loop: requests a second, up to {MAX_RATE:g}"
     how.add_argument("--rate", type=_list(_number(MAX_RATE)), metavar="2,8", help=opened)
-    requests = f"of each pass, up to {MAX_REQUESTS} ({DEFAULT_REQUESTS}, or as --seconds allow)"
+    requests = f"requests of each pass, up to {MAX_REQUESTS} ({DEFAULT_REQUESTS}, or as --seconds allow)"
     add("--requests", type=_whole(MAX_REQUESTS), metavar="N", help=requests)
     add("--seconds", type=_number(MAX_SECONDS), metavar="S", help="how long each pass takes new requests")
     warm_up = "requests before each pass that are not counted (2 a client, 8 in an open loop)"
     add("--warm-up", type=_whole(MAX_WARM_UP, 0), metavar="N", help=warm_up)
-    add("--rounds", type=_whole(MAX_ROUNDS), default=1, metavar="N", help="of all passes, in turns (1)")
+    add("--rounds", type=_whole(MAX_ROUNDS), default=1, metavar="N", help="rounds of all passes, in turn (1)")
     connections = (
         f"to the service, each to a router of its own choice, but no more than clients ({DEFAULT_CONNECTIONS})"
     )

@@ -36,7 +36,7 @@ function rangeOf(schema) {
   return ends.length ? " " + ends.join(" ") : "";
 }
 
-const isNeutral = (field) => (field.description || "").startsWith("taken where it asks for nothing");
+const isNeutral = (field) => (field.description || "").startsWith("accepted only without an effect");
 
 function fieldsOf(schema, rows) {
   return element("table", {}, ...rows.map(([name, field]) => {
