@@ -62,8 +62,7 @@ class Writes(FlashStandIns):
         return found
 
 
-WRONG: list[Any] = [OtherLogarithm]
-WRONG += [pytest.param(w, marks=pytest.mark.slow) for w in (OneKeyMore, OtherOrder, AnotherRows, TopLeft, Writes)]
+WRONG = [OtherLogarithm, OneKeyMore, OtherOrder, AnotherRows, TopLeft, Writes]
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +71,13 @@ def no_grad() -> Iterator[None]:
         yield
 
 
-# torch's own imports torch's compiler, which takes seconds; over the stand-in it does not.
-adapters = pytest.mark.parametrize("adapter", PAGED.values(), ids=PAGED.keys())
+adapters = pytest.mark.parametrize(
+    "adapter",
+    [
+        pytest.param(adapter, id=name, marks=[pytest.mark.slow] if name.startswith("torch") else [])
+        for name, adapter in PAGED.items()
+    ],
+)
 
 
 @adapters
@@ -128,6 +132,13 @@ def test_torchs_own_is_picked_without_flash_attn(monkeypatch: pytest.MonkeyPatch
     assert chosen in str(kernels) and kernels.attend_in_pages is not None
 
 
+@pytest.mark.parametrize("wrong", [OtherLogarithm, OneKeyMore, Writes])
+def test_what_is_wrong_shows(wrong: type[FlashStandIns]) -> None:
+    attend = paged_attention.attention(PAGED["flash_attn"](wrong(any_dtype=True).load))
+    assert any(deviation > TOLERANCE for _, deviation in paged_deviations(attend, CONFIG, CPU, torch.float32))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_kernel_is_declined(
     wrong: type[FlashStandIns], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -2,9 +2,9 @@
 or padded to the longest row.
 
 A pass that extends has its new keys in the pages already: one call, causal. A denoiser's pass must leave the pages as
-they are: committed positions are others' too (a prefix's pages, a mirror that a delta is just entering). So the cached
-keys and the block's own are two calls, each with the logarithm of its weights' sum, and their results are mixed by
-those: softmax over both together is exactly that mix.
+they are. They may be others' too: a prefix's, or a mirror's that a delta is just entering. So the cached keys and the
+block's own are two calls. Each gives the logarithm of its weights' sum, and by those the results are mixed: softmax
+over both together is exactly that mix.
 Seen so far: the Python of both packages over a stand-in for what they compile, never on a GPU.
 """
 
@@ -70,8 +70,7 @@ def flash_attn(module: Any) -> ByTable:
 def varlen_attn(module: Any) -> ByTable:
     """Over the module `torch.nn.attention.varlen`. Rows of one length are packed as they lie.
 
-    Keys are not split among thread blocks: split keys of paged memory have been reported to come out as NaN now and
-    then (torch 2.13, pytorch/torchtitan#3235).
+    Keys are not split among thread blocks: with torch 2.13 split keys of paged memory have been reported as NaN.
     """
 
     def kernel(
