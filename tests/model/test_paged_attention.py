@@ -16,7 +16,7 @@ from twotower.config import ModelConfig
 from twotower.model.cache import TowerCache
 from twotower.model.kernels import Kernels, choice, choose, describe, install, paged_attention
 from twotower.model.kernels.paged_attention import ByTable
-from twotower.model.kernels.parity import TOLERANCE, paged_deviations
+from twotower.model.kernels.parity import PAGED_TOLERANCE, TOLERANCE, paged_deviations
 from twotower.model.pages import ZERO_PAGE
 from twotower.model.tower import DenoiserTower
 
@@ -107,7 +107,7 @@ def test_the_real_ones_agree_on_cuda(adapter: Callable[[Load], ByTable]) -> None
     attend = paged_attention.attention(adapter(load))
     wide = replace(CONFIG, num_attention_heads=32, head_dim=128)
     for case, deviation in paged_deviations(attend, wide, torch.device("cuda"), torch.bfloat16):
-        assert deviation <= TOLERANCE, case
+        assert deviation <= PAGED_TOLERANCE, case
 
 
 def _choose_as_on_cuda(monkeypatch: pytest.MonkeyPatch, load: Callable[[str], ModuleType]) -> Kernels:
@@ -135,7 +135,7 @@ def test_torchs_own_is_picked_without_flash_attn(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("wrong", [OtherLogarithm, OneKeyMore, Writes])
 def test_what_is_wrong_shows(wrong: type[FlashStandIns]) -> None:
     attend = paged_attention.attention(PAGED["flash_attn"](wrong(any_dtype=True).load))
-    assert any(deviation > TOLERANCE for _, deviation in paged_deviations(attend, CONFIG, CPU, torch.float32))
+    assert any(deviation > PAGED_TOLERANCE for _, deviation in paged_deviations(attend, CONFIG, CPU, torch.float32))
 
 
 @pytest.mark.slow
