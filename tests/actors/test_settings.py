@@ -15,6 +15,7 @@ from tests.goldens import VENDORED
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
 from twotower.exchange.settings import SSM_WIRE_DTYPES
+from twotower.model.checkpoint import Checkpoint
 
 
 def test_a_cpu_cell_asks_for_slivers_of_cpus_and_no_gpu() -> None:
@@ -154,3 +155,14 @@ def test_rounded_states_need_smaller_buffers() -> None:
         for dtype in ("int8", "bfloat16", "float32")
     )
     assert eighths < halves < plain
+
+
+def test_rounding_states_needs_a_copy_of_those_of_a_message() -> None:
+    cells = [
+        CellSettings(str(VENDORED / "tt_moe"), device="cpu", engine=EngineSettings(4, 64), ssm_wire_dtype=wire)
+        for wire in ("float32", "int8")
+    ]
+    (plain, *_), (rounded, denoiser) = map(memories, cells)
+    config = Checkpoint.open(VENDORED / "tt_moe").config
+    state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * 4 * len(config.layers_of("M"))
+    assert rounded.scratch - plain.scratch == denoiser.scratch - plain.scratch == 4 * state, "four sequences at most"
