@@ -143,7 +143,7 @@ class MadeRouter:
     """A router's board over a service that is made up."""
 
     def __init__(self, name: str, made: Made, routers: int) -> None:
-        deployed = Deployed("nemotron-twotower-30b", "f3d1c0de", "0.1.0", "9a41e07c", tuple(Mode), 2, 8, routers)
+        deployed = Deployed("nemotron-twotower-30b", "f3d1c0de", "0.2.0", "9a41e07c", tuple(Mode), 2, 8, routers)
         self.made = made
         self.board = Board(name, "10.0.0.2" if name.startswith("a") else "10.0.0.3", deployed, lambda: made.now)
         self.asked = Asked(made, self.board)

@@ -144,9 +144,10 @@ class CellSection(Section):
     gpus_per_tower: NonNegative | None = Field(
         default=None, description="GPUs that Ray gives a tower process; by default one on CUDA, none on the CPU"
     )
-    ssm_wire_dtype: Literal["float32", "bfloat16"] = Field(
+    ssm_wire_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3fn"] = Field(
         default="float32",
-        description="dtype in which Mamba states are sent to a denoiser; bfloat16 rounds them and halves their bytes",
+        description="dtype in which Mamba states are sent to a denoiser; bfloat16 rounds them and halves their bytes, "
+        "int8 and float8_e4m3fn (with scales) bring them to little more than a quarter",
     )
 
     @model_validator(mode="after")

@@ -3,4 +3,4 @@
 The library knows nothing of Ray, HTTP or gRPC; `actors/` and `cluster/` build a service from it.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -44,7 +44,7 @@ from twotower_client.errors import (
 from twotower_client.retrying import RetryPolicy
 from twotower_client.target import KEY_VARIABLE, Tls
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KEY_VARIABLE",

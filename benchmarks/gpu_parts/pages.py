@@ -11,8 +11,10 @@ from benchmarks.gpu_parts.site import Site
 from twotower.model.attention import Attention
 from twotower.model.cache import TowerCache
 from twotower.model.kernels import choose
+from twotower.model.loading import materialise
 from twotower.model.pages import page_tokens_on, pages_for
 from twotower.model.states import LayerStates
+from twotower.model.tower import ContextTower
 
 _BLOCK = 16
 _CONTEXTS, _TINY_CONTEXTS = (1024, 8192, 32768), (40, 300)
@@ -51,7 +53,10 @@ class _Layer:
         self.config = replace(site.config, hybrid_override_pattern="*", vocab_size=16)
         self.kernels = choose(self.config, site.device, dtype)
         self._random = torch.Generator(site.device).manual_seed(3)
-        self._layer = Attention(self.config).to(site.device, dtype)
+        with torch.device("meta"):
+            tower = ContextTower(self.config)
+        materialise(tower, site.device, dtype)
+        [self._layer] = (module for module in tower.modules() if isinstance(module, Attention))
         for weight in self._layer.parameters():
             weight.normal_(0, 0.02, generator=self._random)
 

@@ -14,6 +14,8 @@ from cluster.placing import choose
 from tests.goldens import VENDORED
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
+from twotower.exchange.settings import SSM_WIRE_DTYPES
+from twotower.model.checkpoint import Checkpoint
 
 
 def test_a_cpu_cell_asks_for_slivers_of_cpus_and_no_gpu() -> None:
@@ -139,11 +141,28 @@ async def test_a_link_is_told_what_the_cell_says() -> None:
     assert (told.ssm_wire_dtype, told.link_timeout_s, told.stall_timeout_s) == ("bfloat16", 7, 9)
 
 
+@pytest.mark.parametrize("wire", SSM_WIRE_DTYPES)
+def test_a_service_takes_every_wire_of_a_link(wire: str) -> None:
+    config = load_config(None, [f"cell.ssm_wire_dtype={wire}", "cell.placement=split", "cell.device=cpu"])
+    assert cell_settings(config).link_settings.ssm_wire_dtype == wire
+
+
 def test_rounded_states_need_smaller_buffers() -> None:
     """Where one chunk of a prompt is more than they would hold anyway."""
     long, checkpoint = EngineSettings(2, 1 << 18, prefill_chunk_tokens=1 << 18), str(VENDORED / "tt_moe")
-    rounded, plain = (
+    eighths, halves, plain = (
         memories(CellSettings(checkpoint, device="cpu", engine=long, ssm_wire_dtype=dtype))[1].staging
-        for dtype in ("bfloat16", "float32")
+        for dtype in ("int8", "bfloat16", "float32")
     )
-    assert rounded < plain
+    assert eighths < halves < plain
+
+
+def test_rounding_states_needs_a_copy_of_those_of_a_message() -> None:
+    cells = [
+        CellSettings(str(VENDORED / "tt_moe"), device="cpu", engine=EngineSettings(4, 64), ssm_wire_dtype=wire)
+        for wire in ("float32", "int8")
+    ]
+    (plain, *_), (rounded, denoiser) = map(memories, cells)
+    config = Checkpoint.open(VENDORED / "tt_moe").config
+    state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * 4 * len(config.layers_of("M"))
+    assert rounded.scratch - plain.scratch == denoiser.scratch - plain.scratch == 4 * state, "four sequences at most"

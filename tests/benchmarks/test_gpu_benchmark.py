@@ -73,10 +73,12 @@ def test_passes_on_a_gpu_that_is_none(tmp_path: Path, monkeypatch: pytest.Monkey
     with gpus(2, monkeypatch) as machine:
         for name in ("empty_cache", "reset_peak_memory_stats", "max_memory_allocated", "set_sync_debug_mode"):
             monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
-        arguments = ["--tiny", "--device", "cuda:1", "--sections", "passes", "--batches", "1,3"]
+        arguments = ["--tiny", "--device", "cuda:1", "--sections", "passes,pages", "--batches", "1,3"]
         assert main([*arguments, "--output", str(output)]) == 0
     report = output.read_text()
-    assert "every number that was checked is right" in report and "Error" not in report.partition("## Passes")[2]
+    passes, _, in_place = report.partition("## Passes")[2].partition("## Pages in place")
+    assert "every number that was checked is right" in report and "Error" not in passes
+    assert in_place.count("| denoiser step |") == 2 * 2 and "both columns gather" in in_place
     assert "`graph` means captured graphs" in report and "| unmask | 0 |" in report
     assert machine.captures == 3 * 2 and machine.replays > machine.captures
     assert machine.foreign_uploads == 0 and {device.index for device in machine.streams} == {1}

@@ -189,7 +189,7 @@ async def test_small_endpoints(http: httpx.AsyncClient, cells: ScriptedCells) ->
     [card] = (await http.get("/v1/models")).json()["data"]
     assert card["id"] == "fake" and card["modes"] == list(Mode) and card["max_model_len"] == 256
     assert (await http.get("/health")).status_code == 200
-    assert (await http.get("/version")).json() == {"version": "0.1.0"}
+    assert (await http.get("/version")).json() == {"version": "0.2.0"}
     ready = await http.get("/ready")
     assert ready.status_code == 200
     assert ready.json() == {"status": "ready", "modes": dict.fromkeys(Mode, True)}

@@ -23,7 +23,8 @@ from twotower.engine.expectation import FILE, Bounds, Expectation, Known, Outcom
 from twotower.engine.self_test import score_sample, self_test
 from twotower.engine.settings import EngineSettings
 from twotower.errors import CheckpointError, Unavailable
-from twotower.model import mamba
+from twotower.exchange.settings import SSM_WIRE_DTYPES
+from twotower.model import mamba, scaled
 from twotower.model.attention import attend
 from twotower.model.cache import Span, TowerCache
 from twotower.model.checkpoint import Checkpoint
@@ -74,10 +75,22 @@ async def test_a_cell_without_a_queue_does_not_refuse_its_own_sample(demo: Tower
         await self_test(pair, (Mode.AR, Mode.DIFFUSION), 60, expected)
 
 
+@pytest.mark.parametrize("wire", [wire for wire in SSM_WIRE_DTYPES if wire != "float32"])
 @pytest.mark.slow
-async def test_states_rounded_on_the_wire_are_within_its_bounds(demo: Towers) -> None:
-    async with split_pair(demo, 1, SETTINGS, replace(LINK, ssm_wire_dtype="bfloat16")) as pair:
-        await self_test(pair, tuple(Mode), 60, Expectation.load(DEMO))
+async def test_states_rounded_on_the_wire_are_within_its_bounds(demo: Towers, wire: str) -> None:
+    """In `mock_ar`, which takes longest, with the coarsest alone."""
+    modes = [mode for mode in Mode if mode is not Mode.MOCK_AR or wire == "float8_e4m3fn"]
+    async with split_pair(demo, 1, SETTINGS, replace(LINK, ssm_wire_dtype=wire)) as pair:
+        await self_test(pair, modes, 60, Expectation.load(DEMO))
+
+
+@pytest.mark.slow
+async def test_a_wire_that_rounds_too_coarsely_is_refused(demo: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-1, 0 and 1 instead of 255 numbers: rounding that the checkpoint does not bear shows before anybody is served."""
+    monkeypatch.setitem(scaled.TOPS, torch.int8, 1.0)
+    async with split_pair(demo, 1, SETTINGS, replace(LINK, ssm_wire_dtype="int8")) as pair:
+        with pytest.raises(Unavailable, match="self-test in diffusion mode failed: got"):
+            await self_test(pair, (Mode.DIFFUSION,), 60, Expectation.load(DEMO))
 
 
 @pytest.mark.slow

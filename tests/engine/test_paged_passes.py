@@ -86,7 +86,10 @@ def _run(
 
 @NAMES
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-@pytest.mark.parametrize("paged", PAGED.values(), ids=PAGED.keys())
+@pytest.mark.parametrize(
+    "paged",
+    [pytest.param(p, id=n, marks=[pytest.mark.slow] if n.startswith("torch") else []) for n, p in PAGED.items()],
+)
 def test_both_towers_give_what_the_plain_path_gives(name: str, kind: Kind, paged: Callable[[Load], ByTable]) -> None:
     model, kernel = golden(name), paged(FlashStandIns(any_dtype=True).load)
     found = _run(in_pages(kernel, model.context), in_pages(kernel, model.denoiser), kind, page_tokens=256)

@@ -1,5 +1,6 @@
 """`verified` gives `ar`'s tokens: those of the released code, and of any request, whatever its drafts are worth."""
 
+import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,8 +10,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from tests.engine.arrangements import ARRANGEMENTS, ByHand, alone
-from tests.engine.decode import SETTINGS, Decoded, decode_all
+from tests.engine.arrangements import ARRANGEMENTS, LINK, ByHand, alone, split_pair
+from tests.engine.decode import SETTINGS, Decoded, collect, decode_all
 from tests.engine.test_determinism import CHECKPOINTS, one_thread, prompt_for, towers_of
 from tests.goldens import golden, prompt_ids, the_first_is_quick
 from twotower.core import BlockEvent, DecodingParams, FailureEvent, FinishReason, Mode, Request, RequestId
@@ -90,6 +91,24 @@ def test_any_request_in_company_has_ars_tokens(name: str, arrangement: str) -> N
     wanted = alone(towers, [_as_ar(request) for request in requests])
     got = ARRANGEMENTS[arrangement](towers, requests, draw)
     assert sum(_same(r, got[r.id], wanted[r.id]) for r in requests) >= REQUESTS - 1
+
+
+@pytest.mark.parametrize("wire", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", ["tt_dense", pytest.param("tt_moe", marks=pytest.mark.slow)])
+async def test_states_rounded_on_the_wire_change_drafts_alone(name: str, wire: str) -> None:
+    """Tokens are `ar`'s, also of a request that was begun elsewhere."""
+    towers, draw = towers_of(name), random.Random(f"{name} {wire}")
+    requests = [_any_request(number, draw, prompt_for(towers, draw)) for number in range(REQUESTS)]
+    wanted = alone(towers, [_as_ar(request) for request in requests])
+    asked = {}
+    for request in requests:
+        known = wanted[request.id].token_ids
+        begun = replace(request, committed=tuple(known[: draw.randrange(len(known))]))
+        asked |= {f"{each.id} {n}": each for n, each in enumerate([request, begun, _as_ar(begun)])}
+    async with split_pair(towers, 1, told=replace(LINK, ssm_wire_dtype=wire)) as pair:
+        again = [collect(pair, replace(each, id=RequestId(named))) for named, each in asked.items()]
+        got = dict(zip(asked, await asyncio.gather(*again), strict=True))
+    assert sum(not _same(each, got[named], wanted[each.id]) for named, each in asked.items()) <= 1
 
 
 class Always(Drafting):

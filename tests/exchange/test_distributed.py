@@ -22,8 +22,9 @@ from twotower.exchange.distributed_link import DistributedLink
 from twotower.exchange.distributed_port import DistributedPort
 from twotower.exchange.messages import Message, Payload
 from twotower.exchange.protocol import Commit, Delta, Failed, LinkEvent, Prefill, Release, Released
-from twotower.exchange.settings import EngineHooks, LinkSettings
-from twotower.exchange.staging import StagingBuffer
+from twotower.exchange.settings import SSM_WIRE_DTYPES, EngineHooks, LinkSettings
+from twotower.exchange.staging import DeltaLayout, StagingBuffer
+from twotower.model.scaled import Scaled
 
 
 def _tokens(count: int) -> tuple[int, ...]:
@@ -39,6 +40,62 @@ def test_bfloat16_on_the_wire_rounds_the_ssm_states_and_nothing_else() -> None:
     assert got[3].dtype == torch.float32
     torch.testing.assert_close(got[3], sent[3], rtol=2**-8, atol=0)
     rig.close()
+
+
+def _rounded(ssm: torch.Tensor, wire: str) -> torch.Tensor:
+    held = Scaled(torch.empty(ssm.shape, dtype=getattr(torch, wire)), torch.empty(ssm.shape[:-1]))
+    held.hold(ssm.clone())
+    return held.to(torch.float32)
+
+
+@pytest.mark.parametrize("wire", ["int8", "float8_e4m3fn"])
+def test_eight_bits_on_the_wire_round_each_commits_states_once(wire: str) -> None:
+    """The mirror's state is the context tower's, rounded, after any number of commits: nothing accumulates."""
+    rig = distributed_rig(dataclasses.replace(QUICK, ssm_wire_dtype=wire))
+    delta = rig.delta(Prefill(1, _tokens(9), 64))
+    for start in (9, 12, 15, 18):
+        delta = rig.delta(Commit(1, start, _tokens(3)))
+    got, sent = mirrored(rig.link.cache, delta.slot), state_after(rig.link.cache, 1, 21)
+    assert same(got[:3], sent[:3])
+    assert got[3].dtype == torch.float32 and not torch.equal(got[3], sent[3])
+    assert torch.equal(got[3], _rounded(sent[3], wire))
+    rig.close()
+
+
+@pytest.mark.parametrize("wire", ["int8", "float8_e4m3fn"])
+def test_of_a_payload_in_eight_bits_only_the_wanted_sequences_are_written(wire: str) -> None:
+    rig = distributed_rig(dataclasses.replace(QUICK, ssm_wire_dtype=wire))
+    rig.link.submit([Prefill(number, _tokens(3), 16) for number in (1, 2, 3)])
+    deltas = {event.sequence: event for event in rig.run(lambda seen: len(seen) == 3) if isinstance(event, Delta)}
+    rig.link.submit([Commit(number, 3, _tokens(4)) for number in (1, 2, 3)])
+    rig.link.submit([Release(2)])
+    rig.run(lambda seen: len(seen) == 3)
+    for number in (1, 3):
+        got = mirrored(rig.link.cache, deltas[number].slot)[3]
+        assert torch.equal(got, _rounded(state_after(rig.link.cache, number, 7)[3], wire))
+    rig.close()
+
+
+def test_a_mirror_that_expects_another_wire_is_refused() -> None:
+    port, address = open_port(new_cache(), 0, 0, dataclasses.replace(QUICK, ssm_wire_dtype="int8"))
+    settings = dataclasses.replace(address.settings, ssm_wire_dtype="float8_e4m3fn")
+    with pytest.raises(LinkDown, match="layout: got"):
+        connect(dataclasses.replace(address, settings=settings), new_cache())
+    port.close()
+
+
+def test_the_bytes_of_a_state_on_the_wire() -> None:
+    """A scale for each channel of 128 numbers is a 32nd of them."""
+    cache = new_cache(config=dataclasses.replace(CONFIG, hybrid_override_pattern="MM", ssm_state_size=128))
+    sizes = {wire: DeltaLayout(cache, wire).nbytes([Delta(0, 0, 16, 0)]) for wire in SSM_WIRE_DTYPES}
+    numbers = cache.ssm[:, 0].numel()
+    least = sizes["float32"] - 4 * numbers
+    assert {wire: size - least for wire, size in sizes.items()} == {
+        "float32": 4 * numbers,
+        "bfloat16": 2 * numbers,
+        "int8": numbers + numbers // 32,
+        "float8_e4m3fn": numbers + numbers // 32,
+    }
 
 
 def test_the_mirror_is_untouched_by_a_mamba_state_until_the_prompt_is_read() -> None:

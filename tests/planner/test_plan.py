@@ -115,7 +115,7 @@ def test_our_code_moves_little_more_than_it_must(h200: Planner) -> None:
     assert longer["kernels"] < times["kernels"] and longer["greedy"] > 1.5
     assert moved.states == pytest.approx(2 * 64 * 47.1 * MIB, rel=1e-3)
     assert moved.pages == pytest.approx(2 * 64 * 8208 * 6 * 1024)
-    assert moved.in_place == pytest.approx(6 * 64 * 16 * 32 * (5 * 128 * 2 + 8 * 4))
+    assert moved.in_place == pytest.approx(6 * 64 * 16 * 32 * (9 * 128 * 2 + 8 * 4))
     assert (GREEDY, SAMPLED) == (28, 340)
 
 
@@ -127,6 +127,14 @@ def test_what_does_not_fit_is_no_best(h200: Planner) -> None:
 def test_a_slow_link_holds_back_the_context_tower(h200: Planner) -> None:
     slow = replace(h200, device=replace(h200.device, link=1e9))
     assert slow.diffusion(64, 8192, 6).tokens < 0.5 * h200.diffusion(64, 8192, 6).tokens
+
+
+def test_rounded_states_take_less_of_a_slow_link(h200: Planner) -> None:
+    slow = replace(h200, device=replace(h200.device, link=1e9))
+    rounded = replace(slow, assumed=replace(slow.assumed, ssm_wire_dtype="int8"))
+    assert slow.block_on_the_wire == state_bytes(RELEASED) + 16 * kv_bytes(RELEASED)
+    assert 0.25 * slow.block_on_the_wire < rounded.block_on_the_wire < 0.28 * slow.block_on_the_wire
+    assert rounded.diffusion(64, 8192, 6).tokens > 3.5 * slow.diffusion(64, 8192, 6).tokens
 
 
 def test_every_architecture_that_loads_has_a_plan() -> None:
@@ -191,6 +199,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--device", "h200", "--rows", "1,64", "--context", "1024"]) == 0
     out = capsys.readouterr().out
     assert "nothing is measured" in out and "diffusion, colocated: faster than ar at 64 rows" in out
+    assert "49.5 MB a block, 0.11 ms of the link, with Mamba states in float32" in out
+    assert main(["plan", "--device", "h100-pcie", "--rows", "1", "--ssm-wire-dtype", "int8"]) == 0
+    assert "13.7 MB a block, 0.21 ms of the link, with Mamba states in int8" in capsys.readouterr().out
     assert main(["plan", "--checkpoint", "demo", "--device", "rtx-4090", "--json", "--rows", "1"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["device"] == "rtx-4090" and told["ceilings"][0]["ar"]["tokens_a_second_a_device"] > 0
@@ -218,6 +229,7 @@ def test_what_the_command_refuses(arguments: list[str], wanted: str, capsys: pyt
         ("--tokens-per-round", "nan", "wanted more than 0 and at most 16"),
         ("--reached", "0", "wanted more than 0"),
         ("--kept-free", "1.5", "wanted a number from 0 to 1"),
+        ("--ssm-wire-dtype", "int4", "invalid choice: 'int4'"),
     ],
 )
 def test_flags_out_of_bounds(flag: str, value: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,7 +166,11 @@ async def test_nonsense_ends_a_connection(which: str) -> None:
             frame = framed(b"nonsense") if which == "frame" else b"\xff" * 8
             other.connection._transport.write(frame)
         await until(lambda: mine.lost_for)
-        says = {"bad word": "said a bad word", "frame": "an unknown message", "length": "got a frame of 4294967295"}
+        says = {
+            "bad word": "said a bad word",
+            "frame": "sent an unknown message",
+            "length": "got a frame of 4294967295",
+        }
         assert says[which] in mine.lost_for[0]
         await until(lambda: other.lost_for)
 

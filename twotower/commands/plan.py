@@ -38,5 +38,10 @@ def _config(name: str) -> ModelConfig:
 
 def _assumed(options: Namespace) -> Assumed:
     return Assumed(
-        options.tokens_per_step, options.tokens_per_round, options.draft_steps, options.reached, options.kept_free
+        options.tokens_per_step,
+        options.tokens_per_round,
+        options.draft_steps,
+        options.reached,
+        options.kept_free,
+        options.ssm_wire_dtype,
     )

@@ -3,6 +3,7 @@
 import argparse
 
 from twotower.commands.parser import Parser, count, share
+from twotower.exchange.settings import SSM_WIRE_DTYPES
 from twotower.planner.devices import BLOCK, DEVICES, Assumed
 
 PLAN = """What passes of a checkpoint cost on a device, what fits there, and how fast each mode can become: from the
@@ -62,6 +63,13 @@ def add_plan_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--kept-free", type=share, default=usual.kept_free, help=f"share of the memory kept free ({usual.kept_free:g})"
+    )
+    group.add_argument(
+        "--ssm-wire-dtype",
+        choices=SSM_WIRE_DTYPES,
+        default=usual.ssm_wire_dtype,
+        help=f"in which Mamba states are sent to a denoiser: {' | '.join(SSM_WIRE_DTYPES)} ({usual.ssm_wire_dtype})",
+        metavar="DTYPE",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object: bytes by part, seconds, rates")
 

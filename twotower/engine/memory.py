@@ -25,11 +25,11 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 class Memory:
     """Bytes of the tensors a tower process keeps, and the sequences and positions that its cache or mirror holds.
 
-    `slots` are conv windows and SSM states, `pages` keys and values. `staging` is the buffers of its links at their
-    largest, and `prefixes` the states that the context tower keeps. `total` is the sum of these, with `weights` and
-    `scratch`. `passing` is beside it: the most that a forward pass needs temporarily, the memory of captured passes on
-    a GPU, and that of penalties in every sequence. All of this is on the process's device. `host` is the pinned host
-    memory that a process with a GPU uses instead: its prefixes.
+    `slots` are conv windows and SSM states, `pages` keys and values, `staging` the buffers of its links once they have
+    grown as far as they can, `scratch` constants and what links need to round states, `prefixes` what the context tower
+    keeps of states; together they are `total`. `passing` is what a forward pass needs for a moment, at most, what
+    captured passes keep of it on a GPU, and what penalties keep if every sequence asks for them. All of this is on the
+    process's device; `host` is what a process of a GPU keeps in the host's memory instead, pinned: its prefixes.
     """
 
     sequences: int
@@ -90,7 +90,7 @@ def memory_of(
         pages=_bytes([cache.keys, cache.values]),
         staging=num_links * link.staging_buffers * _staging_buffer(cache, settings, link),
         prefixes=0 if on_host else cache.snapshots.nbytes,
-        scratch=cache.positions(0).untyped_storage().nbytes(),
+        scratch=cache.positions(0).untyped_storage().nbytes() + (_rounding(cache, settings, link) if num_links else 0),
         passing=passing_bytes(config, settings, dtype, towers, on_gpu) + captured + _steering(config, settings, towers),
         host=cache.snapshots.nbytes if on_host else 0,
     )
@@ -114,6 +114,15 @@ def _staging_buffer(cache: TowerCache, settings: EngineSettings, link: LinkSetti
     """A buffer grows to the largest single delta: a prompt chunk's or a block's, with the states."""
     largest = DeltaLayout(cache, link.ssm_wire_dtype).nbytes([Delta(0, 0, settings.longest_delta, 0)])
     return max(link.staging_bytes, largest)
+
+
+def _rounding(cache: TowerCache, settings: EngineSettings, link: LinkSettings) -> int:
+    """States that are rounded on the wire are copied in fp32 first, all of a message together, one link at a time."""
+    if link.ssm_wire_dtype == str(cache.ssm.dtype).removeprefix("torch."):
+        return 0
+    least = DeltaLayout(cache, link.ssm_wire_dtype).nbytes([Delta(0, 0, 1, 0)])
+    together = min(settings.max_sequences, max(1, link.staging_bytes // least))
+    return together * cache.ssm[:, 0].nbytes
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

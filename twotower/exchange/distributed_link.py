@@ -22,6 +22,7 @@ from twotower.exchange.messages import Message, Payload, Taken
 from twotower.exchange.protocol import Command, Delta, Failed, LinkEvent, LinkLost, Prefill, Release, Released, Traffic
 from twotower.exchange.staging import DeltaLayout, StagingBuffer, StagingPool
 from twotower.model.cache import Span, TowerCache
+from twotower.model.scaled import Scaled
 from twotower.model.transfer import fence_on
 
 
@@ -251,7 +252,7 @@ class DistributedLink:
         return arrived
 
 
-def _only(kept: Sequence[int], deltas: Sequence[Delta], tensors: Sequence[Tensor]) -> list[Tensor]:
+def _only(kept: Sequence[int], deltas: Sequence[Delta], tensors: Sequence[Tensor | Scaled]) -> list[Tensor | Scaled]:
     """The kept deltas' columns of a payload's tensors."""
     columns: list[int] = []
     states: list[int] = []

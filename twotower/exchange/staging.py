@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -16,11 +16,12 @@ from torch import Tensor
 from twotower.exchange.protocol import Delta
 from twotower.exchange.settings import LinkSettings
 from twotower.model.cache import Span, TowerCache
+from twotower.model.scaled import TOPS, Scaled
 from twotower.model.transfer import fence_on
 
 _ALIGNMENT = 16  # a view as another dtype must start at a multiple of its size
 _USUAL_BLOCK, _USUAL_DELTAS, _LEAST_BYTES = 16, 4, 8 << 20
-_SSM = 3  # its place among a delta's tensors: keys, values, conv, ssm
+_SSM = 3  # its place among a delta's tensors: keys, values, conv, ssm; then, where those have any, their scales
 _MOST_VIEWS, _MOST_LAYOUTS = 64, 1024  # kept by a buffer, by a layout
 
 Shapes: TypeAlias = tuple[tuple[torch.Size, torch.dtype], ...]
@@ -98,7 +99,8 @@ class StagingPool:
 class DeltaLayout:
     """The layout of deltas that are sent together in a buffer, for caches of this shape.
 
-    All keys first, then all values, conv windows and SSM states: four copies pack or apply any number of deltas.
+    All keys first, then all values, conv windows and SSM states: four copies pack or apply any number of deltas. SSM
+    states in 8 bits are followed by their scales, and take a few operations more.
     """
 
     def __init__(self, cache: TowerCache, ssm_wire_dtype: str) -> None:
@@ -120,9 +122,13 @@ class DeltaLayout:
         """Copy the deltas' tensors out of the cache."""
         self._cache.copy_delta([span_of(delta) for delta in deltas], self.views(deltas, buffer))
 
-    def views(self, deltas: Sequence[Delta], buffer: StagingBuffer) -> list[Tensor]:
+    def views(self, deltas: Sequence[Delta], buffer: StagingBuffer) -> list[Tensor | Scaled]:
         """The tensors of `TowerCache.delta`, as views of the buffer."""
-        return buffer.views(self._of(deltas)[0])
+        views: list[Tensor | Scaled] = [*buffer.views(self._of(deltas)[0])]
+        if self._ssm_dtype in TOPS:
+            numbers, scales = cast(list[Tensor], views[_SSM:])
+            views[_SSM:] = [Scaled(numbers, scales)]
+        return views
 
     def _of(self, deltas: Sequence[Delta]) -> tuple[Shapes, int]:
         return self._layout(sum(d.end - d.start for d in deltas), sum(d.complete for d in deltas))
@@ -131,10 +137,9 @@ class DeltaLayout:
         """Shapes and bytes of deltas that bring so many positions and Mamba states together."""
         known = self._known.get((tokens, states))
         if known is None:
-            of_cache = self._cache.delta_shapes(tokens, states)
-            shapes = tuple(
-                (shape, self._ssm_dtype if i == _SSM else dtype) for i, (shape, dtype) in enumerate(of_cache)
-            )
+            *others, (ssm, own) = self._cache.delta_shapes(tokens, states)
+            scales = [(ssm[:-1], own)] if self._ssm_dtype in TOPS else []
+            shapes = (*others, (ssm, self._ssm_dtype), *scales)
             known = shapes, max(sum(_aligned(_nbytes(*each)) for each in shapes), _ALIGNMENT)
             if len(self._known) < _MOST_LAYOUTS:
                 self._known[tokens, states] = known

@@ -16,6 +16,7 @@ from twotower.model.pages import RESERVED_PAGES, ZERO_PAGE, page_tokens_on
 from twotower.model.rescan import KeptScans, settle
 from twotower.model.room import Held, Room
 from twotower.model.row_states import ExtendStates, ReadStates
+from twotower.model.scaled import Scaled
 from twotower.model.snapshots import Snapshots
 from twotower.model.transfer import on_device
 
@@ -143,15 +144,17 @@ class TowerCache:
         self.copy_delta(spans, out)
         return out
 
-    def copy_delta(self, spans: Sequence[Span], out: Sequence[Tensor]) -> None:
+    def copy_delta(self, spans: Sequence[Span], out: Sequence[Tensor | Scaled]) -> None:
         """`delta` into tensors of its shapes, each in a dtype of its own."""
         for (source, where), target in zip(self._indexed(spans), out, strict=True):
-            if source.dtype is target.dtype:
+            if isinstance(target, Scaled):
+                target.hold(source.index_select(1, where))
+            elif source.dtype is target.dtype:
                 torch.index_select(source, 1, where, out=target)
             else:
                 target.copy_(source.index_select(1, where))
 
-    def apply(self, spans: Sequence[Span], tensors: Sequence[Tensor]) -> None:
+    def apply(self, spans: Sequence[Span], tensors: Sequence[Tensor | Scaled]) -> None:
         """Write what `delta` of another cache of the same shape made of spans alike, and count them as read.
 
         Each span starts where its sequence ends.
@@ -160,7 +163,7 @@ class TowerCache:
         for span in spans:
             self.advance(span.slot, span.end - span.start)
 
-    def write(self, spans: Sequence[Span], tensors: Sequence[Tensor]) -> None:
+    def write(self, spans: Sequence[Span], tensors: Sequence[Tensor | Scaled]) -> None:
         """`apply` without counting. From any thread, as long as nobody reads or frees these sequences meanwhile."""
         for (target, where), tensor in zip(self._indexed(spans), tensors, strict=True):
             target.index_copy_(1, where, tensor.to(target.dtype))

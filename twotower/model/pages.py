@@ -5,8 +5,8 @@ positions, so two caches that exchange them may have pages of different sizes.
 """
 
 PAGE_TOKENS = 16
-# On CUDA. flash-attn reads pages where they lie if they hold a multiple of 256 positions. These are 1.5 MiB of the
-# 30B's keys and values; each sequence also has 47 MiB of Mamba states.
+# On CUDA. flash-attn reads pages where they lie if they hold a multiple of 256 positions. That is 1.5 MiB of the 30B's
+# keys and values; a sequence has 47 MiB of Mamba states besides.
 CUDA_PAGE_TOKENS = 256
 
 ZERO_PAGE = 0  # read where a row has no page. Always zero: a masked weight of 0 must never meet a NaN.

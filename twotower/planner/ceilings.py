@@ -9,6 +9,9 @@ import torch
 
 from twotower.config import ModelConfig
 from twotower.engine.settings import EngineSettings
+from twotower.exchange.protocol import Delta
+from twotower.exchange.staging import DeltaLayout
+from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.planner.devices import BLOCK, Assumed, Device
 from twotower.planner.passes import Batch, Cost, Kind, Touched, cost, kv_bytes, state_bytes
@@ -50,6 +53,12 @@ class Planner:
     def denoiser(self) -> Weights:
         return weights_of(DenoiserTower, self.config, torch.bfloat16)
 
+    @cached_property
+    def block_on_the_wire(self) -> int:
+        """Bytes that the context tower sends to a denoiser for each block that is committed."""
+        cache = TowerCache(self.config, 1, 1, torch.device("meta"), torch.bfloat16)
+        return DeltaLayout(cache, self.assumed.ssm_wire_dtype).nbytes([Delta(0, 0, BLOCK, 0)])
+
     def cost(self, kind: Kind, rows: int, context: int) -> Cost:
         """Of one pass over a block a row; one position in an `ar` step, as many as the engine reads at once of a
         prompt."""
@@ -87,7 +96,7 @@ class Planner:
         if not denoisers:
             return Rate(rows * tokens / (drafting + reading), 1, fits=rows <= self.sequences(context, 2))
         # Towers work on different rows at the same time. The slower side, or the link of the context tower, decides.
-        carried = rows * (state_bytes(self.config) + BLOCK * kv_bytes(self.config)) / self.device.link
+        carried = rows * self.block_on_the_wire / self.device.link
         round_ = max(drafting, denoisers * reading, denoisers * carried)
         fits = denoisers * rows <= self.sequences(context, 1)
         return Rate(denoisers * rows * tokens / round_, denoisers + 1, denoisers, fits)

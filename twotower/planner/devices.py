@@ -28,7 +28,8 @@ class Device:
 @dataclass(frozen=True, slots=True)
 class Assumed:
     """Assumptions beyond the architecture: `tokens_per_step` of diffusion; `tokens_per_round` and `draft_steps` of
-    verified; the share of the bandwidth that kernels reach; the share of the memory that is kept free.
+    verified; the share of the bandwidth that kernels reach; the share of the memory that is kept free; the dtype in
+    which Mamba states are sent to a denoiser.
     """
 
     tokens_per_step: float = 2.85
@@ -36,6 +37,7 @@ class Assumed:
     draft_steps: float = 2.0
     reached: float = 0.85
     kept_free: float = 0.05
+    ssm_wire_dtype: str = "float32"
 
 
 _ALL = (

@@ -24,7 +24,12 @@ def figures(planner: Planner, rows: Sequence[int], context: int) -> Figures:
         "context": context,
         "assumed": {name: getattr(planner.assumed, name) for name in planner.assumed.__slots__},
         "weights": {"context": planner.context.bytes, "denoiser": planner.denoiser.bytes},
-        "sequence": {"state_bytes": state_bytes(planner.config), "kv_bytes_a_token": kv_bytes(planner.config)},
+        "sequence": {
+            "state_bytes": state_bytes(planner.config),
+            "kv_bytes_a_token": kv_bytes(planner.config),
+            "wire_bytes_a_block": planner.block_on_the_wire,
+            "wire_seconds_a_block": planner.block_on_the_wire / planner.device.link,
+        },
         "fits": {str(length): _fits(planner, length) for length in CONTEXTS},
         "passes": [_passes(planner, number, context) for number in rows],
         "our_code": [_our_code(planner, number, context) for number in rows],
@@ -119,6 +124,10 @@ def _lines(plan: Figures, source: str) -> Iterator[str]:
     yield from _table(
         ["tokens of each", *next(iter(plan["fits"].values()))],
         [[length, *("no room" if not n else str(n) for n in fits.values())] for length, fits in plan["fits"].items()],
+    )
+    yield (
+        f"To a denoiser on another device each of them sends {held['wire_bytes_a_block'] / 1e6:.1f} MB a block, "
+        f"{1e3 * held['wire_seconds_a_block']:.2f} ms of the link, with Mamba states in {assumed['ssm_wire_dtype']}."
     )
     yield from ("", f"A pass with {plan['context']} tokens behind each row: ms, and GB that it moves")
     yield from _table(

@@ -13,7 +13,7 @@ from cluster.runs.turns import Turns
 from twotower.core import Mode
 
 MODES = tuple(Mode)
-DEPLOYED = Deployed("demo", "f00d", "0.1.0", "abcd1234", MODES, min_cells=1, max_cells=4, routers=1)
+DEPLOYED = Deployed("demo", "f00d", "0.2.0", "abcd1234", MODES, min_cells=1, max_cells=4, routers=1)
 
 
 def tower(name: str, answers: bool = True, **told: Any) -> TowerSign:

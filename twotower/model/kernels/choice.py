@@ -225,7 +225,8 @@ def _choose_in_pages(candidates: _Candidates) -> tuple[AttendInPages | None, Cho
         "flash_attn": candidates.paged_flash_attn,
         "torch varlen_attn": candidates.paged_varlen_attn,
     }
-    return _first("attention in pages", by_table, deviations, None, "none, pages are gathered")
+    wide = parity.PAGED_TOLERANCE
+    return _first("attention in pages", by_table, deviations, None, "none, pages are gathered", wide)
 
 
 def _choose_product(candidates: _Candidates) -> tuple[GroupedProduct, Choice]:
@@ -247,6 +248,7 @@ def _first(
     deviations: _Deviations[_Kernel],
     plain: _Kernel,
     plain_name: str = "torch",
+    tolerance: float = parity.TOLERANCE,
 ) -> tuple[_Kernel, Choice]:
     """The first candidate that agrees with torch on this device. The reason given includes why those before it do not.
 
@@ -256,7 +258,7 @@ def _first(
     for name, build in candidates.items():
         try:
             kernel = build()
-            _hold(deviations(kernel), part, name)
+            _hold(deviations(kernel), part, name, tolerance)
         except _Declined as why:
             declined.append(str(why))
         except Exception as error:  # a package built for another torch or GPU fails in many ways
@@ -273,10 +275,10 @@ def _fits(misfit: str | None) -> None:
         raise _Declined(misfit)
 
 
-def _hold(deviations: Iterable[tuple[str, float]], part: str, name: str) -> None:
+def _hold(deviations: Iterable[tuple[str, float]], part: str, name: str, tolerance: float) -> None:
     """Run it once on this device, and compare."""
     case, worst = max(deviations, key=lambda deviation: deviation[1])
-    if worst > parity.TOLERANCE:
+    if worst > tolerance:
         logger.warning("%s: %s differs from torch by %.1e of the largest value in %s", part, name, worst, case)
         raise _Declined(f"{name} differs from torch by {worst:.1e} in {case}")
 

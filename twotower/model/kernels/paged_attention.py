@@ -1,11 +1,11 @@
-"""Attention over pages where they lie, by flash-attn or by torch's own function. Nothing is gathered, joined or padded
-to the longest row.
+"""Attention over pages where they lie, by flash-attn or by the function that torch brings: nothing is gathered, joined
+or padded to the longest row.
 
-A pass that extends has its new keys in the pages already: one call, causal. A denoiser's pass must not write to the
-pages: they may be a prefix's, or those of a mirror that a delta is entering. So the cached keys and the block's own
-keys are two calls. Each also returns the logarithm of its weights' sum, which weights its result in the mix. This mix
-is exactly the softmax over both together. Seen so far: the Python of both packages over a stand-in for what they
-compile, never on a GPU.
+A pass that extends has its new keys in the pages already: one call, causal. A denoiser's pass must leave the pages as
+they are. They may be others' too: a prefix's, or a mirror's that a delta is just entering. So the cached keys and the
+block's own are two calls. Each gives the logarithm of its weights' sum, and by those the results are mixed: softmax
+over both together is exactly that mix.
+Seen so far: the Python of both packages over a stand-in for what they compile, never on a GPU.
 """
 
 import inspect
@@ -18,10 +18,9 @@ from torch import Tensor
 from twotower.model.attention import AttendInPages
 from twotower.model.in_pages import InPages
 
-# A kernel: queries [R,L,H,E] read the first `ends_R` (int32) keys and values of each row. If the flag is set, it is
-# causal: the last query sees all of these keys, each query before it one key fewer. Keys and values lie in pages
-# [Z,K,S,E] with a table [R,Z] (int32), or without a table row by row [R,K,S,E]. It returns the result, zero for a row
-# without keys, and the logarithm of the weights' sum [R,H,L] (fp32).
+# Queries [R,L,H,E] over the first `ends_R` (int32) keys and values of each row, and whether the last query sees all of
+# those, each one before it one key fewer. They lie in pages [Z,K,S,E], by a table [R,Z] (int32); or without one, row by
+# row [R,K,S,E]. Gives the result, zero where a row has no key, and the logarithm of the weights' sum [R,H,L] (fp32).
 ByTable = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
 
 
@@ -33,19 +32,30 @@ def attention(kernel: ByTable) -> AttendInPages:
         if own is None:
             # The only query of a pass sees all keys anyway; called causal, it would keep a kernel from folding heads.
             return kernel(queries_RLHE, *pages, queries_RLHE.shape[1] > 1)[0]
-        cached = kernel(queries_RLHE, *pages, False)
-        return _mixed(seen.ends_R, cached, kernel(queries_RLHE, own.keys, own.values, own.lengths_R, None, False))
+        queries_RQSE = _folded(queries_RLHE, seen.keys.shape[2])
+        cached = kernel(queries_RQSE, *pages, False)
+        looked = kernel(queries_RQSE, own.keys, own.values, own.lengths_R, None, False)
+        return _unfolded(_mixed(seen.ends_R, cached, looked), queries_RLHE.shape[1])
 
     return attend
 
 
+def _folded(queries_RLHE: Tensor, kv_heads: int) -> Tensor:
+    """Query heads of one key/value head as more queries of it [R,Q,S,E]: where nothing is causal, they see the same.
+    A kernel's tile holds 64 queries and reads the keys for itself; a block has 16."""
+    return queries_RLHE.unflatten(2, (kv_heads, -1)).transpose(2, 3).flatten(1, 2)
+
+
+def _unfolded(out_RQSE: Tensor, length: int) -> Tensor:
+    return out_RQSE.unflatten(1, (length, -1)).transpose(2, 3).flatten(2, 3)
+
+
 def _mixed(ends_R: Tensor, cached: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> Tensor:
-    """Both results [R,L,H,E] mixed by their weights. If a row has no cached key, its cached sum is ignored, and its
-    cached result is zero.
-    """
-    (cached_RLHE, cached_RHL), (own_RLHE, own_RHL) = cached, own
-    share_RHL = (own_RHL - cached_RHL).sigmoid().where((ends_R > 0)[:, None, None], 1.0)
-    return torch.lerp(cached_RLHE, own_RLHE, share_RHL.transpose(1, 2)[..., None].to(own_RLHE.dtype))
+    """Both results [R,Q,S,E] as one, by their weights. What the sum of a row without a cached key says does not count,
+    and its result is zero."""
+    (cached_RQSE, cached_RSQ), (own_RQSE, own_RSQ) = cached, own
+    share_RSQ = (own_RSQ - cached_RSQ).sigmoid().where((ends_R > 0)[:, None, None], 1.0)
+    return torch.lerp(cached_RQSE, own_RQSE, share_RSQ.transpose(1, 2)[..., None].to(own_RQSE.dtype))
 
 
 def flash_attn(module: Any) -> ByTable:
@@ -72,8 +82,7 @@ def flash_attn(module: Any) -> ByTable:
 def varlen_attn(module: Any) -> ByTable:
     """Over the module `torch.nn.attention.varlen`. Rows of one length are packed as they lie.
 
-    Keys are not split among thread blocks. With split keys of paged memory, NaN results have been reported (torch 2.13,
-    pytorch/torchtitan#3235).
+    Keys are not split among thread blocks: with torch 2.13 split keys of paged memory have been reported as NaN.
     """
 
     def kernel(
