@@ -25,11 +25,11 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 class Memory:
     """Bytes of the tensors a tower process keeps, and the sequences and positions that its cache or mirror holds.
 
-    `slots` are conv windows and SSM states, `pages` keys and values, `staging` the buffers of its links once they have
-    grown as far as they can, `scratch` constants and what links need to round states, `prefixes` what the context tower
-    keeps of states; together they are `total`. `passing` is what a forward pass needs for a moment, at most, what
-    captured passes keep of it on a GPU, and what penalties keep if every sequence asks for them. All of this is on the
-    process's device; `host` is what a process of a GPU keeps in the host's memory instead, pinned: its prefixes.
+    `slots` are conv windows and SSM states, `pages` keys and values. `staging` is the buffers of its links at their
+    largest. `scratch` is constants, and what links need to round states. `prefixes` is the states that the context
+    tower keeps. `total` is the sum of these and `weights`. `passing` comes on top: the most that a forward pass needs
+    temporarily, what captured passes keep on a GPU, and what penalties keep if all sequences have them. All of this is
+    on the process's device. `host` is the pinned host memory that a process with a GPU uses instead: its prefixes.
     """
 
     sequences: int

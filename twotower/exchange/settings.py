@@ -19,9 +19,9 @@ class LinkSettings:
     """Times in seconds, sizes in bytes.
 
     `staging_buffers` messages of up to `staging_bytes` may be under way at once. A larger delta makes its buffer grow,
-    but `staging.fitted` leaves no delta that is larger. `data_backend` auto: NCCL between two GPUs, gloo
-    otherwise. `ssm_wire_dtype` bfloat16 halves the SSM states' bytes and rounds them; int8 and float8_e4m3fn bring
-    them to little more than a quarter, with a scale for each channel of a head (`model/scaled.py`).
+    but `staging.fitted` leaves no delta that is larger. `data_backend` auto: NCCL between two GPUs, gloo otherwise.
+    `ssm_wire_dtype` bfloat16 halves the SSM states' bytes and rounds them. int8 and float8_e4m3fn reduce them to little
+    more than a quarter, with a scale for each channel of a head (`model/scaled.py`).
     """
 
     link_timeout_s: float = 10.0

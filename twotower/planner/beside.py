@@ -30,8 +30,8 @@ FUSED = 2 * 2
 GREEDY = sum(_BOTH.values())
 SAMPLED = GREEDY + sum(_DRAWN.values())
 _GATHERED = 2  # written, and read by what uses it, beside the one read that counts
-# Of a number of the queries or the result: queries and result once in another order; queries read once more; two
-# results written and read, which become one.
+# Of each number of the queries or the result. Queries and the result are put into another order once. Queries are read
+# once more. Two results are written and read, and become one.
 _MIXED = 4 + 5
 _SUMS = 8  # of a query head: two sums of weights, their difference and the share made of it, written and read
 

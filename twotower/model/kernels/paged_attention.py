@@ -18,9 +18,10 @@ from torch import Tensor
 from twotower.model.attention import AttendInPages
 from twotower.model.in_pages import InPages
 
-# Queries [R,L,H,E] over the first `ends_R` (int32) keys and values of each row, and whether the last query sees all of
-# those, each one before it one key fewer. They lie in pages [Z,K,S,E], by a table [R,Z] (int32); or without one, row by
-# row [R,K,S,E]. Gives the result, zero where a row has no key, and the logarithm of the weights' sum [R,H,L] (fp32).
+# Queries [R,L,H,E] read the first `ends_R` (int32) keys and values of each row. The flag says whether they do so
+# causally: the last query sees all of these keys, each query before it one key fewer. Keys and values lie in pages
+# [Z,K,S,E] with a table [R,Z] (int32), or without a table row by row [R,K,S,E]. Gives the result, zero for a row
+# without keys, and the logarithm of the weights' sum [R,H,L] (fp32).
 ByTable = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
 
 
