@@ -18,22 +18,22 @@ class Series:
 
 
 KEPT = (
-    Series("tokens", "tokens/s", "of answers, as clients see them", sum),
-    Series("steps", "steps/s", "of the denoiser for blocks in answers of diffusion", sum),
-    Series("step_tokens", "tokens/s", "that these steps fixed", sum),
-    Series("ended", "requests/s", "that ended well", sum),
-    Series("failed", "requests/s", "that an error ended; not those whose client left", sum),
-    Series("refused", "calls/s", "that ended before a request of theirs began", sum),
-    Series("resumed", "moves/s", "of begun requests to another cell, since theirs was lost", sum),
-    Series("waiting", "requests", "that wait in a router for a turn on the cells", sum),
-    Series("queued", "requests", "that wait in a cell for room", max),
-    Series("longest_wait", "s", "for which the first of those that wait in a router has waited", max),
-    Series("running", "requests", "that have a place in a cell", max),
-    Series("cells", "cells", "that live", max),
-    Series("exchange", "bytes/s", "of cache deltas that denoisers received", max),
-    Series("exposed", "share", "of the denoisers' time in which they had sequences and stepped none", max),
-    Series("busy_context", "share", "of time in which context towers had work, on average", max),
-    Series("busy_denoiser", "share", "of time in which denoiser towers had work, on average", max),
+    Series("tokens", "tokens/s", "tokens of answers, as clients get them", sum),
+    Series("steps", "steps/s", "denoiser steps for blocks of diffusion's answers", sum),
+    Series("step_tokens", "tokens/s", "tokens that these steps fixed", sum),
+    Series("ended", "requests/s", "requests that ended without an error", sum),
+    Series("failed", "requests/s", "requests that ended with an error, without those whose client left", sum),
+    Series("refused", "calls/s", "calls that ended before a request of theirs began", sum),
+    Series("resumed", "moves/s", "moves of running requests from a lost cell to another one", sum),
+    Series("waiting", "requests", "requests that wait in a router for a turn on the cells", sum),
+    Series("queued", "requests", "requests that wait in a cell for room", max),
+    Series("longest_wait", "s", "how long the first waiting request in a router has waited", max),
+    Series("running", "requests", "requests that have a place in a cell", max),
+    Series("cells", "cells", "cells that live", max),
+    Series("exchange", "bytes/s", "bytes of cache deltas that denoisers received", max),
+    Series("exposed", "share", "share of denoisers' time in which they had sequences and stepped none", max),
+    Series("busy_context", "share", "share of time in which context towers had work, mean over towers", max),
+    Series("busy_denoiser", "share", "share of time in which denoiser towers had work, mean over towers", max),
 )
 PLACE = {series.name: place for place, series in enumerate(KEPT)}
 

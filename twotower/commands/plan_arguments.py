@@ -6,11 +6,11 @@ from twotower.commands.parser import Parser, count, share
 from twotower.exchange.settings import SSM_WIRE_DTYPES
 from twotower.planner.devices import BLOCK, DEVICES, Assumed
 
-PLAN = """What passes of a checkpoint cost on a device, what fits there, and how fast each mode can become: from the
-architecture and the device's published figures, without either at hand. Times are floors: what must be moved and
-computed, nothing beside."""
+PLAN = """Compute the cost of a checkpoint's passes on a device, what fits there, and how fast each mode can become.
+This needs only the architecture and the device's published figures, neither weights nor a GPU. Times are lower
+bounds: they count only what must be moved and computed."""
 PLAN_EXAMPLES = """examples:
-  the released model on an H200, 8192 tokens behind each sequence:
+  the released model on an H200, 8192 cached tokens of each sequence:
     python -m twotower plan
   another device, prompts of your own length, tokens a step as `python -m cluster tune` measured them:
     python -m twotower plan --device h100 --context 2048 --tokens-per-step 3.3
@@ -46,7 +46,7 @@ def add_plan_arguments(parser: Parser) -> None:
         type=_tokens,
         default=usual.tokens_per_step,
         metavar="N",
-        help=f"of diffusion, measured by `tune` ({usual.tokens_per_step:g}: what the paper's 2.42 x come to)",
+        help=f"of diffusion, measured by `tune` ({usual.tokens_per_step:g}: from the paper's 2.42 x)",
     )
     group.add_argument(
         "--tokens-per-round",

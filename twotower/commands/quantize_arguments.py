@@ -5,11 +5,11 @@ from pathlib import Path
 from twotower.commands.parser import Parser, count
 from twotower.expert_formats import GROUPS, USUAL_GROUP
 
-QUANTIZE = """Make a checkpoint whose routed experts are held in 8 or 4 bits, of one in the released layout. Experts are
-93 % of the released model's weights; all others stay as they are: router, shared experts, attention, Mamba, time MLPs,
-embeddings, heads. Weights alone are quantised: a pass unpacks them and multiplies in the model's dtype."""
+QUANTIZE = """Quantise the routed experts of a checkpoint in the released layout to 8 or 4 bits. Experts are 93 % of the
+released model's weights. All other weights stay as they are: router, shared experts, attention, Mamba, time MLPs,
+embeddings, heads. Only weights are quantised: a pass unpacks them and multiplies in the model's dtype."""
 QUANTIZE_EXAMPLES = f"""formats:
-  int8  a byte a weight, one fp32 scale an output channel: half of bfloat16's bytes, hardly another token
+  int8  a byte a weight, one fp32 scale an output channel: half of bfloat16's bytes; tokens hardly change
   int4  half a byte a weight, one bf16 scale for each --group weights ({USUAL_GROUP}: 4.5 bits in all): 28 % of the
         bytes. Smaller groups lose less and take more (16: 5 bits, 64: 4.25, 128: 4.125). The group has to divide
         hidden_size and moe_intermediate_size: the demo's 128 and 48 take 16, the released model's 2688 and 1856 at
@@ -21,8 +21,8 @@ examples:
   python -m twotower generate --checkpoint DIR-int4 --prompt 'Hello'
   python -m twotower plan --device h100 --experts int4                     what fits then, and what a pass costs
 
-A run that was cut short leaves OUTPUT.part; the same command goes on from there. OUTPUT is there once it is whole.
-The same can be made while a checkpoint is read, every time anew: `model.experts: int4` of a service.
+A run that was cut short leaves OUTPUT.part, and the same command continues it. OUTPUT appears once it is complete.
+A service can also quantise the experts at each start, while it reads the checkpoint: `model.experts: int4`.
 Other loaders refuse the result: its model_type and the shapes of its matrices are not the released code's.
 """
 

@@ -2,9 +2,9 @@
 const LANES = { diffusion: ["diffusion"], verified: ["verified"], ar: ["ar"], race: ["ar", "diffusion", "verified"] };
 const MODE_MEANINGS = {
   diffusion: "the denoiser fills a block in several steps",
-  verified: "the denoiser drafts, the context tower keeps what ar would have written",
-  ar: "the context tower alone, a token a pass",
-  race: "the three of them on one prompt: asked one after the other, shown side by side",
+  verified: "the denoiser drafts, the context tower keeps ar's tokens",
+  ar: "the context tower alone, one token a pass",
+  race: "all three on one prompt: asked one after the other, shown side by side",
 };
 const PLAYED_MS = [2500, 9000]; // a replay takes between so long, whatever the answer took
 const A_FRAME_MS = 120;

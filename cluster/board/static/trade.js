@@ -5,13 +5,13 @@ const TRADE_X = [
   ["tokens per step", "tokens_per_step", "tokens per denoiser step", (value) => String(+value.toFixed(2))],
 ];
 const TRADE_COLUMNS = [
-  ["decoded with", "γ, the confidence threshold of diffusion; ar, the context tower alone; or verified, which gives ar's own answers by the denoiser's drafts."],
-  ["quality", "Share of ar's quality that is kept: exactly right answers where they were known, else answers that are ar's.", true],
-  ["95 % interval", "Where the quality of all such prompts lies, 19 times of 20.", true],
+  ["decoded with", "γ: diffusion with this confidence threshold. ar: the context tower alone. verified: ar's own answers, from the denoiser's drafts."],
+  ["quality", "Share of ar's quality that is kept: exactly right answers if the right ones are known, else answers equal to ar's.", true],
+  ["95 % interval", "The 95 % confidence interval of the quality over all such prompts.", true],
   ["tokens per step", "Tokens of answers divided by the denoiser's steps for them. It does not depend on the hardware. In verified the context tower's reads of drafts come on top.", true],
   ["throughput", "Tokens per second as a multiple of ar's in the same measurement. It depends on hardware and load.", true],
-  ["quality, against now", "What this way would change of the one that is served by default, in points of ar's quality.", true],
-  ["throughput, against now", "What this way would change of the throughput of the one that is served by default.", true],
+  ["quality, against now", "Change against the way that is served by default, in points of ar's quality.", true],
+  ["throughput, against now", "Change against the throughput of the way that is served by default.", true],
 ];
 const trade = { told: null, of: "", x: 0, chosen: 0, pointed: null, live: "" };
 
