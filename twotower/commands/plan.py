@@ -38,5 +38,6 @@ def _config(name: str) -> ModelConfig:
 
 def _assumed(options: Namespace) -> Assumed:
     return Assumed(
-        options.tokens_per_step, options.tokens_per_round, options.draft_steps, options.reached, options.kept_free
-    )
+        options.tokens_per_step, options.tokens_per_round, options.draft_steps, options.reached, options.kept_free,
+        routing=options.routing,
+    )  # fmt: skip

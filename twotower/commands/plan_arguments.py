@@ -3,7 +3,7 @@
 import argparse
 
 from twotower.commands.parser import Parser, count, share
-from twotower.planner.devices import BLOCK, DEVICES, Assumed
+from twotower.planner.devices import BLOCK, DEVICES, ROUTINGS, Assumed
 
 PLAN = """What passes of a checkpoint cost on a device, what fits there, and how fast each mode can become: from the
 architecture and the device's published figures, without either at hand. Times are floors: what must be moved and
@@ -62,6 +62,13 @@ def add_plan_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--kept-free", type=share, default=usual.kept_free, help=f"share of the memory kept free ({usual.kept_free:g})"
+    )
+    group.add_argument(
+        "--routing",
+        choices=ROUTINGS,
+        default=usual.routing,
+        help="experts touched: uniform, the most on average; or demo, as measured there and carried over, with fewer "
+        f"({usual.routing})",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object: bytes by part, seconds, rates")
 

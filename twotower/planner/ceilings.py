@@ -12,6 +12,7 @@ from twotower.engine.settings import EngineSettings
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.planner.devices import BLOCK, Assumed, Device
 from twotower.planner.passes import Batch, Cost, Kind, Touched, cost, kv_bytes, state_bytes
+from twotower.planner.routing import touched_by
 from twotower.planner.weights import Weights, weights_of
 
 MOST_DENOISERS = 8
@@ -33,14 +34,16 @@ class Rate:
 
 @dataclass(frozen=True)
 class Planner:
-    """One checkpoint in bf16, with experts in `config.experts`, on devices of one kind. `touched`: the share of touched
-    experts; None: uniform routing.
-    """
+    """One checkpoint in bf16, with experts in `config.experts`, on devices of one kind."""
 
     config: ModelConfig
     device: Device
     assumed: Assumed = field(default_factory=Assumed)
-    touched: Touched | None = None
+
+    @cached_property
+    def touched(self) -> Touched:
+        """By the assumed routing. Raises ConfigError."""
+        return touched_by(self.assumed.routing, self.config)
 
     @cached_property
     def context(self) -> Weights:
@@ -50,12 +53,15 @@ class Planner:
     def denoiser(self) -> Weights:
         return weights_of(DenoiserTower, self.config, torch.bfloat16)
 
-    def cost(self, kind: Kind, rows: int, context: int) -> Cost:
-        """Of one pass over a block a row; one position in an `ar` step, as many as the engine reads at once of a
-        prompt."""
-        weights = self.denoiser if kind is Kind.DENOISE else self.context
+    def batch(self, kind: Kind, rows: int, context: int) -> Batch:
+        """A block a row; one position in an `ar` step, as many as the engine reads at once of a prompt."""
         width = {Kind.STEP: 1, Kind.PREFILL: EngineSettings().prefill_chunk_tokens}.get(kind, BLOCK)
-        return cost(kind, self.config, weights, Batch(rows, context, width), self.touched)
+        return Batch(rows, context, width)
+
+    def cost(self, kind: Kind, rows: int, context: int, touched: Touched | None = None) -> Cost:
+        """Of one pass, with other routing than is assumed if `touched` is given."""
+        weights = self.denoiser if kind is Kind.DENOISE else self.context
+        return cost(kind, self.config, weights, self.batch(kind, rows, context), touched or self.touched)
 
     def seconds(self, kind: Kind, rows: int, context: int) -> float:
         return self.cost(kind, rows, context).seconds(self.device, self.assumed.reached)
