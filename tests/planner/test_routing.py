@@ -11,7 +11,7 @@ from twotower.config import ModelConfig
 from twotower.errors import ConfigError
 from twotower.model.checkpoint import Checkpoint
 from twotower.planner.ceilings import Planner
-from twotower.planner.devices import DEVICES, ROUTINGS, Assumed
+from twotower.planner.devices import DEVICES, ROUTINGS
 from twotower.planner.passes import Batch, Kind, uniform
 from twotower.planner.released import RELEASED
 from twotower.planner.report import figures, text
@@ -89,12 +89,12 @@ def test_carried_over_by_share_of_experts() -> None:
 
 def test_the_planner_counts_what_is_assumed() -> None:
     even = Planner(RELEASED, DEVICES["h200"])
-    demo = replace(even, assumed=Assumed(routing="demo"))
+    demo = replace(even, routing="demo")
     assert demo.seconds(Kind.DENOISE, 1, 8192) < 0.9 * even.seconds(Kind.DENOISE, 1, 8192)
     assert demo.seconds(Kind.DENOISE, 256, 8192) == pytest.approx(even.seconds(Kind.DENOISE, 256, 8192), rel=1e-3)
     assert demo.seconds(Kind.STEP, 16, 8192) == pytest.approx(even.seconds(Kind.STEP, 16, 8192))
     with pytest.raises(ConfigError, match="routing: got 'even', wanted one of uniform, demo"):
-        replace(even, assumed=Assumed(routing="even")).seconds(Kind.STEP, 1, 1)
+        replace(even, routing="even").seconds(Kind.STEP, 1, 1)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -102,7 +102,7 @@ def test_the_command_tells_both(routing: str, capsys: pytest.CaptureFixture[str]
     """And says of each where it comes from."""
     assert main(["plan", "--routing", routing, "--rows", "1,256", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["assumed"]["routing"] == routing
+    assert told["routing"]["counted"] == routing
     one, many = (of["denoiser step"] for of in told["routing"]["passes"])
     assert one["uniform"]["experts"] == pytest.approx(69, abs=0.5) and 40 < one["demo"]["experts"] < 64
     assert one[routing]["seconds"] == told["passes"][0]["denoiser step"]["seconds"]
@@ -121,7 +121,7 @@ def test_the_text_says_what_is_measured(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_model_without_experts_has_no_such_table() -> None:
-    planner = Planner(ModelConfig(hybrid_override_pattern="M-M*-"), DEVICES["h200"], Assumed(routing="demo"))
+    planner = Planner(ModelConfig(hybrid_override_pattern="M-M*-"), DEVICES["h200"], routing="demo")
     told = figures(planner, [1], 1024)
     assert told["routing"]["passes"] == []
     assert "Experts of a layer" not in text(told, "nowhere") and "nothing is measured.\n" in text(told, "nowhere")

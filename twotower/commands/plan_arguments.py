@@ -41,6 +41,13 @@ def add_plan_arguments(parser: Parser) -> None:
     )
     group = parser.add_argument_group("assumed")
     group.add_argument(
+        "--routing",
+        choices=ROUTINGS,
+        default=ROUTINGS[0],
+        help="which experts a pass touches: uniform, the most on average; demo, as measured there and carried over "
+        f"({ROUTINGS[0]})",
+    )
+    group.add_argument(
         "--tokens-per-step",
         type=_tokens,
         default=usual.tokens_per_step,
@@ -62,13 +69,6 @@ def add_plan_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--kept-free", type=share, default=usual.kept_free, help=f"share of the memory kept free ({usual.kept_free:g})"
-    )
-    group.add_argument(
-        "--routing",
-        choices=ROUTINGS,
-        default=usual.routing,
-        help="experts touched: uniform, the most on average; or demo, as measured there and carried over, with fewer "
-        f"({usual.routing})",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object: bytes by part, seconds, rates")
 

@@ -34,16 +34,17 @@ class Rate:
 
 @dataclass(frozen=True)
 class Planner:
-    """One checkpoint in bf16, with experts in `config.experts`, on devices of one kind."""
+    """One checkpoint in bf16, with experts in `config.experts`, on devices of one kind. `routing`: one of ROUTINGS."""
 
     config: ModelConfig
     device: Device
     assumed: Assumed = field(default_factory=Assumed)
+    routing: str = "uniform"
 
     @cached_property
     def touched(self) -> Touched:
-        """By the assumed routing. Raises ConfigError."""
-        return touched_by(self.assumed.routing, self.config)
+        """How many experts a pass touches. Raises ConfigError for an unknown routing."""
+        return touched_by(self.routing, self.config)
 
     @cached_property
     def context(self) -> Weights:
@@ -53,18 +54,19 @@ class Planner:
     def denoiser(self) -> Weights:
         return weights_of(DenoiserTower, self.config, torch.bfloat16)
 
-    def batch(self, kind: Kind, rows: int, context: int) -> Batch:
-        """A block a row; one position in an `ar` step, as many as the engine reads at once of a prompt."""
-        width = {Kind.STEP: 1, Kind.PREFILL: EngineSettings().prefill_chunk_tokens}.get(kind, BLOCK)
-        return Batch(rows, context, width)
-
     def cost(self, kind: Kind, rows: int, context: int, touched: Touched | None = None) -> Cost:
-        """Of one pass, with other routing than is assumed if `touched` is given."""
+        """Of one pass over a block a row; one position in an `ar` step, as many as the engine reads at once of a
+        prompt. `touched`: other routing than the planner's."""
         weights = self.denoiser if kind is Kind.DENOISE else self.context
         return cost(kind, self.config, weights, self.batch(kind, rows, context), touched or self.touched)
 
     def seconds(self, kind: Kind, rows: int, context: int) -> float:
         return self.cost(kind, rows, context).seconds(self.device, self.assumed.reached)
+
+    def batch(self, kind: Kind, rows: int, context: int) -> Batch:
+        """What one pass holds."""
+        width = {Kind.STEP: 1, Kind.PREFILL: EngineSettings().prefill_chunk_tokens}.get(kind, BLOCK)
+        return Batch(rows, context, width)
 
     def sequences(self, context: int, towers: int) -> int:
         """How many sequences of `context` tokens fit beside the weights of so many towers; 0 if the

@@ -8,7 +8,7 @@ from twotower.errors import ConfigError
 
 GB, TB, TFLOP = 10**9, 10**12, 10**12
 BLOCK = 16
-ROUTINGS = ("uniform", "demo")
+ROUTINGS = ("uniform", "demo")  # what experts are touched by (`planner/routing.py`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,7 @@ class Device:
 @dataclass(frozen=True, slots=True)
 class Assumed:
     """Assumptions beyond the architecture: `tokens_per_step` of diffusion; `tokens_per_round` and `draft_steps` of
-    verified; the share of the bandwidth that kernels reach; the share of the memory that is kept free; `routing`:
-    uniform touches the most experts on average, demo as many as were measured there (`planner/routing.py`).
+    verified; the share of the bandwidth that kernels reach; the share of the memory that is kept free.
     """
 
     tokens_per_step: float = 2.85
@@ -38,7 +37,6 @@ class Assumed:
     draft_steps: float = 2.0
     reached: float = 0.85
     kept_free: float = 0.05
-    routing: str = "uniform"
 
 
 _ALL = (

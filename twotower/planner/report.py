@@ -53,22 +53,21 @@ def _routing(planner: Planner, rows: Sequence[int], context: int) -> Figures:
     """Experts of a layer that a pass touches, and the pass's seconds, for each routing; no passes without experts."""
     told = of_the_demo()
     measured = f"measured on {told.checkpoint} on {told.date} by `{told.command}`"
-    source = {"uniform": "derived: the most on average", "demo": f"{measured}; carried over to any other model"}
+    source = {"uniform": "derived: the most on average", "demo": f"{measured}; for any other model derived from that"}
     if not planner.config.layers_of("E"):
-        return {"source": source, "passes": []}
+        return {"counted": planner.routing, "source": source, "passes": []}
     touched = {name: touched_by(name, planner.config) for name in source}
-    return {"source": source, "passes": [_routed(planner, touched, number, context) for number in rows]}
+    passes = [_routed(planner, touched, number, context) for number in rows]
+    return {"counted": planner.routing, "source": source, "passes": passes}
 
 
 def _routed(planner: Planner, touched: dict[str, Touched], rows: int, context: int) -> Figures:
     kinds: Figures = {"rows": rows}
     for kind in Kind:
-        batch = planner.batch(kind, rows, context)
-        costs = {name: planner.cost(kind, rows, context, of) for name, of in touched.items()}
         kinds[kind.value] = {
             name: {
-                "experts": of(kind, batch),
-                "seconds": costs[name].seconds(planner.device, planner.assumed.reached),
+                "experts": of(kind, planner.batch(kind, rows, context)),
+                "seconds": planner.cost(kind, rows, context, of).seconds(planner.device, planner.assumed.reached),
             }
             for name, of in touched.items()
         }
@@ -129,7 +128,7 @@ def _lines(plan: Figures, source: str) -> Iterator[str]:
         f"Assumed: {100 * assumed['reached']:.0f} % of the bandwidth is reached, {100 * assumed['kept_free']:.0f} % of "
         f"the memory stays free; diffusion fixes {assumed['tokens_per_step']:g} tokens a step; verified keeps "
         f"{assumed['tokens_per_round']:g} tokens a round, which takes {assumed['draft_steps']:g} steps and a check; "
-        f"experts are touched as by {assumed['routing']} routing."
+        f"experts are touched as by {plan['routing']['counted']} routing."
     )
     experts = f", experts in {plan['experts']}" if plan["experts"] else ""
     yield from ("", f"Weights in bf16{experts}; GB")
