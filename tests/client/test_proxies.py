@@ -39,7 +39,9 @@ def test_hosts_that_have_none(kept: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
-@pytest.mark.parametrize(("proxy", "words"), [("ftp://proxy", "got ftp://, wanted one of"), ("http://a:b", "got an invalid URL")])
+@pytest.mark.parametrize(
+    ("proxy", "words"), [("ftp://proxy", "got ftp://, wanted one of"), ("http://a:b", "got an invalid URL")]
+)
 def test_one_that_cannot_be(kind: type, proxy: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("all_proxy", proxy)
     with pytest.raises(ValueError, match=f"proxy: .*{words}"):

@@ -93,8 +93,8 @@ def test_one_row_reads_the_active_experts_only(h200: Planner) -> None:
 
 
 def test_the_routing_that_is_given_counts(h200: Planner) -> None:
-    alike = replace(h200, touched=lambda _tokens: 6.0)
-    assert alike.seconds(Kind.DENOISE, 1, 8192) < 0.3 * h200.seconds(Kind.DENOISE, 1, 8192)
+    alike = h200.cost(Kind.DENOISE, 1, 8192, lambda _kind, _batch: 6.0)
+    assert alike.bytes < 0.3 * h200.cost(Kind.DENOISE, 1, 8192).bytes
 
 
 def test_ceilings_follow_from_the_passes(h200: Planner) -> None:

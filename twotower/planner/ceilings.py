@@ -15,6 +15,7 @@ from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.planner.devices import BLOCK, Assumed, Device
 from twotower.planner.passes import Batch, Cost, Kind, Touched, cost, kv_bytes, state_bytes
+from twotower.planner.routing import touched_by
 from twotower.planner.weights import Weights, weights_of
 
 MOST_DENOISERS = 8
@@ -36,14 +37,17 @@ class Rate:
 
 @dataclass(frozen=True)
 class Planner:
-    """One checkpoint in bf16, with experts in `config.experts`, on devices of one kind. `touched`: the share of touched
-    experts; None: uniform routing.
-    """
+    """One checkpoint in bf16, with experts in `config.experts`, on devices of one kind. `routing`: one of ROUTINGS."""
 
     config: ModelConfig
     device: Device
     assumed: Assumed = field(default_factory=Assumed)
-    touched: Touched | None = None
+    routing: str = "uniform"
+
+    @cached_property
+    def touched(self) -> Touched:
+        """How many experts a pass touches. Raises ConfigError for an unknown routing."""
+        return touched_by(self.routing, self.config)
 
     @cached_property
     def context(self) -> Weights:
@@ -59,15 +63,19 @@ class Planner:
         cache = TowerCache(self.config, 1, 1, torch.device("meta"), torch.bfloat16)
         return DeltaLayout(cache, self.assumed.ssm_wire_dtype).nbytes([Delta(0, 0, BLOCK, 0)])
 
-    def cost(self, kind: Kind, rows: int, context: int) -> Cost:
+    def cost(self, kind: Kind, rows: int, context: int, touched: Touched | None = None) -> Cost:
         """Of one pass over a block a row; one position in an `ar` step, as many as the engine reads at once of a
-        prompt."""
+        prompt. `touched`: other routing than the planner's."""
         weights = self.denoiser if kind is Kind.DENOISE else self.context
-        width = {Kind.STEP: 1, Kind.PREFILL: EngineSettings().prefill_chunk_tokens}.get(kind, BLOCK)
-        return cost(kind, self.config, weights, Batch(rows, context, width), self.touched)
+        return cost(kind, self.config, weights, self.batch(kind, rows, context), touched or self.touched)
 
     def seconds(self, kind: Kind, rows: int, context: int) -> float:
         return self.cost(kind, rows, context).seconds(self.device, self.assumed.reached)
+
+    def batch(self, kind: Kind, rows: int, context: int) -> Batch:
+        """What one pass holds."""
+        width = {Kind.STEP: 1, Kind.PREFILL: EngineSettings().prefill_chunk_tokens}.get(kind, BLOCK)
+        return Batch(rows, context, width)
 
     def sequences(self, context: int, towers: int) -> int:
         """How many sequences of `context` tokens fit beside the weights of so many towers; 0 if the
