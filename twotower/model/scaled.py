@@ -18,8 +18,8 @@ class Scaled:
     """Views of 8-bit numbers [X,H,P,N], and of their scales [X,H,P].
 
     A channel's scale is its largest absolute number ÷ the format's. So nothing overflows. A channel with a NaN or an
-    infinity comes back with NaNs, never with finite numbers alone. A scale depends on its own channel only, so no
-    sequence changes what another one's states become.
+    infinity comes back without a finite number. A scale depends on its own channel only, so no sequence changes what
+    another one's states become.
     """
 
     def __init__(self, numbers_XHPN: Tensor, scales_XHP: Tensor) -> None:
