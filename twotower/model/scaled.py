@@ -36,7 +36,10 @@ class Scaled:
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The states, as a new tensor."""
-        return self.numbers.to(dtype).mul_(self.scales.unsqueeze(-1))
+        scales = self.scales.unsqueeze(-1)
+        if self.numbers.dtype.is_floating_point:  # torch multiplies no 8-bit floats
+            return self.numbers.to(dtype).mul_(scales)
+        return torch.mul(self.numbers, scales).to(dtype)
 
     def __getitem__(self, places: Any) -> "Scaled":
         """A part, by places in the leading dimensions."""

@@ -18,7 +18,7 @@ from twotower.planner.passes import Batch, Cost, Kind, Touched, cost, kv_bytes, 
 from twotower.planner.weights import Weights, weights_of
 
 MOST_DENOISERS = 8
-_ROUNDING = {"float32": (0, 0), "bfloat16": (1.5, 1.5), "int8": (6.25, 3.25), "float8_e4m3fn": (4.25, 3.25)}
+_ROUNDING = {"float32": (0, 0), "bfloat16": (1.5, 1.5), "int8": (6.25, 1.25), "float8_e4m3fn": (4.25, 3.25)}
 """How often fp32 states are moved to be rounded for the wire, and on the other side to be fp32 again: our operations,
 each reading and writing, beyond the copies that float32 needs, too."""
 
