@@ -19,6 +19,9 @@ from twotower.planner.routing import touched_by
 from twotower.planner.weights import Weights, weights_of
 
 MOST_DENOISERS = 8
+_ROUNDING = {"float32": (0, 0), "bfloat16": (1.5, 1.5), "int8": (6.25, 1.25), "float8_e4m3fn": (4.25, 3.25)}
+"""How often fp32 states are moved to be rounded for the wire, and on the other side to be fp32 again: our operations,
+each reading and writing, beyond the copies that float32 needs, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +106,19 @@ class Planner:
         drafting, reading = steps * self.seconds(Kind.DENOISE, rows, context), self.seconds(read, rows, context)
         if not denoisers:
             return Rate(rows * tokens / (drafting + reading), 1, fits=rows <= self.sequences(context, 2))
+        rounding, back = self._rounding(rows)
+        drafting, reading = drafting + back, reading + rounding
         # Towers work on different rows at the same time. The slower side, or the link of the context tower, decides.
         carried = rows * self.block_on_the_wire / self.device.link
         round_ = max(drafting, denoisers * reading, denoisers * carried)
         fits = denoisers * rows <= self.sequences(context, 1)
         return Rate(denoisers * rows * tokens / round_, denoisers + 1, denoisers, fits)
+
+    def _rounding(self, rows: int) -> tuple[float, float]:
+        """Seconds that it takes each side, for the states of so many rows."""
+        seconds = rows * state_bytes(self.config) / (self.device.bandwidth * self.assumed.reached)
+        before, after = _ROUNDING[self.assumed.ssm_wire_dtype]
+        return before * seconds, after * seconds
 
     def best(self, mode: str, rows: int, context: int) -> Rate:
         """The number of denoisers a context tower, from 1 to MOST_DENOISERS, with the most tokens a second a device, if
