@@ -13,6 +13,7 @@ from twotower.config import ModelConfig
 from twotower.engine.memory import memory_of
 from twotower.engine.settings import EngineSettings
 from twotower.errors import ConfigError
+from twotower.exchange.settings import SSM_WIRE_DTYPES
 from twotower.expert_formats import ExpertFormat
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.planner.beside import GREEDY, SAMPLED, beside
@@ -93,8 +94,8 @@ def test_one_row_reads_the_active_experts_only(h200: Planner) -> None:
 
 
 def test_the_routing_that_is_given_counts(h200: Planner) -> None:
-    alike = replace(h200, touched=lambda _tokens: 6.0)
-    assert alike.seconds(Kind.DENOISE, 1, 8192) < 0.3 * h200.seconds(Kind.DENOISE, 1, 8192)
+    alike = h200.cost(Kind.DENOISE, 1, 8192, lambda _kind, _batch: 6.0)
+    assert alike.bytes < 0.3 * h200.cost(Kind.DENOISE, 1, 8192).bytes
 
 
 def test_ceilings_follow_from_the_passes(h200: Planner) -> None:
@@ -135,6 +136,16 @@ def test_rounded_states_take_less_of_a_slow_link(h200: Planner) -> None:
     assert slow.block_on_the_wire == state_bytes(RELEASED) + 16 * kv_bytes(RELEASED)
     assert 0.25 * slow.block_on_the_wire < rounded.block_on_the_wire < 0.28 * slow.block_on_the_wire
     assert rounded.diffusion(64, 8192, 6).tokens > 3.5 * slow.diffusion(64, 8192, 6).tokens
+
+
+@pytest.mark.parametrize("wire", SSM_WIRE_DTYPES)
+def test_rounding_takes_time_of_both_towers(h200: Planner, wire: str) -> None:
+    """So over NVLink, whose link holds nobody back, it gains nothing."""
+    planned = replace(h200, assumed=replace(h200.assumed, ssm_wire_dtype=wire))
+    for denoisers in (1, 6):
+        rates = [planner.diffusion(64, 8192, denoisers).tokens for planner in (planned, h200)]
+        assert rates[0] == rates[1] if wire == "float32" else 0.5 * rates[1] < rates[0] < rates[1]
+    assert planned.diffusion(64, 8192, 0) == h200.diffusion(64, 8192, 0)
 
 
 def test_every_architecture_that_loads_has_a_plan() -> None:

@@ -18,7 +18,7 @@ def plan(options: Namespace) -> int:
     config, form = _config(options.checkpoint), ExpertFormat.of(options.experts, options.expert_group)
     if form is not None:
         config = config.with_experts(form)
-    planner = Planner(config, device_named(options.device), _assumed(options))
+    planner = Planner(config, device_named(options.device), _assumed(options), options.routing)
     told = figures(planner, options.rows, options.context)
     if options.json:
         json.dump(told, sys.stdout, indent=1)

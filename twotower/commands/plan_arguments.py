@@ -4,7 +4,7 @@ import argparse
 
 from twotower.commands.parser import Parser, count, share
 from twotower.exchange.settings import SSM_WIRE_DTYPES
-from twotower.planner.devices import BLOCK, DEVICES, Assumed
+from twotower.planner.devices import BLOCK, DEVICES, ROUTINGS, Assumed
 
 PLAN = """Compute the cost of a checkpoint's passes on a device, what fits there, and how fast each mode can become.
 This needs only the architecture and the device's published figures, neither weights nor a GPU. Times are lower
@@ -41,6 +41,13 @@ def add_plan_arguments(parser: Parser) -> None:
         "--expert-group", type=int, default=0, metavar="N", help="with int4, weights that share a scale (default: 32)"
     )
     group = parser.add_argument_group("assumed")
+    group.add_argument(
+        "--routing",
+        choices=ROUTINGS,
+        default=ROUTINGS[0],
+        help="which experts a pass touches: uniform, the most on average; demo, as measured there and carried over "
+        f"({ROUTINGS[0]})",
+    )
     group.add_argument(
         "--tokens-per-step",
         type=_tokens,

@@ -18,8 +18,8 @@ class Scaled:
     """Views of 8-bit numbers [X,H,P,N], and of their scales [X,H,P].
 
     A channel's scale is its largest absolute number ÷ the format's. So nothing overflows. A channel with a NaN or an
-    infinity comes back with NaNs, never with finite numbers alone. A scale depends on its own channel only, so no
-    sequence changes what another one's states become.
+    infinity comes back without a finite number. A scale depends on its own channel only, so no sequence changes what
+    another one's states become.
     """
 
     def __init__(self, numbers_XHPN: Tensor, scales_XHP: Tensor) -> None:
@@ -36,7 +36,10 @@ class Scaled:
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The states, as a new tensor."""
-        return self.numbers.to(dtype).mul_(self.scales.unsqueeze(-1))
+        scales = self.scales.unsqueeze(-1)
+        if self.numbers.dtype.is_floating_point:  # torch multiplies no 8-bit floats
+            return self.numbers.to(dtype).mul_(scales)
+        return torch.mul(self.numbers, scales).to(dtype)
 
     def __getitem__(self, places: Any) -> "Scaled":
         """A part, by places in the leading dimensions."""

@@ -15,9 +15,13 @@ from twotower.model.cache import TowerCache
 from twotower.model.tower import ContextTower, DenoiserTower
 from twotower.planner.devices import BLOCK, Assumed, Device
 from twotower.planner.passes import Batch, Cost, Kind, Touched, cost, kv_bytes, state_bytes
+from twotower.planner.routing import touched_by
 from twotower.planner.weights import Weights, weights_of
 
 MOST_DENOISERS = 8
+_ROUNDING = {"float32": (0, 0), "bfloat16": (1.5, 1.5), "int8": (6.25, 1.25), "float8_e4m3fn": (4.25, 3.25)}
+"""How often fp32 states are moved to be rounded for the wire, and on the other side to be fp32 again: our operations,
+each reading and writing, beyond the copies that float32 needs, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +40,17 @@ class Rate:
 
 @dataclass(frozen=True)
 class Planner:
-    """One checkpoint in bf16, with experts in `config.experts`, on devices of one kind. `touched`: the share of touched
-    experts; None: uniform routing.
-    """
+    """One checkpoint in bf16, with experts in `config.experts`, on devices of one kind. `routing`: one of ROUTINGS."""
 
     config: ModelConfig
     device: Device
     assumed: Assumed = field(default_factory=Assumed)
-    touched: Touched | None = None
+    routing: str = "uniform"
+
+    @cached_property
+    def touched(self) -> Touched:
+        """How many experts a pass touches. Raises ConfigError for an unknown routing."""
+        return touched_by(self.routing, self.config)
 
     @cached_property
     def context(self) -> Weights:
@@ -59,15 +66,19 @@ class Planner:
         cache = TowerCache(self.config, 1, 1, torch.device("meta"), torch.bfloat16)
         return DeltaLayout(cache, self.assumed.ssm_wire_dtype).nbytes([Delta(0, 0, BLOCK, 0)])
 
-    def cost(self, kind: Kind, rows: int, context: int) -> Cost:
+    def cost(self, kind: Kind, rows: int, context: int, touched: Touched | None = None) -> Cost:
         """Of one pass over a block a row; one position in an `ar` step, as many as the engine reads at once of a
-        prompt."""
+        prompt. `touched`: other routing than the planner's."""
         weights = self.denoiser if kind is Kind.DENOISE else self.context
-        width = {Kind.STEP: 1, Kind.PREFILL: EngineSettings().prefill_chunk_tokens}.get(kind, BLOCK)
-        return cost(kind, self.config, weights, Batch(rows, context, width), self.touched)
+        return cost(kind, self.config, weights, self.batch(kind, rows, context), touched or self.touched)
 
     def seconds(self, kind: Kind, rows: int, context: int) -> float:
         return self.cost(kind, rows, context).seconds(self.device, self.assumed.reached)
+
+    def batch(self, kind: Kind, rows: int, context: int) -> Batch:
+        """What one pass holds."""
+        width = {Kind.STEP: 1, Kind.PREFILL: EngineSettings().prefill_chunk_tokens}.get(kind, BLOCK)
+        return Batch(rows, context, width)
 
     def sequences(self, context: int, towers: int) -> int:
         """How many sequences of `context` tokens fit beside the weights of so many towers; 0 if the
@@ -95,11 +106,19 @@ class Planner:
         drafting, reading = steps * self.seconds(Kind.DENOISE, rows, context), self.seconds(read, rows, context)
         if not denoisers:
             return Rate(rows * tokens / (drafting + reading), 1, fits=rows <= self.sequences(context, 2))
+        rounding, back = self._rounding(rows)
+        drafting, reading = drafting + back, reading + rounding
         # Towers work on different rows at the same time. The slower side, or the link of the context tower, decides.
         carried = rows * self.block_on_the_wire / self.device.link
         round_ = max(drafting, denoisers * reading, denoisers * carried)
         fits = denoisers * rows <= self.sequences(context, 1)
         return Rate(denoisers * rows * tokens / round_, denoisers + 1, denoisers, fits)
+
+    def _rounding(self, rows: int) -> tuple[float, float]:
+        """Seconds that it takes each side, for the states of so many rows."""
+        seconds = rows * state_bytes(self.config) / (self.device.bandwidth * self.assumed.reached)
+        before, after = _ROUNDING[self.assumed.ssm_wire_dtype]
+        return before * seconds, after * seconds
 
     def best(self, mode: str, rows: int, context: int) -> Rate:
         """The number of denoisers a context tower, from 1 to MOST_DENOISERS, with the most tokens a second a device, if

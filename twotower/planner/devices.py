@@ -8,6 +8,7 @@ from twotower.errors import ConfigError
 
 GB, TB, TFLOP = 10**9, 10**12, 10**12
 BLOCK = 16
+ROUTINGS = ("uniform", "demo")  # what experts are touched by (`planner/routing.py`)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,6 @@ _UNPACKING = 4
 """Operations on a weight that is held in 8 or 4 bits: taken apart, converted, scaled, rounded."""
 UNPACKED_FOR = 32
 """Rows of an expert that our kernel unpacks a weight for at once (`model/kernels/quantised_product.py`)."""
-Touched = Callable[[float], float]
-"""How many experts of a layer so many tokens touch."""
 
 
 class Kind(Enum):
@@ -45,6 +43,10 @@ class Batch:
     @property
     def positions(self) -> int:
         return self.rows * self.width
+
+
+Touched = Callable[[Kind, Batch], float]
+"""How many experts of a layer a pass touches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,8 @@ class Cost:
         return sum(part.seconds(device, reached) for part in self.parts)
 
 
-def uniform(config: ModelConfig) -> Touched:
-    """The experts touched if a router prefers none: the most that tokens touch on average."""
+def uniform(config: ModelConfig) -> Callable[[float], float]:
+    """How many experts so many tokens touch if a router prefers none: the most that they touch on average."""
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
     return lambda tokens: experts * (1 - (1 - chosen / experts) ** tokens)
 
@@ -101,7 +103,7 @@ def kv_bytes(config: ModelConfig) -> int:
 def cost(kind: Kind, config: ModelConfig, weights: Weights, batch: Batch, touched: Touched | None = None) -> Cost:
     """Of one pass. `weights` are those of the tower that makes it, in bf16 but for experts in `config.experts`."""
     moved = weights.without_logits if kind is Kind.COMMIT else weights.bytes
-    experts = (touched or uniform(config))(batch.positions)
+    experts = uniform(config)(batch.positions) if touched is None else touched(kind, batch)
     return Cost(
         (
             *_dense(config, moved, batch),

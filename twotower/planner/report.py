@@ -8,7 +8,8 @@ from typing import Any
 from twotower.planner.beside import beside
 from twotower.planner.ceilings import MOST_DENOISERS, Planner, Rate
 from twotower.planner.devices import BLOCK
-from twotower.planner.passes import Batch, Kind, kv_bytes, state_bytes
+from twotower.planner.passes import Batch, Kind, Touched, kv_bytes, state_bytes
+from twotower.planner.routing import of_the_demo, touched_by
 
 CONTEXTS = (1 << 10, 8 << 10, 32 << 10, 128 << 10)
 _GB, _MIB = 10**9, 2**20
@@ -32,6 +33,7 @@ def figures(planner: Planner, rows: Sequence[int], context: int) -> Figures:
         },
         "fits": {str(length): _fits(planner, length) for length in CONTEXTS},
         "passes": [_passes(planner, number, context) for number in rows],
+        "routing": _routing(planner, rows, context),
         "our_code": [_our_code(planner, number, context) for number in rows],
         "ceilings": [_ceilings(planner, number, context) for number in rows],
     }
@@ -49,6 +51,31 @@ def _passes(planner: Planner, rows: int, context: int) -> Figures:
             "seconds": cost.seconds(planner.device, planner.assumed.reached),
             "operations": cost.operations,
             "bytes": {part.name: part.bytes for part in cost.parts},
+        }
+    return kinds
+
+
+def _routing(planner: Planner, rows: Sequence[int], context: int) -> Figures:
+    """Experts of a layer that a pass touches, and the pass's seconds, for each routing; no passes without experts."""
+    told = of_the_demo()
+    measured = f"measured on {told.checkpoint} on {told.date} by `{told.command}`"
+    source = {"uniform": "derived: the most on average", "demo": f"{measured}; for any other model derived from that"}
+    if not planner.config.layers_of("E"):
+        return {"counted": planner.routing, "source": source, "passes": []}
+    touched = {name: touched_by(name, planner.config) for name in source}
+    passes = [_routed(planner, touched, number, context) for number in rows]
+    return {"counted": planner.routing, "source": source, "passes": passes}
+
+
+def _routed(planner: Planner, touched: dict[str, Touched], rows: int, context: int) -> Figures:
+    kinds: Figures = {"rows": rows}
+    for kind in Kind:
+        kinds[kind.value] = {
+            name: {
+                "experts": of(kind, planner.batch(kind, rows, context)),
+                "seconds": planner.cost(kind, rows, context, of).seconds(planner.device, planner.assumed.reached),
+            }
+            for name, of in touched.items()
         }
     return kinds
 
@@ -99,11 +126,16 @@ def text(plan: Figures, source: str) -> str:
 
 def _lines(plan: Figures, source: str) -> Iterator[str]:
     assumed = plan["assumed"]
-    yield f"Everything here is derived, from shapes and from what the maker publishes ({source}); nothing is measured."
+    but = " but the demo's routing" if plan["routing"]["passes"] else ""
+    yield (
+        f"Everything here is derived, from shapes and from what the maker publishes ({source}); "
+        f"nothing is measured{but}."
+    )
     yield (
         f"Assumed: {100 * assumed['reached']:.0f} % of the bandwidth is reached, {100 * assumed['kept_free']:.0f} % of "
         f"the memory stays free; diffusion fixes {assumed['tokens_per_step']:g} tokens a step; verified keeps "
-        f"{assumed['tokens_per_round']:g} tokens a round, which takes {assumed['draft_steps']:g} steps and a check."
+        f"{assumed['tokens_per_round']:g} tokens a round, which takes {assumed['draft_steps']:g} steps and a check; "
+        f"experts are touched as by {plan['routing']['counted']} routing."
     )
     experts = f", experts in {plan['experts']}" if plan["experts"] else ""
     yield from ("", f"Weights in bf16{experts}; GB")
@@ -134,6 +166,7 @@ def _lines(plan: Figures, source: str) -> Iterator[str]:
         ["rows", *(kind.value for kind in Kind)],
         [[str(of["rows"]), *(_pass(of[kind.value]) for kind in Kind)] for of in plan["passes"]],
     )
+    yield from _two_routings(plan)
     yield from (
         "",
         "A denoiser step by our own code, GB: what it must move, what it moves beside that, all of it ÷ must:",
@@ -156,7 +189,30 @@ def _lines(plan: Figures, source: str) -> Iterator[str]:
 
 
 def _pass(told: Figures) -> str:
-    return f"{1e3 * told['seconds']:.2f} ({sum(told['bytes'].values()) / _GB:.1f})"
+    return f"{_ms(told)} ({sum(told['bytes'].values()) / _GB:.1f})"
+
+
+def _two_routings(plan: Figures) -> Iterator[str]:
+    passes = plan["routing"]["passes"]
+    if not passes:
+        return
+    source = plan["routing"]["source"]
+    yield from ("", "Experts of a layer that a pass touches (and its ms): with uniform routing → with the demo's")
+    yield from (f"  {name}: {of}" for name, of in source.items())
+    yield from _table(
+        ["rows", *(kind.value for kind in Kind)],
+        [[str(of["rows"]), *(_both(**of[kind.value]) for kind in Kind)] for of in passes],
+    )
+
+
+def _both(uniform: Figures, demo: Figures) -> str:
+    """Experts alone where both touch as many."""
+    few, many = (f"{of['experts']:.0f}" for of in (demo, uniform))
+    return many if few == many else f"{many} ({_ms(uniform)}) → {few} ({_ms(demo)})"
+
+
+def _ms(told: Figures) -> str:
+    return f"{1e3 * told['seconds']:.2f}"
 
 
 def _step(told: Figures) -> list[str]:
