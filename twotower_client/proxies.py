@@ -11,8 +11,9 @@ _SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 def proxy_to(target: Target) -> httpx2.Proxy | None:
-    """None where the target has none: `use_proxies` is off, no variable names one, or NO_PROXY names its host.
-    Raises ValueError for one that cannot be used."""
+    """None if the target has no proxy: `use_proxies` is off, no variable names one, or NO_PROXY names its host. Raises
+    ValueError for a proxy that cannot be used.
+    """
     if not target.use_proxies:
         return None
     named = getproxies()

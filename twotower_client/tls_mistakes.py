@@ -1,4 +1,4 @@
-"""Whether TLS is what is wrong where no connection comes about: then no second attempt goes better.
+"""Finds out whether TLS is the reason why no connection is made: then a second attempt would fail too.
 
 What a failed connection says differs by face and version. So a connection is opened to look, which asks for nothing.
 """
@@ -20,12 +20,13 @@ _WRONG_NAME = (62, 64)  # OpenSSL's numbers: no such host, no such address
 
 
 class _Cut(Exception):
-    """An outage as it seems, and no mistake: nobody says what is wrong."""
+    """The handshake ended without a reason. This looks like an outage, not like a mistake."""
 
 
 def explained(target: Target, error: ServiceError, within_s: float | None) -> ServiceError:
-    """A TlsMistake where that is what is behind the error, else the error, which then says of a handshake that was cut
-    that it was. Takes `within_s` seconds at most."""
+    """A TlsMistake if TLS caused the error, else the error. If the handshake was cut, the error's message says so.
+    Takes `within_s` seconds at most.
+    """
     nobody_answered = isinstance(error, Unavailable) and error.status is None and not error.service_id
     if not nobody_answered or target.use_proxies:
         return error
@@ -39,7 +40,7 @@ def explained(target: Target, error: ServiceError, within_s: float | None) -> Se
 
 
 def mistake(target: Target, within_s: float) -> str | None:
-    """What was got and wanted; None where TLS is not at fault: nobody listens, say."""
+    """What was got and wanted; None if TLS is not the cause, for example if nobody listens."""
     try:
         return _seen(target, within_s)
     except _Cut:
@@ -61,7 +62,7 @@ class _Look:
     ends_at: float
 
     def plain(self) -> str | None:
-        """Of a client that does not speak TLS: whether the server does."""
+        """For a client that does not speak TLS: whether the server does."""
         try:
             self._shaken(_unverifying(), lambda _: None)
         except ssl.SSLError as error:
@@ -82,8 +83,10 @@ class _Look:
             return self._refused(error)
 
     def _after_handshake(self, secured: ssl.SSLSocket) -> str | None:
-        """What the server makes of our certificate it may say only then: by an alert or, as gRPC's and asyncio's do, by
-        ending the connection. One that is content says something, or waits to be asked."""
+        """Whether the server accepts our certificate. It may say so only after the handshake: by an alert or, as gRPC's
+        and asyncio's servers do, by ending the connection. A server that accepts it sends something, or waits for a
+        request.
+        """
         secured.settimeout(min(_ALERT_S, self._left_s))
         try:
             if secured.recv(1):
@@ -120,7 +123,7 @@ class _Look:
         return f"TLS: {address}: {got}, wanted one that {by} for: {error.verify_message}"
 
     def _described(self) -> str:
-        """The server's certificate. To be read it has to be believed, so it is taken as its own root."""
+        """The server's certificate in words. It can be read only if it is trusted, so it is used as its own root."""
         try:
             shown = self._shaken(self._context(_unverifying()), lambda secured: secured.getpeercert(binary_form=True))
             context = self._context(ssl.create_default_context(cadata=ssl.DER_cert_to_PEM_cert(shown or b"")))
@@ -134,7 +137,7 @@ class _Look:
         return f"for {names}, issued by {issuer or 'nobody'}"
 
     def _context(self, context: ssl.SSLContext) -> ssl.SSLContext:
-        """gRPC's servers end what has not said that it speaks HTTP/2."""
+        """gRPC's servers end a connection that has not offered HTTP/2."""
         context.set_alpn_protocols(["h2"] if self.target.over_grpc else ["http/1.1"])
         return context
 

@@ -1,5 +1,5 @@
-"""The Secrets of our manifest, made for one run: certificates of the service, of a gateway and of clients, and a file
-of keys with the hash of a client's key. Each Secret is a directory, as the kubelet mounts it.
+"""The Secrets of our manifest, made for one run. They hold certificates of the service, of a gateway and of clients,
+and a file of keys with the hash of a client's key. Each Secret is a directory, as the kubelet mounts it.
 """
 
 import os

@@ -2,9 +2,9 @@
 
 A pass of a 52-layer tower is some four thousand launches, which cost the host more than the GPU needs for a few rows.
 Rows and pages are rounded up to powers of two, so that few shapes occur; rows nobody asked for read and write a scratch
-slot. Single tokens, blocks and drafts of up to the released size are captured, by `prepare`, for every number of rows
-and pages that the cache allows. Everything else runs eagerly: wider rows, and many rows of very long sequences. Nothing
-is captured while serving. On a CPU the same passes run without capture, which is how they are tested; a capture has not
+slot. `prepare` captures single tokens, blocks and drafts of up to the released size, for every number of rows and pages
+that the cache allows. Everything else runs eagerly: wider rows, and many rows of very long sequences. Nothing is
+captured while serving. On a CPU the same passes run without capture, which is how they are tested; a capture has not
 been seen yet.
 """
 

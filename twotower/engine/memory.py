@@ -27,9 +27,9 @@ class Memory:
 
     `slots` are conv windows and SSM states, `pages` keys and values. `staging` is the buffers of its links at their
     largest. `scratch` is constants, and what links need to round states. `prefixes` is the states that the context
-    tower keeps. `total` is the sum of these and `weights`. `passing` comes on top: the most that a forward pass needs
-    temporarily, what captured passes keep on a GPU, and what penalties keep if all sequences have them. All of this is
-    on the process's device. `host` is the pinned host memory that a process with a GPU uses instead: its prefixes.
+    tower keeps. `total` is the sum of these and `weights`. `passing` comes on top: the temporary memory of the largest
+    pass, that of captured passes on a GPU, and that of penalties in all sequences. All of this is on the process's
+    device. `host` is the pinned host memory that a process with a GPU uses instead: its prefixes.
     """
 
     sequences: int

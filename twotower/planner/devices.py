@@ -28,9 +28,9 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Assumed:
-    """Assumptions beyond the architecture: `tokens_per_step` of diffusion; `tokens_per_round` and `draft_steps` of
-    verified; the share of the bandwidth that kernels reach; the share of the memory that is kept free; the dtype in
-    which Mamba states are sent to a denoiser.
+    """Assumptions beyond the architecture. `tokens_per_step` is diffusion's; `tokens_per_round` and `draft_steps` are
+    those of verified. `reached` is the share of the bandwidth that kernels reach, and `kept_free` the share of the
+    memory that is kept free. `ssm_wire_dtype` is the dtype in which Mamba states are sent to a denoiser.
     """
 
     tokens_per_step: float = 2.85

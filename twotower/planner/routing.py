@@ -47,8 +47,9 @@ class Statistics:
     points: dict[Kind, tuple[Point, ...]]
 
     def alike(self, kind: Kind, positions: float) -> float:
-        """How many tokens of uniform routing touch as many experts as so many positions of one row: as measured, on
-        lines between; below one position and beyond the last that was measured in proportion."""
+        """How many tokens of uniform routing touch as many experts as this many positions of one row. Measured values,
+        linear between them. Below one position and beyond the last measured value the number is in proportion.
+        """
         kind = Kind.COMMIT if kind is Kind.VERIFY else kind
         line = [(p.positions, self._alike(p.touched)) for p in self.points[kind] if p.rows == 1]
         for (low, less), (high, more) in pairwise(line):
