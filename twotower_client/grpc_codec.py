@@ -1,4 +1,4 @@
-"""The gRPC face: calls as messages, messages as answers, statuses as errors. Opens no channel."""
+"""The gRPC face: writes calls as messages, reads answers from messages, errors from statuses. Opens no channel."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVICE_ID = "x-twotower-id"
 _STATUS = "grpc-status-details-bin"
 _ENUMS: dict[str, Any] = {"mode": pb.Mode, "floor": pb.Floor}
-# A GenerateRequest's fields beside prompt and parameters, under an Ask's names.
+# A GenerateRequest's fields other than prompt and parameters, under an Ask's names.
 _BESIDE = tuple(one.name for one in fields(Ask) if one.name not in ("prompt", "params"))
 _SERVING = b"\x08\x01"
 
@@ -51,7 +51,7 @@ class Rpc(Generic[Told]):
 
 
 def generate_rpc(ask: Ask) -> Rpc[Answer]:
-    """Raises InvalidRequest for what cannot be written."""
+    """The call for a whole answer. Raises InvalidRequest for an ask that cannot be sent."""
     ask.check_whole()
 
     def read(data: bytes, service_id: str) -> Answer:
@@ -65,7 +65,7 @@ def generate_rpc(ask: Ask) -> Rpc[Answer]:
 
 
 def stream_rpc(ask: Ask) -> Rpc[Event]:
-    """Raises InvalidRequest for what cannot be written."""
+    """The call for a stream. Raises InvalidRequest for an ask that cannot be sent."""
     ask.check_streams()
     return Rpc(f"/{_SERVICE}/GenerateStream", _generate_message(ask), _event, ask.request_id)
 
@@ -113,7 +113,7 @@ def health_rpc(mode: str = "") -> Rpc[bool]:
 def error_from(
     code: grpc.StatusCode, message: str, trailing: Iterable[tuple[str, Any]], request_id: str
 ) -> ServiceError:
-    """What a status says, with its google.rpc details."""
+    """The error of a status with its google.rpc details."""
     metadata = dict(trailing)
     violations: tuple[FieldViolation, ...] = ()
     retry_after_s, keys_limit = None, False
@@ -153,13 +153,13 @@ def _scored_part(name: str, part: str | tuple[int, ...]) -> dict[str, Any]:
 
 
 def _score(one: Any, told: pb.ScoreResponse, ask: ScoreAsk) -> Score:
-    """Of one continuation: the answer itself tells of the first."""
+    """The score of one continuation. The first one is in the answer itself."""
     lists = tuple(one.token_ids), tuple(one.log_probs), tuple(one.is_greedy)
     return Score(told.prompt_tokens, *lists, one.sum_log_prob, ask.request_id, told.cached_tokens)
 
 
 def _answer(told: Any, usage: Usage, request_id: str, service_id: str) -> Answer:
-    """Of a GenerateResponse, or of one of its Choices."""
+    """The answer in a GenerateResponse, or in one of its Choices."""
     end = _finished(told.finished)
     return Answer(
         told.text,
@@ -175,7 +175,7 @@ def _answer(told: Any, usage: Usage, request_id: str, service_id: str) -> Answer
 
 
 def _echoed(prompt: pb.EchoedPrompt, answer: Answer, rated: bool) -> Answer:
-    """With the prompt before it, whose first token follows nothing."""
+    """The answer with the prompt before it. The prompt's first token has no log-probability."""
     first = (Likelihood(None),) if rated else ()
     return replace(
         answer,
@@ -186,7 +186,7 @@ def _echoed(prompt: pb.EchoedPrompt, answer: Answer, rated: bool) -> Answer:
 
 
 def _structured(described: Any, request_id: str) -> Any:
-    """What an answer has to be: an object with one name, as over HTTP."""
+    """The request's structured output, from an object with one name, as over HTTP."""
     kinds = [one.name for one in pb.StructuredOutputs.DESCRIPTOR.fields]
     if not isinstance(described, Mapping) or len(described) != 1 or next(iter(described)) not in kinds:
         wanted = f"wanted an object with one of {', '.join(kinds)}"
@@ -215,7 +215,7 @@ def _number(name: str, word: object, request_id: str) -> int:
 
 
 def _written(kind: Any, asked_as: str, **values: Any) -> Any:
-    """A message of these values. Raises InvalidRequest for the first that its field cannot hold."""
+    """A message of these values. Raises InvalidRequest for the first value that its field cannot hold."""
     message = kind()
     for name, value in values.items():
         try:
@@ -297,5 +297,5 @@ def _model_info(data: bytes, _: str) -> ModelInfo:
 
 
 def _word(enum: Any, number: int) -> str:
-    """`ar` of MODE_AR; a number that this client has no word for is shown as it is."""
+    """`ar` for MODE_AR. A number without a name in this client is returned as that number."""
     return enum.Name(number).partition("_")[2].lower() if number in enum.values() else str(number)

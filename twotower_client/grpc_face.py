@@ -1,4 +1,4 @@
-"""The gRPC face over a channel, blocking and with asyncio. Decides nothing: `grpc_codec` reads and writes."""
+"""The gRPC face over a channel, blocking and with asyncio. `grpc_codec` reads and writes the messages."""
 
 import asyncio
 import contextlib
@@ -28,15 +28,15 @@ from twotower_client.grpc_codec import (
 from twotower_client.target import Target
 from twotower_client.tls_mistakes import explained
 
-LARGEST_ANSWER = 64 * 2**20  # bytes: the longest likelihoods that the service tells fit in
+LARGEST_ANSWER = 64 * 2**20  # bytes: enough for the longest likelihoods of an answer
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", LARGEST_ANSWER),
-    # A host that is gone without a word is found; the service takes a ping every 5 s.
+    # Detects a host that vanished silently. The service accepts a ping every 5 s.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Clients of one address have a connection each: so they come to several routers.
+    # Each client has a connection of its own, so that clients reach several routers.
     ("grpc.use_local_subchannel_pool", 1),
-    # Until a channel tries to connect again all calls fail with its last error. By default that grows to two minutes.
+    # Until a channel reconnects, all calls fail with its last error. By default this wait grows to two minutes.
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -66,7 +66,7 @@ def _left_s(ends_at: float | None) -> float | None:
 
 
 class GrpcFace:
-    """Blocking. Calls may come from several threads."""
+    """Blocking calls over gRPC, safe from several threads."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -129,12 +129,12 @@ class GrpcFace:
 
 
 class AsyncGrpcFace:
-    """With asyncio, on the loop of its first call."""
+    """Calls over gRPC with asyncio, on the loop of the first call."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
         if target.secure:
-            target.tls.read()  # a wrong file is told now
+            target.tls.read()  # fails now if a file is wrong
         self._metadata = target.credentials
         self._opened: Any = None
 

@@ -1,4 +1,4 @@
-"""The HTTP face: calls as bodies, bodies and server-sent events as answers. Opens no connection."""
+"""The HTTP face: writes calls as bodies, reads answers from bodies and server-sent events. Opens no connection."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ from twotower_client.errors import InvalidRequest
 from twotower_client.http_errors import error_from, unexpected
 from twotower_client.server_sent_events import EventReader
 
-# Of the parameters that have another name here.
+# HTTP's names of parameters that have another name in an Ask.
 NAMES = {
     "max_new_tokens": "max_tokens",
     **{
@@ -40,7 +40,7 @@ NAMES = {
         )
     },
 }
-# What a body has under the names that an Ask has, where it is not the default.
+# An Ask's fields that a body has under the same name, if they differ from the default.
 _BESIDE = ("request_id", "priority", "stop", "n", "best_of", "include_stop_str_in_output", "add_special_tokens")
 _DONE = "[DONE]"
 _TRACE = "twotower.trace"
@@ -59,7 +59,7 @@ class HttpCall(Generic[Told]):
 
 
 def completion_call(ask: Ask) -> HttpCall[Answer]:
-    """Raises InvalidRequest for what cannot be written."""
+    """The call for a whole answer. Raises InvalidRequest for an ask that cannot be sent."""
     ask.check_whole()
 
     def read(told: Any) -> Answer:
@@ -70,14 +70,14 @@ def completion_call(ask: Ask) -> HttpCall[Answer]:
 
 
 def stream_call(ask: Ask) -> HttpCall[None]:
-    """Its events are read by a StreamReader."""
+    """The call for a stream. A StreamReader reads its events."""
     ask.check_streams()
     options = {"stream": True, "stream_options": {"continuous_usage_stats": True}}
     return HttpCall("POST", _path(ask), lambda _: None, _answer_body(ask, options), ask.request_id)
 
 
 def score_call(ask: ScoreAsk) -> HttpCall[tuple[Score, ...]]:
-    """One continuation goes alone, as also a service takes it that knows no `continuations`."""
+    """A single continuation has the field that services without `continuations` know, too."""
     alone = len(ask.continuations) == 1
 
     def read(told: Any) -> tuple[Score, ...]:
@@ -110,10 +110,10 @@ def health_call() -> HttpCall[bool]:
 
 
 def ready_call() -> HttpCall[Readiness]:
-    """Read with either status, 200 and 503."""
+    """The call to /ready. Its body is read with both statuses, 200 and 503."""
 
     def read(told: Any) -> Readiness:
-        if "error" in told:  # of a proxy that has no router
+        if "error" in told:  # from a proxy without a router
             return Readiness(False, {}, str(told["error"]["message"]))
         ready = told["status"] == "ready"
         return Readiness(
@@ -124,7 +124,7 @@ def ready_call() -> HttpCall[Readiness]:
 
 
 def answer_in(call: HttpCall[Told], data: bytes) -> Told:
-    """Raises UnexpectedAnswer for a body that no service of ours sends."""
+    """The value in the body. Raises UnexpectedAnswer for a body that is not from our service."""
     try:
         return call.read(json.loads(data))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -132,7 +132,7 @@ def answer_in(call: HttpCall[Told], data: bytes) -> Told:
 
 
 class StreamReader:
-    """The events of the answers of one call from the bytes of its stream."""
+    """Reads the events of one call's answers from the bytes of its stream."""
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
@@ -142,7 +142,7 @@ class StreamReader:
         self.ended = False
 
     def push(self, data: bytes) -> list[Event]:
-        """Raises a ServiceError: an error is an event too."""
+        """The events that these bytes complete. Raises a ServiceError if one of them is an error."""
         told: list[Event] = []
         try:
             for name, event in self._events.push(data):
@@ -179,7 +179,7 @@ class StreamReader:
 
 
 def _answer(choice: Any, told: Any, ask: Ask) -> Answer:
-    """One of those that were told."""
+    """One of the returned answers."""
     return Answer(
         _text(choice),
         tuple(choice["token_ids"]),
@@ -194,13 +194,13 @@ def _answer(choice: Any, told: Any, ask: Ask) -> Answer:
 
 
 def _score(one: Any, told: Any, ask: ScoreAsk) -> Score:
-    """Of one continuation, of all that were told."""
+    """The score of one of the returned continuations."""
     lists = tuple(one["token_ids"]), tuple(one["log_probs"]), tuple(one["is_greedy"])
     return Score(told["prompt_tokens"], *lists, one["sum_log_prob"], ask.request_id, _cached(told))
 
 
 def _text(choice: Any) -> str:
-    """Of a completion, of a chat, or what a chunk of one adds; a chat's last chunk adds none."""
+    """The text of a completion or chat, or the text that a chunk adds; a chat's last chunk adds none."""
     if "text" in choice:
         return str(choice["text"])
     return str(choice["message"]["content"] if "message" in choice else choice["delta"].get("content", ""))
@@ -224,7 +224,7 @@ def _logprobs(ask: Ask) -> dict[str, object]:
 
 def _answer_body(ask: Ask, more: Mapping[str, object]) -> bytes:
     body: dict[str, Any] = {**_prompt(ask.prompt), **_logprobs(ask), **more}
-    # Of a completion the answer's ids are told anyhow.
+    # A completion returns the answer's ids in any case.
     body |= {"return_token_ids": True} if isinstance(ask.prompt, Chat) else {}
     plain = Ask(ask.prompt, "")
     body |= {name: getattr(ask, name) for name in _BESIDE if getattr(ask, name) != getattr(plain, name)}
@@ -249,7 +249,7 @@ def _usage(told: Mapping[str, Any]) -> Usage:
 
 
 def _cached(told: Mapping[str, Any]) -> int:
-    """A service of an older version tells none."""
+    """0 from a service of an older version, which does not return it."""
     return int((told.get("prompt_tokens_details") or {}).get("cached_tokens", 0))
 
 

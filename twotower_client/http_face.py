@@ -1,4 +1,4 @@
-"""The HTTP face over httpx2, blocking and with asyncio. Decides nothing: `http_codec` reads and writes."""
+"""The HTTP face over httpx2, blocking and with asyncio. `http_codec` reads and writes the bodies."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
@@ -32,7 +32,7 @@ from twotower_client.target import Target
 from twotower_client.tls_mistakes import explained
 
 _CONNECT_S = 10.0
-_KEPT = 128  # connections that nobody uses just now
+_KEPT = 128  # idle connections
 _READY = (200, 503)
 
 
@@ -40,14 +40,14 @@ def _settings(target: Target) -> dict[str, Any]:
     return {
         "base_url": target.url,
         "headers": target.credentials,
-        "trust_env": False,  # which proxies have a say is decided in `proxies`
+        "trust_env": False,  # `proxies` chooses the proxy
         "verify": target.tls.context() if target.secure else False,
         "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=_KEPT),
     }
 
 
 def _sent(call: HttpCall[Any], timeout_s: float | None, server_name: str | None) -> dict[str, Any]:
-    """What a request is built of. The service keeps the deadline, too."""
+    """The arguments of httpx2's request. The service gets the deadline, too."""
     connect = _CONNECT_S if timeout_s is None else min(_CONNECT_S, timeout_s)
     headers = {} if timeout_s is None or call.body is None else {"x-request-timeout": f"{timeout_s:.3f}"}
     if call.body is not None:
@@ -62,14 +62,14 @@ def _sent(call: HttpCall[Any], timeout_s: float | None, server_name: str | None)
     }
 
 
-# Of a transport of ours, and of httpx2's with asyncio, or in tests.
+# Errors of our own transport, and of httpx2's with asyncio or in tests.
 _NO_CONNECTION = (httpx2.ConnectTimeout, httpx2.ConnectError, httpcore2.ConnectTimeout, httpcore2.ConnectError)
 _BROKEN = (httpx2.TransportError, httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.ProxyError)
 
 
 @contextmanager
 def _told_of(request_id: str) -> Iterator[None]:
-    """What went wrong on the way, in our words."""
+    """Turns httpx2's errors into errors of this package."""
     try:
         yield
     except _NO_CONNECTION as error:
@@ -105,7 +105,7 @@ def _loop_ends_at(timeout_s: float | None) -> float | None:
 
 
 class HttpFace:
-    """Blocking. Calls may come from several threads. `transport`: httpx2's, for tests."""
+    """Blocking calls over HTTP, safe from several threads. `transport`: httpx2's, for tests."""
 
     def __init__(self, target: Target, transport: httpx2.BaseTransport | None = None) -> None:
         self._target, self._name = target, target.tls.server_name
@@ -138,7 +138,7 @@ class HttpFace:
             response = self._opened(opened, call, timeout_s, ends_at)
             parts = response.iter_bytes()
             while not reader.ended:
-                with deadlines.until(ends_at):  # not while the caller has its turn
+                with deadlines.until(ends_at):  # does not run while the caller works
                     data = next(parts, None)
                 if data is None:
                     raise _cut_short(ask.request_id)
@@ -172,7 +172,7 @@ class HttpFace:
 
 
 class AsyncHttpFace:
-    """With asyncio. `transport`: httpx2's, for tests."""
+    """Calls over HTTP with asyncio. `transport`: httpx2's, for tests."""
 
     def __init__(self, target: Target, transport: httpx2.AsyncBaseTransport | None = None) -> None:
         self._target, self._name = target, target.tls.server_name
@@ -210,7 +210,7 @@ class AsyncHttpFace:
                 response = await self._opened(opened, call, timeout_s, ends_at)
                 parts = response.aiter_bytes()
                 while not reader.ended:
-                    async with asyncio.timeout_at(ends_at):  # not while the caller has its turn
+                    async with asyncio.timeout_at(ends_at):  # does not run while the caller works
                         data = await anext(parts, None)
                     if data is None:
                         raise _cut_short(ask.request_id)

@@ -13,9 +13,10 @@ _WANTED = "grpc://HOST:PORT, grpcs://, http:// or https://"
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Files in PEM. `root_certificates`: whom to believe, in place of the system's; also their content, as bytes.
-    `certificate` and `key`: the client's own, where the server wants one. `server_name`: a name that the server's
-    certificate has, where it has not the URL's."""
+    """Files in PEM. `root_certificates`: the trusted certificates instead of the system's, as a file or its bytes.
+    `certificate` and `key`: the client's own, if the server requires one. `server_name`: the name in the server's
+    certificate, if it differs from the URL's.
+    """
 
     root_certificates: str | Path | bytes | None = None
     certificate: str | Path | None = None
@@ -27,12 +28,12 @@ class Tls:
             raise ValueError("certificate and key: got one of them, wanted both or none")
 
     def context(self) -> ssl.SSLContext:
-        """For HTTP. Raises ValueError, which names the file."""
+        """The ssl context for HTTP. Raises ValueError with the file's name."""
         self.read()
         try:
             roots = _content(self.root_certificates)
             context = ssl.create_default_context(cadata=None if roots is None else roots.decode())
-            # What is believed need not be a root, as gRPC has it.
+            # As with gRPC, a trusted certificate need not be a root.
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             if self.certificate is not None:
                 context.load_cert_chain(self.certificate, _path(self.key))
@@ -43,14 +44,13 @@ class Tls:
         return context
 
     def read(self) -> tuple[bytes | None, bytes | None, bytes | None]:
-        """Root certificates, key and certificate, in the order that gRPC wants. Raises ValueError, which names the
-        file."""
+        """Root certificates, key and certificate, in gRPC's order. Raises ValueError with the file's name."""
         return _content(self.root_certificates), _content(self.key), _content(self.certificate)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A service's face. `use_proxies`: whether the proxies of the environment have a say."""
+    """One face of a service. `use_proxies`: whether to use the environment's proxies."""
 
     scheme: str
     address: str  # HOST:PORT, an IPv6 host in brackets
@@ -73,12 +73,12 @@ class Target:
 
     @property
     def credentials(self) -> list[tuple[str, str]]:
-        """As headers, or as metadata."""
+        """The key as headers or metadata."""
         return [("authorization", f"Bearer {self.api_key}")] if self.api_key else []
 
 
 def target_of(url: str, api_key: str | None = None, tls: Tls | None = None, use_proxies: bool = False) -> Target:
-    """`api_key` None: the one in the environment's TWOTOWER_API_KEY, if there is one. Raises ValueError."""
+    """The target of a URL. Without `api_key` the key is the environment's TWOTOWER_API_KEY. Raises ValueError."""
     parts = urlsplit(url)
     if parts.scheme not in _PORTS or not parts.hostname or parts.query or parts.fragment or parts.username:
         raise ValueError(f"url: got {url!r}, wanted {_WANTED}")
