@@ -49,7 +49,7 @@ class Readiness:
                 await self._on_change(served)
 
     async def watch(self) -> None:
-        """Ask for ever."""
+        """Ask forever."""
         while True:
             await self.poll()
             await asyncio.sleep(INTERVAL_S)

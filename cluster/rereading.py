@@ -28,7 +28,7 @@ class Rereading(Generic[Told]):
         self.fault = ""
 
     async def watch(self) -> None:
-        """For ever. The event loop does not wait for the disk."""
+        """Runs forever. The event loop does not wait for the disk."""
         while True:
             await asyncio.sleep(_LOOK_S)
             try:

@@ -122,7 +122,7 @@ class DecodeSection(Section):
 
     @property
     def given(self) -> dict[str, object]:
-        """By name, without the settings that are left to the cell."""
+        """The given settings by name, without those that are left to the cell."""
         return self.model_dump(exclude_none=True)
 
 

@@ -332,7 +332,7 @@ def _check_meaning(name: str, parameter: Parameter, value: object, mode: object,
 
 
 def _check_biased(name: str, biases: Sequence[tuple[int, float]], vocab_size: int, problems: Problems) -> None:
-    """They are in the order of their ids, so the last one is the largest."""
+    """Check biased token ids. They are sorted, so the last one is the largest."""
     if biases and biases[-1][0] >= vocab_size:
         problems.add(name, biases[-1][0], f"token ids from 0 to {vocab_size - 1} as names")
 

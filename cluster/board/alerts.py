@@ -142,7 +142,7 @@ def _lately(parts: Sequence[Part], kind: str) -> int:
 
 
 def _events(parts: Sequence[Part], kind: str) -> list[Event]:
-    """Of the last minute."""
+    """The events of the last minute."""
     since = parts[0].at - _LATELY_S
     told = [part.histories[part.router.name] for part in parts if part.router.name in part.histories]
     return [event for one in told for event in one.events if event.kind == kind and event.t >= since]

@@ -32,7 +32,7 @@ class Trust:
 
     @property
     def context(self) -> ssl.SSLContext:
-        """Of HTTP."""
+        """The TLS context for HTTP."""
         context = ssl.create_default_context(cadata=self.roots.decode())
         if self.name is not None:
             context.check_hostname = False
@@ -58,7 +58,7 @@ def trust_for(address: str) -> Trust | None:
 
 
 def url(address: str) -> str:
-    """Of HTTP."""
+    """The URL of HTTP."""
     return f"{'http' if trust_for(address) is None else 'https'}://{address}"
 
 

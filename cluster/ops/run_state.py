@@ -37,7 +37,7 @@ class RunState:
 
     @property
     def url(self) -> str:
-        """Of HTTP."""
+        """The URL of HTTP."""
         return f"{'http' if self.cert_file is None else 'https'}://{self.http}"
 
     def is_alive(self) -> bool:

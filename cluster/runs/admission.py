@@ -126,7 +126,7 @@ class Admission:
             self._nothing_runs.set()
 
     def _measure(self, requests: int, began: float) -> None:
-        """With a queue the pace is measured. Without one it is a request's time divided by all slots."""
+        """Measure the pace of requests. Without a queue it is a request's time divided by all slots."""
         now = self._clock()
         passed_s = (now - began) * requests / self._slots if self._full_since is None else now - self._full_since
         self._ends = _FADING * self._ends + requests

@@ -25,12 +25,12 @@ class Attempt(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of the cell's checkpoint."""
+        """The fingerprint of the cell's checkpoint."""
         ...
 
     @property
     def vocabulary(self) -> str:
-        """Of the cell's checkpoint: equal if token ids mean the same."""
+        """The vocabulary of the cell's checkpoint: equal if token ids mean the same."""
         ...
 
     async def next(self) -> ToldEvent:

@@ -96,7 +96,7 @@ class Keys:
         return caller
 
     async def watch(self) -> None:
-        """For ever."""
+        """Runs forever."""
         await self._file.watch()
 
     def look(self) -> None:

@@ -41,5 +41,5 @@ def _context(protocol: int, environment: Mapping[str, str]) -> ssl.SSLContext | 
 
 
 def _no_password() -> str:
-    """Without it OpenSSL would ask the terminal."""
+    """Called for an encrypted key. Without it OpenSSL would ask the terminal."""
     raise ConfigError(f"{KEY}: is encrypted; wanted a key without a password")

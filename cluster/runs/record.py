@@ -54,7 +54,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """For the log."""
+        """The request's name in the log."""
         return f"{self.request.id} ({self.label})" if self.label else self.request.id
 
     def suits(self, fingerprint: str, vocabulary: str) -> bool:

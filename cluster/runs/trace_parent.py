@@ -14,7 +14,7 @@ class TraceParent:
 
     @classmethod
     def of(cls, headers: Mapping[str, Any]) -> "TraceParent":
-        """Of HTTP's headers, or gRPC's metadata."""
+        """The trace parent in HTTP's headers or gRPC's metadata."""
         traceparent = headers.get("traceparent")
         return cls(str(traceparent), str(headers.get("tracestate", ""))) if traceparent else NO_PARENT
 

@@ -72,7 +72,7 @@ class CellWatch:
         self._flushing = asyncio.create_task(flush_for_ever(self._tally, self._exporter, lambda: self.read(now())))
 
     def stop(self) -> None:
-        """With a last flush."""
+        """Stop, after a last flush."""
         if self._flushing is not None:
             self._flushing.cancel()
             self._tally.flush(self._exporter)

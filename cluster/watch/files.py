@@ -25,7 +25,7 @@ class Files:
         return keys if self.certificates is None else {**keys, "certificates": self.certificates.fault}
 
     def ends(self) -> Mapping[str, datetime]:
-        """Of each face's certificates, as far as that is known."""
+        """The end of each face's certificates, as far as it is known."""
         ends = {} if self.certificates is None else {"grpc": self.certificates.now.until}
         if self.shown_over_http is not None and self.shown_over_http.until is not None:
             ends["http"] = self.shown_over_http.until

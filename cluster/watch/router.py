@@ -76,7 +76,7 @@ class RouterWatch:
             self._tally.set(metrics.CERTIFICATE_LEFT, (ends - self._now()).total_seconds(), face)
 
     async def stop(self) -> None:
-        """With a last flush."""
+        """Stop, after a last flush."""
         if self._flushing is not None:
             self._flushing.cancel()
             self._runs.read()

@@ -126,7 +126,7 @@ class RunMetrics(Observer):
 
 
 def _blocks_by_mode(usage: Usage) -> dict[Mode, int]:
-    """For `auto`."""
+    """The committed blocks of each mode that `auto` chose."""
     ar, diffusion = usage.num_ar_blocks, usage.num_diffusion_blocks
     return {Mode.AR: ar, Mode.DIFFUSION: diffusion, Mode.VERIFIED: usage.num_blocks - ar - diffusion}
 

@@ -19,7 +19,7 @@ class ShownOverHttp:
         self.until: datetime | None = None
 
     async def watch(self) -> None:
-        """For ever."""
+        """Runs forever."""
         while True:
             await self.look()
             await asyncio.sleep(_LOOK_S)

@@ -143,7 +143,7 @@ def _from(begun_from: tuple[str, ...]) -> str:
 
 
 def _name(sha256: str) -> str:
-    """Of a directory with these weights, in the command."""
+    """A name for a directory with these weights, for the command."""
     return f"EARLIER-{sha256[:6]}"
 
 

@@ -48,7 +48,7 @@ def evaluate_all(
 
 
 def wrong_of(directory: Path, instances: Sequence[Instance], way: Way) -> list[Instance]:
-    """Those that a checkpoint does not get right."""
+    """The instances that a checkpoint answers wrongly."""
 
     async def answers() -> list[Answer]:
         async with open_pair(directory, SETTINGS, device="cpu") as pair:

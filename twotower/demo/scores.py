@@ -110,7 +110,7 @@ class BlockSteps(NamedTuple):
 
 
 def steps_by_block(scores: Iterable[Score]) -> list[BlockSteps]:
-    """Of first blocks, second blocks, …: in the order of a block's place in its answer."""
+    """The steps of first blocks, second blocks, …: in the order of a block's place in its answer."""
     columns: list[list[int]] = []
     for steps in (answer.block_steps for score in scores for answer in score.answers):
         columns += [[] for _ in range(len(steps) - len(columns))]

@@ -60,7 +60,7 @@ class Memory:
 
 
 def together(memories: Sequence[Memory]) -> Memory:
-    """Of processes that share one device."""
+    """The memory of processes that share one device."""
     sums = {name: sum(memory.parts[name] for memory in memories) for name in memories[0].parts}
     return Memory(memories[0].sequences, memories[0].tokens, **sums, host=sum(memory.host for memory in memories))
 

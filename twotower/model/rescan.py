@@ -66,7 +66,7 @@ class KeptScans(NamedTuple):
         return self.stream.shape[1]
 
     def first(self, rows: int) -> "KeptScans":
-        """Those of the first rows: views."""
+        """The scans of the first rows, as views."""
         return KeptScans(*(part[:, :rows] for part in self))
 
 

@@ -60,7 +60,7 @@ class Beside:
 
 
 def beside(config: ModelConfig, batch: Batch) -> Beside:
-    """Of a step, with half of each block masked."""
+    """The bytes of a step with half of each block masked."""
     logits = batch.positions / 2 * config.vocab_size
     states = _GATHERED * batch.rows * state_bytes(config) if batch.rows > 1 else 0
     pages = _GATHERED * batch.rows * (batch.context + batch.width) * kv_bytes(config)

@@ -89,7 +89,7 @@ def uniform(config: ModelConfig) -> Callable[[float], float]:
 
 
 def state_bytes(config: ModelConfig) -> int:
-    """Of one sequence: SSM states in fp32, conv windows in bf16."""
+    """The state bytes of one sequence: SSM states in fp32, conv windows in bf16."""
     ssm = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * _FP32
     conv = config.conv_kernel * config.conv_channels * _BF16
     return len(config.layers_of("M")) * (ssm + conv)

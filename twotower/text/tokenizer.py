@@ -100,7 +100,7 @@ class PretrainedTokenizer:
 
 
 def _told(directory: Path) -> dict[str, object] | None:
-    """Its tokenizer_config.json, if there is one."""
+    """The directory's tokenizer_config.json, if there is one."""
     config = directory / "tokenizer_config.json"
     return dict(json.loads(config.read_text(encoding="utf-8"))) if config.exists() else None
 

@@ -47,7 +47,7 @@ class AnswerCall:
 
     @property
     def name(self) -> str:
-        """For the log."""
+        """The call's name in the log."""
         return f"{self.id} ({self.label})" if self.label else self.id
 
     @property

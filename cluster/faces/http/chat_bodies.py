@@ -23,7 +23,7 @@ from twotower.core import FinishReason
 
 
 class ChatBodies(AnswerBodies):
-    """Of one call."""
+    """The bodies of one call."""
 
     async def whole(self, told: Sequence[Generating | Echoing], usages: Sequence[Usage]) -> bytes:
         choices = []
@@ -97,7 +97,7 @@ class ChatBodies(AnswerBodies):
         }
 
     def _ids(self, token_ids: Sequence[int]) -> dict[str, object]:
-        """Of the answer, where they are asked for."""
+        """The answer's token ids, if the request asks for them."""
         return {"token_ids": token_ids} if self._call.told_ids else {}
 
     @property

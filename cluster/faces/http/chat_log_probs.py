@@ -13,7 +13,7 @@ AT_ONCE = 32  # tokens: some milliseconds with 20 alternatives
 def chat_log_probs(
     token_ids: Sequence[int], likelihoods: Sequence[Likelihood], names: TokenNames
 ) -> list[ContentLogProb]:
-    """Of these tokens."""
+    """The log-probabilities of these tokens."""
     return [_content(token, one, names) for token, one in zip(token_ids, likelihoods, strict=True)]
 
 

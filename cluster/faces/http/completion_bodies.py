@@ -14,7 +14,7 @@ from twotower.core import FinishReason
 
 
 class CompletionBodies(AnswerBodies):
-    """Of one call."""
+    """The bodies of one call."""
 
     async def whole(self, told: Sequence[Generating | Echoing], usages: Sequence[Usage]) -> bytes:
         choices = []

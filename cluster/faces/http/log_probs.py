@@ -17,7 +17,7 @@ Likelihoods = Sequence[Likelihood | None]  # None for a token that follows nothi
 def log_probs(
     token_ids: Sequence[int], likelihoods: Likelihoods, offsets: Sequence[int], names: TokenNames
 ) -> LogProbs:
-    """Of these tokens."""
+    """The log-probabilities of these tokens."""
     confidence = [None if one is None else one.confidence for one in likelihoods]
     return LogProbs(
         tokens=names.of(token_ids),
@@ -48,7 +48,7 @@ async def whole_log_probs(run: Generating | Echoing, names: TokenNames) -> LogPr
 
 
 def _joined(parts: Sequence[LogProbs]) -> LogProbs:
-    """Of the tokens of all parts."""
+    """The log-probabilities of the tokens of all parts."""
     confidence = [one for part in parts for one in part.confidence or [None] * len(part.tokens)]
     return LogProbs(
         tokens=[one for part in parts for one in part.tokens],

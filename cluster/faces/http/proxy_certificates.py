@@ -55,7 +55,7 @@ def _listening(send: Send) -> tuple[ssl.SSLContext, Path, Path] | None:
 
 
 async def _keep(listening: ssl.SSLContext, certificate: Path, key: Path) -> None:
-    """For ever."""
+    """Runs forever."""
     from cluster.certificates import Files, contexts  # loads pydantic
 
     while True:

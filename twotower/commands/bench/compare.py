@@ -92,5 +92,5 @@ def _shown(value: float) -> str:
 
 
 def _machine(run: Mapping[str, Any], name: str) -> str:
-    """Without the machine's load, which always differs."""
+    """The machine's description without its load, which always differs."""
     return str(run["setting"][name]).partition(", load ")[0]

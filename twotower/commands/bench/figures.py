@@ -32,7 +32,7 @@ class Distribution:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Of sorted values, by linear interpolation."""
+    """A percentile of sorted values, by linear interpolation."""
     place = share * (len(ordered) - 1)
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
@@ -88,7 +88,7 @@ class Figures:
 
 
 def figures_of(passes: Sequence[Pass], default_mode: str) -> Figures:
-    """Of the rounds of one load in one mode."""
+    """The figures of all rounds of one load in one mode."""
     samples = [sample for one in passes for sample in one.samples]
     good = [sample for one in passes for sample in one.good]
     tokens, steps = _sum(good, "completion_tokens"), _sum(good, "num_steps")

@@ -95,7 +95,7 @@ class Run:
         return ", ".join(told) or "the service's"
 
     def text(self) -> str:
-        """For a terminal."""
+        """The report for a terminal."""
         told = dict(self.setting())
         parts = [f"{told['model']} at {self.plan.url}; {told['prompts']}; {told['each pass']}"]
         for load in dict.fromkeys(one.load for one in self.figures):
@@ -162,7 +162,7 @@ def _spread(told: Spread) -> str:
 
 
 def _number(value: float) -> str:
-    """With as many digits as are significant."""
+    """The number with about three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -199,7 +199,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Of the checkout that this is run from."""
+    """The commit of the checkout that runs."""
     here = Path(twotower.__file__).parent
     try:
         told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)

@@ -51,7 +51,7 @@ def _turn(sequence: LedSequence, decision: Decision) -> Turn:
 
 
 def _mask_what_breaks_the_grammar(sequence: LedSequence) -> None:
-    """With all after it, because these tokens were chosen beside it."""
+    """Mask the first token that breaks the grammar, and all after it, because those were chosen beside it."""
     broken = None if sequence.certain is None else sequence.certain.extend(sequence.tokens, sequence.masked)
     if broken is not None:
         behind = len(sequence.tokens) - broken

@@ -215,7 +215,7 @@ def _choose_attention(candidates: _Candidates) -> tuple[Attend, tuple[Choice, ..
 
 
 def _choose_in_pages(candidates: _Candidates) -> tuple[AttendInPages | None, Choice]:
-    """Of kernels that read pages in place. Without one they are gathered."""
+    """Choose a kernel that reads pages in place. Without one, pages are gathered."""
 
     def deviations(kernel: AttendInPages | None) -> Iterable[tuple[str, float]]:
         assert kernel is not None

@@ -20,7 +20,7 @@ def scan(module: Any) -> Scan:
     chunk_scan = module.mamba_chunk_scan_combined
 
     def scan(inputs: ScanInputs, ssm_RHPN: Tensor, chunk: int, with_end: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """Of the states only the first and the last. The kernel's products are TF32."""
+        """Of the states it returns only the first and the last. The kernel's products are TF32."""
         length = inputs.x.shape[1]
         chunk = scan_chunk(chunk, length)
         x, dt, b, c = (_padded(part, chunk) for part in (inputs.x, inputs.dt, inputs.b, inputs.c))
