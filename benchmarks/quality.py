@@ -25,8 +25,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import grpc
-import httpx
 import torch
 
 from benchmarks.engine_parts.bare import AR, COMMIT, DENOISE, PROMPT, Bench
@@ -42,9 +40,10 @@ from twotower.commands.parser import count
 from twotower.demo.corpus import families_of
 from twotower.demo.tokenizer import load_tokenizer
 from twotower.engine.passes import padded
-from twotower.errors import ConfigError, TwoTowerError, Unavailable
+from twotower.errors import ConfigError, TwoTowerError
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.loading import load_context_tower, load_denoiser_tower
+from twotower_client import ServiceError
 
 _CACHED = 48  # tokens before the block whose passes are timed: a prompt and a block or two
 
@@ -56,15 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load_before = os.getloadavg()[0]
     try:
         experiment = _experiment(options)
-    except (Unavailable, httpx.HTTPError) as error:
-        print(f"quality: {options.target}: {error}", file=sys.stderr)
+    except ServiceError as error:
+        print(f"quality: {options.target}: {_first_line(error)}", file=sys.stderr)
         return 1
     except TwoTowerError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
     try:
         asyncio.run(experiment.run())
-    except (ExceptionGroup, TwoTowerError, grpc.RpcError, httpx.HTTPError) as error:
+    except (ExceptionGroup, TwoTowerError, ServiceError) as error:
         said = _answers_badly(error)
         if said is None:
             raise
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _experiment(options: argparse.Namespace) -> Experiment:
-    """Everything that can be wrong is looked at before a record is begun. Raises TwoTowerError, httpx.HTTPError."""
+    """Everything that can be wrong is looked at before a record is begun. Raises TwoTowerError or ServiceError."""
     target, plan = target_of(options.target, options.checkpoint), _plan(options)
     mine, tokenizer = Checkpoint.open(options.checkpoint).fingerprint, load_tokenizer(options.checkpoint)
     for family in plan.families:
@@ -145,11 +144,11 @@ def _answers_badly(error: BaseException) -> str | None:
     """What the target did wrong, in one line; None for a mistake of ours."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    if isinstance(error, TwoTowerError | httpx.HTTPError):
-        return (str(error) or type(error).__name__).splitlines()[0]
-    return None
+    return _first_line(error) if isinstance(error, TwoTowerError | ServiceError) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""The ways a request can be served, behind one face: the naive loop, a pair in this process, a service over gRPC."""
+"""The ways a request can be served, behind one face: the naive loop, a pair in this process, a service."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,12 +9,14 @@ from typing import Protocol
 import torch
 
 from benchmarks.reference.naive_loop import NaiveLoop
-from twotower.core import Floor, Mode, Request
+from twotower.core import DecodingParams, Floor, Mode, Request
 from twotower.decoding.stopping import Stopping
 from twotower.engine.in_process import pair_of
 from twotower.engine.pair import Pair
 from twotower.engine.settings import EngineSettings
 from twotower.model.tower import ContextTower, DenoiserTower
+from twotower_client import AsyncClient, Block, RetryPolicy
+from twotower_client.asking import Params
 
 TIMEOUT_S = 120.0
 
@@ -104,58 +106,49 @@ class PairPath:
 
 
 class ServedPath:
-    """`GenerateStream` of a service that is already up."""
+    """A service that is already up, asked by our client over one of its faces. What fails is not asked again."""
 
     name = "served"
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, address: str, face: str = "grpc") -> None:
+        """`face`: grpc or http."""
+        self._url = f"{face}://{address}"
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Running]:
-        import grpc.aio
-
-        async with grpc.aio.insecure_channel(self._address) as channel:
-            yield _GrpcPath(channel)
+        async with AsyncClient(self._url, retry=RetryPolicy(attempts=1), timeout_s=TIMEOUT_S) as client:
+            yield _Asked(client)
 
 
-class _GrpcPath:
-    def __init__(self, channel: "grpc.aio.Channel") -> None:  # type: ignore[name-defined]  # noqa: F821
-        from twotower.pb.twotower.v1.generation_pb2_grpc import GenerationServiceStub
-
-        self._stub = GenerationServiceStub(channel)
+class _Asked:
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
 
     async def generate(self, request: Request) -> AsyncIterator[Piece]:
-        async for answer in self._stub.GenerateStream(_message(request), timeout=TIMEOUT_S):
-            if answer.WhichOneof("event") == "block":
-                block = answer.block
-                yield Piece(tuple(block.token_ids), block.num_steps, block.num_blocks)
+        async with self._client.stream(
+            request.prompt_token_ids, request_id=request.id, **_options(request.params)
+        ) as events:
+            async for event in events:
+                if isinstance(event, Block):
+                    yield Piece(event.token_ids, event.usage.num_steps, event.usage.num_blocks)
 
 
-def _message(request: Request) -> object:
-    from twotower.pb.twotower.v1 import generation_pb2 as pb
-
-    params = request.params
-    message = pb.GenerateRequest(
-        request_id=request.id,
-        token_ids=pb.TokenIds(ids=request.prompt_token_ids),
-        params=pb.DecodingParams(
-            mode=f"MODE_{params.mode.name}",
-            max_new_tokens=params.max_new_tokens,
-            temperature=params.temperature,
-            seed=params.seed,
-            ignore_eos=params.ignore_eos,
-            floor=f"FLOOR_{params.floor.name if params.mode is Mode.AUTO else 'UNSPECIFIED'}",
-        ),
+def _options(params: DecodingParams) -> Params:
+    """Those that a mode has; a service refuses others."""
+    asked = Params(
+        mode=params.mode.value,
+        max_new_tokens=params.max_new_tokens,
+        temperature=params.temperature,
+        seed=params.seed,
+        ignore_eos=params.ignore_eos,
     )
     if params.mode is Mode.DIFFUSION:
-        message.params.block_size = params.block_size
-        message.params.steps_per_block = params.steps_per_block
-        message.params.confidence_threshold = params.confidence_threshold
+        asked |= {"block_size": params.block_size, "steps_per_block": params.steps_per_block}
     elif params.mode in (Mode.VERIFIED, Mode.AUTO):
-        message.params.block_size = params.block_size
-        message.params.draft_steps = params.draft_steps
-        message.params.draft_threshold = params.draft_threshold
-    if params.mode is Mode.AUTO and params.floor is Floor.CONFIDENCE:
-        message.params.confidence_threshold = params.confidence_threshold
-    return message
+        asked |= {"block_size": params.block_size, "draft_steps": params.draft_steps}
+        asked |= {"draft_threshold": params.draft_threshold}
+    if params.mode is Mode.AUTO:
+        asked |= {"floor": params.floor.value}
+    if params.mode is Mode.DIFFUSION or (params.mode is Mode.AUTO and params.floor is Floor.CONFIDENCE):
+        asked |= {"confidence_threshold": params.confidence_threshold}
+    return asked

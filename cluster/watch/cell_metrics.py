@@ -88,7 +88,8 @@ PREFIX_LOOKUPS = Metric(
     "prefix_cache_lookups_total",
     Kind.COUNTER,
     "prompts",
-    "prompts that are long enough to begin with a kept prefix (at least `prefill_chunk_tokens` and one token more)",
+    "prompts that are long enough to begin with a kept prefix (longer than `prefill_chunk_tokens`; on CUDA than its "
+    "least common multiple with 256)",
     ("cell", "tower"),
 )
 PREFIX_HITS = Metric(

@@ -75,7 +75,7 @@ CERTIFICATE_LEFT = Metric(
     Kind.GAUGE,
     "seconds",
     "until the certificate that a face shows now ends; below 0 it has. `grpc`: the first end in the router's chain; "
-    "`http`: that of the certificate which its node's HTTP proxy showed in a handshake, within the last half minute",
+    "`http`: that of the certificate which its node's HTTP proxy showed in a handshake, within the last two minutes",
     ("face",),
 )
 QUEUE_TIME = Metric(

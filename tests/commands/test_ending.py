@@ -1,5 +1,8 @@
 """How commands end: one line for whatever goes wrong, a traceback only where it was asked for."""
 
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from typing import NoReturn
 
@@ -71,3 +74,19 @@ def test_every_command_takes_the_flag(capsys: pytest.CaptureFixture[str]) -> Non
         with pytest.raises(SystemExit):
             command([name, "--help"])
         assert "--verbose" in capsys.readouterr().out, name
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="wants Linux's /dev/full")
+def test_output_that_nobody_takes_is_a_failure() -> None:
+    """Also where it waits in a buffer until the end."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "cluster", "key", "team-a"]
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    told, last = ended.stderr.splitlines()  # the first is the key's own
+    assert ended.returncode == 1 and "the key of team-a" in told and "No space left" in last
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert ended.returncode == 1 and "rror" not in ended.stderr and "ignored" not in ended.stderr

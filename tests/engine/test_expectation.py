@@ -72,7 +72,7 @@ async def test_recorded_passes_keep_them_too(demo: Towers) -> None:
 async def test_a_cell_without_a_queue_does_not_refuse_its_own_sample(demo: Towers) -> None:
     expected = Expectation.load(DEMO)
     async with split_pair(demo, 1, replace(SETTINGS, max_sequences=4, max_queued_requests=0)) as pair:
-        await self_test(pair, (Mode.AR, Mode.DIFFUSION), 60, expected)
+        await self_test(pair, (Mode.AR, Mode.DIFFUSION, Mode.VERIFIED, Mode.AUTO), 60, expected)
 
 
 @pytest.mark.parametrize("wire", [wire for wire in SSM_WIRE_DTYPES if wire != "float32"])

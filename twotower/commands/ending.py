@@ -20,7 +20,9 @@ _LONGEST = 2000  # characters of an error
 def ended(run: Callable[[Namespace], int], options: Namespace, prefix: str = "") -> int:
     """Runs a command that was parsed by `Parser`. `prefix` begins its error lines: whose errors they are."""
     try:
-        return run(options)
+        code = run(options)
+        _flush()
+        return code
     except (InvalidRequest, CheckpointError, ConfigError) as error:
         return fail(BAD_INPUT, prefix, str(error))
     except TwoTowerError as error:
@@ -28,14 +30,29 @@ def ended(run: Callable[[Namespace], int], options: Namespace, prefix: str = "")
     except KeyboardInterrupt:
         return fail(INTERRUPTED, prefix, "interrupted")
     except BrokenPipeError:
-        # Whoever read our output has enough of it; the interpreter must not try to flush it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read our output has enough of it
         return FAILED
     except Exception as error:
         if options.verbose:
             traceback.print_exc()
         hint = "" if options.verbose else " (--verbose shows where)"
         return fail(FAILED, prefix, f"unexpected {type(error).__name__}: {one_line(str(error))}{hint}")
+
+
+def _flush() -> None:
+    """Now, because a failure at the interpreter's end would be nobody's. Raises OSError."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        _drop_output()
+        raise
+
+
+def _drop_output() -> None:
+    """So that the interpreter does not try to flush it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(code: int, prefix: str, message: str) -> int:

@@ -5,6 +5,7 @@ Owns the tower and the cache. One thread calls it; `tick` runs at most one forwa
 `twotower.engine.context` do the reading and use its results.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,6 +30,8 @@ from twotower.model.cache import TowerCache, state_bytes
 from twotower.model.pages import page_tokens_on
 from twotower.model.tower import ContextTower
 
+logger = logging.getLogger(__name__)
+
 
 class ContextEngine:
     """Serves any number of ports, its own `ar` requests, and scoring."""
@@ -45,6 +48,12 @@ class ContextEngine:
         page_tokens = page_tokens_on(tower.device.type)
         snapshots = settings.snapshots(state_bytes(tower.config, tower.dtype), page_tokens)
         pages, stride = settings.pages_of(page_tokens), settings.prefix_stride_of(page_tokens)
+        if stride > max(settings.prefill_chunk_tokens, page_tokens):
+            logger.warning(
+                "a kept prefix ends at a multiple of %d positions, of prefill_chunk_tokens (%d) and of a page (%d): a "
+                "prefill_chunk_tokens that divides pages, or is divided by them, keeps more",
+                stride, settings.prefill_chunk_tokens, page_tokens,
+            )  # fmt: skip
         self.cache = TowerCache(
             tower.config, settings.max_sequences, pages, tower.device, tower.dtype, snapshots, page_tokens,
             settings.prefix_cache_in == PrefixMemory.HOST,

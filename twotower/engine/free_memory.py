@@ -51,10 +51,11 @@ def check_fits(memory: Memory, device: torch.device) -> None:
 def _check_host(wanted: int) -> None:
     """Pinned memory cannot be swapped out: what is too much of it would have the system kill processes."""
     free = free_host_bytes()
+    wanted += MARGINS["cpu"]
     if free is not None and wanted > free:
         raise ConfigError(
-            f"prefix_cache_in: host, got {free / _GIB:.2f} GiB free there, wanted {wanted / _GIB:.2f} GiB; change "
-            "prefix_cache_bytes"
+            f"prefix_cache_in: host, got {free / _GIB:.2f} GiB free there, wanted {wanted / _GIB:.2f} GiB (pinned "
+            "memory comes in powers of two); change prefix_cache_bytes"
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower.config import ModelConfig
+from twotower.engine.graphs import power_of_two
 from twotower.engine.passing import captured_bytes, passing_bytes
 from twotower.engine.settings import EngineSettings, PrefixMemory
 from twotower.exchange.protocol import Delta
@@ -92,7 +93,7 @@ def memory_of(
         prefixes=0 if on_host else cache.snapshots.nbytes,
         scratch=cache.positions(0).untyped_storage().nbytes() + (_rounding(cache, settings, link) if num_links else 0),
         passing=passing_bytes(config, settings, dtype, towers, on_gpu) + captured + _steering(config, settings, towers),
-        host=cache.snapshots.nbytes if on_host else 0,
+        host=sum(map(_pinned, (cache.snapshots.conv, cache.snapshots.ssm))) if on_host else 0,
     )
 
 
@@ -123,6 +124,11 @@ def _rounding(cache: TowerCache, settings: EngineSettings, link: LinkSettings) -
     least = DeltaLayout(cache, link.ssm_wire_dtype).nbytes([Delta(0, 0, 1, 0)])
     together = min(settings.max_sequences, max(1, link.staging_bytes // least))
     return together * cache.ssm[:, 0].nbytes
+
+
+def _pinned(tensor: Tensor) -> int:
+    """torch's allocator of pinned memory takes the next power of two."""
+    return power_of_two(tensor.nbytes) if tensor.nbytes else 0
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

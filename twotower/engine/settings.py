@@ -124,7 +124,8 @@ class EngineSettings:
         return math.lcm(self.prefill_chunk_tokens, page_tokens) if self.prefix_cache_bytes else 0
 
     def snapshots(self, state_bytes: int, page_tokens: int = PAGE_TOKENS) -> int:
-        """Prefixes whose states are kept, at so many bytes each: no more than the pages hold.
+        """Prefixes whose states are kept, at so many bytes each: no more than the pages hold, and none if no prompt is
+        longer than a stride.
 
         Raises ConfigError where there are bytes for less than one.
         """
@@ -135,7 +136,8 @@ class EngineSettings:
                 f"prefix_cache_bytes: got {self.prefix_cache_bytes}, wanted 0 or at least {state_bytes}, the Mamba "
                 "states of one prefix of this model"
             )
-        most = self.pages_of(page_tokens) // (self.prefix_stride_of(page_tokens) // page_tokens)
+        stride = self.prefix_stride_of(page_tokens)
+        most = self.pages_of(page_tokens) // (stride // page_tokens) if stride < self.max_sequence_length else 0
         return min(most, self.prefix_cache_bytes // state_bytes) if state_bytes else most
 
 

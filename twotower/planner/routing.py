@@ -83,6 +83,8 @@ def touched_by(routing: str, config: ModelConfig) -> Touched:
 
 def carried_over(measured: Statistics, config: ModelConfig) -> Touched:
     """A row of another model is measured's row of equal tokens x experts a token ÷ experts."""
+    if not config.n_routed_experts:
+        return lambda kind, batch: 0.0
     even = uniform(config)
     scale = config.num_experts_per_tok / config.n_routed_experts * measured.experts / measured.chosen
     return lambda kind, batch: even(batch.rows * measured.alike(kind, batch.width * scale) / scale)
