@@ -29,7 +29,7 @@ from cluster.ops.run_state import running
 from twotower.commands.parser import count
 from twotower.core import Mode
 from twotower.model.checkpoint import Checkpoint
-from twotower.pb.twotower.v1 import generation_pb2 as pb
+from twotower_client.asking import Params
 
 SLOTS, MOST_CELLS = 4, 3
 CLIENTS = (1, 20, 1)  # in the first valley, the burst, the second valley
@@ -83,16 +83,15 @@ def _workload() -> Workload:
     return Workload(Checkpoint.open(DEMO), TOKENS, 0.8, ignore_eos=True)
 
 
-def _request() -> pb.GenerateRequest:
+def _load(address: str) -> Load:
     [one] = _workload().requests(Mode.DIFFUSION, 1, "load")
-    params = pb.DecodingParams(mode=pb.MODE_DIFFUSION, max_new_tokens=TOKENS, ignore_eos=True)
-    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=one.prompt_token_ids), params=params)
+    return Load(address, one.prompt_token_ids, Params(mode="diffusion", max_new_tokens=TOKENS, ignore_eos=True))
 
 
 async def _wave(seconds: int) -> Wave:
     [first] = _workload().requests(Mode.DIFFUSION, 1, "first")
     async with started([*_CELL, *_WAVE], first) as service:
-        load = Load(service.address, _request())
+        load = _load(service.address)
         wave = Wave([load.now()], load.asked)
         watching = asyncio.create_task(_watch(service.address, load, wave))
         ends_with = (1, MOST_CELLS, 1)  # cells: a phase lasts until there are so many
@@ -129,7 +128,7 @@ async def _overload(seconds: int) -> Overload:
     [first] = _workload().requests(Mode.DIFFUSION, 1, "first")
     places = SLOTS + SLOTS
     async with started([*_CELL, *_ONE], first) as service:
-        load = Load(service.address, _request())
+        load = _load(service.address)
         marks = [load.now()]
         await load.clients(1, seconds / 3)
         marks.append(load.now())

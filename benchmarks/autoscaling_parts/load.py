@@ -7,16 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-from google.rpc import error_details_pb2, status_pb2
-
-from twotower.pb.twotower.v1 import generation_pb2 as pb
-from twotower.pb.twotower.v1 import generation_pb2_grpc as pb_grpc
+from twotower_client import AsyncClient, Block, Overloaded, RetryPolicy, ServiceError
+from twotower_client.asking import Params, Prompt
 
 ANSWERED, REFUSED = "answered", "refused"
-_DETAILS = "grpc-status-details-bin"
 _MOST_AT_A_TIME = 2000  # streams of arrivals
-_CHANNELS = 4
+_CLIENTS = 4  # each with a connection of its own
 _LONGEST_S = 150.0  # a phase
 
 
@@ -43,16 +39,17 @@ class Asked:
 class Load:
     """Asks one service the same kind of request, and remembers all."""
 
-    def __init__(self, address: str, request: pb.GenerateRequest) -> None:
-        self._request, self._zero = request, time.monotonic()
-        own = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
-        self._channels = [grpc.aio.insecure_channel(address, options=own) for _ in range(_CHANNELS)]
-        self._stubs = itertools.cycle([pb_grpc.GenerationServiceStub(channel) for channel in self._channels])
+    def __init__(self, address: str, prompt: Prompt, params: Params) -> None:
+        """`address`: of the gRPC face."""
+        self._prompt, self._params, self._zero = prompt, params, time.monotonic()
+        once = RetryPolicy(attempts=1)
+        self._clients = [AsyncClient(f"grpc://{address}", retry=once, timeout_s=300) for _ in range(_CLIENTS)]
+        self._turns = itertools.cycle(self._clients)
         self.asked: list[Asked] = []
 
     async def close(self) -> None:
-        for channel in self._channels:
-            await channel.close()
+        for client in self._clients:
+            await client.close()
 
     def now(self) -> float:
         return time.monotonic() - self._zero
@@ -61,14 +58,14 @@ class Load:
         asked = Asked(self.now())
         self.asked.append(asked)
         try:
-            async for event in next(self._stubs).GenerateStream(self._request, timeout=300):
-                if asked.first is None and event.HasField("block"):
-                    asked.first = self.now()
+            async with next(self._turns).stream(self._prompt, **self._params) as events:
+                async for event in events:
+                    if asked.first is None and isinstance(event, Block):
+                        asked.first = self.now()
             asked.outcome = ANSWERED
-        except grpc.aio.AioRpcError as error:
-            refused = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            asked.outcome = REFUSED if refused else error.code().name
-            asked.hint_s = _hint(error)
+        except ServiceError as error:
+            asked.outcome = REFUSED if isinstance(error, Overloaded) else error.code
+            asked.hint_s = error.retry_after_s
         finally:
             asked.ended = self.now()
         return asked
@@ -95,17 +92,6 @@ class Load:
             if under_way < _MOST_AT_A_TIME:
                 tasks.add(asyncio.create_task(self.ask()))
         await asyncio.gather(*tasks)
-
-
-def _hint(error: grpc.aio.AioRpcError) -> float | None:
-    """RetryInfo's delay in seconds."""
-    for name, value in error.trailing_metadata() or ():
-        if name == _DETAILS and isinstance(value, bytes):
-            for detail in status_pb2.Status.FromString(value).details:
-                info = error_details_pb2.RetryInfo()
-                if detail.Unpack(info):
-                    return float(info.retry_delay.ToTimedelta().total_seconds())
-    return None
 
 
 def between(asked: Sequence[Asked], began: float, ended: float) -> list[Asked]:

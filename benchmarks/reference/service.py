@@ -36,6 +36,8 @@ class Service:
 async def started(settings: Sequence[str], first: Request) -> AsyncIterator[Service]:
     """`python -m cluster up` on free loopback ports, until the block is left; in split placement unless told otherwise.
 
+    SIGTERM leaves the block, too: a benchmark that is ended takes its service along.
+
     `settings` are `section.name=value` strings. Raises RuntimeError with the end of the service's output where it
     does not come up in time.
     """
@@ -50,6 +52,9 @@ async def started(settings: Sequence[str], first: Request) -> AsyncIterator[Serv
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
         try:
             await _serving(address, process, spawned + START_LIMIT_S)
             healthy_s = time.perf_counter() - spawned
@@ -61,6 +66,7 @@ async def started(settings: Sequence[str], first: Request) -> AsyncIterator[Serv
             raise RuntimeError(f"{' '.join(command)}: {error}; its output ends with\n{tail}") from error
         finally:
             _stop(process)
+            loop.remove_signal_handler(signal.SIGTERM)
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

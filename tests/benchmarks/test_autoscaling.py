@@ -13,9 +13,7 @@ from cluster.runs.generation import Generation
 from tests.cluster.fakes import ByteTokenizer, ScriptedCells, grpc_server, served_model
 from twotower.core import AnyRequest
 from twotower.errors import Unavailable
-from twotower.pb.twotower.v1 import generation_pb2 as pb
-
-REQUEST = pb.GenerateRequest(text="x", params=pb.DecodingParams(mode=pb.MODE_DIFFUSION, max_new_tokens=12))
+from twotower_client.asking import Params
 
 
 async def test_every_request_is_answered_refused_with_a_hint_or_cut() -> None:
@@ -23,7 +21,7 @@ async def test_every_request_is_answered_refused_with_a_hint_or_cut() -> None:
     cells.pace_s = 0.06  # so that all eight have asked before the first is answered, on a busy machine, too
     service = Generation(served_model(ByteTokenizer()), cells, admission=Admission(capacity=2, slots=2))
     async with grpc_server(service) as (address, _):
-        load = Load(address, REQUEST)
+        load = Load(address, "x", Params(mode="diffusion", max_new_tokens=12))
         await asyncio.gather(*(load.ask() for _ in range(8)))
         outcomes = [one.outcome for one in load.asked]
         assert outcomes.count(ANSWERED) == 2 and outcomes.count(REFUSED) == 6
